@@ -1,0 +1,213 @@
+"""Which lessons there are, where their files lie, and which file `solutions.<slug>` means.
+
+By default `solutions.llm_basics` is the reference, solutions/llm_basics.py. With `MINE=0-2` it is the student's
+lesson-1-llm-basics/llm_basics.py. The choice travels in the environment, so that every process started from here
+agrees: spawned workers, torchrun, a notebook's kernel. `reference.llm_basics` is always the reference, for a check
+that needs an oracle which is not the student's.
+
+Imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES_VARIABLE = "COURSE_MODULES"
+"""The environment variable with `slug=file` pairs, separated like the entries of PATH."""
+
+
+class CourseError(Exception):
+    """Something that the person at the keyboard can mend; its text says what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One lesson; its files are all named by the slug: `llm-basics` for the folder, `llm_basics` for the modules."""
+
+    number: int
+    name: str
+    title: str
+    hours: int
+
+    @property
+    def slug(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / f"lesson-{self.number}-{self.name}"
+
+    @property
+    def module(self) -> Path:
+        """The skeleton, which the student fills in."""
+        return self.folder / f"{self.slug}.py"
+
+    @property
+    def solution(self) -> Path:
+        return ROOT / "solutions" / f"{self.slug}.py"
+
+    @property
+    def checks(self) -> Path:
+        return self.folder / f"test_{self.slug}.py"
+
+    @property
+    def answers(self) -> Path:
+        """The catalogue of named wrong answers and other right ones."""
+        return ROOT / "solutions" / "tests" / "answers" / f"{self.slug}.py"
+
+    @property
+    def hints(self) -> Path:
+        return self.folder / "hints.md"
+
+    @property
+    def readme(self) -> Path:
+        return self.folder / "README.md"
+
+    @property
+    def notebook(self) -> Path:
+        return self.folder / f"{self.slug}.ipynb"
+
+
+LESSONS = (
+    Lesson(0, "intro", "Introduction", 2),
+    Lesson(1, "llm-basics", "LLM basics", 5),
+    Lesson(2, "llama-pytorch", "Llama in PyTorch", 7),
+)
+
+
+def lesson(number: int | str) -> Lesson:
+    """The lesson with this number."""
+    for candidate in LESSONS:
+        if str(candidate.number) == str(number):
+            return candidate
+    raise CourseError(f"There is no lesson {number}; the lessons are {', '.join(str(each.number) for each in LESSONS)}.")
+
+
+def lesson_of(exercise_id: str) -> Lesson:
+    """The lesson of an exercise such as `1.4`."""
+    return lesson(exercise_id.partition(".")[0])
+
+
+def shown(path: Path | str) -> str:
+    """A path as a person would type it: relative to where they stand, if it lies below."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whose code
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def parse_mine(mine: str) -> list[Lesson]:
+    """Read `MINE`: numbers and ranges, such as `2`, `0-2` or `0,2-3`. Empty means none."""
+    chosen: dict[int, Lesson] = {}
+    for part in filter(None, (part.strip() for part in mine.split(","))):
+        first, _, last = part.partition("-")
+        if not (first.isdigit() and (last or first).isdigit()) or int(first) > int(last or first):
+            raise CourseError(f"MINE={mine}: {part!r} is neither a lesson's number nor a range of them, such as 0-2.")
+        for number in range(int(first), int(last or first) + 1):
+            chosen[number] = lesson(number)
+    return [chosen[number] for number in sorted(chosen)]
+
+
+def unfinished(source: str) -> list[str]:
+    """The ids of the exercises in this source that still raise their `NotImplementedError("TODO 1.4")`."""
+    return [
+        node.exc.args[0].value.removeprefix("TODO ")
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        and getattr(node.exc.func, "id", None) == "NotImplementedError"
+        and node.exc.args
+        and isinstance(node.exc.args[0], ast.Constant)
+        and str(node.exc.args[0].value).startswith("TODO ")
+    ]
+
+
+def check_finished(file: Path) -> None:
+    """Refuse a module that cannot stand under others: absent, unreadable to Python, or with exercises to do."""
+    if not file.is_file():
+        raise CourseError(f"{shown(file)} does not exist.")
+    try:
+        todo = unfinished(file.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.") from None
+    if todo:
+        raise CourseError(
+            f"{shown(file)} cannot be used yet: {', '.join(todo)} still to do. Finish them, or leave the lesson out "
+            "of MINE."
+        )
+
+
+def activate(mine: str | None) -> None:
+    """From now on, here and in all processes started from here, `solutions` means the student's files for these lessons.
+
+    Call it before anything of `solutions` is imported. Raises CourseError if a module is unfinished.
+    """
+    lessons = parse_mine(mine or "")
+    for each in lessons:
+        check_finished(each.module)
+    os.environ[MODULES_VARIABLE] = os.pathsep.join(f"{each.slug}={each.module}" for each in lessons)
+
+
+def substitutes() -> dict[str, Path]:
+    """Which slugs stand for a file other than the reference, as the environment says."""
+    pairs = (pair.partition("=") for pair in os.environ.get(MODULES_VARIABLE, "").split(os.pathsep) if pair)
+    return {slug: Path(file) for slug, _, file in pairs}
+
+
+def files_used(lessons: tuple[Lesson, ...] = LESSONS) -> str:
+    """One line that says whose code runs, for the first output of every command."""
+    mine = substitutes()
+    return ", ".join(f"lesson {each.number} {'yours' if each.slug in mine else 'reference'}" for each in lessons) + "."
+
+
+class ModuleFinder(importlib.abc.MetaPathFinder):
+    """Finds `solutions.<slug>` in the student's file where the environment says so, and `reference.<slug>` always in
+    solutions/.
+    """
+
+    def find_spec(self, fullname, path=None, target=None):
+        package, _, slug = fullname.partition(".")
+        if package == "solutions" and slug in substitutes():
+            file = substitutes()[slug]
+            try:
+                check_finished(file)
+            except CourseError as error:
+                raise ImportError(str(error)) from None
+            return importlib.util.spec_from_file_location(fullname, file)
+        if fullname == "reference":
+            spec = importlib.machinery.ModuleSpec("reference", None, is_package=True)
+            spec.submodule_search_locations = []
+            return spec
+        if package == "reference" and (file := ROOT / "solutions" / f"{slug}.py").is_file():
+            return importlib.util.spec_from_file_location(fullname, file, loader=ReferenceLoader(fullname, str(file)))
+        return None
+
+
+class ReferenceLoader(importlib.machinery.SourceFileLoader):
+    """Loads a reference module so that what it imports from `solutions` is the reference too."""
+
+    def get_code(self, fullname):
+        tree = ast.parse(self.get_data(self.path), self.path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "solutions":
+                node.module = "reference" + node.module.removeprefix("solutions")
+        return compile(tree, self.path, "exec")
+
+
+def install_finder() -> None:
+    """Let imports obey the environment. `solutions/__init__.py` calls this."""
+    if not any(isinstance(finder, ModuleFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, ModuleFinder())

@@ -1,0 +1,157 @@
+"""Comparisons whose failures teach: what is wrong first (nothing, type, shape, dtype, NaN), then where and how much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CheckFailed(AssertionError):
+    """A check's verdict on an answer. `what` says what was looked at and `actual` is what the answer gave there."""
+
+    def __init__(self, sentence: str, what: str, actual: Any):
+        super().__init__(sentence)
+        self.sentence, self.what, self.actual = sentence, what, actual
+
+
+def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """`actual` must be a tensor (or number) like `expected`: same shape, same dtype, values within the tolerance.
+
+    what: names the value in the student's terms, such as "softmax([1000, 0])".
+    """
+    check_type(actual, expected, what)
+    if not isinstance(expected, Tensor):
+        if abs(actual - expected) > atol + rtol * abs(expected) or actual != actual:
+            raise CheckFailed(f"{what} is {number(actual)}, expected {number(expected)}.", what, actual)
+        return
+    if actual.shape != expected.shape:
+        raise CheckFailed(f"{what} has shape {shape(actual)}, expected {shape(expected)}.", what, actual)
+    if actual.dtype != expected.dtype:
+        raise CheckFailed(f"{what} has dtype {dtype(actual)}, expected {dtype(expected)}.", what, actual)
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    if actual.dtype == torch.bool or not actual.dtype.is_floating_point:
+        wrong = actual != expected
+    else:
+        if (strange := actual.isnan() & ~expected.isnan()).any():
+            raise CheckFailed(
+                f"{what} is NaN at {index(strange)} ({int(strange.sum())} of {strange.numel()} values); expected "
+                f"{number(expected[strange][0])}.",
+                what,
+                actual,
+            )
+        wrong = ~torch.isclose(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+    if not wrong.any():
+        return
+    first = tuple(wrong.nonzero()[0].tolist())
+    sentence = f"{what} differs first at {index(wrong)}: {number(actual[first])}, expected {number(expected[first])}."
+    if wrong.numel() > 1:
+        sentence += f" {int(wrong.sum())} of {wrong.numel()} values differ"
+        if actual.dtype.is_floating_point:
+            errors = (actual.double() - expected.double()).abs()[wrong]
+            sentence += f", the largest error is {number(errors.max())}"
+        sentence += "."
+    raise CheckFailed(sentence, what, actual)
+
+
+def equal(actual: Any, expected: Any, what: str) -> None:
+    """`actual` must equal `expected`: numbers, strings, lists, tuples, sets, mappings, None."""
+    check_type(actual, expected, what)
+    if isinstance(expected, Sequence) and not isinstance(expected, str) and len(actual) == len(expected):
+        for i, (one, other) in enumerate(zip(actual, expected)):
+            if one != other:
+                raise CheckFailed(f"{what} differs first at [{i}]: {one!r}, expected {other!r}.", what, actual)
+    if actual != expected:
+        raise CheckFailed(f"{what} is {brief(actual)}, expected {brief(expected)}.", what, actual)
+
+
+def holds(condition: Any, sentence: str, actual: Any = None) -> None:
+    """A property that no single expected value expresses. sentence: what is wrong when it does not hold.
+
+    actual: the value that was judged; with it, a known mistake can be recognised.
+    """
+    if not condition:
+        raise CheckFailed(sentence, sentence, actual)
+
+
+def refuses(error: type[Exception], call: Callable[[], Any], what: str, mentions: Sequence[str] = ()) -> None:
+    """`call` must raise `error`, with a text that has each of `mentions` in it."""
+    try:
+        result = call()
+    except error as raised:
+        for word in mentions:
+            if word not in str(raised):
+                raise CheckFailed(
+                    f"{what}: the {error.__name__} should mention {word!r}; it says {str(raised)!r}.", what, str(raised)
+                ) from None
+        return
+    raise CheckFailed(f"{what} should raise {error.__name__}; it returned {brief(result)}.", what, result)
+
+
+def check_type(actual: Any, expected: Any, what: str) -> None:
+    """Refuse None and values of another kind than expected; numbers of Python, of numpy and 0-d tensors are alike."""
+    if actual is None and expected is not None:
+        raise CheckFailed(f"{what} is None: is a `return` missing?", what, actual)
+    kinds = {
+        Tensor: "a tensor",
+        bool: "True or False",
+        (int, float): "a number",
+        str: "a string",
+        list: "a list",
+        tuple: "a tuple",
+        dict: "a dictionary",
+        set: "a set",
+    }
+    for kind, name in kinds.items():
+        if isinstance(expected, kind):
+            if isinstance(actual, kind) or (kind is bool and type(actual).__name__ in ("bool", "bool_")):
+                return
+            raise CheckFailed(f"{what} is {described(actual)}, expected {name}.", what, actual)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two answers gave the same wrong value, up to rounding."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return (
+            one.shape == other.shape
+            and one.dtype == other.dtype
+            and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-6, equal_nan=True)
+        )
+    if isinstance(one, float) and isinstance(other, float):
+        return one == other or abs(one - other) <= 1e-6 + 1e-4 * abs(other) or (one != one and other != other)
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:
+        return False
+
+
+def number(value: Any) -> str:
+    value = value.item() if isinstance(value, Tensor) else value
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def shape(value: Tensor) -> str:
+    return str(tuple(value.shape))
+
+
+def dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def index(mask: Tensor) -> str:
+    """The index of the first True, as one would write it behind the tensor's name."""
+    return "[" + ", ".join(map(str, mask.nonzero()[0].tolist())) + "]"
+
+
+def brief(value: Any) -> str:
+    text = f"a tensor of shape {shape(value)}" if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {shape(value)}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name} ({brief(value)})"

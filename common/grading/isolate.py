@@ -1,0 +1,106 @@
+"""Builds the module that a check looks at, so that one mistake fails one exercise.
+
+For exercise n.m that is the reference with one function replaced by the student's, plus what the student added: own
+top-level names and imports, and own methods of that function's class, which the reference lacks. Everything else a
+check touches is right, whatever state the student's other exercises are in.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from types import CodeType, ModuleType
+
+from common.course import CourseError, shown
+
+FAR = 1_000_000
+"""Added to the line numbers of what comes from the reference, so that its code can be told from the student's."""
+
+
+def composite(name: str, reference: Path, student_source: str, student_file: Path, function: str) -> ModuleType:
+    """The reference with the student's `function` (a qualified name), as a new module called `name`.
+
+    Compiled so that tracebacks and breakpoints in the student's code name the student's file and lines, and those in
+    the reference's code the reference's. Raises CourseError if the student's file has no such function.
+    """
+    tree = ast.parse(reference.read_text(encoding="utf-8"), str(reference))
+    student = ast.parse(student_source, str(student_file))
+    for node in ast.walk(tree):
+        if hasattr(node, "lineno"):
+            node.lineno += FAR
+            node.end_lineno += FAR
+
+    scope, student_scope = tree, student
+    *classes, function_name = function.split(".")
+    for class_name in classes:
+        student_scope = find(student_scope, class_name)
+        if student_scope is None:
+            raise CourseError(f"{shown(student_file)} has no class `{class_name}` any more: was it renamed?")
+        scope = find(scope, class_name)
+    answer = find(student_scope, function_name)
+    if not isinstance(answer, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        raise CourseError(f"{shown(student_file)} has no function `{function}` any more: was it renamed?")
+
+    scope.body[scope.body.index(find(scope, function_name))] = answer
+    add_missing(tree, student)
+    if scope is not tree:
+        add_missing(scope, student_scope)
+    return execute(name, relocate(compile(tree, str(student_file), "exec"), str(reference)), student_file)
+
+
+def whole(name: str, source: str, file: Path) -> ModuleType:
+    """The student's module as it is, or any other source, as a new module called `name`."""
+    return execute(name, compile(source, str(file), "exec"), file)
+
+
+def find(scope: ast.Module | ast.ClassDef, name: str) -> ast.stmt | None:
+    """The last definition of a function or class with this name in the scope's body: the one that counts."""
+    found = [node for node in scope.body if name == getattr(node, "name", None)]
+    return found[-1] if found else None
+
+
+def names_bound(node: ast.stmt) -> set[str]:
+    """The names that a top-level statement gives a meaning to."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+
+
+def add_missing(scope: ast.Module | ast.ClassDef, student: ast.Module | ast.ClassDef) -> None:
+    """Put the student's own statements into the scope, each before what followed it in the student's file."""
+    known = set().union(*map(names_bound, scope.body))
+    waiting: list[ast.stmt] = []
+    for node in student.body:
+        bound = names_bound(node)
+        if bound and not bound & known and not is_future(node):
+            waiting.append(node)
+        elif waiting and (anchor := find(scope, getattr(node, "name", ""))) is not None:
+            place = scope.body.index(anchor)
+            scope.body[place:place] = waiting
+            waiting = []
+    scope.body.extend(waiting)
+
+
+def is_future(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
+def relocate(code: CodeType, reference: str) -> CodeType:
+    """Give the functions that come from the reference their own file and lines back."""
+    constants = tuple(relocate(each, reference) if isinstance(each, CodeType) else each for each in code.co_consts)
+    code = code.replace(co_consts=constants)
+    if code.co_firstlineno > FAR:
+        code = code.replace(co_firstlineno=code.co_firstlineno - FAR, co_filename=reference)
+    return code
+
+
+def execute(name: str, code: CodeType, file: Path) -> ModuleType:
+    """Run a module's code. It is entered into sys.modules while it runs, as dataclasses and pickle need it to be."""
+    module = ModuleType(name)
+    module.__file__ = str(file)
+    sys.modules[name] = module
+    exec(code, module.__dict__)
+    return module
