@@ -1,0 +1,401 @@
+"""A GGUF file, llama.cpp's format, -> a checkpoint folder in Hugging Face layout.
+
+GGUF keeps everything in one file: the shape of the model and the vocabulary as key-value pairs, then the tensors,
+most often quantized. Four things differ from a Hugging Face folder, and are undone here:
+
+names         `blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`.
+order         llama.cpp rotates neighbouring pairs (0, 1), (2, 3)...; Hugging Face pairs each dimension with the one
+              half a head further. Files of the llama family have the rows of q and k permuted to suit; Qwen's not.
+numbers       A quantized weight is scale * q + min for a small integer q. We compute that and keep float32: rounded
+              to 16 bits it would be another number, and lesson 7 looks at the grid on which these weights lie. What
+              is stored as float16 or bfloat16 stays so.
+vocabulary    Rebuilt as tokenizer.json (byte-level BPE) or tokenizer.model (SentencePiece).
+
+A quantized model stays what quantization made of it: converting does not bring the original weights back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from common.checkpoints import CheckpointError, progress
+
+VERSION = 1  # part of the cached folders' names: raise it when what is written changes
+SHARD_BYTES = 2 << 30  # a file's tensors stand in memory together while it is written
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+# How each family splits a text into words before BPE. GGUF stores only the rule's name, `tokenizer.ggml.pre`.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit by itself
+SPLITTING_RULES = {
+    "gpt-2": [],  # ByteLevel's own rule is GPT-2's
+    "smollm": ["digits"],
+    "llama-bpe": [LLAMA3_WORDS],
+    "llama3": [LLAMA3_WORDS],
+    "qwen2": [QWEN2_WORDS],
+    "deepseek-r1-qwen": [QWEN2_WORDS],
+    # What llama.cpp does when the file does not say: punctuation, words, then digits by threes.
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"],
+}
+
+# The kinds of token, as GGUF and SentencePiece both number them.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write the model in `path` to `folder`: safetensors, config.json, generation_config.json and the tokenizer."""
+    source = _Source(path)
+    config = _config(source)
+    _write_tensors(source, config, folder)
+    _write_tokenizer(source, config, folder)
+    _write_json(folder / "config.json", config)
+
+
+class _Source:
+    """A GGUF file, opened: `get` reads its key-value pairs, `tensors` maps names to what the library mapped."""
+
+    def __init__(self, path: Path) -> None:
+        import gguf
+
+        self.path = path
+        if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+            raise CheckpointError(
+                f"{path} is one part of a split GGUF; join the parts first, with llama.cpp's `llama-gguf-split --merge`."
+            )
+        try:
+            self.reader = gguf.GGUFReader(path)
+        except Exception as error:  # the library raises what numpy raises
+            raise CheckpointError(f"{path}: cut short, or not a GGUF file ({error}). Download it again.") from error
+        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.architecture = self.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise CheckpointError(
+                f"{path}: the architecture is {self.architecture!r}; this course runs {', '.join(ARCHITECTURES)}."
+            )
+
+    _REQUIRED = object()
+
+    def get(self, key: str, default=_REQUIRED):
+        field = self.reader.get_field(key)
+        if field is not None:
+            return field.contents()
+        if default is self._REQUIRED:
+            raise CheckpointError(f"{self.path}: the key {key!r} is missing, so the model cannot be rebuilt.")
+        return default
+
+    def of_model(self, key: str, default=_REQUIRED):
+        return self.get(f"{self.architecture}.{key}", default)
+
+
+def _config(source: _Source) -> dict:
+    """What config.json says, from GGUF's keys."""
+    path, tensors, of_model = source.path, source.tensors, source.of_model
+    if of_model("expert_count", 0):
+        raise CheckpointError(f"{path}: a mixture of experts, which this course does not run.")
+    if "token_embd.weight" not in tensors:
+        raise CheckpointError(f"{path}: tensor 'token_embd.weight' is missing.")
+    hidden_size, heads = of_model("embedding_length"), of_model("attention.head_count")
+    head_dim = of_model("attention.key_length", hidden_size // heads)
+    if of_model("rope.dimension_count", head_dim) != head_dim:
+        raise CheckpointError(f"{path}: only a part of each head is rotated, which this course does not do.")
+    eos = {source.get(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot")} - {None}
+    return {
+        "architectures": [ARCHITECTURES[source.architecture]],
+        "model_type": source.architecture,
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),  # GGUF writes shapes innermost first
+        "hidden_size": hidden_size,
+        "intermediate_size": of_model("feed_forward_length"),
+        "num_hidden_layers": of_model("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": of_model("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": of_model("context_length"),
+        "rms_norm_eps": _as_written(of_model("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _as_written(of_model("rope.freq_base", 10000.0)),
+        "rope_scaling": _rope_scaling(source, head_dim),
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": source.get("tokenizer.ggml.bos_token_id", None),
+        "eos_token_id": sorted(eos) if len(eos) > 1 else eos.pop() if eos else None,
+        "pad_token_id": source.get("tokenizer.ggml.padding_token_id", None),
+        "torch_dtype": str(_dtype(tensors["token_embd.weight"])).removeprefix("torch."),
+    }
+
+
+def _as_written(value: float) -> float:
+    """1e-05 was rounded to float32 on its way; the shortest decimal with the same float32 is what was meant."""
+    import numpy
+
+    return float(str(numpy.float32(value)))
+
+
+def _rope_scaling(source: _Source, head_dim: int) -> dict | None:
+    """How the rotary frequencies were stretched for long texts.
+
+    For Llama 3, GGUF stores the result, a divisor for each frequency (`rope_freqs.weight`), and not the rule. The
+    factor is the largest divisor; the rule's other three numbers are those of all Llama 3 releases. If they do not
+    give the stored divisors, we say so, and do not guess.
+    """
+    import numpy
+
+    kind = source.of_model("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise CheckpointError(f"{source.path}: rope scaling of type {kind!r}, which this course does not do.")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": source.of_model("rope.scaling.factor")}
+    if "rope_freqs.weight" not in source.tensors:
+        return None
+    divisors = numpy.asarray(source.tensors["rope_freqs.weight"].data, dtype=numpy.float64)
+    if numpy.all(divisors == 1):
+        return None
+    factor, low, high, original = _as_written(divisors.max()), 1.0, 4.0, 8192
+    frequencies = source.of_model("rope.freq_base", 10000.0) ** (-numpy.arange(0, head_dim, 2) / head_dim)
+    turns = original * frequencies / (2 * numpy.pi)  # how often each dimension turned within the original context
+    smooth = numpy.clip((turns - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if divisors.shape != expected.shape or not numpy.allclose(divisors, expected, rtol=1e-4):
+        raise CheckpointError(
+            f"{source.path}: tensor 'rope_freqs.weight' does not follow Llama 3's rule for scaled rotary embeddings "
+            f"(factor {factor:g}, original context {original}), and its own rule is not stored. Take the model's "
+            "safetensors, whose config.json says it."
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+# Tensors
+
+
+def _new_name(source: _Source, name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if kind in ("weight", "bias"):
+        if stem in OTHER_NAMES:
+            return f"{OTHER_NAMES[stem]}.{kind}"
+        if layer and layer[2] in LAYER_NAMES:
+            return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{kind}"
+    raise CheckpointError(
+        f"{source.path}: tensor {name!r} has no place in a {source.architecture} model as this course knows it."
+    )
+
+
+def _dtype(tensor):
+    import gguf
+    import torch
+
+    half = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
+    return half.get(tensor.tensor_type, torch.float32)
+
+
+def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
+    """One file, or several of at most SHARD_BYTES with an index; only one file's tensors are in memory at a time."""
+    from safetensors.torch import save_file
+
+    names = {name: _new_name(source, name) for name in source.tensors if name != "rope_freqs.weight"}
+    sizes = {name: int(source.tensors[name].n_elements) * _dtype(source.tensors[name]).itemsize for name in names}
+    shards: list[list[str]] = [[]]
+    for name in names:
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    with progress(f"Converting {source.path.name}", sum(sizes.values())) as advance:
+        for file, shard in zip(files, shards):
+            tensors = {}
+            for name in shard:
+                tensors[names[name]] = _tensor(source, name, config)
+                advance(sizes[name])
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {names[name]: file for file, shard in zip(files, shards) for name in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _tensor(source: _Source, name: str, config: dict):
+    """The tensor's numbers, dequantized, its rows in Hugging Face's order."""
+    import gguf
+    import numpy
+    import torch
+
+    stored = source.tensors[name]
+    try:
+        values = gguf.dequantize(stored.data, stored.tensor_type)
+    except (NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            f"{source.path}: tensor {name!r} is stored as {stored.tensor_type.name}, which cannot be read: {error}"
+        ) from error
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    kind = name.split(".")[-2]
+    if source.architecture == "llama" and kind in heads:
+        # (heads, pair, 2, ...) -> (heads, 2, pair, ...): from neighbours to halves.
+        values = values.reshape(heads[kind], -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    return torch.from_numpy(numpy.array(values, dtype=numpy.float32, order="C")).to(_dtype(stored))
+
+
+# Vocabulary
+
+
+def _write_tokenizer(source: _Source, config: dict, folder: Path) -> None:
+    tokens = source.get("tokenizer.ggml.tokens")
+    kinds = source.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens) or len(tokens) > config["vocab_size"]:
+        raise CheckpointError(
+            f"{source.path}: {len(tokens)} tokens ({len(set(tokens))} different ones, {len(kinds)} kinds) do not fit "
+            f"tensor 'token_embd.weight' of {config['vocab_size']} rows."
+        )
+    pre = source.get("tokenizer.ggml.pre", "default")
+    model = source.get("tokenizer.ggml.model")
+    # Where the file does not say whether a BOS comes first, llama.cpp knows it from the kind of vocabulary.
+    add_bos = bool(source.get("tokenizer.ggml.add_bos_token", model == "llama" or pre in ("llama-bpe", "llama3")))
+    settings = {
+        "add_bos_token": add_bos,
+        "add_eos_token": bool(source.get("tokenizer.ggml.add_eos_token", False)),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config["max_position_embeddings"],
+    }
+    for name in ("bos", "eos", "unknown", "padding"):
+        token_id = source.get(f"tokenizer.ggml.{name}_token_id", None)
+        if token_id is not None and token_id < len(tokens):
+            settings[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = tokens[token_id]
+    if model == "gpt2":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        bos = settings.get("bos_token") if add_bos else None
+        merges = source.get("tokenizer.ggml.merges")
+        tokenizer = byte_level_tokenizer(source.path, tokens, kinds, merges, pre, bos)
+        tokenizer.save(str(folder / "tokenizer.json"))
+    elif model == "llama":
+        settings["tokenizer_class"] = "LlamaTokenizer"
+        settings["legacy"] = False
+        settings["added_tokens_decoder"] = {
+            str(token_id): {"content": token, "special": kind != USER_DEFINED, "normalized": False,
+                            "lstrip": False, "rstrip": False, "single_word": False}
+            for token_id, (token, kind) in enumerate(zip(tokens, kinds))
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        }  # fmt: skip
+        _write_sentencepiece(source, tokens, kinds, folder)
+    else:
+        raise CheckpointError(
+            f"{source.path}: the vocabulary is of kind {model!r}; this course reads 'gpt2' (byte-level BPE) and "
+            "'llama' (SentencePiece)."
+        )
+    template = source.get("tokenizer.chat_template", None)
+    if template is not None:
+        settings["chat_template"] = template
+    _write_json(folder / "tokenizer_config.json", settings)
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(
+        folder / "generation_config.json", {key: value for key, value in generation.items() if value is not None}
+    )
+
+
+def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges: list[str], pre: str, bos: str | None):
+    """A `tokenizers.Tokenizer` from a vocabulary, its merges ("a b", the most frequent first), and a rule's name."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    if pre not in SPLITTING_RULES:
+        raise CheckpointError(
+            f"{path}: its text is split into words by the rule {pre!r}, and this course knows only "
+            f"{', '.join(SPLITTING_RULES)}. With another rule the model would read other tokens than it was trained "
+            "on. Take the model's own tokenizer.json and safetensors."
+        )
+    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind != UNUSED}
+    # Llama 3 takes a word that is a token as it is, even where its merges would not lead there.
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[tuple(merge.split(" ")) for merge in merges],
+            ignore_merges=pre in ("llama-bpe", "llama3"),
+        )
+    )
+    if SPLITTING_RULES[pre] == [QWEN2_WORDS]:
+        tokenizer.normalizer = normalizers.NFC()
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if rule == "digits"
+        else pre_tokenizers.Split(Regex(rule), behavior="isolated")
+        for rule in SPLITTING_RULES[pre]
+    ]
+    own_rule = pre in ("gpt-2", "smollm")
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_rule))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, kinds):
+        if kind in (UNKNOWN, CONTROL):
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kind == USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return tokenizer
+
+
+def _write_sentencepiece(source: _Source, tokens: list[str], kinds: list[int], folder: Path) -> None:
+    """tokenizer.model: a protocol buffer with a score for each piece; BPE merges the pair of the highest score first."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    scores = source.get("tokenizer.ggml.scores")
+    if len(scores) != len(tokens):
+        raise CheckpointError(f"{source.path}: {len(tokens)} tokens but {len(scores)} scores.")
+    model = sentencepiece_model_pb2.ModelProto()
+    for token, score, kind in zip(tokens, scores, kinds):
+        model.pieces.add(piece=token, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    trainer.vocab_size = len(tokens)
+    trainer.byte_fallback = BYTE in kinds
+    for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token_id = source.get(f"tokenizer.ggml.{key}_token_id", None)
+        if name == "unk" and token_id is None and UNKNOWN in kinds:
+            token_id = kinds.index(UNKNOWN)
+        setattr(trainer, f"{name}_id", -1 if token_id is None else token_id)
+        if token_id is not None:
+            setattr(trainer, f"{name}_piece", tokens[token_id])
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = bool(source.get("tokenizer.ggml.add_space_prefix", True))
+    normalizer.remove_extra_whitespaces = bool(source.get("tokenizer.ggml.remove_extra_whitespaces", False))
+    normalizer.escape_whitespaces = True
+    serialized = model.SerializeToString()
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=serialized)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source.path}: its vocabulary is no SentencePiece model: {error}") from error
+    (folder / "tokenizer.model").write_bytes(serialized)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
