@@ -26,6 +26,8 @@ from pathlib import Path
 from common.course import LESSONS, ROOT, CourseError, Lesson, shown
 
 MAX_ANSWER_LINES = 25
+TOGETHER = "together"
+"""In place of an exercise's id: the checks of the student's whole module, once every exercise has passed."""
 RECORD = ROOT / "common" / "skeletons.json"
 """The SHA-256 of each skeleton as it was last generated: what differs from it has been edited."""
 BACKUPS = ROOT / ".course" / "backups"

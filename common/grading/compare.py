@@ -91,7 +91,7 @@ def refuses(error: type[Exception], call: Callable[[], Any], what: str, mentions
 
 
 def check_type(actual: Any, expected: Any, what: str) -> None:
-    """Refuse None and values of another kind than expected; numbers of Python, of numpy and 0-d tensors are alike."""
+    """Refuse None, and a value of another kind than expected."""
     if actual is None and expected is not None:
         raise CheckFailed(f"{what} is None: is a `return` missing?", what, actual)
     kinds = {
@@ -106,7 +106,7 @@ def check_type(actual: Any, expected: Any, what: str) -> None:
     }
     for kind, name in kinds.items():
         if isinstance(expected, kind):
-            if isinstance(actual, kind) or (kind is bool and type(actual).__name__ in ("bool", "bool_")):
+            if isinstance(actual, kind):
                 return
             raise CheckFailed(f"{what} is {described(actual)}, expected {name}.", what, actual)
 

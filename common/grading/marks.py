@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-TOGETHER = "together"
-"""In place of an exercise's id: the checks of the student's whole module, once every exercise has passed."""
-
+from common.skeleton import TOGETHER
 
 def exercise(id: str, points: int = 1, seconds: float = 10.0):
     """Class decorator: the checks in it belong to this exercise, which is worth so many points.

@@ -1,0 +1,86 @@
+"""The catalogue of answers that are not the reference: named wrong ones, and right ones in another style.
+
+    ANSWERS = [
+        wrong("1.4", "variance instead of mean square", ".pow(2).mean(-1", ".var(-1"),
+        right("1.4", "by the norm", "return x / x.norm(dim=-1, keepdim=True) * ..."),
+    ]
+
+A wrong answer is a plausible one: right type and shape, no crash. It serves twice: CI proves that the checks catch
+it, and a student who makes that very mistake is told its name.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import textwrap
+from dataclasses import dataclass
+
+from common.course import Lesson, shown
+from common.skeleton import Exercise
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to an exercise: the reference with an edit, or with another body."""
+
+    exercise: str
+    name: str
+    is_right: bool
+    old: str | None = None  # replaced by `new`; occurs exactly once in the reference's answer
+    new: str | None = None
+    body: str | None = None  # or: all of the answer
+    top: str = ""  # imports and helpers that the body needs, put above the first definition
+    recognised: bool = True  # whether the grader can tell this mistake by the value it gives
+
+
+def wrong(exercise: str, name: str, old: str, new: str, recognised: bool = True) -> Answer:
+    """A mistake, as an edit of the reference. name: what the student did, as in 'this is what you get with <name>'."""
+    return Answer(exercise, name, False, old=old, new=new, recognised=recognised)
+
+
+def wrong_body(exercise: str, name: str, body: str, top: str = "", recognised: bool = True) -> Answer:
+    """A mistake that is no small edit."""
+    return Answer(exercise, name, False, body=body, top=top, recognised=recognised)
+
+
+def right(exercise: str, name: str, body: str, top: str = "") -> Answer:
+    """Another right answer. name: how it differs from the reference's."""
+    return Answer(exercise, name, True, body=body, top=top)
+
+
+def load_answers(lesson: Lesson) -> list[Answer]:
+    """The lesson's catalogue; empty if it has none."""
+    if not lesson.answers.exists():
+        return []
+    spec = importlib.util.spec_from_file_location(f"answers_{lesson.slug}", lesson.answers)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ANSWERS
+
+
+def apply(answer: Answer, source: str, exercise: Exercise) -> str:
+    """The reference's source with this answer in place of its own. Raises ValueError if the edit does not fit."""
+    lines = source.splitlines()
+    start, end = exercise.first_answer_line - 1, exercise.last_line
+    if answer.body is None:
+        own = "\n".join(lines[start:end])
+        if (count := own.count(answer.old)) != 1:
+            raise ValueError(
+                f"answer {answer.name!r} of {answer.exercise}: {answer.old!r} occurs {count} times in the reference's "
+                "answer, and must occur once."
+            )
+        body = own.replace(answer.old, answer.new)
+    else:
+        body = textwrap.indent(textwrap.dedent(answer.body).strip("\n"), " " * exercise.indent)
+    lines[start:end] = body.splitlines()
+    if answer.top:
+        definitions = [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        first = definitions[0]
+        place = min([first.lineno, *(decorator.lineno for decorator in first.decorator_list)]) - 1
+        lines[place:place] = [*textwrap.dedent(answer.top).strip("\n").splitlines(), ""]
+    return "\n".join(lines) + "\n"
+
+
+def describe(answer: Answer, lesson: Lesson) -> str:
+    return f"{'right' if answer.is_right else 'wrong'} {answer.exercise} {answer.name!r} ({shown(lesson.answers)})"

@@ -1,0 +1,58 @@
+"""The pytest plugin that gives a check its `code` and judges what comes of it.
+
+It is loaded in every pytest run of this project (pyproject.toml), so that a lesson's checks also work in an editor's
+test explorer and as `pytest lesson-1-llm-basics`. The worker that `make test-lesson-N` starts adds a listener.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.course import LESSONS, Lesson
+from common.grading.subject import Failure, Subject
+from common.skeleton import TOGETHER
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "exercise(id, points, seconds): the checks of one exercise")
+    if not any(isinstance(plugin, Grader) for plugin in config.pluginmanager.get_plugins()):
+        config.pluginmanager.register(Grader())
+
+
+def lesson_of_checks(file: Path) -> Lesson | None:
+    return next((lesson for lesson in LESSONS if lesson.checks == file), None)
+
+
+class Grader:
+    """Judges the checks of lessons; leaves all other tests alone. `subject` says whose module a lesson's is."""
+
+    def __init__(self, subject: Callable[[Lesson], Subject] | None = None):
+        self.subject = functools.lru_cache(subject or (lambda lesson: Subject(lesson, lesson.module)))
+
+    @pytest.fixture
+    def code(self):
+        """The module under test; `pytest_pyfunc_call` fills it in."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
+        marker = pyfuncitem.get_closest_marker("exercise")
+        lesson = lesson_of_checks(pyfuncitem.path)
+        if marker is None or lesson is None:
+            return None
+        subject, exercise_id = self.subject(lesson), marker.kwargs["id"]
+        if exercise_id in subject.todo or (exercise_id == TOGETHER and subject.todo):
+            pytest.skip("to do")
+        arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+        failure = self.judge(subject, exercise_id, lambda code: pyfuncitem.obj(**{**arguments, "code": code}))
+        if failure is not None:
+            mistake = f"\nThis is what you get with: {failure.mistake}." if failure.mistake else ""
+            pytest.fail(f"{exercise_id}: {failure.sentence}{mistake}", pytrace=False)
+        return True
+
+    def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
+        """Where the worker listens in."""
+        return subject.judge(exercise_id, check)

@@ -1,0 +1,130 @@
+"""What is graded: one lesson's module by one author, and the modules that its checks are run with."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from common.course import CourseError, Lesson, shown, unfinished
+from common.grading import isolate
+from common.grading.catalogue import Answer, apply, load_answers
+from common.grading.compare import CheckFailed, same
+from common.skeleton import TOGETHER, exercises_of
+
+Check = Callable[[ModuleType], None]
+"""A check with everything but the module under test filled in."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a check did not pass."""
+
+    sentence: str
+    traceback: str = ""
+    what: str = ""
+    actual: Any = None
+    mistake: str | None = None  # the name of the known mistake that gives the same value
+
+
+class Subject:
+    """One file, graded against the lesson's checks."""
+
+    def __init__(self, lesson: Lesson, file: Path, source: str | None = None):
+        self.lesson = lesson
+        self.file = file
+        self.source = file.read_text(encoding="utf-8") if source is None else source
+        self.exercises = {exercise.id: exercise for exercise in exercises_of(lesson)}
+        self.todo = set(unfinished(self.source))
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  a subject lives as long as its grading
+    def module(self, exercise_id: str) -> ModuleType:
+        """The reference with this exercise's function by the student."""
+        return isolate.composite(
+            f"graded_{self.lesson.slug}",
+            self.lesson.solution,
+            self.source,
+            self.file,
+            self.exercises[exercise_id].function,
+        )
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def untouched(self) -> ModuleType:
+        """The student's own module, whole."""
+        return isolate.whole(f"graded_{self.lesson.slug}_whole", self.source, self.file)
+
+    def judge(self, exercise_id: str, check: Check) -> Failure | None:
+        """Run one check of an exercise. It passes in the isolated module or, failing that, in the untouched one:
+        a student may have changed a private representation throughout.
+        """
+        if exercise_id == TOGETHER:
+            return self.attempt(check, self.untouched)
+        failure = self.attempt(check, lambda: self.module(exercise_id))
+        if failure is None or self.attempt(check, self.untouched) is None:
+            return None
+        return self.with_mistake(exercise_id, check, failure)
+
+    def attempt(self, check: Check, build: Callable[[], ModuleType]) -> Failure | None:
+        """Run the check once. Whatever the student's code raises is their failure, never the grader's."""
+        try:
+            torch.manual_seed(0)
+            check(build())
+        except CheckFailed as failed:
+            return Failure(failed.sentence, trace(failed), failed.what, failed.actual)
+        except KeyboardInterrupt:
+            raise
+        except CourseError as error:
+            return Failure(str(error))
+        except BaseException as error:
+            return Failure(self.describe(error), trace(error))
+        return None
+
+    def with_mistake(self, exercise_id: str, check: Check, failure: Failure) -> Failure:
+        """Name the mistake if exactly one known wrong answer gives the very value that the student's gave."""
+        if failure.actual is None:
+            return failure
+        names = []
+        for answer in load_answers(self.lesson):
+            if answer.exercise == exercise_id and not answer.is_right:
+                other = self.attempt(check, functools.partial(variant, self.lesson, answer))
+                if other is not None and other.what == failure.what and same(other.actual, failure.actual):
+                    names.append(answer.name)
+        return Failure(**{**vars(failure), "mistake": names[0]}) if len(names) == 1 else failure
+
+    def describe(self, error: BaseException) -> str:
+        """One sentence for an exception: what, and the student's line if one is to blame."""
+        text = str(error).strip().partition("\n")[0]
+        what = type(error).__name__ + (f": {text}" if text else "")
+        if isinstance(error, SystemExit):
+            what = "SystemExit (a call of exit)"
+        if isinstance(error, SyntaxError):
+            return f"{shown(error.filename or self.file)}:{error.lineno}: Python cannot read this line: {error.msg}."
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename) == self.file]
+        if own:
+            line = linecache.getline(str(self.file), own[-1].lineno).strip()
+            return f"raised {what} at {shown(self.file)}:{own[-1].lineno}: `{line}`"
+        if "NoneType" in text:
+            return f"the check could not use what came back ({what}): is a `return` missing?"
+        return f"the check could not use what came back: {what}"
+
+
+def trace(error: BaseException) -> str:
+    """The traceback without the grader's own frames."""
+    frames = traceback.extract_tb(error.__traceback__)
+    others = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
+    return "".join([*traceback.format_list(others), *traceback.format_exception_only(error)])
+
+
+def variant(lesson: Lesson, answer: Answer) -> ModuleType:
+    """The reference with one answer of the catalogue in it."""
+    exercise = {each.id: each for each in exercises_of(lesson)}[answer.exercise]
+    source = apply(answer, lesson.solution.read_text(encoding="utf-8"), exercise)
+    return isolate.whole(f"answer_{lesson.slug}", source, lesson.solution)

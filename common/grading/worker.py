@@ -1,0 +1,103 @@
+"""The process that holds torch and runs the checks. What it finds goes through a connection, one event at a time.
+
+Events are JSON lists: ["collected", {id: [points, seconds, number of checks]}], ["start", id], ["check", failure or
+null], ["end", id], ["broken", text], ["finished"]. Not pickle: the student's code runs in this process, and the runner
+must be able to read what comes from it. A worker that hangs or dies there is the runner's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from common.course import Lesson
+from common.grading.plugin import Grader
+from common.grading.subject import Failure, Subject
+from common.skeleton import TOGETHER
+
+
+class ReportingGrader(Grader):
+    """A grader that tells each verdict to the runner, and runs only the exercises that it was asked for."""
+
+    def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
+        super().__init__(lambda lesson: subject)
+        self.ids = ids
+        self.send = send
+        self.current: str | None = None
+        self.failed = False
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        summary: dict[str, tuple[int, float, int]] = {}
+        for item in items:
+            marker = item.get_closest_marker("exercise")
+            if marker is not None:
+                settings = marker.kwargs
+                count = summary.get(settings["id"], (0, 0, 0))[2]
+                summary[settings["id"]] = (settings["points"], settings["seconds"], count + 1)
+        self.send("collected", summary)
+        wanted = [item for item in items if self.exercise_id(item) in self.ids]
+        items[:] = sorted(wanted, key=lambda item: self.ids.index(self.exercise_id(item)))
+
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        if self.exercise_id(item) != self.current:
+            self.finish()
+            self.current = self.exercise_id(item)
+            self.send("start", self.current)
+
+    def pytest_sessionfinish(self) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        if self.current is not None:
+            self.send("end", self.current)
+            self.current = None
+
+    def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
+        if exercise_id == TOGETHER and self.failed:
+            pytest.skip("waits for the exercises")
+        failure = super().judge(subject, exercise_id, check)
+        self.failed |= failure is not None
+        told = ("sentence", "mistake", "traceback")
+        self.send("check", failure and {name: getattr(failure, name) for name in told})
+        return failure
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A check that failed before or after its body: a mistake of the course, not of the student."""
+        if report.when != "call" and report.failed:
+            self.send("broken", f"{report.nodeid}: {report.longreprtext}")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.send("broken", f"{report.nodeid}: {report.longreprtext}")
+
+    @staticmethod
+    def exercise_id(item: pytest.Item) -> str | None:
+        marker = item.get_closest_marker("exercise")
+        return marker.kwargs["id"] if marker else None
+
+
+def work(connection: Connection, lesson: Lesson, file: Path, ids: list[str], show_prints: bool) -> None:
+    """The worker's life: collect the lesson's checks, run those of `ids` in that order, report, end."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # whatever the student's code starts dies with this process's group
+    os.environ["KERNELS"] = "plain"
+    import torch
+
+    torch.set_num_threads(1)
+    subject = Subject(lesson, file)
+    options = [str(lesson.checks), "-o", "addopts=", "-p", "common.grading.plugin"]
+    options += ["-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    if show_prints:
+        options.append("--capture=no")
+
+    def send(*event) -> None:
+        connection.send_bytes(json.dumps(event).encode())
+
+    pytest.main(options, plugins=[ReportingGrader(subject, ids, send)])
+    send("finished")
+    connection.close()
