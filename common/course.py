@@ -113,10 +113,11 @@ def parse_mine(mine: str) -> list[Lesson]:
     """Read `MINE`: numbers and ranges, such as `2`, `0-2` or `0,2-3`. Empty means none."""
     chosen: dict[int, Lesson] = {}
     for part in filter(None, (part.strip() for part in mine.split(","))):
-        first, _, last = part.partition("-")
-        if not (first.isdigit() and (last or first).isdigit()) or int(first) > int(last or first):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdigit() and last.isdigit()) or int(first) > int(last):
             raise CourseError(f"MINE={mine}: {part!r} is neither a lesson's number nor a range of them, such as 0-2.")
-        for number in range(int(first), int(last or first) + 1):
+        for number in range(int(first), int(last) + 1):
             chosen[number] = lesson(number)
     return [chosen[number] for number in sorted(chosen)]
 

@@ -23,10 +23,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Grader())
 
 
-def lesson_of_checks(file: Path) -> Lesson | None:
-    return next((lesson for lesson in LESSONS if lesson.checks == file), None)
-
-
 class Grader:
     """Judges the checks of lessons; leaves all other tests alone. `subject` says whose module a lesson's is."""
 
@@ -40,7 +36,7 @@ class Grader:
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
         marker = pyfuncitem.get_closest_marker("exercise")
-        lesson = lesson_of_checks(pyfuncitem.path)
+        lesson = self.lesson_of(pyfuncitem.path)
         if marker is None or lesson is None:
             return None
         subject, exercise_id = self.subject(lesson), marker.kwargs["id"]
@@ -52,6 +48,10 @@ class Grader:
             mistake = f"\nThis is what you get with: {failure.mistake}." if failure.mistake else ""
             pytest.fail(f"{exercise_id}: {failure.sentence}{mistake}", pytrace=False)
         return True
+
+    def lesson_of(self, checks: Path) -> Lesson | None:
+        """The lesson whose checks stand in this file."""
+        return next((lesson for lesson in LESSONS if lesson.checks == checks), None)
 
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
         """Where the worker listens in."""

@@ -123,6 +123,7 @@ def trace(error: BaseException) -> str:
     return "".join([*traceback.format_list(others), *traceback.format_exception_only(error)])
 
 
+@functools.lru_cache(maxsize=64)
 def variant(lesson: Lesson, answer: Answer) -> ModuleType:
     """The reference with one answer of the catalogue in it."""
     exercise = {each.id: each for each in exercises_of(lesson)}[answer.exercise]

@@ -26,6 +26,7 @@ class ReportingGrader(Grader):
 
     def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
         super().__init__(lambda lesson: subject)
+        self.lesson = subject.lesson
         self.ids = ids
         self.send = send
         self.current: str | None = None
@@ -48,6 +49,9 @@ class ReportingGrader(Grader):
             self.finish()
             self.current = self.exercise_id(item)
             self.send("start", self.current)
+
+    def lesson_of(self, checks: Path) -> Lesson | None:
+        return self.lesson if checks == self.lesson.checks else None
 
     def pytest_sessionfinish(self) -> None:
         self.finish()
