@@ -113,7 +113,8 @@ def _gguf_folder(path: Path) -> Path:
 
     status = path.stat()
     state = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-    return cache_folder() / f"{path.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}-v{VERSION}"
+    stem = re.sub(r"[^\w.-]", "_", path.stem)
+    return cache_folder() / f"{stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}-v{VERSION}"
 
 
 def _prepare(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -141,14 +141,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, folder: Path) -> None:
         import sentencepiece
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
 
         path = folder / "tokenizer.model"
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
             # The same model without the space in front: for text that follows an added token.
-            self.continuing = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            self.continuing.override_normalizer_spec(add_dummy_prefix=False)
-        except (RuntimeError, OSError, ValueError) as error:
+            description = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+            self.adds_space = description.normalizer_spec.add_dummy_prefix
+            description.normalizer_spec.add_dummy_prefix = False
+            self.continuing = sentencepiece.SentencePieceProcessor(model_proto=description.SerializeToString())
+        except (RuntimeError, OSError, ValueError, DecodeError) as error:
             raise CheckpointError(
                 f"{path}: not a SentencePiece model ({error}). Download it again; if this is Llama 3's "
                 "tokenizer.model, which is another format, take the tokenizer.json that belongs to it."
@@ -162,6 +166,7 @@ class SentencePieceTokenizer(Tokenizer):
         if not self.eos_token_ids and self.model.eos_id() >= 0:
             self.eos_token_ids = frozenset([self.model.eos_id()])
         self.splitter = _splitter(self.added.values())
+        self.adds_space = self.adds_space and self.settings.get("add_prefix_space") is not False
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         token_ids = []
@@ -175,7 +180,7 @@ class SentencePieceTokenizer(Tokenizer):
             elif part:
                 # 'Legacy' tokenizers put a space in front of every stretch of text, newer ones only at the start.
                 starts = position == 0 or self.settings.get("legacy", False)
-                token_ids.extend((self.model if starts else self.continuing).encode(part))
+                token_ids.extend((self.model if starts and self.adds_space else self.continuing).encode(part))
         if add_special_tokens and self.settings.get("add_eos_token", False):
             token_ids.extend(sorted(self.eos_token_ids)[:1])
         return token_ids
@@ -188,7 +193,8 @@ class SentencePieceTokenizer(Tokenizer):
                 pieces.append(added["content"].encode())
             else:
                 pieces.append(self.token_bytes(token_id))
-        return b"".join(pieces).decode("utf-8", errors="replace").removeprefix(" ")
+        text = b"".join(pieces).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.adds_space else text
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self.added:
@@ -246,9 +252,11 @@ class JsonTokenizer(Tokenizer):
         piece = self.model.id_to_token(token_id) if token_id >= 0 else None
         if piece is None:
             return b""
-        if self.byte_level:
-            return bytes(BYTE_OF_CHARACTER[character] for character in piece)
-        return _piece_bytes(piece)
+        if not self.byte_level:
+            return _piece_bytes(piece)
+        if not all(character in BYTE_OF_CHARACTER for character in piece):
+            return piece.encode()  # not written in the alphabet, so it stands for itself
+        return bytes(BYTE_OF_CHARACTER[character] for character in piece)
 
     def _token_id(self, token: str) -> int | None:
         return self.model.token_to_id(token)
@@ -363,6 +371,7 @@ def render_chat(template: str, **values) -> str:
 
     So it runs in Jinja's sandbox: no attribute that starts with an underscore, nothing that changes its inputs, no
     range above 100,000; and what it may write is bounded. The rest of the environment is as transformers makes it.
+    One thing it can still do is waste time: loops within loops that write nothing. Ctrl-C ends that.
     """
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
