@@ -1,1 +1,1 @@
-"""`tales` and `tales-draft`: a generator of children's stories, and the command that trains two small models on them."""
+"""A generator of children's stories, and the command that trains `tales` and `tales-draft` on them."""

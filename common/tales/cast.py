@@ -99,6 +99,7 @@ CHARACTERS = (
     machine("Ruby", "polite kitchen robot", "she", "steel hands"),
 )
 
+
 @dataclass(frozen=True)
 class Helper:
     """A grown-up or an elder: always called by name, never he or she."""

@@ -41,7 +41,9 @@ def correct(text: str) -> str:
 
     For the articles the next word's first letter is enough here, but for "hour": no story has a unicorn in it.
     """
-    text = _ARTICLE.sub(lambda match: match[1] + ("n " if match[2] == "hour" or match[2] in "aeiouAEIOU" else " "), text)
+    text = _ARTICLE.sub(
+        lambda match: match[1] + ("n " if match[2] == "hour" or match[2] in "aeiouAEIOU" else " "), text
+    )
     return _SENTENCE_START.sub(lambda match: match[1] + match[2].upper(), text)
 
 
@@ -52,7 +54,8 @@ def cast(rng: random.Random, plot: Plot) -> Fields:
     hero = rng.choice([one for one in CHARACTERS if plot.machines or not one.machine])
     friend = rng.choice([one for one in CHARACTERS if one.female != hero.female and (plot.machines or not one.machine)])
     things = [one for one in THINGS if not (plot.hard and one.soft)]
-    thing, other = (replace(one, look=look) for one, look in zip(rng.sample(things, 2), rng.sample(LOOKS, 2)))
+    looks = zip(rng.sample(things, 2), rng.sample(LOOKS, 2), strict=True)
+    thing, other = (replace(one, look=look) for one, look in looks)
     day = rng.choice(season.days)
     fields: Fields = {
         "hero": hero,
@@ -65,14 +68,14 @@ def cast(rng: random.Random, plot: Plot) -> Fields:
         "Day": day[0].upper() + day[1:],
         "weather": rng.choice(season.weather),
     }
-    fields.update(zip(("spot1", "spot2", "spot3"), rng.sample(place.spots, 3)))
+    fields.update(zip(("spot1", "spot2", "spot3"), rng.sample(place.spots, 3), strict=True))
     for name, template in rng.choice(plot.cases).items():
         fields[name] = tell(rng, template, fields)
     return fields
 
 
 def story(rng: random.Random) -> str:
-    """One story: its title, and its paragraphs, each after an empty line. 120 to 260 words."""
+    """One story: its title, and its paragraphs, each after an empty line. about 270 words."""
     plot = rng.choice(PLOTS)
     fields = cast(rng, plot)
 
