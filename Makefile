@@ -1,0 +1,22 @@
+# Every target is a command of `python -m common`; where there is no make, type that instead.
+# Variables travel in the environment, not spliced into a shell line, so any text survives, quotes, $ and all:
+#     make run PROMPT='Why does "the" cost $5?'
+
+PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
+
+VARIABLES := MODEL PROMPT MINE SOLUTION VERBOSE PDB LEVEL FORCE FILE THREADS TORCH
+$(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
+export $(VARIABLES)
+
+TARGETS := help setup run chat test test-all progress skeletons notebooks test-notebooks figures lint check \
+	bench lab clean
+.PHONY: $(TARGETS) always
+.DEFAULT_GOAL := help
+
+$(TARGETS):
+	@$(PYTHON) -m common $@
+
+test-lesson-% reset-lesson-% test-% hint-%: always
+	@$(PYTHON) -m common $@
+
+always:

@@ -1,0 +1,126 @@
+"""`python -m common COMMAND`: everything that `make` can do, and all that it does.
+
+This file and `common.setup` run on a bare Python, before anything is installed, and on one that is too old, in order
+to say so: they use the standard library only, and no syntax that Python 3.8 would refuse.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections import namedtuple
+
+Command = namedtuple("Command", "name argument module needs variables help")
+"""name; what follows it (`N` a lesson, `N.M` an exercise, or nothing); the module whose `main` runs it; which extra of
+pyproject.toml it needs ("" the base, None nothing at all); the variables that mean something to it; one line of help.
+"""
+
+COMMANDS = (
+    Command("help", "", None, None, "", "this list"),
+    Command("setup", "", "common.setup", None, "TORCH", "install what the course needs into .venv (every target does)"),
+    Command("run", "", "common.chat", "", "MODEL PROMPT MINE THREADS", "a real model answers a prompt"),
+    Command("chat", "", "common.chat", "", "MODEL MINE THREADS", "talk with it"),
+    Command("test-lesson", "N", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE", "grade your lesson N"),
+    Command("test-exercise", "N.M", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE PDB", "grade one exercise"),
+    Command("hint", "N.M", "common.grading.cli", "", "LEVEL", "a hint for it; LEVEL=2 and LEVEL=3 say more"),
+    Command("progress", "", "common.grading.cli", "", "", "how far you are, lesson by lesson"),
+    Command("reset-lesson", "N", "common.grading.cli", "", "", "start lesson N again; what you have is kept beside it"),
+    Command("test", "", "common.checks", "", "", "test the course itself; your unfinished work does not matter"),
+    Command("test-all", "", "common.checks", "dev", "", "also the slow tests, the real model and the notebooks"),
+    Command("check", "", "common.checks", "dev", "", "for those who change the course: lint, skeletons, READMEs"),
+    Command("lint", "", "common.checks", "dev", "", "ruff: mistakes and formatting"),
+    Command("skeletons", "", "common.skeleton", "", "", "cut the lessons' skeletons from solutions/"),
+    Command("notebooks", "", "common.notebooks", "", "", "run every notebook and save its outputs"),
+    Command("test-notebooks", "", "common.notebooks", "", "", "run every notebook, compare with the saved outputs"),
+    Command("figures", "", "common.plots", "", "", "draw the READMEs' figures"),
+    Command("bench", "", "common.bench", "", "THREADS", "measure this machine and the engine on it"),
+    Command("lab", "", "common.notebooks", "lab", "", "open the notebooks in JupyterLab"),
+    Command("clean", "", "common.checks", None, "", "remove caches; .venv, the model and your work stay"),
+)
+BY_NAME = {command.name: command for command in COMMANDS}
+
+SHORT = {"test-exercise": "test"}
+"""How `make` calls a command that takes a number, where the name differs: `test-1.4`."""
+
+
+def target(command: Command) -> str:
+    """What to type after `make`: `test-lesson-N`, `test-N.M`, `run`."""
+    name = SHORT.get(command.name, command.name)
+    return f"{name}-{command.argument}" if command.argument else name
+
+
+def help_text() -> str:
+    width = max(len(target(command)) for command in COMMANDS)
+    lines = ["make TARGET, or, where there is no make, python -m common TARGET:", ""]
+    for command in COMMANDS:
+        note = "".join(f" {name}=" for name in command.variables.split() if name not in command.help)
+        lines.append(f"  {target(command):<{width}}  {command.help}{'  [' + note.strip() + ']' if note else ''}")
+    lines += ["", "MINE=0-2 puts your own modules of these lessons under the rest; SOLUTION=1 grades the reference;"]
+    lines += ["VERBOSE=1 shows tracebacks; PDB=1 stops in your function. N is a lesson, N.M an exercise."]
+    return "\n".join(lines)
+
+
+def parse(argv: list[str]) -> tuple[Command, list[str]]:
+    """The command and the arguments after it. `test-lesson 2`, `test-lesson-2` and `test-1.4` are all understood."""
+    name, *rest = argv or ["help"]
+    if name in ("-h", "--help"):
+        name = "help"
+    command = BY_NAME.get(name)
+    number = re.fullmatch(r"(test-lesson|test-exercise|test|hint|reset-lesson)-(\d+(?:\.\d+)?)", name)
+    if command is None and number:
+        name = {"test": "test-exercise"}.get(number[1], number[1])
+        command, rest = BY_NAME[name], [number[2], *rest]
+    if command is None:
+        raise LookupError(f"There is no target {name!r}; `make help` lists them.")
+    if command.argument and not set(rest) & {"-h", "--help"}:
+        given = rest[0] if rest else ""
+        pattern, example = (r"\d+", "2") if command.argument == "N" else (r"\d+\.\d+", "1.4")
+        if not re.fullmatch(pattern, given):
+            what = "a lesson" if command.argument == "N" else "an exercise"
+            wanted = target(command).replace(command.argument, example)
+            raise LookupError(f"{command.name} needs the number of {what}: make {wanted}")
+    return command, rest
+
+
+def main(argv: list[str]) -> int:
+    try:
+        command, rest = parse(argv)
+    except LookupError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if command.name == "help":
+        print(help_text())
+        return 0
+    from common import setup
+
+    if command.needs is not None:
+        try:
+            setup.ensure(command.needs, [command.name, *rest])
+        except setup.SetupError as error:
+            print(error, file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\nStopped. What was begun is taken up again by the next command.", file=sys.stderr)
+            return 130
+    # One module may serve several commands; it then wants to know which.
+    shared = sum(command.module == other.module for other in COMMANDS) > 1
+    try:
+        module = importlib.import_module(command.module)
+        return module.main([command.name, *rest] if shared else rest)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if os.environ.get("COURSE_PYTHON") != "here":
+            raise
+        print(f"{error}. With COURSE_PYTHON=here your own environment needs: pip install -e '.[dev]'", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `make help | head`: the reader has left, and there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

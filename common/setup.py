@@ -1,0 +1,289 @@
+"""`make setup`: an environment of the course's own in .venv, made once, checked in a moment ever after.
+
+Every command that needs packages calls `ensure` first. What is installed is written down in .venv/course.json at the
+very end; if that file fits pyproject.toml there is nothing to do, and if it is absent, because an installation was
+interrupted, pip runs again and keeps what is already there.
+
+`COURSE_PYTHON=here` in the environment, or `--here` after the command, leaves .venv alone and uses the Python that
+runs this, for people who keep an environment of their own.
+
+Like `common/__main__.py`, this file must run on a bare Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST, NEWEST = (3, 10), (3, 13)
+UV = "uv==0.13.9"
+
+
+class SetupError(Exception):
+    """The environment could not be made; the text says why and what to do."""
+
+
+def venv() -> Path:
+    return ROOT / ".venv"
+
+
+def venv_python() -> Path:
+    return venv() / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def stamp_file() -> Path:
+    return venv() / "course.json"
+
+
+def inside() -> bool:
+    """Does this very process run on .venv's Python?"""
+    return os.path.realpath(sys.prefix) == os.path.realpath(venv())
+
+
+def requirements() -> str:
+    """What decides whether an environment is up to date: what pyproject.toml says before the settings of the tools,
+    and where this folder lies, since the environment refers to it by its path.
+    """
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\n[tool.pytest")[0]
+    return hashlib.sha256(f"{ROOT}\n{text}".encode()).hexdigest()
+
+
+def read_stamp() -> dict:
+    """What has been installed, or {} if nobody knows."""
+    try:
+        stamp = json.loads(stamp_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    fits = isinstance(stamp, dict) and isinstance(stamp.get("extras"), list)
+    return stamp if fits and venv_python().exists() else {}
+
+
+def wants_cpu() -> bool:
+    return os.environ.get("TORCH", "") == "cpu" and sys.platform == "linux"
+
+
+def fits(stamp: dict, extra: str) -> bool:
+    return (
+        stamp.get("requirements") == requirements()
+        and (not extra or extra in stamp["extras"])
+        and (not wants_cpu() or stamp.get("torch") == "cpu")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which Python
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def version_text(version) -> str:
+    return ".".join(map(str, version[:2]))
+
+
+def suitable_python() -> str:
+    """A Python that torch has a build for: this one, or another on the PATH."""
+    if OLDEST <= sys.version_info[:2] <= NEWEST:
+        return getattr(sys, "_base_executable", None) or sys.executable
+    for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
+        found = shutil.which(f"python3.{minor}")
+        # A version manager may have a name on the PATH that does not run.
+        if found and subprocess.run([found, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0:
+            return found
+    raise SetupError(
+        f"This is Python {version_text(sys.version_info)}; the course needs {version_text(OLDEST)} to "
+        f"{version_text(NEWEST)}, for which torch is built. Install one of them and name it: make PYTHON=python3.12"
+    )
+
+
+def check_modules(python: str) -> None:
+    """Linux distributions split `venv` off from Python, and its own error message is long."""
+    if python == sys.executable or python == getattr(sys, "_base_executable", None):
+        missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
+    else:
+        command = [python, "-c", "import venv, ensurepip"]
+        missing = ["venv"] if subprocess.run(command, stderr=subprocess.DEVNULL).returncode else []
+    if missing:
+        raise SetupError(
+            f"This Python lacks its module {missing[0]}, which makes environments. On Debian and Ubuntu: "
+            f"sudo apt install python3-venv (or python{version_text(sys.version_info)}-venv)"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Installing
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def install(extra: str) -> None:
+    """Bring .venv to what pyproject.toml and `extra` ask for."""
+    before = read_stamp()
+    extras = sorted({*before.get("extras", []), extra} - {""})
+    swap_torch = wants_cpu() and before.get("torch", "cpu") != "cpu"
+    if stamp_file().exists():
+        stamp_file().unlink()
+    if swap_torch or not runs(venv_python()):
+        if inside():
+            raise SetupError(f"The environment in {venv()} no longer fits its Python. Remove it and run this again.")
+        python = suitable_python()
+        check_modules(python)
+        say(f"Making an environment in {venv()} ...")
+        run([python, "-m", "venv", "--clear", str(venv())], "could not make the environment")
+    say("Installing the course's packages: a minute or two, once.")
+    if wants_cpu():
+        install_cpu_torch()
+    wanted = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
+    run(pip("install", "--editable", wanted), "pip could not install the packages")
+    stamp = {
+        "requirements": requirements(),
+        "extras": extras,
+        "torch": "cpu" if wants_cpu() else before.get("torch", "default"),  # what was asked for
+        "python": version_of(venv_python()),
+    }
+    unfinished = stamp_file().with_suffix(".part")
+    unfinished.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(stamp_file())
+
+
+def pip(*arguments: str) -> list[str]:
+    return [str(venv_python()), "-m", "pip", "--disable-pip-version-check", *arguments]
+
+
+def install_cpu_torch() -> None:
+    """torch without CUDA, on Linux, where the package index has only the build with it. uv knows where the other is.
+    If that fails, pip will get the large one, which works on a CPU just as well.
+    """
+    pinned = re.search(r'"(torch==[^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    try:
+        run(pip("install", UV), "pip could not install uv")
+        uv = [str(venv_python()), "-m", "uv", "pip", "install", "--python", str(venv_python())]
+        run([*uv, "--torch-backend=cpu", pinned], "uv could not install torch's CPU build")
+    except SetupError as error:
+        say(f"{error}\nGoing on with the build that pip finds; it works on a CPU too, and may be larger.")
+
+
+def run(command: list[str], failure: str) -> None:
+    """Run an installer. Its steps pass by on one line of a terminal; only if it fails are its last lines shown."""
+    environment = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "PYTHONUNBUFFERED": "1"}
+    environment.pop("PYTHONPATH", None)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        encoding="utf-8",
+        errors="replace",
+    )
+    lines: list[str] = []
+    try:
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if sys.stdout.isatty() and line.strip():
+                print(f"\r\033[K{line.strip()[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+    finally:
+        if sys.stdout.isatty():
+            print("\r\033[K", end="", flush=True)
+        if process.poll() is None:
+            try:
+                process.wait(timeout=10)  # after Ctrl-C it has had the signal as well
+            except subprocess.TimeoutExpired:
+                process.kill()
+    if process.wait() != 0:
+        raise SetupError(explain(failure, lines))
+
+
+def explain(failure: str, lines: list[str]) -> str:
+    """What went wrong, the installer's own last words, and a guess where there is one."""
+    text = "\n".join(lines)
+    unreachable = re.search(
+        r"resolve|connection|unreachable|timed out|proxy|\(from versions: none\)|dns error", text, re.IGNORECASE
+    )
+    advice = ""
+    if unreachable:
+        advice = "\nAre you offline? Packages come from the network, once; then no command needs it. Try again."
+    elif "No space left" in text:
+        advice = "\nThe disk is full: the packages take about 1.5 GB, and torch with CUDA several more (TORCH=cpu)."
+    tail = "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-6:])
+    return f"{failure}:\n{tail}{advice}"
+
+
+def runs(python: Path) -> bool:
+    """Is there a working Python, with pip, in .venv? It breaks when the system's is upgraded under it."""
+    if not python.exists():
+        return False
+    command = [str(python), "-c", "import pip, sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 13)))"]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def version_of(python: Path) -> str:
+    return subprocess.run(
+        [str(python), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From any Python into .venv's
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def ensure(extra: str, argv: list[str]) -> None:
+    """Make sure that what the command needs is there, and that it is .venv's Python which goes on.
+
+    Returns in the right Python; otherwise starts it with `python -m common *argv` and does not return.
+    """
+    if "--here" in argv:
+        argv.remove("--here")
+        os.environ["COURSE_PYTHON"] = "here"
+    if os.environ.get("COURSE_PYTHON") == "here":
+        if not OLDEST <= sys.version_info[:2] <= NEWEST:
+            suitable_python()
+            say(f"Note: this is Python {version_text(sys.version_info)}; the course is tested on 3.10 to 3.13.")
+        return
+    stamp = read_stamp()
+    if not fits(stamp, extra) or (inside() and stamp.get("python") != version_text(sys.version_info)):
+        install(extra)
+    if inside():
+        os.environ.pop("COURSE_ENTERED", None)
+    else:
+        enter(argv)
+
+
+def enter(argv: list[str]) -> None:
+    """Go on in .venv's Python; never returns."""
+    if os.environ.pop("COURSE_ENTERED", ""):
+        raise SetupError(f"{venv_python()} does not run from {venv()}. Remove that folder and run this again.")
+    command = [str(venv_python()), "-m", "common", *argv]
+    environment = {**os.environ, "COURSE_ENTERED": "1"}
+    sys.stdout.flush()
+    if os.name == "nt":  # there, exec returns to the shell at once
+        sys.exit(subprocess.run(command, env=environment).returncode)
+    os.execve(command[0], command, environment)
+
+
+def main(argv: list[str]) -> int:
+    """`make setup`, or `python -m common setup EXTRA` for dev, lab or hub."""
+    extra = argv[0] if argv else ""
+    if extra not in ("", "dev", "lab", "hub"):
+        print(f"There is no extra {extra!r}: dev, lab and hub are in pyproject.toml.", file=sys.stderr)
+        return 2
+    try:
+        if fits(read_stamp(), extra):
+            say(f"{venv()} is up to date.")
+        else:
+            install(extra)
+            say("Done. `make run` lets a real model answer; `make help` lists what else there is.")
+    except SetupError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
