@@ -19,8 +19,6 @@ Fields = dict[str, object]
 
 _INNERMOST_CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _ARTICLE = re.compile(r"\b([Aa])n? (?=(hour|[A-Za-z]))")
-# A question or exclamation that is quoted may go on in lower case ("Who?" asked Pip), so it is left as written.
-_SENTENCE_START = re.compile(r'((?:^|\n|[.!?] |\." )"?)([a-z])')
 
 
 def choose(rng: random.Random, template: str) -> str:
@@ -36,15 +34,17 @@ def tell(rng: random.Random, template: str, fields: Mapping[str, object]) -> str
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs).format_map(fields)
 
 
-def correct(text: str) -> str:
-    """The last touch: "a" or "an" as the next word asks for, and a capital at the start of each sentence.
+def with_articles(text: str) -> str:
+    """Every "a" and "an" as the next word asks for.
 
-    For the articles the next word's first letter is enough here, but for "hour": no story has a unicorn in it.
+    That word's first letter is enough here, but for "hour": no story has a unicorn in it.
     """
-    text = _ARTICLE.sub(
-        lambda match: match[1] + ("n " if match[2] == "hour" or match[2] in "aeiouAEIOU" else " "), text
-    )
-    return _SENTENCE_START.sub(lambda match: match[1] + match[2].upper(), text)
+
+    def article(match: re.Match) -> str:
+        before_vowel = match[2] == "hour" or match[2] in "aeiouAEIOU"
+        return match[1] + ("n " if before_vowel else " ")
+
+    return _ARTICLE.sub(article, text)
 
 
 def cast(rng: random.Random, plot: Plot) -> Fields:
@@ -89,7 +89,7 @@ def story(rng: random.Random) -> str:
     beginning = tell(rng, rng.choice(openings), fields)
     middle = tell(rng, plot.text, fields)
     ending = tell(rng, rng.choice(ENDINGS), fields)
-    return correct(f"{title}\n\n{beginning} {middle}\n\n{ending}")
+    return with_articles(f"{title}\n\n{beginning} {middle}\n\n{ending}")
 
 
 if __name__ == "__main__":
