@@ -1,0 +1,131 @@
+"""The course as its users meet it: a copy of it, worked in by a student, through the commands that they type."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import skeleton
+from common.course import LESSONS, MODULES_VARIABLE, ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the course in which no exercise has been touched."""
+    base = tmp_path_factory.mktemp("student") / "course"
+    shutil.copytree(
+        ROOT, base, ignore=shutil.ignore_patterns(".git", ".venv", ".course", "__pycache__", ".pytest_cache", "*.ipynb")
+    )
+    for lesson in LESSONS:
+        (base / lesson.module.relative_to(ROOT)).write_text(skeleton.cut_lesson(lesson))
+    return base
+
+
+def course(copy: Path, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Run `python -m common` there, with the packages of here."""
+    kept = {name: value for name, value in os.environ.items() if name not in (MODULES_VARIABLE, "PYTHONPATH", "MINE")}
+    return subprocess.run(
+        [sys.executable, "-m", "common", *arguments],
+        cwd=copy,
+        env={**kept, "COURSE_PYTHON": "here", "COLUMNS": "120", **environment},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def finish(copy: Path, *numbers: int, **edits: tuple[str, str]) -> None:
+    """Let the student's modules of these lessons be the reference's, but for an edit by slug."""
+    for lesson in LESSONS:
+        if lesson.number in numbers:
+            text = lesson.solution.read_text()
+            if lesson.slug in edits:
+                assert text.count(edits[lesson.slug][0]) == 1
+                text = text.replace(*edits[lesson.slug])
+            (copy / lesson.module.relative_to(ROOT)).write_text(text)
+
+
+@pytest.fixture
+def student(copy, tmp_path) -> Path:
+    """A fresh copy for one test."""
+    return Path(shutil.copytree(copy, tmp_path / "course"))
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+def test_untouched_skeleton_scores_nothing_and_says_what_to_do(copy, lesson):
+    result = course(copy, "test-lesson", str(lesson.number))
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    exercises = skeleton.exercises_of(lesson)
+    assert result.stdout.count("to do") == len(exercises)
+    for exercise in exercises:
+        assert re.search(rf"{re.escape(exercise.id)} .*\.py:\d+ +make hint-{re.escape(exercise.id)}\b", result.stdout)
+    assert f"0 of {len(exercises)} exercises, 0 of " in result.stdout
+
+
+def test_finished_lessons_pass_and_the_student_can_chat(student):
+    finish(student, 0, 1, 2)
+    for lesson in LESSONS:
+        result = course(student, "test-lesson", str(lesson.number))
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert f"Lesson {lesson.number} is complete." in result.stdout
+    board = course(student, "progress").stdout
+    assert board.count("complete") == len(LESSONS)
+    result = course(student, "chat", stdin="Once upon a time\n/quit\n", MODEL="tales", MINE="0-2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "lesson 0 yours, lesson 1 yours, lesson 2 yours" in result.stdout + result.stderr
+
+
+def test_what_runs_is_the_students_file(student):
+    """A grader that secretly ran the reference would not see this; nor would a later lesson built on it."""
+    finish(student, 0, 1, 2, llm_basics=("torch.rsqrt(mean_square + eps)", "torch.zeros_like(mean_square)"))
+    lesson_1 = course(student, "test-lesson", "1")
+    assert lesson_1.returncode == 1
+    assert re.search(r"wrong +1\.4 ", lesson_1.stdout) and not re.search(r"wrong +1\.3 ", lesson_1.stdout)
+    assert course(student, "test-lesson", "2").returncode == 0
+    under_mine = course(student, "test-lesson", "2", MINE="0-1")
+    assert under_mine.returncode == 1 and "lesson 1 yours" in under_mine.stdout
+    assert re.search(r"wrong +2\.\d+ ", under_mine.stdout)
+
+
+def test_unfinished_modules_are_refused_under_mine(student):
+    finish(student, 0, 2)
+    result = course(student, "chat", stdin="/quit\n", MODEL="tales", MINE="0-2")
+    assert result.returncode == 2
+    assert "llm_basics.py cannot be used yet: 1.1, 1.2, " in result.stdout + result.stderr
+
+
+def test_progress_is_graded_anew_when_something_changed(student):
+    """The board follows the file, not what was once true of it."""
+    finish(student, 1)
+    assert re.search(r"LLM basics .*14 of 14", course(student, "progress").stdout)
+    finish(student, 1, llm_basics=("torch.rsqrt(mean_square + eps)", "torch.zeros_like(mean_square)"))
+    assert re.search(r"LLM basics .*13 of 14", course(student, "progress").stdout)
+
+
+def test_reset_backs_up_and_the_work_can_be_put_back(student):
+    finish(student, 1)
+    work = (student / "lesson-1-llm-basics" / "llm_basics.py").read_text()
+    result = course(student, "reset-lesson", "1")
+    assert result.returncode == 0
+    backup = student / re.search(r"kept in (\S+\.py)\.", result.stdout)[1]
+    assert backup.read_text() == work
+    assert course(student, "test-lesson", "1").returncode == 1
+
+
+def test_the_courses_own_tests_do_not_depend_on_the_students_work(student):
+    for lesson in LESSONS:
+        (student / lesson.module.relative_to(ROOT)).write_text("def broken(:\n")
+    tests = ["common/tests/test_skeleton.py", "common/tests/test_course.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    result = subprocess.run(command, cwd=student, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
