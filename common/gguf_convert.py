@@ -218,6 +218,7 @@ def _dtype(tensor):
 
 def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
     """One file, or several of at most SHARD_BYTES with an index; only one file's tensors are in memory at a time."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     names = {name: _new_name(source, name) for name in source.tensors if name != "rope_freqs.weight"}
@@ -236,7 +237,10 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
             for name in shard:
                 tensors[names[name]] = _tensor(source, name, config)
                 advance(sizes[name])
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, above all
+                raise OSError(error) from error
     if len(shards) > 1:
         weight_map = {names[name]: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

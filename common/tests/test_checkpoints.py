@@ -20,6 +20,7 @@ import gguf
 import numpy
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common import checkpoints, gguf_convert
@@ -540,7 +541,7 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_passes_for_whole(tmp_pa
         checkpoints.find_checkpoint({str(path)!r})
     """
     root = Path(checkpoints.__file__).resolve().parent.parent
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=root).returncode == 9
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=root, check=False).returncode == 9
     assert list(cache.glob("*.partial")) and cached(str(path)) is None
     folder = find_checkpoint(str(path))  # the lock went with its holder
     assert Checkpoint(folder).names() == sorted(model_tensors("llama"))
@@ -562,6 +563,21 @@ def test_two_at_once_prepare_a_folder_once(cache):
     for thread in threads:
         thread.join()
     assert len(made) == 1 and (target / "config.json").is_file()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", "llama")
+
+    def disk_is_full(tensors, file, metadata):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", disk_is_full)
+    with pytest.raises(CheckpointError, match="could not be written: .*No space left.*COURSE_CACHE"):
+        find_checkpoint(str(path))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(CheckpointError, match="cannot be made .*COURSE_CACHE"):
+        find_checkpoint(str(path))
 
 
 class Server(http.server.ThreadingHTTPServer):
