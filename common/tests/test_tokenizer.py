@@ -319,6 +319,7 @@ def test_the_longest_added_token_is_found(sentencepiece_folder, tmp_path):
 
 def test_eos_comes_from_generation_config_then_config_then_the_tokenizer(byte_level_folder, tmp_path):
     folder = copy_with(byte_level_folder, tmp_path)
+    write_json(folder / "config.json", {"eos_token_id": 6})
     assert load_tokenizer(folder).eos_token_ids == {0, 1}
     write_json(folder / "generation_config.json", {"eos_token_id": 5})
     assert load_tokenizer(folder).eos_token_ids == {5}
@@ -361,6 +362,10 @@ def test_the_splitting_rules_differ_where_they_should():
     assert words("smollm") == ["1", "2", "3", "4", "5", "ĠI", "'", "M"]
     assert words("gpt-2") == ["12345", "ĠI", "'", "M"]
     assert words("default") == ["123", "45", "ĠI", "'", "M"]
+    # Llama 3 takes a word that is a token whole, even where no merges lead to it.
+    tokens, kinds = ["a", "b", "ab"], [NORMAL] * 3
+    assert byte_level_tokenizer("x.gguf", tokens, kinds, [], "llama-bpe", None).encode("ab").ids == [2]
+    assert byte_level_tokenizer("x.gguf", tokens, kinds, [], "qwen2", None).encode("ab").ids == [0, 1]
     with pytest.raises(CheckpointError, match="x.gguf.*'dbrx'.*llama-bpe"):
         byte_level_tokenizer("x.gguf", ["a"], [NORMAL], [], "dbrx", None)
 
