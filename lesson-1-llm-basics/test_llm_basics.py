@@ -7,6 +7,7 @@ numbers for rotary, torch's own attention), or was computed by transformers: see
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -284,11 +285,12 @@ class TestAttention:
 
     def test_float16(self, code):
         # 300 times 300, four times, is 360000, and float16 ends at 65504. The second score is far behind the first.
-        q = torch.full((1, 4), 300.0, dtype=torch.float16)
+        q = torch.tensor([[300.0] * 4, [0.0] * 4], dtype=torch.float16)
         k = torch.tensor([[300.0] * 4, [250.0] * 4, [0.0] * 4], dtype=torch.float16)
-        v = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 9.0, 9.0, 9.0]], dtype=torch.float16)
-        actual = code.attention(q, k, v, booleans("xx."))
-        close(actual, v[:1], "attention(q and k of 300s in float16)", rtol=2e-3)
+        v = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 10.0, 11.0, 12.0]], dtype=torch.float16)
+        expected = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]], dtype=torch.float16)
+        actual = code.attention(q, k, v, booleans("xx.", "xxx"))
+        close(actual, expected, "attention(q and k of 300s in float16)", rtol=2e-3)
 
     def test_float64(self, code):
         q, k, v = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
@@ -606,7 +608,7 @@ class TestTogether:
         ids = list(text.encode())
         pieces = {byte: bytes([byte]) for byte in range(256)}
         for new_id in range(256, 276):
-            pairs = list(zip(ids, ids[1:]))
+            pairs = list(itertools.pairwise(ids))
             pair = max(set(pairs), key=lambda each: (pairs.count(each), each))
             pieces[new_id] = pieces[pair[0]] + pieces[pair[1]]
             ids = code.merge_pair(ids, pair, new_id)

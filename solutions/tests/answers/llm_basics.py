@@ -1,4 +1,4 @@
-"""Answers to lesson 1 that are not the reference: mistakes, each with the name that a student is told, and other ways."""
+"""Lesson 1's answers that are not the reference: mistakes, each by the name that a student is told, and other ways."""
 
 from common.grading.catalogue import right, wrong, wrong_body
 
@@ -548,7 +548,8 @@ ANSWERS = [
         "the norms behind attention and the feed-forward network (post-norm), where they stand before",
         """
         num_tokens = x.shape[0]
-        q, k, v = ((x @ weights[f"self_attn.{name}_proj.weight"].T).view(num_tokens, -1, config.head_dim) for name in "qkv")
+        w = [weights[f"self_attn.{name}_proj.weight"] for name in "qkv"]
+        q, k, v = ((x @ each.T).view(num_tokens, -1, config.head_dim) for each in w)
         mask = causal_mask(num_tokens, num_tokens)
         mixed = grouped_query_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask)
         x = x + mixed.flatten(1) @ weights["self_attn.o_proj.weight"].T
@@ -622,7 +623,8 @@ ANSWERS = [
                 _, _, number, rest = name.split(".", 3)
                 if int(number) < len(layers):
                     layers[int(number)][rest] = weight
-        tables = rotary_tables(torch.tensor(range(len(token_ids))), rotary_frequencies(config.head_dim, config.rope_theta))
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
+        tables = rotary_tables(torch.tensor(range(len(token_ids))), frequencies)
         hidden = weights["model.embed_tokens.weight"].index_select(0, token_ids)
         for layer in layers:
             hidden = block(hidden, layer, config, *tables)
@@ -760,6 +762,7 @@ ANSWERS = [
         "softmax and then a logarithm, so that a small probability becomes 0",
         "torch.log_softmax(upcast(logits[:-1]), dim=-1)",
         "softmax(upcast(logits[:-1])).log()",
+        recognised=False,  # infinity
     ),
     wrong("1.14", "logarithms in 16 bits", "upcast(logits[:-1])", "logits[:-1]"),
     right(
