@@ -1,0 +1,218 @@
+"""`make bench`: what this machine can do, and what the engine makes of it. Results go to common/measurements/.
+
+A figure in a README is drawn from a file there, and each file says on which machine, with which versions, when and by
+which command it was made. Machines drift, so every number is a median, and what is compared is measured in turn, in
+one process. `--quick` runs everything in miniature, to see that it works; its numbers mean nothing and are not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common.course import CourseError, activate, files_used
+
+MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
+
+
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    """The median over `repeats` calls, after one that warms up."""
+    function()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def circumstances(command: str) -> dict:
+    """What a reader needs in order to know what a number means."""
+    packages = ("torch", "numpy", "transformers")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
+
+
+def read_bandwidth(megabytes: int, repeats: int) -> float:
+    """GB/s at which a float32 matrix is read by a matrix-vector product: all of it once, and two operations a number.
+
+    The matrix must be much larger than the caches, or the caches are what is measured.
+    """
+    columns = 4096
+    matrix = torch.ones(megabytes * 2**20 // (4 * columns), columns)
+    vector = torch.ones(columns)
+    seconds = median_seconds(lambda: torch.mv(matrix, vector), repeats)
+    return matrix.numel() * 4 / seconds / 1e9
+
+
+def gemm_rate(size: int, repeats: int) -> float:
+    """GFLOP/s of a float32 product of two square matrices."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / median_seconds(lambda: a @ b, repeats) / 1e9
+
+
+def measure_machine(quick: bool) -> dict:
+    megabytes, size, repeats = (16, 256, 3) if quick else (1024, 2048, 15)
+    result = {"read_gb_per_s": read_bandwidth(megabytes, repeats), "gemm_gflop_per_s": gemm_rate(size, repeats)}
+    print(f"reads {result['read_gb_per_s']:.1f} GB/s, float32 GEMM {result['gemm_gflop_per_s']:.0f} GFLOP/s")
+    return {"read_matrix_mb": megabytes, "gemm_size": size, "repeats": repeats, **result}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 2: the cost of remembering nothing
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_recompute(name: str, lengths: list[int], repeats: int) -> dict:
+    """Seconds for one more token after a context of each length: ours computes the whole context again.
+
+    Beside it, if transformers is installed, its model over the same weights, without a cache and with one.
+    """
+    from common.checkpoints import find_checkpoint
+    from solutions.llama_pytorch import causal_attend, load
+
+    model, _ = load(name, torch.float32, "cpu")
+    theirs = load_transformers(find_checkpoint(name))
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        token_ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
+        ways = {"recompute": lambda ids=token_ids: model.logits(model(ids, torch.arange(len(ids)), causal_attend)[-1:])}
+        if theirs is not None:
+            ways |= transformers_steps(theirs, token_ids)
+        with torch.inference_mode():
+            row = {"context": length, **interleaved_medians(ways, repeats)}
+        rows.append(row)
+        print(f"{name}, {length} tokens: " + ", ".join(f"{way} {row[way] * 1e3:.1f} ms" for way in ways), flush=True)
+    return {"model": name, "dtype": "float32", "repeats": repeats, "unit": "seconds per token", "rows": rows}
+
+
+def interleaved_medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each, measured in turn, so that a machine that drifts does so for all of them."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(repeats + 1):
+        for way, function in ways.items():
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first round warms up
+                seconds[way].append(time.perf_counter() - start)
+    return {way: statistics.median(taken) for way, taken in seconds.items()}
+
+
+def load_transformers(folder: Path):
+    """transformers' model of a checkpoint, or None where transformers is not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
+        return None
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """One step of transformers after this context, without and with a cache. token_ids: (T,)."""
+    ids = token_ids[None]
+    with torch.inference_mode():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values if len(token_ids) > 1 else None
+
+    def cached() -> None:
+        model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if cache is not None:
+            cache.crop(len(token_ids) - 1)  # so that the next repeat finds what this one did
+
+    return {
+        "transformers, no cache": lambda: model(ids, use_cache=False, logits_to_keep=1),
+        "transformers, cache": cached,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, name: str, command: str, result: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**circumstances(command), **result}, indent=2, default=str)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read(name: str, folder: Path = MEASUREMENTS) -> dict:
+    """A measurement by its name. FileNotFoundError if nobody has made it."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def main(argv: list[str]) -> int:
+    names = ("machine", "recompute-tales", "recompute-smollm2-135m")
+    parser = argparse.ArgumentParser(prog="python -m common bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="in miniature, and nothing is kept")
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("THREADS") or 0) or None)
+    parser.add_argument("--out", type=Path, default=MEASUREMENTS, help="the folder for the results")
+    settings = parser.parse_args(argv)
+    if unknown := [name for name in settings.what if name not in names]:
+        parser.error(f"there is nothing called {unknown[0]!r} to measure; there is {', '.join(names)}")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    activate(None)  # the record is of the reference
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads. {files_used()}")
+    command = " ".join(["python -m common bench", *settings.what])
+    if settings.threads:
+        command += f" --threads {settings.threads}"
+    lengths, repeats = ([4, 8], 2) if settings.quick else ([16, 32, 64, 128, 256, 384, 512], 9)
+    for name in settings.what or names:
+        try:
+            if name == "machine":
+                result = measure_machine(settings.quick)
+            else:
+                result = measure_recompute(name.removeprefix("recompute-"), lengths, repeats)
+        except (CourseError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        if settings.quick:
+            print(f"{name}: not kept, since --quick measures nothing worth keeping.")
+        else:
+            save(settings.out, name, command, result)
+    return 0

@@ -1,0 +1,321 @@
+"""`make run`: a model answers a prompt. `make chat`: a conversation with it in the terminal.
+
+Both are what a reader of lesson 2 could write: encode, `generate`, show the pieces of text as they come. With
+MINE=0-2 the model, the sampling and the loop are the student's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.checkpoints import CheckpointError
+from common.course import CourseError, activate, files_used
+
+DEFAULT_MODEL = "smollm2-135m"
+CHAT_PROMPT = "What is gravity? Answer in two or three sentences."
+PLAIN_PROMPT = "Once upon a time"
+HELP = """\
+/reset         forget the conversation
+/system TEXT   tell the model who it is, and start again; without TEXT: show what it was told
+/help          this list
+/quit          leave; so does Ctrl-D. Ctrl-C stops an answer."""
+
+
+class OptionError(ValueError):
+    """A wrong option or prompt; the text says what to change."""
+
+
+@dataclass
+class Reply:
+    """One answer: its text, and what it took. num_tokens is None if it was stopped, since nobody counted."""
+
+    text: str
+    num_prompt_tokens: int
+    num_tokens: int | None
+    finish_reason: str  # as generate's, or "interrupted"
+    seconds: float
+    seconds_to_text: float | None
+
+    def summary(self) -> str:
+        if self.num_tokens is None:
+            return f"stopped after {self.seconds:.1f} s"
+        parts = [
+            f"{self.num_prompt_tokens} + {self.num_tokens} tokens in {self.seconds:.1f} s",
+            f"{self.num_tokens / self.seconds:.1f} tokens/s",
+        ]
+        if self.seconds_to_text is not None:
+            parts.append(f"first text after {self.seconds_to_text:.2f} s")
+        if self.finish_reason == "length":
+            parts.append("cut off at the length limit")
+        return ", ".join(parts)
+
+
+@dataclass
+class Talker:
+    """A loaded model that speaks. `generate` and `params` are lesson 2's, or the student's."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    generate: Callable[..., Any]
+    params: Any
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model can see, the prompt and its answer together."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def has_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    def reply(self, prompt_token_ids: Sequence[int], on_text: Callable[[str], None]) -> Reply:
+        """Answer; Ctrl-C ends the answer, and what was said until then stands."""
+        pieces: list[str] = []
+        first: list[float] = []
+        start = time.perf_counter()
+
+        def show(piece: str) -> None:
+            if not first:
+                first.append(time.perf_counter() - start)
+            pieces.append(piece)
+            on_text(piece)
+
+        try:
+            output = self.generate(self.model, self.tokenizer, prompt_token_ids, self.params, show)
+            num_tokens, finish_reason = len(output.token_ids), output.finish_reason
+        except KeyboardInterrupt:
+            num_tokens, finish_reason = None, "interrupted"
+        seconds = time.perf_counter() - start
+        return Reply(
+            "".join(pieces), len(prompt_token_ids), num_tokens, finish_reason, seconds, first[0] if first else None
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the model is shown of a conversation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Conversation:
+    """The turns so far of a model with a chat template, oldest first."""
+
+    talker: Talker
+    system: str = ""
+    turns: list[dict[str, str]] = field(default_factory=list)  # user and assistant in turn
+
+    def ask(self, text: str) -> tuple[list[int], int]:
+        """Add the user's turn. Returns the tokens to show to the model, and how many old turns no longer fit.
+
+        Turns are dropped from the oldest, a question with its answer, until there is room for an answer. The
+        system's turn stays. Raises OptionError, and adds nothing, if the new turn is too long by itself.
+        """
+        room = self.talker.context - min(self.talker.params.max_tokens, self.talker.context // 2)
+        turns = [*self.turns, {"role": "user", "content": text}]
+        dropped = 0
+        while len(token_ids := self.encode(turns)) > room:
+            if len(turns) == 1:
+                raise OptionError(f"That is {len(token_ids)} tokens; this model takes {room}. Make it shorter.")
+            turns, dropped = turns[2:], dropped + 2
+        self.turns = turns
+        return token_ids, dropped
+
+    def encode(self, turns: list[dict[str, str]]) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        text = self.talker.tokenizer.apply_chat_template([*system, *turns])
+        # The template writes the special tokens itself.
+        return self.talker.tokenizer.encode(text, add_special_tokens=False)
+
+    def answered(self, text: str) -> None:
+        self.turns.append({"role": "assistant", "content": text})
+
+    def reset(self) -> None:
+        self.turns = []
+
+
+@dataclass
+class Story:
+    """For a model without a chat template: one text, which the user and the model continue in turn."""
+
+    talker: Talker
+    text: str = ""
+
+    def ask(self, text: str) -> tuple[list[int], int]:
+        """Add to the text. Returns the tokens to continue from, and how many tokens at its beginning no longer fit."""
+        joint = " " if self.text and not self.text[-1].isspace() else ""
+        self.text += joint + text
+        token_ids = self.talker.tokenizer.encode(self.text)
+        room = self.talker.context - min(self.talker.params.max_tokens, self.talker.context // 2)
+        dropped = max(0, len(token_ids) - room)
+        if not dropped:
+            return token_ids, 0
+        begins = token_ids[0] == self.talker.tokenizer.bos_token_id
+        return [*token_ids[:begins], *token_ids[dropped + begins :]], dropped
+
+    def answered(self, text: str) -> None:
+        self.text += text
+
+    def reset(self) -> None:
+        self.text = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The terminal
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def quiet(text: str) -> str:
+    """Dim, where the output is a terminal that can."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\033[2m{text}\033[0m"
+
+
+def write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def run(talker: Talker, prompt: str, show_prompt: bool) -> int:
+    if not prompt.strip():
+        raise OptionError("The prompt is empty.")
+    if talker.has_template:
+        token_ids, _ = Conversation(talker).ask(prompt)
+        if show_prompt:
+            print(quiet(f"> {prompt}"))
+    else:
+        token_ids, dropped = Story(talker).ask(prompt)
+        if dropped:
+            raise OptionError(f"The prompt is {dropped} tokens too long for a model that sees {talker.context}.")
+        write(prompt)  # the model continues this very text
+    reply = talker.reply(token_ids, write)
+    print("\n\n" + quiet(f"{talker.name}: {reply.summary()}. {files_used()}"))
+    return 130 if reply.finish_reason == "interrupted" else 0
+
+
+def chat(talker: Talker, system: str = "") -> int:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (importing it gives `input` line editing and history)
+    story = None if talker.has_template else Story(talker)
+    conversation = story or Conversation(talker, system)
+    print(quiet(f"{talker.name}. {files_used()} /help lists the commands; Ctrl-D leaves."))
+    if story:
+        print(quiet("This model was not trained to converse: write a beginning, and it continues the text."))
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print("\n" + quiet("Ctrl-D or /quit leaves."))
+            continue
+        command, _, rest = line.partition(" ")
+        if not line:
+            continue
+        elif command == "/quit":
+            return 0
+        elif command == "/help":
+            print(HELP)
+        elif command == "/reset":
+            conversation.reset()
+            print(quiet("Forgotten."))
+        elif command == "/system" and story:
+            print(quiet("This model has no system turn."))
+        elif command == "/system" and rest.strip():
+            conversation = Conversation(talker, rest.strip())
+            print(quiet("Understood; the conversation starts again."))
+        elif command == "/system":
+            print(quiet(conversation.system or "Nothing; the model's template may have a default of its own."))
+        elif command.startswith("/"):
+            print(quiet(f"There is no command {command}; /help lists those there are."))
+        else:
+            take_turn(talker, conversation, line)
+
+
+def take_turn(talker: Talker, conversation: Conversation | Story, line: str) -> None:
+    try:
+        token_ids, dropped = conversation.ask(line)
+    except OptionError as error:
+        print(quiet(str(error)))
+        return
+    if dropped:
+        what = "turns" if isinstance(conversation, Conversation) else "tokens"
+        print(quiet(f"The context is full: the oldest {dropped} {what} are no longer seen."))
+    reply = talker.reply(token_ids, write)
+    conversation.answered(reply.text)
+    print("\n" + quiet(f"[{reply.summary()}]"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    """Flags, and for what is not given, the variables as `make` passes them."""
+    command, *rest = argv
+    variable = os.environ.get
+    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=variable("MODEL") or DEFAULT_MODEL, help="a name, a folder, a .gguf file")
+    if command == "run":
+        parser.add_argument("--prompt", default=variable("PROMPT") or None)
+    else:
+        parser.add_argument("--system", default="", help="who the model is told to be")
+    length, temperature, top_p = (96, 0.0, 1.0) if command == "run" else (256, 0.6, 0.9)
+    parser.add_argument("--max-tokens", type=int, default=length, help=f"of an answer; default {length}")
+    parser.add_argument("--temperature", type=float, default=temperature, help=f"default {temperature}")
+    parser.add_argument("--top-p", type=float, default=top_p, help=f"default {top_p}")
+    parser.add_argument("--seed", type=int, default=None, help="the same seed, the same answers")
+    parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
+    parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
+    parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))
+    return parser.parse_args(rest)
+
+
+def load_talker(settings: argparse.Namespace) -> Talker:
+    activate(settings.mine)  # before anything of `solutions` is imported: it decides which files that means
+    import torch
+
+    from solutions.llama_pytorch import SamplingParams, generate, load
+
+    if settings.threads:
+        if not settings.threads.isdigit() or settings.threads == "0":
+            raise OptionError(f"THREADS is {settings.threads!r}; it must be a whole number of at least 1.")
+        torch.set_num_threads(int(settings.threads))
+    try:
+        params = SamplingParams(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            max_tokens=settings.max_tokens,
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    model, tokenizer = load(settings.model)
+    return Talker(settings.model, model, tokenizer, generate, params)
+
+
+def main(argv: list[str]) -> int:
+    settings = options(argv)
+    for stream in (sys.stdin, sys.stdout):  # the model speaks all of Unicode, whatever the terminal was set to
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        talker = load_talker(settings)
+        if argv[0] == "chat":
+            return chat(talker, settings.system)
+        fallback = CHAT_PROMPT if talker.has_template else PLAIN_PROMPT
+        return run(talker, fallback if settings.prompt is None else settings.prompt, settings.prompt is None)
+    except (CheckpointError, CourseError, OptionError) as error:
+        if settings.verbose:
+            raise
+        print(error, file=sys.stderr)
+        return 2
