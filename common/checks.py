@@ -23,15 +23,15 @@ def call(*command: str, **environment: str) -> int:
 def pytest(*arguments: str, **environment: str) -> int:
     # Whoever has MINE or the like in their environment gets the course judged, and not their own modules.
     clean = {"COURSE_MODULES": "", "MINE": "", "SOLUTION": "", "FILE": "", "VERBOSE": "", "PDB": "", "MODEL": ""}
-    return call("-m", "pytest", "-q", *arguments, *FOLDERS, **{**clean, **environment})
+    return call("-m", "pytest", "-q", "-p", "common.remaining", *arguments, *FOLDERS, **{**clean, **environment})
 
 
 def test() -> int:
-    return pytest("-m", "not slow")
+    return pytest("-m", "not slow", "--record")
 
 
 def test_all() -> int:
-    """The slow tests, those that need the real model, and the notebooks. `make test` has the rest."""
+    """Every test there is, and the notebooks; what `make test` has passed just now is not repeated."""
     from common.checkpoints import CheckpointError, find_checkpoint
 
     try:
@@ -39,7 +39,8 @@ def test_all() -> int:
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 2
-    return pytest("-m", "slow", COURSE_REAL_MODEL="1") or call("-m", "common", "test-notebooks", COURSE_PYTHON="here")
+    tests = pytest("--remaining", "--durations=5", COURSE_REAL_MODEL="1")
+    return tests or call("-m", "common", "test-notebooks", COURSE_PYTHON="here")
 
 
 def lint() -> int:

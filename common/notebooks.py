@@ -1,0 +1,146 @@
+"""The lessons' notebooks: run and saved by `make notebooks`, compared by `make test-notebooks`, opened by `make lab`.
+
+A saved notebook must not depend on who ran it: it is run from top to bottom in a fresh kernel, with two threads and
+a fixed hash seed, and what names the machine or the hour is left out of the file. One with an error in it is not
+saved at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+
+from common.course import LESSONS, ROOT, Lesson, files_used, lesson, shown
+
+CELL_SECONDS = 300
+SANITIZE = Path(__file__).resolve().parent / "nbval_sanitize.cfg"
+
+
+def environment() -> dict[str, str]:
+    """What a notebook's kernel finds in its environment, wherever it is started."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "2",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "COURSE_MODULES": "",  # an instructor's notebook runs the reference
+    }
+
+
+def notebooks(numbers: list[str]) -> list[Lesson]:
+    """The lessons with these numbers, or all, that have a notebook."""
+    chosen = [lesson(number) for number in numbers] or LESSONS
+    return [each for each in chosen if each.notebook.exists()]
+
+
+def normalise(notebook: nbformat.NotebookNode) -> None:
+    """Leave out what differs from machine to machine and from run to run."""
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python", "file_extension": ".py", "mimetype": "text/x-python"},
+        }
+    )
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
+
+
+def joined(outputs: list) -> list:
+    """Pieces of one stream that follow each other as one: how they were cut depends on the clock."""
+    result: list = []
+    for output in outputs:
+        last = result[-1] if result else None
+        if last is not None and output.output_type == last.output_type == "stream" and output.name == last.name:
+            last.text += output.text
+        else:
+            result.append(output)
+    return result
+
+
+def execute(path: Path) -> None:
+    """Run a notebook in its own folder, as editors and nbval do, and save it with its outputs. If a cell fails nbclient's
+    CellExecutionError is raised and nothing is saved.
+    """
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=where)
+    client.execute(env=environment())
+    normalise(notebook)
+    nbformat.validate(notebook)
+    unfinished = path.with_suffix(".part")
+    nbformat.write(notebook, unfinished)
+    unfinished.replace(path)
+
+
+def run(numbers: list[str]) -> int:
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+    print(files_used())
+    failed = False
+    for each in notebooks(numbers):
+        start = time.perf_counter()
+        print(f"{shown(each.notebook)} ... ", end="", flush=True)
+        try:
+            execute(each.notebook)
+        except (CellExecutionError, CellTimeoutError) as error:
+            print(f"not saved:\n{error}")
+            failed = True
+        else:
+            print(f"{time.perf_counter() - start:.0f} s")
+    return int(failed)
+
+
+def never_run(path: Path) -> list[int]:
+    """Which code cells, counted from 1 over all cells, have no execution count: nbval would not compare them.
+    Cells without code are never run, by anyone.
+    """
+    cells = nbformat.read(path, as_version=4).cells
+    return [
+        number
+        for number, cell in enumerate(cells, start=1)
+        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None
+    ]
+
+
+def compare(numbers: list[str]) -> int:
+    """Run each notebook with nbval, strictly: every output must equal the saved one."""
+    paths = [each.notebook for each in notebooks(numbers)]
+    if not paths:
+        print("There are no notebooks yet.")
+        return 0
+    failed = False
+    for path in paths:
+        if cells := never_run(path):
+            print(f"{shown(path)}: cells {', '.join(map(str, cells))} were never run: make notebooks")
+            failed = True
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env"]
+    command += [f"--nbval-sanitize-with={SANITIZE}", f"--nbval-cell-timeout={CELL_SECONDS}", "--durations=5"]
+    code = subprocess.run([*command, *map(str, paths)], cwd=ROOT, env=environment()).returncode
+    return code or int(failed)
+
+
+def lab() -> int:
+    return subprocess.run([sys.executable, "-m", "jupyterlab"], cwd=ROOT, env=environment()).returncode
+
+
+def main(argv: list[str]) -> int:
+    command, *rest = argv
+    if command == "lab":
+        return lab()
+    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n")[0])
+    parser.add_argument("lesson", nargs="*", help="numbers of lessons; default: all")
+    numbers = parser.parse_args(rest).lesson
+    return run(numbers) if command == "notebooks" else compare(numbers)
