@@ -69,8 +69,9 @@ def joined(outputs: list) -> list:
 
 
 def execute(path: Path) -> None:
-    """Run a notebook in its own folder, as editors and nbval do, and save it with its outputs. If a cell fails nbclient's
-    CellExecutionError is raised and nothing is saved.
+    """Run a notebook in its own folder, as editors and nbval do, and save it with its outputs.
+
+    If a cell fails, nbclient's CellExecutionError is raised and nothing is saved.
     """
     from nbclient import NotebookClient
 
