@@ -142,6 +142,44 @@ def roofline() -> Figure:
     return fig
 
 
+@figure("lesson-0-intro/figures/ceilings.svg")
+def ceilings() -> Figure:
+    """What batching can give Llama 2 7B on an H100, by arithmetic, for three lengths of context."""
+    from solutions import intro
+
+    shape = intro.LLAMA_2_7B
+    model_bytes = intro.weight_bytes(intro.flops_per_token(shape, 0) // 2, 16)
+    batches = [2**exponent for exponent in range(12)]
+    fig, axes = new_figure()
+    for context, color in ((1, BLUE), (1024, ORANGE), (4096, VERMILION)):
+        cache_bytes = intro.kv_cache_bytes(
+            shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, context, bytes_per_number=2
+        )
+        limits = intro.H100.bandwidth, intro.H100.peak_flops
+        token_flops = intro.flops_per_token(shape, context)
+        speeds = [intro.decode_ceiling(token_flops, model_bytes, cache_bytes, batch, *limits) for batch in batches]
+        axes.plot(batches, speeds, color=color)
+        name = "no context" if context == 1 else f"{context} tokens of context"
+        label_end(axes, batches[-1], speeds[-1], name, color)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=10)
+    axes.set_xticks(batches[::2], [str(batch) for batch in batches[::2]])
+    axes.minorticks_off()
+    axes.set_xlim(1, batches[-1] * 24)
+    axes.set_xlabel("requests in the batch")
+    axes.set_ylabel("tokens/s of all requests together, at most")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.set_title("Batching is nearly free, until the caches are what is read")
+    fig.supxlabel(
+        "By arithmetic: Llama 2 7B, 16 bits, one H100 SXM (3.35 TB/s, 989 TFLOP/s), if its memory were large enough",
+        fontsize=7,
+        color=GREY,
+        x=0.01,
+        ha="left",
+    )
+    return fig
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Lesson 2: seconds per token without a memory
 # ---------------------------------------------------------------------------------------------------------------
