@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 
 from common import bench
 from common.course import ROOT, CourseError, shown
@@ -139,6 +141,145 @@ def roofline() -> Figure:
         axes.plot([intensity], [ceiling], "o", color=color)
         label_end(axes, intensity, ceiling, name, color, dx=dx, dy=dy)
     source_line(fig, machine)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 1: rotary embedding, three attention heads, where the parameters are
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-1-llm-basics/figures/rotary.svg")
+def rotary() -> Figure:
+    """Left: the hands of a head's clocks at the first positions. Right: a rotated query times rotated keys."""
+    import torch
+
+    from solutions.llm_basics import apply_rotary, rotary_frequencies, rotary_tables
+
+    fig = Figure(layout="constrained", figsize=(11, 3.8))
+    clocks, products = fig.subplots(1, 2, width_ratios=(1.1, 1))
+    shades = matplotlib.colormaps["viridis"]([0.0, 0.17, 0.34, 0.51, 0.68, 0.85])
+    for pair, frequency in enumerate(rotary_frequencies(8, 100.0).tolist()):
+        x = 2.6 * pair
+        clocks.add_patch(Circle((x, 0), 1, fill=False, color="0.7"))
+        for position, shade in enumerate(shades):
+            dx, dy = math.cos(position * frequency), math.sin(position * frequency)
+            clocks.plot([x, x + dx], [0, dy], color=shade)
+            if pair == 0:
+                clocks.text(x + 1.22 * dx, 1.22 * dy, position, color=shade, ha="center", va="center")
+        clocks.text(x, -1.75, f"pair {pair}\n{frequency:.2f} rad a token", ha="center", va="center", fontsize=8)
+    clocks.set(xlim=(-1.5, 9.3), ylim=(-2.3, 1.6), aspect="equal")
+    clocks.set_title("Four pairs of a head: hands at positions 0 to 5")
+    clocks.axis("off")
+
+    q, k = torch.randn(2, 1, 1, 64, generator=torch.Generator().manual_seed(3))
+    frequencies = rotary_frequencies(64, 10_000.0)
+
+    def turned(x, positions):
+        return apply_rotary(x.expand(len(positions), 1, 64), *rotary_tables(positions, frequencies))[:, 0]
+
+    distances = torch.arange(101)
+    for start, style, color in ((100, "-", SKY), (1000, "--", VERMILION), (5000, ":", "black")):
+        scores = turned(k, start - distances) @ turned(q, torch.tensor([start]))[0]
+        products.plot(distances, scores, style, color=color, label=f"query at position {start}")
+    products.set(xlabel="how many tokens the key lies behind the query", ylabel="dot product of the two")
+    products.set_title("One query and one key (D = 64), rotated")
+    products.legend(frameon=False)
+    return fig
+
+
+SENTENCE = "Anna gave the book to Ben because Anna had finished it. Ben gave the book back to"
+
+
+@figure("lesson-1-llm-basics/figures/attention.svg")
+def attention_heads() -> Figure:
+    """Three heads of SmolLM2, reading a sentence in which something happens twice."""
+    import torch
+
+    from common.checkpoints import Checkpoint, cached
+    from common.tokenizer import load_tokenizer
+    from solutions import llm_basics
+
+    heads = {
+        (18, 8): "layer 18, head 8\nrests on the first token",
+        (11, 1): "layer 11, head 1\nlooks one token back",
+        (17, 5): "layer 17, head 5\nlooks for what came next, last time",
+    }
+    folder = cached("smollm2-135m")
+    if folder is None:
+        raise CourseError("SmolLM2 is not on this machine; `make run` fetches it")
+    checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
+    token_ids = tokenizer.encode(SENTENCE)
+    words = [tokenizer.decode([token_id]).strip() for token_id in token_ids]
+    config = llm_basics.ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 100_000.0, tie_word_embeddings=True)
+    x = checkpoint.read("model.embed_tokens.weight")[token_ids]
+    frequencies = llm_basics.rotary_frequencies(config.head_dim, config.rope_theta)
+    tables = llm_basics.rotary_tables(torch.arange(len(x)), frequencies)
+    mask, maps = llm_basics.causal_mask(len(x), len(x)), {}
+    for number in range(max(layer for layer, _ in heads) + 1):
+        prefix = f"model.layers.{number}."
+        names = [name for name in checkpoint.names() if name.startswith(prefix)]
+        weights = {name.removeprefix(prefix): checkpoint.read(name) for name in names}
+        normed = llm_basics.rms_norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
+        projected = (normed @ weights[f"self_attn.{name}_proj.weight"].T for name in "qk")
+        q, k = (llm_basics.apply_rotary(each.unflatten(1, (-1, 64)), *tables) for each in projected)
+        for _, head in (each for each in heads if each[0] == number):
+            scores = q[:, head] @ k[:, head // 3].T / math.sqrt(config.head_dim)
+            maps[number, head] = llm_basics.softmax(scores.masked_fill(~mask, -math.inf))
+        x = llm_basics.block(x, weights, config, *tables)
+
+    fig = Figure(layout="constrained", figsize=(12.5, 4.9))
+    all_axes = fig.subplots(1, 3, sharey=True)
+    for axes, (which, title) in zip(all_axes, heads.items()):
+        image = axes.imshow(maps[which], cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(title)
+        axes.set_xticks(range(len(words)), words, rotation=90, fontsize=9)
+        axes.set_yticks(range(len(words)), words, fontsize=9)
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.set_xlabel("key: looked at")
+    all_axes[0].set_ylabel("query: looks")
+    fig.colorbar(image, ax=all_axes, shrink=0.7, label="weight")
+    return fig
+
+
+@figure("lesson-1-llm-basics/figures/parameters.svg")
+def where_parameters_are() -> Figure:
+    """Shares of embedding, attention and feed-forward network in real models' parameters."""
+    from dataclasses import replace
+
+    from solutions.llm_basics import ModelConfig, count_parameters
+
+    models = {
+        "SmolLM2-135M": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True),
+        "Qwen3-0.6B": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128, tie_word_embeddings=True, qk_norm=True),
+        "Llama-2-7B": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128),
+        "Llama-3-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128),
+    }
+    fig, axes = new_figure(figsize=(8, 2.9))
+    colors = {"embedding and head": BLUE, "attention": VERMILION, "feed-forward": GREEN}
+    for row, config in enumerate(models.values()):
+        total = count_parameters(config)
+        # A part's share is what the count loses when that part shrinks to nothing.
+        without = {
+            "embedding and head": replace(config, vocab_size=0),
+            "attention": replace(config, num_attention_heads=0, num_key_value_heads=0),
+            "feed-forward": replace(config, intermediate_size=0),
+        }
+        left = 0.0
+        for part, rest in without.items():
+            share = 100 * (total - count_parameters(rest)) / total
+            axes.barh(row, share, left=left, color=colors[part], label=part if row == 0 else None, height=0.7)
+            axes.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center", color="white", fontsize=9)
+            left += share
+        axes.text(101, row, f"{total / 1e6:,.0f} M" if total < 1e9 else f"{total / 1e9:.2f} B", va="center")
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="share of the parameters (the norms have less than 0.1 %)")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False)
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return fig
 
 
