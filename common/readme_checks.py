@@ -208,7 +208,11 @@ def check_links(path: Path, text: str) -> Iterator[str]:
             yield f"{shown(path)}:{number}: the link to {target} leads nowhere."
         elif not file.is_relative_to(ROOT):
             yield f"{shown(path)}:{number}: the link to {target} leads out of the repository."
-        elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text(encoding="utf-8")):
+        elif (
+            anchor
+            and file.suffix == ".md"
+            and anchor not in anchors(file.read_text(encoding="utf-8") if name else text)
+        ):
             yield f"{shown(path)}:{number}: {shown(file)} has no heading #{anchor}."
 
 
