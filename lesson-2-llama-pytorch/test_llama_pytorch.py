@@ -80,6 +80,11 @@ QWEN_3 = {
 
 @exercise("2.1", points=2)
 class TestParseConfig:
+    def given(self, config, name, expected, what):
+        value = getattr(config, name)
+        holds(value is not None, f"{what} is None: a null in the file is an absent key.", actual="None")
+        equal(value, expected, what)
+
     def test_llama_2(self, code):
         config = code.parse_config(LLAMA_2_7B)
         equal(config.vocab_size, 32000, "vocab_size of Llama 2 7B")
@@ -87,13 +92,14 @@ class TestParseConfig:
         equal(config.intermediate_size, 11008, "intermediate_size of Llama 2 7B")
         equal(config.num_hidden_layers, 32, "num_hidden_layers of Llama 2 7B")
         equal(config.num_attention_heads, 32, "num_attention_heads of Llama 2 7B")
-        equal(config.num_key_value_heads, 32, "num_key_value_heads where the file says null and there are 32 heads")
+        self.given(config, "num_key_value_heads", 32, "num_key_value_heads where the file says null, with 32 heads")
         equal(config.max_position_embeddings, 4096, "max_position_embeddings of Llama 2 7B")
 
     def test_head_dim_absent(self, code):
         equal(code.parse_config(LLAMA_2_7B).head_dim, 128, "head_dim where the file has none: 4096 hidden, 32 heads")
         null = {**LLAMA_2_7B, "head_dim": None}
-        equal(code.parse_config(null).head_dim, 128, "head_dim where the file says null: 4096 hidden, 32 heads")
+        config = code.parse_config(null)
+        self.given(config, "head_dim", 128, "head_dim where the file says null: 4096 hidden, 32 heads")
 
     def test_head_dim_given(self, code):
         equal(code.parse_config(QWEN_3).head_dim, 128, "head_dim where the file says 128 (1024 hidden, 16 heads)")
@@ -431,11 +437,11 @@ class TestLogits:
 class TestLlamaForward:
     def test_what_comes_back(self, code):
         model, expected = built(code, "llama-2")
-        calls = []
+        calls, positions = [], torch.tensor([0, 1, 2, 5, 9, 10, 30])
         with torch.inference_mode():
-            hidden = model(expected["token_ids"], torch.arange(7), recording(calls))
+            hidden = model(expected["token_ids"], positions, recording(calls))
             embedded = model.model.embed_tokens.weight[expected["token_ids"]]
-            through = model.run_layers(embedded, torch.arange(7), recording([]), range(2))
+            through = model.run_layers(embedded, positions, recording([]), range(2))
         equal(calls, [0, 1], "the layers for which `attend` is called")
         close(hidden, through, "the hidden states after the last layer, before the norm (Llama 2)", rtol=1e-4, atol=1e-4)
 
@@ -536,9 +542,14 @@ class TestLoadWeights:
     def test_meta_device(self, code):
         tensors = self.tensors(code)
         model, _ = self.loaded(code, tensors, device="meta")
-        still = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        holds(not still, f"on the meta device still: {', '.join(still[:3])}.", actual=still)
+        self.none_on_meta(model)
         self.all_equal(model, tensors)
+
+    def none_on_meta(self, model):
+        still = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        holds(
+            not still, f"on the meta device still, so without values: {', '.join(still[:3])}.", actual=", ".join(still)
+        )
 
     def test_no_gradients(self, code):
         model, _ = self.loaded(code, self.tensors(code))
@@ -570,6 +581,7 @@ class TestLoadWeights:
         changes = {"tie_word_embeddings": True}
         tensors = self.tensors(code, **changes)
         model, _ = self.loaded(code, tensors, device="meta", **changes)
+        self.none_on_meta(model)
         close(model.model.embed_tokens.weight.detach(), tensors["model.embed_tokens.weight"], "the embedding, tied")
         holds(
             model.lm_head.weight is model.model.embed_tokens.weight,
@@ -810,7 +822,7 @@ class TestSamplingProbs:
         self.check(code, temperature=1.0)
 
     def test_temperature_before_top_p(self, code):
-        # At temperature 1 the first two reach 0.7; at 3 it takes four.
+        # At temperature 1 the first two reach 0.7; at 3 it takes three.
         self.check(code, temperature=3.0, top_p=0.7)
 
     def test_temperature_before_min_p(self, code):

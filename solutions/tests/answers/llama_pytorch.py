@@ -1,0 +1,728 @@
+"""Lesson 2's answers that are not the reference: mistakes, each by the name that a student is told, and other ways."""
+
+from common.grading.catalogue import right, wrong, wrong_body
+
+ANSWERS = [
+    # --------------------------------------------------------------------------------------------- 2.1 parse_config
+    wrong(
+        "2.1",
+        "head_dim taken as hidden_size / num_attention_heads even where the file gives it",
+        'given.get("head_dim", given["hidden_size"] // heads)',
+        'given["hidden_size"] // heads',
+    ),
+    wrong(
+        "2.1",
+        "as many KV heads as query heads, whatever the file says",
+        'given.get("num_key_value_heads", heads)',
+        "heads",
+    ),
+    wrong("2.1", "a default of one KV head", '"num_key_value_heads", heads', '"num_key_value_heads", 1'),
+    wrong("2.1", "Qwen2's bias on q, k and v forgotten", 'family == "qwen2" or attention_bias', "attention_bias"),
+    wrong(
+        "2.1",
+        "a bias on o_proj too in Qwen2",
+        'family != "qwen2" and attention_bias',
+        'family == "qwen2" or attention_bias',
+    ),
+    wrong("2.1", "mlp_bias read for every family", 'family == "llama" and given.get', "given.get"),
+    wrong(
+        "2.1",
+        "a null taken for a value, where it means absent",
+        "if value is not None}",
+        'if value is not None or "rope" in key or key.endswith(("heads", "head_dim"))}\n'
+        '    given.pop("rope_scaling", None) if given.get("rope_scaling", 0) is None else None',
+    ),
+    wrong(
+        "2.1",
+        "rope_parameters not read, where newer files keep theta and scaling",
+        'rope |= given.get("rope_parameters", {})',
+        "pass",
+    ),
+    wrong(
+        "2.1", "plain RoPE taken for a scaling, though it has no factor", 'rope if "factor" in rope else None', "rope"
+    ),
+    wrong("2.1", "QK norm given to Qwen2 as well", 'family == "qwen3"', 'family.startswith("qwen")'),
+    wrong("2.1", "a default rms_norm_eps of 1e-5", '"rms_norm_eps", 1e-6', '"rms_norm_eps", 1e-5'),
+    right(
+        "2.1",
+        "key by key, with a small function for what is absent",
+        """
+        def value(key, default):
+            return default if config.get(key) is None else config[key]
+
+        heads, hidden, kind = config["num_attention_heads"], config["hidden_size"], config["model_type"]
+        nested = value("rope_parameters", {})
+        scaling = nested if nested.get("factor") else value("rope_scaling", {})
+        return ModelConfig(
+            config["vocab_size"], hidden, config["intermediate_size"], config["num_hidden_layers"], heads,
+            value("num_key_value_heads", heads), value("head_dim", hidden // heads), value("rms_norm_eps", 1e-6),
+            nested.get("rope_theta", value("rope_theta", 10000.0)),
+            dict(scaling) if "factor" in scaling else None,
+            value("max_position_embeddings", 2048), bool(value("tie_word_embeddings", False)),
+            kind == "qwen2" or bool(config.get("attention_bias")),
+            kind in ("llama", "qwen3") and bool(config.get("attention_bias")),
+            kind == "llama" and bool(config.get("mlp_bias")),
+            kind == "qwen3",
+        )
+        """,
+    ),
+    # --------------------------------------------------------------------------------------- 2.2 scaled_frequencies
+    wrong_body("2.2", "the scaling left out: only theta counts", "return frequencies"),
+    wrong_body(
+        "2.2",
+        "every frequency divided by the factor, fast ones too",
+        'return frequencies / config.rope_scaling["factor"]',
+    ),
+    wrong(
+        "2.2",
+        "the shares swapped: fast pairs slowed down and slow ones kept",
+        "(kept + (1 - kept) / scaling",
+        "((1 - kept) + kept / scaling",
+    ),
+    wrong(
+        "2.2",
+        "the mixture between the two bounds turned round",
+        'return frequencies * (kept + (1 - kept) / scaling["factor"])',
+        "kept = torch.where((kept > 0) & (kept < 1), 1 - kept, kept)\n"
+        '    return frequencies * (kept + (1 - kept) / scaling["factor"])',
+    ),
+    wrong(
+        "2.2",
+        "no mixture: every pair either kept or slowed down",
+        "((turns - low) / (high - low)).clamp(0, 1)",
+        "(turns > high).float()",
+    ),
+    wrong("2.2", "radians taken for turns (2 pi forgotten)", " / (2 * math.pi)", ""),
+    wrong(
+        "2.2",
+        "turns counted in the new context, not in the original one",
+        'scaling["original_max_position_embeddings"]',
+        "config.max_position_embeddings",
+    ),
+    wrong(
+        "2.2",
+        "a mixture that is linear in the wavelength, not in the turns",
+        "((turns - low) / (high - low)).clamp(0, 1)",
+        "((1 / low - 1 / turns) / (1 / low - 1 / high)).clamp(0, 1)",
+    ),
+    right(
+        "2.2",
+        "pair by pair, with wavelengths",
+        """
+        s = config.rope_scaling
+        context, scaled = s["original_max_position_embeddings"], []
+        for frequency in frequencies.tolist():
+            wavelength = 2 * math.pi / frequency
+            if wavelength < context / s["high_freq_factor"]:
+                scaled.append(frequency)
+            elif wavelength > context / s["low_freq_factor"]:
+                scaled.append(frequency / s["factor"])
+            else:
+                smooth = context / wavelength - s["low_freq_factor"]
+                smooth /= s["high_freq_factor"] - s["low_freq_factor"]
+                scaled.append((1 - smooth) * frequency / s["factor"] + smooth * frequency)
+        return torch.tensor(scaled, dtype=torch.float32)
+        """,
+    ),
+    # -------------------------------------------------------------------------------------------- 2.3 causal_attend
+    wrong(
+        "2.3",
+        "no causal mask: tokens see the future",
+        "causal_mask(num_tokens, num_tokens, q.device)",
+        "torch.ones(num_tokens, num_tokens, dtype=torch.bool)",
+    ),
+    wrong("2.3", "the mask turned round: tokens see only the future", "num_tokens, q.device)", "num_tokens, q.device).mT"),
+    wrong(
+        "2.3",
+        "every token seeing itself alone",
+        "causal_mask(num_tokens, num_tokens, q.device)",
+        "torch.eye(num_tokens, dtype=torch.bool)",
+    ),
+    wrong(
+        "2.3",
+        "a mask that is one off: each token sees the next one too",
+        "causal_mask(num_tokens, num_tokens, q.device)",
+        "causal_mask(num_tokens, num_tokens).logical_not().triu(2).logical_not()",
+    ),
+    wrong(
+        "2.3",
+        "KV heads dealt to the query heads in turn, instead of group by group",
+        "    return grouped",
+        "    k, v = (x.repeat(1, q.shape[1] // x.shape[1], 1) for x in (k, v))\n    return grouped",
+    ),
+    right(
+        "2.3",
+        "torch's own operator",
+        """
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------- 2.4 Attention.forward
+    wrong("2.4", "the biases of q, k and v left out", "proj(hidden)", "F.linear(hidden, proj.weight)"),
+    wrong_body(
+        "2.4",
+        "QK norm after the rotation",
+        """
+        q, k, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_norm(apply_rotary(q, cos, sin))
+        k = self.k_norm(apply_rotary(k, cos, sin))
+        return self.o_proj(attend(self.layer, q, k, v).flatten(1))
+        """,
+    ),
+    wrong_body(
+        "2.4",
+        "QK norm forgotten",
+        """
+        q, k, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return self.o_proj(attend(self.layer, q, k, v).flatten(1))
+        """,
+    ),
+    wrong("2.4", "q's norm used for k", "self.k_norm(k)", "self.q_norm(k)"),
+    wrong("2.4", "v rotated too", "attend(self.layer, q, k, v)", "attend(self.layer, q, k, apply_rotary(v, cos, sin))"),
+    wrong("2.4", "k not rotated", "apply_rotary(self.k_norm(k), cos, sin)", "self.k_norm(k)"),
+    wrong(
+        "2.4",
+        "a projection cut as (head_dim, heads) instead of (heads, head_dim)",
+        "unflatten(-1, (-1, self.head_dim))",
+        "unflatten(-1, (self.head_dim, -1)).mT",
+    ),
+    wrong("2.4", "the heads' outputs joined in the wrong order", ".flatten(1)", ".mT.flatten(1)"),
+    wrong("2.4", "`attend` told layer 0 whatever the layer", "attend(self.layer", "attend(0"),
+    right(
+        "2.4",
+        "by views, one projection after the other",
+        """
+        num_tokens = hidden.size(0)
+        v = self.v_proj(hidden).view(num_tokens, -1, self.head_dim)
+        k = self.k_norm(self.k_proj(hidden).view(num_tokens, -1, self.head_dim))
+        q = self.q_norm(self.q_proj(hidden).view(num_tokens, -1, self.head_dim))
+        mixed = attend(self.layer, apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
+        return self.o_proj(mixed.reshape(num_tokens, -1))
+        """,
+    ),
+    # -------------------------------------------------------------------------------------------- 2.5 Llama.forward
+    wrong(
+        "2.5",
+        "the final norm applied here already",
+        "return self.run_layers(self.embed(token_ids), positions, attend, range(self.config.num_hidden_layers))",
+        "return self.model.norm(\n"
+        "            self.run_layers(self.embed(token_ids), positions, attend, range(self.config.num_hidden_layers))\n"
+        "        )",
+    ),
+    wrong("2.5", "the last layer left out", "num_hidden_layers)", "num_hidden_layers - 1)"),
+    wrong("2.5", "`causal_attend` called, instead of the `attend` that was handed in", " attend,", " causal_attend,"),
+    wrong("2.5", "positions counted from 0, whatever was handed in", "positions,", "torch.arange(len(token_ids)),"),
+    wrong(
+        "2.5",
+        "the embedding scaled by the root of hidden_size, as other families do",
+        "self.embed(token_ids)",
+        "self.embed(token_ids) * self.config.hidden_size**0.5",
+    ),
+    right(
+        "2.5",
+        "in steps",
+        """
+        hidden = self.model.embed_tokens(token_ids)
+        everything = range(len(self.model.layers))
+        return self.run_layers(hidden, positions, attend, layers=everything)
+        """,
+    ),
+    # --------------------------------------------------------------------------------------------- 2.6 load_weights
+    wrong(
+        "2.6",
+        "missing tensors not noticed: the model keeps its random ones",
+        "sorted(wanted.keys() - set(present))",
+        "[]",
+    ),
+    wrong(
+        "2.6",
+        "only the first missing tensor named",
+        "', '.join(missing)",
+        "missing[0]",
+    ),
+    wrong(
+        "2.6",
+        "unknown tensors passed over in silence",
+        "raise CheckpointError(f\"{checkpoint.folder}: the model does not know {', '.join(unknown)}.\")",
+        "present = [name for name in present if name in wanted]",
+    ),
+    wrong("2.6", "shapes not compared", "if found != expected:", "if False:"),
+    wrong("2.6", "the file's dtype kept, instead of the parameter's", ".to(wanted[name].dtype)", ""),
+    wrong("2.6", "the head not tied again after loading", "model.tie_weights()", "pass"),
+    wrong(
+        "2.6",
+        "a tied head read from the file, instead of being the embedding",
+        "model.tie_weights()",
+        'model.tie_weights()\n    if model.config.tie_word_embeddings and "lm_head.weight" in checkpoint.names():\n'
+        '        model.lm_head.weight = nn.Parameter(checkpoint.read("lm_head.weight"), requires_grad=False)',
+    ),
+    wrong(
+        "2.6",
+        "a tied head that the file has too taken for an unknown tensor",
+        "if model.config.tie_word_embeddings:",
+        "if False:",
+    ),
+    wrong(
+        "2.6",
+        "the rotary buffers of old files taken for unknown tensors",
+        'if not name.endswith("rotary_emb.inv_freq")]',
+        "]",
+    ),
+    wrong(
+        "2.6",
+        "the whole checkpoint read before the first tensor is put in place",
+        'for name in present:\n        module, _, attribute = name.rpartition(".")\n        tensor = checkpoint.read(name)',
+        "tensors = {name: checkpoint.read(name) for name in present}\n    for name in present:\n"
+        '        module, _, attribute = name.rpartition(".")\n        tensor = tensors[name]',
+    ),
+    wrong("2.6", "parameters that ask for gradients", ", requires_grad=False", ""),
+    wrong(
+        "2.6",
+        "values copied into parameters that stand on the meta device, where nothing can be stored",
+        "setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))",
+        "wanted[name].requires_grad_(False).data.copy_(tensor)",
+    ),
+    right(
+        "2.6",
+        "by load_state_dict, one tensor at a time",
+        """
+        parameters = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+        skipped = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        names = {n for n in checkpoint.names() if n not in skipped and not n.endswith("rotary_emb.inv_freq")}
+        if names != parameters.keys():
+            raise CheckpointError(
+                f"{checkpoint.folder} lacks {sorted(parameters.keys() - names)} and has, unknown to the model, "
+                f"{sorted(names - parameters.keys())}."
+            )
+        for name in sorted(names):
+            shape, dtype = parameters[name]
+            if checkpoint.shape(name) != shape:
+                raise CheckpointError(f"{name} in {checkpoint.file(name)}: {checkpoint.shape(name)}, expected {shape}")
+        for name in sorted(names):
+            model.load_state_dict({name: checkpoint.read(name).to(parameters[name][1])}, strict=False, assign=True)
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.requires_grad_(False)
+        """,
+    ),
+    # ----------------------------------------------------------------------------------------------- 2.7 keep_top_k
+    wrong_body(
+        "2.7",
+        "exactly k kept: ties with the k-th cut off",
+        """
+        best = logits.topk(min(k, logits.shape[-1]))
+        return torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
+        """,
+    ),
+    wrong("2.7", "the k-th itself dropped", "logits < threshold", "logits <= threshold"),
+    wrong("2.7", "one more than k kept", "min(k, logits.shape[-1])", "min(k + 1, logits.shape[-1])"),
+    wrong("2.7", "the others set to 0, which is a fine score, instead of -inf", "-math.inf", "0.0"),
+    wrong("2.7", "the lowest scores kept", "logits < threshold", "logits > threshold"),
+    wrong("2.7", "probabilities returned, instead of scores", "logits.masked_fill(", "logits.softmax(-1).masked_fill("),
+    wrong("2.7", "the logits that were handed in changed in place", "masked_fill(", "masked_fill_("),
+    right(
+        "2.7",
+        "by sorting",
+        """
+        lowest = sorted(logits.tolist(), reverse=True)[:k][-1]
+        return torch.where(logits >= lowest, logits, float("-inf"))
+        """,
+    ),
+    # ----------------------------------------------------------------------------------------------- 2.8 keep_top_p
+    wrong("2.8", "the token that crosses p left out", "before >= p", "probabilities.cumsum(-1) > p"),
+    wrong(
+        "2.8",
+        "one token more than it takes",
+        "before >= p",
+        "torch.cat((before.new_zeros(1), before[:-1])) >= p",
+    ),
+    wrong("2.8", "the unlikeliest tokens kept: sorted upwards", "sort(descending=True)", "sort()"),
+    wrong(
+        "2.8",
+        "the sorting not undone: scores stand at other tokens' places",
+        "torch.empty_like(logits).scatter(-1, token_ids, ordered.masked_fill(before >= p, -math.inf))",
+        "ordered.masked_fill(before >= p, -math.inf)",
+    ),
+    wrong_body(
+        "2.8",
+        "each token judged alone: is its probability at least p?",
+        "return logits.masked_fill(upcast(logits).softmax(-1) < p, -math.inf)",
+    ),
+    wrong("2.8", "exp(score) taken for a probability, without dividing by the sum", ".softmax(-1)", ".exp()"),
+    right(
+        "2.8",
+        "token by token",
+        """
+        probabilities, reached, kept = logits.softmax(-1), 0.0, []
+        for token_id in logits.argsort(descending=True).tolist():
+            if reached >= p:
+                break
+            kept.append(token_id)
+            reached += probabilities[token_id].item()
+        filtered = torch.full_like(logits, -math.inf)
+        filtered[kept] = logits[kept]
+        return filtered
+        """,
+    ),
+    # ----------------------------------------------------------------------------------------------- 2.9 keep_min_p
+    wrong("2.9", "p itself as the limit, not p times the highest probability", "p * probabilities.max()", "p"),
+    wrong("2.9", "scores compared, instead of probabilities", "probabilities < p * probabilities.max()", "logits < p * logits.max()"),
+    wrong("2.9", "p times the mean probability as the limit", "probabilities.max()", "probabilities.mean()"),
+    wrong("2.9", "the unlikely tokens kept, and the likely ones dropped", "probabilities < p", "probabilities > p"),
+    wrong("2.9", "probabilities returned, instead of scores", "return logits.masked", "return probabilities.masked"),
+    right("2.9", "in logarithms", "return logits.masked_fill(logits < logits.max() + math.log(p), -math.inf)"),
+    # ------------------------------------------------------------------------------------------ 2.14 sampling_probs
+    wrong_body(
+        "2.14",
+        "temperature applied after the filters",
+        """
+        logits = upcast(logits)
+        if params.top_k > 0:
+            logits = keep_top_k(logits, params.top_k)
+        if params.top_p < 1:
+            logits = keep_top_p(logits, params.top_p)
+        if params.min_p > 0:
+            logits = keep_min_p(logits, params.min_p)
+        return (logits / params.temperature).softmax(-1)
+        """,
+    ),
+    wrong("2.14", "scores multiplied by the temperature", "/ params.temperature", "* params.temperature"),
+    wrong("2.14", "the temperature left out", " / params.temperature", ""),
+    wrong_body(
+        "2.14",
+        "top_p before top_k",
+        """
+        logits = upcast(logits) / params.temperature
+        if params.top_p < 1:
+            logits = keep_top_p(logits, params.top_p)
+        if params.top_k > 0:
+            logits = keep_top_k(logits, params.top_k)
+        if params.min_p > 0:
+            logits = keep_min_p(logits, params.min_p)
+        return logits.softmax(-1)
+        """,
+    ),
+    wrong_body(
+        "2.14",
+        "probabilities of dropped tokens set to 0, and the rest not brought to a sum of 1",
+        """
+        logits = upcast(logits) / params.temperature
+        kept = logits
+        if params.top_k > 0:
+            kept = keep_top_k(kept, params.top_k)
+        if params.top_p < 1:
+            kept = keep_top_p(kept, params.top_p)
+        if params.min_p > 0:
+            kept = keep_min_p(kept, params.min_p)
+        return logits.softmax(-1) * (kept > -math.inf)
+        """,
+    ),
+    wrong("2.14", "16-bit logits left in 16 bits", "upcast(logits) /", "logits /"),
+    right(
+        "2.14",
+        "with the unset filters made harmless",
+        """
+        scores = logits.to(torch.float32) * (1 / params.temperature)
+        scores = keep_top_k(scores, params.top_k or scores.numel())
+        if params.top_p != 1:
+            scores = keep_top_p(scores, params.top_p)
+        scores = keep_min_p(scores, params.min_p)
+        exponentials = (scores - scores.max()).exp()
+        return exponentials / exponentials.sum()
+        """,
+    ),
+    # -------------------------------------------------------------------------------------------------- 2.10 sample
+    wrong(
+        "2.10",
+        "torch's global generator, whose state depends on all that was drawn before",
+        ", generator=draw_generator(params.seed, index)",
+        "",
+    ),
+    wrong(
+        "2.10",
+        "torch's global generator seeded, under the hands of everybody who draws from it",
+        "return int(torch.multinomial(probabilities, 1, generator=draw_generator(params.seed, index)))",
+        "torch.manual_seed(stable_hash(params.seed, index))\n    return int(torch.multinomial(probabilities, 1))",
+    ),
+    wrong("2.10", "the index left out: every token is drawn alike", "(params.seed, index)", "(params.seed, 0)"),
+    wrong("2.10", "the seed left out", "(params.seed, index)", "(0, index)"),
+    wrong(
+        "2.10",
+        "seed and index added: seed 2 repeats seed 1, one place later",
+        "draw_generator(params.seed, index)",
+        "torch.Generator().manual_seed((params.seed or 0) + index)",
+    ),
+    wrong("2.10", "the likeliest token at every temperature", "if params.temperature == 0:", "if True:"),
+    wrong(
+        "2.10",
+        "the model's own probabilities: temperature and filters left out",
+        "sampling_probs(logits, params)",
+        "upcast(logits).softmax(-1)",
+    ),
+    right(
+        "2.10",
+        "one uniform number, looked up in the cumulated probabilities",
+        """
+        if not params.temperature:
+            return logits.topk(1).indices.item()
+        cumulated = sampling_probs(logits, params).double().cumsum(-1)
+        u = torch.rand(1, generator=draw_generator(params.seed, index), dtype=torch.float64) * cumulated[-1]
+        return torch.searchsorted(cumulated, u, right=True).item()
+        """,
+    ),
+    # ----------------------------------------------------------------------------------------- 2.11 TextStream.push
+    wrong_body(
+        "2.11",
+        "each token decoded by itself",
+        'return self.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")',
+    ),
+    wrong("2.11", "invalid bytes dropped in silence", 'errors="replace"', 'errors="ignore"'),
+    wrong_body(
+        "2.11",
+        "text held back for ever after a byte that can never become a character",
+        """
+        self.held += self.tokenizer.token_bytes(token_id)
+        try:
+            text = self.held.decode()
+        except UnicodeDecodeError:
+            return ""
+        self.held = b""
+        return text
+        """,
+    ),
+    wrong_body(
+        "2.11",
+        "what was shown not taken out of what is held: it comes again with every token",
+        """
+        self.held += self.tokenizer.token_bytes(token_id)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return decoder.decode(self.held)
+        """,
+    ),
+    wrong_body(
+        "2.11",
+        "the bytes of an unfinished character thrown away",
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return decoder.decode(self.held + self.tokenizer.token_bytes(token_id))
+        """,
+    ),
+    right(
+        "2.11",
+        "with decode errors that say where and why",
+        """
+        data = self.held + self.tokenizer.token_bytes(token_id)
+        whole = len(data)
+        for start in range(max(0, len(data) - 3), len(data)):
+            try:
+                data[start:].decode()
+            except UnicodeDecodeError as error:
+                if error.start == 0 and error.reason == "unexpected end of data":
+                    whole = start
+                    break
+        self.held = data[whole:]
+        return data[:whole].decode(errors="replace")
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------- 2.12 StopChecker.push
+    wrong_body(
+        "2.12",
+        "each piece looked at by itself",
+        """
+        starts = [(text.find(stop), stop) for stop in self.stop if stop in text]
+        if starts:
+            start, self.found = min(starts)
+            return text[:start]
+        return text
+        """,
+    ),
+    wrong(
+        "2.12",
+        "the stop string shown too",
+        "return text[:start]",
+        "return text[: start + len(self.found)]",
+    ),
+    wrong(
+        "2.12",
+        "text held back without need: the last letters always, whether a stop string could begin there or not",
+        "max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)",
+        "min(len(text), max(map(len, self.stop), default=1) - 1)",
+    ),
+    wrong("2.12", "the first stop string of the list, not the first in the text", "min(starts)", "starts[0]"),
+    wrong("2.12", "one letter held back at most", "range(len(stop))", "range(2)"),
+    wrong(
+        "2.12",
+        "what is held back shown as well: it comes twice",
+        "return text[: len(text) - held]",
+        "return text",
+    ),
+    wrong("2.12", "only the first stop string's beginnings held back", "self.stop for n", "self.stop[:1] for n"),
+    wrong(
+        "2.12",
+        "what was held back lost when it turns out to be no stop string",
+        "        text = self.held + text\n",
+        "        so_far, text = text, self.held + text\n"
+        "        if not any(stop in text or stop.startswith(text) for stop in self.stop):\n"
+        "            text = so_far\n",
+    ),
+    right(
+        "2.12",
+        "letter by letter",
+        """
+        shown = ""
+        for letter in text:
+            self.held += letter
+            for stop in self.stop:
+                if self.held.endswith(stop) and self.found is None:
+                    self.found, shown, self.held = stop, shown + self.held[: -len(stop)], ""
+            if self.found:
+                return shown
+            while self.held and not any(stop.startswith(self.held) for stop in self.stop):
+                shown, self.held = shown + self.held[0], self.held[1:]
+        return shown
+        """,
+    ),
+    # ------------------------------------------------------------------------------------------------ 2.13 generate
+    wrong("2.13", "the text of a stop token shown", "if token_id not in stop_ids:", "if True:"),
+    wrong("2.13", "one token more than max_tokens", "== room", "== room + 1"),
+    wrong("2.13", "one token less than max_tokens", "== room", ">= max(1, room - 1)"),
+    wrong(
+        "2.13",
+        "the length looked at before the stop",
+        "if token_id in stop_ids or checker.found:\n            output.finish_reason = \"stop\"\n"
+        "        elif len(output.token_ids) == room:\n            output.finish_reason = \"length\"",
+        "if len(output.token_ids) == room:\n            output.finish_reason = \"length\"\n"
+        "        elif token_id in stop_ids or checker.found:\n            output.finish_reason = \"stop\"",
+    ),
+    wrong("2.13", "penalties and min_tokens left out", "sample(adjusted,", "sample(logits,"),
+    wrong("2.13", "the first token's logits, instead of the last one's", "hidden[-1:]", "hidden[:1]"),
+    wrong(
+        "2.13",
+        "logits computed for all tokens, though only the last one's are used",
+        "model.logits(hidden[-1:])[0]",
+        "model.logits(hidden)[-1]",
+    ),
+    wrong(
+        "2.13",
+        "positions counted from 1",
+        "torch.arange(len(token_ids), device",
+        "torch.arange(1, len(token_ids) + 1, device",
+    ),
+    wrong("2.13", "every token drawn with index 0", "index=len(output.token_ids)", "index=0"),
+    wrong("2.13", "an index that counts the prompt's tokens too", "index=len(output.token_ids)", "index=len(token_ids)"),
+    wrong("2.13", "what was still held when it ended never shown", "if not checker.found:", "if False:"),
+    wrong("2.13", "half a character held at the end lost", "show(checker.push(stream.flush()))", "pass"),
+    wrong(
+        "2.13",
+        "each token decoded by itself, without TextStream",
+        "checker.push(stream.push(token_id))",
+        'checker.push(tokenizer.token_bytes(token_id).decode(errors="replace"))',
+    ),
+    wrong("2.13", "text not passed through StopChecker", "show(checker.push(stream.push(token_id)))", "show(stream.push(token_id))"),
+    wrong(
+        "2.13",
+        "logprobs of the adjusted logits, instead of the model's own",
+        "top_logprobs(logits, token_id",
+        "top_logprobs(adjusted, token_id",
+    ),
+    right(
+        "2.13",
+        "a for loop that is left early",
+        """
+        sequence = list(prompt_token_ids)
+        for index in range(room):
+            hidden = model(torch.tensor(sequence), torch.arange(len(sequence)), causal_attend)
+            logits = model.logits(hidden[-1].unsqueeze(0)).squeeze(0)
+            chosen = sample(adjust_logits(logits, params, prompt_token_ids, output.token_ids, stop_ids), params, index)
+            sequence.append(chosen)
+            output.token_ids = sequence[len(prompt_token_ids) :]
+            if params.logprobs is not None:
+                output.logprobs.append(top_logprobs(logits, chosen, params.logprobs))
+            if chosen in stop_ids:
+                output.finish_reason = "stop"
+                break
+            show(checker.push(stream.push(chosen)))
+            if checker.found is not None:
+                output.finish_reason = "stop"
+                return output
+        else:
+            output.finish_reason = "length"
+        for rest in (checker.push(stream.flush()), checker.flush()):
+            show(rest)
+        return output
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------- 2.15 Llama.run_layers
+    wrong(
+        "2.15",
+        "positions counted from 0, whatever was handed in",
+        "rotary_tables(positions,",
+        "rotary_tables(torch.arange(len(positions)),",
+    ),
+    wrong("2.15", "all layers, whichever were asked for", "in layers:", "in range(len(self.model.layers)):"),
+    wrong("2.15", "so many layers as were asked for, but counted from 0", "in layers:", "in range(len(layers)):"),
+    wrong_body(
+        "2.15",
+        "every layer given the first one's input",
+        """
+        cos, sin = rotary_tables(positions, self.frequencies)
+        out = hidden
+        for layer in layers:
+            out = self.model.layers[layer](hidden, cos, sin, attend)
+        return out
+        """,
+    ),
+    wrong("2.15", "the final norm applied here already", "return hidden", "return self.model.norm(hidden)"),
+    wrong(
+        "2.15",
+        "unscaled frequencies, instead of the model's own",
+        "self.frequencies.to(hidden.device)",
+        "rotary_frequencies(self.config.head_dim, self.config.rope_theta)",
+    ),
+    wrong("2.15", "sine and cosine swapped", "cos, sin = rotary", "sin, cos = rotary"),
+    right(
+        "2.15",
+        "over the modules themselves",
+        """
+        tables = rotary_tables(positions, self.frequencies)
+        for number, each in enumerate(self.model.layers):
+            if number in layers:
+                hidden = each(hidden, *tables, attend)
+        return hidden
+        """,
+    ),
+    # -------------------------------------------------------------------------------------------- 2.16 Llama.logits
+    wrong("2.16", "the final norm left out", "self.model.norm(hidden)", "hidden"),
+    wrong(
+        "2.16",
+        "the embedding table for a head, though the two are not tied",
+        "self.lm_head(self.model.norm(hidden))",
+        "self.model.norm(hidden) @ self.model.embed_tokens.weight.T",
+    ),
+    wrong("2.16", "the final norm applied twice", "self.model.norm(hidden)", "self.model.norm(self.model.norm(hidden))"),
+    wrong(
+        "2.16",
+        "log-probabilities returned, instead of logits",
+        "self.lm_head(self.model.norm(hidden))",
+        "self.lm_head(self.model.norm(hidden)).log_softmax(-1)",
+    ),
+    wrong(
+        "2.16",
+        "the norm without its weight",
+        "self.model.norm(hidden)",
+        "F.rms_norm(hidden, hidden.shape[-1:], eps=self.config.rms_norm_eps)",
+    ),
+    wrong("2.16", "only the last row", "self.model.norm(hidden)", "self.model.norm(hidden[-1:])"),
+    right(
+        "2.16",
+        "by lesson 1's function and a product",
+        """
+        normed = rms_norm(hidden, self.model.norm.weight, self.config.rms_norm_eps)
+        return normed @ self.lm_head.weight.T
+        """,
+    ),
+]
