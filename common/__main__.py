@@ -95,6 +95,9 @@ def main(argv: list[str]) -> int:
         return 0
     from common import setup
 
+    if "--here" in rest:
+        rest = [each for each in rest if each != "--here"]
+        os.environ["COURSE_PYTHON"] = "here"
     if command.needs is not None:
         try:
             setup.ensure(command.needs, [command.name, *rest])

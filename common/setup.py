@@ -242,9 +242,6 @@ def ensure(extra: str, argv: list[str]) -> None:
 
     Returns in the right Python; otherwise starts it with `python -m common *argv` and does not return.
     """
-    if "--here" in argv:
-        argv.remove("--here")
-        os.environ["COURSE_PYTHON"] = "here"
     if os.environ.get("COURSE_PYTHON") == "here":
         if not OLDEST <= sys.version_info[:2] <= NEWEST:
             suitable_python()

@@ -72,8 +72,7 @@ def test_marked_blocks_are_left_alone_and_need_a_reason():
 
 def test_links():
     assert told("[a](LICENSE) [b](common/) [c](https://example.org/x#y) [d](mailto:a@example.org)") == []
-    assert told("[a](#here) [b](README.md)
-# Here") == []
+    assert told("[a](#here) [b](README.md)\n# Here") == []
     assert told("`[a](nowhere.md)` and\n```\n[b](nowhere.md)\n```") == []
     for broken in (
         "[a](nowhere.md)",

@@ -1,0 +1,504 @@
+"""The frame: `make`, `python -m common`, and the environment that installs itself. Nothing here touches the network."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import pytest
+
+from common import __main__ as commands
+from common import bench, checks, notebooks, plots, remaining, setup
+from common.course import ROOT, Lesson
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The Makefile and the table of commands
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def echo(tmp_path):
+    """The Makefile beside a `common` that prints, as JSON, what reaches it; returns what `make ...` printed."""
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").touch()
+    (tmp_path / "common" / "__main__.py").write_text(
+        "import json, os, sys\nprint(json.dumps({'argv': sys.argv[1:], **os.environ}))\n"
+    )
+    shutil.copy(ROOT / "Makefile", tmp_path)
+
+    def call(*arguments: str, **environment: str) -> dict:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+        command = ["make", "-s", f"PYTHON={sys.executable}", *arguments]
+        result = subprocess.run(
+            command, cwd=tmp_path, env={**clean, **environment}, capture_output=True, text=True, check=True
+        )
+        return json.loads(result.stdout)
+
+    return call
+
+
+HOSTILE = """it's "so" $5 $(shell touch pwned) ${HOME} $$ `touch pwned` ; touch pwned & | > # \\ % * ~ é 🙂"""
+
+
+@needs_make
+def test_any_prompt_survives_make(echo, tmp_path):
+    for text in (HOSTILE, "--flag", "a=b", " spaces  inside ", "$"):
+        assert echo("run", f"PROMPT={text}")["PROMPT"].strip() == text.strip()
+        assert echo("run", PROMPT=text)["PROMPT"] == text  # PROMPT=... make run
+    assert not (tmp_path / "pwned").exists()
+
+
+@needs_make
+@pytest.mark.parametrize(
+    "target",
+    ["test-1.4", "test-2.13", "test-lesson-2", "hint-0.1", "reset-lesson-0", "test-all", "test-notebooks", "run"],
+)
+def test_targets_reach_the_command_as_they_were_typed(target, echo):
+    assert echo(target)["argv"] == [target]
+
+
+@needs_make
+def test_make_alone_helps_and_a_file_of_a_target_s_name_does_not_hide_it(echo, tmp_path):
+    assert echo()["argv"] == ["help"]
+    for name in ("test", "run", "test-1.4"):
+        (tmp_path / name).touch()
+        assert echo(name)["argv"] == [name]
+
+
+def makefile_targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    plain = re.search(r"^TARGETS := (.*)$", text, re.MULTILINE)[1].split()
+    patterns = re.search(r"^(test-lesson-%.*): always$", text, re.MULTILINE)[1].split()
+    return {*plain, *patterns}
+
+
+def test_help_lists_every_target_once_and_make_has_every_command():
+    named = re.findall(r"^  (\S+)  +\S", commands.help_text(), re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert {re.sub(r"-N(\.M)?$", "-%", name) for name in named} == makefile_targets()
+    wanted = """setup run chat test test-all test-lesson-N test-N.M hint-N.M progress reset-lesson-N skeletons notebooks
+        test-notebooks figures lint check bench clean"""
+    assert set(wanted.split()) <= set(named)
+    assert all(len(line) <= 110 for line in commands.help_text().splitlines())
+
+
+def test_every_command_s_module_exists_and_has_a_main():
+    for command in commands.COMMANDS:
+        if command.module:
+            file = ROOT / (command.module.replace(".", "/") + ".py")
+            mains = [each for each in ast.parse(file.read_text()).body if getattr(each, "name", "") == "main"]
+            assert len(mains) == 1, command.module
+        for variable in command.variables.split():
+            assert re.search(rf"^VARIABLES := .*\b{variable}\b", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("typed", "command", "rest"),
+    [
+        ([], "help", []),
+        (["--help"], "help", []),
+        (["test-lesson", "2", "--solution"], "test-lesson", ["2", "--solution"]),
+        (["test-lesson-2", "--solution"], "test-lesson", ["2", "--solution"]),
+        (["test-1.14"], "test-exercise", ["1.14"]),
+        (["hint-1.4"], "hint", ["1.4"]),
+        (["test-exercise", "--help"], "test-exercise", ["--help"]),
+        (["test"], "test", []),
+    ],
+)
+def test_both_spellings(typed, command, rest):
+    parsed, arguments = commands.parse(typed)
+    assert (parsed.name, arguments) == (command, rest)
+
+
+@pytest.mark.parametrize(
+    "typed", ["nonsense", "test-lesson", "test-lesson-1.2", "hint-1", "test-2", "test-x", "reset-lesson-"]
+)
+def test_a_wrong_target_is_refused_in_a_line(typed, capsys):
+    assert commands.main([typed]) == 2
+    error = capsys.readouterr().err
+    assert "make " in error and error.count("\n") == 1
+
+
+def test_the_front_runs_on_an_old_and_bare_python():
+    """No package, and no syntax newer than 3.8, so that a Python that is too old can be told so."""
+    for name in ("__init__", "__main__", "setup"):
+        ast.parse((ROOT / "common" / f"{name}.py").read_text(), feature_version=(3, 8))
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", "0"], check=True)
+    command = [sys.executable, "-S", "-m", "common", "help"]  # -S: no site-packages
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "test-lesson-N" in result.stdout, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The environment
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """A repository in a temporary folder, whose installers only note that they were called."""
+
+    def __init__(self, root: Path, monkeypatch):
+        self.root, self.calls, self.entered = root, [], []
+        (root / "pyproject.toml").write_text('[project]\ndependencies = ["torch==2.13.0"]\n\n[tool.pytest]\n')
+        monkeypatch.setattr(setup, "ROOT", root)
+        monkeypatch.setattr(setup, "run", self.run)
+        monkeypatch.setattr(setup, "enter", self.entered.append)
+        monkeypatch.setattr(setup, "runs", lambda python: python.exists())
+        monkeypatch.setattr(setup, "version_of", lambda python: setup.version_text(sys.version_info))
+        for variable in ("TORCH", "COURSE_PYTHON", "COURSE_ENTERED"):
+            monkeypatch.delenv(variable, raising=False)
+        self.fail_at = None
+
+    def run(self, command, failure):
+        step = "venv" if "venv" in command else "uv" if "uv" in command[:3] else "pip"
+        self.calls.append((step, command))
+        if step == self.fail_at:
+            raise setup.SetupError(failure)
+        if step == "venv":
+            shutil.rmtree(setup.venv(), ignore_errors=True)
+            setup.venv_python().parent.mkdir(parents=True)
+            setup.venv_python().touch()
+
+    def ensure(self, extra: str = "") -> list[str]:
+        """What had to be done."""
+        self.calls.clear()
+        setup.ensure(extra, ["run"])
+        return [step for step, _ in self.calls]
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    return Machine(tmp_path, monkeypatch)
+
+
+def test_the_second_time_nothing_is_installed(machine):
+    assert machine.ensure() == ["venv", "pip"]
+    assert machine.ensure() == []
+    assert machine.entered == [["run"], ["run"]]  # and both times .venv's Python goes on
+
+
+def test_an_extra_is_added_once_and_kept(machine):
+    machine.ensure()
+    assert machine.ensure("dev") == ["pip"]
+    assert machine.ensure("dev") == machine.ensure() == []
+    (machine.root / "pyproject.toml").write_text('[project]\ndependencies = ["torch==2.14.0"]\n')
+    assert machine.ensure() == ["pip"]
+    assert machine.calls[0][1][-1].endswith("[dev]")  # what was there is brought up to date with the rest
+
+
+@pytest.mark.parametrize("stamp", ["", "{", "[]", "null", "{}", '{"extras": 3}', '{"extras": ["dev"]}', "\0\xff"])
+def test_a_broken_stamp_means_install_again(machine, stamp):
+    machine.ensure()
+    setup.stamp_file().write_text(stamp, encoding="latin-1")
+    assert machine.ensure() == ["pip"]
+    assert machine.ensure() == []
+
+
+def test_an_interrupted_installation_leaves_no_stamp(machine):
+    machine.fail_at = "pip"
+    with pytest.raises(setup.SetupError, match="pip could not install"):
+        machine.ensure()
+    assert not setup.stamp_file().exists() and not machine.entered
+    machine.fail_at = None
+    assert machine.ensure() == ["pip"]  # the environment itself was made
+    machine.fail_at = "pip"
+    with pytest.raises(setup.SetupError):
+        machine.ensure("dev")
+    assert not setup.stamp_file().exists()  # what is half changed is not up to date
+
+
+def test_requirements_change_with_the_packages_and_the_place_and_not_with_the_linter(machine, monkeypatch):
+    before, file = setup.requirements(), machine.root / "pyproject.toml"
+    file.write_text(file.read_text() + "addopts = []\n")
+    assert setup.requirements() == before
+    file.write_text(file.read_text().replace("2.13.0", "2.14.0"))
+    assert setup.requirements() != before
+    copy = machine.root / "copy"
+    copy.mkdir()
+    shutil.copy(file, copy)
+    before = setup.requirements()
+    monkeypatch.setattr(setup, "ROOT", copy)  # a copied folder's environment still points to the original
+    assert setup.requirements() != before
+
+
+def test_torch_for_the_cpu(machine, monkeypatch, capsys):
+    machine.ensure()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("TORCH", "cpu")
+    assert machine.ensure() == ["venv", "pip", "uv", "pip"]  # CUDA's packages go with the old environment
+    assert {"--torch-backend=cpu", "torch==2.13.0"} <= set(machine.calls[2][1])
+    assert machine.ensure() == []
+    monkeypatch.delenv("TORCH")
+    assert machine.ensure("dev") == ["pip"]
+    monkeypatch.setenv("TORCH", "cpu")
+    assert machine.ensure() == []
+
+
+def test_torch_for_the_cpu_falls_back_with_a_message(machine, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("TORCH", "cpu")
+    machine.fail_at = "uv"
+    assert machine.ensure() == ["venv", "pip", "uv", "pip"]
+    assert "Going on with the build" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "platform", "darwin")
+    setup.stamp_file().unlink()
+    assert machine.ensure() == ["pip"]  # elsewhere the only build is the CPU's
+
+
+def test_an_environment_of_one_s_own(machine, monkeypatch):
+    monkeypatch.setenv("COURSE_PYTHON", "here")
+    assert machine.ensure("dev") == [] and machine.entered == []
+    assert not setup.venv().exists()
+
+
+def test_errors_say_what_to_do(machine, monkeypatch):
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else name)
+    with pytest.raises(setup.SetupError, match=r"ensurepip.*apt install python3-venv"):
+        setup.check_modules(sys.executable)
+    for version in ((3, 9, 1), (3, 14, 0), (4, 0, 0)):
+        monkeypatch.setattr(sys, "version_info", version)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        with pytest.raises(setup.SetupError, match=r"This is Python \d\.\d+; the course needs 3.10 to 3.13.*PYTHON="):
+            setup.suitable_python()
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable if name == "python3.12" else None)
+    assert setup.suitable_python() == sys.executable
+
+
+def test_a_failed_installer_is_quoted_and_explained(monkeypatch):
+    offline = "print('step one'); print('Failed to establish a new connection: name resolution'); exit(1)"
+    with pytest.raises(setup.SetupError) as caught:
+        setup.run([sys.executable, "-c", offline], "pip could not install the packages")
+    text = str(caught.value)
+    assert text.startswith("pip could not install the packages:") and "name resolution" in text
+    assert "Are you offline?" in text
+    with pytest.raises(setup.SetupError) as caught:
+        setup.run([sys.executable, "-c", "print('a wheel is broken'); exit(3)"], "pip failed")
+    assert "offline" not in str(caught.value) and "a wheel is broken" in str(caught.value)
+    many = "for n in range(100): print('line', n)\nexit(1)"
+    with pytest.raises(setup.SetupError) as caught:
+        setup.run([sys.executable, "-c", many], "pip failed")
+    assert "line 99" in str(caught.value) and "line 90\n" not in str(caught.value)
+
+
+def test_an_environment_that_does_not_start_is_not_tried_for_ever(monkeypatch):
+    monkeypatch.setenv("COURSE_ENTERED", "1")
+    with pytest.raises(setup.SetupError, match="Remove that folder"):
+        setup.enter(["run"])
+
+
+def test_pins_hold_for_every_python():
+    """Exact versions where outputs depend on them; where there are two, the markers leave no Python out or in twice."""
+    text = (ROOT / "pyproject.toml").read_text()
+    for package in (
+        "torch",
+        "numpy",
+        "matplotlib",
+        "ipykernel",
+        "nbval",
+        "transformers",
+        "tokenizers",
+        "sentencepiece",
+    ):
+        pins = re.findall(rf'"{package}==[\d.]+(?:; python_version (\S+) \'(\S+)\')?"', text)
+        assert pins in ([("", "")], [("<", "3.11"), (">=", "3.11")]), package
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tests of the tests: what `make test-all` leaves out
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
+    """In a small repository of its own: one fast test, one slow, one that skips itself."""
+    (tmp_path / "common").mkdir()
+    for name in ("__init__.py", "course.py", "remaining.py"):
+        shutil.copy(ROOT / "common" / name, tmp_path / "common")
+    tests = tmp_path / "test_it.py"
+    tests.write_text(
+        "import os, pytest\n\ndef test_fast(): assert not os.environ.get('BROKEN')\n\n@pytest.mark.slow\n"
+        "def test_slow(): pass\n\ndef test_real():\n    if not os.environ.get('REAL'): pytest.skip('no model')\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\npythonpath = .\n")
+
+    plain = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # nbval and its like take seconds to import
+
+    def run(*arguments: str, **environment: str) -> str:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "common.remaining",
+            "-p",
+            "no:cacheprovider",
+            "-v",
+        ]
+        result = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env={**plain, **environment}, capture_output=True, text=True
+        )
+        return " ".join(sorted(re.findall(r"::test_(\w+) PASSED", result.stdout)))
+
+    assert run("--remaining", REAL="1") == "fast real slow"  # nothing is known yet
+    assert run("--record", "-m", "not slow") == "fast"
+    assert run("--remaining", REAL="1") == "real slow"
+    tests.write_text(tests.read_text() + "\n")
+    assert run("--remaining", REAL="1") == "fast real slow"
+    run("--record", "-m", "not slow")
+    run("--record", "-m", "not slow", BROKEN="1")  # a run that fails takes the record of the one before away
+    assert run("--remaining", REAL="1") == "fast real slow"
+
+
+def test_the_fingerprint_sees_every_file(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.py").write_text("1")
+    before = remaining.fingerprint(tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "x.py").write_text("1")
+    assert remaining.fingerprint(tmp_path) == before
+    (tmp_path / "a" / "c.json").write_text("1")
+    assert remaining.fingerprint(tmp_path) != before
+
+
+def test_the_course_is_tested_whatever_the_environment_says(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(checks, "call", lambda *command, **environment: seen.update(environment) or 0)
+    monkeypatch.setenv("MINE", "0-2")
+    monkeypatch.setenv("COURSE_MODULES", "intro=/nowhere")
+    assert checks.main(["test"]) == 0
+    assert seen["MINE"] == seen["COURSE_MODULES"] == seen["SOLUTION"] == ""
+    assert checks.main(["test", "surplus"]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Notebooks, figures, measurements
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def stream(text: str, name: str = "stdout"):
+    return nbformat.v4.new_output("stream", name=name, text=text)
+
+
+def test_a_saved_notebook_does_not_say_who_ran_it_when_or_how_fast():
+    cell = nbformat.v4.new_code_cell("print(1)", metadata={"execution": {"iopub.busy": "2026"}, "tags": ["kept"]})
+    cell.outputs = [stream("a"), stream("b"), stream("c", "stderr"), stream("d")]
+    metadata = {
+        "kernelspec": {"name": "mine", "display_name": "x"},
+        "language_info": {"name": "python", "version": "3.11.7"},
+        "v": 1,
+    }
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("x"), cell], metadata=metadata)
+    notebooks.normalise(notebook)
+    nbformat.validate(notebook)
+    text = nbformat.writes(notebook)
+    assert "2026" not in text and "3.11" not in text and "mine" not in text and "kept" in text
+    assert [output.text for output in cell.outputs] == ["ab", "c", "d"]
+    again = nbformat.reads(text, as_version=4)
+    notebooks.normalise(again)
+    assert nbformat.writes(again) == text
+
+
+def test_cells_that_were_never_run_are_found(tmp_path):
+    cells = [nbformat.v4.new_markdown_cell("x"), *(nbformat.v4.new_code_cell(source) for source in ("1", "2", " "))]
+    cells[1].execution_count = 1
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "x.ipynb")
+    assert notebooks.never_run(tmp_path / "x.ipynb") == [3]
+
+
+def test_a_notebook_runs_in_its_folder_finds_the_course_and_is_not_saved_with_an_error(tmp_path):
+    class Elsewhere(Lesson):
+        folder = tmp_path
+
+    path = Elsewhere(0, "intro", "", 0).notebook
+    source = "import os, common.course, solutions\nprint(os.getcwd(), hash('a'), os.environ['OMP_NUM_THREADS'])"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+    notebooks.execute(path)
+    saved = nbformat.read(path, as_version=4)
+    text = saved.cells[0].outputs[0].text
+    assert text.split()[0] == str(tmp_path) and text.split()[2] == "2" and saved.cells[0].execution_count == 1
+    saved.cells[0].source = "print('before')\n1 / 0"
+    nbformat.write(saved, path)
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        notebooks.execute(path)
+    assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+MACHINE = {
+    "machine": {"cpu": "a CPU", "cores": 2, "threads": 2},
+    "versions": {"torch": "2.13.0"},
+    "date": "2026-01-01",
+    "command": "python -m common bench",
+}
+ROWS = [{"context": n, "recompute": n * 1e-3, "transformers, cache": 0.05} for n in (16, 64, 256)]
+MADE_UP = {
+    "machine": {**MACHINE, "read_gb_per_s": 20.0, "gemm_gflop_per_s": 100.0},
+    "recompute-smollm2-135m": {**MACHINE, "rows": ROWS},
+}
+
+
+def test_figures_are_the_same_bytes_for_the_same_data_and_others_for_other_data(monkeypatch):
+    monkeypatch.setattr(bench, "read", MADE_UP.__getitem__)
+    for path in ("lesson-0-intro/figures/roofline.svg", "lesson-2-llama-pytorch/figures/recompute.svg"):
+        first = plots.svg(plots.FIGURES[path])
+        with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "another"}):  # whatever the user has set
+            assert plots.svg(plots.FIGURES[path]) == first
+        assert b"<dc:date>" not in first and first.startswith(b"<?xml")
+    faster = {**MADE_UP, "machine": {**MADE_UP["machine"], "read_gb_per_s": 30.0}}
+    monkeypatch.setattr(bench, "read", faster.__getitem__)
+    changed = plots.svg(plots.FIGURES["lesson-0-intro/figures/roofline.svg"])
+    monkeypatch.setattr(bench, "read", MADE_UP.__getitem__)
+    assert changed != plots.svg(plots.FIGURES["lesson-0-intro/figures/roofline.svg"])
+
+
+def test_a_figure_without_its_measurement_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "read", lambda name: bench.json.loads((tmp_path / f"{name}.json").read_text()))
+    assert plots.main(["roofline", "--out", str(tmp_path)]) == 1
+    assert "make bench" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="drawn by roofline already"):
+        plots.figure("lesson-0-intro/figures/roofline.svg")(lambda: None)
+
+
+def test_a_quick_measurement_is_never_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COURSE_MODULES", "")
+    assert bench.main(["machine", "--quick", "--out", str(tmp_path)]) == 0
+    assert not list(tmp_path.iterdir()) and "not kept" in capsys.readouterr().out
+    bench.save(tmp_path, "x", "the command", {"value": 1.5})
+    kept = bench.read("x", tmp_path)
+    assert kept["value"] == 1.5 and kept["command"] == "the command" and kept["machine"]["threads"] >= 1
+    assert set(kept) >= {"machine", "versions", "date", "command"}
+
+
+def test_what_is_compared_is_measured_in_turn():
+    calls = []
+    ways = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    assert set(bench.interleaved_medians(ways, 2)) == {"a", "b"}
+    assert calls == ["a", "b"] * 3  # one round to warm up
+
+
+def test_clean_keeps_what_is_dear(tmp_path, monkeypatch):
+    for name in (
+        ".venv/x",
+        ".course/x",
+        "common/models/x",
+        "common/__pycache__/x",
+        ".pytest_cache/x",
+        "solutions/a.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setattr(checks, "LESSONS", ())
+    assert checks.main(["clean"]) == 0
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("x")}
+    assert left == {".venv/x", ".course/x", "common/models/x"}
