@@ -1182,6 +1182,8 @@ class TestGenerate:
         output, pieces, _ = self.run(code, [LEFT, RIGHT, BANG, EOS])
         self.check(output, [LEFT, RIGHT, BANG, EOS], "🙂!", "stop", "two halves of 🙂, then !")
         equal(pieces, ["🙂", "!"], "the pieces that on_text gets: two halves of 🙂, then !")
+        output, _, _ = self.run(code, [ONE, EN, LEFT, EOS], stop="END")
+        self.check(output, [ONE, EN, LEFT, EOS], " one EN\ufffd", "stop", "stop='END', one, ' EN', half of 🙂, </s>")
         output, _, _ = self.run(code, [ONE, LEFT, EOS])
         self.check(output, [ONE, LEFT, EOS], " one\ufffd", "stop", "it ends on half of 🙂")
         output, _, _ = self.run(code, [ONE, LEFT, TWO], max_tokens=2)
