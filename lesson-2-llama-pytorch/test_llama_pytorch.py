@@ -130,7 +130,9 @@ class TestParseConfig:
         both = {**LLAMA_3_8B, "attention_bias": True, "mlp_bias": True}
         equal(biases(both), [True, True, True], "the biases of a Llama with attention_bias and mlp_bias")
         both = {**QWEN_3, "attention_bias": True, "mlp_bias": True}
-        equal(biases(both), [True, True, False], "the biases of a Qwen3 with attention_bias, and an mlp_bias it ignores")
+        equal(
+            biases(both), [True, True, False], "the biases of a Qwen3 with attention_bias, and an mlp_bias it ignores"
+        )
 
     def test_qk_norm(self, code):
         norms = [code.parse_config(config).qk_norm for config in (LLAMA_2_7B, LLAMA_3_8B, QWEN_2_5, QWEN_3)]
@@ -336,7 +338,7 @@ class TestAttentionForward:
 
     def test_biases(self, code):
         attention = self.attention(code, qkv_bias=True, o_bias=True)
-        hidden, cos, sin, out, (_, q, k, v) = self.run(attention)
+        hidden, cos, sin, out, (_, q, _, v) = self.run(attention)
         close(q, naive_rotate(naive_heads(hidden, attention.q_proj, self.D), cos, sin), "q with a bias, as in Qwen2")
         close(v, naive_heads(hidden, attention.v_proj, self.D), "v with a bias, as in Qwen2")
         mixed = (q * 2 + 1).reshape(self.T, self.H * self.D)
@@ -360,8 +362,12 @@ class TestAttentionForward:
         attention.v_proj = shaken(nn.Linear(self.HIDDEN, 1 * self.D, bias=False), seed=5)
         attention.o_proj = shaken(nn.Linear(2 * self.D, self.HIDDEN, bias=False), seed=6)
         hidden, cos, sin, _, (_, q, k, _) = self.run(attention)
-        close(q, naive_rotate(naive_heads(hidden, attention.q_proj, self.D), cos, sin), "q where q_proj has 2 heads left")
-        close(k, naive_rotate(naive_heads(hidden, attention.k_proj, self.D), cos, sin), "k where k_proj has 1 head left")
+        close(
+            q, naive_rotate(naive_heads(hidden, attention.q_proj, self.D), cos, sin), "q where q_proj has 2 heads left"
+        )
+        close(
+            k, naive_rotate(naive_heads(hidden, attention.k_proj, self.D), cos, sin), "k where k_proj has 1 head left"
+        )
 
 
 def recording(calls: list):
@@ -443,7 +449,9 @@ class TestLlamaForward:
             embedded = model.model.embed_tokens.weight[expected["token_ids"]]
             through = model.run_layers(embedded, positions, recording([]), range(2))
         equal(calls, [0, 1], "the layers for which `attend` is called")
-        close(hidden, through, "the hidden states after the last layer, before the norm (Llama 2)", rtol=1e-4, atol=1e-4)
+        close(
+            hidden, through, "the hidden states after the last layer, before the norm (Llama 2)", rtol=1e-4, atol=1e-4
+        )
 
     def test_attend_is_the_one_handed_in(self, code):
         model, expected = built(code, "llama-2")
@@ -564,9 +572,7 @@ class TestLoadWeights:
         for file, wanted in ((torch.float16, torch.float32), (torch.float32, torch.bfloat16)):
             model, _ = self.loaded(code, self.tensors(code, dtype=file), dtype=wanted, device="meta")
             found = {str(parameter.dtype) for parameter in model.parameters()}
-            equal(
-                sorted(found), [str(wanted)], f"dtypes where the file has {file} and the model was built in {wanted}"
-            )
+            equal(sorted(found), [str(wanted)], f"dtypes where the file has {file} and the model was built in {wanted}")
 
     def test_one_at_a_time(self, code):
         _, checkpoint = self.loaded(code, self.tensors(code, dtype=torch.float16), device="meta")
@@ -606,9 +612,7 @@ class TestLoadWeights:
     def test_missing(self, code):
         tensors = self.tensors(code)
         del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
-        self.told(
-            code, tensors, "two tensors are missing", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
-        )
+        self.told(code, tensors, "two tensors are missing", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
         tensors = self.tensors(code)
         del tensors["lm_head.weight"]
         self.told(code, tensors, "the head is missing and not tied", ["lm_head.weight"])
@@ -703,7 +707,9 @@ class TestKeepTopP:
 
     def check(self, code, p, kept, why):
         expected = torch.tensor([x if i in kept else NO for i, x in enumerate(self.LOGITS.tolist())])
-        close(code.keep_top_p(self.LOGITS.clone(), p), expected, f"keep_top_p of 0.1, 0.4, 0.05, 0.3, 0.15, p={p} {why}")
+        close(
+            code.keep_top_p(self.LOGITS.clone(), p), expected, f"keep_top_p of 0.1, 0.4, 0.05, 0.3, 0.15, p={p} {why}"
+        )
 
     def test_the_one_that_crosses(self, code):
         self.check(code, 0.6, {1, 3}, "(0.4 + 0.3 reaches it)")
@@ -719,7 +725,9 @@ class TestKeepTopP:
 
     def test_scores_are_no_log_probabilities(self, code):
         logits = self.LOGITS + 3.0
-        close(code.keep_top_p(logits.clone(), 0.6), naive_top_p(logits, 0.6), "keep_top_p after adding 3 to every score")
+        close(
+            code.keep_top_p(logits.clone(), 0.6), naive_top_p(logits, 0.6), "keep_top_p after adding 3 to every score"
+        )
 
     def test_after_another_filter(self, code):
         logits = torch.tensor([NO, 1.0, NO, 0.5, 0.2])
@@ -859,7 +867,9 @@ class TestSample:
 
     def test_greedy_ties(self, code):
         drawn = self.draws(code, torch.tensor([0.0, 2.0, 2.0]), [0], temperature=0.0)
-        holds(drawn[0] in (1, 2), f"sample([0, 2, 2]) at temperature 0 is {drawn[0]}; 1 or 2 is right.", actual=drawn[0])
+        holds(
+            drawn[0] in (1, 2), f"sample([0, 2, 2]) at temperature 0 is {drawn[0]}; 1 or 2 is right.", actual=drawn[0]
+        )
 
     def test_the_same_seed_and_index_draw_the_same(self, code):
         logits = torch.zeros(1000)
@@ -975,7 +985,9 @@ class TestTextStream:
         )
 
     def test_special_tokens(self, code):
-        equal(streamed(code, [b"\xc3", b"", b"\xa9"]), ["", "", "é", ""], "pushing half of é, a token of no bytes, half")
+        equal(
+            streamed(code, [b"\xc3", b"", b"\xa9"]), ["", "", "é", ""], "pushing half of é, a token of no bytes, half"
+        )
 
     def test_the_end(self, code):
         equal(streamed(code, [b"ok", b"\xf0\x9f"]), ["ok", "", "\ufffd"], "pushing half of an emoji last, then flush")
@@ -1208,7 +1220,9 @@ class TestGenerate:
             logits = torch.zeros(len(WORDS))
             logits[token_id] = 5.0
             expected.append(code.sample(logits, params, index))
-        equal(output.token_ids, expected, "six tokens at temperature 2, seed 11: token i is `sample(logits, params, i)`")
+        equal(
+            output.token_ids, expected, "six tokens at temperature 2, seed 11: token i is `sample(logits, params, i)`"
+        )
 
     def test_logprobs(self, code):
         output, _, _ = self.run(code, [ONE, EOS], rival=TWO, logprobs=2, presence_penalty=1.0)

@@ -242,9 +242,9 @@ class Llama(nn.Module):
         return self.model.embed_tokens(token_ids)
 
     def run_layers(self, hidden: Tensor, positions: Tensor, attend: Attend, layers: range) -> Tensor:
-        """Pass through the layers with these numbers. hidden: (T, hidden_size); positions: (T,). Returns (T, hidden_size).
+        """Pass through the layers with these numbers. hidden: (T, hidden_size). Returns (T, hidden_size).
 
-        positions are each token's place in its own sequence; they need not start at 0 nor be neighbours.
+        positions: (T,), each token's place in its own sequence; they need not start at 0 nor be neighbours.
         """
         # Exercise 2.15: make the cos and sin tables once, for all layers, then call each layer in turn.
         cos, sin = rotary_tables(positions, self.frequencies.to(hidden.device))
@@ -480,7 +480,7 @@ def adjust_logits(
 
 
 def top_logprobs(logits: Tensor, token_id: int, k: int) -> dict[int, float]:
-    """Natural log-probabilities of the chosen token and of the k likeliest. logits: (V,). The chosen one comes first."""
+    """Natural log-probabilities of the chosen token, which comes first, and of the k likeliest. logits: (V,)."""
     logprobs = upcast(logits).log_softmax(-1)
     best = logprobs.topk(k)
     return {token_id: logprobs[token_id].item(), **dict(zip(best.indices.tolist(), best.values.tolist()))}

@@ -28,7 +28,9 @@ from solutions.llama_pytorch import (
 
 transformers = pytest.importorskip("transformers")
 
-REAL = pytest.mark.skipif(os.environ.get("COURSE_REAL_MODEL") != "1", reason="set COURSE_REAL_MODEL=1 for the real model")
+REAL = pytest.mark.skipif(
+    os.environ.get("COURSE_REAL_MODEL") != "1", reason="set COURSE_REAL_MODEL=1 for the real model"
+)
 TALES = Path(__file__).resolve().parents[2] / "common" / "models" / "tales"
 
 TINY = dict(
@@ -339,7 +341,9 @@ def assert_same_greedy_tokens(name: str, theirs, model: Llama, prompts: list[lis
         top_two = logits.topk(2).values
         for i, gap in enumerate((top_two[:, 0] - top_two[:, 1]).tolist()):
             if logits[i].argmax() != answer[i]:
-                assert gap < EPSILON, f"{name}: token {i} after {prompt[:8]} is {answer[i]}, ours is {logits[i].argmax()}"
+                assert gap < EPSILON, (
+                    f"{name}: token {i} after {prompt[:8]} is {answer[i]}, ours is {logits[i].argmax()}"
+                )
                 near_ties += 1
                 break
     # design.md, Equality: such stops are counted, and at most 2 % of the outputs; of ten, none.
@@ -385,6 +389,8 @@ def test_smollm2_speaks_as_in_transformers():
 
     # And literally, the shortest.
     prompt = tokenizer.encode("The capital of France is")
-    expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=eos, pad_token_id=0)
+    expected = theirs.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=eos, pad_token_id=0
+    )
     output = generate(model, tokenizer, prompt, SamplingParams(max_tokens=64))
     assert output.token_ids == expected[0, len(prompt) :].tolist()

@@ -131,7 +131,9 @@ ANSWERS = [
         "causal_mask(num_tokens, num_tokens, q.device)",
         "torch.ones(num_tokens, num_tokens, dtype=torch.bool)",
     ),
-    wrong("2.3", "the mask turned round: tokens see only the future", "num_tokens, q.device)", "num_tokens, q.device).mT"),
+    wrong(
+        "2.3", "the mask turned round: tokens see only the future", "num_tokens, q.device)", "num_tokens, q.device).mT"
+    ),
     wrong(
         "2.3",
         "every token seeing itself alone",
@@ -275,7 +277,8 @@ ANSWERS = [
     wrong(
         "2.6",
         "the whole checkpoint read before the first tensor is put in place",
-        'for name in present:\n        module, _, attribute = name.rpartition(".")\n        tensor = checkpoint.read(name)',
+        'for name in present:\n        module, _, attribute = name.rpartition(".")\n'
+        "        tensor = checkpoint.read(name)",
         "tensors = {name: checkpoint.read(name) for name in present}\n    for name in present:\n"
         '        module, _, attribute = name.rpartition(".")\n        tensor = tensors[name]',
     ),
@@ -370,7 +373,12 @@ ANSWERS = [
     ),
     # ----------------------------------------------------------------------------------------------- 2.9 keep_min_p
     wrong("2.9", "p itself as the limit, not p times the highest probability", "p * probabilities.max()", "p"),
-    wrong("2.9", "scores compared, instead of probabilities", "probabilities < p * probabilities.max()", "logits < p * logits.max()"),
+    wrong(
+        "2.9",
+        "scores compared, instead of probabilities",
+        "probabilities < p * probabilities.max()",
+        "logits < p * logits.max()",
+    ),
     wrong("2.9", "p times the mean probability as the limit", "probabilities.max()", "probabilities.mean()"),
     wrong("2.9", "the unlikely tokens kept, and the likely ones dropped", "probabilities < p", "probabilities > p"),
     wrong("2.9", "probabilities returned, instead of scores", "return logits.masked", "return probabilities.masked"),
@@ -593,10 +601,10 @@ ANSWERS = [
     wrong(
         "2.13",
         "the length looked at before the stop",
-        "if token_id in stop_ids or checker.found:\n            output.finish_reason = \"stop\"\n"
-        "        elif len(output.token_ids) == room:\n            output.finish_reason = \"length\"",
-        "if len(output.token_ids) == room:\n            output.finish_reason = \"length\"\n"
-        "        elif token_id in stop_ids or checker.found:\n            output.finish_reason = \"stop\"",
+        'if token_id in stop_ids or checker.found:\n            output.finish_reason = "stop"\n'
+        '        elif len(output.token_ids) == room:\n            output.finish_reason = "length"',
+        'if len(output.token_ids) == room:\n            output.finish_reason = "length"\n'
+        '        elif token_id in stop_ids or checker.found:\n            output.finish_reason = "stop"',
     ),
     wrong("2.13", "penalties and min_tokens left out", "sample(adjusted,", "sample(logits,"),
     wrong("2.13", "the first token's logits, instead of the last one's", "hidden[-1:]", "hidden[:1]"),
@@ -613,7 +621,9 @@ ANSWERS = [
         "torch.arange(1, len(token_ids) + 1, device",
     ),
     wrong("2.13", "every token drawn with index 0", "index=len(output.token_ids)", "index=0"),
-    wrong("2.13", "an index that counts the prompt's tokens too", "index=len(output.token_ids)", "index=len(token_ids)"),
+    wrong(
+        "2.13", "an index that counts the prompt's tokens too", "index=len(output.token_ids)", "index=len(token_ids)"
+    ),
     wrong("2.13", "what was still held when it ended never shown", "if not checker.found:", "if False:"),
     wrong("2.13", "half a character held at the end lost", "show(checker.push(stream.flush()))", "pass"),
     wrong(
@@ -622,7 +632,12 @@ ANSWERS = [
         "checker.push(stream.push(token_id))",
         'checker.push(tokenizer.token_bytes(token_id).decode(errors="replace"))',
     ),
-    wrong("2.13", "text not passed through StopChecker", "show(checker.push(stream.push(token_id)))", "show(stream.push(token_id))"),
+    wrong(
+        "2.13",
+        "text not passed through StopChecker",
+        "show(checker.push(stream.push(token_id)))",
+        "show(stream.push(token_id))",
+    ),
     wrong(
         "2.13",
         "logprobs of the adjusted logits, instead of the model's own",
@@ -703,7 +718,9 @@ ANSWERS = [
         "self.lm_head(self.model.norm(hidden))",
         "self.model.norm(hidden) @ self.model.embed_tokens.weight.T",
     ),
-    wrong("2.16", "the final norm applied twice", "self.model.norm(hidden)", "self.model.norm(self.model.norm(hidden))"),
+    wrong(
+        "2.16", "the final norm applied twice", "self.model.norm(hidden)", "self.model.norm(self.model.norm(hidden))"
+    ),
     wrong(
         "2.16",
         "log-probabilities returned, instead of logits",
