@@ -86,12 +86,23 @@ def parse(argv: list[str]) -> tuple[Command, list[str]]:
 
 def main(argv: list[str]) -> int:
     try:
+        return dispatch(argv)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `make help | head`: the reader has left, and there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def dispatch(argv: list[str]) -> int:
+    try:
         command, rest = parse(argv)
     except LookupError as error:
         print(error, file=sys.stderr)
         return 2
     if command.name == "help":
-        print(help_text())
+        print(help_text(), flush=True)
         return 0
     from common import setup
 
@@ -104,25 +115,16 @@ def main(argv: list[str]) -> int:
         except setup.SetupError as error:
             print(error, file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print("\nStopped. What was begun is taken up again by the next command.", file=sys.stderr)
-            return 130
     # One module may serve several commands; it then wants to know which.
     shared = sum(command.module == other.module for other in COMMANDS) > 1
     try:
         module = importlib.import_module(command.module)
         return module.main([command.name, *rest] if shared else rest)
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
     except ModuleNotFoundError as error:
         if os.environ.get("COURSE_PYTHON") != "here":
             raise
         print(f"{error}. With COURSE_PYTHON=here your own environment needs: pip install -e '.[dev]'", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `make help | head`: the reader has left, and there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 if __name__ == "__main__":

@@ -210,8 +210,11 @@ def explain(failure: str, lines: list[str]) -> str:
         advice = "\nAre you offline? Packages come from the network, once; then no command needs it. Try again."
     elif "No space left" in text:
         advice = "\nThe disk is full: the packages take about 1.5 GB, and torch with CUDA several more (TORCH=cpu)."
-    tail = "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-6:])
-    return f"{failure}:\n{tail}{advice}"
+    said = [line.strip() for line in lines if line.strip()]
+    # pip ends with remarks about itself; its errors are what matters, if it names any.
+    errors = [line for line in said if re.match(r"(ERROR|error): (?!subprocess-exited)", line)]
+    quoted = "\n".join(f"    {line}" for line in (errors or said)[-6:])
+    return f"{failure}:\n{quoted}{advice}"
 
 
 def runs(python: Path) -> bool:

@@ -68,6 +68,16 @@ def test_targets_reach_the_command_as_they_were_typed(target, echo):
     assert echo(target)["argv"] == [target]
 
 
+def test_a_reader_who_leaves_early_is_no_error():
+    """A pipe that nobody reads, as in `make help | head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "common", "help"]
+    result = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert result.stderr == ""
+
+
 @needs_make
 def test_make_alone_helps_and_a_file_of_a_target_s_name_does_not_hide_it(echo, tmp_path):
     assert echo()["argv"] == ["help"]
@@ -285,6 +295,10 @@ def test_a_failed_installer_is_quoted_and_explained(monkeypatch):
     with pytest.raises(setup.SetupError) as caught:
         setup.run([sys.executable, "-c", "print('a wheel is broken'); exit(3)"], "pip failed")
     assert "offline" not in str(caught.value) and "a wheel is broken" in str(caught.value)
+    told = "print('ERROR: the cause'); print('note: This is not a problem with pip.'); exit(1)"
+    with pytest.raises(setup.SetupError) as caught:
+        setup.run([sys.executable, "-c", told], "pip failed")
+    assert "ERROR: the cause" in str(caught.value) and "note:" not in str(caught.value)
     many = "for n in range(100): print('line', n)\nexit(1)"
     with pytest.raises(setup.SetupError) as caught:
         setup.run([sys.executable, "-c", many], "pip failed")
