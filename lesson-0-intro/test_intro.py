@@ -11,7 +11,8 @@ from common.grading import close, equal, exercise, holds, refuses, together
 
 
 def numbers(values):
-    """A list of numbers as a tensor, so that `close` can say where it differs; anything else as it is."""
+    """Numbers as a tensor, so that `close` can say where they differ; an array will do; anything else as it is."""
+    values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values):
         return torch.tensor([float(value) for value in values], dtype=torch.float64)
     return values
@@ -30,17 +31,16 @@ class TestClassifyByRules:
         equal(code.classify_by_rules("a day"), "neutral", "classify_by_rules('a day')")
 
     def test_traps(self, code):
-        texts = [
-            "It is good, and so are you.",
-            "TERRIBLE service",
-            "good food, bad seats",
-            "a sad sad story with a happy end",
-            "(love!)",
-            "We lost the badge on the saddle.",
-            "",
-        ]
-        labels = ["positive", "negative", "neutral", "negative", "positive", "neutral", "neutral"]
-        equal([code.classify_by_rules(text) for text in texts], labels, f"classify_by_rules of each of {texts}")
+        for text, label in (
+            ("It is good, and so are you.", "positive"),
+            ("TERRIBLE service", "negative"),
+            ("good food, bad seats", "neutral"),
+            ("a sad sad story with a happy end", "negative"),
+            ("(love!)", "positive"),
+            ("We lost the badge on the saddle.", "neutral"),
+            ("", "neutral"),
+        ):
+            equal(code.classify_by_rules(text), label, f"classify_by_rules({text!r})")
 
     def test_all_listed_words(self, code):
         for words, label in ((code.POSITIVE_WORDS, "positive"), (code.NEGATIVE_WORDS, "negative")):
@@ -185,9 +185,12 @@ class TestLogProbability:
         close(float(code.log_probability([], [0], Toy())), 0.0, "log_probability([], [0])")
 
     def test_long_continuations_do_not_underflow(self, code):
-        result = code.log_probability([1] * 800, [2], lambda token_ids: [math.log(3), 0.0])
-        expected = 800 * math.log(1 / 4)
-        close(result, expected, "log_probability of 800 tokens with probability 1/4 each, whose product underflows,")
+        what = "log_probability of 800 tokens with probability 1/4 each"
+        try:
+            result = code.log_probability([1] * 800, [2], lambda token_ids: [math.log(3), 0.0])
+        except ValueError:
+            holds(False, f"{what}: the product of 800 quarters is 0 as a float, and 0 has no log.", actual="log of 0")
+        close(result, 800 * math.log(1 / 4), what)
 
     def test_leaves_the_lists_alone(self, code):
         continuation, prompt = [1, 2], [0]

@@ -156,6 +156,16 @@ ANSWERS = [
         "math.log(next_token_distribution(logits)[token_id])",
         "next_token_distribution(logits)[token_id]",
     ),
+    wrong_body(
+        "0.9",
+        "the logarithm of the product, which underflows",
+        """
+        product = 1.0
+        for i, token_id in enumerate(continuation_ids):
+            product *= next_token_distribution(next_token_logits([*prompt_ids, *continuation_ids[:i]]))[token_id]
+        return math.log(product)
+        """,
+    ),
     right(
         "0.9",
         "a growing list, and log-sum-exp",
