@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints import CheckpointError, find_checkpoint
 from common.course import CourseError, activate, files_used
 
 MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
@@ -110,7 +111,6 @@ def measure_recompute(name: str, lengths: list[int], repeats: int) -> dict:
 
     Beside it, if transformers is installed, its model over the same weights, without a cache and with one.
     """
-    from common.checkpoints import find_checkpoint
     from solutions.llama_pytorch import causal_attend, load
 
     model, _ = load(name, torch.float32, "cpu")
@@ -145,9 +145,11 @@ def load_transformers(folder: Path):
     """transformers' model of a checkpoint, or None where transformers is not installed."""
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
         return None
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -160,7 +162,7 @@ def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[],
     def cached() -> None:
         model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
         if cache is not None:
-            cache.crop(len(token_ids) - 1)  # so that the next repeat finds what this one did
+            cache.crop(-1)  # so that the next repeat finds what this one did
 
     return {
         "transformers, no cache": lambda: model(ids, use_cache=False, logits_to_keep=1),
@@ -208,7 +210,7 @@ def main(argv: list[str]) -> int:
                 result = measure_machine(settings.quick)
             else:
                 result = measure_recompute(name.removeprefix("recompute-"), lengths, repeats)
-        except (CourseError, ValueError) as error:
+        except (CourseError, CheckpointError) as error:
             print(error, file=sys.stderr)
             return 2
         if settings.quick:
