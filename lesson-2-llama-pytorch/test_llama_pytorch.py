@@ -880,7 +880,11 @@ class TestSample:
 
     def test_indices_draw_apart(self, code):
         drawn = self.draws(code, torch.zeros(1000), range(10))
-        holds(len(set(drawn)) > 5, f"ten indices of one seed, 1000 equal scores: {drawn}.", actual=drawn)
+        holds(
+            len(set(drawn)) > 5,
+            f"ten indices of one seed should draw about ten of 1000 equally likely tokens; they draw {drawn}.",
+            actual=drawn,
+        )
 
     def test_seeds_draw_apart(self, code):
         one, two = (self.draws(code, torch.zeros(1000), range(10), seed=seed) for seed in (1, 2))
