@@ -88,7 +88,9 @@ def lesson(number: int | str) -> Lesson:
     for candidate in LESSONS:
         if str(candidate.number) == str(number):
             return candidate
-    raise CourseError(f"There is no lesson {number}; the lessons are {', '.join(str(each.number) for each in LESSONS)}.")
+    raise CourseError(
+        f"There is no lesson {number}; the lessons are {', '.join(str(each.number) for each in LESSONS)}."
+    )
 
 
 def lesson_of(exercise_id: str) -> Lesson:
@@ -152,7 +154,7 @@ def check_finished(file: Path) -> None:
 
 
 def activate(mine: str | None) -> None:
-    """From now on, here and in all processes started from here, `solutions` means the student's files for these lessons.
+    """From now on, here and in all processes started from here, these lessons of `solutions` are the student's files.
 
     Call it before anything of `solutions` is imported. Raises CourseError if a module is unfinished.
     """

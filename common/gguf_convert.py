@@ -82,7 +82,7 @@ class _Source:
         self.path = path
         if re.search(r"-\d{5}-of-\d{5}$", path.stem):
             raise CheckpointError(
-                f"{path} is one part of a split GGUF; join the parts first, with llama.cpp's `llama-gguf-split --merge`."
+                f"{path} is one part of a split GGUF; join the parts with llama.cpp's `llama-gguf-split --merge`."
             )
         try:
             self.reader = gguf.GGUFReader(path)
@@ -368,7 +368,7 @@ def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges
 
 
 def _write_sentencepiece(source: _Source, tokens: list[str], kinds: list[int], folder: Path) -> None:
-    """tokenizer.model: a protocol buffer with a score for each piece; BPE merges the pair of the highest score first."""
+    """tokenizer.model: a protocol buffer with a score for each piece; BPE merges the pair with the highest first."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 

@@ -38,7 +38,9 @@ def debug(lesson: Lesson, file: Path, exercise: Exercise) -> int:
     """Debug one exercise. Returns pytest's exit code."""
     os.environ["KERNELS"] = "plain"
     subject = Subject(lesson, file)
-    print(f"The debugger stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends.\n")
+    print(
+        f"The debugger stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends.\n"
+    )
     body = dict(walk_functions(ast.parse(subject.source)))[exercise.function].body
     first = next((statement for statement in body if not is_docstring(statement)), body[0])
     options = [str(lesson.checks), "-o", "addopts=", "-q", "--capture=no", "--disable-warnings", "-rN"]

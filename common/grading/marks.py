@@ -6,6 +6,7 @@ import pytest
 
 from common.skeleton import TOGETHER
 
+
 def exercise(id: str, points: int = 1, seconds: float = 10.0):
     """Class decorator: the checks in it belong to this exercise, which is worth so many points.
 

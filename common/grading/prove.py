@@ -16,8 +16,8 @@ import pytest
 
 from common import course
 from common.course import LESSONS, Lesson
-from common.grading.catalogue import Answer, apply, describe, load_answers
 from common.grading import plugin
+from common.grading.catalogue import Answer, apply, describe, load_answers
 from common.grading.plugin import Grader
 from common.grading.subject import Failure, Subject
 from common.skeleton import TOGETHER, exercises_of
@@ -92,7 +92,10 @@ def main(argv: list[str]) -> int:
         code = pytest.main(options, plugins=[plugin, grader])
         found = complaints(lesson, grader)
         print(*found, sep="\n")
-        print(f"Lesson {number}: {len(grader.subjects)} answers to {len(grader.num_checks)} exercises, {len(found)} complaints.")
+        print(
+            f"Lesson {number}: {len(grader.subjects)} answers to {len(grader.num_checks)} exercises, "
+            f"{len(found)} complaints."
+        )
         failed |= bool(found) or code != 0
     return int(failed)
 

@@ -209,7 +209,8 @@ def read_source(file: Path) -> str:
     except SyntaxError as error:
         line = (error.text or "").strip()
         raise CourseError(
-            f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}." + (f"\n    {line}" if line else "")
+            f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}."
+            + (f"\n    {line}" if line else "")
         ) from None
     except ValueError as error:
         raise CourseError(f"{shown(file)}: {error}") from None

@@ -50,13 +50,13 @@ def write_lesson(base: Path, names: list[str]) -> SampleLesson:
                 def test_zero(self, code):
                     close(code.{name}(torch.zeros(3)), torch.zeros(3), "{name}([0, 0, 0])")
             ''')
-    checks += textwrap.dedent(f'''
+    checks += textwrap.dedent(f"""
 
         @together()
         class TestTogether:
             def test_helper(self, code):
                 close(code.helper(code.{names[0]}(torch.ones(2))), torch.full((2,), 4.0), "helper({names[0]}([1, 1]))")
-        ''')
+        """)
     lesson = SampleLesson(9, "sample", "A sample", 1, base=base)
     lesson.solution.write_text(solution)
     lesson.checks.write_text(checks)

@@ -56,7 +56,8 @@ def test_sabotage_in_an_earlier_module_reaches_the_later_ones(tmp_path):
     source = (ROOT / "solutions" / "llm_basics.py").read_text()
     mine.write_text(source.replace("torch.rsqrt(mean_square + eps)", "torch.zeros_like(mean_square)"))
     script = (
-        "import torch\nfrom solutions.llama_pytorch import RMSNorm\nfrom reference.llama_pytorch import RMSNorm as Kept\n"
+        "import torch\nfrom solutions.llama_pytorch import RMSNorm\n"
+        "from reference.llama_pytorch import RMSNorm as Kept\n"
         "print(RMSNorm(4, 0.0)(torch.ones(4)).sum().item(), Kept(4, 0.0)(torch.ones(4)).sum().item())"
     )
     assert run(script, tmp_path).stdout.split() == ["4.0", "4.0"]
@@ -115,6 +116,6 @@ def test_one_rule_names_everything():
 
 def test_the_front_of_the_course_needs_only_the_standard_library():
     """`python -m common` must answer before anything is installed."""
-    script = "import sys, common.course, common.skeleton; print([m for m in ('torch', 'rich', 'pytest') if m in sys.modules])"
+    script = "import sys, common.course, common.skeleton; print(sorted({'torch', 'rich', 'pytest'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

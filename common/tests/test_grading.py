@@ -25,7 +25,10 @@ def graded(lesson: SampleLesson, bodies: dict[str, str], top: str = "") -> dict[
     source = lesson.solution.read_text()
     for name, body in bodies.items():
         source = re.sub(
-            rf'(def {name}\(x\):\n    """Twice x."""\n).*?\n    return 2 \* x\n', rf"\1    {body}\n", source, flags=re.DOTALL
+            rf'(def {name}\(x\):\n    """Twice x."""\n).*?\n    return 2 \* x\n',
+            rf"\1    {body}\n",
+            source,
+            flags=re.DOTALL,
         )
         assert body in source
     file = lesson.base / "student.py"
@@ -49,7 +52,10 @@ def test_untouched_skeleton_is_to_do_and_imports(tmp_path):
     assert seen == results
     assert [result.points for result in results] == [1, 2, 0]
     lines = lesson.module.read_text().splitlines()
-    assert [lines[result.line - 1].strip() for result in results[:2]] == ["# TODO 9.1: double it.", "# TODO 9.2: double it."]
+    assert [lines[result.line - 1].strip() for result in results[:2]] == [
+        "# TODO 9.1: double it.",
+        "# TODO 9.2: double it.",
+    ]
     isolate.whole("sample", lesson.module.read_text(), lesson.module)
 
 
@@ -183,7 +189,11 @@ def test_one_mistake_fails_one_exercise(tmp_path):
     source = lesson.solution.read_text().replace("return 2 * x\n\n\ndef two", "return helper(x) + 1\n\n\ndef two")
     file = tmp_path / "student.py"
     file.write_text(source)
-    assert statuses({r.name: r for r in grade(lesson, file)}) == {"one": "wrong", "two": "passed", "together": "waiting"}
+    assert statuses({r.name: r for r in grade(lesson, file)}) == {
+        "one": "wrong",
+        "two": "passed",
+        "together": "waiting",
+    }
 
 
 def test_broken_given_code_does_not_fail_exercises_but_the_whole(tmp_path):
@@ -191,18 +201,22 @@ def test_broken_given_code_does_not_fail_exercises_but_the_whole(tmp_path):
     results = graded(lesson, {"one": "return helper(x)"}, top="DOUBLE = 2\n")
     assert statuses(results) == {"one": "passed", "together": "passed"}
     file = tmp_path / "student.py"
-    file.write_text(lesson.solution.read_text().replace("def helper(x):\n    return 2 * x", "def helper(x):\n    return x"))
+    file.write_text(
+        lesson.solution.read_text().replace("def helper(x):\n    return 2 * x", "def helper(x):\n    return x")
+    )
     assert statuses({r.name: r for r in grade(lesson, file)}) == {"one": "passed", "together": "wrong"}
 
 
 def test_own_helpers_imports_and_methods_come_along(tmp_path):
     reference, student = tmp_path / "reference.py", tmp_path / "student.py"
     reference.write_text(
-        "class A:\n    def f(self):\n        return 1\n\n    def g(self):\n        return self.f()\n\n\ndef h():\n    return A().f()\n"
+        "class A:\n    def f(self):\n        return 1\n\n    def g(self):\n        return self.f()\n\n\n"
+        "def h():\n    return A().f()\n"
     )
     text = (
         "import math as m\nBASE = m.floor(2.5)\n\ndef plus(x, by=BASE):\n    return x + by\n\n"
-        "class A:\n    STEP = 3\n\n    def own(self):\n        return plus(self.STEP)\n\n    def f(self):\n        return self.own()\n"
+        "class A:\n    STEP = 3\n\n    def own(self):\n        return plus(self.STEP)\n\n"
+        "    def f(self):\n        return self.own()\n"
     )
     module = isolate.composite("made", reference, text, student, "A.f")
     assert module.A().f() == 5 and module.A().g() == 5 and module.h() == 5
@@ -232,7 +246,10 @@ def test_tracebacks_name_the_file_that_the_line_is_in(tmp_path):
         module.f(1)
     except ValueError as error:
         frames = traceback.extract_tb(error.__traceback__)
-        assert [(Path(frame.filename).name, frame.lineno) for frame in frames[1:]] == [("student.py", 5), ("reference.py", 6)]
+        assert [(Path(frame.filename).name, frame.lineno) for frame in frames[1:]] == [
+            ("student.py", 5),
+            ("reference.py", 6),
+        ]
 
 
 # --- the catalogue ---------------------------------------------------------------------------------------------------
@@ -253,7 +270,12 @@ def test_other_body_with_its_imports(tmp_path):
     lesson = write_lesson(tmp_path, ["one"])
     exercise = exercises_of(lesson)[0]
     source = apply(
-        right("9.1", "by numpy", "return torch.from_numpy(twice(x.numpy()))", top="import numpy as np\n\ndef twice(a):\n    return np.multiply(a, 2)"),
+        right(
+            "9.1",
+            "by numpy",
+            "return torch.from_numpy(twice(x.numpy()))",
+            top="import numpy as np\n\ndef twice(a):\n    return np.multiply(a, 2)",
+        ),
         lesson.solution.read_text(),
         exercise,
     )

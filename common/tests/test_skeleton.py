@@ -81,7 +81,11 @@ def function(body: str, name: str = "f") -> str:
         (function("x = [\n# Exercise 9.1: amid\n1]\nreturn x\n"), 4, "top indentation"),
         (function("def g():\n    # Exercise 9.1: nested\n    return 1\nreturn g\n"), 4, "function within a function"),
         (function("# Exercise 9.1: a\nx = 1\n# Exercise 9.2: b\nreturn x\n"), 5, "has exercise 9.1 already"),
-        (function("# Exercise 9.1: a\nreturn 1\n") + function("# Exercise 9.1: b\nreturn 1\n", "g"), 7, "there already"),
+        (
+            function("# Exercise 9.1: a\nreturn 1\n") + function("# Exercise 9.1: b\nreturn 1\n", "g"),
+            7,
+            "there already",
+        ),
         ("def f():\n    # Exercise 9.1: undocumented\n    return 1\n", 1, "no docstring"),
         (function("x = 1\n# Exercise 9.1: nothing\n"), 4, "no function|no answer"),
         (function("# Exercise 9.1: long\n" + "x = 1\n" * 26), 3, "has 26 lines; 25 are allowed"),
