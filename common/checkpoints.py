@@ -46,7 +46,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete or corrupt. The text names the file and, where one is at fault, the tensor."""
+    """A checkpoint is missing, incomplete or corrupt. The text names the file and, if one is at fault, the tensor."""
 
 
 # Names
