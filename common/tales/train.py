@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import random
 import statistics
@@ -26,7 +27,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from common.tales.stories import story
@@ -331,7 +332,8 @@ def write_model(recipe: Recipe, model: Llama, tokenizer: bytes, curve: list[dict
     """Write a checkpoint folder, weights in float16. Returns the model as a reader will find it: rounded."""
     folder = MODELS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.to(torch.float16).contiguous() for name, weight in model.state_dict().items()}
+    # Parameters, not the state dict: there the tied head would stand a second time.
+    weights = {name: weight.detach().to(torch.float16) for name, weight in model.named_parameters()}
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     write_json(folder / "config.json", model_config(recipe))
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
@@ -352,7 +354,14 @@ def write_model(recipe: Recipe, model: Llama, tokenizer: bytes, curve: list[dict
     (folder / "tokenizer.model").write_bytes(tokenizer)
     write_json(folder / "loss.json", curve)
     plot_loss(folder / "loss.svg", recipe, curve)
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    return rounded(model, weights)
+
+
+def rounded(model: Llama, weights: dict[str, Tensor]) -> Llama:
+    """`model`, with its parameters replaced by these float16 ones, in float32."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(weights[name])
     return model
 
 
@@ -372,10 +381,31 @@ def plot_loss(path: Path, recipe: Recipe, curve: list[dict]) -> None:
     pyplot.close(figure)
 
 
+def measure() -> None:
+    """Measure the committed models, and write it beside the draft."""
+    target, draft = (
+        rounded(fresh_model(recipe), load_file(MODELS / recipe.name / "model.safetensors"))
+        for recipe in (TARGET, DRAFT)
+    )
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(MODELS / TARGET.name / "tokenizer.model"))
+    measured = {
+        "command": f"{COMMAND} --measure",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread",
+        "decode_step": measure_step_costs(),
+        "held_out": measure_agreement(target, draft, tokenizer),
+    }
+    write_json(MODELS / DRAFT.name / "measurements.json", measured)
+    print(json.dumps(measured, indent=2))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description="Train tales and tales-draft into common/models/.")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--measure", action="store_true", help="train nothing: measure the models that are there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.measure:
+        return measure()
 
     costs = measure_step_costs()
     print(f"One decode step: {costs}")
@@ -392,15 +422,8 @@ def main() -> None:
     target, curve = train(TARGET, ids, starts)
     target = write_model(TARGET, target, tokenizer_bytes, curve)
     draft, curve = train(DRAFT, ids, starts, teacher=target)
-    draft = write_model(DRAFT, draft, tokenizer_bytes, curve)
-    measured = {
-        "command": COMMAND,
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
-        "decode_step": costs,
-        "held_out": measure_agreement(target, draft, tokenizer),
-    }
-    write_json(MODELS / DRAFT.name / "measurements.json", measured)
-    print(json.dumps(measured, indent=2))
+    write_model(DRAFT, draft, tokenizer_bytes, curve)
+    measure()
 
 
 if __name__ == "__main__":

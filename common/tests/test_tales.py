@@ -159,9 +159,9 @@ def test_rows_do_not_see_each_other():
     assert batched_attend(2)(0, q, kv, kv).shape == q.shape
 
 
-@pytest.mark.parametrize("name, bound", [(TARGET.name, 2.0), (DRAFT.name, 4.0)])
+@pytest.mark.parametrize("name, bound", [(TARGET.name, 1.5), (DRAFT.name, 1.6)])
 def test_held_out_stories_surprise_the_models_little(name, bound):
-    """Chance is 1024; a table of how frequent each token is would reach about 200."""
+    """Chance is 1024, the size of the vocabulary."""
     model, tokenizer = load(name, device="cpu")
     surprise = total = 0
     with torch.inference_mode():
@@ -176,5 +176,5 @@ def test_held_out_stories_surprise_the_models_little(name, bound):
 def test_the_measured_draft_is_cheap_and_agrees():
     measured = json.loads((MODELS / DRAFT.name / "measurements.json").read_text(encoding="utf-8"))
     assert measured["decode_step"]["draft_share_of_target"] <= 0.2
-    assert measured["held_out"]["greedy_agreement"] > 0.6
+    assert measured["held_out"]["greedy_agreement"] > 0.9
     assert measured["held_out"]["target_perplexity"] < measured["held_out"]["draft_perplexity"]
