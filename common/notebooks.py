@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 
-from common.course import LESSONS, ROOT, Lesson, files_used, lesson, shown
+from common.course import LESSONS, MODULES_VARIABLE, ROOT, CourseError, Lesson, activate, files_used, lesson, shown
 
 CELL_SECONDS = 300
 SANITIZE = Path(__file__).resolve().parent / "nbval_sanitize.cfg"
@@ -134,7 +134,14 @@ def compare(numbers: list[str]) -> int:
 
 
 def lab() -> int:
-    return subprocess.run([sys.executable, "-m", "jupyterlab"], cwd=ROOT, env=environment()).returncode
+    """JupyterLab, over the student's modules where MINE says so."""
+    try:
+        activate(os.environ.get("MINE"))
+    except CourseError as error:
+        print(error, file=sys.stderr)
+        return 2
+    variables = {**environment(), MODULES_VARIABLE: os.environ[MODULES_VARIABLE]}
+    return subprocess.run([sys.executable, "-m", "jupyterlab"], cwd=ROOT, env=variables).returncode
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def same(one: Any, other: Any) -> bool:
             and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-6, equal_nan=True)
         )
     if isinstance(one, float) and isinstance(other, float):
-        return one == other or abs(one - other) <= 1e-6 + 1e-4 * abs(other) or (one != one and other != other)
+        return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6) or (math.isnan(one) and math.isnan(other))
     try:
         return type(one) is type(other) and bool(one == other)
     except Exception:

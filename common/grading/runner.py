@@ -191,10 +191,9 @@ def launch(*arguments) -> None:
 
 
 def fail(result: Result, sentence: str, mistake: str | None = None, traceback: str = "") -> None:
-    """Note a failure; of several the first is told, and the first mistake that has a name."""
-    if result.status != "wrong":
-        result.status, result.sentence, result.traceback = "wrong", sentence, traceback
-    result.mistake = result.mistake or mistake
+    """Note a failure. Of several the first is told that a known mistake explains, or else the first."""
+    if result.status != "wrong" or (mistake and not result.mistake):
+        result.status, result.sentence, result.mistake, result.traceback = "wrong", sentence, mistake, traceback
 
 
 def read_source(file: Path) -> str:

@@ -762,7 +762,6 @@ ANSWERS = [
         "softmax and then a logarithm, so that a small probability becomes 0",
         "torch.log_softmax(upcast(logits[:-1]), dim=-1)",
         "softmax(upcast(logits[:-1])).log()",
-        recognised=False,  # infinity
     ),
     wrong("1.14", "logarithms in 16 bits", "upcast(logits[:-1])", "logits[:-1]"),
     right(
