@@ -106,7 +106,7 @@ def log_probability(
 
     By the chain rule: the probability of the first token after the prompt, times that of the second after prompt
     and first token, and so on; the logarithm makes the product a sum, which does not underflow. At temperature 1.
-    Leaves both sequences as they are. No continuation has probability 1.
+    Leaves both sequences, which may be tuples, as they are. No continuation has probability 1.
     """
     # TODO 0.9: for each token: ask for the logits of all that stands before it, add the log of its share.
     raise NotImplementedError("TODO 0.9")

@@ -223,7 +223,8 @@ def perplexity(logits: Tensor, token_ids: Tensor) -> float:
 
     logits: (T, V), as `forward` gives them for these very tokens; token_ids: (T,), T >= 2. The surprise of a
     token is minus the natural logarithm of the probability that the logits *before* it gave it; the first token
-    has none.
+    has none. Holds for a token that was all but impossible, too: its probability may be 0 in float32, the logarithm
+    of it is still a number.
     """
     # TODO 1.14: which row of the logits predicted token 1, and which row predicts nothing that we have?
     raise NotImplementedError("TODO 1.14")
