@@ -103,7 +103,7 @@ def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
 
 
 def tell(text: str, style: str = "") -> None:
-    console.print(Padding(Text(text, style), (0, 0, 0, 16)), soft_wrap=False)
+    console.print(Padding(Text(text, style), (0, 0, 0, 16), expand=False), soft_wrap=False)
 
 
 def conclude(lesson: Lesson, results: list[Result]) -> int:

@@ -158,6 +158,7 @@ ANSWERS = [
         "wide.pow(2).mean(-1, keepdim=True)",
         "wide.var(-1, keepdim=True, unbiased=False)",
     ),
+    wrong("1.4", "the variance, by torch's default over n - 1, instead of mean square", ".pow(2).mean(-1", ".var(-1"),
     wrong(
         "1.4",
         "the mean subtracted first, as LayerNorm does, not RMSNorm",
