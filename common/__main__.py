@@ -80,7 +80,7 @@ def parse(argv: list[str]) -> tuple[Command, list[str]]:
         if not re.fullmatch(pattern, given):
             what = "a lesson" if command.argument == "N" else "an exercise"
             wanted = target(command).replace(command.argument, example)
-            raise LookupError(f"{command.name} needs the number of {what}: make {wanted}")
+            raise LookupError(f"{SHORT.get(command.name, command.name)} needs the number of {what}: make {wanted}")
     return command, rest
 
 

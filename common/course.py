@@ -88,9 +88,7 @@ def lesson(number: int | str) -> Lesson:
     for candidate in LESSONS:
         if str(candidate.number) == str(number):
             return candidate
-    raise CourseError(
-        f"There is no lesson {number}; the lessons are {', '.join(str(each.number) for each in LESSONS)}."
-    )
+    raise CourseError(f"There is no lesson {number}: those that are written are 0 to {LESSONS[-1].number}.")
 
 
 def lesson_of(exercise_id: str) -> Lesson:

@@ -75,7 +75,8 @@ def heading(lesson: Lesson, file: Path) -> None:
     earlier = tuple(each for each in LESSONS if each.number < lesson.number)
     console.print(f"[bold]Lesson {lesson.number}: {lesson.title}[/]   {shown(file)}")
     if earlier:
-        console.print(f"[dim]on top of {course.files_used(earlier)}[/]")
+        mine = "0" if len(earlier) == 1 else f"0-{earlier[-1].number}"
+        console.print(f"[dim]on top of {course.files_used(earlier)} MINE={mine} takes yours.[/]")
     console.print()
 
 
@@ -99,7 +100,7 @@ def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
     if verbose and result.traceback:
         tell(result.traceback.rstrip(), "dim")
     elif result.id != TOGETHER:
-        tell(f"{shown(file)}:{result.line}   make test-{result.id} VERBOSE=1   make hint-{result.id}", "dim")
+        tell(f"{shown(file)}:{result.line}\nmake test-{result.id} VERBOSE=1   make hint-{result.id}", "dim")
 
 
 def tell(text: str, style: str = "") -> None:
@@ -175,9 +176,9 @@ def find_exercise(which: str) -> tuple[Lesson, skeleton.Exercise]:
 def progress(arguments: argparse.Namespace) -> int:
     """Draw the board of all lessons, grading again whatever has changed since it was graded last."""
     course.activate(arguments.mine)
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for column in ("lesson", "", "exercises", "points", "next"):
-        table.add_column(column)
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for column in ("lesson", "", "done", "points", "next"):
+        table.add_column(column, no_wrap=column != "next")
     waiting = Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True)
     with waiting:
         task = waiting.add_task("")
@@ -199,7 +200,7 @@ def row(lesson: Lesson) -> tuple[str | Text, ...]:
             keep(lesson, file, results)
     except CourseError as error:
         return title, "", "", "", Text(str(error), "red")
-    styles = {"passed": ("█", "green"), "wrong": ("█", "red"), "to do": ("░", "yellow"), "waiting": ("░", "dim")}
+    styles = {"passed": ("█", "green"), "wrong": ("x", "red"), "to do": ("░", "yellow"), "waiting": ("░", "dim")}
     exercises = [result for result in results if result.id != TOGETHER]
     bar = Text.assemble(*(styles[result.status] for result in exercises))
     passed = [result for result in exercises if result.status == "passed"]
@@ -208,8 +209,8 @@ def row(lesson: Lesson) -> tuple[str | Text, ...]:
     return (
         title,
         bar,
-        f"{len(passed)} of {len(exercises)}",
-        f"{sum(result.points for result in passed)} of {sum(result.points for result in exercises)}",
+        f"{len(passed)}/{len(exercises)}",
+        f"{sum(result.points for result in passed)}/{sum(result.points for result in exercises)}",
         following,
     )
 

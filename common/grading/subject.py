@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import linecache
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,12 +65,13 @@ class Subject:
         """
         if exercise_id == TOGETHER:
             return self.attempt(check, self.untouched)
-        failure = self.attempt(check, lambda: self.module(exercise_id))
+        function = self.exercises[exercise_id].function
+        failure = self.attempt(check, lambda: self.module(exercise_id), function)
         if failure is None or self.attempt(check, self.untouched) is None:
             return None
         return self.with_mistake(exercise_id, check, failure)
 
-    def attempt(self, check: Check, build: Callable[[], ModuleType]) -> Failure | None:
+    def attempt(self, check: Check, build: Callable[[], ModuleType], function: str = "") -> Failure | None:
         """Run the check once. Whatever the student's code raises is their failure, never the grader's."""
         try:
             torch.manual_seed(0)
@@ -83,7 +83,7 @@ class Subject:
         except CourseError as error:
             return Failure(str(error))
         except BaseException as error:
-            return Failure(self.describe(error), trace(error))
+            return Failure(self.describe(error, function), trace(error))
         return None
 
     def with_mistake(self, exercise_id: str, check: Check, failure: Failure) -> Failure:
@@ -97,8 +97,8 @@ class Subject:
         ]
         return Failure(**{**vars(failure), "mistake": names[0]}) if len(names) == 1 else failure
 
-    def describe(self, error: BaseException) -> str:
-        """One sentence for an exception: what, and the student's line if one is to blame."""
+    def describe(self, error: BaseException, function: str = "") -> str:
+        """One sentence for an exception: what, the student's line if one is to blame, and what the check asked."""
         text = str(error).strip().partition("\n")[0]
         what = type(error).__name__ + (f": {text}" if text else "")
         if isinstance(error, SystemExit):
@@ -108,8 +108,12 @@ class Subject:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if Path(frame.filename) == self.file]
         if own:
-            line = linecache.getline(str(self.file), own[-1].lineno).strip()
-            return f"raised {what} at {shown(self.file)}:{own[-1].lineno}: `{line}`"
+            raised = text if isinstance(error, AssertionError) and text else f"raised {what}"
+            asked = [frame for frame in frames if Path(frame.filename) == self.lesson.checks]
+            check = f"\nThe check, {shown(self.lesson.checks)}:{asked[-1].lineno}: `{asked[-1].line}`" if asked else ""
+            return f"{raised} at {shown(self.file)}:{own[-1].lineno}: `{own[-1].line}`{check}"
+        if isinstance(error, TypeError) and function and f"{function.rpartition('.')[2]}()" in text:
+            return f"cannot be called as the check calls it: {text}. Was its list of arguments changed?"
         if "NoneType" in text:
             return f"the check could not use what came back ({what}): is a `return` missing?"
         return f"the check could not use what came back: {what}"
