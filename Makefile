@@ -16,7 +16,7 @@ TARGETS := help setup run chat test test-all progress skeletons notebooks test-n
 $(TARGETS):
 	@$(PYTHON) -m common $@
 
-test-lesson-% reset-lesson-% test-% hint-%: always
+test-lesson-% reset-lesson-% prove-lesson-% test-% hint-%: always
 	@$(PYTHON) -m common $@
 
 always:

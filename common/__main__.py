@@ -30,6 +30,7 @@ COMMANDS = (
     Command("test", "", "common.checks", "", "", "test the course itself; your unfinished work does not matter"),
     Command("test-all", "", "common.checks", "dev", "", "also the slow tests, the real model and the notebooks"),
     Command("check", "", "common.checks", "dev", "", "for those who change the course: lint, skeletons, READMEs"),
+    Command("prove-lesson", "N", "common.grading.prove", "", "", "try its checks on all known wrong and right answers"),
     Command("lint", "", "common.checks", "dev", "", "ruff: mistakes and formatting"),
     Command("skeletons", "", "common.skeleton", "", "", "cut the lessons' skeletons from solutions/"),
     Command("notebooks", "", "common.notebooks", "", "", "run every notebook and save its outputs"),
@@ -68,7 +69,7 @@ def parse(argv: list[str]) -> tuple[Command, list[str]]:
     if name in ("-h", "--help"):
         name = "help"
     command = BY_NAME.get(name)
-    number = re.fullmatch(r"(test-lesson|test-exercise|test|hint|reset-lesson)-(\d+(?:\.\d+)?)", name)
+    number = re.fullmatch(r"(test-lesson|test-exercise|test|hint|reset-lesson|prove-lesson)-(\d+(?:\.\d+)?)", name)
     if command is None and number:
         name = {"test": "test-exercise"}.get(number[1], number[1])
         command, rest = BY_NAME[name], [number[2], *rest]

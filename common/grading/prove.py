@@ -1,6 +1,6 @@
 """Grades the grader: every wrong answer of a lesson's catalogue is caught, and every right one passes.
 
-    python -m common prove 1
+    make prove-lesson-1
 
 A wrong answer must fail in its exercise's checks by giving a wrong value, not by a crash, and be recognised by its
 name unless it is marked otherwise; none may be taken for another. Every exercise has at least three and one right.
@@ -81,7 +81,7 @@ def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common prove", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m common prove-lesson", description=__doc__.partition("\n")[0])
     parser.add_argument("lessons", nargs="*", default=[str(lesson.number) for lesson in LESSONS], metavar="N")
     failed = False
     os.environ["KERNELS"] = "plain"
