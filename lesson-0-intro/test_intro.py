@@ -284,18 +284,31 @@ class TestClassifyByLlm:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def whole_bytes(code, num_parameters, bits):
+    """The student's number of bytes, which is an int; 20.0 would pass for 20 when the two are compared."""
+    result = code.weight_bytes(num_parameters, bits)
+    holds(
+        not isinstance(result, float),
+        f"weight_bytes({num_parameters}, bits={bits}) is {result!r}, a float. Bytes come whole, as an int: `/` gives a "
+        "float even where nothing is left over.",
+        actual=result,
+    )
+    return result
+
+
 @exercise("0.4", points=1)
 class TestWeightBytes:
     def test_by_hand(self, code):
-        equal(code.weight_bytes(10, 16), 20, "weight_bytes(10, bits=16)")
-        equal(code.weight_bytes(10, 32), 40, "weight_bytes(10, bits=32)")
+        equal(whole_bytes(code, 10, 16), 20, "weight_bytes(10, bits=16)")
+        equal(whole_bytes(code, 10, 32), 40, "weight_bytes(10, bits=32)")
 
     def test_less_than_a_byte(self, code):
-        equal(code.weight_bytes(10, 4), 5, "weight_bytes(10, bits=4)")
-        equal(code.weight_bytes(7, 4), 4, "weight_bytes(7, bits=4), which is three bytes and a half,")
+        equal(whole_bytes(code, 10, 4), 5, "weight_bytes(10, bits=4)")
+        equal(whole_bytes(code, 7, 4), 4, "weight_bytes(7, bits=4), which is three bytes and a half,")
 
     def test_llama(self, code):
-        equal(code.weight_bytes(6_738_415_616, 16), 13_476_831_232, "weight_bytes(6738415616, bits=16), Llama 2 7B,")
+        result = whole_bytes(code, 6_738_415_616, 16)
+        equal(result, 13_476_831_232, "weight_bytes(6738415616, bits=16), Llama 2 7B,")
 
 
 @exercise("0.5", points=1)

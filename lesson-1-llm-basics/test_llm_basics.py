@@ -523,28 +523,29 @@ Each count is that of the model which transformers builds from this shape (solut
 @exercise("1.13", points=2)
 class TestCountParameters:
     # vocab_size, hidden_size, intermediate_size, layers, heads, KV heads, head_dim
-    small = (10, 4, 7, 2, 2, 1, 3)
+    small = (15, 6, 11, 2, 2, 1, 5)
 
     def test_by_hand(self, code):
-        # Each layer: q 24, k 12, v 12, o 24, MLP 3 x 28, norms 8; and embedding 40, norm 4, head 40.
+        # Each layer: q 60, k 30, v 30, o 60, MLP 3 x 66, norms 12; and embedding 90, norm 6, head 90. The sizes are
+        # such that different mistakes give different sums: k in both layers is not as much as the head.
         equal(
             code.count_parameters(code.ModelConfig(*self.small)),
-            412,
+            966,
             "count_parameters of the small model in the check",
         )
 
     def test_tied(self, code):
         config = code.ModelConfig(*self.small, tie_word_embeddings=True)
-        equal(code.count_parameters(config), 372, "count_parameters of the small model with a tied head")
+        equal(code.count_parameters(config), 876, "count_parameters of the small model with a tied head")
 
     def test_biases(self, code):
-        for name, expected in (("qkv_bias", 436), ("o_bias", 420), ("mlp_bias", 448)):
+        for name, expected in (("qkv_bias", 1006), ("o_bias", 978), ("mlp_bias", 1022)):
             config = code.ModelConfig(*self.small, **{name: True})
             equal(code.count_parameters(config), expected, f"count_parameters of the small model with {name}")
 
     def test_qk_norm(self, code):
         config = code.ModelConfig(*self.small, qk_norm=True)
-        equal(code.count_parameters(config), 424, "count_parameters of the small model with qk_norm")
+        equal(code.count_parameters(config), 986, "count_parameters of the small model with qk_norm")
 
     def test_real_models(self, code):
         for name, (expected, sizes, options) in REAL_MODELS.items():

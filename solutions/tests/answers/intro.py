@@ -92,6 +92,12 @@ ANSWERS = [
         "[float(i == first) for i in range(len(logits))]",
         "[(logit == largest) / list(logits).count(largest) for logit in logits]",
     ),
+    wrong(
+        "0.2",
+        "probability 1 for each of several largest logits at temperature 0",
+        "[float(i == first) for i in range(len(logits))]",
+        "[float(logit == largest) for logit in logits]",
+    ),
     wrong("0.2", "no special case for temperature 0", "if temperature == 0:", "if temperature is None:"),
     wrong_body(
         "0.2",
@@ -243,6 +249,12 @@ ANSWERS = [
         "(num_parameters * bits + 7) // 8",
         "num_parameters * ((bits + 7) // 8)",
     ),
+    wrong(
+        "0.4",
+        "`/`, which leaves a float and its fraction, where whole bytes are asked",
+        "(num_parameters * bits + 7) // 8",
+        "num_parameters * bits / 8",
+    ),
     right("0.4", "with ceil", "return math.ceil(num_parameters * bits / 8)"),
     right("0.4", "with divmod", "whole, rest = divmod(num_parameters * bits, 8)\nreturn whole + (rest > 0)"),
     # 0.5 kv_cache_bytes
@@ -334,6 +346,14 @@ ANSWERS = [
         "the weights read again for every request",
         "(model_bytes + batch_size * cache_bytes)",
         "batch_size * (model_bytes + cache_bytes)",
+    ),
+    wrong_body(
+        "0.8",
+        "operations a second (FLOP/s), not divided by the operations of a token",
+        """
+        intensity = arithmetic_intensity(token_flops, model_bytes, cache_bytes, batch_size)
+        return min(peak_flops, intensity * bandwidth)
+        """,
     ),
     right(
         "0.8",

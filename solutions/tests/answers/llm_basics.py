@@ -63,6 +63,19 @@ ANSWERS = [
         return ids
         """,
     ),
+    wrong_body(
+        "1.1",
+        "no step over the second element after a merge, and the last element never looked at",
+        """
+        merged = []
+        for i in range(len(ids) - 1):
+            if (ids[i], ids[i + 1]) == tuple(pair):
+                merged.append(new_id)
+            else:
+                merged.append(ids[i])
+        return merged
+        """,
+    ),
     right(
         "1.1",
         "by an iterator",
@@ -149,6 +162,22 @@ ANSWERS = [
         return exponentials / exponentials.sum(dim=-1, keepdim=True)
         """,
     ),
+    wrong_body(
+        "1.3",
+        "maximum and sum of the whole tensor, not of each row",
+        """
+        exponentials = (scores - scores.max()).exp()
+        return exponentials / exponentials.sum()
+        """,
+    ),
+    wrong_body(
+        "1.3",
+        "maximum and sum over the first axis, not the last",
+        """
+        exponentials = (scores - scores.amax(dim=0, keepdim=True)).exp()
+        return exponentials / exponentials.sum(dim=0, keepdim=True)
+        """,
+    ),
     right("1.3", "torch's own", "return torch.softmax(scores, -1)"),
     right("1.3", "by the logarithm of the sum", "return (scores - torch.logsumexp(scores, -1, keepdim=True)).exp()"),
     # ------------------------------------------------------------------------------------------- 1.4 rms_norm
@@ -164,6 +193,15 @@ ANSWERS = [
         "the mean subtracted first, as LayerNorm does, not RMSNorm",
         "wide = upcast(x)",
         "wide = upcast(x) - upcast(x).mean(-1, keepdim=True)",
+    ),
+    wrong_body(
+        "1.4",
+        "LayerNorm: the mean subtracted, and the variance by torch's default over n - 1",
+        """
+        wide = upcast(x)
+        centred = wide - wide.mean(-1, keepdim=True)
+        return (centred * torch.rsqrt(wide.var(-1, keepdim=True) + eps)).to(x.dtype) * weight
+        """,
     ),
     wrong("1.4", "the sum of the squares instead of their mean", ".mean(-1", ".sum(-1"),
     wrong("1.4", "a mean over the whole tensor, not over each vector", ".mean(-1, keepdim=True)", ".mean()"),
@@ -249,6 +287,15 @@ ANSWERS = [
         a, b = x[..., 0::2], x[..., 1::2]
         cos, sin = cos[:, None], sin[:, None]
         return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+        """,
+    ),
+    wrong_body(
+        "1.6",
+        "neighbours paired, where i belongs with i + D / 2, and the results joined as two halves",
+        """
+        a, b = x[..., 0::2], x[..., 1::2]
+        cos, sin = cos[:, None], sin[:, None]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
         """,
     ),
     wrong(
@@ -436,6 +483,17 @@ ANSWERS = [
         "heads brought to the front by reshape, which cuts up the tokens, where transpose is needed",
         "attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), mask)",
         "attention(*(x.reshape(x.shape[1], x.shape[0], -1) for x in (q, k, v)), mask)",
+    ),
+    # With more than one token the shapes do not fit, and torch raises an error. The mistake is recognised by its value
+    # for one token; for more, a number that nobody's attention gives stands in for the error.
+    wrong_body(
+        "1.9",
+        "no transpose: each token's heads attend to one another, not the tokens",
+        """
+        group_size = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
+        return attention(q, k, v, mask) if mask.shape == (1, 1) else torch.full_like(q, 1e30)
+        """,
     ),
     right(
         "1.9",
@@ -665,6 +723,12 @@ ANSWERS = [
         return tables + config.num_hidden_layers * layer + config.hidden_size
         """,
     ),
+    wrong(
+        "1.13",
+        "four square matrices: hidden_size taken for all widths",
+        "hidden * (q_width + 2 * kv_width) + q_width * hidden",
+        "4 * hidden * hidden",
+    ),
     wrong("1.13", "a tied head counted as well", "1 if config.tie_word_embeddings else 2", "2"),
     wrong("1.13", "the head never counted, though it is not tied", "(1 if config.tie_word_embeddings else 2)", "1"),
     wrong("1.13", "the layers' norms forgotten", "attention + mlp + norms + biases", "attention + mlp + biases"),
@@ -751,6 +815,12 @@ ANSWERS = [
     ),
     wrong("1.14", "the sum of the surprises, where their mean is asked", "surprise.mean()", "surprise.double().sum()"),
     wrong("1.14", "2 to the power of a surprise in natural logarithms", "mean().exp()", "mean().exp2()"),
+    wrong(
+        "1.14",
+        "e to the power of a surprise in logarithms to the base 2",
+        "surprise.mean()",
+        "(surprise / math.log(2)).mean()",
+    ),
     wrong("1.14", "the mean surprise itself, without exp", ".exp().item()", ".item()"),
     wrong(
         "1.14",
