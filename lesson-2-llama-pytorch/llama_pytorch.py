@@ -334,7 +334,7 @@ def stable_hash(*numbers: int) -> int:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k highest scores, set all others to -inf. logits: (V,); k >= 1. Returns (V,).
+    """Keep the k highest scores, set all others to -inf. logits: (V,); k >= 1. Returns (V,), a new tensor.
 
     All tokens that tie with the k-th are kept, and k may exceed V. From Fan, Lewis and Dauphin (2018).
     """
@@ -511,8 +511,9 @@ def generate(
     """Continue a prompt, token by token; `on_text` is called with each piece of text as soon as it is certain.
 
     It ends at one of the tokenizer's `eos_token_ids` (unless `ignore_eos`), at a stop token or a stop string
-    ("stop"), after `max_tokens`, or when the context is full ("length"). Nothing is remembered between tokens:
-    every step computes the whole sequence again, which is what lesson 3 is about.
+    ("stop"), after `max_tokens`, or when the context is full ("length"); where both are true of one token, it is
+    "stop". Nothing is remembered between tokens: every step computes the whole sequence again, which is what
+    lesson 3 is about.
     """
     check_prompt(prompt_token_ids, model.config, params)
     stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.eos_token_ids)}
@@ -526,5 +527,6 @@ def generate(
 
     # TODO 2.13: until there is a finish_reason: forward over all tokens, logits of the last one, `adjust_logits`,
     # `sample`, append. A stop token adds no text; any other goes through `stream`, then `checker`. When it ends
-    # otherwise than by a stop string, `show` what both still hold. Report `top_logprobs` of the model's own logits.
+    # otherwise than by a stop string, `show` what both still hold. Where `params.logprobs` is set, report
+    # `top_logprobs` of the model's own logits.
     raise NotImplementedError("TODO 2.13")
