@@ -20,7 +20,7 @@ from common.course import CourseError, activate, files_used
 
 DEFAULT_MODEL = "smollm2-135m"
 CHAT_PROMPT = "What is gravity? Answer in two or three sentences."
-PLAIN_PROMPT = "Once upon a time"
+PLAIN_PROMPT = "There was once a"
 HELP = """\
 /reset         forget the conversation
 /system TEXT   tell the model who it is, and start again; without TEXT: show what it was told

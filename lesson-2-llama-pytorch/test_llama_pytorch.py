@@ -1077,7 +1077,8 @@ class TestStopChecker:
 # ---------------------------------------------------------------------------------------------------------------
 
 WORDS = [b"<s>", b"</s>", b"<end>", b" one", b" two", b" three", b" EN", b"D", b"T", b"\xf0\x9f", b"\x99\x82", b"!"]
-S, EOS, END, ONE, TWO, THREE, EN, D, T, LEFT, RIGHT, BANG = range(len(WORDS))
+WORDS.append(b"D\xf0\x9f")
+S, EOS, END, ONE, TWO, THREE, EN, D, T, LEFT, RIGHT, BANG, D_LEFT = range(len(WORDS))
 
 
 def scripted(code, script: list[int], context: int = 64, rival: int | None = None):
@@ -1186,6 +1187,10 @@ class TestGenerate:
         output, pieces, _ = self.run(code, [ONE, EN, D, TWO], stop="END")
         self.check(output, [ONE, EN, D], " one ", "stop", "stop='END', one, ' EN', 'D'")
         equal("".join(pieces), " one ", "what on_text got: stop='END', one, ' EN', 'D'")
+        output, _, _ = self.run(code, [ONE, EN, D_LEFT, TWO], stop="END")
+        self.check(
+            output, [ONE, EN, D_LEFT], " one ", "stop", "stop='END', one, ' EN', 'D' and half of 🙂 in one token"
+        )
 
     def test_stop_string_that_was_none(self, code):
         output, pieces, _ = self.run(code, [ONE, EN, T, EOS], stop="END")

@@ -625,6 +625,7 @@ ANSWERS = [
         "2.13", "an index that counts the prompt's tokens too", "index=len(output.token_ids)", "index=len(token_ids)"
     ),
     wrong("2.13", "what was still held when it ended never shown", "if not checker.found:", "if False:"),
+    wrong("2.13", "what was held behind a stop string shown after all", "if not checker.found:", "if True:"),
     wrong("2.13", "half a character held at the end lost", "show(checker.push(stream.flush()))", "pass"),
     wrong(
         "2.13",
