@@ -121,8 +121,9 @@ class Session:
                 return
             try:
                 kind, *event = json.loads(connection.recv_bytes())
-            except EOFError:
-                self.process.join()
+            except (EOFError, OSError):
+                self.process.join(timeout=5)  # a student's code may have closed the connection and gone on
+                self.close()
                 code = self.process.exitcode
                 if current is None:
                     raise CourseError(f"The grader's worker died (exit code {code}); is torch installed?") from None
@@ -157,7 +158,7 @@ class Session:
                 finished, current, deadline = current, None, time.monotonic() + START_SECONDS
                 yield finished
             elif kind == "finished":
-                self.process.join()
+                self.close()  # not join: a thread that a student's code has left behind would keep the process
                 return
 
     def start(self, ids: list[str]):

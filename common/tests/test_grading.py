@@ -158,6 +158,14 @@ def test_code_that_hangs_dies_or_cheats_fails_alone(tmp_path):
     assert "by signal 11" in results["crashing"].sentence
 
 
+def test_thread_left_behind_does_not_hold_up_the_grader(tmp_path):
+    body = "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start(); return 2 * x"
+    start = time.monotonic()
+    results = graded(write_lesson(tmp_path, ["one"]), {"one": body})
+    assert statuses(results) == {"one": "passed", "together": "passed"}
+    assert time.monotonic() - start < 45
+
+
 def test_what_a_killed_answer_started_is_killed_with_it(tmp_path):
     body = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {!r}]); time.sleep(60)"
     script = f"import time; time.sleep(4); open({str(tmp_path / 'alive')!r}, 'w')"
