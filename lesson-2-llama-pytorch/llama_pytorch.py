@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -500,6 +501,12 @@ def check_prompt(prompt_token_ids: Sequence[int], config: ModelConfig, params: S
         raise ValueError(f"SamplingParams: n is {params.n}; generate makes one sample: call it for params.children().")
 
 
+def recompute(model: Llama, token_ids: Sequence[int]) -> Tensor:
+    """Scores of what follows these tokens: (V,). Nothing is remembered, so all of them are computed, every time."""
+    # TODO 2.17: positions 0, 1, ...; forward with `causal_attend`; logits of the last token, and of no other.
+    raise NotImplementedError("TODO 2.17")
+
+
 @torch.inference_mode()
 def generate(
     model: Llama,
@@ -507,14 +514,16 @@ def generate(
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
     on_text: Callable[[str], None] = lambda piece: None,
+    next_logits: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> RequestOutput:
     """Continue a prompt, token by token; `on_text` is called with each piece of text as soon as it is certain.
 
     It ends at one of the tokenizer's `eos_token_ids` (unless `ignore_eos`), at a stop token or a stop string
     ("stop"), after `max_tokens`, or when the context is full ("length"); where both are true of one token, it is
-    "stop". Nothing is remembered between tokens: every step computes the whole sequence again, which is what
-    lesson 3 is about.
+    "stop". `next_logits` is called with all tokens so far and returns the scores (V,) of the next: by default it is
+    `recompute`, and every step computes the whole sequence again, which is what lesson 3 is about.
     """
+    next_logits = next_logits or partial(recompute, model)
     check_prompt(prompt_token_ids, model.config, params)
     stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.eos_token_ids)}
     room = min(params.max_tokens, model.config.max_position_embeddings - len(prompt_token_ids))
@@ -525,8 +534,8 @@ def generate(
             output.text += piece
             on_text(piece)
 
-    # TODO 2.13: until there is a finish_reason: forward over all tokens, logits of the last one, `adjust_logits`,
-    # `sample`, append. A stop token adds no text; any other goes through `stream`, then `checker`. When it ends
+    # TODO 2.13: until there is a finish_reason: `next_logits` of prompt and output, `adjust_logits`, `sample`,
+    # append. A stop token adds no text; any other goes through `stream`, then `checker`. When it ends
     # otherwise than by a stop string, `show` what both still hold. Where `params.logprobs` is set, report
     # `top_logprobs` of the model's own logits.
     raise NotImplementedError("TODO 2.13")

@@ -1150,17 +1150,19 @@ class TestGenerate:
         self.check(output, [ONE, END], " one", "stop", "one, <end>, which is an eos token too")
 
     def test_every_step_sees_all(self, code):
-        _, _, model = self.run(code, [ONE, TWO, EOS])
+        seen, script = [], iter([ONE, TWO, EOS])
+
+        def next_logits(token_ids):
+            seen.append([int(token_id) for token_id in token_ids])
+            return torch.nn.functional.one_hot(torch.tensor(next(script)), len(WORDS)).float()
+
+        model = scripted(code, [])
+        code.generate(model, tokenizer(), list(PROMPT), code.SamplingParams(), lambda piece: None, next_logits)
         equal(
-            model.forwards,
-            [
-                ([S, THREE, TWO], [0, 1, 2]),
-                ([S, THREE, TWO, ONE], [0, 1, 2, 3]),
-                ([S, THREE, TWO, ONE, TWO], [0, 1, 2, 3, 4]),
-            ],
-            "(token ids, positions) of the three forwards",
+            seen,
+            [[S, THREE, TWO], [S, THREE, TWO, ONE], [S, THREE, TWO, ONE, TWO]],
+            "the tokens that next_logits gets in three steps, where the model says one, two, </s>",
         )
-        equal(model.rows, [1, 1, 1], "how many rows `logits` is asked for at each step (the last one is enough)")
 
     def test_max_tokens(self, code):
         output, _, _ = self.run(code, [ONE, TWO, THREE, EOS], max_tokens=2)
@@ -1248,6 +1250,27 @@ class TestGenerate:
         prompt, model = list(PROMPT), scripted(code, [ONE, TWO, EOS])
         code.generate(model, tokenizer(), prompt, code.SamplingParams())
         equal(prompt, PROMPT, "the prompt's list, after generate")
+
+
+@exercise("2.17", points=1)
+class TestRecompute:
+    def test_one_forward_over_all(self, code):
+        model = scripted(code, [ONE])
+        scores = code.recompute(model, [S, THREE, TWO])
+        equal(model.forwards, [([S, THREE, TWO], [0, 1, 2])], "(token ids, positions) of the forward over [0, 5, 4]")
+        expected = torch.zeros(len(WORDS))
+        expected[ONE] = 5.0
+        close(scores, expected, "recompute(model, [0, 5, 4]), where the model says 3 after these tokens")
+        equal(model.rows, [1], "how many rows `logits` is asked for (the last one is enough)")
+
+    def test_a_real_model(self, code):
+        model, expected = built(code, "llama-3")
+        token_ids = expected["token_ids"].tolist()
+        with torch.no_grad():
+            scores = code.recompute(model, token_ids)
+        equal(
+            int(scores.argmax()), int(expected["continuation"][0]), "the likeliest token after a prompt of the snapshot"
+        )
 
 
 @together()

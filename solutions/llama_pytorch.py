@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -578,6 +579,14 @@ def check_prompt(prompt_token_ids: Sequence[int], config: ModelConfig, params: S
         raise ValueError(f"SamplingParams: n is {params.n}; generate makes one sample: call it for params.children().")
 
 
+def recompute(model: Llama, token_ids: Sequence[int]) -> Tensor:
+    """Scores of what follows these tokens: (V,). Nothing is remembered, so all of them are computed, every time."""
+    # Exercise 2.17: positions 0, 1, ...; forward with `causal_attend`; logits of the last token, and of no other.
+    token_ids = torch.tensor(token_ids, device=model.model.norm.weight.device)
+    hidden = model(token_ids, torch.arange(len(token_ids), device=token_ids.device), causal_attend)
+    return model.logits(hidden[-1:])[0]
+
+
 @torch.inference_mode()
 def generate(
     model: Llama,
@@ -585,14 +594,16 @@ def generate(
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
     on_text: Callable[[str], None] = lambda piece: None,
+    next_logits: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> RequestOutput:
     """Continue a prompt, token by token; `on_text` is called with each piece of text as soon as it is certain.
 
     It ends at one of the tokenizer's `eos_token_ids` (unless `ignore_eos`), at a stop token or a stop string
     ("stop"), after `max_tokens`, or when the context is full ("length"); where both are true of one token, it is
-    "stop". Nothing is remembered between tokens: every step computes the whole sequence again, which is what
-    lesson 3 is about.
+    "stop". `next_logits` is called with all tokens so far and returns the scores (V,) of the next: by default it is
+    `recompute`, and every step computes the whole sequence again, which is what lesson 3 is about.
     """
+    next_logits = next_logits or partial(recompute, model)
     check_prompt(prompt_token_ids, model.config, params)
     stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.eos_token_ids)}
     room = min(params.max_tokens, model.config.max_position_embeddings - len(prompt_token_ids))
@@ -603,14 +614,12 @@ def generate(
             output.text += piece
             on_text(piece)
 
-    # Exercise 2.13: until there is a finish_reason: forward over all tokens, logits of the last one, `adjust_logits`,
-    # `sample`, append. A stop token adds no text; any other goes through `stream`, then `checker`. When it ends
+    # Exercise 2.13: until there is a finish_reason: `next_logits` of prompt and output, `adjust_logits`, `sample`,
+    # append. A stop token adds no text; any other goes through `stream`, then `checker`. When it ends
     # otherwise than by a stop string, `show` what both still hold. Where `params.logprobs` is set, report
     # `top_logprobs` of the model's own logits.
     while output.finish_reason is None:
-        token_ids = torch.tensor([*prompt_token_ids, *output.token_ids], device=model.lm_head.weight.device)
-        hidden = model(token_ids, torch.arange(len(token_ids), device=token_ids.device), causal_attend)
-        logits = model.logits(hidden[-1:])[0]
+        logits = next_logits([*prompt_token_ids, *output.token_ids])
         adjusted = adjust_logits(logits, params, prompt_token_ids, output.token_ids, stop_ids)
         token_id = sample(adjusted, params, index=len(output.token_ids))
         output.token_ids.append(token_id)

@@ -607,22 +607,18 @@ ANSWERS = [
         '        elif token_id in stop_ids or checker.found:\n            output.finish_reason = "stop"',
     ),
     wrong("2.13", "penalties and min_tokens left out", "sample(adjusted,", "sample(logits,"),
-    wrong("2.13", "the first token's logits, instead of the last one's", "hidden[-1:]", "hidden[:1]"),
-    wrong(
-        "2.13",
-        "logits computed for all tokens, though only the last one's are used",
-        "model.logits(hidden[-1:])[0]",
-        "model.logits(hidden)[-1]",
-    ),
-    wrong(
-        "2.13",
-        "positions counted from 1",
-        "torch.arange(len(token_ids), device",
-        "torch.arange(1, len(token_ids) + 1, device",
-    ),
     wrong("2.13", "every token drawn with index 0", "index=len(output.token_ids)", "index=0"),
     wrong(
-        "2.13", "an index that counts the prompt's tokens too", "index=len(output.token_ids)", "index=len(token_ids)"
+        "2.13",
+        "an index that counts the prompt's tokens too",
+        "index=len(output.token_ids)",
+        "index=len(prompt_token_ids) + len(output.token_ids)",
+    ),
+    wrong(
+        "2.13",
+        "the last token alone handed to next_logits",
+        "[*prompt_token_ids, *output.token_ids])\n",
+        "[*prompt_token_ids, *output.token_ids][-1:])\n",
     ),
     wrong("2.13", "what was still held when it ended never shown", "if not checker.found:", "if False:"),
     wrong("2.13", "what was held behind a stop string shown after all", "if not checker.found:", "if True:"),
@@ -651,8 +647,7 @@ ANSWERS = [
         """
         sequence = list(prompt_token_ids)
         for index in range(room):
-            hidden = model(torch.tensor(sequence), torch.arange(len(sequence)), causal_attend)
-            logits = model.logits(hidden[-1].unsqueeze(0)).squeeze(0)
+            logits = next_logits(list(sequence))
             chosen = sample(adjust_logits(logits, params, prompt_token_ids, output.token_ids, stop_ids), params, index)
             sequence.append(chosen)
             output.token_ids = sequence[len(prompt_token_ids) :]
@@ -741,6 +736,37 @@ ANSWERS = [
         """
         normed = rms_norm(hidden, self.model.norm.weight, self.config.rms_norm_eps)
         return normed @ self.lm_head.weight.T
+        """,
+    ),
+    # --------------------------------------------------------------------------------------------- 2.17 recompute
+    wrong("2.17", "the first token's logits, instead of the last one's", "hidden[-1:]", "hidden[:1]"),
+    wrong(
+        "2.17",
+        "logits computed for all tokens, though only the last one's are used",
+        "model.logits(hidden[-1:])[0]",
+        "model.logits(hidden)[-1]",
+    ),
+    wrong(
+        "2.17",
+        "positions counted from 1",
+        "torch.arange(len(token_ids), device",
+        "torch.arange(1, len(token_ids) + 1, device",
+    ),
+    wrong(
+        "2.17",
+        "the last token alone computed",
+        "token_ids = torch.tensor(token_ids,",
+        "token_ids = torch.tensor(token_ids[-1:],",
+    ),
+    right(
+        "2.17",
+        "a batch axis of one taken off at the end",
+        """
+        ids = torch.as_tensor(list(token_ids))
+        rows = model.run_layers(
+            model.embed(ids), torch.arange(ids.numel()), causal_attend, range(model.config.num_hidden_layers)
+        )
+        return model.logits(rows[len(rows) - 1].unsqueeze(0)).squeeze(0)
         """,
     ),
 ]
