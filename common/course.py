@@ -80,6 +80,7 @@ LESSONS = (
     Lesson(0, "intro", "Introduction", 2),
     Lesson(1, "llm-basics", "LLM basics", 5),
     Lesson(2, "llama-pytorch", "Llama in PyTorch", 7),
+    Lesson(3, "kv-cache", "The KV cache", 4),
 )
 
 

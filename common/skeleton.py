@@ -20,6 +20,7 @@ import json
 import re
 import time
 import tokenize
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ TOGETHER = "together"
 """In place of an exercise's id: the checks of the student's whole module, once every exercise has passed."""
 RECORD = ROOT / "common" / "skeletons.json"
 """The SHA-256 of each skeleton as it was last generated: what differs from it has been edited."""
+FIND_THE_BUG = "  # take this line out, then find the one mistake below and mend it"
 BACKUPS = ROOT / ".course" / "backups"
 
 
@@ -119,20 +121,34 @@ def walk_functions(node: ast.AST, prefix: str = ""):
             yield from walk_functions(child, prefix)
 
 
-def cut(source: str, file: str, number: int | None = None) -> str:
-    """The skeleton of a solution, as text. Raises SkeletonError."""
+def cut(
+    source: str, file: str, number: int | None = None, plant: Callable[[Exercise], str | None] = lambda exercise: None
+) -> str:
+    """The skeleton of a solution, as text. plant: gives the faulty body to show, where the exercise is to mend it.
+
+    Raises SkeletonError.
+    """
     lines = source.splitlines()
     for exercise in reversed(find_exercises(source, file, number)):
         opening = lines[exercise.comment_line - 1].replace("# Exercise", "# TODO", 1)
         stub = " " * exercise.indent + f'raise NotImplementedError("TODO {exercise.id}")'
         todo = lines[exercise.comment_line : exercise.first_answer_line - 1]
-        lines[exercise.comment_line - 1 : exercise.last_line] = [opening, *todo, stub]
+        faulty = plant(exercise)
+        shown_body = [stub] if faulty is None else [stub + FIND_THE_BUG, *faulty.splitlines()]
+        lines[exercise.comment_line - 1 : exercise.last_line] = [opening, *todo, *shown_body]
     return "\n".join(lines) + "\n"
 
 
 def cut_lesson(lesson: Lesson) -> str:
-    """The skeleton that the lesson's solution gives now."""
-    return cut(lesson.solution.read_text(encoding="utf-8"), shown(lesson.solution), lesson.number)
+    """The skeleton that the lesson's solution and its planted mistakes give now."""
+    from common.grading.catalogue import edited_body, planted_answers  # it needs our `Exercise`
+
+    source, planted = lesson.solution.read_text(encoding="utf-8"), planted_answers(lesson)
+
+    def plant(exercise: Exercise) -> str | None:
+        return edited_body(planted[exercise.id], source, exercise) if exercise.id in planted else None
+
+    return cut(source, shown(lesson.solution), lesson.number, plant)
 
 
 def exercises_of(lesson: Lesson) -> list[Exercise]:

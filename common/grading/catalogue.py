@@ -6,7 +6,8 @@
     ]
 
 A wrong answer is a plausible one: right type and shape, no crash. It serves twice: CI proves that the checks catch
-it, and a student who makes that very mistake is told its name.
+it, and a student who makes that very mistake is told its name. Where the exercise is to find a bug, `planted` is the
+bug: the skeleton shows the answer with that edit, and its name is not told.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib.util
 import textwrap
 from dataclasses import dataclass
 
-from common.course import Lesson, shown
+from common.course import CourseError, Lesson, shown
 from common.skeleton import Exercise
 
 
@@ -32,6 +33,7 @@ class Answer:
     body: str | None = None  # or: all of the answer
     top: str = ""  # imports and helpers that the body needs, put above the first definition
     recognised: bool = True  # whether the grader can tell this mistake by the value it gives
+    is_planted: bool = False  # the bug that the skeleton has and the student is to find
 
 
 def wrong(exercise: str, name: str, old: str, new: str, recognised: bool = True) -> Answer:
@@ -42,6 +44,11 @@ def wrong(exercise: str, name: str, old: str, new: str, recognised: bool = True)
 def wrong_body(exercise: str, name: str, body: str, top: str = "", recognised: bool = True) -> Answer:
     """A mistake that is no small edit."""
     return Answer(exercise, name, False, body=body, top=top, recognised=recognised)
+
+
+def planted(exercise: str, name: str, old: str, new: str) -> Answer:
+    """The bug to be found, as an edit of the reference; one for an exercise."""
+    return Answer(exercise, name, False, old=old, new=new, recognised=False, is_planted=True)
 
 
 def right(exercise: str, name: str, body: str, top: str = "") -> Answer:
@@ -59,21 +66,30 @@ def load_answers(lesson: Lesson) -> list[Answer]:
     return module.ANSWERS
 
 
+def planted_answers(lesson: Lesson) -> dict[str, Answer]:
+    """The bugs to be found, by the id of their exercise."""
+    return {answer.exercise: answer for answer in load_answers(lesson) if answer.is_planted}
+
+
+def edited_body(answer: Answer, source: str, exercise: Exercise) -> str:
+    """The reference's answer with this edit. Raises CourseError if the edit does not fit."""
+    own = "\n".join(source.splitlines()[exercise.first_answer_line - 1 : exercise.last_line])
+    if (count := own.count(answer.old)) != 1:
+        raise CourseError(
+            f"answer {answer.name!r} of {answer.exercise}: {answer.old!r} occurs {count} times in the reference's "
+            "answer, and must occur once."
+        )
+    return own.replace(answer.old, answer.new)
+
+
 def apply(answer: Answer, source: str, exercise: Exercise) -> str:
-    """The reference's source with this answer in place of its own. Raises ValueError if the edit does not fit."""
-    lines = source.splitlines()
-    start, end = exercise.first_answer_line - 1, exercise.last_line
+    """The reference's source with this answer in place of its own. Raises CourseError if an edit does not fit."""
     if answer.body is None:
-        own = "\n".join(lines[start:end])
-        if (count := own.count(answer.old)) != 1:
-            raise ValueError(
-                f"answer {answer.name!r} of {answer.exercise}: {answer.old!r} occurs {count} times in the reference's "
-                "answer, and must occur once."
-            )
-        body = own.replace(answer.old, answer.new)
+        body = edited_body(answer, source, exercise)
     else:
         body = textwrap.indent(textwrap.dedent(answer.body).strip("\n"), " " * exercise.indent)
-    lines[start:end] = body.splitlines()
+    lines = source.splitlines()
+    lines[exercise.first_answer_line - 1 : exercise.last_line] = body.splitlines()
     if answer.top:
         definitions = [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         first = definitions[0]

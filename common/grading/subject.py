@@ -131,7 +131,7 @@ def known_mistakes(lesson: Lesson, exercise_id: str, check: Check) -> list[tuple
     """What the check says to each wrong answer of the catalogue, by the answer's name."""
     found = []
     for answer in load_answers(lesson):
-        if answer.exercise == exercise_id and not answer.is_right:
+        if answer.exercise == exercise_id and not answer.is_right and not answer.is_planted:
             try:
                 torch.manual_seed(0)
                 check(variant(lesson, answer))

@@ -270,7 +270,7 @@ def test_edit_must_fit_once(tmp_path):
     edited = apply(wrong("9.1", "tripled", "2 * x", "3 * x"), source, exercise)
     assert edited.count("3 * x") == 1 and edited.count("2 * x") == source.count("2 * x") - 1
     for old, count in (("5 * x", 0), (" ", 7)):
-        with pytest.raises(ValueError, match=f"occurs {count} times in the reference's answer, and must occur once"):
+        with pytest.raises(CourseError, match=f"occurs {count} times in the reference's answer, and must occur once"):
             apply(wrong("9.1", "?", old, "y"), source, exercise)
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from common import skeleton
 from common.course import LESSONS, CourseError, unfinished
+from common.grading.catalogue import planted_answers
+from common.grading.runner import grade
 from common.skeleton import SkeletonError, cut, find_exercises
 
 SOLUTION = '''\
@@ -140,9 +142,35 @@ def test_skeleton_of_each_lesson_imports_and_holds_no_answer(lesson, tmp_path):
     file.write_text(text)
     subprocess.run([sys.executable, "-c", f"import runpy; runpy.run_path({str(file)!r})"], check=True)
     functions = dict(skeleton.walk_functions(ast.parse(text)))
+    bugs = planted_answers(lesson)
     for exercise in exercises:
-        last = functions[exercise.function].body[-1]
-        assert ast.unparse(last) == f"raise NotImplementedError('TODO {exercise.id}')"
+        body = [ast.unparse(statement) for statement in functions[exercise.function].body]
+        assert body.count(f"raise NotImplementedError('TODO {exercise.id}')") == 1
+        assert (body[-1] == f"raise NotImplementedError('TODO {exercise.id}')") == (exercise.id not in bugs)
+
+
+def test_a_bug_to_be_found_stays_in_the_skeleton(tmp_path, monkeypatch):
+    """With its line that says TODO gone it is the planted mistake, and mended it is the reference."""
+    from common.tests.sample_lesson import write_lesson
+
+    lesson = write_lesson(tmp_path, ["one", "two"])
+    lesson.answers.write_text(
+        "from common.grading.catalogue import planted\n"
+        "ANSWERS = [planted('9.2', 'three times', 'return 2 * x', 'return 3 * x')]\n"
+    )
+    text = skeleton.cut_lesson(lesson)
+    assert unfinished(text) == ["9.1", "9.2"]
+    assert text.count("return 2 * x") == 1 and "return 3 * x" in text, "the helper's stays, 9.1 is cut, 9.2 is faulty"
+    lines = [line for line in text.splitlines() if 'TODO 9.2")' not in line]
+    assert unfinished("\n".join(lines)) == ["9.1"]
+    lesson.module.write_text("\n".join(lines))
+    results = {result.id: result for result in grade(lesson, lesson.module)}
+    assert results["9.2"].status == "wrong" and results["9.2"].mistake is None, "its name would give it away"
+    lesson.module.write_text("\n".join(lines).replace("return 3 * x", "return 2 * x"))
+    assert {result.id: result.status for result in grade(lesson, lesson.module)}["9.2"] == "passed"
+    lesson.answers.write_text(lesson.answers.read_text().replace("return 2", "return 5"))
+    with pytest.raises(CourseError, match="occurs 0 times"):
+        skeleton.cut_lesson(lesson)
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
