@@ -81,6 +81,7 @@ LESSONS = (
     Lesson(1, "llm-basics", "LLM basics", 5),
     Lesson(2, "llama-pytorch", "Llama in PyTorch", 7),
     Lesson(3, "kv-cache", "The KV cache", 4),
+    Lesson(4, "paged-attention", "Paged attention", 6),
 )
 
 
