@@ -447,7 +447,8 @@ class PagedKVCache:
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read positions start to end of B sequences. block_tables: (B, num_blocks).
 
-        Returns keys and values, two of (B, end - start, K, D). Only the blocks in which these positions lie are touched, and of a single one only the slots asked for.
+        Returns keys and values, two of (B, end - start, K, D). Only the blocks in which these positions lie are
+        touched, and of a single one only the slots asked for.
         """
         # TODO 4.5: which columns of the tables? `index_select` of their blocks, laid end to end, cut to measure.
         raise NotImplementedError("TODO 4.5")

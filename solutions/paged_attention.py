@@ -525,7 +525,8 @@ class PagedKVCache:
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read positions start to end of B sequences. block_tables: (B, num_blocks).
 
-        Returns keys and values, two of (B, end - start, K, D). Only the blocks in which these positions lie are touched, and of a single one only the slots asked for.
+        Returns keys and values, two of (B, end - start, K, D). Only the blocks in which these positions lie are
+        touched, and of a single one only the slots asked for.
         """
         # Exercise 4.5: which columns of the tables? `index_select` of their blocks, laid end to end, cut to measure.
         first, last = start // self.block_size, -(-end // self.block_size)
