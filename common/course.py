@@ -82,6 +82,7 @@ LESSONS = (
     Lesson(2, "llama-pytorch", "Llama in PyTorch", 7),
     Lesson(3, "kv-cache", "The KV cache", 4),
     Lesson(4, "paged-attention", "Paged attention", 6),
+    Lesson(5, "batching", "Continuous batching", 9),
 )
 
 

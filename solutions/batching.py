@@ -386,7 +386,8 @@ class Scheduler:
         parent = request.parent
         if parent is None or request.output_token_ids or parent.status is not RequestStatus.RUNNING:
             return False
-        return parent.num_computed_tokens >= len(request.prompt_token_ids) and parent.last_step < plan.step_id
+        now = sum(len(each.token_ids) for each in plan.scheduled if each.request_id == parent.request_id)
+        return parent.num_computed_tokens - now >= len(request.prompt_token_ids)
 
     def has_room(self, request: Request, num_tokens: int, computed_blocks: Sequence[KVCacheBlock]) -> bool:
         """Whether free blocks would do for so many more tokens."""
