@@ -1,0 +1,387 @@
+"""Lesson 5's reference: the same tokens as alone, whatever else goes on; nobody starves, nothing leaks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+
+from solutions import llama_pytorch
+from solutions.batching import Engine, LocalExecutor, RequestStatus, SamplingParams
+from solutions.llama_pytorch import load
+from solutions.tests.soak import (
+    MAX_MODEL_LEN,
+    Letters,
+    Oracle,
+    check_books,
+    drive,
+    random_asks,
+    random_model,
+    random_settings,
+)
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.setenv("KERNELS", "plain")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+STORIES = [list(range(5, 30)), [*range(5, 15), *range(30, 40)], [7] * 20]
+
+
+def soak(model, tokenizer, stories, seeds, num_requests: int) -> dict:
+    oracle, totals = Oracle(model, tokenizer), {"outputs": 0}
+    for seed in seeds:
+        rng = random.Random(seed)
+        asks = random_asks(rng, list(range(5, 40)), stories, num_requests)
+        settings = random_settings(rng, asks)
+        try:
+            report = drive(Engine(model, tokenizer, **settings), asks, oracle, rng)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {settings}") from error
+        totals["outputs"] += report.num_outputs
+        for name, count in report.counts.items():
+            totals[name] = totals.get(name, 0) + count
+    return totals
+
+
+def test_same_tokens_as_alone(model):
+    """200 random requests in ten engines; many more in the slow test."""
+    totals = soak(model, Letters(), STORIES, range(10), 20)
+    assert totals["outputs"] >= 200
+    for what in ("preemptions", "swaps_out", "swaps_in", "copies", "chunks", "cached", "aborted"):
+        assert totals[what] > 5, f"too few {what} for a soak: {totals}"
+
+
+@pytest.mark.slow
+def test_same_tokens_as_alone_many_times(model):
+    soak(model, Letters(), STORIES, range(100, 200), 20)
+
+
+@pytest.mark.slow
+def test_same_tokens_as_alone_on_tales():
+    torch.set_num_threads(1)
+    model, tokenizer = load("tales", torch.float64, "cpu")
+    text = "There was once a small owl who lived by the river. One day the owl found a boat."
+    soak(model, tokenizer, [tokenizer.encode(text), tokenizer.encode("Long ago, in a dark wood")], range(10), 20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("COURSE_REAL_MODEL") != "1", reason="set COURSE_REAL_MODEL=1 for the real model")
+@pytest.mark.parametrize("kernels", ["plain", "fast"])
+def test_real_model_with_kernels(kernels, monkeypatch):
+    """float32 on SmolLM2: equal to lesson 2's up to the first near-tie, with preemption, sharing and chunks."""
+    monkeypatch.setenv("KERNELS", kernels)
+    from common import kernels as fast
+
+    model, tokenizer = load("smollm2-135m", torch.float32, "cpu")
+    story = tokenizer.encode("The river was wide and slow, and nobody in the village had ever crossed it.")
+    prompts = [story[: 6 + 3 * i] for i in range(4)] + [story + tokenizer.encode(f" Chapter {i}")[:4] for i in range(3)]
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    alone = [llama_pytorch.generate(model, tokenizer, prompt, params).token_ids for prompt in prompts]
+    fast.pack(model)
+    settings = dict(num_blocks=16, block_size=8, max_num_batched_tokens=24, preemption="swap")
+    with Engine(model, tokenizer, **settings) as engine:
+        outputs = engine.generate(prompts, params, progress=False)
+        assert engine.metrics().num_preemptions > 0 and engine.metrics().num_cached_tokens > 0
+    for prompt, output, expected in zip(prompts, outputs, alone):
+        if output.token_ids != expected:
+            same = next(i for i, (a, b) in enumerate(zip(output.token_ids, expected)) if a != b)
+            with torch.inference_mode():
+                top = llama_pytorch.recompute(model, prompt + expected[:same]).topk(2).values
+            assert top[0] - top[1] < 1e-3, f"token {same} of a prompt of {len(prompt)} differs, and it was no tie"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prefixes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_wholly_in_the_cache(model):
+    """Its length a multiple of the block size: one block is computed again, for the sake of its last token's logits."""
+    engine, prompt = Engine(model, Letters(), block_size=4, num_blocks=30), list(range(5, 17))
+    params = SamplingParams(max_tokens=6)
+    (first,) = engine.generate([prompt], params, progress=False)
+    (second,) = engine.generate([prompt], params, progress=False)
+    assert second.token_ids == first.token_ids
+    assert (first.metrics.num_cached_tokens, second.metrics.num_cached_tokens) == (0, 8)
+
+
+def test_a_prefix_shared_within_one_step(model):
+    """Both prompts are computed in the first step, and the beginning that they share only once."""
+    engine = Engine(model, Letters(), block_size=4, num_blocks=30, max_num_batched_tokens=64)
+    prompts = [list(range(5, 20)), [*range(5, 17), 30, 31]]
+    for prompt in prompts:
+        engine.add_request(prompt, SamplingParams(max_tokens=4, ignore_eos=True))
+    outputs = [reader.output for reader in engine.readers.values()]
+    plans = record(engine)
+    while engine.has_unfinished_requests:
+        engine.step()
+    assert [(each.start, len(each.token_ids)) for each in plans[0].scheduled] == [(0, 15), (12, 2)]
+    oracle = Oracle(model, Letters())
+    for prompt, output in zip(prompts, outputs):
+        assert output.token_ids == oracle(prompt, SamplingParams(max_tokens=4, ignore_eos=True)).token_ids
+
+
+def record(engine: Engine) -> list:
+    """From now on, every plan that is submitted."""
+    plans, submit = [], engine.executor.submit
+    engine.executor.submit = lambda plan: (plans.append(plan), submit(plan))
+    return plans
+
+
+@pytest.mark.parametrize("policy", ["paged", "contiguous"])
+def test_samples_share_their_prompt(model, policy):
+    """Four samples of a prompt of 30 tokens compute it once, and copy the one block that they write to."""
+    engine = Engine(model, Letters(), block_size=4, kv_cache_policy=policy, num_blocks=60, max_model_len=MAX_MODEL_LEN)
+    plans = record(engine)
+    params = SamplingParams(n=4, temperature=1.0, seed=1, max_tokens=6, ignore_eos=True)
+    (output,) = engine.generate([list(range(5, 35))], params, progress=False)
+    samples = [output, *output.siblings]
+    assert len({tuple(sample.token_ids) for sample in samples}) > 1, "the seeds differ"
+    assert plans[0].num_tokens == 30 and sum(plan.num_tokens for plan in plans) == 30 + 3 + 4 * 5
+    copies = [copy for plan in plans for copy in plan.copies]
+    assert len(copies) == 3, "the last to write needs no copy"
+    assert {copy.num_tokens for copy in copies} <= ({1, 2} if policy == "paged" else {29, 30})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Nobody starves
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_of_two_blocks(model):
+    """What can never fit is refused with the reason; what fits only alone takes turns, and ends."""
+    engine = Engine(model, Letters(), block_size=4, num_blocks=2, max_model_len=MAX_MODEL_LEN)
+    with pytest.raises(ValueError, match="max_tokens=5 needs 3 blocks of 4; the pool has num_blocks=2"):
+        engine.add_request([5, 6, 7, 8, 9], SamplingParams(max_tokens=5))
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15]]
+    outputs = engine.generate(prompts, params, progress=False)
+    assert [output.token_ids for output in outputs] == [
+        Oracle(model, Letters())(prompt, params).token_ids for prompt in prompts
+    ]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
+def test_no_long_prompt_starves_the_others(model, policy):
+    """While a prompt of 50 tokens is read with a budget of 8, whoever writes gets a token in every step."""
+    settings = dict(num_blocks=60, block_size=4, max_num_batched_tokens=8, enable_prefix_caching=False)
+    engine = Engine(model, Letters(), scheduling_policy=policy, **settings)
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    short = [engine.add_request([5 + i], params, priority=1, tenant=f"short {i}") for i in range(3)]
+    engine.step()
+    engine.add_request([7] * 50, params, request_id="long", priority=0, tenant="long")
+    plans = record(engine)
+    for _ in range(14):
+        engine.step()
+    for plan in plans:
+        assert set(short) <= {each.request_id for each in plan.scheduled}
+    assert sum(len(each.token_ids) for plan in plans for each in plan.scheduled if each.request_id == "long") >= 50
+
+
+def test_a_budget_smaller_than_the_number_of_requests_goes_round(model):
+    engine = Engine(model, Letters(), num_blocks=60, block_size=4, max_num_batched_tokens=2)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    for i in range(5):
+        engine.add_request([5 + i], params, request_id=str(i))
+    plans = record(engine)
+    while engine.has_unfinished_requests:
+        engine.step()
+    served = [{each.request_id for each in plan.scheduled} for plan in plans[5:25]]
+    for i in "01234":
+        gaps = [step for step, ids in enumerate(served) if i in ids]
+        assert max(b - a for a, b in pairwise(gaps)) <= 3, f"request {i} waited: {gaps}"
+
+
+def test_no_tenant_starves_another(model):
+    """One sends thirty requests, then another sends three: they are served long before the thirty are done."""
+    settings = dict(num_blocks=60, block_size=4, max_num_seqs=2, max_num_batched_tokens=16)
+    finished = {}
+    for policy in ("fcfs", "fair"):
+        engine = Engine(model, Letters(), scheduling_policy=policy, **settings)
+        params = SamplingParams(max_tokens=6, ignore_eos=True)
+        for i in range(30):
+            engine.add_request([5, 6, 7 + i], params, request_id=f"many {i}", tenant="many")
+        for _ in range(4):
+            engine.step()
+        for i in range(3):
+            engine.add_request([8, 9, 10 + i], params, request_id=f"few {i}", tenant="few")
+        order = []
+        while engine.has_unfinished_requests:
+            order += [output.request_id for output in engine.step() if output.finish_reason]
+        finished[policy] = max(order.index(f"few {i}") for i in range(3))
+    assert finished["fcfs"] == 32 - 0 and finished["fair"] < 12, finished
+
+
+def test_an_idle_tenant_gets_no_credit(model):
+    engine = Engine(model, Letters(), num_blocks=60, block_size=4, max_num_seqs=1, scheduling_policy="fair")
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    engine.generate([[5, 6]] * 5, params, progress=False)
+    engine.add_request([5, 6, 7], params, tenant="default")
+    engine.add_request([5, 6, 7], params, tenant="newcomer")
+    assert engine.scheduler.served["newcomer"] == engine.scheduler.served["default"] > 0
+
+
+def test_priorities(model):
+    engine = Engine(model, Letters(), num_blocks=60, block_size=4, max_num_seqs=1, scheduling_policy="priority")
+    params, order = SamplingParams(max_tokens=2, ignore_eos=True), []
+    for request_id, priority in (("c", 2), ("a", 0), ("b", 1), ("a2", 0)):
+        engine.add_request([5], params, request_id=request_id, priority=priority)
+    while engine.has_unfinished_requests:
+        order += [output.request_id for output in engine.step() if output.finish_reason]
+    assert order == ["a", "a2", "b", "c"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What goes wrong
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(prompt=[]), "The prompt is empty"),
+        (dict(prompt=[5] * 64), "The prompt has 64 tokens; max_model_len is 64"),
+        (dict(prompt=[40]), "token id 40; the vocabulary ends at 39"),
+        (dict(prompt=[5], request_id="taken"), "request_id 'taken' is taken"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(model, arguments, says):
+    engine = Engine(model, Letters(), num_blocks=30, max_model_len=MAX_MODEL_LEN)
+    engine.add_request([5], request_id="taken")
+    with pytest.raises(ValueError, match=says):
+        engine.add_request(**arguments)
+    assert list(engine.scheduler.requests) == ["taken"]
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(block_size=0), "block_size must be a whole number of at least 1; it is 0"),
+        (dict(scheduling_policy="random"), "scheduling_policy must be one of fcfs, priority, fair; it is 'random'"),
+        (dict(preemption=None), "preemption must be one of recompute, swap; it is None"),
+        (dict(max_model_len=129), "max_model_len is 129; the model's context is 128"),
+        (dict(kv_cache_memory=100), "kv_cache_memory is 100 bytes: too few"),
+        (dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching: with"),
+    ],
+)
+def test_bad_settings_are_named(model, settings, says):
+    with pytest.raises(ValueError, match=says):
+        Engine(model, Letters(), **settings)
+
+
+def test_one_bad_prompt_of_several_begins_nothing(model):
+    engine = Engine(model, Letters(), num_blocks=30)
+    with pytest.raises(ValueError, match="Prompt 1: The prompt is empty"):
+        engine.generate([[5], []], progress=False)
+    assert not engine.has_unfinished_requests and not engine.samples
+
+
+def test_a_request_that_fails_takes_no_other_with_it(model, monkeypatch):
+    """In the sampler, and in the forward pass: whoever is to blame fails with the reason, the rest go on."""
+    engine = Engine(model, Letters(), num_blocks=60, block_size=4)
+    embed = engine.model.embed
+
+    def poisoned(token_ids):
+        if (token_ids == 39).any():
+            raise RuntimeError("token 39 is poison")
+        hidden = embed(token_ids)
+        return torch.where((token_ids == 38)[:, None], torch.nan, hidden)
+
+    monkeypatch.setattr(engine.model, "embed", poisoned)
+    params = SamplingParams(max_tokens=3, ignore_eos=True, stop_token_ids=[38, 39])
+    outputs = engine.generate([[5, 6], [7, 39], [8, 38], [9, 10]], params, progress=False)
+    assert [output.finish_reason for output in outputs][1:3] == ["error", "error"]
+    assert "poison" in outputs[1].error and "NaN" in outputs[2].error
+    monkeypatch.undo()
+    for prompt, output in ((([5, 6]), outputs[0]), ([9, 10], outputs[3])):
+        assert output.token_ids == Oracle(model, Letters())(prompt, params).token_ids
+    check_books(engine)
+
+
+def test_an_interrupted_step_loses_nothing(model):
+    """Ctrl-C in the middle of a forward pass: all requests are still there, and go on to the same tokens."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    prompts = [list(range(5, 5 + n)) for n in (3, 9, 17)]
+    for preemption in ("recompute", "swap"):
+        engine = Engine(model, Letters(), num_blocks=8, block_size=4, max_num_batched_tokens=8, preemption=preemption)
+        for prompt in prompts:
+            engine.add_request(prompt, params)
+        outputs = [reader.output for reader in engine.readers.values()]
+        execute, calls = engine.executor.runner.execute, [0]
+
+        def interrupted(plan, hidden=None, execute=execute, calls=calls):
+            calls[0] += 1
+            if calls[0] in (3, 9, 16):
+                raise KeyboardInterrupt
+            return execute(plan, hidden)
+
+        engine.executor.runner.execute = interrupted
+        num_interrupts = 0
+        while engine.has_unfinished_requests:
+            try:
+                engine.step()
+            except KeyboardInterrupt:
+                num_interrupts += 1
+            check_books(engine)
+        assert num_interrupts == 3
+        oracle = Oracle(model, Letters())
+        assert [output.token_ids for output in outputs] == [oracle(prompt, params).token_ids for prompt in prompts]
+
+
+def test_whoever_stops_listening_frees_the_request(model):
+    engine = Engine(model, Letters(), num_blocks=30, block_size=4)
+    params = SamplingParams(max_tokens=50, ignore_eos=True)
+    stream = engine.stream([5, 6, 7], params)
+    next(stream)
+    assert engine.manager.pool.num_free_blocks < 30
+    stream.close()
+    assert engine.manager.pool.num_free_blocks == 30 and not engine.has_unfinished_requests
+    assert "".join(engine.stream([5, 6, 7], params)) == Oracle(model, Letters())([5, 6, 7], params).text
+
+
+def test_abort_of_a_swapped_request_frees_the_host(model):
+    engine = Engine(model, Letters(), num_blocks=4, block_size=4, preemption="swap", max_model_len=MAX_MODEL_LEN)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    for i in range(2):
+        engine.add_request([5 + i, 6, 7], params, request_id=str(i))
+    while engine.scheduler.requests["1"].status is not RequestStatus.SWAPPED:
+        engine.step()
+    assert engine.scheduler.host_pool.num_free_blocks < 4
+    engine.abort("1")
+    assert engine.scheduler.host_pool.num_free_blocks == 4
+    check_books(engine)
+
+
+def test_what_passes_to_the_executor_can_be_pickled(model):
+    engine = Engine(model, Letters(), num_blocks=30)
+    engine.add_request([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))
+    plans = record(engine)
+    while engine.has_unfinished_requests:
+        engine.step()
+    assert pickle.loads(pickle.dumps(plans)) == plans
+    assert isinstance(engine.executor, LocalExecutor)
+
+
+def test_metrics(model):
+    engine = Engine(model, Letters(), num_blocks=30, block_size=4)
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    outputs = engine.generate([list(range(5, 15)), list(range(5, 20))], params, progress=False)
+    for output in outputs:
+        metrics = output.metrics
+        assert 0 <= metrics.queue_time <= metrics.time_to_first_token
+        assert metrics.num_output_tokens == 5 and metrics.time_per_output_token > 0
+    totals = engine.metrics()
+    assert (totals.num_output_tokens, totals.num_prompt_tokens, totals.num_finished) == (10, 25, 2)
+    assert totals.num_computed_tokens == 25 - totals.num_cached_tokens + 2 * 4
+    assert 0 < totals.pool_utilisation < 1 and totals.hit_rate == totals.num_cached_tokens / 25 > 0
