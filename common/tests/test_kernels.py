@@ -1,0 +1,258 @@
+"""The fast paths compute what the plain ones do, free what they pack, and leave alone what is not theirs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from common import kernels
+from solutions.llama_pytorch import MLP, Attention, Llama, RMSNorm, causal_attend
+from solutions.llm_basics import ModelConfig
+
+SHAPES = {
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+FAMILIES = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-all-biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
+    "qwen3": {"qk_norm": True, "head_dim": 10},
+}
+PACKED = pytest.mark.skipif(
+    not kernels.can_pack(nn.Linear(1, 1)), reason="this build of torch has no oneDNN: nothing is packed"
+)
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32) -> Llama:
+    """A small model whose every number is random: norms and biases too, so that none can be left out unseen."""
+    torch.manual_seed(0)
+    model = Llama(ModelConfig(**{**SHAPES, **FAMILIES[family]})).to(dtype).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3 if parameter.dim() > 1 else 1.0)
+    return model
+
+
+def logits(model: Llama, num_tokens: int) -> torch.Tensor:
+    token_ids = torch.arange(num_tokens) * 7 % SHAPES["vocab_size"]
+    return model.logits(model(token_ids, torch.arange(num_tokens) + 3, causal_attend))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+class TestEnabled:
+    @pytest.mark.parametrize("value, expected", [(None, True), ("", True), ("fast", True), ("plain", False)])
+    def test_reads_the_environment_at_each_call(self, monkeypatch, value, expected):
+        monkeypatch.setenv("KERNELS", "plain" if expected else "fast")
+        assert kernels.enabled() is not expected
+        monkeypatch.delenv("KERNELS") if value is None else monkeypatch.setenv("KERNELS", value)
+        assert kernels.enabled() is expected
+
+    @pytest.mark.parametrize("value", ["0", "PLAIN", "off"])
+    def test_refuses_what_it_does_not_know(self, monkeypatch, value):
+        monkeypatch.setenv("KERNELS", value)
+        with pytest.raises(ValueError, match=f"KERNELS={value}.*plain.*fast"):
+            kernels.enabled()
+
+
+class TestPack:
+    @pytest.mark.parametrize("num_tokens", [1, 3, 8, 40])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_computes_the_same(self, family, num_tokens):
+        model = tiny(family)
+        expected = logits(model, num_tokens)
+        kernels.pack(model)
+        assert relative_error(logits(model, num_tokens), expected) < 1e-5
+
+    @PACKED
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_frees_what_it_packed(self, family):
+        model = tiny(family)
+        plain = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+        kernels.pack(model)
+        gc.collect()
+        kept = {name for name, parameter in plain.items() if parameter() is not None}
+        assert kept == {"model.embed_tokens.weight"}
+        # What is left as numbers that can be read: the table, the norms, the biases.
+        matrices = [parameter for parameter in model.parameters() if parameter.numel() > 1000]
+        assert [m.numel() for m in matrices] == [SHAPES["vocab_size"] * SHAPES["hidden_size"]]
+        assert not any(type(module) is nn.Linear for module in model.modules())
+
+    @PACKED
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_every_layer_is_fused_into_four_products(self, family):
+        model = tiny(family)
+        kernels.pack(model)
+        count = sum(isinstance(module, kernels.PackedLinear) for module in model.modules())
+        assert count == 4 * SHAPES["num_hidden_layers"] + 1
+
+    def test_what_others_ask_of_a_model_is_still_there(self):
+        model = tiny("llama-tied")
+        table = model.model.embed_tokens.weight.clone()
+        kernels.pack(model)
+        attention = model.model.layers[1].self_attn
+        assert (attention.layer, attention.head_dim, attention.k_proj.out_features) == (1, 16, 32)
+        assert (attention.q_proj.out_features, attention.v_proj.out_features) == (96, 32)
+        assert torch.equal(model.model.embed_tokens.weight, table)
+        for weight in (model.model.norm.weight, model.lm_head.weight):
+            assert (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+        assert model.lm_head.weight.shape == (50, 48)
+        assert model.frequencies.dtype == torch.float32
+
+    def test_a_second_time_changes_nothing(self):
+        model = tiny("qwen2")
+        kernels.pack(model)
+        before = list(model.modules())
+        kernels.pack(model)
+        after = list(model.modules())
+        assert len(before) == len(after) and all(a is b for a, b in zip(before, after))
+
+    def test_modules_of_others_are_left_alone(self):
+        class Halved(nn.Linear):
+            """Somebody's own layer, such as lessons 6 and 7 put in."""
+
+            def forward(self, x):
+                return super().forward(x) / 2
+
+        model = tiny("llama")
+        layer = model.model.layers[0]
+        layer.self_attn.k_proj.__class__ = Halved
+        layer.mlp.up_proj.__class__ = Halved
+        theirs = (layer.self_attn, layer.mlp, layer.self_attn.k_proj, layer.mlp.up_proj)
+        expected = logits(model, 5)
+        kernels.pack(model)
+        assert (layer.self_attn, layer.mlp, layer.self_attn.k_proj, layer.mlp.up_proj) == theirs
+        assert relative_error(logits(model, 5), expected) < 1e-5
+        if kernels.can_pack(nn.Linear(1, 1)):  # what stands beside them is packed nevertheless
+            assert isinstance(layer.self_attn.q_proj, kernels.PackedLinear)
+            assert isinstance(layer.mlp.down_proj, kernels.PackedLinear)
+
+    def test_a_norm_of_others_keeps_its_layer_plain(self):
+        class Doubled(RMSNorm):
+            def forward(self, x):
+                return super().forward(x) * 2
+
+        model = tiny("qwen3")
+        model.model.layers[0].self_attn.k_norm.__class__ = Doubled
+        expected = logits(model, 5)
+        kernels.pack(model)
+        assert relative_error(logits(model, 5), expected) < 1e-5
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_other_dtypes_stay_exactly_as_they_are(self, dtype):
+        model = tiny("qwen3", dtype)
+        expected = logits(model, 2)
+        kernels.pack(model)
+        assert torch.equal(logits(model, 2), expected)
+        assert {type(m) for m in model.model.layers[0].children()} == {RMSNorm, Attention, MLP}
+
+    def test_without_the_private_operators_the_matrices_stay(self, monkeypatch):
+        monkeypatch.setattr(torch.ops, "mkldnn", object())
+        model = tiny("llama-tied")
+        expected = logits(model, 3)
+        kernels.pack(model)
+        assert relative_error(logits(model, 3), expected) < 1e-5
+        assert {type(m) for m in model.model.layers[0].children()} == {kernels.FastNorm, Attention, MLP}
+
+    def test_a_model_that_was_never_loaded(self):
+        with torch.device("meta"):
+            model = Llama(ModelConfig(**SHAPES))
+        kernels.pack(model)
+        assert type(model.lm_head) is nn.Linear
+
+
+@PACKED
+class TestPackedLinear:
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("shape", [(7,), (1, 7), (5, 7), (2, 3, 7), (0, 7)])
+    def test_any_leading_axes(self, shape, bias):
+        linear = nn.Linear(7, 5, bias=bias).requires_grad_(False)
+        packed = kernels.PackedLinear(linear.weight, linear.bias)
+        x = torch.randn(shape)
+        assert packed(x).shape == linear(x).shape
+        torch.testing.assert_close(packed(x), linear(x))
+        assert (packed.in_features, packed.out_features) == (7, 5)
+
+    def test_an_input_that_does_not_lie_in_one_piece(self):
+        linear = nn.Linear(8, 5).requires_grad_(False)
+        packed = kernels.PackedLinear(linear.weight, linear.bias)
+        wide = torch.randn(6, 16)
+        for x in (wide[:, ::2], wide[:, 8:], wide[:, :6].T.expand(2, 6, 6).reshape(2, 6, 6)[..., :1].expand(2, 6, 8)):
+            torch.testing.assert_close(packed(x), linear(x))
+
+
+def attention_by_loops(q, k, v, positions):
+    """One query, one head and one request at a time, in float64, over the keys that it sees and no others."""
+    result = torch.empty_like(q)
+    group_size = q.shape[2] // k.shape[2]
+    for b, t, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        seen = slice(0, int(positions[b, t]) + 1)
+        keys, values = k[b, seen, h // group_size].double(), v[b, seen, h // group_size].double()
+        weights = torch.softmax(keys @ q[b, t, h].double() / q.shape[-1] ** 0.5, dim=0)
+        result[b, t, h] = (weights @ values).to(q.dtype)
+    return result
+
+
+class TestAttention:
+    @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 3), (4, 1)])
+    @pytest.mark.parametrize(
+        "batch, num_queries, num_keys",
+        [(1, 1, 1), (1, 1, 9), (3, 1, 12), (2, 5, 11), (1, 16, 20), (1, 17, 40), (2, 30, 30), (1, 300, 310)],
+    )
+    def test_every_shape(self, batch, num_queries, num_keys, heads, kv_heads):
+        torch.manual_seed(0)
+        q = torch.randn(batch, num_queries, heads, 8)
+        k, v = torch.randn(2, batch, num_keys, kv_heads, 8)
+        # Each request ends elsewhere, the last at its very first key if it has one query.
+        ends = [num_keys - 1 - b * (num_keys - num_queries) // max(batch - 1, 1) for b in range(batch)]
+        positions = torch.stack([torch.arange(end - num_queries + 1, end + 1) for end in ends])
+        result = kernels.attention(q, k, v, positions)
+        torch.testing.assert_close(result, attention_by_loops(q, k, v, positions), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("num_queries", [1, 4, 20, 200])
+    def test_one_key_is_seen(self, num_queries):
+        q = torch.randn(2, num_queries, 4, 8)
+        k, v = torch.randn(2, 2, 250, 2, 8)
+        result = kernels.attention(q, k, v, torch.zeros(2, num_queries, dtype=torch.long))
+        expected = v[:, :1].repeat_interleave(2, dim=2).expand_as(q)
+        torch.testing.assert_close(result, expected)
+
+    @pytest.mark.parametrize("num_queries", [1, 4, 20, 200])
+    def test_what_pads_the_end_changes_nothing(self, num_queries):
+        q = torch.randn(2, num_queries, 4, 8)
+        k, v = torch.randn(2, 2, 250, 2, 8)
+        positions = torch.arange(num_queries).expand(2, -1) + torch.tensor([[3], [11]])
+        expected = kernels.attention(q, k, v, positions)
+        k[0, num_queries + 3 :], v[0, num_queries + 3 :] = 1e30, -1e30
+        k[1, num_queries + 11 :], v[1, num_queries + 11 :] = 1e30, -1e30
+        result = kernels.attention(q, k, v, positions)
+        torch.testing.assert_close(result, expected)
+
+    def test_positions_need_not_be_neighbours(self):
+        q = torch.randn(1, 200, 4, 8)
+        k, v = torch.randn(2, 1, 230, 2, 8)
+        positions = torch.randperm(230)[None, :200]
+        result = kernels.attention(q, k, v, positions)
+        torch.testing.assert_close(result, attention_by_loops(q, k, v, positions), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("num_queries", [1, 4, 20])
+    def test_keys_that_lie_in_another_order(self, num_queries):
+        """As a cache holds them that is laid out by heads, or keys and values side by side."""
+        q = torch.randn(2, 4, num_queries, 8).transpose(1, 2)
+        together = torch.randn(2, 30, 2, 2, 8)
+        k, v = together[:, :, 0], torch.randn(2, 2, 30, 8).transpose(1, 2)
+        positions = torch.arange(num_queries).expand(2, -1) + 5
+        result = kernels.attention(q, k, v, positions)
+        torch.testing.assert_close(result, attention_by_loops(q, k, v, positions), rtol=1e-4, atol=1e-5)
