@@ -11,8 +11,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from solutions import llama_pytorch
-from solutions.batching import Engine, LocalExecutor, ModelRunnerOutput, RequestOutput, SchedulerOutput
-from solutions.llama_pytorch import Llama, SamplingParams, parse_config
+from solutions.batching import (
+    Engine,
+    LocalExecutor,
+    ModelRunner,
+    ModelRunnerOutput,
+    RequestOutput,
+    SchedulerOutput,
+)
+from solutions.llama_pytorch import Llama, SamplingParams, adjust_logits, parse_config, sample, top_logprobs
 
 MAX_MODEL_LEN = 64
 END = 3
@@ -50,6 +57,40 @@ class Pipelined(LocalExecutor):
     def __init__(self, runner, depth: int):
         super().__init__(runner)
         self.depth = depth
+
+
+class GuessingRunner(ModelRunner):
+    """Makes guesses, few of them right, and verifies them: a guess is accepted if it is what is sampled anyway.
+
+    The reference's sampling depends on the seed and the index alone, so this changes no token, and every rejected guess
+    has left its key and value in some block.
+    """
+
+    def __init__(self, model: Llama, cache, rng: random.Random):
+        super().__init__(model, cache)
+        self.rng = rng
+
+    def sample(self, plan: SchedulerOutput, logits: torch.Tensor, output: ModelRunnerOutput) -> None:
+        start = 0
+        for each in plan.scheduled:
+            if each.sample_index is None:
+                continue
+            rows = logits[start : start + each.num_spec_tokens + 1]
+            start += len(rows)
+            guesses = each.token_ids[len(each.token_ids) - each.num_spec_tokens :]
+            tokens: list[int] = []
+            for i, row in enumerate(rows):
+                so_far = each.output_token_ids + tokens
+                adjusted = adjust_logits(row, each.params, each.prompt_token_ids, so_far, each.stop_token_ids)
+                tokens.append(sample(adjusted, each.params, each.sample_index + i))
+                if each.params.logprobs is not None:
+                    entry = top_logprobs(row, tokens[-1], each.params.logprobs)
+                    output.logprobs.setdefault(each.request_id, []).append(entry)
+                if i < len(guesses) and guesses[i] != tokens[-1]:
+                    break
+            output.sampled_token_ids[each.request_id] = tokens
+            likely = rows[-1].topk(3).indices.tolist()
+            output.spec_token_ids[each.request_id] = self.rng.choices(likely, k=self.rng.randint(0, 4))
 
 
 class Oracle:
@@ -107,7 +148,7 @@ def random_settings(rng: random.Random, asks: list[Ask]) -> dict:
     needed = -(-longest // block_size)
     settings = dict(
         block_size=block_size,
-        num_blocks=rng.choice([needed, needed + 1, needed + 3, 2 * needed, 20 * needed]),
+        num_blocks=rng.choice([needed, needed + 1, needed + 3, 2 * needed, 3 * needed, 20 * needed]),
         max_num_seqs=rng.choice([1, 3, 8, 64]),
         max_num_batched_tokens=rng.choice([1, 2, 5, 16, 64, 1024]),
         scheduling_policy=rng.choice(["fcfs", "priority", "fair"]),
@@ -170,7 +211,8 @@ class Watched:
         self.flying.append(set(ids))
         self.report.counts.update(
             swaps_out=len(plan.swaps_out), swaps_in=len(plan.swaps_in), copies=len(plan.copies),
-            preemptions=len(plan.preempted_ids), chunks=sum(each.sample_index is None for each in plan.scheduled),
+            preemptions=len(plan.preempted_ids), guesses=sum(each.num_spec_tokens for each in plan.scheduled),
+            pipelined=len(plan.preempted_ids) * (self.depth > 1), chunks=sum(each.sample_index is None for each in plan.scheduled),
         )  # fmt: skip
         self.inner.submit(plan)
 
@@ -185,9 +227,10 @@ class Watched:
 def drive(engine: Engine, asks: list[Ask], oracle: Oracle, rng: random.Random) -> Report:
     """Send the requests in at their times, step until all are done, check everything."""
     report = Report()
-    executor = engine.executor
-    if rng.random() < 0.3:
-        executor = Pipelined(executor.runner, rng.choice([2, 3]))
+    runner = engine.executor.runner
+    if rng.random() < 0.4:
+        runner = GuessingRunner(runner.model, runner.cache, rng)
+    executor = Pipelined(runner, rng.choice([2, 3])) if rng.random() < 0.4 else LocalExecutor(runner)
     engine.executor = Watched(executor, report, engine.config.max_num_batched_tokens)
     to_come, outputs, aborted = sorted(enumerate(asks), key=lambda pair: pair[1].step), {}, set()
     while to_come or engine.has_unfinished_requests:
@@ -206,8 +249,8 @@ def drive(engine: Engine, asks: list[Ask], oracle: Oracle, rng: random.Random) -
     assert engine.manager.pool.num_free_blocks == len(engine.manager.pool.blocks), "blocks leaked"
     assert not engine.readers and not engine.samples and not engine.in_flight
     for number, output in outputs.items():
-        for sample, params in zip([output, *output.siblings], asks[number].params.children()):
-            compare(sample, oracle(asks[number].prompt, params), number in aborted)
+        for child, params in zip([output, *output.siblings], asks[number].params.children()):
+            compare(child, oracle(asks[number].prompt, params), number in aborted)
             report.num_outputs += 1
     report.counts.update(cached=engine.metrics().num_cached_tokens, aborted=len(aborted))
     return report

@@ -58,7 +58,17 @@ def test_same_tokens_as_alone(model):
     """200 random requests in ten engines; many more in the slow test."""
     totals = soak(model, Letters(), STORIES, range(10), 20)
     assert totals["outputs"] >= 200
-    for what in ("preemptions", "swaps_out", "swaps_in", "copies", "chunks", "cached", "aborted"):
+    for what in (
+        "preemptions",
+        "swaps_out",
+        "swaps_in",
+        "copies",
+        "chunks",
+        "cached",
+        "aborted",
+        "guesses",
+        "pipelined",
+    ):
         assert totals[what] > 5, f"too few {what} for a soak: {totals}"
 
 
@@ -132,6 +142,18 @@ def test_a_prefix_shared_within_one_step(model):
         assert output.token_ids == oracle(prompt, SamplingParams(max_tokens=4, ignore_eos=True)).token_ids
 
 
+def test_what_is_not_computed_is_not_found(model):
+    """Two equal prompts, the first cut off in the middle of a block: the second shares the whole block before it."""
+    settings = dict(block_size=4, num_blocks=30, max_num_batched_tokens=12, long_prefill_token_threshold=6)
+    engine = Engine(model, Letters(), **settings)
+    plans = record(engine)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    outputs = engine.generate([list(range(5, 21))] * 2, params, progress=False)
+    assert [(each.start, len(each.token_ids)) for each in plans[0].scheduled] == [(0, 6), (4, 6)]
+    expected = Oracle(model, Letters())(list(range(5, 21)), params).token_ids
+    assert [output.token_ids for output in outputs] == [expected] * 2
+
+
 def record(engine: Engine) -> list:
     """From now on, every plan that is submitted."""
     plans, submit = [], engine.executor.submit
@@ -175,7 +197,7 @@ def test_a_pool_of_two_blocks(model):
 @pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
 def test_no_long_prompt_starves_the_others(model, policy):
     """While a prompt of 50 tokens is read with a budget of 8, whoever writes gets a token in every step."""
-    settings = dict(num_blocks=60, block_size=4, max_num_batched_tokens=8, enable_prefix_caching=False)
+    settings = dict(num_blocks=60, block_size=4, max_num_batched_tokens=8, long_prefill_token_threshold=8)
     engine = Engine(model, Letters(), scheduling_policy=policy, **settings)
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     short = [engine.add_request([5 + i], params, priority=1, tenant=f"short {i}") for i in range(3)]
@@ -190,14 +212,16 @@ def test_no_long_prompt_starves_the_others(model, policy):
 
 
 def test_a_budget_smaller_than_the_number_of_requests_goes_round(model):
-    engine = Engine(model, Letters(), num_blocks=60, block_size=4, max_num_batched_tokens=2)
+    engine = Engine(model, Letters(), num_blocks=60, block_size=4)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     for i in range(5):
         engine.add_request([5 + i], params, request_id=str(i))
+    engine.step()
+    engine.scheduler.max_num_batched_tokens = 2
     plans = record(engine)
     while engine.has_unfinished_requests:
         engine.step()
-    served = [{each.request_id for each in plan.scheduled} for plan in plans[5:25]]
+    served = [{each.request_id for each in plan.scheduled} for plan in plans[:20]]
     for i in "01234":
         gaps = [step for step, ids in enumerate(served) if i in ids]
         assert max(b - a for a, b in pairwise(gaps)) <= 3, f"request {i} waited: {gaps}"
