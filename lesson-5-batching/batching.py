@@ -255,7 +255,7 @@ class Scheduler:
         self.max_chunk = max_chunk or max_num_batched_tokens
         self.policy = POLICIES[policy]
         self.preemption = preemption
-        self.host_pool = BlockPool(max(1, num_host_blocks)) if preemption == "swap" else None
+        self.host_pool = BlockPool(max(1, num_host_blocks))
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -442,7 +442,7 @@ class Scheduler:
         request.spec_token_ids = []
         self.running.remove(request)
         self.waiting.append(request)
-        if self.host_pool is None or not self.swap_out(request, plan):
+        if self.preemption == "recompute" or not self.swap_out(request, plan):
             self.preempt_by_recompute(request)
 
     def preempt_by_recompute(self, request: Request) -> None:
@@ -485,7 +485,7 @@ class Scheduler:
         request.finish_reason = reason
         (self.running if request in self.running else self.waiting).remove(request)
         self.manager.free(request)
-        self.swapped.pop(request.request_id, None)
+        self.swapped.pop(request.request_id, ())
         del self.requests[request.request_id]
         self.finished_ids.append(request.request_id)
 
@@ -496,8 +496,7 @@ class Scheduler:
             if request.finish_reason:
                 self.finish(request, request.finish_reason)
                 continue
-            for host in self.swapped.pop(request.request_id, []):
-                self.host_pool.free_blocks([host])
+            self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))
             self.preempt_by_recompute(request)
         self.waiting, self.running = [*self.running, *self.waiting], []
         self.manager.take_copies()

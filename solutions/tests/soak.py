@@ -181,9 +181,8 @@ def check_books(engine: Engine) -> None:
     running = {request.request_id for request in scheduler.running}
     assert set(manager.block_tables) <= running, "somebody who does not run holds blocks"
     assert not manager.copies, "a copy was forgotten"
-    if scheduler.host_pool:
-        held = sum(map(len, scheduler.swapped.values()))
-        assert held + scheduler.host_pool.num_free_blocks == len(scheduler.host_pool.blocks)
+    held = sum(map(len, scheduler.swapped.values()))
+    assert held + scheduler.host_pool.num_free_blocks == len(scheduler.host_pool.blocks)
     assert set(scheduler.requests) == {r.request_id for r in [*scheduler.running, *scheduler.waiting]}
 
 
@@ -206,13 +205,15 @@ class Watched:
     def submit(self, plan: SchedulerOutput) -> None:
         ids = [each.request_id for each in plan.scheduled]
         assert len(ids) == len(set(ids)) and not set(ids) & set().union(*self.flying), "scheduled twice"
-        assert not set(plan.preempted_ids) & set(ids), "preempted in the step in which it was scheduled"
+        busy = set(ids).union(*self.flying)
+        assert not set(plan.preempted_ids) & busy, "preempted in the step in which it was scheduled, or in flight"
         assert plan.num_tokens <= self.budget
         self.flying.append(set(ids))
         self.report.counts.update(
             swaps_out=len(plan.swaps_out), swaps_in=len(plan.swaps_in), copies=len(plan.copies),
             preemptions=len(plan.preempted_ids), guesses=sum(each.num_spec_tokens for each in plan.scheduled),
-            pipelined=len(plan.preempted_ids) * (self.depth > 1), chunks=sum(each.sample_index is None for each in plan.scheduled),
+            pipelined=len(plan.preempted_ids) * (self.depth > 1),
+            chunks=sum(each.sample_index is None for each in plan.scheduled),
         )  # fmt: skip
         self.inner.submit(plan)
 

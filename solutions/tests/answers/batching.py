@@ -9,7 +9,7 @@ ANSWERS = [
     planted(
         "5.15",
         "the host's blocks of a swapped request never freed",
-        "for host in self.swapped.pop(request.request_id, []):\n            self.host_pool.free_blocks([host])",
-        "self.swapped.pop(request.request_id, None)",
+        "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
+        "self.swapped.pop(request.request_id, ())",
     ),
 ]
