@@ -1062,5 +1062,6 @@ class Engine:
 def load_engine(name: str, dtype: torch.dtype | None = None, device: str | None = None, **settings) -> Engine:
     """An engine for a checkpoint: `tales`, `smollm2-135m`, a folder, a `.gguf` file or `org/name`; kernels on."""
     model, tokenizer = load(name, dtype, device)
-    kernels.pack(model)
+    if kernels.enabled():
+        kernels.pack(model)
     return Engine(model, tokenizer, **settings)
