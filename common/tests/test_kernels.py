@@ -215,8 +215,9 @@ class TestAttention:
         torch.manual_seed(0)
         q = torch.randn(batch, num_queries, heads, 8)
         k, v = torch.randn(2, batch, num_keys, kv_heads, 8)
-        # Each request ends elsewhere, the last at its very first key if it has one query.
+        # Each request ends elsewhere, and the first is not the longest: it ends at its very first key if it has one query.
         ends = [num_keys - 1 - b * (num_keys - num_queries) // max(batch - 1, 1) for b in range(batch)]
+        ends = [*ends[-1:], *ends[:-1]]
         positions = torch.stack([torch.arange(end - num_queries + 1, end + 1) for end in ends])
         result = kernels.attention(q, k, v, positions)
         torch.testing.assert_close(result, attention_by_loops(q, k, v, positions), rtol=1e-4, atol=1e-5)
