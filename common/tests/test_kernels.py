@@ -215,7 +215,7 @@ class TestAttention:
         torch.manual_seed(0)
         q = torch.randn(batch, num_queries, heads, 8)
         k, v = torch.randn(2, batch, num_keys, kv_heads, 8)
-        # Each request ends elsewhere, and the first is not the longest: it ends at its very first key if it has one query.
+        # Each ends elsewhere, and the first not last of all: with one query it ends at its very first key.
         ends = [num_keys - 1 - b * (num_keys - num_queries) // max(batch - 1, 1) for b in range(batch)]
         ends = [*ends[-1:], *ends[:-1]]
         positions = torch.stack([torch.arange(end - num_queries + 1, end + 1) for end in ends])
