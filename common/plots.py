@@ -361,6 +361,105 @@ def recompute() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Lesson 5: who computes when, and who holds what
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, list[dict[int, int]]]:
+    """The plans of the reference's scheduler for requests of these lengths, and after each who holds which block.
+
+    No model is needed: a scheduler deals in ids and counts, and whatever was sampled counts as a token.
+    """
+    from solutions.batching import ModelRunnerOutput, Request, Scheduler
+    from solutions.llama_pytorch import SamplingParams
+    from solutions.paged_attention import KVCacheManager
+
+    manager = KVCacheManager(settings.pop("num_blocks"), settings.pop("block_size"), enable_prefix_caching=False)
+    scheduler = Scheduler(manager, **settings)
+    for i, (prompt, output) in enumerate(zip(prompts, outputs)):
+        scheduler.add(Request(str(i), [0] * prompt, SamplingParams(), output, arrival=i))
+    plans, pools = [], []
+    while scheduler.requests:
+        plan = scheduler.schedule()
+        pools.append({block: int(name) for name in manager.block_tables for block in manager.block_table(name)})
+        sampled = {each.request_id: [1] for each in plan.scheduled if each.sample_index is not None}
+        scheduler.update_from_output(plan, ModelRunnerOutput(plan.step_id, sampled))
+        plans.append(plan)
+    return plans, pools
+
+
+@figure("lesson-5-batching/figures/schedule.svg")
+def schedule() -> Figure:
+    """Twelve requests over the steps: batches of four that wait for their slowest, and places filled as they fall free."""
+    from solutions.batching import static_batch
+
+    prompts = [9, 4, 14, 6, 5, 11, 3, 7, 10, 4, 6, 8]
+    outputs = [4, 15, 6, 9, 20, 3, 8, 5, 12, 7, 2, 10]
+    fig = Figure(layout="constrained", figsize=(9.6, 4.0))
+    left, right = fig.subplots(1, 2, sharey=True, sharex=True)
+
+    batches = static_batch(outputs, 4)
+    last = 0
+    for i, steps in enumerate(batches):
+        batch = batches[i // 4 * 4 : i // 4 * 4 + 4]
+        end = max(each.stop for each in batch)
+        left.barh(i, 1, left=steps.start, color=ORANGE)
+        left.barh(i, len(steps) - 1, left=steps.start + 1, color=BLUE)
+        left.barh(i, end - steps.stop, left=steps.stop, color="#E8EAED", hatch="///", edgecolor="white")
+        last = max(last, end)
+    left.set_title(f"static batches of 4: {last} steps")
+
+    plans, _ = simulate(
+        prompts, outputs, num_blocks=200, block_size=4, max_num_seqs=4, max_num_batched_tokens=12, max_chunk=8
+    )
+    for step, plan in enumerate(plans):
+        for each in plan.scheduled:
+            is_prompt = each.start < prompts[int(each.request_id)]
+            right.barh(int(each.request_id), 1, left=step, color=ORANGE if is_prompt else BLUE)
+    right.set_title(f"continuous, four at a time, 12 tokens a step: {len(plans)} steps")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.grid(axis="y", visible=False)
+    left.set_ylabel("request")
+    left.set_yticks(range(len(prompts)))
+    left.invert_yaxis()
+    for color, text, x in (
+        (ORANGE, "reads its prompt", 0.03),
+        (BLUE, "writes", 0.33),
+        ("#9AA0A6", "waits for others", 0.5),
+    ):
+        left.text(x, 0.03, "■ " + text, color=color, transform=left.transAxes, fontsize=9)
+    return fig
+
+
+@figure("lesson-5-batching/figures/pool.svg")
+def pool_through_time() -> Figure:
+    """Who holds which block of a pool that is too small for all, step by step; preemptions are marked."""
+    import numpy as np
+
+    prompts, outputs = [10, 7, 13, 5, 9, 6], [16, 20, 9, 18, 12, 14]
+    settings = dict(max_num_seqs=6, max_num_batched_tokens=16, max_chunk=8)
+    plans, pools = simulate(prompts, outputs, num_blocks=20, block_size=4, **settings)
+    picture = np.full((20, len(plans)), np.nan)
+    for step, pool in enumerate(pools):
+        for block, owner in pool.items():
+            picture[block, step] = owner
+    fig, axes = new_figure(figsize=(8.4, 3.8))
+    colors = matplotlib.colors.ListedColormap([BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY])
+    axes.imshow(picture, cmap=colors, vmin=0, vmax=5, aspect="auto", interpolation="nearest")
+    for step, plan in enumerate(plans):
+        for name in plan.preempted_ids:
+            axes.annotate(f"{name} makes room", (step, -0.6), (step, -2.2), ha="center", fontsize=8, color=colors(int(name)),
+                          arrowprops=dict(arrowstyle="->", color=GREY), annotation_clip=False)  # fmt: skip
+    for request in range(6):
+        axes.text(1.01, 0.95 - 0.11 * request, f"■ request {request}", color=colors(request), transform=axes.transAxes)
+    axes.set_xlabel("step")
+    axes.set_ylabel("block")
+    axes.grid(visible=False)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------
 
