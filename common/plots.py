@@ -390,7 +390,7 @@ def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, 
 
 @figure("lesson-5-batching/figures/schedule.svg")
 def schedule() -> Figure:
-    """Twelve requests over the steps: batches of four that wait for their slowest, and places filled as they fall free."""
+    """Twelve requests over the steps: in batches that wait for their slowest, and in places filled as they fall free."""
     from solutions.batching import static_batch
 
     prompts = [9, 4, 14, 6, 5, 11, 3, 7, 10, 4, 6, 8]
@@ -423,12 +423,8 @@ def schedule() -> Figure:
     left.set_ylabel("request")
     left.set_yticks(range(len(prompts)))
     left.invert_yaxis()
-    for color, text, x in (
-        (ORANGE, "reads its prompt", 0.03),
-        (BLUE, "writes", 0.33),
-        ("#9AA0A6", "waits for others", 0.5),
-    ):
-        left.text(x, 0.03, "■ " + text, color=color, transform=left.transAxes, fontsize=9)
+    for color, text, y in ((ORANGE, "reads its prompt", 0.92), (BLUE, "writes", 0.85), ("#9AA0A6", "waits", 0.78)):
+        left.text(0.62, y, "■ " + text, color=color, transform=left.transAxes, fontsize=9)
     return fig
 
 
@@ -449,12 +445,13 @@ def pool_through_time() -> Figure:
     axes.imshow(picture, cmap=colors, vmin=0, vmax=5, aspect="auto", interpolation="nearest")
     for step, plan in enumerate(plans):
         for name in plan.preempted_ids:
-            axes.annotate(f"{name} makes room", (step, -0.6), (step, -2.2), ha="center", fontsize=8, color=colors(int(name)),
-                          arrowprops=dict(arrowstyle="->", color=GREY), annotation_clip=False)  # fmt: skip
+            axes.plot(step, -1.1, "v", color=colors(int(name)), clip_on=False)
+    axes.text(-0.4, -1.7, "▼ makes room for others", color=GREY, fontsize=9)
     for request in range(6):
         axes.text(1.01, 0.95 - 0.11 * request, f"■ request {request}", color=colors(request), transform=axes.transAxes)
     axes.set_xlabel("step")
     axes.set_ylabel("block")
+    axes.set_yticks(range(0, 20, 4))
     axes.grid(visible=False)
     return fig
 
