@@ -390,7 +390,7 @@ def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, 
 
 @figure("lesson-5-batching/figures/schedule.svg")
 def schedule() -> Figure:
-    """Twelve requests over the steps: in batches that wait for their slowest, and in places filled as they fall free."""
+    """Twelve requests over the steps: in batches that wait for their slowest; in places filled as they fall free."""
     from solutions.batching import static_batch
 
     prompts = [9, 4, 14, 6, 5, 11, 3, 7, 10, 4, 6, 8]
