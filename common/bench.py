@@ -184,7 +184,7 @@ def read(name: str, folder: Path = MEASUREMENTS) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    names = ("machine", "recompute-tales", "recompute-smollm2-135m")
+    names = ("machine", "recompute-tales", "recompute-smollm2-135m", "ladder-smollm2-135m")
     parser = argparse.ArgumentParser(prog="python -m common bench", description=__doc__.partition("\n")[0])
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--quick", action="store_true", help="in miniature, and nothing is kept")
@@ -205,6 +205,11 @@ def main(argv: list[str]) -> int:
         try:
             if name == "machine":
                 result = measure_machine(settings.quick)
+            elif name.startswith("ladder-"):
+                from common.ladder import measure_ladder
+
+                model = "tales" if settings.quick else name.removeprefix("ladder-")
+                result = measure_ladder(model, settings.quick, load_transformers(find_checkpoint(model)))
             else:
                 result = measure_recompute(name.removeprefix("recompute-"), lengths, repeats)
         except (CourseError, CheckpointError) as error:
