@@ -1,7 +1,7 @@
-"""`make run`: a model answers a prompt. `make chat`: a conversation with it in the terminal.
+"""`make run`: the engine answers prompts, several at once or the one that is given. `make chat`: a conversation.
 
-Both are what a reader of lesson 2 could write: encode, `generate`, show the pieces of text as they come. With
-MINE=0-2 the model, the sampling and the loop are the student's own.
+Both are what a reader of lesson 5 could write: encode, `add_request`, `step`, show the text as it comes. With MINE=0-5
+the model, the cache, the scheduler and the engine are the student's own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from common.checkpoints import CheckpointError
 from common.course import CourseError, activate, files_used
 
 DEFAULT_MODEL = "smollm2-135m"
-CHAT_PROMPT = "What is gravity? Answer in two or three sentences."
-PLAIN_PROMPT = "There was once a"
 HELP = """\
 /reset         forget the conversation
 /system TEXT   tell the model who it is, and start again; without TEXT: show what it was told
@@ -42,6 +40,7 @@ class Reply:
     finish_reason: str  # as generate's, or "interrupted"
     seconds: float
     seconds_to_text: float | None
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
     def summary(self) -> str:
         if self.num_tokens is None:
@@ -52,6 +51,8 @@ class Reply:
         ]
         if self.seconds_to_text is not None:
             parts.append(f"first text after {self.seconds_to_text:.2f} s")
+        if self.num_cached_tokens:
+            parts.append(f"{self.num_cached_tokens} of the prompt's tokens were in the cache")
         if self.finish_reason == "length":
             parts.append("cut off at the length limit")
         return ", ".join(parts)
@@ -59,7 +60,7 @@ class Reply:
 
 @dataclass
 class Talker:
-    """A loaded model that speaks. `generate` and `params` are lesson 2's, or the student's."""
+    """A loaded model that speaks. `generate` is called as lesson 2's; here an engine stands behind it."""
 
     name: str
     model: Any
@@ -91,12 +92,42 @@ class Talker:
         try:
             output = self.generate(self.model, self.tokenizer, prompt_token_ids, self.params, show)
             num_tokens, finish_reason = len(output.token_ids), output.finish_reason
+            num_cached = output.metrics.num_cached_tokens
         except KeyboardInterrupt:
-            num_tokens, finish_reason = None, "interrupted"
-        seconds = time.perf_counter() - start
+            num_tokens, finish_reason, num_cached = None, "interrupted", 0
         return Reply(
-            "".join(pieces), len(prompt_token_ids), num_tokens, finish_reason, seconds, first[0] if first else None
+            "".join(pieces),
+            len(prompt_token_ids),
+            num_tokens,
+            finish_reason,
+            time.perf_counter() - start,
+            first[0] if first else None,
+            num_cached,
         )
+
+
+def answer_with(engine) -> Callable[..., Any]:
+    """A `generate` that asks the engine. Whatever ends it early, Ctrl-C too, the request's blocks are free again."""
+
+    def generate(model, tokenizer, prompt_token_ids: Sequence[int], params, on_text: Callable[[str], None]):
+        try:
+            request_id = engine.add_request(prompt_token_ids, params)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
+        output, num_shown = engine.readers[request_id].output, 0
+        try:
+            while output.finish_reason is None:
+                engine.step()
+                if len(output.text) > num_shown:
+                    on_text(output.text[num_shown:])
+                    num_shown = len(output.text)
+        finally:
+            engine.abort(request_id)
+        if output.error:
+            raise OptionError(f"The answer failed: {output.error}")
+        return output
+
+    return generate
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -183,13 +214,12 @@ def write(piece: str) -> None:
     sys.stdout.flush()
 
 
-def run(talker: Talker, prompt: str, show_prompt: bool) -> int:
+def run(talker: Talker, prompt: str) -> int:
+    """One prompt, its answer as it comes."""
     if not prompt.strip():
         raise OptionError("The prompt is empty.")
     if talker.has_template:
         token_ids, _ = Conversation(talker).ask(prompt)
-        if show_prompt:
-            print(quiet(f"> {prompt}"))
     else:
         token_ids, dropped = Story(talker).ask(prompt)
         if dropped:
@@ -274,17 +304,28 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=temperature, help=f"default {temperature}")
     parser.add_argument("--top-p", type=float, default=top_p, help=f"default {top_p}")
     parser.add_argument("--seed", type=int, default=None, help="the same seed, the same answers")
+    for flag, kind, what in (
+        ("--num-blocks", int, "of the cache, each for 16 tokens; default: what fits into 1 GiB"),
+        ("--max-batched-tokens", int, "computed in one step; default 256"),
+        ("--policy", str, "fcfs, priority or fair"),
+        ("--preemption", str, "recompute or swap"),
+    ):
+        parser.add_argument(flag, type=kind, default=None, help=what)
     parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
     parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
     parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))
     return parser.parse_args(rest)
 
 
-def load_talker(settings: argparse.Namespace) -> Talker:
+def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
+    """A talker, and the engine behind it."""
     activate(settings.mine)  # before anything of `solutions` is imported: it decides which files that means
+    if settings.mine and not os.environ.get("KERNELS"):
+        os.environ["KERNELS"] = "plain"  # so that the student's code is what runs
     import torch
 
-    from solutions.llama_pytorch import SamplingParams, generate, load
+    from solutions.batching import load_engine
+    from solutions.llama_pytorch import SamplingParams
 
     if settings.threads:
         if not settings.threads.isdigit() or settings.threads == "0":
@@ -299,8 +340,29 @@ def load_talker(settings: argparse.Namespace) -> Talker:
         )
     except ValueError as error:
         raise OptionError(str(error)) from None
-    model, tokenizer = load(settings.model)
-    return Talker(settings.model, model, tokenizer, generate, params)
+    names = {"num_blocks": "num_blocks", "max_batched_tokens": "max_num_batched_tokens"}
+    names |= {"policy": "scheduling_policy", "preemption": "preemption"}
+    options = {name: getattr(settings, flag) for flag, name in names.items() if getattr(settings, flag) is not None}
+    try:
+        engine = load_engine(settings.model, **options)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    return Talker(settings.model, engine.model, engine.tokenizer, answer_with(engine), params), engine
+
+
+def run_many(talker: Talker, engine) -> int:
+    """Several people's prompts at once."""
+    from common.serve import BEGINNINGS, QUESTIONS, serve
+
+    prompts = list(QUESTIONS if talker.has_template else BEGINNINGS)
+    turns = [Conversation(talker) if talker.has_template else Story(talker) for _ in prompts]
+    print(quiet(f"{talker.name}. {files_used()} PROMPT='...' asks one question of your own."))
+    try:
+        return serve(engine, prompts, [turn.ask(prompt)[0] for turn, prompt in zip(turns, prompts)], talker.params)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
 
 
 def main(argv: list[str]) -> int:
@@ -309,11 +371,10 @@ def main(argv: list[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        talker = load_talker(settings)
+        talker, engine = load_talker(settings)
         if argv[0] == "chat":
             return chat(talker, settings.system)
-        fallback = CHAT_PROMPT if talker.has_template else PLAIN_PROMPT
-        return run(talker, fallback if settings.prompt is None else settings.prompt, settings.prompt is None)
+        return run_many(talker, engine) if settings.prompt is None else run(talker, settings.prompt)
     except (CheckpointError, CourseError, OptionError) as error:
         if settings.verbose:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -44,7 +45,8 @@ class FakeGenerate:
             on_text(piece)
             if piece == "!!":
                 raise KeyboardInterrupt
-        return SimpleNamespace(token_ids=list(reply), text=reply, finish_reason="stop")
+        metrics = SimpleNamespace(num_cached_tokens=0)
+        return SimpleNamespace(token_ids=list(reply), text=reply, finish_reason="stop", metrics=metrics)
 
 
 def talker(*replies, template=True, context=1000, max_tokens=10) -> Talker:
@@ -138,7 +140,7 @@ def test_a_story_too_long_loses_its_beginning_and_keeps_the_first_token():
 @pytest.mark.parametrize("prompt", ['say "hi" & $HOME; `id` \\', "two\nlines", "ünï 🙂"])
 def test_run_shows_the_prompt_to_the_model_as_it_was_given(prompt, capsys):
     model = talker("Hi.")
-    assert chat.run(model, prompt, show_prompt=False) == 0
+    assert chat.run(model, prompt) == 0
     assert model.generate.prompts == [f"<u>{prompt}<a>"]
     out = capsys.readouterr().out
     assert out.startswith("Hi.") and "fake: " in out and "lesson 2 reference" in out
@@ -146,8 +148,8 @@ def test_run_shows_the_prompt_to_the_model_as_it_was_given(prompt, capsys):
 
 def test_run_refuses_an_empty_prompt_and_reports_an_interrupt():
     with pytest.raises(OptionError, match="empty"):
-        chat.run(talker(), " \n", show_prompt=False)
-    assert chat.run(talker("So!!"), "x", show_prompt=False) == 130
+        chat.run(talker(), " \n")
+    assert chat.run(talker("So!!"), "x") == 130
 
 
 def test_options_come_from_flags_before_variables(monkeypatch):
@@ -167,6 +169,8 @@ def test_options_come_from_flags_before_variables(monkeypatch):
         (["--model", "tales", "--mine", "7-9"], "lesson 7"),
         (["--model", "tales", "--temperature", "-1"], "temperature"),
         (["--model", "tales", "--threads", "none"], "THREADS"),
+        (["--model", "tales", "--policy", "random"], "scheduling_policy must be one of fcfs, priority, fair"),
+        (["--model", "tales", "--num-blocks", "0"], "num_blocks must be a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(arguments, words, monkeypatch, capsys):
@@ -175,6 +179,97 @@ def test_what_cannot_be_is_said_in_a_line(arguments, words, monkeypatch, capsys)
     assert chat.main(["run", *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
+
+
+@pytest.fixture(scope="module")
+def small_engine():
+    from solutions.batching import load_engine
+
+    return load_engine("tales", num_blocks=12, block_size=4, max_num_seqs=3)
+
+
+def serve(engine, terminal: bool, width: int) -> str:
+    from rich.console import Console
+
+    from common import serve
+    from solutions.llama_pytorch import SamplingParams
+
+    prompts = list(serve.BEGINNINGS[:5])
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
+    token_ids = [engine.tokenizer.encode(prompt) for prompt in prompts]
+    assert serve.serve(engine, prompts, token_ids, SamplingParams(max_tokens=8, ignore_eos=True), console) == 0
+    return console.file.getvalue()
+
+
+def test_many_prompts_at_once(small_engine):
+    """Where the output is no terminal: whole answers, each behind its prompt, no control codes, and the metrics."""
+    out = serve(small_engine, terminal=False, width=100)
+    from common.serve import BEGINNINGS
+
+    assert "\033" not in out and all(f"] {prompt}\n" in out for prompt in BEGINNINGS[:5])
+    told = " ".join(out.split())
+    assert "40 tokens in" in told and "slots held for each token stored" in told and told.count("length") == 5
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_live_table_fits_its_terminal(small_engine, width):
+    out = serve(small_engine, terminal=True, width=width)
+    lines = re.sub(r"\033\[[^a-zA-Z]*[a-zA-Z]", "", out).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= width
+    for word in ("writes", "waits", "done", "3 run, 2 wait", "blocks held"):
+        assert word in out
+    assert small_engine.manager.pool.num_free_blocks == 12
+
+
+def test_an_interrupt_while_serving_shows_what_there_is(small_engine, monkeypatch):
+    steps, step = [0], small_engine.step
+
+    def interrupted():
+        steps[0] += 1
+        if steps[0] == 5:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(small_engine, "step", interrupted)
+    from rich.console import Console
+
+    from common import serve
+    from solutions.llama_pytorch import SamplingParams
+
+    console = Console(file=io.StringIO(), width=100)
+    ids = [small_engine.tokenizer.encode(prompt) for prompt in serve.BEGINNINGS[:2]]
+    assert serve.serve(small_engine, list(serve.BEGINNINGS[:2]), ids, SamplingParams(max_tokens=20), console) == 130
+    assert "Stopped." in console.file.getvalue() and "abort" in console.file.getvalue()
+    assert small_engine.manager.pool.num_free_blocks == 12 and not small_engine.has_unfinished_requests
+
+
+def test_what_can_never_be_served_begins_nothing(small_engine):
+    from common import serve
+    from solutions.llama_pytorch import SamplingParams
+
+    with pytest.raises(ValueError, match="the pool has num_blocks=12"):
+        serve.serve(small_engine, ["a", "b"], [[5, 6], [5] * 40], SamplingParams(max_tokens=20))
+    assert not small_engine.has_unfinished_requests and not small_engine.samples
+
+
+def test_the_engine_behind_a_conversation(small_engine):
+    """The second turn finds the first in the cache; an answer that is broken off leaves no block behind."""
+    from common.chat import answer_with
+    from solutions.llama_pytorch import SamplingParams
+
+    generate, pieces = answer_with(small_engine), []
+    prompt, params = small_engine.tokenizer.encode("There was once a small owl"), SamplingParams(max_tokens=6)
+    output = generate(None, None, prompt, params, pieces.append)
+    assert "".join(pieces) == output.text
+    again = generate(None, None, [*prompt, *output.token_ids, 300], params, pieces.append)
+    assert again.metrics.num_cached_tokens >= len(prompt) // 4 * 4
+
+    def broken_off(piece):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(None, None, prompt, params, broken_off)
+    assert small_engine.manager.pool.num_free_blocks == 12 and not small_engine.has_unfinished_requests
 
 
 def test_tales_through_the_front_door():
