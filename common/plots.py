@@ -361,6 +361,41 @@ def recompute() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Lesson 4: what blocks waste
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-4-paged-attention/figures/utilisation.svg")
+def utilisation_by_block_size() -> Figure:
+    """The share of held slots that has a token in it, for block sizes from 1 to the whole context."""
+    import random
+
+    from solutions.paged_attention import utilisation
+
+    rng = random.Random(0)
+    lengths = {
+        "chats: 20 to 2,000 tokens": ([rng.randint(20, 2000) for _ in range(200)], BLUE),
+        "short questions: 5 to 60 tokens": ([rng.randint(5, 60) for _ in range(200)], ORANGE),
+    }
+    sizes = [2**i for i in range(14)]
+    fig, axes = new_figure()
+    for name, (sample, color) in lengths.items():
+        shares = [100 * utilisation(sample, size) for size in sizes]
+        axes.plot(sizes, shares, "o-", color=color)
+        place = (24, 106) if color == BLUE else (1, 46)
+        axes.text(*place, name, color=color)
+    axes.axvline(16, color=GREY, linewidth=1, linestyle=":")
+    axes.text(17, 3, "16, the default", color=GREY, fontsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 16, 256, 8192], ["1", "16", "256", "8,192:\none block a sequence"])
+    axes.set_ylim(0, 112)
+    axes.set_xlabel("tokens in a block")
+    axes.set_ylabel("% of held slots with a token in them")
+    axes.set_title("What a sequence reserves, and what it fills")
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Lesson 5: who computes when, and who holds what
 # ---------------------------------------------------------------------------------------------------------------
 
