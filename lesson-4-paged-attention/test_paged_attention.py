@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,9 +167,7 @@ class TestFreeBlocks:
         (block,) = pool.get_new_blocks(1)
         pool.touch([block])
         pool.free_blocks([block])
-        equal(
-            (block.ref_cnt, list(pool.free)), (1, [1, 2]), "(ref_cnt, `free`) of block 0, which one of two gave up"
-        )
+        equal((block.ref_cnt, list(pool.free)), (1, [1, 2]), "(ref_cnt, `free`) of block 0, which one of two gave up")
         pool.free_blocks([block])
         equal((block.ref_cnt, list(pool.free)), (0, [1, 2, 0]), "(ref_cnt, `free`), once the other gave it up too")
         pool.touch([block])
@@ -293,9 +292,7 @@ class TestCacheBlocks:
         manager = code.KVCacheManager(6, 2)
         sequence = self.sequence(code, manager, [1, 2, 3, 4, 5])
         manager.cache_blocks(sequence, 5)
-        equal(
-            self.found(code, manager, [1, 2, 3, 4]), [0, 1], "where [1, 2] and [3, 4] are found, of [1, 2, 3, 4, 5]"
-        )
+        equal(self.found(code, manager, [1, 2, 3, 4]), [0, 1], "where [1, 2] and [3, 4] are found, of [1, 2, 3, 4, 5]")
         has = [block.block_hash is not None for block in manager.pool.blocks[:3]]
         equal(has, [True, True, False], "which of the blocks [1, 2] [3, 4] [5 _] have a hash")
 
@@ -349,9 +346,7 @@ class TestCacheBlocks:
         manager = code.KVCacheManager(6, 2, enable_prefix_caching=False)
         sequence = self.sequence(code, manager, [1, 2, 3, 4])
         manager.cache_blocks(sequence, 4)
-        equal(
-            self.found(code, manager, [1, 2, 3, 4]), [None, None], "what is found, where enable_prefix_caching=False"
-        )
+        equal(self.found(code, manager, [1, 2, 3, 4]), [None, None], "what is found, where enable_prefix_caching=False")
 
 
 class Books:
@@ -480,9 +475,7 @@ class TestAllocateSlots:
     def test_room_for_the_copy_or_for_the_new_block(self, code):
         manager, _, child = self.forked(code, 3)
         before = Books(manager).state
-        equal(
-            self.allocate(manager, child, 4), None, "allocate_slots where a copy and a new block are needed, one is free"
-        )
+        equal(self.allocate(manager, child, 4), None, "allocate_slots, a copy and a new block needed, one free")
         equal(Books(manager).state, before, "(tables, ref_cnt, free, copies, cached), one block short")
 
 
@@ -536,7 +529,7 @@ class TestFork:
         child = code.PagedSequence("child", [1, 2, 3, 4, 5, 6])
         outcome_of = outcome(lambda: manager.fork(parent, child))
         equal(
-            ("no error" if outcome_of is None else outcome_of, manager.block_table("child"), ref_cnts(manager.pool)[:2]),
+            (outcome_of or "no error", manager.block_table("child"), ref_cnts(manager.pool)[:2]),
             ("ValueError", [], [1, 1]),
             "(error, the child's table, ref_cnt) of a fork of 6 tokens, 5 of them computed",
         )
@@ -616,17 +609,15 @@ class TestTrim:
     def test_by_hand(self, code):
         for num_tokens, expected in ((12, [0, 1, 2]), (8, [0, 1]), (16, [0, 1, 2, 3])):
             manager = self.trimmed(code, num_tokens)
-            equal(manager.block_table("a"), expected, f"the table, [0, 1, 2, 3] before, for {num_tokens} computed tokens")
-            equal(
-                manager.pool.num_free_blocks, 5 - len(expected), f"num_free_blocks of 5, for {num_tokens} computed tokens"
-            )
+            equal(manager.block_table("a"), expected, f"the table, before [0, 1, 2, 3], for {num_tokens} computed")
+            equal(manager.pool.num_free_blocks, 5 - len(expected), f"num_free_blocks of 5, for {num_tokens} computed")
         manager = self.trimmed(code, 4)
         equal(list(manager.pool.free), [4, 3, 2, 1], "`free` after a trim to 4 tokens (the end becomes free first)")
 
     def test_what_is_computed_is_kept(self, code):
         for num_tokens, expected in ((9, [0, 1, 2]), (7, [0, 1]), (1, [0])):
             manager = self.trimmed(code, num_tokens)
-            equal(manager.block_table("a"), expected, f"the table, [0, 1, 2, 3] before, for {num_tokens} computed tokens")
+            equal(manager.block_table("a"), expected, f"the table, before [0, 1, 2, 3], for {num_tokens} computed")
 
     def test_a_block_that_another_reads(self, code):
         manager = code.KVCacheManager(5, 4)
@@ -706,7 +697,9 @@ class TestPartialAttention:
 
     def test_large_scores(self, code):
         self.check(
-            code.partial_attention(torch.tensor([[1.0]]), torch.tensor([[1000.0], [-1000.0]]), torch.ones(2, 1), everything(1, 2)),
+            code.partial_attention(
+                torch.tensor([[1.0]]), torch.tensor([[1000.0], [-1000.0]]), torch.ones(2, 1), everything(1, 2)
+            ),
             ([1000.0], [1.0], [[1.0]]),
             "scores 1000 and -1000",
         )  # fmt: skip
@@ -805,10 +798,12 @@ class TestMergePartials:
         expected = scores.softmax(1) @ values
         for cuts in ((0, 2, 5, 7), (0, 1, 1, 7), (0, 4, 6, 7)):
             parts = []
-            for start, end in zip(cuts, cuts[1:]):
+            for start, end in pairwise(cuts):
                 part = naive_partial(code, scores[:, start:end], values[start:end])
                 unseen = part.maximum == -math.inf
-                parts.append(code.Partial(part.maximum, part.total.masked_fill(unseen, 0.0), part.weighted.masked_fill(unseen[:, None], 0.0)))  # fmt: skip
+                total = part.total.masked_fill(unseen, 0.0)
+                weighted = part.weighted.masked_fill(unseen[:, None], 0.0)
+                parts.append(code.Partial(part.maximum, total, weighted))
             for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
                 a, b, c = (parts[i] for i in order)
                 for how, merged in (
@@ -1054,7 +1049,10 @@ class TestAttend:
             starts.append(starts[-1] + new)
             slots += [table[p // block_size] * block_size + p % block_size for p in range(context - new, context)]
         return code.AttentionMetadata(
-            starts, [context for _, context, _ in requests], torch.tensor(slots), [list(table) for table, _, _ in requests]
+            starts,
+            [context for _, context, _ in requests],
+            torch.tensor(slots),
+            [list(table) for table, _, _ in requests],
         )
 
     def check(self, code, requests, histories, new, what, layer=1, num_heads=4):
@@ -1083,7 +1081,7 @@ class TestAttend:
 
     def test_one_request(self, code):
         requests = [([4, 2], 5, 5)]
-        cache, k, v = self.check(code, requests, [self.history(5, 1)], (), "a prompt of 5 tokens in the blocks [4, 2]")
+        cache, k, _ = self.check(code, requests, [self.history(5, 1)], (), "a prompt of 5 tokens in the blocks [4, 2]")
         stored = torch.cat([cache.keys[1, 4], cache.keys[1, 2, :2]])
         close(stored, k, "the keys in the blocks [4, 2], after a prompt of 5 tokens")
 

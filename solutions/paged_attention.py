@@ -248,7 +248,8 @@ class KVCacheManager:
         if num_missing + len(shared) > self.pool.num_free_blocks - unheld:
             return None
         self.pool.touch(computed_blocks)
-        self.copy_on_write(request, shared)
+        if shared:
+            self.copy_on_write(request, shared)
         new_blocks = self.pool.get_new_blocks(num_missing)
         self.block_tables[request.request_id] = [*table, *computed_blocks, *new_blocks]
         return new_blocks

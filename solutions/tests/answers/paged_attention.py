@@ -2,14 +2,834 @@
 
 from __future__ import annotations
 
-from common.grading.catalogue import planted
+from common.grading.catalogue import planted, right, wrong, wrong_body
 
 ANSWERS = [
+    # ----------------------------------------------------------------------------------------------- 4.9 hash_block
+    wrong("4.9", "the parent left out of the digest", "before + text", "text"),
+    wrong("4.9", "the digits of the tokens run together: 1, 23 and 12, 3 are the same", '" ".join', '"".join'),
+    wrong("4.9", "the order of the tokens lost", "map(str, token_ids)", "map(str, sorted(token_ids))"),
+    wrong(
+        "4.9",
+        "only the parent's tokens in the digest, not all that came before",
+        "hashlib.blake2b(before + text",
+        "hashlib.blake2b(str(parent and parent.token_ids).encode() + text",
+    ),
+    wrong("4.9", "the parent field left empty", ".digest(), before,", '.digest(), b"",'),
+    wrong("4.9", "a digest of blake2b's own length, 64 bytes", ", digest_size=16", ""),
+    right(
+        "4.9",
+        "fed to the digest token by token, as bytes of fixed width",
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        if parent is not None:
+            digest.update(parent.value)
+        for token_id in token_ids:
+            digest.update(int(token_id).to_bytes(8, "little"))
+        return BlockHash(digest.digest(), b"" if parent is None else parent.value, tuple(token_ids))
+        """,
+    ),
+    # -------------------------------------------------------------------------------- 4.1 BlockPool.get_new_blocks
+    wrong("4.1", "the newest free block first", "last=False", "last=True"),
+    wrong("4.1", "what the block held can still be found", "self.forget(block)", "pass"),
+    wrong(
+        "4.1",
+        "the hash taken off the block, its entry left in `cached`",
+        "self.forget(block)",
+        "block.block_hash = None",
+    ),
+    wrong(
+        "4.1",
+        "as many as there are, where fewer are free than asked for",
+        'raise ValueError(f"{num_blocks} blocks are asked for, {len(self.free)} of {len(self.blocks)} are free.")',
+        "num_blocks = len(self.free)",
+    ),
+    wrong_body(
+        "4.1",
+        "blocks taken one by one until none is left, and only then the error",
+        """
+        blocks = []
+        for _ in range(num_blocks):
+            if not self.free:
+                raise ValueError("no block is free")
+            block = self.free.popitem(last=False)[1]
+            self.forget(block)
+            block.ref_cnt = 1
+            blocks.append(block)
+        return blocks
+        """,
+    ),
+    right(
+        "4.1",
+        "by the first keys of `free`",
+        """
+        if len(self.free) < num_blocks:
+            raise ValueError(f"only {len(self.free)} blocks are free")
+        taken = []
+        for block_id in list(self.free)[:num_blocks]:
+            block = self.free.pop(block_id)
+            if block.block_hash is not None:
+                self.cached.pop(block.block_hash.value)
+                block.block_hash = None
+            block.ref_cnt += 1
+            taken.append(block)
+        return taken
+        """,
+    ),
+    # ----------------------------------------------------------------------------------- 4.2 BlockPool.free_blocks
+    wrong("4.2", "free although another sequence still holds it", "if block.ref_cnt == 0:", "if True:"),
+    wrong("4.2", "ref_cnt set to 0, whoever else holds it", "block.ref_cnt -= 1", "block.ref_cnt = 0"),
+    wrong(
+        "4.2",
+        "the others' content forgotten as soon as they are free",
+        "self.free[block.block_id] = block",
+        "self.forget(block)\n                self.free[block.block_id] = block",
+    ),
+    wrong(
+        "4.2",
+        "freed blocks joining as the oldest",
+        "self.free[block.block_id] = block",
+        "self.free[block.block_id] = block\n                self.free.move_to_end(block.block_id, last=False)",
+    ),
+    wrong(
+        "4.2", "blocks freed in the order of their ids", "in blocks:", "in sorted(blocks, key=lambda b: b.block_id):"
+    ),
+    wrong(
+        "4.2",
+        "no error for a block that nobody holds",
+        'raise ValueError(f"Block {block.block_id} is freed, and nobody holds it.")',
+        "pass",
+    ),
+    right(
+        "4.2",
+        "counted first, joined afterwards",
+        """
+        given = list(blocks)
+        for block in given:
+            if not block.ref_cnt:
+                raise ValueError(f"nobody holds block {block.block_id}")
+            block.ref_cnt = block.ref_cnt - 1
+        self.free.update((block.block_id, block) for block in given if block.ref_cnt == 0)
+        """,
+    ),
+    # --------------------------------------------------------------------- 4.10 KVCacheManager.get_computed_blocks
+    wrong(
+        "4.10",
+        "the whole prompt found, so that nothing is left to compute",
+        "(len(request.all_token_ids) - 1) // self.block_size",
+        "len(request.all_token_ids) // self.block_size",
+    ),
+    wrong(
+        "4.10",
+        "the last full block left out always, not only where it holds the last token",
+        "(len(request.all_token_ids) - 1) // self.block_size",
+        "max(0, len(request.all_token_ids) // self.block_size - 1)",
+    ),
+    wrong("4.10", "later blocks found without those before them", "break", "continue"),
+    wrong(
+        "4.10",
+        "looked up by the hash's value alone, so that a collision is a hit",
+        "self.pool.find(block_hash)",
+        "self.pool.cached.get(block_hash.value)",
+    ),
+    wrong("4.10", "blocks counted instead of tokens", "len(blocks) * self.block_size", "len(blocks)"),
+    wrong(
+        "4.10",
+        "the blocks taken already: that is allocate_slots' part",
+        "return blocks, len(blocks) * self.block_size",
+        "self.pool.touch(blocks)\n        return blocks, len(blocks) * self.block_size",
+    ),
+    wrong(
+        "4.10",
+        "only blocks that somebody holds, not those that are free and still full",
+        "if block is None:",
+        "if block is None or block.ref_cnt == 0:",
+    ),
+    right(
+        "4.10",
+        "with a while loop, one key at a time",
+        """
+        found = []
+        while self.enable_prefix_caching and (len(found) + 1) * self.block_size < len(request.all_token_ids):
+            block = self.pool.find(self.hashes(request, len(found) + 1)[-1])
+            if block is None:
+                break
+            found += [block]
+        return found, self.block_size * len(found)
+        """,
+    ),
+    # ---------------------------------------------------------------------------- 4.11 KVCacheManager.cache_blocks
+    wrong(
+        "4.11",
+        "all computed tokens taken for verified ones",
+        "num_verified_tokens // self.block_size",
+        "request.num_computed_tokens // self.block_size",
+    ),
+    wrong(
+        "4.11",
+        "a partly filled block given a hash",
+        "num_verified_tokens // self.block_size",
+        "-(-num_verified_tokens // self.block_size)",
+    ),
+    wrong("4.11", "enable_prefix_caching not asked for", "if not self.enable_prefix_caching:", "if False:"),
+    wrong(
+        "4.11",
+        "each block hashed as if it were the first",
+        "self.hashes(request, num_verified_tokens // self.block_size)",
+        "[\n            hash_block(None, request.all_token_ids[i : i + self.block_size])\n"
+        "            for i in range(0, num_verified_tokens - self.block_size + 1, self.block_size)\n        ]",
+    ),
+    wrong(
+        "4.11",
+        "hashes of all its tokens asked for, guesses included, of which the verified ones are used",
+        "self.hashes(request, num_verified_tokens // self.block_size)",
+        "self.hashes(request, len(request.all_token_ids) // self.block_size)[: num_verified_tokens // self.block_size]",
+    ),
+    wrong(
+        "4.11",
+        "a block that can be found already replaced by another with the same content",
+        "self.pool.remember(block, block_hash)",
+        "self.pool.cached[block_hash.value], block.block_hash = block, block_hash",
+    ),
+    wrong(
+        "4.11",
+        "only the last full block remembered",
+        "zip(self.block_tables[request.request_id], block_hashes)",
+        "list(zip(self.block_tables[request.request_id], block_hashes))[-1:]",
+    ),
+    right(
+        "4.11",
+        "by the places of the table",
+        """
+        num_full = num_verified_tokens // self.block_size if self.enable_prefix_caching else 0
+        table = self.block_tables.get(request.request_id, [])
+        for place in range(num_full):
+            if table[place].block_hash is None:
+                self.pool.remember(table[place], self.hashes(request, num_full)[place])
+        """,
+    ),
+    # -------------------------------------------------------------------------- 4.12 KVCacheManager.allocate_slots
+    wrong(
+        "4.12",
+        "the tokens that are computed already forgotten in the count",
+        "request.num_computed_tokens + num_new_tokens + num_lookahead_tokens",
+        "num_new_tokens + num_lookahead_tokens",
+    ),
+    wrong(
+        "4.12", "no room for the guesses", "num_new_tokens + num_lookahead_tokens", "num_new_tokens", recognised=False
+    ),
+    wrong(
+        "4.12",
+        "a block too few where the last is not full",
+        "-(-num_tokens // self.block_size)",
+        "num_tokens // self.block_size",
+    ),
+    wrong("4.12", "the blocks that it holds already not counted", " - len(table) - len(computed", " - len(computed"),
+    wrong(
+        "4.12",
+        "new blocks bought for the computed ones too",
+        " - len(table) - len(computed_blocks)",
+        " - len(table)",
+    ),
+    wrong(
+        "4.12",
+        "computed blocks that nobody holds counted as if they were there to take",
+        "self.pool.num_free_blocks - unheld",
+        "self.pool.num_free_blocks",
+    ),
+    wrong(
+        "4.12",
+        "no block counted for the copies of shared blocks",
+        "num_missing + len(shared) > self",
+        "num_missing > self",
+    ),
+    wrong("4.12", "shared blocks written without a copy", "self.copy_on_write(request, shared)", "pass"),
+    wrong(
+        "4.12", "the computed blocks put into the table without being held", "self.pool.touch(computed_blocks)", "pass"
+    ),
+    wrong_body(
+        "4.12",
+        "new blocks taken before the computed ones are held: one of those is handed out",
+        """
+        table = self.block_tables.get(request.request_id, [])
+        num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
+        num_missing = max(0, -(-num_tokens // self.block_size) - len(table) - len(computed_blocks))
+        shared = self.shared_blocks(request)
+        unheld = sum(block.ref_cnt == 0 for block in computed_blocks)
+        if num_missing + len(shared) > self.pool.num_free_blocks - unheld:
+            return None
+        new_blocks = self.pool.get_new_blocks(num_missing)
+        self.pool.touch(computed_blocks)
+        self.copy_on_write(request, shared)
+        self.block_tables[request.request_id] = [*table, *computed_blocks, *new_blocks]
+        return new_blocks
+        """,
+        recognised=False,
+    ),
+    wrong_body(
+        "4.12",
+        "blocks taken one at a time, and kept where they do not suffice",
+        """
+        table = self.block_tables.setdefault(request.request_id, [])
+        self.pool.touch(computed_blocks)
+        table.extend(computed_blocks)
+        shared, new_blocks = self.shared_blocks(request), []
+        if len(shared) > self.pool.num_free_blocks:
+            return None
+        self.copy_on_write(request, shared)
+        num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
+        while len(table) * self.block_size < num_tokens:
+            if not self.pool.free:
+                return None
+            new_blocks += self.pool.get_new_blocks(1)
+            table.append(new_blocks[-1])
+        return new_blocks
+        """,
+    ),
+    right(
+        "4.12",
+        "by the number of blocks that the table will have",
+        """
+        table = self.block_tables.get(request.request_id, [])
+        tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
+        wanted = (tokens + self.block_size - 1) // self.block_size
+        missing = wanted - len(table) - len(computed_blocks)
+        if missing < 0:
+            missing = 0
+        places = self.shared_blocks(request)
+        free = self.pool.num_free_blocks - len([block for block in computed_blocks if not block.ref_cnt])
+        if free < missing + len(places):
+            return None
+        self.copy_on_write(request, places)
+        self.pool.touch(computed_blocks)
+        new = self.pool.get_new_blocks(missing)
+        self.block_tables.setdefault(request.request_id, []).extend([*computed_blocks, *new])
+        return new
+        """,
+    ),
+    # ------------------------------------------------------------------------------------ 4.13 KVCacheManager.fork
+    wrong("4.13", "one list for both tables", "= list(blocks)", "= self.block_tables[parent.request_id]"),
+    wrong("4.13", "shared blocks not counted as held twice", "self.pool.touch(blocks)", "pass"),
+    wrong("4.13", "all of the child's tokens said to be computed", "num_tokens - 1", "num_tokens"),
+    wrong(
+        "4.13",
+        "nothing of the child said to be computed",
+        "child.num_computed_tokens = num_tokens - 1",
+        "child.num_computed_tokens = 0",
+    ),
+    wrong(
+        "4.13",
+        "all of the parent's blocks, whatever the child needs",
+        "[: -(-num_tokens // self.block_size)]",
+        "",
+        recognised=False,
+    ),
+    wrong("4.13", "full blocks only", "[: -(-num_tokens // self.block_size)]", "[: num_tokens // self.block_size]"),
+    wrong(
+        "4.13",
+        "no error where the parent has not got so far",
+        "if parent.num_computed_tokens < num_tokens:",
+        "if parent.num_computed_tokens < num_tokens - 1:",
+    ),
+    wrong(
+        "4.13",
+        "the last block copied at once, though nobody writes yet",
+        "child.num_computed_tokens = num_tokens - 1",
+        "child.num_computed_tokens = num_tokens - 1\n        self.copy_on_write(child, [len(blocks) - 1])",
+    ),
+    right(
+        "4.13",
+        "block by block",
+        """
+        needed = len(child.all_token_ids)
+        if needed > parent.num_computed_tokens:
+            raise ValueError(f"{parent.request_id} has computed {parent.num_computed_tokens} tokens, not {needed}")
+        table = []
+        for place, block in enumerate(self.block_tables[parent.request_id]):
+            if place * self.block_size < needed:
+                block.ref_cnt += 1
+                table.append(block)
+        self.block_tables[child.request_id], child.num_computed_tokens = table, needed - 1
+        """,
+    ),
+    # --------------------------------------------------------------------------- 4.16 KVCacheManager.copy_on_write
+    wrong(
+        "4.16",
+        "whole blocks copied, filled or not",
+        "min(self.block_size, request.num_computed_tokens - place * self.block_size)",
+        "self.block_size",
+        recognised=False,
+    ),
+    wrong(
+        "4.16",
+        "all its tokens counted, where those before the block are not in it",
+        "request.num_computed_tokens - place * self.block_size",
+        "request.num_computed_tokens",
+        recognised=False,
+    ),
+    wrong(
+        "4.16",
+        "a number of tokens below zero, where the block lies behind all that is computed",
+        "if filled > 0:",
+        "if filled:",
+    ),
+    wrong(
+        "4.16",
+        "source and target exchanged",
+        "BlockCopy(shared.block_id, own.block_id",
+        "BlockCopy(own.block_id, shared.block_id",
+    ),
+    wrong("4.16", "the shared block not let go", "self.pool.free_blocks([shared])", "pass"),
+    wrong("4.16", "the new block not put into the table", "table[place] = own", "pass"),
+    wrong("4.16", "no copy noted", "self.copies.append(BlockCopy(shared.block_id, own.block_id, filled))", "pass"),
+    wrong(
+        "4.16",
+        "earlier copies dropped",
+        "self.copies.append(BlockCopy(shared.block_id, own.block_id, filled))",
+        "self.copies = [BlockCopy(shared.block_id, own.block_id, filled)]",
+    ),
+    wrong(
+        "4.16",
+        "the key taken over by the copy",
+        "table[place] = own",
+        "table[place] = own\n            if shared.block_hash is not None:\n"
+        "                own.block_hash = shared.block_hash\n"
+        "                self.pool.cached[own.block_hash.value] = own",
+    ),
+    right(
+        "4.16",
+        "all new blocks at once",
+        """
+        table = self.block_tables[request.request_id]
+        for place, block in zip(places, self.pool.get_new_blocks(len(places))):
+            in_block = request.num_computed_tokens - place * self.block_size
+            if in_block > 0:
+                self.copies += [BlockCopy(table[place].block_id, block.block_id, min(in_block, self.block_size))]
+            self.pool.free_blocks([table[place]])
+            table[place] = block
+        """,
+    ),
     # ------------------------------------------------------------------------------------- 4.15 KVCacheManager.trim
     planted(
         "4.15",
         "the block that is partly filled given up too",
         "-(-request.num_computed_tokens // self.block_size)",
         "request.num_computed_tokens // self.block_size",
+    ),
+    wrong(
+        "4.15",
+        "always one block more than the full ones, so one too many where the last is just full",
+        "-(-request.num_computed_tokens // self.block_size)",
+        "request.num_computed_tokens // self.block_size + 1",
+    ),
+    wrong(
+        "4.15",
+        "the tokens counted that it has, guesses included, not those that are computed",
+        "-(-request.num_computed_tokens // self.block_size)",
+        "-(-len(request.all_token_ids) // self.block_size)",
+    ),
+    wrong(
+        "4.15",
+        "the order turned round, in which nothing was wrong",
+        "reversed(table[needed:])",
+        "table[needed:]",
+    ),
+    right(
+        "4.15",
+        "rounded up by hand",
+        """
+        table = self.block_tables[request.request_id]
+        needed = (request.num_computed_tokens + self.block_size - 1) // self.block_size
+        while len(table) > needed:
+            self.pool.free_blocks([table.pop()])
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------------- 4.14 utilisation
+    wrong(
+        "4.14", "full blocks only", "-(-length // block_size) * block_size", "length // block_size * block_size or 1"
+    ),
+    wrong(
+        "4.14",
+        "all sequences together in one row of blocks",
+        "sum(-(-length // block_size) * block_size for length in num_tokens)",
+        "-(-sum(num_tokens) // block_size) * block_size",
+    ),
+    wrong("4.14", "the share that is empty", "return sum(num_tokens) / slots", "return 1 - sum(num_tokens) / slots"),
+    wrong(
+        "4.14",
+        "the mean of the sequences' shares, where long ones count no more than short ones",
+        "return sum(num_tokens) / slots",
+        "shares = [n / (-(-n // block_size) * block_size) for n in num_tokens]\n    return sum(shares) / len(shares)",
+    ),
+    wrong("4.14", "blocks counted instead of slots", "(-length // block_size) * block_size", "(-length // block_size)"),
+    right(
+        "4.14",
+        "by the empty slots",
+        """
+        stored = sum(num_tokens)
+        return stored / (stored + sum(-length % block_size for length in num_tokens))
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------- 4.17 partial_attention
+    wrong("4.17", "scores not divided by the root of D", " / math.sqrt(q.shape[-1])", ""),
+    wrong("4.17", "scores divided by D, not by its root", "math.sqrt(q.shape[-1])", "q.shape[-1]"),
+    wrong("4.17", "the mask turned round", "masked_fill(~mask", "masked_fill(mask"),
+    wrong(
+        "4.17",
+        "the division done already",
+        "return Partial(maximum, weights.sum(-1), weights @ upcast(v))",
+        "return Partial(maximum, weights.sum(-1), weights.softmax(-1).mul(0) @ upcast(v)\n"
+        "        + weights / weights.sum(-1, keepdim=True).clamp(min=1e-30) @ upcast(v))",
+    ),
+    wrong(
+        "4.17",
+        "scores not relative to the maximum, so that exp overflows",
+        "(scores - maximum.clamp(min=torch.finfo(scores.dtype).min)[..., None]).exp()",
+        "scores.exp()",
+    ),
+    wrong(
+        "4.17",
+        "-inf minus -inf, which is NaN, where a query sees no key",
+        "maximum.clamp(min=torch.finfo(scores.dtype).min)[..., None]",
+        "maximum[..., None]",
+    ),
+    wrong(
+        "4.17",
+        "the highest score of all keys, seen or not, and masked afterwards",
+        ".masked_fill(~mask, -math.inf)\n    maximum = scores.amax(-1)",
+        "\n    maximum = scores.amax(-1)\n    scores = scores.masked_fill(~mask, -math.inf)",
+    ),
+    wrong(
+        "4.17",
+        "products taken in 16 bits, where they overflow",
+        "(upcast(q) @ upcast(k).mT / math.sqrt(q.shape[-1]))",
+        "upcast(q @ k.mT / math.sqrt(q.shape[-1]))",
+    ),
+    right(
+        "4.17",
+        "the unseen set to 0 afterwards",
+        """
+        scores = torch.einsum("...td,...sd->...ts", upcast(q), upcast(k)) * q.shape[-1] ** -0.5
+        scores = torch.where(mask, scores, -math.inf)
+        highest = scores.max(-1, keepdim=True).values
+        weights = torch.where(mask, torch.exp(scores - highest), 0.0)
+        return Partial(highest.squeeze(-1), weights.sum(-1), torch.einsum("...ts,...sd->...td", weights, upcast(v)))
+        """,
+    ),
+    # ------------------------------------------------------------------------------------------- 4.6 merge_partials
+    wrong(
+        "4.6",
+        "-inf minus -inf, which is NaN, where neither has seen a key",
+        "maximum.clamp(min=torch.finfo(maximum.dtype).min)",
+        "maximum",
+    ),
+    wrong("4.6", "the lower maximum of the two", "torch.maximum(", "torch.minimum("),
+    wrong("4.6", "totals added as they are", "a.total * scale_a + b.total * scale_b", "a.total + b.total"),
+    wrong(
+        "4.6",
+        "weighted values added as they are",
+        "a.weighted * scale_a[..., None] + b.weighted * scale_b[..., None]",
+        "a.weighted + b.weighted",
+    ),
+    wrong(
+        "4.6",
+        "everything brought to the first one's maximum",
+        "maximum = torch.maximum(a.maximum, b.maximum)",
+        "maximum = a.maximum",
+    ),
+    wrong(
+        "4.6",
+        "only the first one rescaled",
+        "(b.maximum - safe).exp()",
+        "torch.ones_like(b.maximum)",
+    ),
+    wrong(
+        "4.6",
+        "the two scales exchanged",
+        "scale_a, scale_b = ",
+        "scale_b, scale_a = ",
+    ),
+    wrong(
+        "4.6",
+        "the scales turned upside down",
+        "(a.maximum - safe).exp(), (b.maximum - safe).exp()",
+        "(safe - a.maximum).clamp(max=50).exp(), (safe - b.maximum).clamp(max=50).exp()",
+    ),
+    right(
+        "4.6",
+        "NaN put out afterwards",
+        """
+        highest = torch.where(a.maximum > b.maximum, a.maximum, b.maximum)
+        scales = [torch.exp(part.maximum - highest).nan_to_num(nan=0.0) for part in (a, b)]
+        total = sum(scale * part.total for scale, part in zip(scales, (a, b)))
+        weighted = sum(scale.unsqueeze(-1) * part.weighted for scale, part in zip(scales, (a, b)))
+        return Partial(highest, total, weighted)
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------- 4.7 blockwise_attention
+    wrong(
+        "4.7",
+        "a query that does not see itself, except in the first place",
+        "slots <= rows",
+        "slots <= (rows - 1).clamp(min=0)",
+    ),
+    wrong("4.7", "no mask: queries see all keys", "slots <= rows", "slots < rows + num_keys"),
+    wrong(
+        "4.7",
+        "positions repeated one by one, where the rows go through the tokens head by head",
+        "positions.repeat(1, group_size)",
+        "positions.repeat_interleave(group_size, 1)",
+    ),
+    wrong(
+        "4.7",
+        "slots counted from 0 in every segment",
+        "torch.arange(start, end, device=q.device)",
+        "torch.arange(end - start, device=q.device)",
+    ),
+    wrong(
+        "4.7",
+        "only the last segment that a query sees anything of",
+        "merge_partials(whole, part)",
+        "Partial(*(torch.where((part.total > 0).view(*part.total.shape, *[1] * (x.dim() - 3)), y, x) "
+        "for x, y in zip(whole, part)))",
+    ),
+    wrong(
+        "4.7",
+        "the segments' results averaged, each divided by its own sum",
+        "mixed = (whole.weighted / whole.total[..., None]).to(q.dtype)",
+        "parts = []\n"
+        "    for start in range(0, num_keys, segment):\n"
+        "        end = min(start + segment, num_keys)\n"
+        "        keys, values = (x.transpose(1, 2) for x in read(start, end))\n"
+        "        part = partial_attention(folded, keys, values, torch.arange(start, end) <= rows)\n"
+        "        parts.append((part.weighted / part.total[..., None]).nan_to_num(0.0))\n"
+        "    mixed = torch.stack(parts).mean(0).to(q.dtype)",
+    ),
+    wrong("4.7", "no division at the end", "(whole.weighted / whole.total[..., None])", "whole.weighted"),
+    wrong(
+        "4.7",
+        "all keys read at once",
+        "range(0, num_keys, segment):\n        end = min(start + segment, num_keys)",
+        "range(0, num_keys, num_keys):\n        end = num_keys",
+    ),
+    wrong(
+        "4.7",
+        "the last segment read to its end, though there are no more keys",
+        "end = min(start + segment, num_keys)",
+        "end = start + segment\n        read(start, end)\n        end = min(end, num_keys)",
+    ),
+    wrong(
+        "4.7",
+        "the heads unfolded as if a row's tokens stood side by side",
+        "mixed.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)",
+        "mixed.reshape(q.shape)",
+    ),
+    right(
+        "4.7",
+        "query head by query head",
+        """
+        num_heads, out = q.shape[2], torch.empty_like(q)
+        for head in range(num_heads):
+            whole = None
+            for start in range(0, num_keys, segment):
+                keys, values = read(start, min(start + segment, num_keys))
+                own = head // (num_heads // keys.shape[2])
+                seen = torch.arange(start, start + keys.shape[1]) <= positions[..., None]
+                part = partial_attention(q[:, :, head], keys[:, :, own], values[:, :, own], seen)
+                whole = merge_partials(part, whole) if whole else part
+            out[:, :, head] = whole.weighted / whole.total.unsqueeze(-1)
+        return out
+        """,
+    ),
+    # ------------------------------------------------------------------------------------------------ 4.3 slot_mapping
+    wrong("4.3", "always from position 0", "range(start, start + num_tokens)", "range(num_tokens)"),
+    wrong("4.3", "num_tokens taken for the end", "range(start, start + num_tokens)", "range(start, num_tokens)"),
+    wrong(
+        "4.3",
+        "the table left out: slots as if the blocks lay side by side",
+        "block_table[p // block_size] * block_size",
+        "p // block_size * block_size",
+    ),
+    wrong(
+        "4.3",
+        "a block's number taken for its first slot",
+        "block_table[p // block_size] * block_size",
+        "block_table[p // block_size]",
+    ),
+    wrong(
+        "4.3",
+        "places counted through the blocks one after another, as in a pack of cards that is dealt",
+        "block_table[p // block_size] * block_size + p % block_size",
+        "block_table[p % len(block_table)] * block_size + p // len(block_table)",
+    ),
+    right(
+        "4.3",
+        "all slots of the table, cut",
+        """
+        slots = [block * block_size + i for block in block_table for i in range(block_size)]
+        return slots[start : start + num_tokens]
+        """,
+    ),
+    # ------------------------------------------------------------------------------------------ 4.4 PagedKVCache.write
+    wrong(
+        "4.4",
+        "the layer's number taken as an index, where the cache begins with a later layer",
+        "layer - self.layers.start",
+        "layer",
+    ),
+    wrong("4.4", "everything written to the cache's first layer", "layer - self.layers.start", "0"),
+    wrong(
+        "4.4",
+        "keys and values exchanged",
+        "index_copy_(0, slots, k)\n        self.values[index].flatten(0, 1).index_copy_(0, slots, v)",
+        "index_copy_(0, slots, v)\n        self.values[index].flatten(0, 1).index_copy_(0, slots, k)",
+    ),
+    wrong("4.4", "the values forgotten", "self.values[index].flatten(0, 1).index_copy_(0, slots, v)", "pass"),
+    wrong(
+        "4.4",
+        "written to a copy, which is then thrown away",
+        "self.keys[index].flatten(0, 1).index_copy_(0, slots, k)",
+        "self.keys[index].flatten(0, 1).index_copy(0, slots, k)",
+    ),
+    wrong(
+        "4.4",
+        "slots in ascending order, whatever the order of the tokens",
+        "index = layer - self.layers.start",
+        "index, slots = layer - self.layers.start, slots.sort().values",
+    ),
+    right(
+        "4.4",
+        "by block and place",
+        """
+        blocks, places = slots // self.block_size, slots % self.block_size
+        for store, new in ((self.keys, k), (self.values, v)):
+            store[layer - self.layers.start, blocks, places] = new
+        """,
+    ),
+    # ----------------------------------------------------------------------------------------- 4.5 PagedKVCache.gather
+    wrong(
+        "4.5",
+        "positions counted from the first block read, not from the first of the sequence",
+        "low, high = start - first * self.block_size, end - first * self.block_size",
+        "low, high = 0, end - start",
+    ),
+    wrong(
+        "4.5",
+        "the values taken from the keys",
+        "self.values[layer - self.layers.start]):",
+        "self.keys[layer - self.layers.start]):",
+    ),
+    wrong(
+        "4.5",
+        "the table left out: the first blocks of the pool",
+        "block_tables[:, first:last].flatten()",
+        "(torch.arange(first, last) % self.keys.shape[1]).repeat(len(block_tables))",
+    ),
+    wrong(
+        "4.5",
+        "the first sequence's table used for all",
+        "block_tables[:, first:last].flatten()",
+        "block_tables[:1, first:last].expand(len(block_tables), -1).flatten()",
+    ),
+    wrong(
+        "4.5",
+        "the tables read down their columns",
+        "block_tables[:, first:last].flatten()",
+        "block_tables[:, first:last].T.flatten()",
+    ),
+    wrong(
+        "4.5",
+        "always the cache's first layer",
+        "(self.keys[layer - self.layers.start], self.values[layer - self.layers.start])",
+        "(self.keys[0], self.values[0])",
+    ),
+    wrong(
+        "4.5",
+        "all blocks of the tables read, and then cut",
+        "first, last = start // self.block_size, -(-end // self.block_size)",
+        "first, last = 0, block_tables.shape[1]",
+    ),
+    wrong_body(
+        "4.5",
+        "whole blocks copied, where a few slots of one were asked for",
+        """
+        first, last = start // self.block_size, -(-end // self.block_size)
+        offset = first * self.block_size
+        block_ids = block_tables[:, first:last].flatten()
+        found = []
+        for store in (self.keys[layer - self.layers.start], self.values[layer - self.layers.start]):
+            whole = store.index_select(0, block_ids).view(len(block_tables), -1, *store.shape[2:])
+            found.append(whole[:, start - offset : end - offset])
+        return found[0], found[1]
+        """,
+    ),
+    right(
+        "4.5",
+        "slot by slot, over the flat memory",
+        """
+        positions = torch.arange(start, end)
+        slots = block_tables[:, positions // self.block_size] * self.block_size + positions % self.block_size
+        index = layer - self.layers.start
+        return self.keys[index].flatten(0, 1)[slots], self.values[index].flatten(0, 1)[slots]
+        """,
+    ),
+    # ----------------------------------------------------------------------------------------- 4.8 PagedKVCache.attend
+    wrong_body(
+        "4.8",
+        "each group's keys and values written just before its own attention",
+        """
+        def attend(layer, q, k, v):
+            mixed = torch.empty_like(q)
+            for group in groups:
+                rows = group.rows.flatten()
+                self.write(layer, metadata.slot_mapping[rows], k[rows], v[rows])
+                mixed[group.rows] = self.group_attention(layer, q[group.rows], group)
+            return mixed
+
+        return attend
+        """,
+    ),
+    wrong(
+        "4.8",
+        "attention first, writing afterwards",
+        "self.write(layer, metadata.slot_mapping, k, v)\n            mixed = torch.empty_like(q)\n"
+        "            for group in groups:\n"
+        "                mixed[group.rows] = self.group_attention(layer, q[group.rows], group)\n",
+        "mixed = torch.empty_like(q)\n            for group in groups:\n"
+        "                mixed[group.rows] = self.group_attention(layer, q[group.rows], group)\n"
+        "            self.write(layer, metadata.slot_mapping, k, v)\n",
+    ),
+    wrong(
+        "4.8",
+        "rows given back in the groups' order, not in the batch's",
+        "return mixed\n",
+        "return torch.cat([mixed[group.rows].flatten(0, 1) for group in groups])\n",
+    ),
+    wrong(
+        "4.8",
+        "every layer written to and read from layer 0",
+        "self.write(layer, metadata.slot_mapping, k, v)",
+        "layer = 0\n            self.write(layer, metadata.slot_mapping, k, v)",
+    ),
+    wrong(
+        "4.8",
+        "the result put where the queries were",
+        "mixed = torch.empty_like(q)",
+        "mixed = q",
+    ),
+    wrong("4.8", "keys and values exchanged", "metadata.slot_mapping, k, v)", "metadata.slot_mapping, v, k)"),
+    right(
+        "4.8",
+        "collected, and put back in order",
+        """
+        order = torch.cat([group.rows.flatten() for group in groups])
+
+        def answer(layer, q, k, v):
+            self.write(layer, metadata.slot_mapping, k, v)
+            parts = [self.group_attention(layer, q[group.rows], group).flatten(0, 1) for group in groups]
+            return torch.cat(parts)[order.argsort()]
+
+        return answer
+        """,
     ),
 ]
