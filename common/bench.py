@@ -168,6 +168,129 @@ def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[],
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Lesson 3: what remembering gains
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_kv_cache(name: str, lengths: list[int], repeats: int) -> dict:
+    """Seconds for one more token after a context of each length: recomputed, and with lesson 3's cache.
+
+    Beside them, if transformers is installed, its model over the same weights with its own cache.
+    """
+    from solutions.kv_cache import KVCache, decode_step, prefill
+    from solutions.llama_pytorch import load, recompute
+
+    model, _ = load(name, torch.float32, "cpu")
+    theirs = load_transformers(find_checkpoint(name))
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        token_ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
+        ids = token_ids.tolist()
+
+        with torch.inference_mode():
+            cache = KVCache(model, length)
+            prefill(model, cache, ids[:-1])
+
+            def cached(cache=cache, ids=ids) -> None:
+                decode_step(model, cache, ids[-1])
+                cache.truncate(len(ids) - 1)  # so that the next repeat finds what this one did
+
+            ways = {"recompute": lambda ids=ids: recompute(model, ids), "cache": cached}
+            if theirs is not None:
+                ways["transformers, cache"] = transformers_steps(theirs, token_ids)["transformers, cache"]
+            row = {"context": length, **interleaved_medians(ways, repeats)}
+        rows.append(row)
+        print(f"{name}, {length} tokens: " + ", ".join(f"{way} {row[way] * 1e3:.1f} ms" for way in ways), flush=True)
+    return {"model": name, "dtype": "float32", "repeats": repeats, "unit": "seconds per token", "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 5: what it costs to make room
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool) -> dict:
+    """Seconds to take a sequence's blocks away and to have them back: swapped, and computed again.
+
+    Then both where they are used: requests whose answers need about twice the blocks there are.
+    """
+    from common import kernels
+    from solutions.batching import Engine, ModelRunner, ScheduledRequest, SchedulerOutput
+    from solutions.llama_pytorch import SamplingParams, load
+    from solutions.paged_attention import BlockCopy, PagedKVCache
+
+    model, tokenizer = load(name, torch.float32, "cpu")
+    if kernels.enabled():
+        kernels.pack(model)
+    block_size, chunk = 16, 256
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        blocks = -(-length // block_size)
+        cache = PagedKVCache(model, blocks, block_size, blocks)
+        runner = ModelRunner(model, cache)
+        ids = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+        table = list(range(blocks))
+        moves = [BlockCopy(block, block, min(block_size, length - block * block_size)) for block in table]
+        plans = [
+            SchedulerOutput(
+                1,
+                [
+                    ScheduledRequest(
+                        "0", start, ids[start : start + chunk], 0, table, SamplingParams(), None, ids, [], frozenset()
+                    )
+                ],
+            )
+            for start in range(0, length, chunk)
+        ]
+        ways = {
+            "recompute": lambda plans=plans, runner=runner: [runner.execute(plan) for plan in plans],
+            "swap": lambda cache=cache, moves=moves: (cache.swap_out(moves), cache.swap_in(moves)),
+        }
+        rows.append({"tokens": length, **interleaved_medians(ways, repeats)})
+        print(f"{name}, {length} tokens: " + ", ".join(f"{way} {rows[-1][way] * 1e3:.2f} ms" for way in ways))
+
+    num_requests, prompt_length, output_length = (4, 8, 24) if quick else (16, 64, 96)
+    prompts = torch.randint(model.config.vocab_size, (num_requests, prompt_length), generator=generator).tolist()
+    params = SamplingParams(max_tokens=output_length, ignore_eos=True)
+    needed = num_requests * -(-(prompt_length + output_length) // block_size)
+    served: dict[str, list[dict]] = {"ample": [], "recompute": [], "swap": []}
+    for _ in range(1 if quick else 3):
+        for way, results in served.items():
+            with Engine(
+                model,
+                tokenizer,
+                num_blocks=needed if way == "ample" else needed // 2,
+                preemption="recompute" if way == "ample" else way,
+                enable_prefix_caching=False,
+            ) as engine:
+                engine.generate(prompts, params, progress=False)
+                totals = engine.metrics()
+            results.append(
+                {
+                    "tokens_per_second": totals.tokens_per_second,
+                    "num_preemptions": totals.num_preemptions,
+                    "num_computed_tokens": totals.num_computed_tokens,
+                }
+            )
+    for way, results in served.items():
+        speed = statistics.median(each["tokens_per_second"] for each in results)
+        served[way] = {**results[0], "tokens_per_second": speed}
+        print(f"{name}, {num_requests} requests, {way}: {served[way]}")
+    return {
+        "model": name,
+        "dtype": "float32",
+        "repeats": repeats,
+        "unit": "seconds for all tokens of a sequence",
+        "rows": rows,
+        "load": {"num_requests": num_requests, "num_prompt_tokens": prompt_length, "num_output_tokens": output_length},
+        "num_blocks": {"ample": needed, "tight": needed // 2},
+        "served": served,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -184,7 +307,14 @@ def read(name: str, folder: Path = MEASUREMENTS) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    names = ("machine", "recompute-tales", "recompute-smollm2-135m", "ladder-smollm2-135m")
+    names = (
+        "machine",
+        "recompute-tales",
+        "recompute-smollm2-135m",
+        "kv-cache-smollm2-135m",
+        "preemption-smollm2-135m",
+        "ladder-smollm2-135m",
+    )
     parser = argparse.ArgumentParser(prog="python -m common bench", description=__doc__.partition("\n")[0])
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--quick", action="store_true", help="in miniature, and nothing is kept")
@@ -210,6 +340,13 @@ def main(argv: list[str]) -> int:
 
                 model = "tales" if settings.quick else name.removeprefix("ladder-")
                 result = measure_ladder(model, settings.quick, load_transformers(find_checkpoint(model)))
+            elif name.startswith("kv-cache-"):
+                model = "tales" if settings.quick else name.removeprefix("kv-cache-")
+                result = measure_kv_cache(model, lengths, repeats)
+            elif name.startswith("preemption-"):
+                model = "tales" if settings.quick else name.removeprefix("preemption-")
+                sizes = [8, 16] if settings.quick else [64, 256, 1024]
+                result = measure_preemption(model, sizes, repeats, settings.quick)
             else:
                 result = measure_recompute(name.removeprefix("recompute-"), lengths, repeats)
         except (CourseError, CheckpointError) as error:

@@ -361,6 +361,39 @@ def recompute() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Lesson 3: with a memory
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-3-kv-cache/figures/kv-cache.svg")
+def kv_cache() -> Figure:
+    """Milliseconds for one more token with and without the cache; the scale is logarithmic."""
+    measurement = bench.read("kv-cache-smollm2-135m")
+    rows = measurement["rows"]
+    contexts = [row["context"] for row in rows]
+    fig, axes = new_figure()
+    for way, name, color, dy in (
+        ("recompute", "lesson 2: all again", VERMILION, 0),
+        ("cache", "lesson 3: the cache", BLUE, 8),
+        ("transformers, cache", "transformers' cache", GREY, -8),
+    ):
+        if way in rows[0]:
+            values = [1e3 * row[way] for row in rows]
+            axes.plot(contexts, values, "o-", color=color)
+            label_end(axes, contexts[-1], values[-1], name, color, dx=8, dy=dy)
+    axes.set_yscale("log", base=10)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.set_ylim(30, 2_000)
+    axes.set_xlim(0, contexts[-1] * 1.4)
+    axes.set_xticks([x for x in contexts if x >= contexts[-1] / 8])
+    axes.set_xlabel("tokens before it")
+    axes.set_ylabel("milliseconds for one more token")
+    axes.set_title("SmolLM2: with a cache a token costs the same, whatever came before")
+    source_line(fig, measurement)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Lesson 4: what blocks waste
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -488,6 +521,49 @@ def pool_through_time() -> Figure:
     axes.set_ylabel("block")
     axes.set_yticks(range(0, 20, 4))
     axes.grid(visible=False)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The ladder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("common/figures/ladder.svg")
+def ladder() -> Figure:
+    """Tokens a second of each lesson's engine, alone and with many requests, beside transformers."""
+    measurement = bench.read("ladder-smollm2-135m")
+    loads = {load["name"]: load["ways"] for load in measurement["loads"]}
+    rungs = {
+        "recompute": ("lesson 2: recompute", VERMILION),
+        "cache": ("lesson 3: KV cache", ORANGE),
+        "paged": ("lesson 4: paged", SKY),
+        "engine": ("lesson 5: the engine", GREEN),
+        "engine, kernels": ("with kernels", BLUE),
+        "transformers": ("transformers", GREY),
+    }
+    panels = {
+        "one stream": {**loads["one stream"], "recompute": loads["recompute"]["recompute"]},
+        "8 equal streams": loads["8 equal streams"],
+        "32 mixed requests": loads["32 mixed requests"],
+    }
+    fig = Figure(layout="constrained", figsize=(11, 3.2))
+    for axes, (name, ways) in zip(fig.subplots(1, 3, sharey=True), panels.items()):
+        for row, (way, (_, color)) in enumerate(rungs.items()):
+            if way not in ways:
+                continue
+            speed = ways[way]["tokens_per_second"]
+            axes.barh(row, speed, color=color, height=0.7)
+            axes.text(speed, row, f" {speed:.0f}", va="center", color="#202124")
+        axes.set_title(name)
+        axes.set_yticks(range(len(rungs)), [label for label, _ in rungs.values()])
+        axes.set_xlim(0, 1.18 * max(ways[way]["tokens_per_second"] for way in ways))
+        axes.set_xlabel("tokens/s")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        axes.invert_yaxis() if name == "one stream" else None
+    source_line(fig, measurement)
     return fig
 
 

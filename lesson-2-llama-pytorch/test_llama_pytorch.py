@@ -1097,9 +1097,12 @@ def scripted(code, script: list[int], context: int = 64, rival: int | None = Non
             )  # fmt: skip
             self.forwards, self.rows, self.prompt_length = [], [], None
 
-        def forward(self, token_ids, positions, attend):
+        def embed(self, token_ids):
             self.prompt_length = self.prompt_length or len(token_ids)
-            self.forwards.append((token_ids.tolist(), positions.tolist()))
+            return token_ids[:, None].float().repeat(1, 4)
+
+        def run_layers(self, hidden, positions, attend, layers):
+            self.forwards.append((hidden[:, 0].int().tolist(), positions.tolist()))
             return positions[:, None].float().repeat(1, 4)
 
         def logits(self, hidden):
