@@ -367,6 +367,7 @@ class Checkpoint:
                 "checkpoint? Its config.json must lie beside its *.safetensors."
             )
         self.config = read_json(self.folder / "config.json")
+        self.num_bytes_read = 0  # of tensors, in the file's dtype
         self._open = {}  # file -> safetensors handle; the file is mapped, not read
         self._files = self._find_tensors()  # tensor name -> file
 
@@ -391,11 +392,13 @@ class Checkpoint:
         """
         handle = self._open[self.file(name)]
         try:
-            return handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
+            tensor = handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
         except Exception as error:  # the library's error is no subclass of anything narrower
             raise CheckpointError(
                 f"{self.file(name)}: tensor {name!r} of shape {self.shape(name)} cannot be read at {index}: {error}"
             ) from error
+        self.num_bytes_read += tensor.nbytes
+        return tensor
 
     def _find_tensors(self) -> dict[str, Path]:
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"

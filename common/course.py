@@ -83,6 +83,7 @@ LESSONS = (
     Lesson(3, "kv-cache", "The KV cache", 4),
     Lesson(4, "paged-attention", "Paged attention", 6),
     Lesson(5, "batching", "Continuous batching", 9),
+    Lesson(6, "parallelism", "Parallelism", 9),
 )
 
 

@@ -273,6 +273,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.swapped: dict[str, list[KVCacheBlock]] = {}  # the host's blocks of each swapped request
         self.served: dict[str, float] = {}  # tokens computed for each tenant
+        self.depth = 1  # how many steps may be under way at once
         self.finished_ids: list[str] = []
         self.step_id = 0
 
@@ -284,6 +285,11 @@ class Scheduler:
     def rank(self, request: Request) -> tuple:
         """What the policy sorts by; siblings of one prompt in their order."""
         return (*self.policy(request, self.served), request.child)
+
+    @property
+    def max_step_seqs(self) -> int:
+        """How many requests one step may have: where several are under way at once, its share of all there are."""
+        return -(-len(self.requests) // self.depth)
 
     # One step ------------------------------------------------------------------------------------------------
 
@@ -308,6 +314,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         ready = [request for request in self.running if not request.in_flight]
         ready.sort(key=lambda request: (request.last_step, self.rank(request)))
+        ready = ready[: self.max_step_seqs]
         # Exercise 5.4: for each in turn: how many tokens, leaving one for each behind it, but one at least? Make room;
         # `grant` what there is room for.
         for place, request in enumerate(ready):
@@ -339,12 +346,16 @@ class Scheduler:
             budget -= num_tokens
 
     def next_waiting(self, plan: SchedulerOutput) -> Request | None:
-        """The first in the policy's order. A sibling waits until the first sample has computed their prompt."""
+        """The first in the policy's order; None if the step has requests enough. A sibling waits until the first sample
+        has computed their prompt.
+        """
 
         def may_begin(request: Request) -> bool:
             is_first = request.parent is None or request.parent.status is RequestStatus.FINISHED
             return is_first or request.num_preemptions > 0 or self.can_fork(request, plan)
 
+        if len(plan.scheduled) >= self.max_step_seqs:
+            return None
         return min(filter(may_begin, self.waiting), key=self.rank, default=None)
 
     def admit(self, request: Request, budget: int, plan: SchedulerOutput) -> int:
@@ -901,6 +912,7 @@ class Engine:
             config.num_host_blocks or 0,
         )
         self.executor = self.build_executor()
+        self.scheduler.depth = self.executor.depth
         self.in_flight: deque[SchedulerOutput] = deque()
         self.readers: dict[str, Reader] = {}
         self.samples: dict[str, list[str]] = {}  # the ids of a request's samples, itself the first

@@ -85,7 +85,7 @@ def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
     styles = {"passed": "green", "wrong": "red", "to do": "yellow", "waiting": "dim"}
     number = "" if result.id == TOGETHER else result.id
     line = Text.assemble(
-        ("  " + f"{result.status:<8}", styles[result.status]), f"{number:<6}", (f"{result.name:<28}", "bold")
+        ("  " + f"{result.status:<8}", styles[result.status]), f"{number:<6}", (f"{result.name:<30}", "bold")
     )
     if result.status == "to do":
         line.append(f"{shown(file)}:{result.line}   make hint-{result.id}", "dim")

@@ -46,12 +46,16 @@ def composite(name: str, reference: Path, student_source: str, student_file: Pat
     add_missing(tree, student)
     if scope is not tree:
         add_missing(scope, student_scope)
-    return execute(name, relocate(compile(tree, str(student_file), "exec"), str(reference)), student_file)
+    module = execute(name, relocate(compile(tree, str(student_file), "exec"), str(reference)), student_file)
+    module.__recipe__ = ("composite", name, reference, student_source, student_file, function)
+    return module
 
 
 def whole(name: str, source: str, file: Path) -> ModuleType:
     """The student's module as it is, or any other source, as a new module called `name`."""
-    return execute(name, compile(source, str(file), "exec"), file)
+    module = execute(name, compile(source, str(file), "exec"), file)
+    module.__recipe__ = ("whole", name, source, file)
+    return module
 
 
 def find(scope: ast.Module | ast.ClassDef, name: str) -> ast.stmt | None:
@@ -98,7 +102,10 @@ def relocate(code: CodeType, reference: str) -> CodeType:
 
 
 def execute(name: str, code: CodeType, file: Path) -> ModuleType:
-    """Run a module's code. It is entered into sys.modules while it runs, as dataclasses and pickle need it to be."""
+    """Run a module's code. It is entered into sys.modules while it runs, as dataclasses and pickle need it to be.
+
+    Whoever calls it notes how the module was made in `__recipe__`, so that another process can make the same.
+    """
     module = ModuleType(name)
     module.__file__ = str(file)
     sys.modules[name] = module

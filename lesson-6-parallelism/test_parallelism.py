@@ -1,0 +1,604 @@
+"""The checks of lesson 6. Arithmetic is worked by hand; what ranks do together is done by two processes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from pathlib import Path
+from queue import Empty, Queue
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from common.checkpoints import Checkpoint
+from common.grading import close, equal, exercise, holds, together
+from common.grading.compare import CheckFailed
+from common.grading.ranks import on_ranks
+
+
+def counted(*shape: int) -> torch.Tensor:
+    """Small whole numbers, all different from their neighbours."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) % 11 - 4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arithmetic
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("6.1", points=1)
+class TestShardRange:
+    def test_shares(self, code):
+        for size, world_size, expected in (
+            (8, 4, [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]),
+            (10, 4, [range(0, 3), range(3, 6), range(6, 8), range(8, 10)]),
+            (11, 3, [range(0, 4), range(4, 8), range(8, 11)]),
+            (5, 1, [range(0, 5)]),
+        ):
+            shares = [code.shard_range(size, rank, world_size) for rank in range(world_size)]
+            equal(shares, expected, f"the shares of {world_size} ranks of {size} things")
+
+    def test_fewer_things_than_ranks(self, code):
+        lengths = [len(code.shard_range(2, rank, 4)) for rank in range(4)]
+        equal(lengths, [1, 1, 0, 0], "how many of 2 things each of 4 ranks has")
+
+
+@exercise("6.2", points=2)
+class TestHeadGroups:
+    def check(self, code, num_heads: int, num_kv_heads: int, expected: list[tuple[range, range]]) -> None:
+        size = len(expected)
+        heads = [code.head_groups(num_heads, num_kv_heads, rank, size) for rank in range(size)]
+        what = f"(query heads, key/value heads) of {size} ranks, for {num_heads} heads in {num_kv_heads} groups"
+        equal([tuple(each) for each in heads], expected, what)
+
+    def test_whole_groups(self, code):
+        self.check(code, 8, 4, [(range(0, 4), range(0, 2)), (range(4, 8), range(2, 4))])
+
+    def test_uneven_groups(self, code):
+        self.check(code, 9, 3, [(range(0, 6), range(0, 2)), (range(6, 9), range(2, 3))])
+
+    def test_one_head_for_all(self, code):
+        self.check(code, 5, 1, [(range(0, 3), range(0, 1)), (range(3, 5), range(0, 1))])
+
+    def test_fewer_heads_than_ranks(self, code):
+        self.check(
+            code,
+            9,
+            3,
+            [
+                (range(0, 2), range(0, 1)),
+                (range(2, 3), range(0, 1)),
+                (range(3, 6), range(1, 2)),
+                (range(6, 9), range(2, 3)),
+            ],
+        )
+
+
+@exercise("6.3", points=1)
+class TestRankGrid:
+    def test_grids(self, code):
+        for tensor, pipeline, expected in (
+            (2, 3, [[0, 1], [2, 3], [4, 5]]),
+            (3, 1, [[0, 1, 2]]),
+            (1, 2, [[0], [1]]),
+        ):
+            what = f"rank_grid(tensor_parallel={tensor}, pipeline_parallel={pipeline})"
+            equal(code.rank_grid(tensor, pipeline), expected, what)
+
+
+@exercise("6.4", points=2)
+class TestStageLayers:
+    def check(self, code, num_layers: int, head_cost: float, expected: list[range]) -> None:
+        stages = len(expected)
+        layers = [code.stage_layers(num_layers, stages, stage, head_cost) for stage in range(stages)]
+        equal(layers, expected, f"the layers of {stages} stages, of {num_layers}, with a head worth {head_cost}")
+
+    def test_layers_alone(self, code):
+        self.check(code, 8, 0, [range(0, 4), range(4, 8)])
+        self.check(code, 7, 0, [range(0, 2), range(2, 5), range(5, 7)])
+
+    def test_the_head_is_work_too(self, code):
+        self.check(code, 30, 8, [range(0, 19), range(19, 30)])
+        self.check(code, 10, 2.3, [range(0, 4), range(4, 8), range(8, 10)])
+
+    def test_every_stage_has_a_layer(self, code):
+        self.check(code, 4, 100, [range(0, 2), range(2, 3), range(3, 4)])
+        self.check(code, 2, 5.1, [range(0, 1), range(1, 2)])
+
+
+A, B, C = (tuple((batch, step) for step in range(3)) for batch in range(3))
+IDLE = None
+
+
+@exercise("6.5", points=3)
+class TestPipelineTimeline:
+    def check(self, code, num_stages: int, num_batches: int, num_steps: int, expected: list) -> None:
+        timeline = code.pipeline_timeline(num_stages, num_batches, num_steps)
+        holds(timeline is not None, "pipeline_timeline gives None: is a `return` missing?")
+        what = f"the timeline of {num_stages} stages, {num_batches} batches and {num_steps} steps"
+        equal([list(row) for row in timeline], expected, what)
+
+    def test_one_batch_waits_for_its_own_token(self, code):
+        expected = [
+            [A[0], IDLE, IDLE, A[1], IDLE, IDLE],
+            [IDLE, A[0], IDLE, IDLE, A[1], IDLE],
+            [IDLE, IDLE, A[0], IDLE, IDLE, A[1]],
+        ]
+        self.check(code, 3, 1, 2, expected)
+
+    def test_as_many_batches_as_stages(self, code):
+        expected = [[A[0], B[0], A[1], B[1], A[2], B[2], IDLE], [IDLE, A[0], B[0], A[1], B[1], A[2], B[2]]]
+        self.check(code, 2, 2, 3, expected)
+
+    def test_more_batches_than_stages(self, code):
+        expected = [[A[0], B[0], C[0], A[1], B[1], C[1], IDLE], [IDLE, A[0], B[0], C[0], A[1], B[1], C[1]]]
+        self.check(code, 2, 3, 2, expected)
+
+    def test_fewer_batches_than_stages(self, code):
+        expected = [
+            [A[0], B[0], IDLE, A[1], B[1], IDLE, IDLE],
+            [IDLE, A[0], B[0], IDLE, A[1], B[1], IDLE],
+            [IDLE, IDLE, A[0], B[0], IDLE, A[1], B[1]],
+        ]
+        self.check(code, 3, 2, 2, expected)
+
+    def test_one_stage(self, code):
+        self.check(code, 1, 2, 2, [[A[0], B[0], A[1], B[1]]])
+
+
+@exercise("6.16", points=1)
+class TestBubbleFraction:
+    def test_fractions(self, code):
+        timeline = [[A[0], B[0], A[1], B[1], IDLE], [IDLE, A[0], B[0], A[1], B[1]]]
+        close(code.bubble_fraction(timeline), 0.2, "the bubble of two stages, two batches, two steps")
+        timeline = [[A[0], IDLE, A[1], IDLE], [IDLE, A[0], IDLE, A[1]]]
+        close(code.bubble_fraction(timeline), 0.5, "the bubble of two stages that take turns")
+        close(code.bubble_fraction([[A[0], A[1]]]), 0.0, "the bubble of one stage that is always busy")
+
+
+@exercise("6.6", points=1)
+class TestCommunicationCost:
+    def test_seconds(self, code):
+        what = "seconds for {} bytes over {} ranks, 1 ms a message, 1e6 bytes/s"
+        close(code.communication_cost(4000, 2, 1e-3, 1e6), 2 * (1e-3 + 2e-3), what.format(4000, 2))
+        close(code.communication_cost(4000, 4, 1e-3, 1e6), 6 * (1e-3 + 1e-3), what.format(4000, 4))
+        close(code.communication_cost(0, 3, 1e-3, 1e6), 4e-3, what.format(0, 3))
+
+    def test_alone(self, code):
+        close(float(code.communication_cost(4000, 1, 1e-3, 1e6)), 0.0, "seconds for a rank that is alone")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Two ranks, or threads in their place
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Ring:
+    """What a `Group` is to a ring: threads in place of ranks, so that there can be many. It notes what is sent."""
+
+    def __init__(self, rank: int, size: int, queues: list[Queue]):
+        self.rank, self.size, self.queues = rank, size, queues
+        self.ranks = list(range(size))
+        self.sizes: list[int] = []
+
+    def exchange(self, sent: torch.Tensor, received: torch.Tensor) -> None:
+        self.sizes.append(sent.numel())
+        self.queues[(self.rank + 1) % self.size].put(sent.clone())
+        arrived = self.queues[self.rank].get(timeout=2)
+        if arrived.shape != received.shape:
+            shapes = f"{tuple(received.shape)}, and the rank before it sent {tuple(arrived.shape)}"
+            raise ValueError(f"rank {self.rank} expected a part of shape {shapes}")
+        received.copy_(arrived)
+
+
+def ring(code, xs: list[torch.Tensor]) -> tuple[list, list[Ring]]:
+    """ring_all_reduce on as many threads as there are tensors: what each gave, and what each sent."""
+    queues: list[Queue] = [Queue() for _ in xs]
+    groups = [Ring(rank, len(xs), queues) for rank in range(len(xs))]
+    results: list = [None] * len(xs)
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = code.ring_all_reduce(xs[rank], groups[rank])
+        except Empty:
+            results[rank] = CheckFailed(
+                f"ring_all_reduce: rank {rank} of {len(xs)} waits for a part that nobody sends.", "ring", None
+            )
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=5)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results, groups
+
+
+def stacked(results: list) -> torch.Tensor:
+    """The ranks' results as one tensor, a row for each."""
+    holds(
+        all(isinstance(each, torch.Tensor) for each in results), "ring_all_reduce gives no tensor: is a return missing?"
+    )
+    return torch.stack(results)
+
+
+def ring_on_rank(code, group, xs):
+    return code.ring_all_reduce(xs[group.rank], group)
+
+
+@exercise("6.7", points=4)
+class TestRingAllReduce:
+    def test_four_ranks(self, code):
+        xs = [counted(2, 5) * 10**rank for rank in range(4)]
+        results, _ = ring(code, xs)
+        close(stacked(results), torch.stack([sum(xs)] * 4), "what 4 ranks have after ring_all_reduce of ten numbers")
+
+    def test_three_ranks(self, code):
+        xs = [counted(6) + rank for rank in range(3)]
+        results, _ = ring(code, xs)
+        close(stacked(results), torch.stack([sum(xs)] * 3), "what 3 ranks have after ring_all_reduce of six numbers")
+
+    def test_what_is_sent(self, code):
+        _, groups = ring(code, [counted(8) for _ in range(4)])
+        equal(groups[1].sizes, [2] * 6, "how many numbers rank 1 of 4 sends in each message, of 8 numbers")
+
+    def test_the_input_is_left_alone(self, code):
+        xs = [counted(4), counted(4) + 1]
+        ring(code, xs)
+        close(xs[0], counted(4), "x itself, after ring_all_reduce")
+
+    def test_alone(self, code):
+        results, _ = ring(code, [counted(3)])
+        close(results[0], counted(3), "ring_all_reduce of a rank that is alone")
+
+    def test_two_processes(self, code):
+        xs = [counted(5), counted(5) * 100]
+        for rank, result in enumerate(on_ranks(code, ring_on_rank, xs)):
+            close(result, xs[0] + xs[1], f"what process {rank} of 2 has after ring_all_reduce of five numbers")
+        xs = [torch.tensor([1.0]), torch.tensor([2.0])]
+        for rank, result in enumerate(on_ranks(code, ring_on_rank, xs)):
+            close(result, torch.tensor([3.0]), f"what process {rank} of 2 has after ring_all_reduce of one number")
+
+
+WEIGHT, BIAS, X = counted(5, 6), torch.tensor([1.0, -2.0, 4.0, 8.0, -16.0]), counted(3, 6) / 2
+PARTS = (range(0, 4), range(4, 6))
+
+
+def plain_linear(has_bias: bool) -> nn.Linear:
+    layer = nn.Linear(6, 5, bias=has_bias).requires_grad_(False)
+    layer.weight.copy_(WEIGHT)
+    if has_bias:
+        layer.bias.copy_(BIAS)
+    return layer
+
+
+def column_on_rank(code, group, has_bias: bool, parts):
+    part = parts[group.rank]
+    layer = code.ColumnParallelLinear(plain_linear(has_bias), part, group)
+    layer.weight.data.copy_(WEIGHT[part.start : part.stop])
+    if has_bias:
+        layer.bias.data.copy_(BIAS[part.start : part.stop])
+    return layer(X)
+
+
+@exercise("6.8", points=1)
+class TestColumnParallelLinear:
+    def test_own_outputs(self, code):
+        for has_bias in (True, False):
+            expected = F.linear(X, WEIGHT, BIAS if has_bias else None)
+            parts = (range(0, 3), range(3, 5))
+            for rank, result in enumerate(on_ranks(code, column_on_rank, has_bias, parts)):
+                part = parts[rank]
+                what = f"the outputs of rank {rank}, which has outputs {part.start} to {part.stop - 1} of 5"
+                close(result, expected[:, part.start : part.stop], what + ("" if has_bias else ", without a bias"))
+
+
+def row_on_rank(code, group, has_bias: bool):
+    part = PARTS[group.rank]
+    layer = code.RowParallelLinear(plain_linear(has_bias), part, group)
+    layer.weight.data.copy_(WEIGHT[:, part.start : part.stop])
+    if has_bias:
+        layer.bias.data.copy_(BIAS)
+    return layer(X[:, part.start : part.stop].contiguous())
+
+
+@exercise("6.9", points=2)
+class TestRowParallelLinear:
+    def test_the_sum_over_the_ranks(self, code):
+        for rank, result in enumerate(on_ranks(code, row_on_rank, False)):
+            close(result, F.linear(X, WEIGHT), f"the output of rank {rank} of 2, without a bias")
+
+    def test_the_bias_counts_once(self, code):
+        for rank, result in enumerate(on_ranks(code, row_on_rank, True)):
+            close(result, F.linear(X, WEIGHT, BIAS), f"the output of rank {rank} of 2, with a bias")
+
+
+TABLE = counted(8, 3)
+ROWS = (range(0, 4), range(4, 8))
+
+
+def embedding_on_rank(code, group, token_ids):
+    part = ROWS[group.rank]
+    table = code.VocabParallelEmbedding(nn.Embedding(8, 3), part, group)
+    table.weight.data.copy_(TABLE[part.start : part.stop])
+    return table(token_ids)
+
+
+@exercise("6.10", points=2)
+class TestVocabParallelEmbedding:
+    def test_everybodys_tokens(self, code):
+        token_ids = torch.tensor([0, 5, 3, 4, 7, 5])
+        for rank, result in enumerate(on_ranks(code, embedding_on_rank, token_ids)):
+            close(result, TABLE[token_ids], f"the rows of tokens 0 5 3 4 7 5 on rank {rank}; rank 0 has rows 0 to 3")
+
+    def test_tokens_of_one_rank_only(self, code):
+        token_ids = torch.tensor([6])
+        for rank, result in enumerate(on_ranks(code, embedding_on_rank, token_ids)):
+            close(result, TABLE[token_ids], f"the row of token 6 on rank {rank}; rank 1 has rows 4 to 7")
+
+
+def head_on_rank(code, group, num_rows: int, vocab_size: int):
+    part = ROWS[group.rank]
+    head = code.ParallelLMHead(nn.Linear(3, vocab_size, bias=False), part, group)
+    head.weight.data.copy_(TABLE[part.start : part.stop])
+    return head(counted(num_rows, 3))
+
+
+@exercise("6.11", points=2)
+class TestParallelLMHead:
+    def check(self, code, num_rows: int, vocab_size: int) -> None:
+        first, second = on_ranks(code, head_on_rank, num_rows, vocab_size)
+        expected = F.linear(counted(num_rows, 3), TABLE)[:, :vocab_size]
+        close(first, expected, f"the scores of {num_rows} rows on rank 0, for {vocab_size} tokens on two ranks")
+        holds(second is not None, "rank 1 returns None; it should return a tensor without rows, (0, V).")
+        what = f"the shape of rank 1's scores of {num_rows} rows, for {vocab_size} tokens"
+        equal(tuple(second.shape), (0, vocab_size), what)
+
+    def test_several_rows(self, code):
+        self.check(code, 3, 8)
+
+    def test_one_row(self, code):
+        self.check(code, 1, 8)
+
+    def test_padding_is_no_token(self, code):
+        self.check(code, 2, 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading, stages, workers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_of(folder: str, **tensors: torch.Tensor) -> Checkpoint:
+    Path(folder, "config.json").write_text("{}", encoding="utf-8")
+    save_file(tensors, Path(folder, "model.safetensors"))
+    return Checkpoint(folder)
+
+
+@exercise("6.12", points=2)
+class TestReadShard:
+    def check(self, code, name: str, shard, expected: torch.Tensor, num_read: int, what: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = checkpoint_of(folder, matrix=counted(6, 4), vector=counted(6))
+            found = code.read_shard(checkpoint, name, shard)
+            close(found, expected, what)
+            equal(checkpoint.num_bytes_read, 4 * num_read, f"how many bytes were read for {what}")
+            checkpoint._open.clear()
+
+    def test_rows(self, code):
+        self.check(code, "matrix", code.Shard(0, range(2, 5)), counted(6, 4)[2:5], 12, "rows 2 to 4 of six")
+
+    def test_columns(self, code):
+        self.check(code, "matrix", code.Shard(1, range(1, 3)), counted(6, 4)[:, 1:3], 12, "columns 1 and 2 of four")
+
+    def test_a_vector(self, code):
+        self.check(code, "vector", code.Shard(0, range(4, 6)), counted(6)[4:], 2, "places 4 and 5 of a vector of six")
+
+    def test_padding(self, code):
+        expected = torch.cat([counted(6, 4)[4:], torch.zeros(2, 4)])
+        self.check(code, "matrix", code.Shard(0, range(4, 8)), expected, 8, "rows 4 to 7, of which there are two")
+
+    def test_nothing_but_padding(self, code):
+        self.check(code, "matrix", code.Shard(0, range(8, 10)), torch.zeros(2, 4), 0, "rows 8 and 9 of six")
+
+
+class FakeLink:
+    """A link that notes what is asked of it."""
+
+    def __init__(self, previous: int | None, following: int | None):
+        self.previous, self.next = previous, following
+        self.events: list[str] = []
+
+    def receive(self, num_tokens: int) -> torch.Tensor:
+        self.events.append(f"receive {num_tokens} rows")
+        return torch.full((num_tokens, 2), 7.0)
+
+    def send(self, hidden: torch.Tensor) -> None:
+        self.events.append(f"send {hidden.tolist()}")
+
+
+class FakeRunner:
+    """A stage that adds 1 to its rows; the last one answers."""
+
+    def __init__(self, code, link: FakeLink):
+        self.code, self.link = code, link
+
+    def execute(self, plan, hidden=None):
+        self.link.events.append("compute" if hidden is None else f"compute on {hidden.tolist()}")
+        if self.link.next is None or not plan.scheduled:
+            return self.code.ModelRunnerOutput(plan.step_id)
+        return (torch.zeros(plan.num_tokens, 2) if hidden is None else hidden) + 1
+
+
+@exercise("6.13", points=2)
+class TestRunStage:
+    def run(self, code, previous: int | None, following: int | None, num_tokens: int = 1):
+        from solutions.batching import ScheduledRequest
+        from solutions.llama_pytorch import SamplingParams
+
+        link = FakeLink(previous, following)
+        plan = code.SchedulerOutput(3)
+        if num_tokens:
+            ids = list(range(num_tokens))
+            plan.scheduled.append(ScheduledRequest("a", 0, ids, 0, [0], SamplingParams(), None, ids, [], frozenset()))
+        return code.run_stage(FakeRunner(code, link), plan, link), link.events
+
+    def test_first_stage(self, code):
+        output, events = self.run(code, None, 1, num_tokens=2)
+        equal(events, ["compute", "send [[1.0, 1.0], [1.0, 1.0]]"], "what the first stage does with two tokens")
+        kind = type(output).__name__
+        holds(output is None, f"the first of two stages has sampled nothing; run_stage gave {kind}.", kind)
+
+    def test_middle_stage(self, code):
+        output, events = self.run(code, 0, 2)
+        expected = ["receive 1 rows", "compute on [[7.0, 7.0]]", "send [[8.0, 8.0]]"]
+        equal(events, expected, "what a stage in the middle does")
+        kind = type(output).__name__
+        holds(output is None, f"a stage in the middle has sampled nothing; run_stage gave {kind}.", kind)
+
+    def test_last_stage(self, code):
+        output, events = self.run(code, 0, None)
+        equal(events, ["receive 1 rows", "compute on [[7.0, 7.0]]"], "what the last stage does")
+        holds(output is not None, "run_stage gives None on the last stage, which has sampled.")
+        equal(getattr(output, "step_id", None), 3, "step_id of what the last stage returns for step 3")
+
+    def test_only_stage(self, code):
+        output, events = self.run(code, None, None)
+        equal(events, ["compute"], "what the only stage does")
+        equal(getattr(output, "step_id", None), 3, "step_id of what the only stage returns for step 3")
+
+    def test_nothing_scheduled(self, code):
+        for previous, following in ((None, 1), (0, 2), (0, None)):
+            _, events = self.run(code, previous, following, num_tokens=0)
+            what = f"what a stage between {previous} and {following} does with a plan that only moves blocks"
+            equal(events, ["compute"], what)
+
+
+@exercise("6.14", points=2)
+class TestWorkerLoop:
+    def run(self, code, commands: list, run):
+        sent, left = [], [*commands]
+
+        def receive():
+            holds(left, "worker_loop asks for a command after it was told that there are no more, or after an error.")
+            return left.pop(0)
+
+        code.worker_loop(receive, run, sent.append, 2)
+        return sent, left
+
+    def test_results_are_sent(self, code):
+        sent, left = self.run(code, [1, 2, 3, None], lambda command: 10 * command)
+        equal(sent, [10, 20, 30], "what is sent, if commands 1, 2, 3 give 10, 20, 30")
+        equal(left, [], "the commands that are left")
+
+    def test_nothing_to_say(self, code):
+        sent, _ = self.run(
+            code, [1, 2, 0, None], lambda command: [] if command == 0 else (command if command == 2 else None)
+        )
+        equal(sent, [2, []], "what is sent, if commands 1, 2, 0 give None, 2 and []")
+
+    def test_an_error(self, code):
+        def run(command):
+            if command == 2:
+                raise ValueError("too warm")
+            return command
+
+        try:
+            sent, left = self.run(code, [1, 2, 3, None], run)
+        except ValueError as error:
+            raise CheckFailed(
+                "worker_loop raises what `run` has raised; rank 0 should hear of it.", "error", str(error)
+            ) from None
+        equal(left, [3, None], "the commands that are left after the second has failed")
+        equal(len(sent), 2, "how many messages are sent, if the second command fails")
+        failure = sent[1]
+        holds(isinstance(failure, code.Failure), f"after an error a Failure is sent; it was {failure!r}.", str(failure))
+        equal(failure.rank, 2, "the rank that the Failure of rank 2 names")
+        for word in ("ValueError", "too warm"):
+            holds(
+                word in failure.text,
+                f"the Failure's text should mention {word!r}; it is {failure.text!r}.",
+                failure.text,
+            )
+        equal(failure.is_consequence, False, "is_consequence of a ValueError of our own")
+
+
+@exercise("6.15", points=1)
+class TestLargestShare:
+    def test_shares(self, code):
+        smollm2 = code.ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
+        for tensor, pipeline, expected in ((1, 1, 1.0), (2, 1, 2 / 3), (3, 1, 1 / 3), (4, 1, 1 / 3)):
+            what = f"the largest share of SmolLM2's cache with tensor_parallel={tensor}, pipeline_parallel={pipeline}"
+            close(float(code.largest_share(smollm2, tensor, pipeline)), expected, what)
+
+    def test_uneven_stages(self, code):
+        smollm2 = code.ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
+        for tensor, pipeline, expected in ((1, 2, 19 / 30), (2, 2, 19 / 45), (1, 3, 13 / 30)):
+            what = f"the largest share of SmolLM2's cache with tensor_parallel={tensor}, pipeline_parallel={pipeline}"
+            close(float(code.largest_share(smollm2, tensor, pipeline)), expected, what)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Together
+# ---------------------------------------------------------------------------------------------------------------
+
+CONFIG = dict(
+    model_type="llama", vocab_size=29, hidden_size=12, intermediate_size=10, num_hidden_layers=3,
+    num_attention_heads=3, num_key_value_heads=1, head_dim=4, attention_bias=True, tie_word_embeddings=True,
+    max_position_embeddings=64,
+)  # fmt: skip
+
+
+def steps_on_rank(code, group, folder: str, tensor_parallel: int):
+    """Two steps of one request, its tokens given. Returns what was sampled here."""
+    from solutions.batching import ScheduledRequest
+    from solutions.llama_pytorch import SamplingParams
+
+    place = code.Place(group.rank, tensor_parallel, 2 // tensor_parallel)
+    own = group if tensor_parallel == 2 else code.Group(0, [group.rank])
+    model, layers, _ = code.load_share(folder, torch.float64, "cpu", place, own)
+    runner = code.make_runner(code.EngineConfig(num_blocks=4, block_size=4), model, layers)
+    link, sampled = code.StageLink(place, model), []
+    for step, (start, ids) in enumerate(((0, [3, 14, 15, 9, 26]), (5, [8]), (6, [20]))):
+        request = ScheduledRequest("a", start, ids, 0, [2, 0, 1], SamplingParams(), step, [], [], frozenset())
+        output = code.run_stage(runner, code.SchedulerOutput(step, [request]), link)
+        if output is not None:
+            sampled.append(output.sampled_token_ids.get("a"))
+    if link.sending is not None:
+        link.sending[0].wait()
+    return sampled
+
+
+@together()
+class TestTogether:
+    """Your whole file, on two processes: a tensor-parallel pair, then two stages, with awkward sizes."""
+
+    def test_the_same_tokens(self, code):
+        from reference.llama_pytorch import causal_attend
+        from safetensors.torch import load_file
+
+        torch.manual_seed(0)
+        model = code.Llama(code.parse_config(CONFIG))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+        ids = torch.tensor([3, 14, 15, 9, 26, 8, 20])
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            save_file(tensors, Path(folder, "model.safetensors"))
+            Path(folder, "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+            whole = code.Llama(code.parse_config(CONFIG)).double()
+            whole.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
+            expected = whole.logits(whole(ids, torch.arange(7), causal_attend)).argmax(-1)[4:].tolist()
+            tokens = [[token] for token in expected]
+            first, _ = on_ranks(code, steps_on_rank, folder, 2)
+            equal(first, tokens, "the tokens that rank 0 of a tensor-parallel pair samples")
+            first, last = on_ranks(code, steps_on_rank, folder, 1)
+            equal(first, [], "what the first of two stages samples")
+            equal(last, tokens, "the tokens that the second of two stages samples")

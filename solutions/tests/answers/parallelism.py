@@ -1,0 +1,444 @@
+"""Lesson 6: answers that are not the reference."""
+
+from common.grading.catalogue import planted, right, wrong, wrong_body
+
+ANSWERS = [
+    # -------------------------------------------------------------------------------------------- 6.1 shard_range
+    wrong("6.1", "what does not divide given to the last ranks", "min(rank, left)", "max(0, rank + left - world_size)"),
+    wrong("6.1", "what does not divide dropped", "share + (rank < left)", "share"),
+    wrong("6.1", "starts that ignore the larger shares before them", "rank * share + min(rank, left)", "rank * share"),
+    wrong_body(
+        "6.1",
+        "shares rounded up, so that the last ranks have less than they could",
+        """
+        share = -(-size // world_size)
+        return range(min(size, rank * share), min(size, (rank + 1) * share))
+        """,
+    ),
+    right(
+        "6.1",
+        "by counting the shares before",
+        """
+        shares = [size // world_size + (1 if i < size % world_size else 0) for i in range(world_size)]
+        return range(sum(shares[:rank]), sum(shares[: rank + 1]))
+        """,
+    ),
+    # -------------------------------------------------------------------------------------------- 6.2 head_groups
+    wrong(
+        "6.2",
+        "query heads dealt one by one, whatever group they are of",
+        "return range(kv_heads.start * group_size, kv_heads.stop * group_size), kv_heads",
+        "return shard_range(num_heads, rank, world_size), kv_heads",
+    ),
+    wrong(
+        "6.2",
+        "all of the group's query heads on each of the ranks that share it",
+        "part = shard_range(group_size, rank - ranks.start, len(ranks))",
+        "part = range(group_size)",
+    ),
+    wrong(
+        "6.2",
+        "query heads counted from 0 in every group",
+        "first = kv_head * group_size",
+        "first = 0",
+    ),
+    wrong("6.2", "the first key/value head on every rank", "range(kv_head, kv_head + 1)", "range(0, 1)"),
+    right(
+        "6.2",
+        "a table of who has which head, then its ends",
+        """
+        group = num_heads // num_kv_heads
+        if num_kv_heads >= world_size:
+            own = shard_range(num_kv_heads, rank, world_size)
+            queries = [query for head in own for query in range(head * group, (head + 1) * group)]
+            return range(queries[0], queries[-1] + 1), own
+        owner = [head for head in range(num_kv_heads) for _ in shard_range(world_size, head, num_kv_heads)]
+        head = owner[rank]
+        place, count = rank - owner.index(head), owner.count(head)
+        part = shard_range(group, place, count)
+        return range(head * group + part[0], head * group + part[-1] + 1), range(head, head + 1)
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------------- 6.3 rank_grid
+    wrong_body(
+        "6.3",
+        "a stage's ranks spread out: numbered column by column",
+        """
+        stages = range(pipeline_parallel)
+        return [[i * pipeline_parallel + stage for i in range(tensor_parallel)] for stage in stages]
+        """,
+    ),
+    wrong_body(
+        "6.3",
+        "rows and columns exchanged",
+        "return [[s * tensor_parallel + i for s in range(pipeline_parallel)] for i in range(tensor_parallel)]",
+    ),
+    wrong(
+        "6.3",
+        "ranks counted from 1",
+        "list(range(stage * tensor_parallel, (stage + 1) * tensor_parallel))",
+        "list(range(stage * tensor_parallel + 1, (stage + 1) * tensor_parallel + 1))",
+    ),
+    right(
+        "6.3",
+        "by a tensor's view",
+        "return torch.arange(tensor_parallel * pipeline_parallel).view(pipeline_parallel, tensor_parallel).tolist()",
+    ),
+    # ------------------------------------------------------------------------------------------- 6.4 stage_layers
+    wrong("6.4", "the head left out of account", "(num_layers + head_cost)", "num_layers"),
+    wrong(
+        "6.4",
+        "the head's work put on the first stage",
+        "return min(even, num_layers - (num_stages - i))",
+        "return max(0, min(even - round(head_cost), num_layers)) if i < num_stages else num_layers",
+    ),
+    wrong(
+        "6.4",
+        "boundaries rounded down",
+        "round(i * (num_layers + head_cost) / num_stages)",
+        "int(i * (num_layers + head_cost) / num_stages)",
+    ),
+    wrong(
+        "6.4",
+        "stages left without a layer",
+        "return min(even, num_layers - (num_stages - i))",
+        "return min(even, num_layers)",
+    ),
+    right(
+        "6.4",
+        "stage by stage",
+        """
+        ends, work = [0], (num_layers + head_cost) / num_stages
+        for i in range(1, num_stages):
+            ends.append(min(int(work * i + 0.5), num_layers - num_stages + i))
+        ends.append(num_layers)
+        return range(ends[stage], ends[stage + 1])
+        """,
+    ),
+    # -------------------------------------------------------------------------------------- 6.5 pipeline_timeline
+    wrong(
+        "6.5",
+        "a batch's next step begun before its token is known",
+        "starts[batch, step] = max(free, ready[batch])",
+        "starts[batch, step] = free",
+    ),
+    wrong(
+        "6.5",
+        "a batch's next step begun a tick before its token is known",
+        "max(free, ready[batch])",
+        "max(free, ready[batch] - 1)",
+    ),
+    wrong(
+        "6.5",
+        "all stages computing the same at once",
+        "timeline[stage][start + stage] = which",
+        "timeline[stage][start] = which",
+    ),
+    wrong(
+        "6.5",
+        "one batch after another, not in turns",
+        "    for step in range(num_steps):\n        for batch in range(num_batches):\n",
+        "    for batch in range(num_batches):\n        for step in range(num_steps):\n",
+    ),
+    wrong(
+        "6.5",
+        "the next batch begun when this one has left the last stage",
+        "free = starts[batch, step] + 1",
+        "free = starts[batch, step] + num_stages",
+    ),
+    right(
+        "6.5",
+        "tick by tick",
+        """
+        waiting, known, rows = [(b, s) for s in range(num_steps) for b in range(num_batches)], {}, []
+        pipe = [None] * num_stages
+        while waiting or any(pipe[:-1]):
+            tick, entering = len(rows), None
+            if waiting:
+                batch, step = waiting[0]
+                if step == 0 or known.get((batch, step - 1), tick + 1) <= tick:
+                    entering = waiting.pop(0)
+            pipe = [entering, *pipe[:-1]]
+            if pipe[-1] is not None:
+                known[pipe[-1]] = tick + 1
+            rows.append(pipe)
+        return [[row[stage] for row in rows] for stage in range(num_stages)]
+        """,
+    ),
+    # --------------------------------------------------------------------------------------- 6.16 bubble_fraction
+    wrong("6.16", "the share of busy ticks", "cells.count(None) / len(cells)", "1 - cells.count(None) / len(cells)"),
+    wrong("6.16", "idle ticks for each busy one", "/ len(cells)", "/ (len(cells) - cells.count(None))"),
+    wrong("6.16", "idle ticks counted for each stage, not for all", "/ len(cells)", "/ len(timeline[0])"),
+    right(
+        "6.16",
+        "from the mean of the rows",
+        "return sum(sum(cell is None for cell in row) / len(row) for row in timeline) / len(timeline)",
+    ),
+    # ------------------------------------------------------------------------------------- 6.6 communication_cost
+    wrong(
+        "6.6", "the first half alone: sums are made, and not brought round", "2 * (world_size - 1)", "(world_size - 1)"
+    ),
+    wrong("6.6", "the whole tensor in every message", "num_bytes / world_size / bandwidth", "num_bytes / bandwidth"),
+    wrong("6.6", "a message too many in each half", "2 * (world_size - 1)", "2 * world_size"),
+    wrong(
+        "6.6",
+        "the latency paid once",
+        "num_messages * (latency + num_bytes / world_size / bandwidth)",
+        "latency + num_messages * num_bytes / world_size / bandwidth",
+    ),
+    right(
+        "6.6",
+        "half by half",
+        """
+        one_message = latency + num_bytes / (world_size * bandwidth)
+        reduce_scatter = all_gather = sum(one_message for _ in range(world_size - 1))
+        return float(reduce_scatter + all_gather)
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------- 6.7 ring_all_reduce
+    wrong("6.7", "the second half left out", "group.exchange(sent, received)", "pass"),
+    wrong("6.7", "x itself changed", "total = x.clone(memory_format=torch.contiguous_format)", "total = x"),
+    wrong("6.7", "the mean, not the sum", "return total", "return total / group.size"),
+    wrong(
+        "6.7",
+        "the second half begun with a part that is not finished",
+        "(group.rank + 1 - step - back) % group.size",
+        "(group.rank - step - back) % group.size",
+    ),
+    right(
+        "6.7",
+        "parts counted from the one that will be finished here",
+        """
+        flat = x.flatten().clone()
+        parts = list(flat.tensor_split(group.size))
+        n, me = group.size, group.rank
+        for hop in range(1, n):
+            buffer = torch.zeros_like(parts[(me - hop) % n])
+            group.exchange(parts[(me - hop + 1) % n], buffer)
+            parts[(me - hop) % n].add_(buffer)
+        for hop in range(n - 1):
+            buffer = torch.zeros_like(parts[(me - hop) % n])
+            group.exchange(parts[(me - hop + 1) % n], buffer)
+            parts[(me - hop) % n].copy_(buffer)
+        return flat.reshape(x.shape)
+        """,
+    ),
+    # --------------------------------------------------------------------------- 6.8 ColumnParallelLinear.forward
+    wrong(
+        "6.8",
+        "the outputs added up over the ranks, though each rank has others",
+        "F.linear(x, self.weight, self.bias)",
+        "self.group.all_reduce(F.pad(F.linear(x, self.weight, self.bias), (0, 3 - self.out_features)))"
+        "[:, : self.out_features]",
+    ),
+    wrong("6.8", "the bias left out", "F.linear(x, self.weight, self.bias)", "F.linear(x, self.weight)"),
+    wrong(
+        "6.8",
+        "the bias divided by the number of ranks",
+        "F.linear(x, self.weight, self.bias)",
+        "F.linear(x, self.weight, None if self.bias is None else self.bias / self.group.size)",
+    ),
+    right(
+        "6.8",
+        "by a product",
+        """
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+        """,
+    ),
+    # ------------------------------------------------------------------------------ 6.9 RowParallelLinear.forward
+    wrong(
+        "6.9",
+        "the bias added on each rank",
+        "total = self.group.all_reduce(F.linear(x, self.weight))\n"
+        "        return total if self.bias is None else total + self.bias",
+        "return self.group.all_reduce(F.linear(x, self.weight, self.bias))",
+    ),
+    wrong(
+        "6.9",
+        "this rank's contribution alone: no all-reduce",
+        "self.group.all_reduce(F.linear(x, self.weight))",
+        "F.linear(x, self.weight)",
+    ),
+    wrong("6.9", "the bias left out", "total if self.bias is None else total + self.bias", "total"),
+    wrong(
+        "6.9",
+        "the mean of the contributions",
+        "return total if",
+        "total = total / self.group.size\n        return total if",
+    ),
+    right(
+        "6.9",
+        "the bias added by the first rank, before the sum",
+        """
+        mine = x @ self.weight.mT
+        if self.bias is not None and self.group.rank == 0:
+            mine = mine + self.bias
+        return self.group.all_reduce(mine)
+        """,
+    ),
+    # ------------------------------------------------------------------------ 6.10 VocabParallelEmbedding.forward
+    wrong("6.10", "rows of other ranks' tokens not made zero", "rows.where(ours[:, None], 0)", "rows"),
+    wrong(
+        "6.10",
+        "no all-reduce: zeros for the other ranks' tokens",
+        "self.group.all_reduce(rows.where(ours[:, None], 0))",
+        "rows.where(ours[:, None], 0)",
+    ),
+    wrong(
+        "6.10",
+        "rows counted from 0 on every rank",
+        "(token_ids - self.part.start).where(ours, 0)",
+        "token_ids.where(ours, 0).clamp(max=len(self.part) - 1)",
+    ),
+    wrong(
+        "6.10",
+        "the last of our rows taken for another rank's",
+        "token_ids < self.part.stop",
+        "token_ids < self.part.stop - 1",
+    ),
+    right(
+        "6.10",
+        "by a matrix of ones and zeros",
+        """
+        ids = torch.arange(self.part.start, self.part.stop, device=token_ids.device)
+        return self.group.all_reduce((token_ids[:, None] == ids).to(self.weight.dtype) @ self.weight)
+        """,
+    ),
+    # -------------------------------------------------------------------------------- 6.11 ParallelLMHead.forward
+    wrong("6.11", "the padding kept", "[:, : self.vocab_size]", ""),
+    wrong("6.11", "the ranks' scores in reverse order", "torch.cat(parts, dim=-1)", "torch.cat(parts[::-1], dim=-1)"),
+    wrong("6.11", "the scores of one row only", "F.linear(x, self.weight)", "F.linear(x[-1:], self.weight)"),
+    wrong("6.11", "the ranks' scores one below the other", "torch.cat(parts, dim=-1)", "torch.cat(parts, dim=0)"),
+    wrong(
+        "6.11",
+        "rows on the ranks that do not sample",
+        "x.new_empty(0, self.vocab_size)",
+        "x.new_zeros(len(x), self.vocab_size)",
+    ),
+    right(
+        "6.11",
+        "written into place",
+        """
+        mine = x @ self.weight.T
+        parts = self.group.gather(mine)
+        if self.group.rank != 0:
+            return mine.new_zeros((0, self.vocab_size))
+        scores = mine.new_empty(len(x), self.vocab_size)
+        for i, part in enumerate(parts):
+            first = i * part.shape[1]
+            room = scores[:, first : first + part.shape[1]]
+            room.copy_(part[:, : room.shape[1]])
+        return scores
+        """,
+    ),
+    # -------------------------------------------------------------------------------------------- 6.12 read_shard
+    wrong(
+        "6.12",
+        "the whole tensor read, and cut afterwards",
+        "found = checkpoint.read(name, index)",
+        "found = checkpoint.read(name)[index]",
+    ),
+    wrong("6.12", "no padding", "if missing[shard.axis] else found", "if False else found"),
+    wrong(
+        "6.12",
+        "padding in front",
+        "torch.cat([found, found.new_zeros(missing)], dim=shard.axis)",
+        "torch.cat([found.new_zeros(missing), found], dim=shard.axis)",
+    ),
+    wrong(
+        "6.12",
+        "always rows, whatever the axis",
+        "slice(start, stop) if axis == shard.axis else slice(None)",
+        "slice(start, stop) if axis == 0 else slice(None)",
+        recognised=False,
+    ),
+    right(
+        "6.12",
+        "into a tensor of zeros",
+        """
+        shape = list(checkpoint.shape(name))
+        length = shape[shard.axis]
+        first, last = min(shard.part.start, length), min(shard.part.stop, length)
+        index = [slice(None)] * len(shape)
+        index[shard.axis] = slice(first, last)
+        found = checkpoint.read(name, tuple(index))
+        shape[shard.axis] = len(shard.part)
+        whole = found.new_zeros(shape)
+        whole.narrow(shard.axis, 0, last - first).copy_(found)
+        return whole
+        """,
+    ),
+    # --------------------------------------------------------------------------------------------- 6.13 run_stage
+    wrong(
+        "6.13",
+        "rows awaited though nothing is scheduled",
+        "if plan.scheduled and link.previous is not None:",
+        "if link.previous is not None:",
+    ),
+    wrong("6.13", "the rows received, and not used", "runner.execute(plan, hidden)", "runner.execute(plan)"),
+    wrong("6.13", "rows never handed on", "link.send(result)", "pass"),
+    wrong("6.13", "the rows returned as well", "link.send(result)\n        return None", "link.send(result)"),
+    right(
+        "6.13",
+        "asking the link who sends",
+        """
+        rows = None
+        if link.previous is not None and plan.num_tokens > 0:
+            rows = link.receive(plan.num_tokens)
+        outcome = runner.execute(plan, rows)
+        if link.next is not None and plan.scheduled:
+            link.send(outcome)
+            outcome = None
+        return outcome
+        """,
+    ),
+    # ------------------------------------------------------------------------------------------- 6.14 worker_loop
+    wrong("6.14", "None sent too", "if result is not None:", "if True:"),
+    wrong("6.14", "what counts as false is not sent", "if result is not None:", "if result:"),
+    wrong(
+        "6.14", "the loop going on after an error", "            return\n", "            continue\n", recognised=False
+    ),
+    wrong("6.14", "the error's kind left out", "describe(error)", "str(error)"),
+    wrong("6.14", "every failure called a consequence of another", "is_consequence(error)", "True"),
+    right(
+        "6.14",
+        "the loop within the try",
+        """
+        try:
+            for command in iter(receive, None):
+                result = run(command)
+                if result is None:
+                    continue
+                send(result)
+        except Exception as error:
+            send(Failure(rank, f"{type(error).__name__}: {error}", is_consequence(error)))
+        """,
+    ),
+    # ----------------------------------------------------------------------------------------- 6.15 largest_share
+    planted(
+        "6.15",
+        "all stages taken to have equally many layers",
+        "max(len(Place(stage, 1, pipeline_parallel).layers(config)) for stage in range(pipeline_parallel))",
+        "config.num_hidden_layers / pipeline_parallel",
+    ),
+    wrong(
+        "6.15",
+        "the last stage's layers",
+        "max(len(Place(stage, 1, pipeline_parallel).layers(config))",
+        "min(len(Place(stage, 1, pipeline_parallel).layers(config))",
+    ),
+    wrong("6.15", "the last rank's heads", "most_heads = max(", "most_heads = min("),
+    right(
+        "6.15",
+        "over all places of the grid",
+        """
+        shares = []
+        for stage in range(pipeline_parallel):
+            for rank in range(tensor_parallel):
+                groups = head_groups(config.num_attention_heads, config.num_key_value_heads, rank, tensor_parallel)
+                shares.append(len(groups[1]) * len(Place(stage, 1, pipeline_parallel).layers(config)))
+        return max(shares) / (config.num_hidden_layers * config.num_key_value_heads)
+        """,
+    ),
+]
