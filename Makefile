@@ -4,7 +4,7 @@
 
 PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
 
-VARIABLES := MODEL PROMPT MINE SOLUTION VERBOSE PDB LEVEL FILE THREADS TORCH
+VARIABLES := MODEL PROMPT MINE TP PP SOLUTION VERBOSE PDB LEVEL FILE THREADS TORCH
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 

@@ -311,6 +311,11 @@ def options(argv: list[str]) -> argparse.Namespace:
         ("--preemption", str, "recompute or swap"),
     ):
         parser.add_argument(flag, type=kind, default=None, help=what)
+    for flag, name, what in (
+        ("--tensor-parallel", "TP", "processes that share every layer"),
+        ("--pipeline-parallel", "PP", "stages of layers, each with processes of its own"),
+    ):
+        parser.add_argument(flag, type=int, default=variable(name) or 1, help=f"{what}; default 1")
     parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
     parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
     parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))
@@ -343,8 +348,14 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
     names = {"num_blocks": "num_blocks", "max_batched_tokens": "max_num_batched_tokens"}
     names |= {"policy": "scheduling_policy", "preemption": "preemption"}
     options = {name: getattr(settings, flag) for flag, name in names.items() if getattr(settings, flag) is not None}
+    grid = {name: getattr(settings, name) for name in ("tensor_parallel", "pipeline_parallel")}
     try:
-        engine = load_engine(settings.model, **options)
+        if set(grid.values()) == {1} and "TORCHELASTIC_RUN_ID" not in os.environ:
+            engine = load_engine(settings.model, **options)
+        else:
+            from solutions.parallelism import ParallelEngine
+
+            engine = ParallelEngine(settings.model, **grid, **options)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -372,11 +383,19 @@ def main(argv: list[str]) -> int:
             stream.reconfigure(errors="replace")
     try:
         talker, engine = load_talker(settings)
-        if argv[0] == "chat":
-            return chat(talker, settings.system)
-        return run_many(talker, engine) if settings.prompt is None else run(talker, settings.prompt)
+        with engine:
+            if argv[0] == "chat":
+                return chat(talker, settings.system)
+            return run_many(talker, engine) if settings.prompt is None else run(talker, settings.prompt)
     except (CheckpointError, CourseError, OptionError) as error:
         if settings.verbose:
             raise
         print(error, file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from solutions.parallelism import WorkerError
+
+        if settings.verbose or not isinstance(error, WorkerError):
+            raise
+        print(error, file=sys.stderr)
+        return 1

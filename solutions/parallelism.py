@@ -647,16 +647,17 @@ class Rank:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
         self.place = Place(rank, join.tensor_parallel, join.pipeline_parallel)
         grid = rank_grid(join.tensor_parallel, join.pipeline_parallel)
-        excepthook = sys.excepthook
+        excepthook, timeout = sys.excepthook, datetime.timedelta(seconds=join.timeout)
         dist.init_process_group(
             join.backend,
             store=dist.PrefixStore("ranks", store),
             rank=rank,
             world_size=join.tensor_parallel * join.pipeline_parallel,
-            timeout=datetime.timedelta(seconds=join.timeout),
+            timeout=timeout,
         )
         sys.excepthook = excepthook  # torch's own would put "[rank0]:" before every line of every traceback
-        handles = [dist.new_group(ranks) for ranks in grid]  # every rank has to name every group
+        # Every rank has to name every group; and a group that is not told how long to wait would wait half an hour.
+        handles = [dist.new_group(ranks, timeout) for ranks in grid]
         ranks = grid[self.place.stage]
         self.group = Group(ranks.index(rank), ranks, handles[self.place.stage])
         self.samples = self.place.is_last_stage and self.group.rank == 0
@@ -893,6 +894,9 @@ class ParallelExecutor:
             except (EOFError, OSError):
                 states[rank] = "is gone"
         for rank, process in self.processes.items():
+            if states[rank] == "is gone":  # its socket may be closed a moment before it has ended
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1.0)
             code = process.poll()
             if code is not None:
                 states[rank] = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended, exit code {code}"

@@ -227,11 +227,13 @@ class Watched:
 
 def drive(engine: Engine, asks: list[Ask], oracle: Oracle, rng: random.Random) -> Report:
     """Send the requests in at their times, step until all are done, check everything."""
-    report = Report()
-    runner = engine.executor.runner
-    if rng.random() < 0.4:
-        runner = GuessingRunner(runner.model, runner.cache, rng)
-    executor = Pipelined(runner, rng.choice([2, 3])) if rng.random() < 0.4 else LocalExecutor(runner)
+    report, executor = Report(), engine.executor
+    if isinstance(executor, LocalExecutor):
+        runner = executor.runner
+        if rng.random() < 0.4:
+            runner = GuessingRunner(runner.model, runner.cache, rng)
+        executor = Pipelined(runner, rng.choice([2, 3])) if rng.random() < 0.4 else LocalExecutor(runner)
+        engine.scheduler.depth = rng.choice([1, executor.depth])
     engine.executor = Watched(executor, report, engine.config.max_num_batched_tokens)
     to_come, outputs, aborted = sorted(enumerate(asks), key=lambda pair: pair[1].step), {}, set()
     while to_come or engine.has_unfinished_requests:

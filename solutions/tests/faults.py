@@ -1,0 +1,33 @@
+"""What goes wrong on a rank: runners that a worker is told to make, and that fail there."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch.distributed as dist
+
+from solutions.batching import EngineConfig, ModelRunner, ModelRunnerOutput, SchedulerOutput
+from solutions.parallelism import make_runner
+
+
+class FaultyRunner(ModelRunner):
+    """Computes as it should, until at one step on one rank something happens."""
+
+    rank, step_id, what = 0, 0, ""
+
+    def execute(self, plan: SchedulerOutput, hidden=None) -> ModelRunnerOutput:
+        if dist.get_rank() == self.rank and plan.step_id == self.step_id:
+            if self.what == "raise":
+                raise ValueError("the numbers are too large")
+            if self.what == "exit":
+                os._exit(3)
+            time.sleep(3600)
+        return super().execute(plan, hidden)
+
+
+def make_faulty_runner(config: EngineConfig, rank: int, step_id: int, what: str, model, layers: range) -> ModelRunner:
+    plain = make_runner(config, model, layers)
+    runner = FaultyRunner(model, plain.cache)
+    runner.rank, runner.step_id, runner.what = rank, step_id, what
+    return runner

@@ -1,0 +1,413 @@
+"""Lesson 6's reference: any grid of ranks gives one process's tokens, and nothing that befalls a rank goes unsaid."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.checkpoints import Checkpoint, find_checkpoint
+from common.course import ROOT
+from solutions import llama_pytorch, parallelism
+from solutions.batching import Engine, SamplingParams
+from solutions.llama_pytorch import load
+from solutions.parallelism import MakeRunner, ParallelEngine, WorkerError
+from solutions.tests.faults import make_faulty_runner
+from solutions.tests.soak import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks, random_model
+
+STORIES = [list(range(5, 30)), [*range(5, 15), *range(30, 40)], [7] * 20]
+FAMILIES = {
+    "llama": dict(
+        model_type="llama", num_attention_heads=4, num_key_value_heads=1, num_hidden_layers=3, intermediate_size=23,
+        vocab_size=41, attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
+    ),
+    "qwen2": dict(
+        model_type="qwen2", num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=5, hidden_size=24,
+        vocab_size=43, tie_word_embeddings=False,
+    ),
+    "qwen3": dict(
+        model_type="qwen3", num_attention_heads=3, num_key_value_heads=3, head_dim=6, num_hidden_layers=4,
+        vocab_size=40, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.setenv("KERNELS", "plain")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(parallelism, "load_tokenizer", lambda folder: Letters())
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A folder for each family, with a tiny random model of awkward sizes."""
+    folders = {}
+    for name, changes in FAMILIES.items():
+        folders[name] = folder = tmp_path_factory.mktemp(name)
+        config = dict(hidden_size=16, intermediate_size=24, max_position_embeddings=128) | changes
+        model = random_model(1, **config)
+        save_file(
+            {key: tensor.detach().clone() for key, tensor in model.named_parameters()}, folder / "model.safetensors"
+        )
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folders
+
+
+def whole_model(folder: Path) -> llama_pytorch.Llama:
+    checkpoint = Checkpoint(folder)
+    model = llama_pytorch.Llama(llama_pytorch.parse_config(checkpoint.config)).double()
+    llama_pytorch.load_weights(model, checkpoint)
+    return model
+
+
+def grid_engine(folder: Path, tensor: int, pipeline: int, **settings) -> ParallelEngine:
+    settings = {"timeout": 10.0, "dtype": torch.float64, "max_model_len": MAX_MODEL_LEN, **settings}
+    return ParallelEngine(str(folder), tensor, pipeline, device="cpu", **settings)
+
+
+def same_tokens(folder: Path, tensor: int, pipeline: int, seed: int) -> dict:
+    """Random load in a pool that is too small, prefix cache on, on this grid; everything is checked after each step."""
+    rng = random.Random(seed)
+    asks = random_asks(rng, list(range(5, 40)), STORIES, 16)
+    needed = -(-max(len(ask.prompt) + ask.params.max_tokens for ask in asks) // 4)
+    settings = dict(num_blocks=needed + 4, block_size=4, max_num_batched_tokens=rng.choice([5, 16, 64]))
+    preemption = rng.choice(["swap", "recompute"])
+    with grid_engine(folder, tensor, pipeline, preemption=preemption, **settings) as engine:
+        report = drive(engine, asks, Oracle(whole_model(folder), Letters()), rng)
+    assert report.counts["preemptions"] and report.counts["cached"]
+    return report.counts
+
+
+@pytest.mark.parametrize(("family", "tensor", "pipeline"), [("llama", 2, 1), ("qwen2", 1, 2)])
+def test_same_tokens(checkpoints, family, tensor, pipeline):
+    same_tokens(checkpoints[family], tensor, pipeline, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "tensor", "pipeline"),
+    [
+        ("llama", 3, 1),
+        ("llama", 1, 3),
+        ("llama", 2, 2),
+        ("qwen2", 2, 1),
+        ("qwen2", 2, 2),
+        ("qwen3", 2, 1),
+        ("qwen3", 3, 1),
+        ("qwen3", 1, 2),
+    ],
+)
+def test_same_tokens_on_other_grids(checkpoints, family, tensor, pipeline):
+    same_tokens(checkpoints[family], tensor, pipeline, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("COURSE_REAL_MODEL") != "1", reason="set COURSE_REAL_MODEL=1 for the real model")
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (3, 1), (1, 2), (2, 2)])
+def test_real_model(tensor, pipeline, monkeypatch):
+    """SmolLM2, nine heads in three groups, in float32: the tokens of one process, up to the first near-tie."""
+    model, tokenizer = load("smollm2-135m", torch.float32, "cpu")
+    monkeypatch.setattr(parallelism, "load_tokenizer", lambda folder: tokenizer)
+    text = "The river was wide and slow, and nobody in the village had ever crossed it. One morning"
+    story = tokenizer.encode(text)
+    prompts = [story[: 6 + 4 * i] for i in range(3)] + [story]
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    settings = dict(num_blocks=10, block_size=8, max_num_batched_tokens=24)
+    with Engine(model, tokenizer, **settings) as engine:
+        expected = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
+    settings |= {"dtype": torch.float32, "timeout": 30.0}
+    with grid_engine(find_checkpoint("smollm2-135m"), tensor, pipeline, max_model_len=None, **settings) as engine:
+        outputs = engine.generate(prompts, params, progress=False)
+        assert engine.metrics().num_preemptions > 0
+    for prompt, output, wanted in zip(prompts, outputs, expected):
+        if output.token_ids != wanted:
+            same = next(i for i, (a, b) in enumerate(zip(output.token_ids, wanted)) if a != b)
+            with torch.inference_mode():
+                top = llama_pytorch.recompute(model, prompt + wanted[:same]).topk(2).values
+            assert top[0] - top[1] < 1e-3, f"token {same} of a prompt of {len(prompt)} differs, and it was no tie"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is read, what is refused, what overlaps
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_each_rank_reads_its_own(checkpoints):
+    """Summed over a tensor-parallel pair: every tensor once, what both need whole twice. Stages share nothing but the
+    final norm, and the table where it is the head as well.
+    """
+    folder = checkpoints["qwen2"]
+    checkpoint = Checkpoint(folder)
+    sizes = {name: checkpoint.read(name).nbytes for name in checkpoint.names()}
+    twice = sum(size for name, size in sizes.items() if "norm" in name)
+    with grid_engine(folder, 2, 1) as engine:
+        assert sum(engine.num_bytes_read) == sum(sizes.values()) + twice
+        assert max(engine.num_bytes_read) < 0.75 * sum(sizes.values())
+    with grid_engine(folder, 1, 2) as engine:
+        assert sum(engine.num_bytes_read) == sum(sizes.values()) + sizes["model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "says"),
+    [
+        (4, 1, ["tensor_parallel is 4", "3 attention heads in 3 groups", "1, 2, 3"]),
+        (1, 5, ["pipeline_parallel is 5", "4 layers", "1 to 4"]),
+        (0, 1, ["tensor_parallel must be", "it is 0"]),
+        (1, 1.5, ["pipeline_parallel must be", "it is 1.5"]),
+    ],
+)
+def test_sizes_that_cannot_be(checkpoints, tensor, pipeline, says):
+    with pytest.raises(ValueError) as refused:
+        grid_engine(checkpoints["qwen3"], tensor, pipeline)
+    assert all(word in str(refused.value) for word in says), str(refused.value)
+
+
+def test_bad_settings_start_nothing(checkpoints, monkeypatch):
+    monkeypatch.setattr(parallelism, "start_worker", lambda *_: pytest.fail("a worker was started"))
+    with pytest.raises(ValueError, match="block_size"):
+        grid_engine(checkpoints["qwen3"], 2, 1, block_size=0)
+
+
+def test_two_batches_in_flight(checkpoints):
+    """With two stages, half of the requests are in each of two steps under way."""
+    with grid_engine(checkpoints["qwen3"], 1, 2) as engine:
+        submit, seen = engine.executor.submit, []
+
+        def watch(plan):
+            submit(plan)
+            seen.append((len(plan.scheduled), 1 + len(engine.in_flight)))
+
+        engine.executor.submit = watch
+        params = SamplingParams(max_tokens=8, ignore_eos=True)
+        engine.generate([[5 + i, 6, 7] for i in range(6)], params, progress=False)
+    assert max(in_flight for _, in_flight in seen) == 2
+    assert [number for number, _ in seen].count(3) >= 14, seen
+
+
+def test_memory_is_that_of_each_rank(checkpoints):
+    """With the same memory for each, two ranks hold about twice the blocks."""
+    settings = dict(kv_cache_memory=200_000, max_num_seqs=1000, max_model_len=None)
+    with Engine(whole_model(checkpoints["qwen3"]), Letters(), **settings | {"max_model_len": 128}) as engine:
+        alone = engine.config.num_blocks
+    with grid_engine(checkpoints["qwen3"], 3, 1, **settings) as engine:
+        assert engine.config.num_blocks in (3 * alone, 3 * alone + 1, 3 * alone + 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What may befall a rank
+# ---------------------------------------------------------------------------------------------------------------
+
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def nobody_is_left(pids: list[int], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(is_alive, pids))
+
+
+def generate_until_error(engine: ParallelEngine) -> str:
+    with pytest.raises(WorkerError) as error:
+        while True:
+            engine.generate(PROMPTS, PARAMS, progress=False)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "rank"), [(2, 1, 1), (2, 1, 0), (1, 2, 1)])
+@pytest.mark.parametrize("what", ["raise", "exit", "hang"])
+def test_a_rank_that_fails(checkpoints, tensor, pipeline, rank, what):
+    """It raises, ends, or never comes to an end, in its third step: an error that says so, and nobody left."""
+    if rank == 0 and what != "raise":
+        pytest.skip("rank 0 is this process")
+    with grid_engine(checkpoints["qwen3"], tensor, pipeline, timeout=2.0) as engine:
+        pids = [process.pid for process in engine.executor.processes.values()]
+        engine.executor.command(MakeRunner(partial(make_faulty_runner, engine.config, rank, 3, what)))
+        start = time.monotonic()
+        text = generate_until_error(engine)
+        assert time.monotonic() - start < 10
+        assert f"rank {rank}" in text
+        if what == "raise":
+            assert "ValueError" in text and "the numbers are too large" in text
+        if what == "exit":
+            assert "exit code 3" in text
+        assert nobody_is_left(pids)
+        with pytest.raises(WorkerError, match=f"is down: .*rank {rank}"):
+            engine.generate(PROMPTS, PARAMS, progress=False)
+
+
+def trials(default: int) -> range:
+    return range(int(os.environ.get("FAULT_TRIALS", default)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("trial", trials(4))
+def test_killed_or_stopped_at_any_time(checkpoints, sent, trial):
+    """kill -9 and SIGSTOP on a random rank at a random time: a clear error in time, and nobody left.
+
+    FAULT_TRIALS=10 for ten of each.
+    """
+    rng = random.Random(trial * 100 + sent)
+    tensor, pipeline = [(2, 1), (1, 2), (3, 1), (2, 2)][trial % 4]
+    with grid_engine(checkpoints["qwen3"], tensor, pipeline, timeout=3.0) as engine:
+        processes = engine.executor.processes
+        rank = rng.choice(list(processes))
+        killer = threading.Timer(rng.uniform(0, 1.5), processes[rank].send_signal, [sent])
+        killer.start()
+        text = generate_until_error(engine)
+        took = time.monotonic()
+        killer.join()
+        assert f"rank {rank} " in text, text
+        assert ("SIGKILL" if sent == signal.SIGKILL else "does not answer") in text, text
+        assert nobody_is_left([process.pid for process in processes.values()])
+        assert time.monotonic() - took < 10
+
+
+SCRIPT = """
+import sys, threading
+sys.path.insert(0, {root!r})
+import torch
+from solutions import parallelism
+from solutions.tests.soak import Letters
+from solutions.llama_pytorch import SamplingParams
+parallelism.load_tokenizer = lambda folder: Letters()
+with parallelism.ParallelEngine({folder!r}, {tensor}, {pipeline}, dtype=torch.float64, device="cpu", timeout=3.0,
+                                max_model_len=64) as engine:
+    print(*[process.pid for process in engine.executor.processes.values()], flush=True)
+    while True:
+        engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=40, ignore_eos=True), progress=False)
+"""
+
+
+def run_script(folder: Path, tensor: int, pipeline: int) -> tuple[subprocess.Popen, list[int]]:
+    """An engine in a process of its own, busy without end; and the process ids of its workers."""
+    script = SCRIPT.format(root=str(ROOT), folder=str(folder), tensor=tensor, pipeline=pipeline)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    return process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_rank_0_is_killed(checkpoints, tensor, pipeline):
+    process, workers = run_script(checkpoints["qwen3"], tensor, pipeline)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    assert workers and nobody_is_left(workers)
+
+
+@pytest.mark.slow
+def test_rank_0_is_stopped_for_a_while(checkpoints):
+    """When it goes on, it finds that the others have given up, and says so."""
+    process, workers = run_script(checkpoints["qwen3"], 2, 1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.send_signal(signal.SIGCONT)
+    _, error = process.communicate(timeout=20)
+    assert "WorkerError" in error and "rank 1" in error
+    assert nobody_is_left(workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_ctrl_c_ends_every_process(checkpoints, tensor, pipeline):
+    process, workers = run_script(checkpoints["qwen3"], tensor, pipeline)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in error and "WorkerError" not in error
+    assert nobody_is_left(workers)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2)])
+def test_ctrl_c_loses_nothing(checkpoints, tensor, pipeline):
+    """The answers so far end there; the engine, and its workers, go on with the next."""
+    folder = checkpoints["qwen3"]
+    with grid_engine(folder, tensor, pipeline) as engine:
+        expected = [output.token_ids for output in engine.generate(PROMPTS, PARAMS, progress=False)]
+        for _ in range(3):
+            timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT])
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                while True:
+                    engine.generate(PROMPTS, PARAMS, progress=False)
+            timer.join()
+        got = [output.token_ids for output in engine.generate(PROMPTS, PARAMS, progress=False)]
+        assert got == expected
+        assert engine.manager.pool.num_free_blocks == len(engine.manager.pool.blocks)
+
+
+def test_idling_is_no_failure(checkpoints):
+    """Nobody computes for longer than the ranks would wait for each other within a step."""
+    with grid_engine(checkpoints["qwen3"], 2, 1, timeout=1.0) as engine:
+        first = engine.generate(PROMPTS, PARAMS, progress=False)
+        time.sleep(2.5)
+        second = engine.generate(PROMPTS, PARAMS, progress=False)
+    assert [output.token_ids for output in first] == [output.token_ids for output in second]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# torchrun
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def torchrun(*options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "common", "run", "--model", "tales"]
+    command += ["--prompt", "Anna and the wolf", "--max-tokens", "12", "--tensor-parallel", "2"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def one_process() -> str:
+    command = [sys.executable, "-m", "common", "run", "--model", "tales", "--prompt", "Anna and the wolf"]
+    done = subprocess.run([*command, "--max-tokens", "12"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.partition("\n\n")[0]
+
+
+@pytest.mark.slow
+def test_torchrun_on_one_machine():
+    launcher = torchrun("--standalone", "--nproc-per-node", "2")
+    output, error = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, error
+    assert output.partition("\n\n")[0] == one_process()
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines():
+    """Two rendezvous agents, as on two machines, which meet on this one's loopback."""
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "course"]
+    launchers = [torchrun(*options, "--local-addr", "127.0.0.1") for _ in range(2)]
+    outputs = [launcher.communicate(timeout=180) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], [error for _, error in outputs]
+    texts = sorted(output.partition("\n\n")[0] for output, _ in outputs)
+    assert texts == ["", one_process()]
