@@ -313,6 +313,7 @@ def main(argv: list[str]) -> int:
         "recompute-smollm2-135m",
         "kv-cache-smollm2-135m",
         "preemption-smollm2-135m",
+        "grids-smollm2-135m",
         "ladder-smollm2-135m",
     )
     parser = argparse.ArgumentParser(prog="python -m common bench", description=__doc__.partition("\n")[0])
@@ -343,6 +344,12 @@ def main(argv: list[str]) -> int:
             elif name.startswith("kv-cache-"):
                 model = "tales" if settings.quick else name.removeprefix("kv-cache-")
                 result = measure_kv_cache(model, lengths, repeats)
+            elif name.startswith("grids-"):
+                from common.grid_bench import measure_grids
+
+                os.environ["KERNELS"] = "plain"  # the layers of tensor-parallel ranks are not packed
+                result = measure_grids("tales" if settings.quick else name.removeprefix("grids-"), settings.quick)
+                del os.environ["KERNELS"]
             elif name.startswith("preemption-"):
                 model = "tales" if settings.quick else name.removeprefix("preemption-")
                 sizes = [8, 16] if settings.quick else [64, 256, 1024]

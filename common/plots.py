@@ -525,6 +525,34 @@ def pool_through_time() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Lesson 6: who is idle
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-6-parallelism/figures/timeline.svg")
+def pipeline() -> Figure:
+    """When two stages computed, measured: with one batch under way, and with two."""
+    measurement = bench.read("grids-smollm2-135m")
+    fig = Figure(layout="constrained", figsize=(8.5, 3.6))
+    for axes, way in zip(fig.subplots(2, 1, sharex=True), ("two stages, one batch", "two stages, two batches")):
+        stages = measurement["ways"][way]["timeline"]
+        for row, stage in enumerate(stages):
+            for step, _, began, ended in stage:
+                color = (BLUE, ORANGE)[step % 2] if "two batches" in way else BLUE
+                axes.barh(row, ended - began, left=began, height=0.7, color=color, edgecolor="white", linewidth=0.6)
+        axes.set_yticks(range(len(stages)), [f"stage {row}" for row in range(len(stages))])
+        axes.invert_yaxis()
+        axes.set_title(way.removeprefix("two stages, ") + " under way")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+    axes.set_xlabel("seconds")
+    axes.set_xlim(0, 0.9 * max(stage[-1][3] for stage in stages))
+    source_line(fig, measurement)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The ladder
 # ---------------------------------------------------------------------------------------------------------------
 

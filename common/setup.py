@@ -250,6 +250,8 @@ def ensure(extra: str, argv: list[str]) -> None:
             suitable_python()
             say(f"Note: this is Python {version_text(sys.version_info)}; the course is tested on 3.10 to 3.13.")
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return  # one of several processes that torchrun has started: where it is, all is, and they must not all install
     stamp = read_stamp()
     if not fits(stamp, extra) or (inside() and stamp.get("python") != version_text(sys.version_info)):
         install(extra)

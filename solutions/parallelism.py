@@ -564,8 +564,8 @@ def worker_loop(
 
 def is_consequence(error: BaseException) -> bool:
     """Whether it was raised while talking to other ranks: then one of those is likely to be the cause."""
-    folder = Path(dist.__file__).parent
-    return any(folder in Path(frame.filename).parents for frame in traceback.extract_tb(error.__traceback__))
+    folder, frames = Path(dist.__file__).parent, traceback.extract_tb(error.__traceback__)
+    return "gloo/" in str(error) or any(folder in Path(frame.filename).parents for frame in frames)
 
 
 def describe(error: BaseException) -> str:

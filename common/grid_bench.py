@@ -1,0 +1,128 @@
+"""What parallelism costs and gives on this machine: the same requests on one process and on grids of ranks.
+
+Ranks note when they compute, each in a file of its own, so that the pipeline's overlap can be seen and not only
+believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from solutions.batching import Engine, EngineConfig, ModelRunner, SchedulerOutput
+from solutions.llama_pytorch import SamplingParams, load
+from solutions.parallelism import MakeRunner, ParallelEngine, make_runner
+
+
+class TimedRunner(ModelRunner):
+    """Notes when each step began to be computed here, and when it was done."""
+
+    def __init__(self, plain: ModelRunner, file: Path):
+        super().__init__(plain.model, plain.cache)
+        self.file = file
+
+    def execute(self, plan: SchedulerOutput, hidden=None):
+        start = time.time()
+        result = super().execute(plan, hidden)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([plan.step_id, len(plan.scheduled), start, time.time()]) + "\n")
+        return result
+
+
+def make_timed_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
+    return TimedRunner(make_runner(config, model, layers), folder / f"rank-{dist.get_rank()}.jsonl")
+
+
+def make_probing_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
+    """Before it is used, all ranks add up tensors of some sizes, and rank 0 notes how long that takes."""
+    seconds = {}
+    for rows in (1, 8, 64):
+        x = torch.zeros(rows, model.config.hidden_size)
+        taken = []
+        for _ in range(220):
+            start = time.perf_counter()
+            dist.all_reduce(x)
+            taken.append(time.perf_counter() - start)
+        seconds[rows] = statistics.median(taken[20:])
+    if dist.get_rank() == 0:
+        (folder / "all_reduce.json").write_text(json.dumps(seconds), encoding="utf-8")
+    return make_runner(config, model, layers)
+
+
+def measure_grids(name: str, quick: bool) -> dict:
+    """One process with one thread and with two, two tensor-parallel ranks, two stages with one batch and with two."""
+    model, tokenizer = load(name, torch.float32, "cpu")
+    num_tokens, rounds = (6, 1) if quick else (24, 3)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(100, model.config.vocab_size, (32, 16), generator=generator).tolist()
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+    threads = torch.get_num_threads()
+    ways = {
+        "one process, 1 thread": None,
+        "one process, 2 threads": None,
+        "two tensor-parallel ranks": (2, 1),
+        "two stages, one batch": (1, 2),
+        "two stages, two batches": (1, 2),
+    }
+    rows: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for way, grid in ways.items():
+            torch.set_num_threads(1 if "1 thread" in way else 2)
+            start = time.perf_counter()
+            if grid is None:
+                engine = Engine(model, tokenizer, enable_prefix_caching=False)
+            else:
+                engine = ParallelEngine(name, *grid, dtype=torch.float32, device="cpu", enable_prefix_caching=False)
+            row = {"start_seconds": time.perf_counter() - start}
+            with engine:
+                if way == "two tensor-parallel ranks":
+                    engine.executor.command(MakeRunner(partial(make_probing_runner, Path(folder), engine.config)))
+                if "stages" in way:
+                    engine.executor.command(MakeRunner(partial(make_timed_runner, Path(folder), engine.config)))
+                if way == "two stages, one batch":
+                    engine.executor.depth = engine.scheduler.depth = 1
+                row |= {"num_bytes_read": getattr(engine, "num_bytes_read", None)}
+                for count in (1, 8, 32):
+                    speeds = []
+                    for _ in range(rounds + 1):
+                        start = time.perf_counter()
+                        engine.generate(prompts[:count], params, progress=False)
+                        speeds.append(count * num_tokens / (time.perf_counter() - start))
+                    row[f"tokens_per_second_{count}"] = statistics.median(speeds[1:])
+                    print(f"{name}, {way}, {count} at once: {row[f'tokens_per_second_{count}']:.1f} tokens/s", flush=True)
+            if "stages" in way:
+                row["timeline"] = timeline(Path(folder))
+            rows[way] = row
+        all_reduce = json.loads((Path(folder) / "all_reduce.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(threads)
+    print("all_reduce: " + ", ".join(f"{rows} rows {seconds * 1e3:.2f} ms" for rows, seconds in all_reduce.items()))
+    return {
+        "model": name,
+        "dtype": "float32",
+        "kernels": os.environ.get("KERNELS", ""),
+        "num_output_tokens": num_tokens,
+        "ways": rows,
+        "all_reduce_seconds": all_reduce,
+    }
+
+
+def timeline(folder: Path) -> list[list[list[float]]]:
+    """For each stage the last sixteen steps: [step, number of requests, began, ended], seconds from the first of them.
+
+    The files are emptied for the next.
+    """
+    stages = []
+    for file in sorted(folder.glob("rank-*.jsonl")):
+        spans = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        stages.append(spans[-24:-8])
+        file.unlink()
+    first = min(stage[0][2] for stage in stages)
+    return [[[step, count, start - first, end - first] for step, count, start, end in stage] for stage in stages]
