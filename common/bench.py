@@ -314,6 +314,7 @@ def main(argv: list[str]) -> int:
         "kv-cache-smollm2-135m",
         "preemption-smollm2-135m",
         "grids-smollm2-135m",
+        "quality-smollm2-135m",
         "ladder-smollm2-135m",
     )
     parser = argparse.ArgumentParser(prog="python -m common bench", description=__doc__.partition("\n")[0])
@@ -350,6 +351,10 @@ def main(argv: list[str]) -> int:
                 os.environ["KERNELS"] = "plain"  # the layers of tensor-parallel ranks are not packed
                 result = measure_grids("tales" if settings.quick else name.removeprefix("grids-"), settings.quick)
                 del os.environ["KERNELS"]
+            elif name.startswith("quality-"):
+                from common.quality import measure_quality
+
+                result = measure_quality("tales" if settings.quick else name.removeprefix("quality-"), settings.quick)
             elif name.startswith("preemption-"):
                 model = "tales" if settings.quick else name.removeprefix("preemption-")
                 sizes = [8, 16] if settings.quick else [64, 256, 1024]

@@ -97,7 +97,9 @@ def measure_grids(name: str, quick: bool) -> dict:
                         engine.generate(prompts[:count], params, progress=False)
                         speeds.append(count * num_tokens / (time.perf_counter() - start))
                     row[f"tokens_per_second_{count}"] = statistics.median(speeds[1:])
-                    print(f"{name}, {way}, {count} at once: {row[f'tokens_per_second_{count}']:.1f} tokens/s", flush=True)
+                    print(
+                        f"{name}, {way}, {count} at once: {row[f'tokens_per_second_{count}']:.1f} tokens/s", flush=True
+                    )
             if "stages" in way:
                 row["timeline"] = timeline(Path(folder))
             rows[way] = row

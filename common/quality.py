@@ -1,0 +1,87 @@
+"""What fewer bits cost: perplexity and KL divergence to float32, on text that comes with Python, for every kind.
+
+The text is `pydoc_data.topics`, which Python's `help` shows: English prose with code in it, the same on every machine
+with the same version. What scales for activations are chosen with is another part of it than what is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import pydoc_data.topics
+import statistics
+from dataclasses import asdict
+
+import torch
+
+from solutions.llama_pytorch import causal_attend, load
+from solutions.quantization import (
+    Quantization,
+    kl_divergence,
+    quantized_copy,
+    scale_for_activations,
+    weight_bytes,
+)
+
+
+def text_of_python() -> str:
+    """The topics, in the order of their names."""
+    topics = pydoc_data.topics.topics
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def windows(token_ids: list[int], length: int, count: int) -> list[torch.Tensor]:
+    """`count` pieces of the text, evenly spread over it."""
+    stride = (len(token_ids) - length) // count
+    return [torch.tensor(token_ids[i * stride : i * stride + length]) for i in range(count)]
+
+
+def predictions(model, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits (T, V) of a text."""
+    return model.logits(model(tokens, torch.arange(len(tokens)), causal_attend))
+
+
+@torch.inference_mode()
+def measure_quality(name: str, quick: bool) -> dict:
+    """Perplexity, KL and bytes of each kind, plain and with scales for activations."""
+    model, tokenizer = load(name, torch.float32, "cpu")
+    token_ids = tokenizer.encode(text_of_python())
+    length, count = (16, 1) if quick else (512, 4)
+    half = len(token_ids) // 2
+    measured, calibration = windows(token_ids[:half], length, count), token_ids[half : half + length]
+    exact = [predictions(model, tokens) for tokens in measured]
+
+    def cost(other) -> dict:
+        losses, distances = [], []
+        for tokens, reference in zip(measured, exact):
+            logits = reference if other is None else predictions(other, tokens)
+            losses.append(float(torch.nn.functional.cross_entropy(logits[:-1], tokens[1:])))
+            distances.append(float(kl_divergence(reference, logits)))
+        return {"perplexity": math.exp(statistics.mean(losses)), "kl": statistics.mean(distances)}
+
+    rows = [{"kind": "float32", "bytes": weight_bytes(model), **cost(None)}]
+    kinds = [Quantization("int8"), Quantization("w8a8")]
+    sizes = (32,) if quick else (32, 64, 128)
+    kinds += [Quantization("int4", size, symmetric) for size in sizes for symmetric in (False, True)]
+    for is_aware in (False, True):
+        for kind in kinds:
+            if is_aware and kind.kind != "int4":
+                continue
+            source = model
+            if is_aware:
+                source, _ = load(name, torch.float32, "cpu")
+                scale_for_activations(source, calibration, kind, causal_attend)
+            quantized = quantized_copy(source, kind)
+            rows.append(
+                {**asdict(kind), "activation_aware": is_aware, "bytes": weight_bytes(quantized), **cost(quantized)}
+            )
+            print(
+                {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()},
+                flush=True,
+            )
+    return {
+        "model": name,
+        "text": f"pydoc_data.topics of Python {platform.python_version()}",
+        "num_tokens": length * count,
+        "rows": rows,
+    }
