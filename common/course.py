@@ -84,6 +84,7 @@ LESSONS = (
     Lesson(4, "paged-attention", "Paged attention", 6),
     Lesson(5, "batching", "Continuous batching", 9),
     Lesson(6, "parallelism", "Parallelism", 9),
+    Lesson(7, "quantization", "Quantization", 7),
 )
 
 

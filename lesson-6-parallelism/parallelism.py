@@ -48,7 +48,15 @@ from common import kernels
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.course import ROOT
 from common.tokenizer import load_tokenizer
-from solutions.batching import Engine, EngineConfig, ModelRunner, ModelRunnerOutput, SchedulerOutput
+from solutions.batching import (
+    Engine,
+    EngineConfig,
+    Executor,
+    LocalExecutor,
+    ModelRunner,
+    ModelRunnerOutput,
+    SchedulerOutput,
+)
 from solutions.llama_pytorch import Llama, ModelConfig, load_weights, parse_config
 from solutions.paged_attention import PagedKVCache
 
@@ -223,7 +231,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, plain: nn.Linear, part: range, group: Group):
         super().__init__()
         self.group = group
-        self.in_features, self.out_features = len(part), plain.out_features
+        self.in_features, self.out_features, self.whole_in_features = len(part), plain.out_features, plain.in_features
         self.weight = nn.Parameter(plain.weight.new_empty(plain.out_features, len(part)), requires_grad=False)
         self.bias = None if plain.bias is None else nn.Parameter(torch.empty_like(plain.bias), requires_grad=False)
         self.shards = {"weight": Shard(1, part)}
@@ -499,8 +507,8 @@ def worker_loop(
 
 def is_consequence(error: BaseException) -> bool:
     """Whether it was raised while talking to other ranks: then one of those is likely to be the cause."""
-    folder = Path(dist.__file__).parent
-    return any(folder in Path(frame.filename).parents for frame in traceback.extract_tb(error.__traceback__))
+    folder, frames = Path(dist.__file__).parent, traceback.extract_tb(error.__traceback__)
+    return "gloo/" in str(error) or any(folder in Path(frame.filename).parents for frame in frames)
 
 
 def describe(error: BaseException) -> str:
@@ -576,25 +584,31 @@ class Ready:
 class Rank:
     """One rank's state, and what it does with each command. Rank 0, the engine's own process, has one too."""
 
-    def __init__(self, rank: int, join: Join, store: dist.Store):
+    def __init__(self, rank: int, join: Join, store: dist.Store | None):
         torch.set_num_threads(join.num_threads)
         if join.backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
         self.place = Place(rank, join.tensor_parallel, join.pipeline_parallel)
         grid = rank_grid(join.tensor_parallel, join.pipeline_parallel)
-        excepthook = sys.excepthook
+        handles = self.meet(rank, grid, join, store) if store is not None else [None]
+        ranks = grid[self.place.stage]
+        self.group = Group(ranks.index(rank), ranks, handles[self.place.stage])
+        self.samples = self.place.is_last_stage and self.group.rank == 0
+
+    @staticmethod
+    def meet(rank: int, grid: list[list[int]], join: Join, store: dist.Store) -> list[dist.ProcessGroup]:
+        """Find the other ranks. Returns a group for each row of the grid."""
+        excepthook, timeout = sys.excepthook, datetime.timedelta(seconds=join.timeout)
         dist.init_process_group(
             join.backend,
             store=dist.PrefixStore("ranks", store),
             rank=rank,
             world_size=join.tensor_parallel * join.pipeline_parallel,
-            timeout=datetime.timedelta(seconds=join.timeout),
+            timeout=timeout,
         )
         sys.excepthook = excepthook  # torch's own would put "[rank0]:" before every line of every traceback
-        handles = [dist.new_group(ranks) for ranks in grid]  # every rank has to name every group
-        ranks = grid[self.place.stage]
-        self.group = Group(ranks.index(rank), ranks, handles[self.place.stage])
-        self.samples = self.place.is_last_stage and self.group.rank == 0
+        # Every rank has to name every group; and a group that is not told how long to wait would wait half an hour.
+        return [dist.new_group(ranks, timeout) for ranks in grid]
 
     def run(self, command: object) -> object:
         """Do what a command says. Returns what rank 0 should hear of it, or None."""
@@ -671,7 +685,7 @@ class ParallelExecutor:
         self.processes: dict[int, subprocess.Popen] = {}
         self.connections: dict[int, Connection] = {}
         self.num_threads = torch.get_num_threads()
-        if dist.is_initialized():
+        if self.size > 1 and dist.is_initialized():
             raise ValueError("torch.distributed is in use in this process: close the other parallel engine first.")
         if under_torchrun() and int(os.environ["WORLD_SIZE"]) != self.size:
             raise ValueError(
@@ -679,6 +693,9 @@ class ParallelExecutor:
                 f"pipeline_parallel={pipeline_parallel} is {self.size}."
             )
         self.finalizer = weakref.finalize(self, end_workers, self.processes, self.connections)
+        if self.size == 1:
+            self.rank = Rank(0, Join(1, 1, "", timeout, self.num_threads), None)
+            return
         with self.guarded():
             store, num_local = self.find_ranks()
             backend = "nccl" if device.startswith("cuda") else "gloo"
@@ -746,7 +763,7 @@ class ParallelExecutor:
         """End all ranks."""
         self.is_down = self.is_down or "it was closed."
         self.finalizer()
-        if dist.is_initialized():
+        if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
             torch.set_num_threads(self.num_threads)
 
@@ -828,6 +845,9 @@ class ParallelExecutor:
             except (EOFError, OSError):
                 states[rank] = "is gone"
         for rank, process in self.processes.items():
+            if states[rank] == "is gone":  # its socket may be closed a moment before it has ended
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1.0)
             code = process.poll()
             if code is not None:
                 states[rank] = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended, exit code {code}"
@@ -948,20 +968,43 @@ class ParallelEngine(Engine):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         checkpoint = Checkpoint(find_checkpoint(name))
-        config = parse_config(checkpoint.config)
-        check_parallel(config, tensor_parallel, pipeline_parallel)
+        config, grid = self.read_config(checkpoint), (tensor_parallel, pipeline_parallel)
+        check_parallel(config, *grid)
         memory = settings.get("kv_cache_memory", EngineConfig.kv_cache_memory)
-        settings["kv_cache_memory"] = int(memory / largest_share(config, tensor_parallel, pipeline_parallel))
+        settings["kv_cache_memory"] = int(memory / self.cache_share(config, dtype, *grid))
         EngineConfig(**settings)  # what is wrong with the settings is said before anything is started
-        self.executor = ParallelExecutor(tensor_parallel, pipeline_parallel, device, timeout)
+        self.ranks = ParallelExecutor(*grid, device, timeout)
         try:
-            loaded = self.executor.command(Load(partial(load_share, str(checkpoint.folder), dtype, device)))
+            loaded = self.ranks.command(Load(self.loader(str(checkpoint.folder), dtype, device)))
             self.num_bytes_read = [each.num_bytes_read for each in loaded]
-            super().__init__(self.executor.rank.model, load_tokenizer(checkpoint.folder), **settings)
+            super().__init__(self.ranks.rank.model, load_tokenizer(checkpoint.folder), **settings)
+        except WorkerError as error:
+            # What is wrong with a checkpoint or a setting is said as it would be without ranks.
+            if isinstance(error.__cause__, ValueError):
+                raise error.__cause__ from None
+            raise
         except BaseException:
-            self.executor.close()
+            self.ranks.close()
             raise
 
-    def build_executor(self) -> ParallelExecutor:
-        self.executor.command(MakeRunner(partial(make_runner, self.config)))
-        return self.executor
+    def build_executor(self) -> Executor:
+        """The ranks; or, where there is one, lesson 5's executor: there a request that fails takes no other with it."""
+        self.ranks.command(MakeRunner(self.maker()))
+        return self.ranks if self.ranks.size > 1 else LocalExecutor(self.ranks.rank.runner)
+
+    # What a later lesson does otherwise
+
+    def read_config(self, checkpoint: Checkpoint) -> ModelConfig:
+        return parse_config(checkpoint.config)
+
+    def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
+        """What a rank's keys and values take, of what those of a whole model take."""
+        return largest_share(config, *grid)
+
+    def loader(self, folder: str, dtype: torch.dtype, device: str) -> Callable:
+        """What each rank is to call to load its share."""
+        return partial(load_share, folder, dtype, device)
+
+    def maker(self) -> Callable:
+        """What each rank is to call to make what computes."""
+        return partial(make_runner, self.config)

@@ -1,0 +1,589 @@
+"""The checks of lesson 7. Weights are small and worked by hand, and chosen so that rounding is no matter of luck."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from common.checkpoints import Checkpoint
+from common.grading import close, equal, exercise, holds, together
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None).requires_grad_(False)
+    layer.weight.copy_(weight)
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer
+
+
+def filled(layer, weight: torch.Tensor):
+    """A quantized layer with the tensors that the reference makes of this weight."""
+    for name, tensor in layer.quantized(weight).items():
+        setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+    return layer
+
+
+def spread(*shape: int) -> torch.Tensor:
+    """Numbers without order, from -2 to 2, no two alike."""
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count, dtype=torch.float32) * 37 % count) / count * 4 - 2).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Eight bits
+# ---------------------------------------------------------------------------------------------------------------
+
+WEIGHT = torch.tensor([[127.0, -3.0, 2.4], [0.635, 0.01, -0.32]])
+
+
+@exercise("7.1", points=2)
+class TestQuantizeInt8:
+    def test_numbers_and_scales(self, code):
+        numbers, scale = code.quantize_int8(WEIGHT)
+        close(scale, torch.tensor([1.0, 0.005]), "the scales of [[127, -3, 2.4], [0.635, 0.01, -0.32]]")
+        expected = torch.tensor([[127, -3, 2], [127, 2, -64]], dtype=torch.int8)
+        close(numbers, expected, "the numbers of [[127, -3, 2.4], [0.635, 0.01, -0.32]]")
+
+    def test_the_largest_may_be_negative(self, code):
+        numbers, scale = code.quantize_int8(torch.tensor([[-254.0, 254.0, 3.0]]))
+        close(scale, torch.tensor([2.0]), "the scale of [[-254, 254, 3]]")
+        close(numbers, torch.tensor([[-127, 127, 2]], dtype=torch.int8), "the numbers of [[-254, 254, 3]]")
+
+    def test_zeros(self, code):
+        numbers, scale = code.quantize_int8(torch.tensor([[0.0, 0.0], [1.27, 0.0]]))
+        close(scale, torch.tensor([1.0, 0.01]), "the scales of [[0, 0], [1.27, 0]]")
+        close(numbers, torch.tensor([[0, 0], [127, 0]], dtype=torch.int8), "the numbers of [[0, 0], [1.27, 0]]")
+
+    def test_part_of_a_row(self, code):
+        numbers, scale = code.quantize_int8(torch.tensor([[3.0, -1.0]]), torch.tensor([12.7]))
+        close(scale, torch.tensor([0.1]), "the scale of [3, -1], part of a row whose largest magnitude is 12.7")
+        close(numbers, torch.tensor([[30, -10]], dtype=torch.int8), "the numbers of [3, -1] in that row")
+
+    def test_error_is_half_a_step(self, code):
+        weight = spread(6, 40)
+        numbers, scale = code.quantize_int8(weight)
+        error = (numbers.float() * scale[:, None] - weight).abs() / scale[:, None]
+        worst = float(error.max())
+        holds(
+            worst <= 0.5001, f"a weight is {worst:.2f} scales away from what its number stands for; at most 0.5.", worst
+        )
+
+
+@exercise("7.3", points=1)
+class TestQuantizeActivations:
+    def test_a_scale_for_each_token(self, code):
+        x = torch.tensor([[1.27, -0.5, 0.0], [-254.0, 2.0, 100.0]])
+        numbers, scale = code.quantize_activations(x)
+        close(scale, torch.tensor([0.01, 2.0]), "the scales of two tokens, [1.27, -0.5, 0] and [-254, 2, 100]")
+        expected = torch.tensor([[127, -50, 0], [-127, 1, 50]], dtype=torch.int8)
+        close(numbers, expected, "the numbers of two tokens, [1.27, -0.5, 0] and [-254, 2, 100]")
+
+    def test_part_of_a_token(self, code):
+        numbers, scale = code.quantize_activations(torch.tensor([[1.0, -2.0]]), torch.tensor([25.4]))
+        close(scale, torch.tensor([0.2]), "the scale of [1, -2], of a token whose largest magnitude is 25.4")
+        close(numbers, torch.tensor([[5, -10]], dtype=torch.int8), "the numbers of [1, -2] in that token")
+
+
+@exercise("7.2", points=2)
+class TestInt8Linear:
+    def test_product(self, code):
+        weight, x = spread(5, 8), spread(3, 8) + 0.5
+        layer = filled(code.Int8Linear(linear(weight)), weight)
+        numbers, scale = layer.weight, layer.weight_scale
+        expected = x @ (numbers.float() * scale[:, None]).T
+        close(layer.product(x), expected, "product(x), of five outputs and eight inputs", rtol=1e-4, atol=1e-5)
+        close(layer.product(x[:1]), expected[:1], "product(x) of one token", rtol=1e-4, atol=1e-5)
+
+    def test_in_the_dtype_of_x(self, code):
+        weight, x = spread(4, 4).double(), spread(2, 4).double()
+        layer = filled(code.Int8Linear(linear(weight).double()), weight)
+        expected = x @ (layer.weight.double() * layer.weight_scale[:, None]).T
+        close(layer.product(x), expected, "product(x) in float64", rtol=1e-9, atol=1e-9)
+
+    def test_the_weight_is_left_alone(self, code):
+        weight = spread(4, 4)
+        layer = filled(code.Int8Linear(linear(weight)), weight)
+        before = layer.weight.clone()
+        layer.product(spread(2, 4))
+        close(layer.weight, before, "the layer's numbers, after product")
+
+
+@exercise("7.4", points=3)
+class TestW8A8Linear:
+    def expected(self, layer, x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        scale = absmax / 127
+        numbers = (x / scale[:, None]).round()
+        return (numbers.double() @ layer.weight.double().T).to(x.dtype) * scale[:, None] * layer.weight_scale
+
+    def test_product(self, code):
+        weight, x = spread(5, 12), spread(4, 12) * torch.tensor([[0.01], [1.0], [30.0], [2.0]])
+        layer = filled(code.W8A8Linear(linear(weight)), weight)
+        expected = self.expected(layer, x, x.abs().amax(1))
+        close(layer.product(x), expected, "product(x) of four tokens of very different size", rtol=1e-4, atol=1e-6)
+
+    def test_sums_need_more_than_eight_bits(self, code):
+        weight = torch.ones(2, 2000)
+        layer = filled(code.W8A8Linear(linear(weight)), weight)
+        got = layer.product(torch.ones(1, 2000))
+        close(got, torch.full((1, 2), 2000.0), "product of 2,000 ones with 2,000 weights of one", rtol=1e-4)
+
+    def test_ranks_scale_a_token_alike(self, code):
+        """Another rank has the larger part of the token: the group says so."""
+
+        class Other(code.Group):
+            def all_reduce(self, x, op=None):
+                return torch.full_like(x, 12.7) if op == torch.distributed.ReduceOp.MAX else x
+
+        weight, x = spread(3, 4), torch.tensor([[1.0, -0.31, 0.5, 0.02]])
+        layer = filled(code.W8A8Linear(code.RowParallelLinear(linear(weight), range(4), code.Group())), weight)
+        layer.group = Other()
+        expected = self.expected(layer, x, torch.tensor([12.7]))
+        what = "product(x), where another rank's part of the token has a magnitude of 12.7"
+        close(layer.product(x), expected, what, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Four bits
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("7.5", points=1)
+class TestPackInt4:
+    def test_nibbles(self, code):
+        numbers = torch.tensor([[1, 2, 15, 0], [9, 9, 8, 7]], dtype=torch.uint8)
+        expected = torch.tensor([[0x21, 0x0F], [0x99, 0x78]], dtype=torch.uint8)
+        close(code.pack_int4(numbers), expected, "pack_int4([[1, 2, 15, 0], [9, 9, 8, 7]])")
+
+    def test_every_pair(self, code):
+        pairs = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8)
+        expected = (pairs[:, :1].int() + 16 * pairs[:, 1:].int()).to(torch.uint8)
+        close(code.pack_int4(pairs), expected, "pack_int4 of all 256 pairs")
+
+
+@exercise("7.6", points=1)
+class TestUnpackInt4:
+    def test_bytes(self, code):
+        packed = torch.tensor([[0x21, 0x0F], [0x99, 0x78]], dtype=torch.uint8)
+        expected = torch.tensor([[1, 2, 15, 0], [9, 9, 8, 7]], dtype=torch.uint8)
+        close(code.unpack_int4(packed), expected, "unpack_int4([[0x21, 0x0F], [0x99, 0x78]])")
+
+    def test_every_pair_there_and_back(self, code):
+        pairs = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8)
+        packed = (pairs[:, :1].int() + 16 * pairs[:, 1:].int()).to(torch.uint8)
+        close(code.unpack_int4(packed), pairs, "unpack_int4 of all 256 bytes")
+        close(code.unpack_int4(packed.view(16, 16)), pairs.view(16, 32), "unpack_int4 of 16 rows of 16 bytes")
+
+
+@exercise("7.7", points=4)
+class TestQuantizeInt4:
+    def test_asymmetric(self, code):
+        weight = torch.tensor([[1.0, 16.0, 4.2, 8.0, -7.5, 0.0, -3.5, -0.5]])
+        numbers, scale, minimum = code.quantize_int4(weight, 4, False)
+        what = "of [1, 16, 4.2, 8 | -7.5, 0, -3.5, -0.5] in groups of 4, asymmetric"
+        close(scale, torch.tensor([[1.0, 0.5]]).half(), f"the scales {what}")
+        close(minimum, torch.tensor([[1.0, -7.5]]).half(), f"the minima {what}")
+        close(numbers, torch.tensor([[0, 15, 3, 7, 0, 15, 8, 14]], dtype=torch.uint8), f"the numbers {what}")
+
+    def test_symmetric(self, code):
+        weight = torch.tensor([[7.0, -7.0, 2.2, 0.0, 1.75, 0.5, -3.5, 3.0]])
+        numbers, scale, minimum = code.quantize_int4(weight, 4, True)
+        what = "of [7, -7, 2.2, 0 | 1.75, 0.5, -3.5, 3] in groups of 4, symmetric"
+        close(scale, torch.tensor([[1.0, 0.5]]).half(), f"the scales {what}")
+        close(minimum, torch.tensor([[-8.0, -4.0]]).half(), f"the minima {what}")
+        numbers = numbers.clone()
+        holds(int(numbers[0, 4]) in (11, 12), f"1.75 in scales of 0.5 above -4 is 11.5; the number is {numbers[0, 4]}.")
+        numbers[0, 4] = 12
+        close(numbers, torch.tensor([[15, 1, 10, 8, 12, 9, 1, 14]], dtype=torch.uint8), f"the numbers {what}")
+
+    def test_a_short_last_group(self, code):
+        weight = torch.tensor([[0.0, 15.0, 1.0, 2.0, 100.0, 130.0], [0.0, 15.0, 1.0, 2.0, -9.0, -3.0]])
+        numbers, scale, minimum = code.quantize_int4(weight, 4, False)
+        what = "of rows of six in groups of 4, the last two alone"
+        close(scale, torch.tensor([[1.0, 2.0], [1.0, 0.4]]).half(), f"the scales {what}")
+        close(minimum, torch.tensor([[0.0, 100.0], [0.0, -9.0]]).half(), f"the minima {what}")
+        expected = torch.tensor([[0, 15, 1, 2, 0, 15], [0, 15, 1, 2, 0, 15]], dtype=torch.uint8)
+        close(numbers, expected, f"the numbers {what}")
+
+    def test_all_alike(self, code):
+        numbers, scale, minimum = code.quantize_int4(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), 2, False)
+        close(scale, torch.ones(2, 1).half(), "the scales of groups in which all are alike")
+        close(minimum, torch.tensor([[3.0], [0.0]]).half(), "the minima of groups in which all are alike")
+        close(numbers, torch.zeros(2, 2, dtype=torch.uint8), "the numbers of groups in which all are alike")
+
+    def test_chosen_for_the_rounded_scale(self, code):
+        """float16 has 11 bits: the scale that is kept is not quite the one that was computed."""
+        weight = torch.linspace(40011.3, 40311.3, 64).view(1, 64)
+        numbers, scale, minimum = code.quantize_int4(weight, 64, False)
+        close(minimum, torch.tensor([[40000.0]]).half(), "the minimum of a group from 40,011.3 to 40,311.3")
+        expected = ((weight - 40000) / scale.float()).round().clamp(0, 15).to(torch.uint8)
+        close(numbers, expected, "the numbers of a group whose minimum float16 rounds to 40,000")
+
+
+@exercise("7.14", points=1)
+class TestDequantizeInt4:
+    def test_one_process(self, code):
+        numbers = torch.tensor([[0, 15, 3, 7, 1, 2]], dtype=torch.uint8)
+        scale, minimum = torch.tensor([[1.0, 0.5]]), torch.tensor([[1.0, -7.0]])
+        got = code.dequantize_int4(numbers, scale, minimum, 4)
+        close(got, torch.tensor([[1.0, 16.0, 4.0, 8.0, -6.5, -6.0]]), "[0, 15, 3, 7 | 1, 2] in groups of 4")
+
+    def test_symmetric(self, code):
+        numbers, scale = torch.tensor([[0, 8, 15, 1]], dtype=torch.uint8), torch.tensor([[1.0, 0.5]])
+        got = code.dequantize_int4(numbers, scale, None, 2)
+        close(got, torch.tensor([[-8.0, 0.0, 3.5, -3.5]]), "[0, 8 | 15, 1] in groups of 2, without minima")
+
+    def test_share_that_begins_within_a_group(self, code):
+        numbers = torch.tensor([[1, 2, 3, 4, 5, 6]], dtype=torch.uint8)
+        scale, minimum = torch.tensor([[1.0, 10.0]]), torch.zeros(1, 2)
+        got = code.dequantize_int4(numbers, scale, minimum, 4, 2)
+        close(got, torch.tensor([[1.0, 2.0, 30.0, 40.0, 50.0, 60.0]]), "1 to 6, of which two end a group of four")
+
+
+@exercise("7.8", points=2)
+class TestInt4Linear:
+    def check(self, code, columns: int, group_size: int, symmetric: bool, dtype=torch.float32) -> None:
+        weight, x = spread(5, columns).to(dtype), (spread(3, columns) + 0.3).to(dtype)
+        layer = filled(code.Int4Linear(linear(weight).to(dtype), group_size, symmetric), weight)
+        numbers, scale, minimum = code.quantize_int4(weight, group_size, symmetric)
+        wide = [each.to(dtype).repeat_interleave(group_size, 1)[:, :columns] for each in (scale, minimum)]
+        expected = x @ (numbers * wide[0] + wide[1]).T
+        kind = f"groups of {group_size}, {'symmetric' if symmetric else 'asymmetric'}, {columns} inputs"
+        close(layer.product(x), expected, f"product(x): {kind}", rtol=1e-4, atol=1e-4)
+
+    def test_groups(self, code):
+        self.check(code, 16, 4, False)
+        self.check(code, 16, 8, True)
+
+    def test_short_groups_and_odd_columns(self, code):
+        self.check(code, 14, 4, False)
+        self.check(code, 7, 4, True)
+
+    def test_in_the_dtype_of_x(self, code):
+        self.check(code, 8, 4, False, torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tree
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("7.9", points=2)
+class TestQuantize:
+    def tree(self) -> nn.Module:
+        root = nn.Module()
+        root.layers = nn.ModuleList([nn.Module() for _ in range(2)])
+        for layer in root.layers:
+            layer.inner = nn.Module()
+            layer.inner.q_proj = nn.Linear(4, 4)
+            layer.inner.norm = nn.LayerNorm(4)
+            layer.down_proj = nn.Linear(4, 2, bias=False)
+        root.table = nn.Embedding(3, 4)
+        return root
+
+    def kinds(self, root: nn.Module) -> dict[str, str]:
+        return {name: type(each).__name__ for name, each in root.named_modules() if not list(each.children())}
+
+    def test_every_linear_layer(self, code):
+        for kind, name in (("int8", "Int8Linear"), ("w8a8", "W8A8Linear"), ("int4", "Int4Linear")):
+            root = self.tree()
+            code.quantize(root, code.Quantization(kind, 2))
+            expected = {}
+            for layer in (0, 1):
+                expected[f"layers.{layer}.inner.q_proj"] = name
+                expected[f"layers.{layer}.inner.norm"] = "LayerNorm"
+                expected[f"layers.{layer}.down_proj"] = name
+            expected["table"] = "Embedding"
+            equal(self.kinds(root), expected, f"the kinds of modules after quantize(..., {kind!r})")
+
+    def test_names_stay(self, code):
+        root = self.tree()
+        code.quantize(root, code.Quantization("int8"))
+        names = sorted(name for name, _ in root.layers[0].named_parameters())
+        expected = ["down_proj.weight", "down_proj.weight_scale", "inner.norm.bias", "inner.norm.weight"]
+        expected += ["inner.q_proj.bias", "inner.q_proj.weight", "inner.q_proj.weight_scale"]
+        equal(names, sorted(expected), "the names of a layer's tensors after quantize")
+
+    def test_what_is_not_exactly_linear_stays(self, code):
+        class Special(nn.Linear):
+            pass
+
+        root = nn.Module()
+        root.special, root.plain = Special(2, 2), nn.Linear(2, 2)
+        code.quantize(root, code.Quantization("int8"))
+        code.quantize(root, code.Quantization("int4", 2))
+        expected = {"special": "Special", "plain": "Int8Linear"}
+        equal(self.kinds(root), expected, "a subclass of nn.Linear and an nn.Linear, after int8 and then int4")
+
+
+@exercise("7.10", points=4)
+class TestActivationAwareScales:
+    """Inputs of which one channel is large; what is left of a weight is rounded to whole numbers."""
+
+    def data(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        generator = torch.Generator().manual_seed(40)
+        x = torch.randn(24, 6, generator=generator) * torch.tensor([1.0, 0.4, 6.0, 1.0, 0.3, 2.0])
+        return x, [torch.randn(rows, 6, generator=generator) * 2 for rows in (5, 3)]
+
+    def expected(self, x, weights, round_trip, num_trials) -> torch.Tensor:
+        errors, all_factors = [], []
+        for i in range(num_trials):
+            factors = x.abs().mean(0).clamp(min=1e-4) ** (i / num_trials)
+            factors = factors / (factors.max() * factors.min()).sqrt()
+            error = 0.0
+            for weight in weights:
+                left = round_trip(weight * factors[None]) / factors[None]
+                error += float(((x @ left.T) - (x @ weight.T)).pow(2).mean())
+            errors.append(error)
+            all_factors.append(factors)
+        assert min(errors) < 0.9 * sorted(errors)[1], "the check's own data must leave no doubt"
+        return all_factors[errors.index(min(errors))]
+
+    def test_the_best_of_all(self, code):
+        x, weights = self.data()
+        got = code.activation_aware_scales(x, weights, torch.round, 6)
+        close(got, self.expected(x, weights, torch.round, 6), "the factors of six channels, one of them large")
+
+    def test_one_weight(self, code):
+        x, weights = self.data()
+        got = code.activation_aware_scales(x, weights[:1], torch.round, 5)
+        close(got, self.expected(x, weights[:1], torch.round, 5), "the factors for one weight, five trials")
+
+    def test_where_nothing_is_lost(self, code):
+        x, weights = self.data()
+        got = code.activation_aware_scales(x, weights, lambda weight: weight.double().to(weight.dtype), 1)
+        close(got, torch.ones(6), "the factors with a single trial, which is no scaling at all")
+
+    def test_a_channel_that_is_never_used(self, code):
+        x, weights = self.data()
+        x[:, 1] = 0
+        got = code.activation_aware_scales(x, weights, torch.round, 4)
+        holds(bool(got.isfinite().all()), f"with a channel that is always 0 the factors are {got.tolist()}.", got)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Keys and values
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def tiny(code, **changes):
+    config = dict(
+        vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = code.Llama(code.ModelConfig(**{**config, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
+
+
+def kept(cache, index: int) -> list[torch.Tensor]:
+    """What a layer's memory stands for: keys and values, (blocks, block_size, K, D)."""
+    pairs = zip((cache.keys, cache.values), cache.scales)
+    return [store[index].float() * scales[index][..., None] for store, scales in pairs]
+
+
+@exercise("7.11", points=2)
+class TestInt8KVCacheWrite:
+    def test_a_scale_for_each_slot_and_head(self, code):
+        cache = code.Int8KVCache(tiny(code), 4, 2)
+        k = torch.tensor([[[1.27, 0, 0, -0.5], [254, 2, -4, 0]], [[0.127, 0.001, 0, 0], [0, 0, 0, 0]]])
+        cache.write(1, torch.tensor([5, 2]), k, 2 * k)
+        expected = torch.zeros(4, 2, 2, 4, dtype=torch.int8)
+        expected[2, 1] = torch.tensor([[127, 0, 0, -50], [127, 1, -2, 0]])
+        expected[1, 0] = torch.tensor([[127, 1, 0, 0], [0, 0, 0, 0]])
+        close(cache.keys[1], expected, "the numbers of layer 1's keys, after writing slots 5 and 2")
+        close(cache.values[1], expected, "the numbers of layer 1's values")
+        scales = torch.zeros(4, 2, 2)
+        scales[2, 1], scales[1, 0] = torch.tensor([0.01, 2.0]), torch.tensor([0.001, 1.0])
+        close(cache.scales[0][1], scales, "the scales of layer 1's keys")
+        values = scales * torch.tensor([2.0, 2.0])
+        values[1, 0, 1] = 1.0
+        close(cache.scales[1][1], values, "the scales of layer 1's values")
+
+    def test_other_layers_and_slots_stay(self, code):
+        cache = code.Int8KVCache(tiny(code), 4, 2, layers=range(1, 3))
+        k = spread(1, 2, 4)
+        cache.write(2, torch.tensor([3]), k, k)
+        cache.write(2, torch.tensor([0]), 9 * k, 9 * k)
+        numbers, scale = k.reshape(2, 4), k.abs().amax(-1) / 127
+        close(cache.scales[0][1, 1, 1], scale[0], "the scales of slot 3, after slot 0 was written too")
+        expected = (numbers / scale[0][:, None]).round().to(torch.int8)
+        close(cache.keys[1, 1, 1], expected, "the numbers of slot 3, after slot 0 was written too")
+        close(cache.keys[0], torch.zeros(4, 2, 2, 4, dtype=torch.int8), "the numbers of a layer that was not written")
+
+
+@exercise("7.15", points=2)
+class TestInt8KVCacheGather:
+    def cache(self, code, num_blocks: int = 6, block_size: int = 4):
+        cache = code.Int8KVCache(tiny(code), num_blocks, block_size, layers=range(1, 3))
+        slots = torch.arange(num_blocks * block_size)
+        k = spread(len(slots), 2, 4) * (1 + slots[:, None, None])
+        for layer in (1, 2):
+            cache.write(layer, slots, layer * k, -2 * layer * k)
+        return cache
+
+    def check(self, code, start: int, end: int, tables: list[list[int]], **sizes) -> None:
+        cache = self.cache(code, **sizes)
+        got = cache.gather(2, torch.tensor(tables), start, end)
+        for name, each, whole in zip(("keys", "values"), got, kept(cache, 1)):
+            expected = whole[torch.tensor(tables)].flatten(1, 2)[:, start:end]
+            what = f"the {name} at positions {start} to {end - 1} of tables {tables}"
+            close(each, expected, what, rtol=1e-5, atol=1e-5)
+
+    def test_several_blocks(self, code):
+        self.check(code, 0, 8, [[3, 1], [5, 0]])
+
+    def test_between_boundaries(self, code):
+        self.check(code, 2, 11, [[3, 1, 4], [5, 0, 2]])
+
+    def test_within_one_block(self, code):
+        self.check(code, 5, 7, [[3, 1], [5, 0]])
+
+    def test_another_dtype(self, code):
+        cache = code.Int8KVCache(tiny(code).double(), 2, 2)
+        cache.write(0, torch.tensor([1]), torch.ones(1, 2, 4).double(), torch.ones(1, 2, 4).double())
+        found = cache.gather(0, torch.tensor([[0]]), 0, 2)[0]
+        close(found[0, 1], torch.ones(2, 4).double(), "a key of ones, read back in a float64 model")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers from the disk, and what it all costs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("7.12", points=3)
+class TestStreamLayers:
+    def test_in_order(self, code):
+        got = [(number, layer) for number, layer in code.stream_layers(range(2, 6), lambda number: f"layer {number}")]
+        equal(got, [(number, f"layer {number}") for number in range(2, 6)], "what stream_layers(range(2, 6)) yields")
+        equal(list(code.stream_layers([], str)), [], "what stream_layers yields for no layers")
+        equal(list(code.stream_layers([7], str)), [(7, "7")], "what stream_layers yields for one layer")
+
+    def test_the_next_is_read_meanwhile(self, code):
+        begun = [threading.Event() for _ in range(4)]
+
+        def read(number: int) -> int:
+            begun[number].set()
+            return number
+
+        waited = []
+        for number, _ in code.stream_layers(range(4), read):
+            if number < 3:
+                waited.append(begun[number + 1].wait(2))
+        equal(waited, [True, True, True], "whether the next layer is being read while one computes")
+
+    def test_two_at_most(self, code):
+        begun: list[int] = []
+
+        def read(number: int) -> int:
+            begun.append(number)
+            return number
+
+        most = 0
+        for number, _ in code.stream_layers(range(6), read):
+            time.sleep(0.02)
+            most = max(most, len(begun) - number)
+        equal(most, 2, "how many layers are in memory at most: the yielded one and those read since")
+
+    def test_errors_are_told(self, code):
+        def read(number: int) -> int:
+            if number == 2:
+                raise OSError("the disk is gone")
+            return number
+
+        got, told = [], "nothing"
+        try:
+            for number, _ in code.stream_layers(range(4), read):
+                got.append(number)
+        except OSError as error:
+            told = str(error)
+        equal(told, "the disk is gone", "what is raised if the disk fails at layer 2")
+        equal(got, [0, 1], "the layers before it")
+
+
+@exercise("7.13", points=2)
+class TestKLDivergence:
+    def test_values(self, code):
+        p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
+        got = code.kl_divergence(p.log() + 3, q.log() - 5)
+        close(got, torch.tensor(0.25 * 0.6931472), "KL of [1/2, 1/4, 1/4] to [1/4, 1/4, 1/2]")
+
+    def test_not_symmetric(self, code):
+        p, q = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.2, 0.6]]), torch.tensor([[0.4, 0.5, 0.1], [0.2, 0.3, 0.5]])
+        expected = F.kl_div(q.log(), p, reduction="batchmean")
+        close(code.kl_divergence(p.log(), q.log()), expected, "KL over two tokens")
+
+    def test_the_same(self, code):
+        logits = spread(3, 7) * 30
+        close(
+            code.kl_divergence(logits, logits + 2), torch.tensor(0.0), "KL of predictions that are the same", atol=1e-5
+        )
+
+    def test_large_scores(self, code):
+        got = code.kl_divergence(torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]]))
+        close(got, torch.tensor(200.0), "KL of [200, 0] to [0, 200]")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Together
+# ---------------------------------------------------------------------------------------------------------------
+
+CONFIG = dict(
+    model_type="llama", vocab_size=17, hidden_size=12, intermediate_size=14, num_hidden_layers=3,
+    num_attention_heads=3, num_key_value_heads=1, head_dim=4, tie_word_embeddings=True, max_position_embeddings=64,
+)  # fmt: skip
+IDS = [3, 14, 15, 9, 2, 6]
+
+
+def scores(code, model, cache) -> torch.Tensor:
+    """A prompt of four tokens, then two more, through blocks."""
+    from solutions.paged_attention import AttentionMetadata
+
+    rows = []
+    with torch.inference_mode():
+        for start, end in ((0, 4), (4, 5), (5, 6)):
+            slots = torch.tensor([8 + position for position in range(start, end)])
+            metadata = AttentionMetadata([0, end - start], [end], slots, [[2, 3]])
+            hidden = model(torch.tensor(IDS[start:end]), torch.arange(start, end), cache.attend(metadata))
+            rows.append(model.logits(hidden[-1:])[0])
+    return torch.stack(rows)
+
+
+@together()
+class TestTogether:
+    """Your whole file: a checkpoint quantized as it is read, saved, read again, streamed from the disk."""
+
+    def test_every_kind(self, code):
+        torch.manual_seed(0)
+        plain = code.Llama(code.parse_config(CONFIG))
+        for parameter in plain.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            save_file({key: each.detach() for key, each in plain.named_parameters()}, folder / "model.safetensors")
+            (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+            exact = scores(code, plain, code.PagedKVCache(plain, 4, 4))
+            for kind, limit in (("int8", 0.02), ("w8a8", 0.1), ("int4", 0.4)):
+                quantization = code.Quantization(kind, 4)
+                model, _, _ = code.load_quantized(name, quantization, torch.float32, "cpu")
+                got = scores(code, model, code.Int8KVCache(model, 4, 4))
+                distance = float(code.kl_divergence(exact, got))
+                holds(0 < distance < limit, f"with {kind} the predictions are {distance:.4f} nats away; below {limit}.")
+                code.save_quantized(model, quantization, folder, folder / kind)
+                again, _, _ = code.load_quantized(str(folder / kind), None, torch.float32, "cpu")
+                close(scores(code, again, code.Int8KVCache(again, 4, 4)), got, f"the scores of a saved {kind} model")
+                limit = code.weight_bytes(model) - 1
+                streamed, _, _ = code.load_quantized(name, quantization, torch.float32, "cpu", offload=limit)
+                what = f"the scores of a streamed {kind} model"
+                close(scores(code, streamed, code.Int8KVCache(streamed, 4, 4)), got, what)
+                Checkpoint(folder / kind)._open.clear()

@@ -1,0 +1,451 @@
+"""Lesson 7: answers that are not the reference."""
+
+from common.grading.catalogue import planted, right, wrong, wrong_body
+
+ANSWERS = [
+    # ------------------------------------------------------------------------------------------ 7.1 quantize_int8
+    wrong(
+        "7.1",
+        "scales along the wrong axis: one for each input",
+        "weight.abs().amax(dim=1) if absmax is None else absmax",
+        "weight.abs().amax(dim=0).mean().expand(len(weight)) if absmax is None else absmax",
+    ),
+    wrong(
+        "7.1", "the largest weight, not the largest magnitude", "weight.abs().amax(dim=1) if", "weight.amax(dim=1) if"
+    ),
+    wrong("7.1", "the fraction cut off, not rounded", ".round()", ".trunc()"),
+    wrong("7.1", "128 steps on each side, which int8 does not have", "absmax / 127, 1.0)", "absmax / 128, 1.0)"),
+    wrong(
+        "7.1",
+        "one scale for all rows",
+        "weight.abs().amax(dim=1) if absmax is None else absmax",
+        "weight.abs().amax().expand(len(weight)) if absmax is None else absmax",
+    ),
+    wrong(
+        "7.1",
+        "the largest of this part, though the row's was given",
+        "absmax = weight.abs().amax(dim=1) if absmax is None else absmax",
+        "absmax = weight.abs().amax(dim=1)",
+    ),
+    right(
+        "7.1",
+        "row by row",
+        """
+        if absmax is None:
+            absmax = torch.stack([row.abs().max() for row in weight])
+        scale = absmax / 127.0
+        scale = scale.masked_fill(scale == 0, 1.0)
+        rows = [torch.round(row / each).to(torch.int8) for row, each in zip(weight, scale)]
+        return torch.stack(rows), scale
+        """,
+    ),
+    # ------------------------------------------------------------------------------------ 7.3 quantize_activations
+    wrong(
+        "7.3",
+        "one scale for all tokens",
+        "quantize_int8(x, absmax)",
+        "quantize_int8(x, x.abs().amax().expand(len(x)) if absmax is None else absmax)",
+    ),
+    wrong(
+        "7.3", "the largest of this part, though the token's was given", "quantize_int8(x, absmax)", "quantize_int8(x)"
+    ),
+    wrong(
+        "7.3",
+        "a scale for each channel",
+        "quantize_int8(x, absmax)",
+        "(lambda numbers, scale: (numbers.T.contiguous(), scale[: len(x)]))(*quantize_int8(x.T))",
+    ),
+    right(
+        "7.3",
+        "written out",
+        """
+        largest = x.abs().max(dim=-1).values if absmax is None else absmax
+        scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
+        return torch.round(x / scale.unsqueeze(-1)).to(torch.int8), scale
+        """,
+    ),
+    # --------------------------------------------------------------------------------------- 7.2 Int8Linear.product
+    wrong("7.2", "the scales left out", " * self.weight_scale", ""),
+    wrong("7.2", "divided by the scales", " * self.weight_scale", " / self.weight_scale"),
+    wrong("7.2", "the mean of all scales", " * self.weight_scale", " * self.weight_scale.mean()"),
+    wrong("7.2", "the numbers taken for weights of a whole unit each, scaled by 127", " * self.weight_scale", " / 127"),
+    right(
+        "7.2",
+        "the weight made first",
+        """
+        weight = self.weight.to(x.dtype) * self.weight_scale.unsqueeze(1)
+        return x @ weight.T
+        """,
+    ),
+    # --------------------------------------------------------------------------------------- 7.4 W8A8Linear.product
+    wrong(
+        "7.4",
+        "the sum kept in eight bits",
+        "int8_matmul(numbers, self.weight)",
+        "int8_matmul(numbers, self.weight).to(torch.int8)",
+    ),
+    wrong("7.4", "the outputs' scales left out", "* scale[:, None] * self.weight_scale", "* scale[:, None]"),
+    wrong("7.4", "the tokens' scales left out", "* scale[:, None] * self.weight_scale", "* self.weight_scale"),
+    wrong(
+        "7.4",
+        "each rank scaling its own part of a token",
+        "quantize_activations(x, self.whole_row_absmax(x))",
+        "quantize_activations(x)",
+    ),
+    wrong(
+        "7.4",
+        "activations not quantized",
+        "total.to(x.dtype) * scale[:, None] * self.weight_scale",
+        "(x @ self.weight.to(x.dtype).T) * self.weight_scale",
+    ),
+    right(
+        "7.4",
+        "in float64, which is exact too",
+        """
+        numbers, scale = quantize_activations(x, self.whole_row_absmax(x))
+        total = torch.einsum("ti,oi->to", numbers.double(), self.weight.double())
+        return (total * scale.double()[:, None] * self.weight_scale.double()[None]).to(x.dtype)
+        """,
+    ),
+    # ------------------------------------------------------------------------------------------------ 7.5 pack_int4
+    wrong(
+        "7.5", "nibbles swapped", "numbers[:, 0::2] | numbers[:, 1::2] << 4", "numbers[:, 1::2] | numbers[:, 0::2] << 4"
+    ),
+    wrong(
+        "7.5",
+        "halves of the row packed together, not neighbours",
+        "numbers[:, 0::2] | numbers[:, 1::2] << 4",
+        "numbers[:, : numbers.shape[1] // 2] | numbers[:, numbers.shape[1] // 2 :] << 4",
+    ),
+    wrong("7.5", "shifted by three bits", "<< 4", "<< 3"),
+    right("7.5", "by a product", "return (numbers[:, ::2] + 16 * numbers[:, 1::2]).to(torch.uint8)"),
+    # ---------------------------------------------------------------------------------------------- 7.6 unpack_int4
+    wrong("7.6", "nibbles swapped", "[packed & 15, packed >> 4]", "[packed >> 4, packed & 15]"),
+    wrong(
+        "7.6",
+        "halves of the row, not neighbours",
+        "torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)",
+        "torch.cat([packed & 15, packed >> 4], dim=1)",
+    ),
+    wrong("7.6", "the high half not shifted down", "packed >> 4", "packed & 240"),
+    wrong(
+        "7.6",
+        "signed: what is above 7 taken for negative",
+        "packed & 15, packed >> 4], dim=-1).flatten(1)",
+        "packed & 15, packed >> 4], dim=-1).flatten(1).add(8).remainder(16)",
+    ),
+    right(
+        "7.6",
+        "written into place",
+        """
+        numbers = packed.new_empty(packed.shape[0], 2 * packed.shape[1])
+        numbers[:, 0::2] = packed % 16
+        numbers[:, 1::2] = packed // 16
+        return numbers
+        """,
+    ),
+    # -------------------------------------------------------------------------------------------- 7.7 quantize_int4
+    wrong(
+        "7.7",
+        "16 steps, where 16 numbers have 15 between them",
+        "(groups.amax(-1) - groups.amin(-1)) / 15",
+        "(groups.amax(-1) - groups.amin(-1)) / 16",
+    ),
+    wrong("7.7", "the minimum forgotten when numbers are chosen", "(groups - wide[1]) / wide[0]", "groups / wide[0]"),
+    wrong(
+        "7.7",
+        "symmetric like asymmetric: 15 steps over twice the magnitude",
+        "groups.abs().amax(-1) / 7",
+        "groups.abs().amax(-1) / 7.5",
+    ),
+    wrong("7.7", "the fraction cut off, not rounded", ".round().clamp(0, 15)", ".trunc().clamp(0, 15)"),
+    wrong(
+        "7.7",
+        "the last group filled up with zeros",
+        "weight[:, -1:].expand(out, missing)",
+        "weight.new_zeros(out, missing)",
+    ),
+    wrong(
+        "7.7",
+        "numbers counted from the minimum before it was rounded",
+        "(groups - wide[1]) / wide[0]",
+        "(groups - (wide[1] if symmetric else groups.amin(-1, keepdim=True))) / wide[0]",
+    ),
+    right(
+        "7.7",
+        "group by group",
+        """
+        numbers, scales, minima = [], [], []
+        for piece in weight.split(group_size, dim=1):
+            low, high = piece.aminmax(dim=1)
+            step = torch.maximum(high, -low) / 7 if symmetric else (high - low) / 15
+            step = step.masked_fill(step == 0, 1.0).to(torch.float16)
+            base = step * -8 if symmetric else low.to(torch.float16)
+            exact = (piece - base.to(piece.dtype)[:, None]) / step.to(piece.dtype)[:, None]
+            numbers.append(torch.round(exact).clamp(0, 15).to(torch.uint8))
+            scales.append(step)
+            minima.append(base)
+        return torch.cat(numbers, dim=1), torch.stack(scales, dim=1), torch.stack(minima, dim=1)
+        """,
+    ),
+    # ----------------------------------------------------------------------------------------- 7.14 dequantize_int4
+    planted(
+        "7.14", "groups counted from this rank's first column", ") + first_column) // group_size", ")) // group_size"
+    ),
+    wrong(
+        "7.14",
+        "the minimum forgotten",
+        "numbers * scale[:, group_of] + minimum[:, group_of]",
+        "numbers * scale[:, group_of]",
+    ),
+    wrong(
+        "7.14",
+        "the offset added to the group, not to the column",
+        "+ first_column) // group_size",
+        "// group_size + first_column).clamp(max=scale.shape[1] - 1)",
+    ),
+    right(
+        "7.14",
+        "scales repeated, and cut where the share begins",
+        """
+        if minimum is None:
+            minimum = scale * -8
+        end = first_column + numbers.shape[1]
+        wide = [each.repeat_interleave(group_size, dim=1)[:, first_column:end] for each in (scale, minimum)]
+        return numbers * wide[0] + wide[1]
+        """,
+    ),
+    # --------------------------------------------------------------------------------------- 7.8 Int4Linear.product
+    wrong(
+        "7.8",
+        "the minima of symmetric groups everywhere",
+        "None if self.symmetric else self.weight_minimum.to(x.dtype)",
+        "None",
+    ),
+    wrong(
+        "7.8",
+        "every number one too small",
+        "numbers = unpack_int4(self.weight)[:, : self.in_features]",
+        "numbers = unpack_int4(self.weight)[:, : self.in_features].sub(1)",
+    ),
+    wrong(
+        "7.8",
+        "numbers taken for signed ones around 8, minima added as well",
+        "numbers = unpack_int4(self.weight)[:, : self.in_features]",
+        "numbers = unpack_int4(self.weight)[:, : self.in_features].to(x.dtype) - 8",
+    ),
+    right(
+        "7.8",
+        "group by group",
+        """
+        numbers, total = unpack_int4(self.weight), 0
+        for group in range(self.weight_scale.shape[1]):
+            columns = slice(group * self.group_size, min((group + 1) * self.group_size, self.in_features))
+            part, scale = x[:, columns], self.weight_scale[:, group].to(x.dtype)
+            minimum = -8 * scale if self.symmetric else self.weight_minimum[:, group].to(x.dtype)
+            total = total + part @ numbers[:, columns].to(x.dtype).T * scale + part.sum(1, keepdim=True) * minimum
+        return total
+        """,
+    ),
+    # ------------------------------------------------------------------------------------------------- 7.9 quantize
+    wrong("7.9", "the children of children left out", "quantize(child, quantization)", "pass"),
+    wrong("7.9", "subclasses too, which do more than multiply", "type(child) in LINEAR", "isinstance(child, LINEAR)"),
+    wrong("7.9", "always eight bits, whatever is asked", "quantization.layer(child)", "Int8Linear(child)"),
+    wrong(
+        "7.9",
+        "the quantized layer under another name",
+        "setattr(module, name, quantization.layer(child))",
+        'delattr(module, name), setattr(module, name + "_quantized", quantization.layer(child))',
+    ),
+    right(
+        "7.9",
+        "by the whole tree's names",
+        """
+        found = [name for name, each in module.named_modules() if name and type(each) in LINEAR]
+        for name in found:
+            owner, _, attribute = name.rpartition(".")
+            parent = module.get_submodule(owner)
+            setattr(parent, attribute, quantization.layer(getattr(parent, attribute)))
+        """,
+    ),
+    # --------------------------------------------------------------------------------- 7.10 activation_aware_scales
+    wrong("7.10", "the last factors, not the best", "if error < least:", "if True:"),
+    wrong(
+        "7.10",
+        "the error of the weights, not of the outputs",
+        "float((x @ each.T - target).square().mean()) for each, target in zip(left, wanted)",
+        "float((each - weight).square().mean()) for each, weight in zip(left, weights)",
+        recognised=False,
+    ),
+    wrong(
+        "7.10",
+        "the weights not divided again after rounding",
+        "round_trip(weight * factors) / factors",
+        "round_trip(weight * factors)",
+        recognised=False,
+    ),
+    wrong(
+        "7.10",
+        "the largest activation of each channel, not the mean magnitude",
+        "x.abs().mean(dim=0)",
+        "x.abs().amax(dim=0)",
+    ),
+    wrong(
+        "7.10", "factors not brought to a middle", "factors = factors / (factors.max() * factors.min()).sqrt()", "pass"
+    ),
+    right(
+        "7.10",
+        "a list of trials, and its minimum",
+        """
+        means = torch.clamp(x.abs().sum(0) / len(x), min=1e-4)
+
+        def trial(i):
+            factors = torch.exp(means.log() * i / num_trials)
+            factors = factors * torch.rsqrt(factors.amax() * factors.amin())
+            total = 0.0
+            for weight in weights:
+                change = round_trip(weight * factors) / factors - weight
+                total += ((x @ change.T) ** 2).mean().item()
+            return total, i, factors
+
+        return min((trial(i) for i in range(num_trials)), key=lambda each: each[:2])[2]
+        """,
+    ),
+    # ------------------------------------------------------------------------------------- 7.11 Int8KVCache.write
+    wrong(
+        "7.11",
+        "one scale for a token's heads together",
+        "numbers, scale = quantize_int8(new.flatten(0, 1))",
+        "numbers, scale = quantize_int8(new.flatten(0, 1), new.abs().amax((1, 2)).repeat_interleave(new.shape[1]))",
+    ),
+    wrong(
+        "7.11",
+        "the scales not kept",
+        "scales[index].flatten(0, 1).index_copy_(0, slots, scale.view(new.shape[:-1]))",
+        "pass",
+    ),
+    wrong("7.11", "keys written as values too", "(k, v)):", "(k, k)):"),
+    wrong(
+        "7.11",
+        "one scale for all tokens of the step, so that chunks matter",
+        "quantize_int8(new.flatten(0, 1))",
+        "quantize_int8(new.flatten(0, 1), new.abs().amax().expand(new.shape[0] * new.shape[1]))",
+    ),
+    right(
+        "7.11",
+        "slot by slot",
+        """
+        own = layer - self.layers.start
+        for token, slot in enumerate(slots.tolist()):
+            block, place = divmod(slot, self.block_size)
+            for which, new in enumerate((k, v)):
+                numbers, scale = quantize_int8(new[token])
+                (self.keys, self.values)[which][own, block, place] = numbers
+                self.scales[which][own, block, place] = scale
+        """,
+    ),
+    # ------------------------------------------------------------------------------------ 7.15 Int8KVCache.gather
+    wrong("7.15", "the scales left out", "numbers * scales[index].index_select(0, block_ids)[..., None]", "numbers"),
+    wrong(
+        "7.15",
+        "the keys' scales for the values too",
+        "zip((self.keys, self.values), self.scales)",
+        "zip((self.keys, self.values), (self.scales[0],) * 2)",
+    ),
+    wrong("7.15", "positions counted from the start of the first block read", "[:, low:high])", "[:, : end - start])"),
+    wrong(
+        "7.15",
+        "the first layer's memory, whatever the layer",
+        "index, first, last = layer - self.layers.start,",
+        "index, first, last = 0 * layer,",
+    ),
+    right(
+        "7.15",
+        "position by position",
+        """
+        own, positions = layer - self.layers.start, torch.arange(start, end)
+        blocks = block_tables[:, positions // self.block_size]
+        places = positions % self.block_size
+        found = []
+        for which, store in enumerate((self.keys, self.values)):
+            numbers = store[own][blocks, places].to(self.dtype)
+            found.append(numbers * self.scales[which][own][blocks, places].unsqueeze(-1))
+        return tuple(found)
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------- 7.12 stream_layers
+    wrong_body(
+        "7.12",
+        "nothing read ahead",
+        """
+        for number in numbers:
+            yield number, read(number)
+        """,
+    ),
+    wrong_body(
+        "7.12",
+        "all layers read at once",
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting = [(number, pool.submit(read, number)) for number in numbers]
+            for number, future in waiting:
+                yield number, future.result()
+        """,
+        recognised=False,
+    ),
+    wrong(
+        "7.12",
+        "the last layer never yielded",
+        "        if waiting is not None:\n            yield waiting[0], waiting[1].result()",
+        "",
+        recognised=False,
+    ),
+    wrong_body(
+        "7.12",
+        "the first layer left out",
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            numbers = list(numbers)[1:]
+            waiting = None
+            for number in numbers:
+                following = number, pool.submit(read, number)
+                if waiting is not None:
+                    yield waiting[0], waiting[1].result()
+                waiting = following
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+        """,
+    ),
+    right(
+        "7.12",
+        "pairs of neighbours",
+        """
+        order = list(numbers)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead = pool.submit(read, order[0]) if order else None
+            for place, number in enumerate(order):
+                layer = ahead.result()
+                if place + 1 < len(order):
+                    ahead = pool.submit(read, order[place + 1])
+                yield number, layer
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------- 7.13 kl_divergence
+    wrong("7.13", "the two exchanged", "(p.exp() * (p - q))", "(q.exp() * (q - p))"),
+    wrong("7.13", "summed over the tokens, not their mean", ".sum(-1).mean()", ".sum()"),
+    wrong("7.13", "the mean over the vocabulary", ".sum(-1).mean()", ".mean()"),
+    wrong(
+        "7.13",
+        "scores taken for log-probabilities",
+        "upcast(logits).log_softmax(-1), upcast(other_logits).log_softmax(-1)",
+        "upcast(logits), upcast(other_logits)",
+    ),
+    right(
+        "7.13",
+        "by torch's own",
+        """
+        target = other_logits.float().log_softmax(dim=-1)
+        return F.kl_div(target, logits.float().log_softmax(dim=-1), log_target=True, reduction="batchmean")
+        """,
+    ),
+]
