@@ -44,7 +44,7 @@ def counted(model):
         return forward(token_ids, positions, attend)
 
     def count_rows(hidden):
-        model.rows.append(len(hidden))
+        model.rows.append(1 if hidden.dim() == 1 else len(hidden))
         return logits(hidden)
 
     model.forward, model.logits = count, count_rows
@@ -75,12 +75,17 @@ def plain_attention(q, keys, values, first):
     return mixed
 
 
-def outcome(call):
-    """What the call gives; where it raises ValueError, the word 'ValueError'."""
+def refused(call, what: str, left) -> None:
+    """`call` must raise ValueError. left(): what there is to be seen of it where it does not, (name, value)."""
     try:
-        return call()
+        call()
     except ValueError:
-        return "ValueError"
+        return
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        holds(False, f"{what} should raise ValueError; it raised {text}", actual=text)
+    name, value = left()
+    holds(False, f"{what} should raise ValueError; it left {name} {value}.", actual=value)
 
 
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
@@ -170,15 +175,22 @@ class TestAppend:
         cache = empty_cache(code)
         k = noise(6, 2, 3)
         cache.append(0, k[:4], k[:4])
-        equal(outcome(lambda: cache.append(0, k[4:], k[4:])), "ValueError", "2 tokens more, with 4 of 5 slots filled")
+        refused(
+            lambda: cache.append(0, k[4:], k[4:]),
+            "append of 2 tokens, with 4 of 5 slots filled,",
+            lambda: ("lengths", list(cache.lengths)),
+        )
         equal(list(cache.lengths), [4, 0], "lengths, after an append that did not fit")
         holds(
             bool(cache.keys[0, :, 4].isnan().all()),
             "An append that did not fit has stored something all the same.",
             actual="stored",
         )
-        shape = outcome(lambda: tuple(cache.append(0, k[4:5], k[4:5])[0].shape))
-        equal(shape, (2, 5, 3), "the shape of the keys, when the last slot is filled")
+        try:
+            keys, _ = cache.append(0, k[4:5], k[4:5])
+        except ValueError:
+            holds(False, "append of 1 token, with 4 of 5 slots filled, raised ValueError: it fits.", actual="refused")
+        equal(tuple(keys.shape), (2, 5, 3), "the shape of the keys, when the last slot is filled")
 
     def test_no_other_memory(self, code):
         cache = empty_cache(code)
@@ -225,6 +237,15 @@ class TestAttend:
             mixed, expected, _ = self.attended(code, chunks, seed=3)
             close(mixed, expected, f"attend of 9 tokens in chunks of {chunks}")
 
+    def test_each_layer_has_its_own_length(self, code):
+        cache = empty_cache(code, layers=2, kv_heads=2, capacity=9, head_dim=4)
+        q, k, v = noise(5, 6, 4, seed=6), noise(5, 2, 4, seed=7), noise(5, 2, 4, seed=8)
+        for layer, part in ((0, slice(0, 3)), (1, slice(0, 1))):
+            cache.attend(layer, q[part], k[part], v[part])
+        mixed = cache.attend(0, q[3:], k[3:], v[3:])
+        expected = plain_attention(q[3:], k, v, 3)
+        close(mixed, expected, "attend of 2 tokens in layer 0, which has 3 already, while layer 1, the last, has 1")
+
     def test_large_scores(self, code):
         cache = empty_cache(code, kv_heads=1, head_dim=4)
         q, k = torch.full((1, 2, 4), 300.0).half(), torch.full((2, 1, 4), 300.0).half()
@@ -249,6 +270,7 @@ class TestTruncate:
         cache, k = self.filled(code)
         cache.truncate(1)
         equal(list(cache.lengths), [1, 1], "lengths, after truncate(1) of 4")
+        equal([cache.keys.shape[2], cache.values.shape[2]], [6, 6], "the capacity, 6 before, after truncate(1)")
         new = noise(2, 2, 3, seed=7)
         keys, _ = cache.append(1, new, new)
         close(
@@ -265,8 +287,12 @@ class TestTruncate:
 
     def test_refused(self, code):
         cache, _ = self.filled(code)
-        equal(outcome(lambda: (cache.truncate(5), cache.lengths)[1]), "ValueError", "truncate(5) of 4 tokens")
-        equal(outcome(lambda: (cache.truncate(-1), cache.lengths)[1]), "ValueError", "truncate(-1)")
+        for num_tokens in (5, -1):
+            refused(
+                lambda n=num_tokens: cache.truncate(n),
+                f"truncate({num_tokens}) of 4 tokens",
+                lambda: ("lengths", list(cache.lengths)),
+            )
         equal(list(cache.lengths), [4, 4], "lengths, after two truncates that are refused")
 
 
@@ -405,8 +431,12 @@ class TestGenerate:
 
     def test_refused(self, code):
         model = tiny(code)
-        got = outcome(lambda: code.generate(model, Words(), [], code.SamplingParams()))
-        equal(got, "ValueError", "an empty prompt")
+        outputs = []
+        refused(
+            lambda: outputs.append(code.generate(model, Words(), [], code.SamplingParams(max_tokens=3))),
+            "generate of an empty prompt",
+            lambda: ("an answer of tokens", outputs[0] and outputs[0].token_ids),
+        )
 
 
 @exercise("3.12", points=2)

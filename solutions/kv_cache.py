@@ -66,7 +66,9 @@ class KVCache:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens of the sequence need not be computed again."""
+        """How many tokens of the sequence need not be computed again. This holds between steps; within a step, while
+        the layers are filled one after the other, ask `lengths[layer]`.
+        """
         return self.lengths[-1]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,8 @@ class KVCache:
     def truncate(self, num_tokens: int) -> None:
         """Forget all tokens but the first `num_tokens`. Nothing is erased: what lies behind the length is not read.
 
-        Raises ValueError for more tokens than there are, or fewer than none.
+        The capacity stays what it was: those slots are for other tokens. Raises ValueError for more tokens than there
+        are, or fewer than none.
         """
         # Exercise 3.8: the cache is as long as it says it is.
         if not 0 <= num_tokens <= self.num_tokens:
@@ -119,8 +122,8 @@ class KVCache:
 def prefill(model: Llama, cache: KVCache, token_ids: Sequence[int], chunk_size: int = 512) -> Tensor:
     """Compute the tokens that follow those in the cache, a chunk at a time. Returns the last one's logits, (V,).
 
-    Only the last chunk's last token needs logits. Smaller chunks need less memory for scores (T x S for each head)
-    and give the same result.
+    Only the last chunk's last token needs logits; `model.logits` takes rows, (R, hidden_size), and returns (R, V).
+    Smaller chunks need less memory for scores (T x S for each head) and give the same result.
     """
     # Exercise 3.5: positions go on where the cache ends; the model remembers through `cache.attend`.
     device = cache.keys.device

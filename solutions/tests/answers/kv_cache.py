@@ -58,6 +58,7 @@ ANSWERS = [
     wrong("3.1", "the keys stored as values too", "= v.transpose(0, 1)", "= k.transpose(0, 1)"),
     wrong("3.1", "all layers' lengths moved", "self.lengths[layer] = end", "self.lengths = [end] * len(self.lengths)"),
     wrong("3.1", "always written to the first slots", "start = self.lengths[layer]", "start = 0"),
+    wrong("3.1", "the capacity not looked at", "if end > capacity:", "if False:"),
     wrong("3.1", "one slot too few allowed", "if end > capacity", "if end >= capacity"),
     wrong(
         "3.1",
@@ -125,6 +126,25 @@ ANSWERS = [
         "mixed.view(num_heads, num_tokens, head_dim).transpose(0, 1)",
         "mixed.reshape(num_tokens, num_heads, head_dim)",
     ),
+    wrong_body(
+        "3.4",
+        "the queries' positions counted from num_tokens: that is the last layer's length, which has not moved yet",
+        """
+        first = self.num_tokens
+        keys, values = self.append(layer, k, v)
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads, num_keys, _ = keys.shape
+        mask = offset_mask(first + torch.arange(num_tokens), num_keys).repeat(num_heads // num_kv_heads, 1)
+        mixed = attention(fold_groups(q, num_kv_heads), keys, values, mask)
+        return mixed.view(num_heads, num_tokens, head_dim).transpose(0, 1)
+        """,
+    ),
+    wrong(
+        "3.4",
+        "the queries' positions counted back from num_tokens: that is the last layer's length, which has not moved yet",
+        "torch.arange(num_keys - num_tokens, num_keys,",
+        "torch.arange(self.num_tokens - num_tokens, self.num_tokens,",
+    ),
     wrong("3.4", "always layer 0's memory", "self.append(layer, k, v)", "self.append(0, k, v)"),
     wrong(
         "3.4",
@@ -155,6 +175,13 @@ ANSWERS = [
         "3.8", "so many tokens forgotten, instead of kept", "[num_tokens] * len", "[self.num_tokens - num_tokens] * len"
     ),
     wrong("3.8", "a cache made longer than it is", "<= self.num_tokens", "<= self.keys.shape[2]"),
+    wrong(
+        "3.8",
+        "the storage cut away too, so that nothing fits any more",
+        "self.lengths = [num_tokens] * len(self.lengths)",
+        "self.lengths = [num_tokens] * len(self.lengths)\n"
+        "        self.keys, self.values = self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens]",
+    ),
     wrong("3.8", "a number below 0 let through", "if not 0 <= num_tokens <=", "if not num_tokens <="),
     right(
         "3.8",
@@ -198,6 +225,17 @@ ANSWERS = [
     ),
     right(
         "3.5",
+        "the last row as a vector",
+        """
+        for start in range(0, len(token_ids), chunk_size):
+            chunk = torch.tensor(token_ids[start : start + chunk_size])
+            positions = torch.arange(len(chunk)) + cache.num_tokens
+            hidden = model(chunk, positions, cache.attend)
+        return model.logits(hidden[-1])
+        """,
+    ),
+    right(
+        "3.5",
         "with torch.split",
         """
         for part in torch.tensor(list(token_ids)).split(chunk_size):
@@ -222,6 +260,16 @@ ANSWERS = [
         "3.7",
         "no cache: lesson 2's generate as it is",
         "return llama_pytorch.generate(model, tokenizer, prompt_token_ids, params, on_text)",
+    ),
+    wrong_body(
+        "3.7",
+        "only the last token given to the model, of the prompt too",
+        """
+        def next_logits(token_ids):
+            return decode_step(model, cache, token_ids[-1])
+
+        return llama_pytorch.generate(model, tokenizer, prompt_token_ids, params, on_text, next_logits)
+        """,
     ),
     wrong_body(
         "3.7",
