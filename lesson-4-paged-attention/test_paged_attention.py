@@ -29,12 +29,17 @@ def ref_cnts(pool) -> list[int]:
     return [block.ref_cnt for block in pool.blocks]
 
 
-def outcome(call):
-    """What the call gives; where it raises ValueError, the word 'ValueError'."""
+def refused(call, what: str, left) -> None:
+    """`call` must raise ValueError. left(): what is to be seen of it where it does not, (in words, as a value)."""
     try:
-        return call()
+        call()
     except ValueError:
-        return "ValueError"
+        return
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        holds(False, f"{what} should raise ValueError; it raised {text}", actual=text)
+    words, value = left()
+    holds(False, f"{what} should raise ValueError; {words}.", actual=value)
 
 
 def stored(code, manager, name: str, token_ids: list[int]):
@@ -91,6 +96,17 @@ class TestHashBlock:
         alike = [case for case, differs in differ.items() if not differs]
         holds(not alike, f"These have the same value, and must not: {'; '.join(alike)}.", actual=alike)
 
+    def test_a_large_vocabulary(self, code):
+        alike = []
+        for one, other in ((1, 257), (44, 300), (1, 65_537), (4_464, 70_000), (0, 128_000)):
+            try:
+                if code.hash_block(None, [one, 5]).value == code.hash_block(None, [other, 5]).value:
+                    alike.append(f"[{one}, 5] and [{other}, 5]")
+            except (ValueError, OverflowError) as error:
+                text = f"{type(error).__name__}: {error}"
+                holds(False, f"hash_block(None, [{other}, 5]) raises {text}: token ids can be that large.", actual=text)
+        holds(not alike, f"These have the same value, and must not: {'; '.join(alike)}.", actual=alike)
+
     def test_the_same_again(self, code):
         a, b = code.hash_block(None, [1, 2]), code.hash_block(None, (1, 2))
         holds(a == b, "hash_block of [1, 2] and of the tuple (1, 2) differ.", actual="differ")
@@ -138,8 +154,12 @@ class TestGetNewBlocks:
         block, *_ = pool.get_new_blocks(3)
         pool.remember(block, code.hash_block(None, [4, 5]))
         pool.free_blocks([block])
-        got = outcome(lambda: ids(pool.get_new_blocks(2)))
-        equal(got, "ValueError", "get_new_blocks(2), where one is free")
+        got = []
+        refused(
+            lambda: got.extend(ids(pool.get_new_blocks(2))),
+            "get_new_blocks(2), where one is free,",
+            lambda: (f"it returned the blocks {got}", got),
+        )
         equal(
             (pool.num_free_blocks, ref_cnts(pool), len(pool.cached)),
             (1, [0, 1, 1], 1),
@@ -192,11 +212,10 @@ class TestFreeBlocks:
         pool = code.BlockPool(3)
         (block,) = pool.get_new_blocks(1)
         pool.free_blocks([block])
-        got = outcome(lambda: pool.free_blocks([block]))
-        holds(
-            got == "ValueError",
-            f"free_blocks of a block that nobody holds should raise ValueError; it left ref_cnt at {block.ref_cnt}.",
-            actual=(block.ref_cnt, list(pool.free)),
+        refused(
+            lambda: pool.free_blocks([block]),
+            "free_blocks of a block that nobody holds",
+            lambda: (f"it left ref_cnt at {block.ref_cnt}", (block.ref_cnt, list(pool.free))),
         )
 
 
@@ -254,6 +273,11 @@ class TestGetComputedBlocks:
             self.check(code, manager, [1, 2, 9], ([0], 2), what)
         finally:
             code.hash_block = real
+
+    def test_switched_off(self, code):
+        manager = code.KVCacheManager(6, 2, enable_prefix_caching=False)
+        stored(code, manager, "first", [1, 2, 3, 4])
+        self.check(code, manager, [1, 2, 3, 4, 5], ([], 0), "where enable_prefix_caching=False")
 
     def test_nothing_is_taken(self, code):
         manager = code.KVCacheManager(4, 2)
@@ -364,56 +388,62 @@ class Books:
 
 @exercise("4.12", points=3)
 class TestAllocateSlots:
-    def allocate(self, manager, sequence, *arguments, **named):
-        """The ids it got, or None; 'ValueError' where that was raised."""
-        blocks = outcome(lambda: manager.allocate_slots(sequence, *arguments, **named))
-        return ids(blocks) if isinstance(blocks, (list, tuple)) else blocks
+    def allocate(self, expected, what, manager, sequence, *arguments, **named):
+        """Check the ids it gets; expected None: the pool is too full, so that nothing may change."""
+        before = Books(manager).state
+        try:
+            blocks = manager.allocate_slots(sequence, *arguments, **named)
+        except ValueError as error:
+            should = "return None" if expected is None else f"return the blocks {expected}"
+            text = f"ValueError: {error}"
+            holds(False, f"allocate_slots, {what}, should {should}; it raised {text}", actual=text)
+        got = None if blocks is None else ids(blocks)
+        if expected is None:
+            holds(got is None, f"allocate_slots, {what}, should return None; it returned the blocks {got}.", got)
+            equal(Books(manager).state, before, f"(tables, ref_cnt, free, copies, cached) after None: {what}")
+        else:
+            equal(got, expected, f"the ids {what}")
 
     def test_by_hand(self, code):
         manager = code.KVCacheManager(6, 4)
         sequence = code.PagedSequence("a", list(range(20)))
-        equal(self.allocate(manager, sequence, 5), [0, 1], "the ids for the first 5 tokens, in blocks of 4")
+        self.allocate([0, 1], "for the first 5 tokens, in blocks of 4", manager, sequence, 5)
         equal(manager.block_table("a"), [0, 1], "the block table after that")
         sequence.num_computed_tokens = 5
-        equal(self.allocate(manager, sequence, 3), [], "the ids for 3 more tokens (there is room for 8)")
+        self.allocate([], "for 3 more tokens (there is room for 8)", manager, sequence, 3)
         sequence.num_computed_tokens = 8
-        equal(self.allocate(manager, sequence, 1), [2], "the ids for the ninth token")
+        self.allocate([2], "for the ninth token", manager, sequence, 1)
         sequence.num_computed_tokens = 9
-        equal(self.allocate(manager, sequence, 8), [3, 4], "the ids for 8 more, where 9 are computed")
+        self.allocate([3, 4], "for 8 more, where 9 are computed", manager, sequence, 8)
         equal(manager.block_table("a"), [0, 1, 2, 3, 4], "the block table after 17 tokens")
         equal(manager.pool.num_free_blocks, 1, "num_free_blocks of 6, after 17 tokens in blocks of 4")
 
     def test_exact_multiple(self, code):
         manager = code.KVCacheManager(6, 4)
-        equal(self.allocate(manager, code.PagedSequence("a", [1] * 8), 8), [0, 1], "the ids for 8 tokens")
+        self.allocate([0, 1], "for 8 tokens", manager, code.PagedSequence("a", [1] * 8), 8)
 
     def test_lookahead(self, code):
         manager = code.KVCacheManager(6, 4)
         sequence = code.PagedSequence("a", list(range(9)))
-        equal(self.allocate(manager, sequence, 3, 2), [0, 1], "the ids for 3 tokens and room for 2 guesses")
+        self.allocate([0, 1], "for 3 tokens and room for 2 guesses", manager, sequence, 3, 2)
         sequence.num_computed_tokens = 3
-        equal(self.allocate(manager, sequence, 1), [], "the ids for the fourth token, where there is room for 8")
+        self.allocate([], "for the fourth token, where there is room for 8", manager, sequence, 1)
         equal(manager.block_table("a"), [0, 1], "the block table, which had room enough")
 
     def test_the_pool_is_too_full(self, code):
         manager = code.KVCacheManager(3, 4)
         first, second = code.PagedSequence("a", [1] * 7), code.PagedSequence("b", [2] * 8)
-        self.allocate(manager, first, 7)
-        before = Books(manager).state
-        equal(self.allocate(manager, second, 8), None, "allocate_slots for 2 blocks, where one is free")
-        equal(Books(manager).state, before, "(tables, ref_cnt, free, copies, cached) after it gave None")
-        equal(self.allocate(manager, second, 4), [2], "allocate_slots for the last block that is free")
+        self.allocate([0, 1], "for 7 tokens", manager, first, 7)
+        self.allocate(None, "for 2 blocks, where one is free", manager, second, 8)
+        self.allocate([2], "for the last block that is free", manager, second, 4)
 
     def test_computed_blocks(self, code):
         manager = code.KVCacheManager(5, 2)
         first = stored(code, manager, "a", [1, 2, 3, 4])
         second = code.PagedSequence("b", [1, 2, 3, 4, 5])
         computed, second.num_computed_tokens = manager.get_computed_blocks(second)
-        equal(
-            self.allocate(manager, second, 1, computed_blocks=computed),
-            [2],
-            "the ids for 1 token behind the computed blocks 0 and 1",
-        )
+        what = "for 1 token behind the computed blocks 0 and 1"
+        self.allocate([2], what, manager, second, 1, computed_blocks=computed)
         equal(manager.block_table("b"), [0, 1, 2], "the block table: computed blocks 0 and 1, and a new one")
         equal(ref_cnts(manager.pool), [2, 2, 1, 0, 0], "ref_cnt, where two sequences hold 0 and 1")
         manager.free(first)
@@ -426,26 +456,22 @@ class TestAllocateSlots:
         manager.free(other)  # free, the oldest first: 0 (which holds [1, 2]), 2, 1
         second = code.PagedSequence("c", [1, 2, 3])
         computed, second.num_computed_tokens = manager.get_computed_blocks(second)
-        self.allocate(manager, second, 1, computed_blocks=computed)
-        equal(manager.block_table("c"), [0, 2], "the block table, where block 0 is computed, free, and the oldest")
+        manager.allocate_slots(second, 1, computed_blocks=computed)
+        equal(
+            (manager.block_table("c"), ref_cnts(manager.pool)),
+            ([0, 2], [1, 0, 1]),
+            "(the block table, ref_cnt), where block 0 is computed, free, and the oldest",
+        )
 
     def test_computed_blocks_count_as_free(self, code):
         manager = code.KVCacheManager(3, 2)
         manager.free(stored(code, manager, "a", [1, 2, 3, 4]))
         second = code.PagedSequence("b", [1, 2, 3, 4, 5, 6, 7])
         computed, second.num_computed_tokens = manager.get_computed_blocks(second)
-        before = Books(manager).state
-        equal(
-            self.allocate(manager, second, 3, computed_blocks=computed),
-            None,
-            "allocate_slots for 2 blocks behind the computed 0 and 1, where 0, 1 and 2 are free",
-        )
-        equal(Books(manager).state, before, "(tables, ref_cnt, free, copies, cached) after None with computed blocks")
-        equal(
-            self.allocate(manager, second, 2, computed_blocks=computed),
-            [2],
-            "allocate_slots for 1 block behind the computed 0 and 1, where 0, 1 and 2 are free",
-        )
+        what = "for 2 blocks behind the computed 0 and 1, where 0, 1 and 2 are free"
+        self.allocate(None, what, manager, second, 3, computed_blocks=computed)
+        what = "for 1 block behind the computed 0 and 1, where 0, 1 and 2 are free"
+        self.allocate([2], what, manager, second, 2, computed_blocks=computed)
 
     def forked(self, code, num_blocks):
         """Parent and child of 6 tokens that share the blocks 0 and 1, of 4 tokens each."""
@@ -457,26 +483,32 @@ class TestAllocateSlots:
 
     def test_a_shared_block_is_copied(self, code):
         manager, parent, child = self.forked(code, 4)
-        equal(self.allocate(manager, child, 1), [], "the ids for a forked child's last token (its place is there)")
+        self.allocate([], "for a forked child's last token (its place is there)", manager, child, 1)
         tables = (manager.block_table("parent"), manager.block_table("child"))
         equal(tables, ([0, 1], [0, 2]), "(the parent's table, the child's), once the child is about to write")
         copies = [tuple(copy) for copy in manager.take_copies()]
         equal(copies, [(1, 2, 1)], "the copies (source, target, tokens): the child has computed 5 of 6")
         equal(ref_cnts(manager.pool), [2, 1, 1, 0], "ref_cnt after that")
-        equal(self.allocate(manager, parent, 1), [], "the ids for the parent's seventh token")
+        self.allocate([], "for the parent's seventh token", manager, parent, 1)
         equal([tuple(copy) for copy in manager.take_copies()], [], "copies, once the last holder writes")
 
     def test_no_room_for_the_copy(self, code):
         manager, _, child = self.forked(code, 2)
-        before = Books(manager).state
-        equal(self.allocate(manager, child, 1), None, "allocate_slots where a copy is needed and no block is free")
-        equal(Books(manager).state, before, "(tables, ref_cnt, free, copies, cached), where a copy has no room")
+        self.allocate(None, "where a copy is needed and no block is free", manager, child, 1)
 
     def test_room_for_the_copy_or_for_the_new_block(self, code):
         manager, _, child = self.forked(code, 3)
-        before = Books(manager).state
-        equal(self.allocate(manager, child, 4), None, "allocate_slots, a copy and a new block needed, one free")
-        equal(Books(manager).state, before, "(tables, ref_cnt, free, copies, cached), one block short")
+        self.allocate(None, "where a copy and a new block are needed and one is free", manager, child, 4)
+
+    def test_more_blocks_held_than_needed(self, code):
+        manager = code.KVCacheManager(6, 2)
+        parent = stored(code, manager, "a", [1, 2, 3, 4, 5, 6, 7, 8])
+        child = code.PagedSequence("b", list(parent.all_token_ids))
+        manager.fork(parent, child)
+        manager.allocate_slots(code.PagedSequence("c", [9]), 1)
+        child.num_computed_tokens = 3
+        what = "where 3 shared blocks need copies, 2 blocks more are held than needed, and one is free"
+        self.allocate(None, what, manager, child, 1)
 
 
 @exercise("4.13", points=2)
@@ -500,8 +532,11 @@ class TestFork:
 
     def test_a_beginning_of_the_parent(self, code):
         manager, _, child = self.forked(code, 4, of=10)
-        equal(manager.block_table("child"), [0], "the table of a child of 4 tokens, the parent has 10 in [0, 1, 2]")
-        equal(ref_cnts(manager.pool), [2, 1, 1, 0, 0, 0], "ref_cnt, where a child of 4 tokens shares a block")
+        equal(
+            (manager.block_table("child"), ref_cnts(manager.pool)[:3]),
+            ([0], [2, 1, 1]),
+            "(the child's table, ref_cnt) of a child of 4 tokens, the parent has 10 in [0, 1, 2]",
+        )
         equal(child.num_computed_tokens, 3, "num_computed_tokens of a child of 4 tokens")
         manager, _, _ = self.forked(code, 5, of=10)
         equal(manager.block_table("child"), [0, 1], "the table of a child of 5 tokens, the parent has [0, 1, 2]")
@@ -527,11 +562,15 @@ class TestFork:
         manager, parent = self.parent(code)
         parent.num_computed_tokens = 5
         child = code.PagedSequence("child", [1, 2, 3, 4, 5, 6])
-        outcome_of = outcome(lambda: manager.fork(parent, child))
+        refused(
+            lambda: manager.fork(parent, child),
+            "fork of 6 tokens, of which the parent has computed 5,",
+            lambda: (f"it gave the child the table {manager.block_table('child')}", manager.block_table("child")),
+        )
         equal(
-            (outcome_of or "no error", manager.block_table("child"), ref_cnts(manager.pool)[:2]),
-            ("ValueError", [], [1, 1]),
-            "(error, the child's table, ref_cnt) of a fork of 6 tokens, 5 of them computed",
+            (manager.block_table("child"), ref_cnts(manager.pool)[:2]),
+            ([], [1, 1]),
+            "(the child's table, ref_cnt) after a fork that was refused",
         )
 
 
@@ -576,6 +615,8 @@ class TestCopyOnWrite:
         manager.copy_on_write(child, [1])
         equal(manager.block_table("child"), [0, 2], "the child's table, [0, 1] before, 4 of 5 tokens computed")
         equal(self.copies(manager), [], "copies that have tokens to copy, where the block holds none of the child's")
+
+    def test_taken_back(self, code):
         manager, _, child = self.forked(code, 11, computed=2)
         manager.copy_on_write(child, [0, 2])
         equal(self.copies(manager), [(0, 3, 2)], "the copies for the places 0 and 2 of a child taken back to 2 tokens")
@@ -1016,15 +1057,16 @@ class TestGather:
         self.check(cache, 1, 0, self.TABLES, 1, 5, "layer 1, positions 1 to 5, of a cache with layers 1 and 2")
 
     def test_nothing_else_is_touched(self, code):
-        cache = filled(small_cache(code))
-        try:
-            cache.gather(0, torch.tensor([[999, 3, 999], [999, 1, 999]]), 3, 6)
-            touched = "only block 3 and 1"
-        except (IndexError, RuntimeError):
-            touched = "others"
+        cache, touched = filled(small_cache(code)), []
+        for name, tables in (("first", [[999, 3, 0], [999, 1, 0]]), ("third", [[0, 3, 999], [0, 1, 999]])):
+            try:
+                cache.gather(0, torch.tensor(tables), 3, 6)
+            except (IndexError, RuntimeError):
+                touched.append(name)
         holds(
-            touched != "others",
-            "gather of positions 3 to 6 (blocks of 3) looks into the first or the last block of the table too.",
+            not touched,
+            "gather of positions 3 to 6 (blocks of 3) needs the second block of the table only; it looks into the "
+            f"{' and the '.join(touched)} too.",
             actual=touched,
         )
 

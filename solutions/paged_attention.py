@@ -51,7 +51,8 @@ class BlockHash(NamedTuple):
 def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
     """The key of a full block with these tokens behind that parent (None: it is the first).
 
-    Keys and values depend on all that came before, so the same tokens behind another parent are another block.
+    Keys and values depend on all that came before, so the same tokens behind another parent are another block. Token
+    ids go up to the vocabulary's size, which may be more than 100,000.
     """
     # Exercise 4.9: a 16-byte `hashlib.blake2b` digest of the parent's value and of these tokens.
     before = parent.value if parent else b""
@@ -164,7 +165,7 @@ class KVCacheManager:
     """Gives sequences the blocks that they need, and lets them share those that are alike. Ids and counts, no tensors.
 
     `copies` collects what has to be copied before the next forward pass; whoever runs that takes it with
-    `take_copies`. With `enable_prefix_caching` false, nothing is found again once it is freed.
+    `take_copies`. With `enable_prefix_caching` false, no block is ever found by its content.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
@@ -197,7 +198,8 @@ class KVCacheManager:
         """The blocks that hold the beginning of this sequence already, and how many tokens they hold.
 
         Nothing is taken: `allocate_slots` does that. The last token is never among them, even where its block is
-        there: somebody must compute it, or there are no logits to go on from.
+        there: somebody must compute it, or there are no logits to go on from. With `enable_prefix_caching` false there
+        are none.
         """
         # Exercise 4.10: from the first block on, as long as the pool finds the next; stop before the last token.
         if not self.enable_prefix_caching:
@@ -214,7 +216,8 @@ class KVCacheManager:
         """Let the full blocks among the first `num_verified_tokens` tokens be found by sequences that begin alike.
 
         Verified: computed by now, or before anybody reads them, and no guess that may yet be rejected. A block that
-        is not full, or whose last token is such a guess, has no hash.
+        is not full, or whose last token is such a guess, has no hash. With `enable_prefix_caching` false it does
+        nothing.
         """
         # Exercise 4.11: pair its blocks with `hashes`; the pool remembers those that have no hash yet.
         if not self.enable_prefix_caching:
@@ -527,9 +530,11 @@ class PagedKVCache:
         """Read positions start to end of B sequences. block_tables: (B, num_blocks).
 
         Returns keys and values, two of (B, end - start, K, D). Only the blocks in which these positions lie are
-        touched, and of a single one only the slots asked for.
+        touched. Where all positions lie in one block of each table (a contiguous cache), only the slots asked for are
+        copied.
         """
-        # Exercise 4.5: which columns of the tables? `index_select` of their blocks, laid end to end, cut to measure.
+        # Exercise 4.5: which columns of the tables? `index_select` of their blocks, laid end to end, cut to measure; if
+        # it is one column only, slice the slots before you select.
         first, last = start // self.block_size, -(-end // self.block_size)
         low, high = start - first * self.block_size, end - first * self.block_size
         block_ids = block_tables[:, first:last].flatten()

@@ -16,6 +16,24 @@ ANSWERS = [
         "hashlib.blake2b(str(parent and parent.token_ids).encode() + text",
     ),
     wrong("4.9", "the parent field left empty", ".digest(), before,", '.digest(), b"",'),
+    wrong(
+        "4.9",
+        "each token id squeezed into one byte",
+        '" ".join(map(str, token_ids)).encode()',
+        "bytes(token_ids)",
+    ),
+    wrong(
+        "4.9",
+        "each token id squeezed into one byte, what is above 255 cut off",
+        '" ".join(map(str, token_ids)).encode()',
+        "bytes(token_id % 256 for token_id in token_ids)",
+    ),
+    wrong(
+        "4.9",
+        "each token id squeezed into two bytes",
+        '" ".join(map(str, token_ids)).encode()',
+        'b"".join(token_id.to_bytes(2, "big") for token_id in token_ids)',
+    ),
     wrong("4.9", "a digest of blake2b's own length, 64 bytes", ", digest_size=16", ""),
     right(
         "4.9",
@@ -147,6 +165,19 @@ ANSWERS = [
     ),
     right(
         "4.10",
+        "enable_prefix_caching not asked for: where it is false, cache_blocks has entered nothing",
+        """
+        blocks = []
+        for block_hash in self.hashes(request, (len(request.all_token_ids) - 1) // self.block_size):
+            block = self.pool.find(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks, len(blocks) * self.block_size
+        """,
+    ),
+    right(
+        "4.10",
         "with a while loop, one key at a time",
         """
         found = []
@@ -224,6 +255,13 @@ ANSWERS = [
         "-(-num_tokens // self.block_size)",
         "num_tokens // self.block_size",
     ),
+    wrong(
+        "4.12",
+        "blocks that it holds and does not need counted as if they were free",
+        "max(0, -(-num_tokens // self.block_size) - len(table) - len(computed_blocks))",
+        "-(-num_tokens // self.block_size) - len(table) - len(computed_blocks)",
+        recognised=False,
+    ),
     wrong("4.12", "the blocks that it holds already not counted", " - len(table) - len(computed", " - len(computed"),
     wrong(
         "4.12",
@@ -264,7 +302,6 @@ ANSWERS = [
         self.block_tables[request.request_id] = [*table, *computed_blocks, *new_blocks]
         return new_blocks
         """,
-        recognised=False,
     ),
     wrong_body(
         "4.12",
@@ -322,7 +359,6 @@ ANSWERS = [
         "all of the parent's blocks, whatever the child needs",
         "[: -(-num_tokens // self.block_size)]",
         "",
-        recognised=False,
     ),
     wrong("4.13", "full blocks only", "[: -(-num_tokens // self.block_size)]", "[: num_tokens // self.block_size]"),
     wrong(
@@ -358,14 +394,12 @@ ANSWERS = [
         "whole blocks copied, filled or not",
         "min(self.block_size, request.num_computed_tokens - place * self.block_size)",
         "self.block_size",
-        recognised=False,
     ),
     wrong(
         "4.16",
         "all its tokens counted, where those before the block are not in it",
         "request.num_computed_tokens - place * self.block_size",
         "request.num_computed_tokens",
-        recognised=False,
     ),
     wrong(
         "4.16",
@@ -748,6 +782,12 @@ ANSWERS = [
         "all blocks of the tables read, and then cut",
         "first, last = start // self.block_size, -(-end // self.block_size)",
         "first, last = 0, block_tables.shape[1]",
+    ),
+    wrong(
+        "4.5",
+        "one block more than needed, where `end` falls on a boundary",
+        "-(-end // self.block_size)",
+        "end // self.block_size + 1",
     ),
     wrong_body(
         "4.5",
