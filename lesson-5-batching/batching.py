@@ -303,8 +303,8 @@ class Scheduler:
         ready = [request for request in self.running if not request.in_flight]
         ready.sort(key=lambda request: (request.last_step, self.rank(request)))
         ready = ready[: self.max_step_seqs]
-        # TODO 5.4: for each in turn: how many tokens, leaving one for each behind it, but one at least? Make room;
-        # `grant` what there is room for.
+        # TODO 5.4: for each in turn: stop at a budget of 0; pass over whoever is no longer RUNNING. How many
+        # tokens, leaving one for each behind it, but one at least? Make room; `grant` what there is room for.
         raise NotImplementedError("TODO 5.4")
 
     def schedule_waiting(self, plan: SchedulerOutput, budget: int) -> None:
@@ -406,7 +406,8 @@ class Scheduler:
         """Take in what a step has brought. Returns its requests, those that have finished with it included.
 
         Of a request with guesses as many tokens come back as were accepted, and one more; what was computed for the
-        others is not counted any more. What comes after a token that ends the request is dropped.
+        others is not counted any more. What comes after a token that ends the request is dropped. A chunk in the middle
+        of a prompt brings no token: its tokens are computed all the same, and nothing of them is taken back.
         """
         requests = [self.requests[each.request_id] for each in plan.scheduled]
         # TODO 5.7: for each: no longer in flight; if it was aborted meanwhile or failed, `finish` it so. Otherwise
@@ -928,14 +929,16 @@ class Engine:
                 self.report(request)
 
     def step(self) -> list[RequestOutput]:
-        """One step: decide, compute, take in. Returns the outputs of the requests that it served or ended.
+        """One step: decide, compute, take in. Returns the outputs of all requests that the collected step computed
+        something for: of those that finished with it, and of those in the middle of their prompt, too.
 
-        Steps are submitted until the executor has as many as it can hold; then the oldest is collected. Raises
-        RuntimeError if requests are waiting and none of them can be served, which would be a mistake of ours.
+        Steps are submitted until the executor has as many as it can hold; then the oldest is collected. Where nothing
+        is in flight then, there is nothing to collect: the result is an empty list, or RuntimeError if requests are
+        waiting all the same and none of them can be served, which would be a mistake of ours.
         """
         start = time.perf_counter()
         # TODO 5.14: schedule and `submit` while there is room in flight and the plan is not empty; collect the
-        # oldest and give it to the scheduler; `report` each of its requests that sampled or finished.
+        # oldest and give it to the scheduler; `report` each request that the scheduler returns; `count` the step.
         raise NotImplementedError("TODO 5.14")
 
     def submit(self, plan: SchedulerOutput) -> None:

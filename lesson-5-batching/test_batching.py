@@ -91,27 +91,31 @@ class TestStaticBatch:
 
 @exercise("5.2")
 class TestFinishReason:
+    def check(self, code, each, expected, what):
+        got = code.finish_reason(each)
+        holds(got == expected, f"finish_reason {what} is {got!r}, expected {expected!r}.", actual=repr(got))
+
     def test_by_hand(self, code):
         each = request(code, "a", 3, 2, max_tokens=4, stop_token_ids=frozenset({9}))
-        equal(str(code.finish_reason(each)), "None", "finish_reason with 2 of 4 tokens, none of which ends it")
+        self.check(code, each, None, "with 2 of 4 tokens, none of which ends it,")
         each.append(9)
-        equal(str(code.finish_reason(each)), "stop", "finish_reason, when the third of 4 tokens ends it")
+        self.check(code, each, "stop", "when the third of 4 tokens ends it")
 
     def test_length(self, code):
         each = request(code, "a", 3, 4, max_tokens=4, stop_token_ids=frozenset({9}))
-        equal(str(code.finish_reason(each)), "length", "finish_reason with 4 of 4 tokens")
+        self.check(code, each, "length", "with 4 of 4 tokens")
 
     def test_stop_beats_length(self, code):
         each = request(code, "a", 3, 3, max_tokens=4, stop_token_ids=frozenset({9}))
         each.append(9)
-        equal(str(code.finish_reason(each)), "stop", "finish_reason, when the fourth of 4 tokens ends it")
+        self.check(code, each, "stop", "when the fourth of 4 tokens ends it")
 
     def test_only_the_last_counts(self, code):
         each = request(code, "a", 10, max_tokens=4, stop_token_ids=frozenset({9}))
-        equal(str(code.finish_reason(each)), "None", "finish_reason with no output yet, and a stop token in the prompt")
+        self.check(code, each, None, "with no output yet, and a stop token in the prompt,")
         each.append(9)
         each.append(5)
-        equal(str(code.finish_reason(each)), "None", "finish_reason, when a stop token stands before the last")
+        self.check(code, each, None, "when a stop token stands before the last")
 
 
 @exercise("5.3")
@@ -243,6 +247,18 @@ class TestScheduleRunning:
         either = [sorted(one | other) for one, other in pairwise(served)]
         equal(either, [list("abc")] * 3, "who computes in either of two steps, with a budget of 2 and three requests")
 
+    def test_never_more_than_the_budget(self, code):
+        own = scheduler(code)
+        running(code, own, *(request(code, name, 2) for name in "abcde"))
+        own.max_num_batched_tokens = 2
+        plan = code.SchedulerOutput(99)
+        left = own.schedule_running(plan)
+        equal(
+            [plan.num_tokens, left],
+            [2, 0],
+            "[tokens scheduled, what is left of the budget], with a budget of 2 and five requests that decode",
+        )
+
     def test_in_flight_is_left_alone(self, code):
         own = scheduler(code)
         a, _b = running(code, own, request(code, "a", 3), request(code, "b", 3))
@@ -260,6 +276,18 @@ class TestScheduleRunning:
         equal(granted(plan), {"a": (8, 1)}, "who computes, where a and b need a fifth and sixth of 4 blocks")
         equal(plan.preempted_ids, ["b"], "who made room")
         holds(balanced(own), "Blocks are held and not counted, or counted and not held.", actual=granted(plan))
+
+    def test_the_preempted_is_skipped_though_there_is_room_again(self, code):
+        own = scheduler(code, num_blocks=9, budget=36)
+        running(code, own, *(request(code, name, 12) for name in "abc"))
+        own.max_num_batched_tokens = 4
+        plan = code.SchedulerOutput(99)
+        own.schedule_running(plan)
+        equal(
+            [granted(plan), plan.preempted_ids],
+            [{"a": (12, 1), "b": (12, 1)}, ["c"]],
+            "[who computes, who was preempted], where a, b and c fill 9 blocks of 4, and c makes room for a and b",
+        )
 
     def test_whoever_makes_room_itself_is_skipped(self, code):
         own = scheduler(code, num_blocks=4)
@@ -341,12 +369,29 @@ class TestUpdateFromOutput:
         own = scheduler(code, budget=4)
         a = request(code, "a", 10)
         own.add(a)
-        outputs = []
+        outputs, computed = [], []
         for _ in range(4):
             plan = own.schedule()
             answered(code, own, plan)
             outputs.append(len(a.output_token_ids))
-        equal(outputs, [0, 0, 1, 2], "how many tokens a has after each step: a prompt of 10 in chunks of 4")
+            computed.append(a.num_computed_tokens)
+        what = "after each step: a prompt of 10 in chunks of 4"
+        equal(outputs, [0, 0, 1, 2], f"how many output tokens a has {what}")
+        equal(computed, [4, 8, 10, 11], f"num_computed_tokens {what}")
+
+    def test_what_is_not_computed_is_not_found(self, code):
+        own = scheduler(code, budget=3, caching=True)
+        a = request(code, "a", 10)
+        own.add(a)
+        findable = []
+        for _ in range(5):
+            answered(code, own, own.schedule())
+            findable.append(sum(block.block_hash is not None for block in own.manager.block_tables["a"]))
+        equal(
+            findable,
+            [0, 1, 2, 2, 2],
+            "how many of its blocks of 4 can be found after each step, where 3, 6, 9, 10 and 11 tokens are computed",
+        )
 
     def test_finished(self, code):
         own = scheduler(code)
@@ -564,7 +609,10 @@ class TestAbort:
         plan = own.schedule()
         own.abort("a")
         equal(own.manager.pool.num_free_blocks, 10, "how many of 12 blocks are free while a, aborted, is in flight")
-        equal(str(a.finish_reason), "abort", "its finish_reason")
+        reason = a.finish_reason
+        holds(
+            reason == "abort", f"finish_reason of a, aborted in flight, is {reason!r}, expected 'abort'.", repr(reason)
+        )
         answered(code, own, plan)
         equal(own.manager.pool.num_free_blocks, 12, "how many blocks are free when its step is collected")
         equal(a.output_token_ids, [], "its output: what was sampled after the abort is dropped")
@@ -572,7 +620,11 @@ class TestAbort:
     def test_unknown(self, code):
         own = scheduler(code)
         running(code, own, request(code, "a", 3))
-        equal(own.abort("nobody"), None, "abort of an id that nobody has")
+        try:
+            own.abort("nobody")
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            holds(False, f"abort of an id that nobody has raises {text}; an unknown id is ignored.", actual=text)
         equal(names(own.running), ["a"], "who runs afterwards")
 
 
@@ -739,6 +791,30 @@ class TestStep:
         own = self.engine(code)
         equal(own.step(), [], "step of an engine without requests")
         equal(own.executor.log, [], "what the executor was asked for then")
+
+    def test_nobody_can_be_served(self, code):
+        own = self.engine(code)
+        own.add_request([1, 2, 3], request_id="a")
+        own.scheduler.schedule = lambda: code.SchedulerOutput(1)
+        what = "step, where a request waits and the plan is empty all the same, should raise RuntimeError; it"
+        try:
+            outputs = own.step()
+        except RuntimeError:
+            return
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            holds(False, f"{what} raised {text}", actual=text)
+        holds(False, f"{what} returned {outputs}.", actual="nothing raised")
+
+    def test_a_prompt_in_chunks(self, code):
+        own = self.engine(code, max_num_batched_tokens=4, long_prefill_token_threshold=4)
+        own.add_request(list(range(1, 11)), code.SamplingParams(max_tokens=2, ignore_eos=True), request_id="a")
+        reported = [[(output.request_id, len(output.token_ids)) for output in own.step() or ()] for _ in range(4)]
+        equal(
+            reported,
+            [[("a", 0)], [("a", 0)], [("a", 1)], [("a", 2)]],
+            "(id, output tokens) of what each of four steps returns: a prompt of 10 in chunks of 4",
+        )
 
     def test_a_request(self, code):
         own = self.engine(code)

@@ -143,6 +143,13 @@ ANSWERS = [
         "for place, request in enumerate(ready):",
         "for place, request in enumerate(sorted(ready, key=self.rank)):",
     ),
+    wrong("5.4", "no stop where nothing is left of the budget", "if budget == 0:", "if False:"),
+    wrong(
+        "5.4",
+        "one that was preempted for another goes on all the same",
+        "if request.status is not RequestStatus.RUNNING:",
+        "if False:",
+    ),
     wrong(
         "5.4",
         "granted without a look at whether there was room",
@@ -227,6 +234,25 @@ ANSWERS = [
         "tokens after the end kept",
         "if reason:\n                    break",
         "if reason:\n                    pass",
+    ),
+    wrong("5.7", "one token taken back where nothing was sampled", "if sampled:", "if True:"),
+    wrong(
+        "5.7",
+        "a chunk in the middle counted as the whole prompt",
+        "request.spec_token_ids = output",
+        "request.num_computed_tokens = request.num_tokens - 1\n            request.spec_token_ids = output",
+    ),
+    wrong(
+        "5.7",
+        "a block that lacks its last token entered into the prefix cache",
+        "min(request.num_computed_tokens, request.num_tokens))",
+        "request.num_computed_tokens + 1)",
+    ),
+    wrong(
+        "5.7",
+        "all tokens that it has taken for computed, when they are entered into the prefix cache",
+        "min(request.num_computed_tokens, request.num_tokens))",
+        "request.num_tokens)",
     ),
     wrong("5.7", "still in flight afterwards", "request.in_flight = False", "request.in_flight = True"),
     wrong("5.7", "its next guesses forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
@@ -407,6 +433,7 @@ ANSWERS = [
             self.requests[request_id].finish_reason = "abort"
         """,
     ),
+    wrong("5.13", "an id looked up that may be unknown", "self.requests.get(request_id)", "self.requests[request_id]"),
     wrong("5.13", "one in flight not marked", 'request.finish_reason = "abort"', "pass"),
     wrong("5.13", "with another reason", 'self.finish(request, "abort")', 'self.finish(request, "stop")'),
     right(
@@ -520,6 +547,13 @@ ANSWERS = [
         "one step in flight, whatever the executor can hold",
         "while len(self.in_flight) < self.executor.depth:",
         "while not self.in_flight:",
+    ),
+    wrong("5.14", "an empty list, though requests wait", "if self.has_unfinished_requests:", "if False:"),
+    wrong(
+        "5.14",
+        "only those reported that sampled or finished, nobody in the middle of the prompt",
+        "for request in requests]",
+        "for request in requests if request.output_token_ids or request.finish_reason]",
     ),
     wrong("5.14", "logprobs not handed on", "output.logprobs.get(request.request_id, ())", "()"),
     wrong("5.14", "nothing returned", "return reports", "return []"),
