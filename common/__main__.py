@@ -20,8 +20,15 @@ pyproject.toml it needs ("" the base, None nothing at all); the variables that m
 COMMANDS = (
     Command("help", "", None, None, "", "this list"),
     Command("setup", "", "common.setup", None, "TORCH", "install what the course needs into .venv (every target does)"),
-    Command("run", "", "common.chat", "", "MODEL PROMPT MINE TP PP THREADS", "a real model answers a prompt"),
-    Command("chat", "", "common.chat", "", "MODEL MINE TP PP THREADS", "talk with it"),
+    Command(
+        "run",
+        "",
+        "common.chat",
+        "",
+        "MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD THREADS",
+        "a real model answers a prompt",
+    ),
+    Command("chat", "", "common.chat", "", "MODEL MINE TP PP QUANT GROUP KV OFFLOAD THREADS", "talk with it"),
     Command("test-lesson", "N", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE", "grade your lesson N"),
     Command("test-exercise", "N.M", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE PDB", "grade one exercise"),
     Command("hint", "N.M", "common.grading.cli", "", "LEVEL", "a hint for it; LEVEL=2 and LEVEL=3 say more"),

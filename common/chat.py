@@ -316,10 +316,37 @@ def options(argv: list[str]) -> argparse.Namespace:
         ("--pipeline-parallel", "PP", "stages of layers, each with processes of its own"),
     ):
         parser.add_argument(flag, type=int, default=variable(name) or 1, help=f"{what}; default 1")
+    parser.add_argument(
+        "--quantization", default=variable("QUANT") or None, metavar="KIND", help="int8, w8a8 or int4; default: none"
+    )
+    parser.add_argument("--group-size", type=int, default=variable("GROUP") or 64, help="of int4; default 64")
+    parser.add_argument(
+        "--kv-cache-dtype", default=variable("KV") or "auto", metavar="KIND", help="int8; default: auto"
+    )
+    parser.add_argument(
+        "--offload", type=int, default=variable("OFFLOAD") or None, metavar="MB", help="of weights that stay in memory"
+    )
     parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
     parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
     parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))
     return parser.parse_args(rest)
+
+
+def engine_for(name: str, options: dict, fewer: dict):
+    """The engine of the last lesson that is needed for these options: an unfinished one of MINE is none of those."""
+    fewer["offload"] = fewer["offload"] and fewer["offload"] * 10**6
+    if fewer["quantization"] or fewer["offload"] or fewer["kv_cache_dtype"] != "auto":
+        from solutions.quantization import QuantizedEngine
+
+        return QuantizedEngine(name, **fewer, **options)
+    if {options["tensor_parallel"], options["pipeline_parallel"]} != {1} or "TORCHELASTIC_RUN_ID" in os.environ:
+        from solutions.parallelism import ParallelEngine
+
+        return ParallelEngine(name, **options)
+    from solutions.batching import load_engine
+
+    del options["tensor_parallel"], options["pipeline_parallel"]
+    return load_engine(name, **options)
 
 
 def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
@@ -329,7 +356,6 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
         os.environ["KERNELS"] = "plain"  # so that the student's code is what runs
     import torch
 
-    from solutions.batching import load_engine
     from solutions.llama_pytorch import SamplingParams
 
     if settings.threads:
@@ -348,14 +374,10 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
     names = {"num_blocks": "num_blocks", "max_batched_tokens": "max_num_batched_tokens"}
     names |= {"policy": "scheduling_policy", "preemption": "preemption"}
     options = {name: getattr(settings, flag) for flag, name in names.items() if getattr(settings, flag) is not None}
-    grid = {name: getattr(settings, name) for name in ("tensor_parallel", "pipeline_parallel")}
+    options |= {name: getattr(settings, name) for name in ("tensor_parallel", "pipeline_parallel")}
+    fewer = {name: getattr(settings, name) for name in ("quantization", "group_size", "kv_cache_dtype", "offload")}
     try:
-        if set(grid.values()) == {1} and "TORCHELASTIC_RUN_ID" not in os.environ:
-            engine = load_engine(settings.model, **options)
-        else:
-            from solutions.parallelism import ParallelEngine
-
-            engine = ParallelEngine(settings.model, **grid, **options)
+        engine = engine_for(settings.model, options, fewer)
     except CheckpointError:
         raise
     except ValueError as error:

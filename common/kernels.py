@@ -19,9 +19,12 @@ gradients.
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from itertools import repeat
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -86,12 +89,83 @@ def can_pack(*modules: nn.Module) -> bool:
     )
 
 
-def fuse(projections: Sequence[nn.Linear]) -> PackedLinear:
+def fuse(projections: Sequence[nn.Module]) -> nn.Module:
     """Several layers with the same input as one, their outputs side by side."""
     biases = [projection.bias for projection in projections]
-    return PackedLinear(
-        torch.cat([projection.weight for projection in projections]),
-        None if biases[0] is None else torch.cat(biases),
+    bias = None if biases[0] is None else torch.cat(biases)
+    if type(projections[0]) is nn.Linear:
+        return PackedLinear(torch.cat([projection.weight for projection in projections]), bias)
+    return CompiledLinear(projections, bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights of eight bits and four
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled():
+    """The operators of kernels.cpp, compiled for this processor: once, then kept. None where there is no compiler."""
+    from torch.utils import cpp_extension
+
+    tools = Path(sys.executable).parent  # ninja is installed beside this Python, which need not be on the PATH
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{tools}{os.pathsep}{before}"
+    try:
+        cpp_extension.load(
+            name="inference_course",
+            sources=[str(Path(__file__).with_suffix(".cpp"))],
+            extra_cflags=["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math"],
+            is_python_module=False,
+        )
+        return torch.ops.inference_course
+    except Exception as error:  # no compiler, no ninja, an operating system that it does not know, ...
+        reason = str(error).strip().partition("\n")[0]
+        print(
+            f"Quantized layers run without their kernels, slowly: these cannot be compiled here ({reason}).",
+            file=sys.stderr,
+        )
+        return None
+    finally:
+        os.environ["PATH"] = before
+
+
+class CompiledLinear(nn.Module):
+    """Lesson 7's `Int8Linear` or `Int4Linear`, one or several with the same input, with kernels.cpp's product."""
+
+    def __init__(self, plain: Sequence[nn.Module], bias: Tensor | None):
+        super().__init__()
+        first = plain[0]
+        self.in_features, self.out_features = first.in_features, sum(each.out_features for each in plain)
+        self.group_size = getattr(first, "group_size", None)
+        names = [name for name, _ in first.named_parameters(recurse=False) if name != "bias"]
+        for name in names:
+            tensors = [getattr(each, name) for each in plain]
+            whole = tensors[0] if len(tensors) == 1 else nn.Parameter(torch.cat(tensors), requires_grad=False)
+            self.register_parameter(name, whole)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if self.group_size is None:
+            y = compiled().int8_linear(x, self.weight, self.weight_scale)
+        else:
+            minimum = getattr(self, "weight_minimum", None)
+            y = compiled().int4_linear(x, self.weight, self.weight_scale, minimum, self.group_size)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def can_compile(*modules: nn.Module) -> bool:
+    """Whether these are lesson 7's layers, all of one kind, whole (no rank's share), in memory, with float32 around."""
+    from solutions import quantization
+
+    first = type(modules[0])
+    return (
+        first in (quantization.Int8Linear, quantization.Int4Linear)
+        and all(type(each) is first and not each.is_sharded and each.weight.device.type == "cpu" for each in modules)
+        and (first is quantization.Int4Linear or modules[0].weight_scale.dtype == torch.float32)
+        and (first is quantization.Int8Linear or modules[0].in_features % 2 == 0)
+        and compiled() is not None
     )
 
 
@@ -175,15 +249,25 @@ def pack(model: nn.Module) -> None:
     """
     from solutions.llama_pytorch import MLP, Attention, RMSNorm  # whoever's lesson 2 it is that runs here
 
+    # A model without quantized layers needs no lesson 7.
+    QuantizedLinear = getattr(sys.modules.get("solutions.quantization"), "QuantizedLinear", ())
+
     def fast(module: nn.Module) -> nn.Module:
-        if type(module) is Attention and can_pack(module.q_proj, module.k_proj, module.v_proj):
+        if type(module) is Attention and can_fuse(module.q_proj, module.k_proj, module.v_proj):
             if {type(module.q_norm), type(module.k_norm)} in ({nn.Identity}, {RMSNorm}):
                 return FusedAttention(module)
-        if type(module) is MLP and can_pack(module.gate_proj, module.up_proj):
+        if type(module) is MLP and can_fuse(module.gate_proj, module.up_proj):
             return FusedMLP(module)
         if type(module) is RMSNorm and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32):
             return FastNorm(module.weight, module.eps)
-        return PackedLinear(module.weight, module.bias) if can_pack(module) else module
+        if can_pack(module):
+            return PackedLinear(module.weight, module.bias)
+        if isinstance(module, QuantizedLinear) and can_compile(module):
+            return CompiledLinear([module], module.bias)
+        return module
+
+    def can_fuse(*projections: nn.Module) -> bool:
+        return can_pack(*projections) or (isinstance(projections[0], QuantizedLinear) and can_compile(*projections))
 
     def swap_children(parent: nn.Module) -> None:
         for name in [name for name, _ in parent.named_children()]:

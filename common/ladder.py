@@ -1,8 +1,9 @@
 """The ladder: what each lesson's engine makes of the same prompts, in one run, beside transformers on the same weights.
 
 The loads: one stream; eight equal streams; and 32 requests of all lengths that are there at once. Every way gives the
-same tokens, up to near-ties, and that is checked. Rounds are interleaved and the order of ways varies, so that a
-machine that drifts does so for all of them; what is told are medians.
+same tokens, up to near-ties, and that is checked; but not for quantized weights, which are other weights. Rounds are
+interleaved and the order of ways varies, so that a machine that drifts does so for all of them; what is told are
+medians.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ class Stamp:
         return scores
 
 
-def ways_of(model, packed, theirs, tokenizer) -> dict[str, Callable[[Load], Run]]:
+def ways_of(model, packed, theirs, quantized: dict) -> dict[str, Callable[[Load], Run]]:
     """Every rung, by its name."""
-    from solutions import kv_cache, llama_pytorch, paged_attention
+    from solutions import kv_cache, llama_pytorch, paged_attention, quantization
     from solutions.batching import Engine
     from solutions.llama_pytorch import SamplingParams
 
@@ -154,7 +155,11 @@ def ways_of(model, packed, theirs, tokenizer) -> dict[str, Callable[[Load], Run]
                 [each.time_to_first_token for each in metrics],
                 [each.time_per_output_token for each in metrics if each.time_per_output_token is not None],
                 kv_cache.cache_bytes(own.config, peak * 16, 4),
-                {"slots_per_token": totals.slots_per_token, "num_steps": totals.num_steps},
+                {
+                    "slots_per_token": totals.slots_per_token,
+                    "num_steps": totals.num_steps,
+                    "weight_bytes": quantization.weight_bytes(own),
+                },
             )
 
         return run
@@ -183,6 +188,7 @@ def ways_of(model, packed, theirs, tokenizer) -> dict[str, Callable[[Load], Run]
     ways = {"recompute": recompute, "cache": cache, "paged": paged, "engine": engine(model, "plain")}
     if packed is not None:
         ways["engine, kernels"] = engine(packed, "fast")
+    ways |= {name: engine(own, "fast") for name, own in quantized.items()}
     if theirs is not None:
         ways["transformers"] = transformers
     return ways
@@ -213,7 +219,7 @@ def loads(vocab_size: int, quick: bool) -> list[tuple[Load, list[str], int]]:
     def prompt(length: int) -> list[int]:
         return [rng.randrange(100, vocab_size) for _ in range(length)]
 
-    serving = ["engine", "engine, kernels", "transformers"]
+    serving = ["engine", "engine, kernels", "INT8", "INT4", "transformers"]
     if quick:
         mixed = [rng.randint(4, 12) for _ in range(8)]
         return [
@@ -235,10 +241,13 @@ def measure_ladder(name: str, quick: bool, theirs) -> dict:
     """Climb it. theirs: transformers' model of the same checkpoint, or None."""
     from common import kernels
     from solutions.llama_pytorch import load
+    from solutions.quantization import Quantization, load_quantized
 
-    model, tokenizer = load(name, torch.float32, "cpu")
+    model, _ = load(name, torch.float32, "cpu")
     packed, _ = load(name, torch.float32, "cpu")
     kernels.pack(packed)
+    kinds = {"INT8": Quantization("int8"), "INT4": Quantization("int4")}
+    quantized = {each: load_quantized(name, kind, torch.float32, "cpu")[0] for each, kind in kinds.items()}
     if theirs is not None:
         theirs.generation_config.eos_token_id = None
         theirs.generation_config.pad_token_id = 0
@@ -246,7 +255,7 @@ def measure_ladder(name: str, quick: bool, theirs) -> dict:
     results = []
     try:
         for each, names, rounds in loads(model.config.vocab_size, quick):
-            ways = {way: run for way, run in ways_of(model, packed, theirs, tokenizer).items() if way in names}
+            ways = {way: run for way, run in ways_of(model, packed, theirs, quantized).items() if way in names}
             results.append(climb(model, each, ways, rounds))
     finally:
         os.environ.pop("KERNELS") if before is None else os.environ.update(KERNELS=before)
@@ -270,7 +279,7 @@ def climb(model, load: Load, ways: dict[str, Callable[[Load], Run]], rounds: int
             done = ways[way](load)
             runs[way].append(done)
             print(f"{load.name}, round {number + 1}, {way}: {load.num_tokens / done.seconds:.1f} tokens/s", flush=True)
-            if number == 0:
+            if number == 0 and way not in ("INT8", "INT4"):  # those have other weights; perplexity judges them
                 os.environ["KERNELS"] = "plain"
                 expected = expected or done.tokens
                 ties[way] = check_same(model, load, expected, done, way)
@@ -299,7 +308,7 @@ def climb(model, load: Load, ways: dict[str, Callable[[Load], Run]], rounds: int
 def show(results: list[dict]) -> None:
     """The ladder as a table; ratios are to transformers, where it was measured."""
     table = Table(box=None, header_style="dim", padding=(0, 1))
-    for column in ("", "tokens/s", "x", "first token", "a token", "cache", "slots/token"):
+    for column in ("", "tokens/s", "x", "first token", "a token", "cache", "slots/token", "weights"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for result in results:
         table.add_row(f"[bold]{result['name']}[/]")
@@ -314,5 +323,6 @@ def show(results: list[dict]) -> None:
                 f"{row['time_per_output_token'] * 1e3:.1f} ms",
                 f"{row['cache_bytes'] / 2**20:.1f} MiB",
                 f"{row['slots_per_token']:.3f}" if "slots_per_token" in row else "",
+                f"{row['weight_bytes'] / 1e6:.0f} MB" if way in ("INT8", "INT4") else "",
             )
     Console(width=110).print(table)

@@ -568,6 +568,8 @@ def ladder() -> Figure:
         "paged": ("lesson 4: paged", SKY),
         "engine": ("lesson 5: the engine", GREEN),
         "engine, kernels": ("with kernels", BLUE),
+        "INT8": ("lesson 7: INT8", PURPLE),
+        "INT4": ("lesson 7: INT4", "#F0E442"),
         "transformers": ("transformers", GREY),
     }
     panels = {
@@ -575,7 +577,7 @@ def ladder() -> Figure:
         "8 equal streams": loads["8 equal streams"],
         "32 mixed requests": loads["32 mixed requests"],
     }
-    fig = Figure(layout="constrained", figsize=(11, 3.2))
+    fig = Figure(layout="constrained", figsize=(11, 3.6))
     for axes, (name, ways) in zip(fig.subplots(1, 3, sharey=True), panels.items()):
         for row, (way, (_, color)) in enumerate(rungs.items()):
             if way not in ways:

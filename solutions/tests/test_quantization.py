@@ -1,0 +1,245 @@
+"""Lesson 7's reference: ranks, chunks, caches and kernels change no quantized token; files come back the same."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from common import kernels
+from common.checkpoints import Checkpoint, CheckpointError
+from solutions.batching import SamplingParams
+from solutions.llama_pytorch import causal_attend, load_weights, parse_config
+from solutions.parallelism import Group, Place, shard
+from solutions.quantization import (
+    Quantization,
+    QuantizedEngine,
+    QuantizingCheckpoint,
+    dequantize_int4,
+    int8_matmul,
+    load_quantized,
+    pack_int4,
+    quantize_int4,
+    quantize_int8,
+    quantize_model,
+    save_quantized,
+    unpack_int4,
+    weight_bytes,
+)
+from solutions.tests.soak import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks
+from solutions.tests.test_parallelism import STORIES, checkpoints, plain  # noqa: F401  (fixtures)
+
+KINDS = [Quantization("int8"), Quantization("w8a8"), Quantization("int4", 8), Quantization("int4", 6, True)]
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+def engine(folder, **settings) -> QuantizedEngine:
+    settings = {"dtype": torch.float64, "device": "cpu", "max_model_len": MAX_MODEL_LEN, "timeout": 10.0, **settings}
+    return QuantizedEngine(str(folder), **settings)
+
+
+def tokens(folder, **settings) -> list[list[int]]:
+    with engine(folder, **settings) as own:
+        return [output.token_ids for output in own.generate(PROMPTS, PARAMS, progress=False)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_shares_are_of_the_whole_matrix(checkpoints, kind):  # noqa: F811
+    """What three ranks hold, laid side by side, is what one process holds: numbers and scales."""
+    folder = checkpoints["qwen3"]
+    whole, _, _ = load_quantized(str(folder), kind, torch.float64, "cpu")
+    numbers = dict(whole.named_parameters())
+    for rank in range(3):
+        checkpoint = Checkpoint(folder)
+        with torch.device("meta"):
+            model = type(whole)(parse_config(checkpoint.config)).double()
+        absmax = {name: each.abs().amax(1) for name, each in read_all(checkpoint).items() if each.ndim == 2}
+
+        shard(model, Place(rank, 3, 1), Group(rank, range(3)))
+        quantize_model(model, kind)
+        for name, module in model.named_modules():
+            if getattr(module, "is_row_parallel", False):
+                module.group = knowing(absmax[f"{name}.weight"])
+        load_weights(model, QuantizingCheckpoint(checkpoint, model))
+        shards = {
+            f"{name}.{tensor}": each
+            for name, module in model.named_modules()
+            for tensor, each in getattr(module, "shards", {}).items()
+        }
+        for name, mine in model.named_parameters():
+            theirs = numbers[name]
+            if name in shards:
+                part = shards[name].part
+                stop = min(part.stop, theirs.shape[shards[name].axis])
+                theirs = theirs.narrow(shards[name].axis, part.start, stop - part.start)
+                mine = mine.narrow(shards[name].axis, 0, stop - part.start)
+            assert torch.equal(mine, theirs), f"rank {rank}, {name}"
+
+
+def knowing(absmax: torch.Tensor) -> Group:
+    """A group that knows a layer's largest magnitudes over all ranks, so that no other process is needed."""
+
+    class Knowing(Group):
+        def all_reduce(self, x, op=None):
+            return absmax.to(x)
+
+    return Knowing()
+
+
+def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {name: checkpoint.read(name).double() for name in checkpoint.names()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("grid", [(2, 1), (1, 2)])
+def test_ranks_change_no_token(checkpoints, kind, grid):  # noqa: F811
+    folder = checkpoints["qwen3"]
+    alone = tokens(folder, quantization=kind, kv_cache_dtype="int8")
+    assert (
+        tokens(folder, quantization=kind, kv_cache_dtype="int8", tensor_parallel=grid[0], pipeline_parallel=grid[1])
+        == alone
+    )
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], ids=str)
+def test_same_tokens_under_load(checkpoints, kind):  # noqa: F811
+    """INT8 blocks and quantized weights: chunks, preemption, sharing change nothing. The oracle is the same model in
+    an engine that computes one request at a time and a token a step."""
+    folder, rng = checkpoints["llama"], random.Random(3)
+    asks = [ask for ask in random_asks(rng, list(range(5, 40)), STORIES, 14) if ask.params.n == 1]
+    needed = -(-max(len(ask.prompt) + ask.params.max_tokens for ask in asks) // 4)
+    with engine(folder, quantization=kind, kv_cache_dtype="int8", max_num_batched_tokens=1) as slow:
+        oracle = AloneInEngine(slow)
+        settings = dict(num_blocks=needed + 3, block_size=4, max_num_batched_tokens=9, preemption="swap")
+        with engine(folder, quantization=kind, kv_cache_dtype="int8", **settings) as own:
+            report = drive(own, asks, oracle, rng)
+    assert report.counts["preemptions"] and report.counts["swaps_in"] and report.counts["cached"]
+
+
+class AloneInEngine(Oracle):
+    """What a request's answer is when nobody else is there."""
+
+    def __init__(self, own: QuantizedEngine):
+        super().__init__(own.model, Letters())
+        self.engine = own
+
+    def __call__(self, prompt, params):
+        key = (tuple(prompt), params)
+        if key not in self.answers:
+            self.answers[key] = self.engine.generate([prompt], params, progress=False)[0]
+        return self.answers[key]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_saved_and_loaded(checkpoints, kind, tmp_path):  # noqa: F811
+    folder = checkpoints["llama"]
+    model, _, _ = load_quantized(str(folder), kind, torch.float64, "cpu")
+    save_quantized(model, kind, folder, tmp_path / "saved")
+    again, _, _ = load_quantized(str(tmp_path / "saved"), None, torch.float64, "cpu")
+    for (name, one), (other_name, other) in zip(model.named_parameters(), again.named_parameters()):
+        assert name == other_name and one.dtype == other.dtype and torch.equal(one, other), name
+    assert tokens(tmp_path / "saved") == tokens(folder, quantization=kind)
+    assert tokens(tmp_path / "saved", quantization=kind) == tokens(folder, quantization=kind)
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(checkpoints, tmp_path):  # noqa: F811
+    model, _, _ = load_quantized(str(checkpoints["llama"]), KINDS[0], torch.float64, "cpu")
+    save_quantized(model, KINDS[0], checkpoints["llama"], tmp_path / "saved")
+    with pytest.raises(ValueError, match="is quantized already"):
+        engine(tmp_path / "saved", quantization="int4")
+    with pytest.raises(CheckpointError, match="quantization_config"):
+        parse_config(Checkpoint(tmp_path / "saved").config)
+    config = (tmp_path / "saved" / "config.json").read_text().replace("inference-course", "awq")
+    (tmp_path / "saved" / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match="quantized by 'awq'"):
+        engine(tmp_path / "saved")
+
+
+def test_offload_streams_and_says_what_it_needs(checkpoints):  # noqa: F811
+    folder = checkpoints["qwen2"]
+    expected = tokens(folder, quantization="int8")
+    model, _, _ = load_quantized(str(folder), Quantization("int8"), torch.float64, "cpu")
+    whole = weight_bytes(model)
+    with pytest.raises(ValueError, match="needs (\\d+) at least") as refused:
+        engine(folder, quantization="int8", offload=1)
+    least = int(str(refused.value).partition("needs ")[2].split()[0])
+    for limit in (least, (least + whole) // 2, whole):
+        with engine(folder, quantization="int8", offload=limit) as own:
+            assert [each.token_ids for each in own.generate(PROMPTS, PARAMS, progress=False)] == expected
+            held = weight_bytes(own.model)
+            assert held <= limit and (held == whole) == (limit == whole)
+    assert tokens(folder, quantization="int8", offload=least, pipeline_parallel=1) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"quantization": "fp4"}, "quantization must be one of int8, w8a8, int4; it is 'fp4'"),
+        ({"quantization": "int4", "group_size": 7}, "group_size must be an even number"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of auto, int8"),
+        ({"offload": 0}, "offload must be a number of bytes"),
+    ],
+)
+def test_bad_settings(checkpoints, settings, says):  # noqa: F811
+    with pytest.raises(ValueError, match=says):
+        engine(checkpoints["llama"], **settings)
+
+
+def test_int8_blocks_take_less(checkpoints):  # noqa: F811
+    """The same memory holds more blocks: D numbers of a byte and a scale, where there were D numbers."""
+    sizes = {}
+    for kind in ("auto", "int8"):
+        with engine(checkpoints["qwen2"], kv_cache_dtype=kind, kv_cache_memory=10**6, max_num_seqs=10**4) as own:
+            sizes[kind] = own.config.num_blocks
+    assert sizes["int8"] / sizes["auto"] == pytest.approx(4 * 8 / (4 + 8), rel=0.02)
+
+
+def test_every_pair_of_nibbles():
+    pairs = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8)
+    assert torch.equal(unpack_int4(pack_int4(pairs)), pairs)
+    every = torch.arange(256).to(torch.uint8).view(16, 16)
+    assert torch.equal(pack_int4(unpack_int4(every)), every)
+
+
+def test_int8_products_are_exact():
+    a = torch.full((3, 5000), 127, dtype=torch.int8)
+    b = torch.where(torch.arange(5000) % 2 == 0, 127, 126).to(torch.int8).expand(2, 5000)
+    assert torch.equal(int8_matmul(a, b).long(), a.long() @ b.long().T)
+
+
+@pytest.mark.skipif(kernels.compiled() is None, reason="no C++ compiler here: there are no compiled kernels")
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 40])
+@pytest.mark.parametrize(("outputs", "columns"), [(70, 160), (33, 30), (1100, 64)])
+def test_compiled_products(rows, outputs, columns):
+    """Against the plain ones, for few rows and many, short groups, and more outputs than a slice."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = (torch.randn(size, columns, generator=generator) for size in (outputs, rows))
+    numbers, scale = quantize_int8(weight)
+    got = kernels.compiled().int8_linear(x, numbers, scale)
+    torch.testing.assert_close(got, x @ (numbers * scale[:, None]).T, rtol=1e-4, atol=1e-3)
+    for group_size in (6, 32, 128):
+        for symmetric in (False, True):
+            numbers, scale, minimum = quantize_int4(weight, group_size, symmetric)
+            packed = pack_int4(numbers)
+            got = kernels.compiled().int4_linear(x, packed, scale, None if symmetric else minimum, group_size)
+            expected = x @ dequantize_int4(numbers, scale.float(), minimum.float(), group_size).T
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], Quantization("int4", 32)], ids=str)
+def test_packed_quantized_model(kind, monkeypatch):
+    """With kernels a model says what it says without, up to rounding; and it takes no more memory."""
+    monkeypatch.setenv("KERNELS", "fast")
+    packed, _, _ = load_quantized("tales", kind, torch.float32, "cpu")
+    monkeypatch.setenv("KERNELS", "plain")
+    model, _, _ = load_quantized("tales", kind, torch.float32, "cpu")
+    ids, positions = torch.arange(5, 45), torch.arange(40)
+    assert weight_bytes(packed) == weight_bytes(model)
+    with torch.inference_mode():
+        one, other = (each.logits(each(ids, positions, causal_attend)) for each in (packed, model))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    if kernels.compiled() is not None:
+        assert any(isinstance(module, kernels.CompiledLinear) for module in packed.modules())
