@@ -553,6 +553,59 @@ def pipeline() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Lesson 7: what fewer bits cost
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-7-quantization/figures/quality.svg")
+def quality() -> Figure:
+    """Perplexity against bytes, for INT8, W8A8 and INT4 in groups, plain and with scales for activations."""
+    measurement = bench.read("quality-smollm2-135m")
+    rows = measurement["rows"]
+    exact = rows[0]["perplexity"]
+    fig = Figure(layout="constrained", figsize=(10, 4.2))
+    eight, four = fig.subplots(1, 2, width_ratios=(1, 2.4), sharey=True)
+    for axes in (eight, four):
+        axes.axhline(exact, color=GREY, linewidth=1, linestyle=":")
+        axes.set_xlabel("MB of weights")
+    for row in rows:
+        if row["kind"] in ("int8", "w8a8"):
+            eight.plot([row["bytes"] / 1e6], [row["perplexity"]], "o", color=BLUE)
+            dy = -10 if row["kind"] == "int8" else 10
+            label_end(eight, row["bytes"] / 1e6, row["perplexity"], row["kind"].upper(), BLUE, dx=8, dy=dy)
+    eight.set_xlim(130, 142)
+    eight.set_ylabel("perplexity")
+    eight.set_title("eight bits")
+    eight.text(130.3, exact + 0.15, f"float32, {rows[0]['bytes'] / 1e6:.0f} MB", color=GREY, fontsize=8)
+    styles = {
+        (False, False): ("asymmetric", ORANGE, "o-"),
+        (True, False): ("symmetric", VERMILION, "s-"),
+        (False, True): ("asymmetric, activation-aware", SKY, "o--"),
+        (True, True): ("symmetric, activation-aware", GREEN, "s--"),
+    }
+    for (symmetric, aware), (name, color, style) in styles.items():
+        chosen = [
+            row
+            for row in rows
+            if row["kind"] == "int4" and (row["symmetric"], row["activation_aware"]) == (symmetric, aware)
+        ]
+        four.plot(
+            [row["bytes"] / 1e6 for row in chosen],
+            [row["perplexity"] for row in chosen],
+            style,
+            color=color,
+            label=name,
+        )
+        for row in chosen:
+            size = str(row["group_size"])
+            four.annotate(size, (row["bytes"] / 1e6, row["perplexity"]), (4, 5), textcoords="offset points", fontsize=8)
+    four.set_title("four bits, in groups of 32, 64 and 128")
+    four.legend(frameon=False, fontsize=9)
+    source_line(fig, measurement)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The ladder
 # ---------------------------------------------------------------------------------------------------------------
 

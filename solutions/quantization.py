@@ -723,6 +723,7 @@ class OffloadedLlama(Llama):
         cos, sin = rotary_tables(positions, self.frequencies.to(hidden.device))
         for _, layer in stream_layers(layers, self.read_layer):
             hidden = layer(hidden, cos, sin, attend)
+            del layer  # or there would be three: this one, the next, and the one that is begun when we ask for the next
         return hidden
 
 
