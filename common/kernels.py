@@ -20,8 +20,11 @@ gradients.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -30,6 +33,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.checkpoints import cache_folder
 
 ROWS_HINT = 32
 """For how many rows oneDNN shall choose its order. What it chooses for 8 rows or more is as good at 1 row, and at 256;
@@ -108,26 +113,40 @@ def compiled():
     """The operators of kernels.cpp, compiled for this processor: once, then kept. None where there is no compiler."""
     from torch.utils import cpp_extension
 
+    from common.bench import cpu_name
+
+    source = Path(__file__).with_suffix(".cpp")
+    made_for = (torch.__version__, sys.version, cpu_name(), source.read_text(encoding="utf-8"))
+    folder = cache_folder() / f"kernels-{hashlib.sha256(repr(made_for).encode()).hexdigest()[:12]}"
     tools = Path(sys.executable).parent  # ninja is installed beside this Python, which need not be on the PATH
+    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
     before = os.environ.get("PATH", "")
-    os.environ["PATH"] = f"{tools}{os.pathsep}{before}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / "lock"
+        if lock.exists() and time.time() - lock.stat().st_mtime > STALE_SECONDS:
+            lock.unlink()  # of a process that was killed while it compiled; torch would wait for it for ever
+        os.environ["PATH"] = f"{tools}{os.pathsep}{before}"
         cpp_extension.load(
             name="inference_course",
-            sources=[str(Path(__file__).with_suffix(".cpp"))],
-            extra_cflags=["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math"],
+            sources=[str(source)],
+            extra_cflags=["-O3", "-march=native", "-ffast-math", *wide],
+            build_directory=str(folder),
             is_python_module=False,
         )
         return torch.ops.inference_course
-    except Exception as error:  # no compiler, no ninja, an operating system that it does not know, ...
+    except Exception as error:  # no compiler, no ninja, a folder that cannot be written, a system it does not know, ...
         reason = str(error).strip().partition("\n")[0]
         print(
-            f"Quantized layers run without their kernels, slowly: these cannot be compiled here ({reason}).",
-            file=sys.stderr,
+            f"Quantized layers run without kernels, slowly: they cannot be compiled here ({reason}).", file=sys.stderr
         )
         return None
     finally:
         os.environ["PATH"] = before
+
+
+STALE_SECONDS = 300
+"""Nobody compiles for so long."""
 
 
 class CompiledLinear(nn.Module):

@@ -34,6 +34,9 @@ from common.grading.compare import CheckFailed
 NUM_RANKS = 2
 TIMEOUT = 4.0
 """Seconds that a rank waits for the other one."""
+BUILD_SECONDS = 60.0
+MADE = b"made"
+"""A rank says it when it is ready to call, and is told it when the other one is too."""
 
 
 def on_ranks(code: ModuleType, function: Callable, *arguments: Any) -> list[Any]:
@@ -46,6 +49,12 @@ def on_ranks(code: ModuleType, function: Callable, *arguments: Any) -> list[Any]
     connections = pool()
     for connection in connections:
         connection.send_bytes(call)
+    for connection in connections:  # making the module takes a rank its time, and no other rank should wait for that
+        if not connection.poll(BUILD_SECONDS) or connection.recv_bytes() != MADE:
+            end_pool()
+            raise RuntimeError("a rank of the grader could not make the module.")
+    for connection in connections:
+        connection.send_bytes(MADE)
     results, deadline = [], time.monotonic() + 2 * TIMEOUT
     for rank, connection in enumerate(connections):
         try:
@@ -123,10 +132,13 @@ def serve() -> None:
     while True:
         recipe, checks, function, arguments = pickle.loads(connection.recv_bytes())
         code = module(recipe)
+        call = getattr(checks_module(checks), function)
+        connection.send_bytes(MADE)
+        connection.recv_bytes()
         group = code.Group(int(rank), range(NUM_RANKS))
         torch.manual_seed(0)
         try:
-            result = getattr(checks_module(checks), function)(code, group, *arguments)
+            result = call(code, group, *arguments)
         except BaseException as error:
             result = problem(error, int(rank), Path(code.__file__))
         connection.send_bytes(pickle.dumps(result))

@@ -80,9 +80,10 @@ def test_finished_lessons_pass_and_the_student_can_chat(student):
         assert f"Lesson {lesson.number} is complete." in result.stdout
     board = course(student, "progress").stdout
     assert board.count("complete") == len(LESSONS)
-    result = course(student, "chat", stdin="Once upon a time\n/quit\n", MODEL="tales", MINE="0-5")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert ", ".join(f"lesson {number} yours" for number in range(6)) in result.stdout + result.stderr
+    for options in ({}, {"TP": "2", "QUANT": "int8", "KV": "int8"}):
+        result = course(student, "chat", stdin="Once upon a time\n/quit\n", MODEL="tales", MINE="0-7", **options)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert ", ".join(f"lesson {number} yours" for number in range(8)) in result.stdout + result.stderr
 
 
 def test_what_runs_is_the_students_file(student):
