@@ -4,12 +4,12 @@
 
 PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
 
-VARIABLES := MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD SOLUTION VERBOSE PDB LEVEL FILE THREADS TORCH
+VARIABLES := MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD OUT SOLUTION VERBOSE PDB LEVEL FILE THREADS TORCH
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 
 TARGETS := help setup run chat test test-all progress skeletons notebooks test-notebooks figures lint check \
-	bench lab clean
+	bench quantize lab clean
 .PHONY: $(TARGETS) always
 .DEFAULT_GOAL := help
 

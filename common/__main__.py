@@ -26,7 +26,7 @@ COMMANDS = (
         "common.chat",
         "",
         "MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD THREADS",
-        "a real model answers a prompt",
+        "a real model answers prompts",
     ),
     Command("chat", "", "common.chat", "", "MODEL MINE TP PP QUANT GROUP KV OFFLOAD THREADS", "talk with it"),
     Command("test-lesson", "N", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE", "grade your lesson N"),
@@ -44,6 +44,7 @@ COMMANDS = (
     Command("test-notebooks", "", "common.notebooks", "", "", "run every notebook, compare with the saved outputs"),
     Command("figures", "", "common.plots", "", "", "draw the READMEs' figures"),
     Command("bench", "", "common.bench", "", "THREADS", "measure this machine and the engine on it"),
+    Command("quantize", "", "common.quantize", "", "MODEL QUANT GROUP OUT MINE", "write a checkpoint with fewer bits"),
     Command("lab", "", "common.notebooks", "lab", "", "open the notebooks in JupyterLab"),
     Command("clean", "", "common.checks", None, "", "remove caches; .venv, the model and your work stay"),
 )

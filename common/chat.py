@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.checkpoints import CheckpointError
+from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from common.course import CourseError, activate, files_used
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -335,7 +335,8 @@ def options(argv: list[str]) -> argparse.Namespace:
 def engine_for(name: str, options: dict, fewer: dict):
     """The engine of the last lesson that is needed for these options: an unfinished one of MINE is none of those."""
     fewer["offload"] = fewer["offload"] and fewer["offload"] * 10**6
-    if fewer["quantization"] or fewer["offload"] or fewer["kv_cache_dtype"] != "auto":
+    is_quantized = "quantization_config" in Checkpoint(find_checkpoint(name)).config
+    if is_quantized or fewer["quantization"] or fewer["offload"] or fewer["kv_cache_dtype"] != "auto":
         from solutions.quantization import QuantizedEngine
 
         return QuantizedEngine(name, **fewer, **options)

@@ -6,9 +6,11 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common import kernels
-from common.checkpoints import Checkpoint, CheckpointError
+from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from common.quantize import main as quantize_command
 from solutions.batching import SamplingParams
 from solutions.llama_pytorch import causal_attend, load_weights, parse_config
 from solutions.parallelism import Group, Place, shard
@@ -158,6 +160,17 @@ def test_a_quantized_checkpoint_is_not_quantized_again(checkpoints, tmp_path):  
         engine(tmp_path / "saved")
 
 
+def test_a_weight_of_the_wrong_shape_is_refused(checkpoints, tmp_path):  # noqa: F811
+    folder = checkpoints["qwen3"]
+    tensors = {name: tensor.float() for name, tensor in read_all(Checkpoint(folder)).items()}
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name][:, 1:].contiguous()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    for kind in KINDS:
+        with pytest.raises(CheckpointError, match="down_proj.weight has shape"):
+            load_quantized(str(tmp_path), kind, torch.float64, "cpu")
+
+
 def test_offload_streams_and_says_what_it_needs(checkpoints):  # noqa: F811
     folder = checkpoints["qwen2"]
     expected = tokens(folder, quantization="int8")
@@ -243,3 +256,20 @@ def test_packed_quantized_model(kind, monkeypatch):
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     if kernels.compiled() is not None:
         assert any(isinstance(module, kernels.CompiledLinear) for module in packed.modules())
+
+
+@pytest.mark.parametrize("options", [["--kind", "int8"], ["--kind", "int4", "--symmetric", "--activation-aware"]])
+def test_the_command(options, tmp_path, monkeypatch, capsys):
+    """A checkpoint in, a smaller one out, which the engine loads as it is; and nothing is overwritten."""
+    monkeypatch.setenv("COURSE_MODULES", "")
+    monkeypatch.setattr("common.quality.text_of_python", lambda: "There was once a small owl who lived by the river.")
+    folder = tmp_path / "smaller"
+    assert quantize_command(["--model", "tales", "--out", str(folder), *options]) == 0
+    size = (folder / "model.safetensors").stat().st_size
+    assert size < 0.6 * sum(file.stat().st_size for file in find_checkpoint("tales").glob("*.safetensors"))
+    monkeypatch.undo()
+    with QuantizedEngine(str(folder), dtype=torch.float64, device="cpu") as own:
+        assert len(own.generate(["One day"], PARAMS, progress=False)[0].text) > 10
+    assert quantize_command(["--model", "tales", "--out", str(folder), *options]) == 2
+    assert quantize_command(["--model", str(folder), "--out", str(tmp_path / "again")]) == 2
+    assert "not empty" in (said := capsys.readouterr().err) and "is quantized already" in said
