@@ -120,6 +120,11 @@ class QuantizedLinear(nn.Module):
             y = x.new_empty(0, self.vocab_size) if parts is None else torch.cat(parts, -1)[:, : self.vocab_size]
         return y if self.bias is None else y + self.bias
 
+    @property
+    def float_shape(self) -> tuple[int, int]:
+        """Of the weight that `quantized` wants."""
+        return self.out_features, len(self.float_shard.part) if self.is_row_parallel else self.in_features
+
     def allocate(self, **tensors: tuple[tuple[int, ...], torch.dtype]) -> None:
         """Make a place on the meta device for each of these, by name: its shape and dtype."""
         for name, (shape, dtype) in tensors.items():
@@ -281,6 +286,10 @@ class Int8Embedding(nn.Module):
         )
         self.weight_scale = nn.Parameter(plain.weight.new_empty(len(plain.weight), device="meta"), requires_grad=False)
 
+    @property
+    def float_shape(self) -> tuple[int, int]:
+        return tuple(self.weight.shape)
+
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         numbers, scale = quantize_int8(weight)
         return {"weight": numbers, "weight_scale": scale}
@@ -384,9 +393,10 @@ class QuantizingCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         layer, _, attribute = name.rpartition(".")
-        if self.source(name) != name or self.parts(name) != [name]:
-            return tuple(getattr(self.layers[layer], attribute).shape)
-        return self.plain.shape(name)
+        found = self.plain.shape(self.source(name))
+        if self.parts(self.source(name)) == [name] or found != self.layers[layer].float_shape:
+            return found  # a weight of the wrong shape is shown as it is, and refused
+        return tuple(getattr(self.layers[layer], attribute).shape)
 
     def read(self, name: str) -> Tensor:
         layer = name.rpartition(".")[0]
@@ -410,7 +420,10 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
             f"{checkpoint.folder}/config.json: quantized by {said.get('quant_method')!r}; this engine reads its own "
             "quantized checkpoints and unquantized ones."
         )
-    return Quantization(said["kind"], said["group_size"], said["symmetric"])
+    try:
+        return Quantization(said["kind"], said["group_size"], said["symmetric"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {error}") from None
 
 
 METHOD = "inference-course"
