@@ -68,6 +68,10 @@ def help_text() -> str:
         lines.append(f"  {target(command):<{width}}  {command.help}{'  [' + note.strip() + ']' if note else ''}")
     lines += ["", "MINE=0-2 puts your own modules of these lessons under the rest; SOLUTION=1 grades the reference;"]
     lines += ["VERBOSE=1 shows tracebacks; PDB=1 stops in your function. N is a lesson, N.M an exercise."]
+    lines += [
+        "TP=2 cuts each layer over two processes, PP=2 the stack of layers; QUANT is int8, w8a8 or int4 (GROUP=64),"
+    ]
+    lines += ["KV=int8 shrinks the cache, OFFLOAD=300 keeps 300 MB of weights in memory and reads the rest each step."]
     return "\n".join(lines)
 
 
