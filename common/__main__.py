@@ -26,7 +26,7 @@ COMMANDS = (
         "common.chat",
         "",
         "MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD THREADS",
-        "a real model answers prompts",
+        "a model answers",
     ),
     Command("chat", "", "common.chat", "", "MODEL MINE TP PP QUANT GROUP KV OFFLOAD THREADS", "talk with it"),
     Command("test-lesson", "N", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE", "grade your lesson N"),

@@ -166,7 +166,7 @@ def test_options_come_from_flags_before_variables(monkeypatch):
     ("arguments", "words"),
     [
         (["--model", "no-such-model"], "no-such-model"),
-        (["--model", "tales", "--mine", "7-9"], "lesson 7"),
+        (["--model", "tales", "--mine", "17-19"], "lesson 17"),
         (["--model", "tales", "--temperature", "-1"], "temperature"),
         (["--model", "tales", "--threads", "none"], "THREADS"),
         (["--model", "tales", "--policy", "random"], "scheduling_policy must be one of fcfs, priority, fair"),
