@@ -834,8 +834,9 @@ class ParallelExecutor:
         states = dict.fromkeys(self.connections, silent)
         deadline = time.monotonic() + 2.0
         for rank, connection in self.connections.items():
-            try:
+            with contextlib.suppress(OSError):
                 connection.send(WHAT_ARE_YOU_DOING)
+            try:  # a rank that has ended may have left its last words
                 while states[rank] is silent and connection.poll(max(0.0, deadline - time.monotonic())):
                     message = connection.recv()
                     if isinstance(message, Failure):

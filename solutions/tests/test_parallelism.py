@@ -263,7 +263,7 @@ def trials(default: int) -> range:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("trial", trials(4))
+@pytest.mark.parametrize("trial", trials(3))
 def test_killed_or_stopped_at_any_time(checkpoints, sent, trial):
     """kill -9 and SIGSTOP on a random rank at a random time: a clear error in time, and nobody left.
 

@@ -95,7 +95,7 @@ def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[3]], ids=str)
 @pytest.mark.parametrize("grid", [(2, 1), (1, 2)])
 def test_ranks_change_no_token(checkpoints, kind, grid):  # noqa: F811
     folder = checkpoints["qwen3"]
