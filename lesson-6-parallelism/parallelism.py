@@ -850,7 +850,9 @@ class ParallelExecutor:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1.0)
             code = process.poll()
-            if code is not None:
+            if code == 0:  # nobody ends so without having said why; we have only not heard it yet
+                states[rank] = "has given up"
+            elif code is not None:
                 states[rank] = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended, exit code {code}"
         if not isinstance(error, (RankLost, EOFError, OSError)):
             self.failures.append(Failure(0, describe(error), is_consequence(error)))
