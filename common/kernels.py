@@ -181,8 +181,8 @@ def can_compile(*modules: nn.Module) -> bool:
     first = type(modules[0])
     return (
         first in (quantization.Int8Linear, quantization.Int4Linear)
-        and all(type(each) is first and not each.is_sharded and each.weight.device.type == "cpu" for each in modules)
-        and (first is quantization.Int4Linear or modules[0].weight_scale.dtype == torch.float32)
+        and all(type(each) is first and not each.is_sharded for each in modules)
+        and all((each.weight.device.type, each.dtype) == ("cpu", torch.float32) for each in modules)
         and (first is quantization.Int8Linear or modules[0].in_features % 2 == 0)
         and compiled() is not None
     )

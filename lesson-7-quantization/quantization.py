@@ -101,6 +101,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, plain: nn.Module):
         super().__init__()
         self.out_features, self.in_features = plain.weight.shape
+        self.dtype = plain.weight.dtype  # of activations, bias and result
         self.bias = getattr(plain, "bias", None)
         self.is_row_parallel = isinstance(plain, RowParallelLinear)
         self.group = getattr(plain, "group", Group())
@@ -142,10 +143,9 @@ class Int8Linear(QuantizedLinear):
 
     def __init__(self, plain: nn.Module):
         super().__init__(plain)
-        scale_dtype = plain.weight.dtype
         self.allocate(
             weight=((self.out_features, self.in_features), torch.int8),
-            weight_scale=((self.out_features,), scale_dtype),
+            weight_scale=((self.out_features,), self.dtype),
         )
         if self.is_sharded:
             self.shards["weight"] = self.float_shard

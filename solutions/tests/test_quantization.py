@@ -243,6 +243,16 @@ def test_compiled_products(rows, outputs, columns):
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], Quantization("int4", 32)], ids=str)
+def test_kernels_leave_other_dtypes_alone(kind, monkeypatch):
+    """They compute in float32; a model in float64 keeps its plain layers."""
+    monkeypatch.setenv("KERNELS", "fast")
+    model, _, _ = load_quantized("tales", kind, torch.float64, "cpu")
+    assert not any(isinstance(module, kernels.CompiledLinear) for module in model.modules())
+    with torch.inference_mode():
+        assert model.logits(model(torch.arange(5, 9), torch.arange(4), causal_attend)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], Quantization("int4", 32)], ids=str)
 def test_packed_quantized_model(kind, monkeypatch):
     """With kernels a model says what it says without, up to rounding; and it takes no more memory."""
     monkeypatch.setenv("KERNELS", "fast")
