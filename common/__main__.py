@@ -25,10 +25,10 @@ COMMANDS = (
         "",
         "common.chat",
         "",
-        "MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD THREADS",
+        "MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD SPEC THREADS",
         "a model answers",
     ),
-    Command("chat", "", "common.chat", "", "MODEL MINE TP PP QUANT GROUP KV OFFLOAD THREADS", "talk with it"),
+    Command("chat", "", "common.chat", "", "MODEL MINE TP PP QUANT GROUP KV OFFLOAD SPEC THREADS", "talk with it"),
     Command("test-lesson", "N", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE", "grade your lesson N"),
     Command("test-exercise", "N.M", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE PDB", "grade one exercise"),
     Command("hint", "N.M", "common.grading.cli", "", "LEVEL", "a hint for it; LEVEL=2 and LEVEL=3 say more"),
@@ -72,6 +72,7 @@ def help_text() -> str:
         "TP=2 cuts each layer over two processes, PP=2 the stack of layers; QUANT is int8, w8a8 or int4 (GROUP=64),"
     ]
     lines += ["KV=int8 shrinks the cache, OFFLOAD=300 keeps 300 MB of weights in memory and reads the rest each step."]
+    lines += ["SPEC=ngram guesses from the text itself, SPEC=tales-draft with a small model (for MODEL=tales)."]
     return "\n".join(lines)
 
 

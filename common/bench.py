@@ -238,7 +238,17 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
                 1,
                 [
                     ScheduledRequest(
-                        "0", start, ids[start : start + chunk], 0, table, SamplingParams(), None, ids, [], frozenset()
+                        "0",
+                        start,
+                        ids[start : start + chunk],
+                        0,
+                        table,
+                        SamplingParams(),
+                        None,
+                        ids,
+                        [],
+                        frozenset(),
+                        1,
                     )
                 ],
             )

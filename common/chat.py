@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from common.course import CourseError, activate, files_used
+from common.course import CourseError, activate, files_used, parse_mine
 
 DEFAULT_MODEL = "smollm2-135m"
 HELP = """\
@@ -41,6 +41,8 @@ class Reply:
     seconds: float
     seconds_to_text: float | None
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    num_draft_tokens: int = 0  # guesses that were verified
+    num_accepted_tokens: int = 0  # and were right
 
     def summary(self) -> str:
         if self.num_tokens is None:
@@ -53,6 +55,8 @@ class Reply:
             parts.append(f"first text after {self.seconds_to_text:.2f} s")
         if self.num_cached_tokens:
             parts.append(f"{self.num_cached_tokens} of the prompt's tokens were in the cache")
+        if self.num_draft_tokens:
+            parts.append(f"{self.num_accepted_tokens} of {self.num_draft_tokens} guesses were right")
         if self.finish_reason == "length":
             parts.append("cut off at the length limit")
         return ", ".join(parts)
@@ -92,9 +96,10 @@ class Talker:
         try:
             output = self.generate(self.model, self.tokenizer, prompt_token_ids, self.params, show)
             num_tokens, finish_reason = len(output.token_ids), output.finish_reason
-            num_cached = output.metrics.num_cached_tokens
+            metrics = output.metrics
+            counts = metrics.num_cached_tokens, metrics.num_draft_tokens, metrics.num_accepted_tokens
         except KeyboardInterrupt:
-            num_tokens, finish_reason, num_cached = None, "interrupted", 0
+            num_tokens, finish_reason, counts = None, "interrupted", ()
         return Reply(
             "".join(pieces),
             len(prompt_token_ids),
@@ -102,7 +107,7 @@ class Talker:
             finish_reason,
             time.perf_counter() - start,
             first[0] if first else None,
-            num_cached,
+            *counts,
         )
 
 
@@ -326,15 +331,26 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--offload", type=int, default=variable("OFFLOAD") or None, metavar="MB", help="of weights that stay in memory"
     )
+    parser.add_argument(
+        "--speculative", default=variable("SPEC") or None, metavar="WHO", help="guesses: ngram, or a draft model"
+    )
+    parser.add_argument("--num-speculative-tokens", type=int, default=None, help="guesses in a step at most; default 5")
     parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
     parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
     parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))
     return parser.parse_args(rest)
 
 
-def engine_for(name: str, options: dict, fewer: dict):
-    """The engine of the last lesson that is needed for these options: an unfinished one of MINE is none of those."""
+def engine_for(name: str, mine: str, options: dict, fewer: dict, guesses: dict):
+    """The assembled engine; or, where earlier lessons are the student's, the engine of the last lesson that is needed
+    for these options: what they have not come to has no part in it.
+    """
     fewer["offload"] = fewer["offload"] and fewer["offload"] * 10**6
+    numbers = [each.number for each in parse_mine(mine)]
+    if not numbers or 8 in numbers or set(guesses.values()) != {None}:
+        from solutions.engine import InferenceEngine
+
+        return InferenceEngine(name, **options, **fewer, **guesses)
     is_quantized = "quantization_config" in Checkpoint(find_checkpoint(name)).config
     if is_quantized or fewer["quantization"] or fewer["offload"] or fewer["kv_cache_dtype"] != "auto":
         from solutions.quantization import QuantizedEngine
@@ -377,8 +393,9 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
     options = {name: getattr(settings, flag) for flag, name in names.items() if getattr(settings, flag) is not None}
     options |= {name: getattr(settings, name) for name in ("tensor_parallel", "pipeline_parallel")}
     fewer = {name: getattr(settings, name) for name in ("quantization", "group_size", "kv_cache_dtype", "offload")}
+    guesses = {name: getattr(settings, name) for name in ("speculative", "num_speculative_tokens")}
     try:
-        engine = engine_for(settings.model, options, fewer)
+        engine = engine_for(settings.model, settings.mine, options, fewer, guesses)
     except CheckpointError:
         raise
     except ValueError as error:

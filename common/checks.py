@@ -23,7 +23,7 @@ def call(*command: str, **environment: str) -> int:
 def pytest(*arguments: str, **environment: str) -> int:
     # Whoever has MINE or the like in their environment gets the course judged, and not their own modules.
     variables = ("COURSE_MODULES", "MINE", "SOLUTION", "FILE", "VERBOSE", "PDB", "MODEL")
-    clean = dict.fromkeys([*variables, "TP", "PP", "QUANT", "GROUP", "KV", "OFFLOAD"], "")
+    clean = dict.fromkeys([*variables, "TP", "PP", "QUANT", "GROUP", "KV", "OFFLOAD", "SPEC"], "")
     return call("-m", "pytest", "-q", "-p", "common.remaining", *arguments, *FOLDERS, **{**clean, **environment})
 
 

@@ -16,7 +16,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,16 +30,21 @@ class CourseError(Exception):
 
 @dataclass(frozen=True)
 class Lesson:
-    """One lesson; its files are all named by the slug: `llm-basics` for the folder, `llm_basics` for the modules."""
+    """One lesson; its files are all named by the slug: `llm-basics` for the folder, `llm_basics` for the modules.
+
+    The last lesson has a second module, the assembly: the same lesson with `part` set, which is then the slug of its
+    module, checks and answers. Text, hints and notebook are the lesson's.
+    """
 
     number: int
     name: str
     title: str
     hours: int
+    part: str = ""
 
     @property
     def slug(self) -> str:
-        return self.name.replace("-", "_")
+        return self.part or self.name.replace("-", "_")
 
     @property
     def folder(self) -> Path:
@@ -73,7 +78,7 @@ class Lesson:
 
     @property
     def notebook(self) -> Path:
-        return self.folder / f"{self.slug}.ipynb"
+        return self.folder / f"{self.name.replace('-', '_')}.ipynb"
 
 
 LESSONS = (
@@ -85,7 +90,10 @@ LESSONS = (
     Lesson(5, "batching", "Continuous batching", 9),
     Lesson(6, "parallelism", "Parallelism", 9),
     Lesson(7, "quantization", "Quantization", 7),
+    Lesson(8, "speculative", "Speculative decoding, and the engine", 6),
 )
+MODULES = (*LESSONS, replace(LESSONS[8], part="engine"))
+"""All that can be filled in and graded: a module for each lesson, and the assembly."""
 
 
 def lesson(number: int | str) -> Lesson:
@@ -96,9 +104,9 @@ def lesson(number: int | str) -> Lesson:
     raise CourseError(f"There is no lesson {number}: those that are written are 0 to {LESSONS[-1].number}.")
 
 
-def lesson_of(exercise_id: str) -> Lesson:
-    """The lesson of an exercise such as `1.4`."""
-    return lesson(exercise_id.partition(".")[0])
+def modules_of(number: int | str) -> list[Lesson]:
+    """The modules of the lesson with this number: one, but for the last."""
+    return [each for each in MODULES if each.number == lesson(number).number]
 
 
 def shown(path: Path | str) -> str:
@@ -161,10 +169,10 @@ def activate(mine: str | None) -> None:
 
     Call it before anything of `solutions` is imported. Raises CourseError if a module is unfinished.
     """
-    lessons = parse_mine(mine or "")
-    for each in lessons:
+    modules = [module for each in parse_mine(mine or "") for module in modules_of(each.number)]
+    for each in modules:
         check_finished(each.module)
-    os.environ[MODULES_VARIABLE] = os.pathsep.join(f"{each.slug}={each.module}" for each in lessons)
+    os.environ[MODULES_VARIABLE] = os.pathsep.join(f"{each.slug}={each.module}" for each in modules)
 
 
 def substitutes() -> dict[str, Path]:

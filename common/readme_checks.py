@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import __main__ as commands
-from common.course import LESSONS, ROOT, CourseError, Lesson, lesson, shown
+from common.course import LESSONS, ROOT, CourseError, Lesson, lesson, modules_of, shown
 from common.skeleton import exercises_of
 
 SHELLS = ("bash", "sh", "console", "shell")
@@ -121,8 +121,7 @@ def check_target(words: list[str]) -> str | None:
         if command.argument == "N":
             lesson(rest[0])
         elif command.argument == "N.M":
-            ids = [exercise.id for exercise in exercises_of(lesson(rest[0].partition(".")[0]))]
-            if rest[0] not in ids:
+            if rest[0] not in exercise_ids(rest[0].partition(".")[0]):
                 return f"there is no exercise {rest[0]}"
     except (LookupError, CourseError) as error:
         return str(error)
@@ -190,7 +189,12 @@ def check_commands(path: Path, text: str, runnable: set[str]) -> Iterator[str]:
 
 
 def first_exercise() -> str:
-    return exercises_of(LESSONS[0])[0].id
+    return exercise_ids(LESSONS[0].number)[0]
+
+
+def exercise_ids(number: int | str) -> list[str]:
+    """Of all modules of a lesson."""
+    return [exercise.id for module in modules_of(number) for exercise in exercises_of(module)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ def check_lesson(each: Lesson) -> Iterator[str]:
     """Every exercise occurs in the README by its number, and has its hints, none of them empty."""
     from common.grading.cli import read_hints
 
-    ids = [exercise.id for exercise in exercises_of(each)]
+    ids = exercise_ids(each.number)
     if not each.readme.exists():
         yield f"{shown(each.readme)} does not exist."
     else:

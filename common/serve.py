@@ -145,4 +145,6 @@ def report(engine, outputs: list) -> Group:
         f"{totals.hit_rate:.0%} of the prompts' tokens found in the cache",
         f"{totals.num_preemptions} preemptions",
     ]
+    if totals.num_draft_tokens:
+        words.append(f"{totals.num_accepted_tokens} of {totals.num_draft_tokens} guesses right")
     return Group(Text(""), table, Text(note, "dim"), Text(""), Text(", ".join(words) + "."))

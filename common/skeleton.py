@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.course import LESSONS, ROOT, CourseError, Lesson, shown
+from common.course import MODULES, ROOT, CourseError, Lesson, shown
 
 MAX_ANSWER_LINES = 25
 TOGETHER = "together"
@@ -213,7 +213,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a skeleton is out of step")
     arguments = parser.parse_args(argv)
     failed = False
-    for lesson in LESSONS:
+    for lesson in MODULES:
         try:
             if not arguments.check:
                 print(f"{shown(lesson.module)}: {generate(lesson)}")

@@ -682,7 +682,7 @@ class TestFinish:
 
 def scheduled(code, name, start, token_ids, table, sample_index=None, spec=0):
     return code.ScheduledRequest(
-        name, start, token_ids, spec, table, code.SamplingParams(), sample_index, [], [], frozenset()
+        name, start, token_ids, spec, table, code.SamplingParams(), sample_index, [], [], frozenset(), 9
     )
 
 

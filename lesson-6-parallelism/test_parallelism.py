@@ -447,7 +447,9 @@ class TestRunStage:
         plan = code.SchedulerOutput(3)
         if num_tokens:
             ids = list(range(num_tokens))
-            plan.scheduled.append(ScheduledRequest("a", 0, ids, 0, [0], SamplingParams(), None, ids, [], frozenset()))
+            plan.scheduled.append(
+                ScheduledRequest("a", 0, ids, 0, [0], SamplingParams(), None, ids, [], frozenset(), 9)
+            )
         return code.run_stage(FakeRunner(code, link), plan, link), link.events
 
     def test_first_stage(self, code):
@@ -567,7 +569,7 @@ def steps_on_rank(code, group, folder: str, tensor_parallel: int):
     runner = code.make_runner(code.EngineConfig(num_blocks=4, block_size=4), model, layers)
     link, sampled = code.StageLink(place, model), []
     for step, (start, ids) in enumerate(((0, [3, 14, 15, 9, 26]), (5, [8]), (6, [20]))):
-        request = ScheduledRequest("a", start, ids, 0, [2, 0, 1], SamplingParams(), step, [], [], frozenset())
+        request = ScheduledRequest("a", start, ids, 0, [2, 0, 1], SamplingParams(), step, [], [], frozenset(), 9)
         output = code.run_stage(runner, code.SchedulerOutput(step, [request]), link)
         if output is not None:
             sampled.append(output.sampled_token_ids.get("a"))

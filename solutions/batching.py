@@ -153,6 +153,7 @@ class ScheduledRequest:
     prompt_token_ids: list[int]  # these three are for penalties and `min_tokens`
     output_token_ids: list[int]
     stop_token_ids: frozenset[int]
+    max_tokens: int  # of output: it ends there, so no guess goes further
 
 
 @dataclass
@@ -274,6 +275,7 @@ class Scheduler:
         self.swapped: dict[str, list[KVCacheBlock]] = {}  # the host's blocks of each swapped request
         self.served: dict[str, float] = {}  # tokens computed for each tenant
         self.depth = 1  # how many steps may be under way at once
+        self.num_lookahead_tokens = 0  # room behind a request's tokens for a draft model's guesses (lesson 8)
         self.finished_ids: list[str] = []
         self.step_id = 0
 
@@ -425,6 +427,7 @@ class Scheduler:
                 request.prompt_token_ids,
                 list(request.output_token_ids),
                 request.stop_token_ids,
+                request.max_tokens,
             )
         )
         request.in_flight = True
@@ -469,10 +472,18 @@ class Scheduler:
     def make_room(self, request: Request, num_tokens: int, plan: SchedulerOutput) -> int:
         """Get the blocks for a running request's next tokens, if need be from others. Returns for how many there are.
 
-        Guesses are given up before anyone is preempted. If the request itself comes last in the policy's order, it is
-        the one that makes room. As long as others are in flight, it waits for theirs instead.
+        Room for guesses to come is given up first, then guesses, and only then is anyone preempted. If the request
+        itself comes last in the policy's order, it is the one that makes room. As long as others are in flight, it
+        waits for theirs instead.
         """
-        while self.manager.allocate_slots(request, num_tokens) is None:
+        num_lookahead = self.num_lookahead_tokens
+        while self.manager.allocate_slots(request, num_tokens, num_lookahead) is None:
+            if num_lookahead:
+                num_lookahead = 0
+                for other in self.running:
+                    if not other.in_flight:
+                        self.manager.trim(other)
+                continue
             if request.spec_token_ids:
                 request.spec_token_ids = []
                 num_tokens = tokens_to_schedule(request, num_tokens, self.max_chunk)
@@ -803,6 +814,8 @@ class RequestMetrics:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0  # guesses that were verified (lesson 8)
+    num_accepted_tokens: int = 0  # and those of them that became output
 
     @property
     def queue_time(self) -> float | None:
@@ -843,6 +856,8 @@ class EngineMetrics:
     num_prompt_tokens: int = 0  # of the requests that have begun
     num_cached_tokens: int = 0  # of those, found in the prefix cache
     num_preemptions: int = 0
+    num_draft_tokens: int = 0  # guesses that were verified (lesson 8)
+    num_accepted_tokens: int = 0  # and those of them that became output
     num_finished: int = 0
     slots_held: int = 0  # summed over the steps
     tokens_stored: int = 0  # summed over the steps; a token that two requests share counts twice
@@ -867,6 +882,11 @@ class EngineMetrics:
     def hit_rate(self) -> float:
         """The share of prompt tokens that were found in the prefix cache."""
         return self.num_cached_tokens / self.num_prompt_tokens if self.num_prompt_tokens else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The share of verified guesses that became output."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
 
 class Reader:
@@ -1047,6 +1067,8 @@ class Engine:
         now = time.perf_counter()
         for each in plan.scheduled:
             metrics = self.readers[each.request_id].output.metrics
+            metrics.num_draft_tokens += each.num_spec_tokens
+            self.totals.num_draft_tokens += each.num_spec_tokens
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
         try:
@@ -1072,8 +1094,11 @@ class Engine:
             metrics.last_token_time = time.perf_counter()
             if is_first:
                 metrics.first_token_time = metrics.last_token_time
-            self.totals.num_output_tokens += len(output.token_ids) - metrics.num_output_tokens
-            metrics.num_output_tokens = len(output.token_ids)
+            num_new = len(output.token_ids) - metrics.num_output_tokens
+            self.totals.num_output_tokens += num_new
+            metrics.num_output_tokens += num_new
+            self.totals.num_accepted_tokens += num_new - 1  # the step's last token is no guess
+            metrics.num_accepted_tokens += num_new - 1
         metrics.num_preemptions = request.num_preemptions
         metrics.num_cached_tokens = request.num_cached_tokens
         output.error = request.error

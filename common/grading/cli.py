@@ -36,12 +36,20 @@ console = Console(highlight=False, soft_wrap=True)
 
 def test_lesson(arguments: argparse.Namespace) -> int:
     """Grade a lesson and report each exercise as it is decided."""
-    lesson = course.lesson(arguments.which)
+    modules, results = course.modules_of(arguments.which), []
+    if arguments.file:
+        modules = [each for each in modules if each.module.name == Path(arguments.file).name] or modules[:1]
+    for lesson in modules:
+        results += grade_module(lesson, arguments)
+    return conclude(modules[0], results)
+
+
+def grade_module(lesson: Lesson, arguments: argparse.Namespace) -> list[Result]:
     file = file_to_grade(lesson, arguments)
     heading(lesson, file)
     results = grade(lesson, file, on_result=lambda result: report(lesson, file, result, arguments.verbose))
     keep(lesson, file, results)
-    return conclude(lesson, results)
+    return results
 
 
 def test_exercise(arguments: argparse.Namespace) -> int:
@@ -74,10 +82,13 @@ def file_to_grade(lesson: Lesson, arguments: argparse.Namespace) -> Path:
 def heading(lesson: Lesson, file: Path) -> None:
     earlier = tuple(each for each in LESSONS if each.number < lesson.number)
     console.print(f"[bold]Lesson {lesson.number}: {lesson.title}[/]   {shown(file)}")
-    if earlier:
+    if earlier and not lesson.part:
         mine = "0" if len(earlier) == 1 else f"0-{earlier[-1].number}"
         console.print(f"[dim]on top of {course.files_used(earlier)} MINE={mine} takes yours.[/]")
     console.print()
+
+
+LAST = "It was the last one: the engine is yours, all of it. make run MINE=0-8 SPEC=ngram"
 
 
 def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
@@ -118,7 +129,7 @@ def conclude(lesson: Lesson, results: list[Result]) -> int:
     left = [result for result in results if result.status != "passed"]
     if not left:
         following = [each for each in LESSONS if each.number == lesson.number + 1]
-        after = f"Next: {shown(following[0].readme)}" if following else "It was the last lesson there is so far."
+        after = f"Next: {shown(following[0].readme)}" if following else LAST
         console.print(f"[green bold]Lesson {lesson.number} is complete.[/] {after}")
         return 0
     first = left[0]
@@ -161,11 +172,15 @@ def read_hints(lesson: Lesson) -> dict[str, list[str]]:
 
 
 def find_exercise(which: str) -> tuple[Lesson, skeleton.Exercise]:
-    lesson = course.lesson_of(which)
-    exercises = {exercise.id: exercise for exercise in skeleton.exercises_of(lesson)}
+    number = which.partition(".")[0]
+    exercises = {
+        exercise.id: (lesson, exercise)
+        for lesson in course.modules_of(number)
+        for exercise in skeleton.exercises_of(lesson)
+    }
     if which not in exercises:
-        raise CourseError(f"Lesson {lesson.number} has no exercise {which}; it has {', '.join(exercises)}.")
-    return lesson, exercises[which]
+        raise CourseError(f"Lesson {number} has no exercise {which}; it has {', '.join(exercises)}.")
+    return exercises[which]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -192,12 +207,14 @@ def progress(arguments: argparse.Namespace) -> int:
 def row(lesson: Lesson) -> tuple[str | Text, ...]:
     """One lesson of the board."""
     title = Text(f"{lesson.number}  {lesson.title}")
-    file = lesson.module
+    results: list[Result] = []
     try:
-        results = kept(lesson, file)
-        if results is None:
-            results = grade(lesson, file)
-            keep(lesson, file, results)
+        for module in course.modules_of(lesson.number):
+            known = kept(module, module.module)
+            if known is None:
+                known = grade(module, module.module)
+                keep(module, module.module, known)
+            results += known
     except CourseError as error:
         return title, "", "", "", Text(str(error), "red")
     styles = {"passed": ("█", "green"), "wrong": ("x", "red"), "to do": ("░", "yellow"), "waiting": ("░", "dim")}
@@ -241,11 +258,11 @@ def kept(lesson: Lesson, file: Path) -> list[Result] | None:
 
 def reset_lesson(arguments: argparse.Namespace) -> int:
     """Start a lesson's file afresh, and keep what was there."""
-    lesson = course.lesson(arguments.which)
-    backup = skeleton.reset(lesson)
-    console.print(f"{shown(lesson.module)} is the empty skeleton again.")
-    if backup:
-        console.print(f"What was in it is kept in {shown(backup)}.")
+    for lesson in course.modules_of(arguments.which):
+        backup = skeleton.reset(lesson)
+        console.print(f"{shown(lesson.module)} is the empty skeleton again.")
+        if backup:
+            console.print(f"What was in it is kept in {shown(backup)}.")
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.course import LESSONS, Lesson
+from common.course import MODULES, Lesson
 from common.grading.subject import Failure, Subject
 from common.skeleton import TOGETHER
 
@@ -51,7 +51,7 @@ class Grader:
 
     def lesson_of(self, checks: Path) -> Lesson | None:
         """The lesson whose checks stand in this file."""
-        return next((lesson for lesson in LESSONS if lesson.checks == checks), None)
+        return next((lesson for lesson in MODULES if lesson.checks == checks), None)
 
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
         """Where the worker listens in."""

@@ -83,18 +83,18 @@ def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m common prove-lesson", description=__doc__.partition("\n")[0])
     parser.add_argument("lessons", nargs="*", default=[str(lesson.number) for lesson in LESSONS], metavar="N")
+    arguments = parser.parse_args(argv)
     failed = False
     os.environ["KERNELS"] = "plain"
-    for number in parser.parse_args(argv).lessons:
-        lesson = course.lesson(number)
+    for lesson in [module for number in arguments.lessons for module in course.modules_of(number)]:
         grader = ProvingGrader(lesson)
         options = [str(lesson.checks), "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
         code = pytest.main(options, plugins=[plugin, grader])
         found = complaints(lesson, grader)
         print(*found, sep="\n")
         print(
-            f"Lesson {number}: {len(grader.subjects)} answers to {len(grader.num_checks)} exercises, "
-            f"{len(found)} complaints."
+            f"Lesson {lesson.number}, {lesson.slug}: {len(grader.subjects)} answers to {len(grader.num_checks)} "
+            f"exercises, {len(found)} complaints."
         )
         failed |= bool(found) or code != 0
     return int(failed)

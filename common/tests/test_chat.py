@@ -45,7 +45,7 @@ class FakeGenerate:
             on_text(piece)
             if piece == "!!":
                 raise KeyboardInterrupt
-        metrics = SimpleNamespace(num_cached_tokens=0)
+        metrics = SimpleNamespace(num_cached_tokens=0, num_draft_tokens=0, num_accepted_tokens=0)
         return SimpleNamespace(token_ids=list(reply), text=reply, finish_reason="stop", metrics=metrics)
 
 

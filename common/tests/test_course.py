@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from common import course
-from common.course import LESSONS, ROOT, CourseError
+from common.course import MODULES, ROOT, CourseError
 
 REPORT = """
 import json, multiprocessing, sys
@@ -108,7 +108,7 @@ def test_parse_mine_refuses(mine):
 
 
 def test_one_rule_names_everything():
-    for lesson in LESSONS:
+    for lesson in MODULES:
         assert re.fullmatch(r"[a-z]+(-[a-z]+)*", lesson.name)
         assert lesson.folder.is_dir() and lesson.solution.is_file()
         assert lesson.module.name == lesson.solution.name == f"{lesson.slug}.py"

@@ -8,20 +8,20 @@ import sys
 
 import pytest
 
-from common.course import LESSONS, ROOT
+from common.course import LESSONS, MODULES, ROOT
 from common.grading.catalogue import apply, load_answers
 from common.grading.runner import grade
 from common.skeleton import TOGETHER, exercises_of
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+@pytest.mark.parametrize("lesson", MODULES, ids=lambda lesson: lesson.slug)
 def test_reference_passes(lesson):
     results = grade(lesson, lesson.solution)
     assert {result.id: result.sentence for result in results if result.status != "passed"} == {}
     assert [result.id for result in results] == [*(exercise.id for exercise in exercises_of(lesson)), TOGETHER]
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+@pytest.mark.parametrize("lesson", MODULES, ids=lambda lesson: lesson.slug)
 def test_wrong_answer_fails_in_its_exercise_only(lesson, tmp_path):
     """One answer a lesson, graded as a student's file would be; the catalogue's proof below has them all."""
     exercises = {exercise.id: exercise for exercise in exercises_of(lesson)}

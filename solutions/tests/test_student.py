@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common import skeleton
-from common.course import LESSONS, MODULES_VARIABLE, ROOT
+from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, modules_of
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ def copy(tmp_path_factory) -> Path:
     shutil.copytree(
         ROOT, base, ignore=shutil.ignore_patterns(".git", ".venv", ".course", "__pycache__", ".pytest_cache", "*.ipynb")
     )
-    for lesson in LESSONS:
+    for lesson in MODULES:
         (base / lesson.module.relative_to(ROOT)).write_text(skeleton.cut_lesson(lesson))
     return base
 
@@ -45,7 +45,7 @@ def course(copy: Path, *arguments: str, stdin: str = "", **environment: str) -> 
 
 def finish(copy: Path, *numbers: int, **edits: tuple[str, str]) -> None:
     """Let the student's modules of these lessons be the reference's, but for an edit by slug."""
-    for lesson in LESSONS:
+    for lesson in MODULES:
         if lesson.number in numbers:
             text = lesson.solution.read_text()
             if lesson.slug in edits:
@@ -65,7 +65,7 @@ def test_untouched_skeleton_scores_nothing_and_says_what_to_do(copy, lesson):
     result = course(copy, "test-lesson", str(lesson.number))
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
-    exercises = skeleton.exercises_of(lesson)
+    exercises = [exercise for module in modules_of(lesson.number) for exercise in skeleton.exercises_of(module)]
     assert result.stdout.count("to do") == len(exercises)
     for exercise in exercises:
         assert re.search(rf"{re.escape(exercise.id)} .*\.py:\d+ +make hint-{re.escape(exercise.id)}\b", result.stdout)
@@ -80,10 +80,10 @@ def test_finished_lessons_pass_and_the_student_can_chat(student):
         assert f"Lesson {lesson.number} is complete." in result.stdout
     board = course(student, "progress").stdout
     assert board.count("complete") == len(LESSONS)
-    for options in ({}, {"TP": "2", "QUANT": "int8", "KV": "int8"}):
-        result = course(student, "chat", stdin="Once upon a time\n/quit\n", MODEL="tales", MINE="0-7", **options)
+    for options in ({}, {"TP": "2", "QUANT": "int8", "KV": "int8", "SPEC": "tales-draft"}):
+        result = course(student, "chat", stdin="Once upon a time\n/quit\n", MODEL="tales", MINE="0-8", **options)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert ", ".join(f"lesson {number} yours" for number in range(8)) in result.stdout + result.stderr
+        assert ", ".join(f"lesson {number} yours" for number in range(9)) in result.stdout + result.stderr
 
 
 def test_what_runs_is_the_students_file(student):
@@ -124,7 +124,7 @@ def test_reset_backs_up_and_the_work_can_be_put_back(student):
 
 
 def test_the_courses_own_tests_do_not_depend_on_the_students_work(student):
-    for lesson in LESSONS:
+    for lesson in MODULES:
         (student / lesson.module.relative_to(ROOT)).write_text("def broken(:\n")
     tests = ["common/tests/test_skeleton.py", "common/tests/test_course.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]

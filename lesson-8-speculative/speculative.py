@@ -1,0 +1,500 @@
+"""Lesson 8: speculative decoding. Guess the next tokens cheaply, verify all in one pass, keep those that are right.
+
+A decoding step of one stream reads every weight to compute one row. With guesses behind the newest token it computes a
+few rows with the same read, and each row says what comes after its token: as long as that is the next guess, several
+tokens have come of one step. A wrong guess costs its row and nothing else. What is kept is what would have been
+generated anyway, token for token where guesses are only compared, in distribution where they are drawn.
+
+    propose_ngram       guesses from the text itself: what came after these words before?
+    DraftProposer       guesses from a smaller model, with blocks of its own under the same ids
+    rejection_sample    keeps drawn guesses such that the outcome is distributed as the model says
+    Pace                how many guesses are worth making, measured while it runs; none, where it does not pay
+    SpeculativeRunner   lesson 5's runner, which verifies in `sample` and proposes after it
+
+In the engine rollback needs no code: the scheduler moves `num_computed_tokens` back (lesson 5), and what lies behind it
+is not read.
+
+From Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), and Chen et al.,
+"Accelerating Large Language Model Decoding with Speculative Sampling" (2023); Saxena, "Prompt Lookup Decoding" (2023).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from common.tokenizer import Tokenizer
+from solutions import llama_pytorch
+from solutions.batching import ModelRunner, ModelRunnerOutput, ScheduledRequest, SchedulerOutput, flatten_batch
+from solutions.kv_cache import KVCache, prefill
+from solutions.llama_pytorch import (
+    Llama,
+    RequestOutput,
+    SamplingParams,
+    adjust_logits,
+    draw_generator,
+    sample,
+    sampling_probs,
+    stable_hash,
+    top_logprobs,
+)
+from solutions.paged_attention import PagedKVCache
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guesses for nothing, and what becomes of them
+# ---------------------------------------------------------------------------------------------------------------
+
+MAX_NGRAM, MIN_NGRAM = 4, 2
+"""The most and the fewest tokens at the end of a text that are looked up in it."""
+
+
+def propose_ngram(
+    token_ids: Sequence[int], num_tokens: int, max_ngram: int = MAX_NGRAM, min_ngram: int = MIN_NGRAM
+) -> list[int]:
+    """Guess the next `num_tokens` tokens: what followed when the text last ended as it ends now.
+
+    The last `max_ngram` tokens are looked for earlier in the text, then fewer, down to `min_ngram`; of several places
+    the latest counts. What followed there is copied, and the copy may run into itself: after a b a b, the guess is
+    a b a b a ... Returns `num_tokens` tokens, or none if the text has never ended so.
+    """
+    # TODO 8.1: from the longest n-gram to the shortest; from the latest place to the first; then copy.
+    raise NotImplementedError("TODO 8.1")
+
+
+def verify_greedy(chosen: Iterable[int], guesses: Sequence[int]) -> list[int]:
+    """What comes of a pass over guesses: the tokens that the model has chosen, up to the first that was not guessed.
+
+    chosen: what the model chooses after the newest token, after the first guess, after the second, ...: one more than
+    there are guesses; it is asked only as far as needed. A choice behind a wrong guess was made after tokens that are
+    not in the text, and says nothing. Returns 1 to len(guesses) + 1 tokens, all of them the model's own.
+    """
+    # TODO 8.2: take each choice; go on to the next only if it is what was guessed.
+    raise NotImplementedError("TODO 8.2")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One sequence
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Lookahead:
+    """Answers lesson 2's loop, which asks what comes after these tokens, from rows that were computed for guesses.
+
+    The loop does not know. It chooses a token by its own rules; if that was guessed, the row behind it is there.
+    """
+
+    def __init__(self, model: Llama, capacity: int, propose: Callable[[Sequence[int]], list[int]]):
+        self.model = model
+        self.propose = propose
+        self.cache = KVCache(model, capacity)
+        self.cached_token_ids: list[int] = []  # what stands in the cache: the text, and guesses behind it
+        self.rows: dict[int, Tensor] = {}  # after so many of them: the logits (V,) of what comes next
+        self.num_passes = 0
+
+    def commit(self, token_ids: Sequence[int]) -> Tensor | None:
+        """The text has become one token longer. Returns the logits (V,) of what comes after it, if they are there.
+
+        They are if the new token is what was guessed. If it is not, or if there was no guess for it, the result is
+        None, and the cache holds the text without its new token: rejected guesses are taken back. On the first call
+        the text is the prompt, and the cache is empty.
+        """
+        # TODO 8.6: compare the text with as much of `cached_token_ids`; take back both these and the cache.
+        raise NotImplementedError("TODO 8.6")
+
+    def next_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """The logits (V,) of what comes after these tokens; where they must be computed, guesses are computed too."""
+        row = self.commit(token_ids)
+        if row is not None:
+            return row
+        if len(token_ids) - self.cache.num_tokens > 1:
+            prefill(self.model, self.cache, token_ids[self.cache.num_tokens : -1])
+        guesses = self.propose(token_ids)[: self.cache.keys.shape[2] - len(token_ids)]
+        self.cached_token_ids = [*token_ids, *guesses]
+        positions = torch.arange(len(token_ids) - 1, len(self.cached_token_ids), device=self.cache.keys.device)
+        new = torch.tensor(self.cached_token_ids[len(token_ids) - 1 :], device=positions.device)
+        logits = self.model.logits(self.model(new, positions, self.cache.attend))
+        self.rows = {len(token_ids) + i: row for i, row in enumerate(logits)}
+        self.num_passes += 1
+        return logits[0]
+
+
+def generate(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    on_text: Callable[[str], None] = lambda piece: None,
+    num_speculative_tokens: int = 4,
+) -> RequestOutput:
+    """What lesson 2's `generate` gives, token for token, in fewer passes wherever the text repeats itself."""
+    llama_pytorch.check_prompt(prompt_token_ids, model.config, params)
+    capacity = min(len(prompt_token_ids) + params.max_tokens, model.config.max_position_embeddings)
+    lookahead = Lookahead(model, capacity, partial(propose_ngram, num_tokens=num_speculative_tokens))
+    return llama_pytorch.generate(model, tokenizer, prompt_token_ids, params, on_text, lookahead.next_logits)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guesses that were drawn
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Proposal(NamedTuple):
+    """Guesses for one request."""
+
+    token_ids: list[int]
+    probs: Tensor | None = None  # (k, V), what each was drawn from; None: they were not drawn
+
+
+def accept_or_recover(target: Tensor, draft: Tensor, token_id: int, generator: torch.Generator) -> tuple[bool, int]:
+    """Keep a token that was drawn from `draft`, or draw another, so that the outcome is distributed as `target`.
+
+    target, draft: (V,), probabilities. The token is kept with probability target / draft, or surely where the target
+    likes it better. What is missing then, of each token, is by how much the target likes it better than the draft:
+    that is what the other one is drawn from. Returns whether it was kept, and the token.
+    """
+    # TODO 8.3: `torch.rand` first; then, if it was not kept, `torch.multinomial`, both with this generator.
+    raise NotImplementedError("TODO 8.3")
+
+
+def rejection_sample(target: Tensor, proposal: Proposal, generator: Callable[[int], torch.Generator]) -> list[int]:
+    """Tokens that are distributed as if each were drawn from the target, made of guesses drawn from a draft.
+
+    target: (k + 1, V), the model's probabilities after the newest token and after each guess. proposal: k guesses, with
+    the probabilities (k, V) that they were drawn from. generator(i): the randomness for the i-th token. The first guess
+    that is not kept is replaced, and ends the run; if all are kept, one more token is drawn: the bonus. Returns 1 to
+    k + 1 tokens. From Leviathan et al. (2023) and Chen et al. (2023).
+    """
+    # TODO 8.4: a chain of `accept_or_recover`, and its end.
+    raise NotImplementedError("TODO 8.4")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Does it pay?
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def expected_tokens(rate: float, num_guesses: int) -> float:
+    """How many tokens a pass over so many guesses brings, on average. rate: how likely a guess is right, if all before
+    it in its run were; between 0 and 1.
+
+    The one token that every pass brings is counted. From Leviathan et al. (2023), equation 1.
+    """
+    # TODO 8.7: with which probability are the first i guesses right, all of them?
+    raise NotImplementedError("TODO 8.7")
+
+
+def choose_k(rate: float, seconds: Sequence[float]) -> int:
+    """How many guesses to make. seconds[k]: what a step with k guesses takes, making them included. rate: as above.
+
+    Returns the k that brings the most tokens a second; of equals the smallest. 0: speculation does not pay.
+    """
+    # TODO 8.8: `expected_tokens` over time, for each k there is.
+    raise NotImplementedError("TODO 8.8")
+
+
+MEMORY = 0.9
+"""How much of what was seen of guesses is still counted, one guess later: about the last ten count."""
+
+
+@dataclass
+class Acceptance:
+    """How likely a guess is right, if all before it in its run were. It begins with an opinion, worth two guesses."""
+
+    right: float = 1.0
+    tried: float = 2.0
+
+    @property
+    def rate(self) -> float:
+        return self.right / self.tried
+
+    def observe(self, num_guesses: int, num_accepted: int) -> None:
+        """So many guesses were made in a run, and the first so many of them were right. Newer ones weigh more: each
+        guess that is counted takes the weight of all before it down by `MEMORY`.
+        """
+        # TODO 8.11: find the bug. With four guesses a step and three of four right, the engine soon makes hardly
+        # any guess at all. With one guess a step all is well.
+        raise NotImplementedError("TODO 8.11")
+
+
+class StepTimes:
+    """What a step takes, as a fixed part and a part for each row, fitted to the steps so far; newer ones weigh more."""
+
+    FORGETTING = 0.95  # a step's weight, one step later
+    ROW_SHARE = 0.05  # what a row is believed to take of the fixed part, until steps have shown it
+
+    def __init__(self):
+        self.weight = self.rows = self.seconds = self.rows_rows = self.rows_seconds = 0.0  # sums over the steps
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        terms = {"weight": 1, "rows": num_rows, "seconds": seconds}
+        terms |= {"rows_rows": num_rows**2, "rows_seconds": num_rows * seconds}
+        for name, term in terms.items():
+            setattr(self, name, getattr(self, name) * self.FORGETTING + term)
+
+    def __call__(self, num_rows: int) -> float:
+        """Seconds that a step of so many rows is going to take. At least one has been observed."""
+        mean_rows, mean_seconds = self.rows / self.weight, self.seconds / self.weight
+        believed = mean_seconds * self.ROW_SHARE / (1 + self.ROW_SHARE * mean_rows)
+        spread = self.rows_rows - self.rows * mean_rows
+        shown = self.rows_seconds - self.seconds * mean_rows
+        slope = max(
+            0.0, (shown + believed) / (spread + 1)
+        )  # as if one step, one row off the mean, had shown `believed`
+        return max(mean_seconds + slope * (num_rows - mean_rows), slope)
+
+
+class Pace:
+    """Decides how many guesses each request makes, from what became of those before and from what steps took.
+
+    A request for which no number pays makes none, and two every `PROBE_EVERY` tokens, to see whether that has changed.
+    """
+
+    PROBE_EVERY = 16
+    PROBE_TOKENS = 2
+
+    def __init__(self, num_speculative_tokens: int, is_adaptive: bool = True):
+        self.num_speculative_tokens = num_speculative_tokens
+        self.is_adaptive = is_adaptive
+        self.overall = Acceptance()
+        self.acceptances: dict[str, Acceptance] = {}
+        self.resting: Counter[str] = Counter()  # for how many steps a request has made no guess
+        self.step_seconds, self.draft_seconds = StepTimes(), StepTimes()
+
+    def observe(self, request_id: str, num_guesses: int, num_accepted: int) -> None:
+        """What became of a request's guesses."""
+        self.overall.observe(num_guesses, num_accepted)
+        self.of(request_id).observe(num_guesses, num_accepted)
+
+    def of(self, request_id: str) -> Acceptance:
+        """A request's own; a new one begins with what the others have shown."""
+        rate = self.overall.rate
+        return self.acceptances.setdefault(request_id, Acceptance(2 * rate, 2))
+
+    def forget(self, request_id: str) -> None:
+        self.acceptances.pop(request_id, None)
+        self.resting.pop(request_id, None)
+
+    def limits(self, request_ids: Sequence[str], num_rows: int) -> dict[str, int]:
+        """How many guesses each of these is to make for its next step, which without guesses has so many rows.
+
+        The cost is reckoned as if all of them made as many.
+        """
+        most = self.num_speculative_tokens
+        if not self.is_adaptive:
+            return dict.fromkeys(request_ids, most)
+        seconds = [self.step_seconds(num_rows + k * len(request_ids)) for k in range(most + 1)]
+        if self.draft_seconds.weight:
+            seconds = [each + (self.draft_seconds(k) if k else 0) for k, each in enumerate(seconds)]
+        return {each: self.limit(each, choose_k(self.of(each).rate, seconds)) for each in request_ids}
+
+    def limit(self, request_id: str, best: int) -> int:
+        if best:
+            self.resting[request_id] = 0
+            return best
+        self.resting[request_id] += 1
+        is_probe = self.resting[request_id] % self.PROBE_EVERY == 0
+        return min(self.PROBE_TOKENS, self.num_speculative_tokens) if is_probe else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Who guesses
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Proposer(Protocol):
+    """Makes guesses. It sees every step before it is computed, and is asked after it."""
+
+    def follow(self, plan: SchedulerOutput) -> None:
+        """A step is about to be computed: blocks move, and some requests are gone."""
+
+    def propose(
+        self, scheduled: Sequence[ScheduledRequest], sampled: Mapping[str, list[int]], limits: Mapping[str, int]
+    ) -> dict[str, Proposal]:
+        """Guesses for requests that have just been given the tokens `sampled`. limits: how many at most for each."""
+
+
+class NgramProposer:
+    """Guesses from each request's own text, prompt and output."""
+
+    def follow(self, plan: SchedulerOutput) -> None:
+        pass
+
+    def propose(
+        self, scheduled: Sequence[ScheduledRequest], sampled: Mapping[str, list[int]], limits: Mapping[str, int]
+    ) -> dict[str, Proposal]:
+        return {
+            each.request_id: Proposal(propose_ngram(text_of(each, sampled), limits[each.request_id]))
+            for each in scheduled
+            if limits[each.request_id] > 0
+        }
+
+
+def text_of(each: ScheduledRequest, sampled: Mapping[str, list[int]]) -> list[int]:
+    """All tokens of a request, those included that the step has just brought."""
+    return [*each.prompt_token_ids, *each.output_token_ids, *sampled[each.request_id]]
+
+
+class DraftProposer:
+    """Guesses from a smaller model with the same vocabulary.
+
+    It keeps its keys and values in a cache of its own, under the block ids of the target: what the scheduler decides
+    about blocks is done in both. It is behind the target: the newest tokens, and whatever was computed while it was
+    not asked, it computes when it is asked. A block that was found in the prefix cache is believed to be there as well.
+    Where it is not, guesses are bad and tokens are not.
+    """
+
+    def __init__(self, model: Llama, cache: PagedKVCache):
+        self.model = model
+        self.cache = cache
+        self.num_computed: dict[str, int] = {}  # of each request's tokens: so many are in the draft's cache
+
+    def follow(self, plan: SchedulerOutput) -> None:
+        """Move the draft's blocks too. What a request's target has taken back is taken back here."""
+        self.cache.swap_out(plan.swaps_out)
+        self.cache.swap_in(plan.swaps_in)
+        self.cache.copy(plan.copies)
+        for request_id in plan.finished_ids:
+            self.num_computed.pop(request_id, None)
+        for each in plan.scheduled:
+            self.num_computed[each.request_id] = min(self.num_computed.get(each.request_id, each.start), each.start)
+
+    def propose(
+        self, scheduled: Sequence[ScheduledRequest], sampled: Mapping[str, list[int]], limits: Mapping[str, int]
+    ) -> dict[str, Proposal]:
+        """Let the draft model continue each request by up to `limits` tokens, all requests together in each pass.
+
+        In the first pass a request computes all that the draft lacks of it, in each later one its newest guess. The
+        last guess is never computed. Returns a proposal for each request with a limit above 0.
+        """
+        # TODO 8.5: pass after pass, as long as anybody lacks guesses: `logits` of what is not computed, and `draw`
+        # from each row. Note in `num_computed` what is; stay within `room`.
+        raise NotImplementedError("TODO 8.5")
+
+    def room(self, each: ScheduledRequest, num_tokens: int) -> int:
+        """How many guesses there are slots for behind so many tokens, and positions that the draft knows."""
+        slots = len(each.block_table) * self.cache.block_size
+        return min(slots, self.model.config.max_position_embeddings) - num_tokens + 1
+
+    def logits(self, requests: Sequence[ScheduledRequest], new_token_ids: Sequence[list[int]]) -> Tensor:
+        """Compute tokens that follow those in the draft's cache. Returns the logits (R, V) of what comes after each."""
+        work = [
+            replace(each, start=self.num_computed[each.request_id], token_ids=token_ids, num_spec_tokens=0)
+            for each, token_ids in zip(requests, new_token_ids)
+        ]
+        batch = flatten_batch(work, self.cache.block_size, self.cache.keys.device)
+        hidden = self.model(batch.token_ids, batch.positions, self.cache.attend(batch.metadata))
+        return self.model.logits(hidden[batch.logit_rows])
+
+    def draw(self, each: ScheduledRequest, logits: Tensor, new_token_ids: list[int]) -> tuple[int, Tensor | None]:
+        """A guess, by the request's own rules, and what it was drawn from (V,); None: it was not drawn.
+
+        Its randomness is not that of its verification, and depends on the seed and the place alone.
+        """
+        output = [*each.output_token_ids, *new_token_ids]
+        adjusted = adjust_logits(logits, each.params, each.prompt_token_ids, output, each.stop_token_ids)
+        if each.params.temperature == 0:
+            return int(adjusted.argmax()), None
+        probs = sampling_probs(adjusted, each.params).cpu()
+        seed = None if each.params.seed is None else stable_hash(each.params.seed, DRAFT)
+        return int(torch.multinomial(probs, 1, generator=draw_generator(seed, len(output)))), probs
+
+
+DRAFT = -1
+"""Tells a draft's seed from those of samples and their siblings."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In the engine
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class SpeculativeRunner(ModelRunner):
+    """Lesson 5's runner, on the rank that samples: it verifies the guesses of a step, and makes those for the next."""
+
+    def __init__(self, model: Llama, cache: PagedKVCache, proposer: Proposer, pace: Pace):
+        super().__init__(model, cache)
+        self.proposer = proposer
+        self.pace = pace
+        self.proposals: dict[str, Proposal] = {}
+
+    @torch.inference_mode()
+    def execute(self, plan: SchedulerOutput, hidden: Tensor | None = None) -> ModelRunnerOutput:
+        for request_id in plan.finished_ids:
+            self.proposals.pop(request_id, None)
+            self.pace.forget(request_id)
+        self.proposer.follow(plan)
+        start = time.perf_counter()
+        output = super().execute(plan, hidden)
+        if plan.scheduled:
+            self.pace.step_seconds.observe(plan.num_tokens, time.perf_counter() - start)
+        self.propose(plan, output)
+        return output
+
+    def sample(self, plan: SchedulerOutput, logits: Tensor, output: ModelRunnerOutput) -> None:
+        """Verify each request's guesses. logits: (R, V), in the order of `logit_rows`."""
+        sampled = [each for each in plan.scheduled if each.sample_index is not None]
+        for each, rows in zip(sampled, logits.split([each.num_spec_tokens + 1 for each in sampled])):
+            try:
+                if rows.isnan().any():
+                    raise ValueError("the model's logits are not numbers (NaN)")
+                tokens = self.verify(each, rows)
+                if each.params.logprobs is not None:
+                    likely = [top_logprobs(row, token, each.params.logprobs) for row, token in zip(rows, tokens)]
+                    output.logprobs[each.request_id] = likely
+            except (ValueError, RuntimeError) as error:
+                output.errors[each.request_id] = str(error)
+            else:
+                output.sampled_token_ids[each.request_id] = tokens
+                if each.num_spec_tokens:
+                    self.pace.observe(each.request_id, each.num_spec_tokens, len(tokens) - 1)
+
+    def verify(self, each: ScheduledRequest, logits: Tensor) -> list[int]:
+        """What comes of a request's rows (k + 1, V): 1 to k + 1 tokens.
+
+        Each row is adjusted as if the guesses before it were in the text: where one is not, nobody asks for the row.
+        """
+        guesses = each.token_ids[len(each.token_ids) - each.num_spec_tokens :]
+
+        def adjusted(i: int) -> Tensor:
+            output = each.output_token_ids + guesses[:i]
+            return adjust_logits(logits[i], each.params, each.prompt_token_ids, output, each.stop_token_ids)
+
+        proposal = self.proposals.pop(each.request_id, None)
+        is_drawn = proposal is not None and proposal.probs is not None and proposal.token_ids[: len(guesses)] == guesses
+        if guesses and is_drawn:
+            target = torch.stack([sampling_probs(adjusted(i), each.params) for i in range(len(logits))]).cpu()
+            proposal = Proposal(guesses, proposal.probs)
+            return rejection_sample(target, proposal, lambda i: draw_generator(each.params.seed, each.sample_index + i))
+        # A guess that was not drawn is right if it is what is sampled anyway, at any temperature.
+        chosen = (sample(adjusted(i), each.params, each.sample_index + i) for i in range(len(logits)))
+        return verify_greedy(chosen, guesses)
+
+    def propose(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        """Guesses for all that go on after this step."""
+        sampled = output.sampled_token_ids
+        left = {
+            each.request_id: each.max_tokens - each.sample_index - len(sampled[each.request_id])
+            for each in plan.scheduled
+            if each.request_id in sampled and not each.stop_token_ids.intersection(sampled[each.request_id])
+        }
+        going = [each for each in plan.scheduled if left.get(each.request_id, 0) > 1]  # the last token needs no guess
+        if not going:
+            return
+        num_rows = plan.num_tokens - sum(each.num_spec_tokens for each in plan.scheduled)
+        limits = self.pace.limits([each.request_id for each in going], num_rows)
+        limits = {id: min(limit, left[id] - 1) for id, limit in limits.items()}
+        start = time.perf_counter()
+        self.proposals |= self.proposer.propose(going, sampled, limits)
+        longest = max(limits.values())
+        if longest:
+            self.pace.draft_seconds.observe(longest, time.perf_counter() - start)
+        output.spec_token_ids = {
+            id: self.proposals[id].token_ids for id in limits if id in self.proposals and self.proposals[id].token_ids
+        }
