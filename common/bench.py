@@ -3,6 +3,9 @@
 A figure in a README is drawn from a file there, and each file says on which machine, with which versions, when and by
 which command it was made. Machines drift, so every number is a median, and what is compared is measured in turn, in
 one process. `--quick` runs everything in miniature, to see that it works; its numbers mean nothing and are not kept.
+
+Without a name it measures the machine, the ladder and what speculation gives, in about a quarter of an hour; `all` is
+every measurement there is. A name's beginning stands for all that begin so: `python -m common bench speculation`.
 """
 
 from __future__ import annotations
@@ -76,13 +79,14 @@ def circumstances(command: str) -> dict:
     }
 
 
-def read_bandwidth(megabytes: int, repeats: int) -> float:
+def read_bandwidth(megabytes: int, repeats: int, device: str = "cpu") -> float:
     """GB/s at which float32 numbers are read by adding them up: nothing that reads its weights is faster.
 
     They must take much more room than the caches, or the caches are what is measured.
     """
-    numbers = torch.ones(megabytes * 2**20 // 4)
-    return numbers.numel() * 4 / median_seconds(numbers.sum, repeats) / 1e9
+    numbers = torch.ones(megabytes * 2**20 // 4, device=device)
+    # `item` waits for a GPU, which otherwise answers before it has begun.
+    return numbers.numel() * 4 / median_seconds(lambda: numbers.sum().item(), repeats) / 1e9
 
 
 def gemm_rate(size: int, repeats: int) -> float:
@@ -138,7 +142,7 @@ def interleaved_medians(ways: dict[str, Callable[[], object]], repeats: int) -> 
     return {way: statistics.median(taken) for way, taken in seconds.items()}
 
 
-def load_transformers(folder: Path):
+def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
     """transformers' model of a checkpoint, or None where transformers is not installed."""
     try:
         from transformers import AutoModelForCausalLM
@@ -147,7 +151,7 @@ def load_transformers(folder: Path):
         print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
         return None
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
 
 
 def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -316,25 +320,36 @@ def read(name: str, folder: Path = MEASUREMENTS) -> dict:
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
+NAMES = (
+    "machine",
+    "recompute-tales",
+    "recompute-smollm2-135m",
+    "kv-cache-smollm2-135m",
+    "preemption-smollm2-135m",
+    "grids-smollm2-135m",
+    "quality-smollm2-135m",
+    "ladder-smollm2-135m",
+    "speculation-smollm2-135m",
+    "speculation-tales",
+)
+DEFAULT = ("machine", "ladder", "speculation")
+
+
 def main(argv: list[str]) -> int:
-    names = (
-        "machine",
-        "recompute-tales",
-        "recompute-smollm2-135m",
-        "kv-cache-smollm2-135m",
-        "preemption-smollm2-135m",
-        "grids-smollm2-135m",
-        "quality-smollm2-135m",
-        "ladder-smollm2-135m",
-    )
     parser = argparse.ArgumentParser(prog="python -m common bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument(
+        "what", nargs="*", metavar="WHAT", help=f"of {', '.join(NAMES)}, or a beginning; default: {', '.join(DEFAULT)}"
+    )
     parser.add_argument("--quick", action="store_true", help="in miniature, and nothing is kept")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("THREADS") or 0) or None)
     parser.add_argument("--out", type=Path, default=MEASUREMENTS, help="the folder for the results")
     settings = parser.parse_args(argv)
-    if unknown := [name for name in settings.what if name not in names]:
-        parser.error(f"there is nothing called {unknown[0]!r} to measure; there is {', '.join(names)}")
+    chosen: list[str] = []
+    for what in settings.what or DEFAULT:
+        meant = [name for name in NAMES if what == "all" or name == what or name.startswith(f"{what}-")]
+        if not meant:
+            parser.error(f"there is nothing called {what!r} to measure; there is {', '.join(NAMES)}")
+        chosen += [name for name in meant if name not in chosen]
     if settings.threads:
         torch.set_num_threads(settings.threads)
     activate(None)  # the record is of the reference
@@ -343,7 +358,8 @@ def main(argv: list[str]) -> int:
     if settings.threads:
         command += f" --threads {settings.threads}"
     lengths, repeats = ([4, 8], 2) if settings.quick else ([16, 32, 64, 128, 256, 384, 512], 9)
-    for name in settings.what or names:
+    for name in chosen:
+        start = time.perf_counter()
         try:
             if name == "machine":
                 result = measure_machine(settings.quick)
@@ -351,7 +367,13 @@ def main(argv: list[str]) -> int:
                 from common.ladder import measure_ladder
 
                 model = "tales" if settings.quick else name.removeprefix("ladder-")
-                result = measure_ladder(model, settings.quick, load_transformers(find_checkpoint(model)))
+                result = measure_ladder(model, settings.quick)
+            elif name.startswith("speculation-"):
+                from common.speculation_bench import measure_speculation
+
+                own = name.removeprefix("speculation-")
+                draft = "tales-draft" if own == "tales" else None
+                result = measure_speculation("tales" if settings.quick else own, draft, settings.quick)
             elif name.startswith("kv-cache-"):
                 model = "tales" if settings.quick else name.removeprefix("kv-cache-")
                 result = measure_kv_cache(model, lengths, repeats)
@@ -374,6 +396,7 @@ def main(argv: list[str]) -> int:
         except (CourseError, CheckpointError) as error:
             print(error, file=sys.stderr)
             return 2
+        print(f"{name}: measured in {time.perf_counter() - start:.0f} s.", flush=True)
         if settings.quick:
             print(f"{name}: not kept, since --quick measures nothing worth keeping.")
         else:

@@ -1,0 +1,735 @@
+"""The checks of lesson 8's first file. Most are worked by hand. What is drawn is checked where there is only one thing
+to draw, and then by how often each token comes, over seeds that are always the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from common.grading import close, equal, exercise, holds, together
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guesses for nothing, and what becomes of them
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("8.1", points=2)
+class TestProposeNgram:
+    def check(self, code, text: list[int], expected: list[int], *sizes: int) -> None:
+        got = code.propose_ngram(list(text), *sizes)
+        equal(got, expected, f"propose_ngram({text}, {', '.join(map(str, sizes))})")
+
+    def test_what_followed(self, code):
+        self.check(code, [5, 6, 7, 8, 9, 1, 5, 6], [7, 8, 9], 3)
+        self.check(code, [1, 2, 3, 4, 9, 2, 3], [4, 9], 2)
+
+    def test_the_copy_runs_into_itself(self, code):
+        self.check(code, [1, 2, 1, 2], [1, 2, 1, 2, 1], 5)
+        self.check(code, [4, 7, 7, 7], [7, 7, 7], 3)
+        self.check(code, [3, 1, 2, 8, 1, 2], [8, 1, 2, 8], 4)
+
+    def test_the_latest_place_counts(self, code):
+        self.check(code, [1, 2, 3, 9, 1, 2, 4, 9, 1, 2], [4, 9], 2)
+
+    def test_the_longest_ending_counts(self, code):
+        self.check(code, [6, 1, 2, 3, 9, 5, 2, 4, 6, 1, 2], [3, 9], 2)
+        self.check(code, [6, 1, 2, 3, 9, 5, 1, 2, 4, 6, 1, 2], [3, 9], 2)
+
+    def test_how_long_an_ending_may_be(self, code):
+        self.check(code, [6, 1, 2, 3, 9, 5, 1, 2, 4, 6, 1, 2], [4, 6], 2, 2)
+        self.check(code, [1, 2, 3, 4, 5, 8, 0, 2, 3, 4, 5, 9, 1, 2, 3, 4, 5], [9], 1)
+        self.check(code, [1, 2, 3, 4, 5, 8, 0, 2, 3, 4, 5, 9, 1, 2, 3, 4, 5], [8], 1, 5)
+
+    def test_one_token_is_too_little(self, code):
+        self.check(code, [1, 2, 3, 1], [], 2)
+        self.check(code, [1, 2, 3, 1], [2, 3], 2, 4, 1)
+        self.check(code, [1, 2, 3, 9, 1, 2], [], 2, 4, 3)
+
+    def test_nothing_found(self, code):
+        for text in ([], [1], [1, 2], [1, 2, 3, 4, 5, 6]):
+            self.check(code, text, [], 3)
+
+    def test_the_text_is_left_alone(self, code):
+        text = [1, 2, 1, 2]
+        code.propose_ngram(text, 3)
+        equal(text, [1, 2, 1, 2], "the list that propose_ngram was given, afterwards")
+
+
+@exercise("8.2")
+class TestVerifyGreedy:
+    def check(self, code, chosen: list[int], guesses: list[int], expected: list[int]) -> None:
+        got = code.verify_greedy(iter(chosen), guesses)
+        equal(got, expected, f"verify_greedy, where the model chooses {chosen} and {guesses} was guessed,")
+
+    def test_the_first_wrong_guess_ends_it(self, code):
+        self.check(code, [11, 12, 13, 14], [11, 7, 13], [11, 12])
+        self.check(code, [11, 12, 13, 14], [7, 12, 13], [11])
+
+    def test_all_right_and_one_more(self, code):
+        self.check(code, [11, 12, 13, 14], [11, 12, 13], [11, 12, 13, 14])
+
+    def test_no_guesses(self, code):
+        self.check(code, [11], [], [11])
+
+    def test_token_0(self, code):
+        self.check(code, [0, 0, 5], [0, 0], [0, 0, 5])
+        self.check(code, [5, 0, 3], [0, 0], [5])
+
+    def test_asked_only_as_far_as_needed(self, code):
+        for chosen, guesses, needed in (([11, 12, 13, 14], [11, 7, 13], 2), ([11, 12, 13], [7, 8], 1)):
+            asked = []
+            code.verify_greedy((asked.append(each) or each for each in chosen), guesses)
+            what = f"how many choices are asked for, where the model chooses {chosen} and {guesses} was guessed"
+            equal(len(asked), needed, what)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One sequence
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def tiny(code, seed: int = 3, num_layers: int = 2, positions: int = 64):
+    """A random model in float64, in which no two tokens are equally likely."""
+    config = code.llama_pytorch.ModelConfig(
+        vocab_size=30, hidden_size=12, intermediate_size=20, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, max_position_embeddings=positions,
+    )  # fmt: skip
+    model = code.Llama(config).double()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = 0.1 + 0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model.requires_grad_(False)
+
+
+PROMPT = [3, 14, 15, 9, 2, 6]
+
+
+@exercise("8.6", points=3)
+class TestLookaheadCommit:
+    def lookahead(self, code, guesses: list[int]):
+        """One that has computed the prompt, with these guesses behind it."""
+        own = code.Lookahead(tiny(code), 40, lambda token_ids: list(guesses))
+        own.next_logits(list(PROMPT))
+        return own
+
+    def check(self, code, guesses: list[int], text: list[int], what: str) -> None:
+        """Text that goes on as guessed: its row is there."""
+        got = self.lookahead(code, guesses).commit(text)
+        holds(got is not None, f"commit returned None {what}: the row is there.", actual="None")
+        close(got, code.llama_pytorch.recompute(tiny(code), text), f"the logits that commit returns {what}")
+
+    def refused(self, code, guesses: list[int], text: list[int], kept: list[int], what: str) -> None:
+        """Text of which the last token was not guessed: no row, and nothing behind what is kept."""
+        own = self.lookahead(code, guesses)
+        got = own.commit(text)
+        holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
+        equal(own.cache.num_tokens, len(kept), f"how many tokens the cache holds {what}")
+        equal(list(own.cached_token_ids), kept, f"cached_token_ids {what}")
+
+    def test_the_first_call(self, code):
+        own = code.Lookahead(tiny(code), 40, lambda token_ids: [])
+        what = "on the first call, with an empty cache"
+        got = own.commit(list(PROMPT))
+        holds(got is None, f"commit returned something {what}; there is no row yet.", actual=got)
+        equal(own.cache.num_tokens, 0, f"how many tokens the cache holds {what}")
+
+    def test_as_guessed(self, code):
+        self.check(code, [21, 22, 23], [*PROMPT, 21], "where 21, 22, 23 were guessed and 21 has come")
+
+    def test_all_as_guessed(self, code):
+        own = self.lookahead(code, [21, 22, 23])
+        for i, text in enumerate(([*PROMPT, 21], [*PROMPT, 21, 22], [*PROMPT, 21, 22, 23])):
+            got = own.commit(text)
+            what = f"where 21, 22, 23 were guessed and the first {i + 1} of them have come"
+            holds(got is not None, f"commit returned None {what}: the row is there.", actual="None")
+            close(got, code.llama_pytorch.recompute(tiny(code), text), f"the logits that commit returns {what}")
+        equal(own.cache.num_tokens, 9, "how many tokens the cache holds, where three guesses behind 6 tokens have come")
+
+    def test_not_as_guessed(self, code):
+        what = "where 21, 22, 23 were guessed and 7 has come"
+        self.refused(code, [21, 22, 23], [*PROMPT, 7], PROMPT, what)
+
+    def test_the_second_is_not_as_guessed(self, code):
+        own = self.lookahead(code, [21, 22, 23])
+        own.commit([*PROMPT, 21])
+        got = own.commit([*PROMPT, 21, 7])
+        what = "where 21, 22, 23 were guessed and 21, 7 has come"
+        holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
+        equal(own.cache.num_tokens, 7, f"how many tokens the cache holds {what}")
+        equal(list(own.cached_token_ids), [*PROMPT, 21], f"cached_token_ids {what}")
+
+    def test_the_same_token_in_another_place(self, code):
+        what = "where 21, 22, 23 were guessed and 22 has come first"
+        self.refused(code, [21, 22, 23], [*PROMPT, 22], PROMPT, what)
+
+    def test_no_guess_for_it(self, code):
+        self.refused(code, [], [*PROMPT, 7], PROMPT, "where nothing was guessed and 7 has come")
+
+    def test_one_more_than_was_guessed(self, code):
+        own = self.lookahead(code, [21, 22])
+        for text in ([*PROMPT, 21], [*PROMPT, 21, 22]):
+            own.commit(text)
+        got = own.commit([*PROMPT, 21, 22, 7])
+        what = "where both guesses, 21 and 22, have come and then 7"
+        holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
+        equal(own.cache.num_tokens, 8, f"how many tokens the cache holds {what}")
+
+    def test_the_same_logits_in_fewer_passes(self, code):
+        """A whole text, token by token, with guesses that are right twice, then wrong."""
+        text = [*PROMPT, 8, 1, 28, 4, 11, 19, 5, 5, 27, 10]
+
+        def propose(token_ids):
+            following = text[len(token_ids) : len(token_ids) + 2]
+            return [*following, 29, 29]
+
+        own = code.Lookahead(tiny(code), 40, propose)
+        for length in range(len(PROMPT), len(text)):
+            got = own.next_logits(text[:length])
+            what = f"the logits after {length} tokens, where of each four guesses two are right"
+            close(got, code.llama_pytorch.recompute(own.model, text[:length]), what)
+        equal(own.num_passes, 4, "how many passes 10 tokens take, where of each four guesses two are right")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guesses that were drawn
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def drawn(code, target: list[float], draft: list[float], token_id: int, number: int) -> list[tuple[bool, int]]:
+    """What comes of a guess, for so many seeds."""
+    tensors = torch.tensor(target), torch.tensor(draft)
+    found = []
+    for seed in range(number):
+        got = code.accept_or_recover(*tensors, token_id, torch.Generator().manual_seed(seed))
+        holds(
+            isinstance(got, tuple) and len(got) == 2,
+            f"accept_or_recover returned {got!r}, expected a pair: whether the token was kept, and the token.",
+        )
+        found.append((bool(got[0]), int(got[1])))
+    return found
+
+
+@exercise("8.3", points=3)
+class TestAcceptOrRecover:
+    def outcomes(self, code, target, draft, token_id, expected, why: str) -> None:
+        got = sorted(set(drawn(code, target, draft, token_id, 60)))
+        equal(
+            got,
+            expected,
+            f"what comes of token {token_id} in 60 draws, as (kept, token), target {target}, draft {draft} ({why}),",
+        )
+
+    def test_kept_where_the_target_likes_it_better(self, code):
+        self.outcomes(code, [0.9, 0.1], [0.1, 0.9], 0, [(True, 0)], "0.9 / 0.1 is above 1")
+        self.outcomes(code, [0.25, 0.75], [0.25, 0.75], 0, [(True, 0)], "they are alike")
+
+    def test_never_kept_where_the_target_forbids_it(self, code):
+        self.outcomes(code, [0.0, 1.0], [0.5, 0.5], 0, [(False, 1)], "the target never says 0")
+
+    def test_only_what_is_missing_is_drawn(self, code):
+        self.outcomes(
+            code,
+            [0.0, 0.5, 0.5, 0.0],
+            [0.5, 0.5, 0.0, 0.0],
+            0,
+            [(False, 2)],
+            "the draft says 1 as often as the target: only 2 is missing",
+        )
+        self.outcomes(
+            code,
+            [0.0, 0.2, 0.4, 0.4],
+            [0.4, 0.6, 0.0, 0.0],
+            0,
+            [(False, 2), (False, 3)],
+            "the draft says 1 too often already: only 2 and 3 are missing",
+        )
+
+    def test_how_often_it_is_kept(self, code):
+        target, draft = [0.5, 0.2, 0.3, 0.0], [0.1, 0.5, 0.4, 0.0]
+        for token_id, expected in ((1, 0.4), (2, 0.75)):
+            kept = sum(is_kept for is_kept, _ in drawn(code, target, draft, token_id, 1500)) / 1500
+            what = f"how often token {token_id} is kept of 1,500 draws, target {target}, draft {draft},"
+            close(kept, expected, what, atol=0.06)
+
+    def test_what_is_drawn_in_its_place(self, code):
+        target, draft = [0.0, 0.5, 0.35, 0.15], [0.7, 0.2, 0.05, 0.05]
+        replaced = [token for _, token in drawn(code, target, draft, 0, 1500)]
+        shares = torch.tensor([replaced.count(token) / 1500 for token in range(4)])
+        what = f"how often each token comes in place of 0, target {target}, draft {draft}: by what is missing,"
+        close(shares, torch.tensor([0.0, 0.3, 0.3, 0.1]) / 0.7, what, atol=0.06)
+
+    def test_distributed_as_the_target(self, code):
+        """Every token that the draft may guess, as often as it guesses it."""
+        target, draft = [0.4, 0.3, 0.05, 0.25], [0.1, 0.4, 0.4, 0.1]
+        shares = torch.zeros(4)
+        for token_id, probability in enumerate(draft):
+            for _, token in drawn(code, target, draft, token_id, 1000):
+                shares[token] += probability / 1000
+        what = f"how often each token comes in all, of guesses from draft {draft}, target {target},"
+        close(shares, torch.tensor(target), what, atol=0.06)
+
+
+def sure(*token_ids: int) -> torch.Tensor:
+    """Rows that are sure of these tokens, of five."""
+    return torch.eye(5)[list(token_ids)]
+
+
+@exercise("8.4", points=3)
+class TestRejectionSample:
+    def sampled(self, code, target, proposal, seed: int = 0) -> list[int]:
+        return code.rejection_sample(target, proposal, lambda i: code.draw_generator(seed, i))
+
+    def test_all_kept_and_the_bonus(self, code):
+        got = self.sampled(code, sure(1, 2, 3, 4), code.Proposal([1, 2, 3], sure(1, 2, 3)))
+        equal(got, [1, 2, 3, 4], "guesses 1, 2, 3, where target and draft are sure of them, and the target of 4 then,")
+
+    def test_the_first_that_is_not_kept_ends_it(self, code):
+        got = self.sampled(code, sure(1, 4, 3, 2), code.Proposal([1, 2, 3], sure(1, 2, 3)))
+        equal(got, [1, 4], "guesses 1, 2, 3, where the target is sure of 1, 4, 3, 2,")
+        got = self.sampled(code, sure(4, 2, 3, 1), code.Proposal([1, 2, 3], sure(1, 2, 3)))
+        equal(got, [4], "guesses 1, 2, 3, where the target is sure of 4, 2, 3, 1,")
+        got = self.sampled(code, sure(1, 2, 0, 4), code.Proposal([1, 2, 3], sure(1, 2, 3)))
+        equal(got, [1, 2, 0], "guesses 1, 2, 3, where the target is sure of 1, 2, 0, 4,")
+
+    def test_no_guesses(self, code):
+        got = self.sampled(code, sure(3), code.Proposal([], torch.empty(0, 5)))
+        equal(got, [3], "no guesses, where the target is sure of 3,")
+
+    def test_the_draft_of_the_same_place(self, code):
+        """The draft has no doubt about the second guess; for the first it had five."""
+        target = torch.stack([torch.full((5,), 0.2), torch.tensor([0.0, 0.0, 0.2, 0.8, 0.0]), sure(4)[0]])
+        draft = torch.stack([torch.full((5,), 0.2), sure(2)[0]])
+        kept = sum(len(self.sampled(code, target, code.Proposal([1, 2], draft), seed)) == 3 for seed in range(400))
+        what = "how often the second guess is kept of 400 draws, where it has 0.2 in the target and 1 in the draft"
+        close(kept / 400, 0.2, f"{what},", atol=0.1)
+
+    def test_the_bonus_is_drawn(self, code):
+        target = torch.stack([sure(1)[0], torch.tensor([0.0, 0.0, 0.6, 0.4, 0.0])])
+        proposal = code.Proposal([1], sure(1))
+        got = sorted({tuple(self.sampled(code, target, proposal, seed)) for seed in range(60)})
+        equal(
+            got, [(1, 2), (1, 3)], "what comes of guess 1 in 60 draws, where then the target has 0.6 for 2, 0.4 for 3,"
+        )
+
+    def test_each_place_has_its_own_randomness(self, code):
+        asked = []
+
+        def generator(i: int) -> torch.Generator:
+            asked.append(i)
+            return code.draw_generator(0, i)
+
+        code.rejection_sample(sure(1, 2, 3, 4), code.Proposal([1, 2, 3], sure(1, 2, 3)), generator)
+        equal(asked, [0, 1, 2, 3], "what `generator` is called with, where three guesses are kept and a bonus is drawn")
+
+    def test_distributed_as_the_target(self, code):
+        """Pairs of tokens in which each depends on the one before; the draft has other ideas."""
+        first, then = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([[0.1, 0.6, 0.3], [0.7, 0.1, 0.2], [0.3, 0.3, 0.4]])
+        guess, next_guess = (
+            torch.tensor([0.2, 0.3, 0.5]),
+            torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.1, 0.2, 0.7]]),
+        )
+        shares = torch.zeros(3, 3)
+        for one in range(3):
+            for two in range(3):
+                weight = guess[one] * next_guess[one, two] / 300
+                target = torch.stack([first, then[one], then[two]])
+                proposal = code.Proposal([one, two], torch.stack([guess, next_guess[one]]))
+                for seed in range(300):
+                    tokens = self.sampled(code, target, proposal, 1000 * (3 * one + two) + seed)
+                    if len(tokens) > 1:
+                        shares[tokens[0], tokens[1]] += weight
+                    else:
+                        shares[tokens[0]] += weight * then[tokens[0]]
+        expected = first[:, None] * then
+        close(
+            shares,
+            expected,
+            "how often each pair of tokens comes, of guesses from a draft with other ideas,",
+            atol=0.06,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Does it pay?
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("8.7")
+class TestExpectedTokens:
+    def check(self, code, rate: float, num_guesses: int, expected: float) -> None:
+        close(code.expected_tokens(rate, num_guesses), expected, f"expected_tokens({rate}, {num_guesses})")
+
+    def test_by_hand(self, code):
+        self.check(code, 0.5, 2, 1.75)
+        self.check(code, 0.8, 4, 3.3616)
+
+    def test_no_guesses(self, code):
+        self.check(code, 0.7, 0, 1.0)
+
+    def test_never_and_always_right(self, code):
+        self.check(code, 0.0, 5, 1.0)
+        self.check(code, 1.0, 3, 4.0)
+        self.check(code, 1.0, 0, 1.0)
+
+    def test_by_enumeration(self, code):
+        """Each of eight runs of three guesses, right or wrong, and what it brings."""
+        rate, total = 0.6, 0.0
+        for run in range(8):
+            is_right = [bool(run >> i & 1) for i in range(3)]
+            chance, first_wrong = 1.0, [*is_right, False].index(False)
+            for each in is_right:
+                chance *= rate if each else 1 - rate
+            total += chance * (first_wrong + 1)
+        close(code.expected_tokens(rate, 3), total, "expected_tokens(0.6, 3), against all eight ways it can go,")
+
+
+@exercise("8.8")
+class TestChooseK:
+    def check(self, code, rate: float, seconds: list[float], expected: int, why: str) -> None:
+        equal(code.choose_k(rate, seconds), expected, f"choose_k({rate}, {seconds}): {why}; it")
+
+    def test_by_hand(self, code):
+        self.check(code, 0.5, [10.0, 12.0, 15.0, 17.5], 1, "0.1, 0.125, 0.117 and 0.107 tokens a second")
+        self.check(code, 0.5, [10.0, 12.0, 13.0, 17.5], 2, "0.1, 0.125, 0.135 and 0.107 tokens a second")
+        self.check(code, 0.9, [10.0, 11.0, 12.0, 13.0], 3, "0.1, 0.173, 0.226 and 0.265 tokens a second")
+
+    def test_none_where_it_does_not_pay(self, code):
+        self.check(code, 0.2, [10.0, 13.0, 16.0], 0, "0.1, 0.092 and 0.078 tokens a second")
+        self.check(code, 0.0, [10.0, 10.5, 11.0], 0, "no guess is ever right")
+
+    def test_of_equals_the_smallest(self, code):
+        self.check(code, 1.0, [1.0, 2.0, 3.0, 4.0], 0, "a token a second, whatever k is")
+        self.check(code, 0.0, [2.0, 2.0, 2.0], 0, "half a token a second, whatever k is")
+        self.check(code, 1.0, [8.0, 2.0, 3.0], 1, "0.125 tokens a second, then 1, then 1")
+
+    def test_a_step_that_is_slow_with_few_guesses(self, code):
+        self.check(code, 1.0, [1.0, 8.0, 2.0], 2, "1, 0.25 and 1.5 tokens a second")
+
+    def test_one_choice(self, code):
+        self.check(code, 0.9, [3.0], 0, "there is only k = 0")
+
+
+@exercise("8.11", points=2)
+class TestAcceptanceObserve:
+    def check(self, code, runs: list[tuple[int, int]], right: float, tried: float) -> None:
+        own = code.Acceptance()
+        for num_guesses, num_accepted in runs:
+            own.observe(num_guesses, num_accepted)
+        what = "the rate (it begins at 1 / 2) after " + ", then ".join(
+            f"{accepted} of {guesses} right" for guesses, accepted in runs
+        )
+        close(own.rate, right / tried, what)
+
+    def test_one_guess_a_step(self, code):
+        self.check(code, [(1, 1)], 1 * 0.9 + 1, 2 * 0.9 + 1)
+        self.check(code, [(1, 0)], 1 * 0.9, 2 * 0.9 + 1)
+
+    def test_all_right(self, code):
+        self.check(code, [(4, 4)], 0.9**4 + 4, 2 * 0.9**4 + 4)
+
+    def test_the_first_is_wrong(self, code):
+        self.check(code, [(4, 0)], 0.9, 2 * 0.9 + 1)
+
+    def test_one_in_between_is_wrong(self, code):
+        self.check(code, [(4, 1)], 0.9**2 + 1, 2 * 0.9**2 + 2)
+        self.check(code, [(4, 3)], 0.9**4 + 3, 2 * 0.9**4 + 4)
+
+    def test_newer_ones_weigh_more(self, code):
+        self.check(code, [(2, 2), (3, 1)], 0.9**4 + 2 * 0.9**2 + 1, 2 * 0.9**4 + 2 * 0.9**2 + 2)
+
+    def test_no_guesses(self, code):
+        self.check(code, [(0, 0)], 1, 2)
+
+    def test_a_long_run(self, code):
+        """Runs of four guesses, each of which is right 3 times in 4."""
+        own, generator = code.Acceptance(), torch.Generator().manual_seed(0)
+        rates = []
+        for step in range(600):
+            run = torch.rand(4, generator=generator) < 0.75
+            own.observe(4, [*run.tolist(), False].index(False))
+            rates += [own.rate] if step >= 100 else []
+        mean = sum(rates) / len(rates)
+        close(
+            mean,
+            0.75,
+            "the mean rate over 500 steps with four guesses each, where each is right 3 times in 4,",
+            atol=0.1,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Who guesses
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def scheduled(code, name: str, start: int, text: list[int], num_prompt: int, table: list[int], **params):
+    """A request that computes its text, from `start` on, of which the first so many tokens are its prompt."""
+    prompt, output = text[:num_prompt], text[num_prompt:]
+    return code.ScheduledRequest(
+        name, start, text[start:], 0, table, code.SamplingParams(**params), len(output), prompt, output, frozenset(), 50
+    )
+
+
+class Drafting:
+    """A proposer over a tiny draft, with blocks of four; it notes how many tokens each pass computes."""
+
+    def __init__(self, code, num_blocks: int = 24, positions: int = 64):
+        self.code = code
+        self.model = tiny(code, 5, 1, positions)
+        self.proposer = code.DraftProposer(self.model, code.PagedKVCache(self.model, num_blocks, 4))
+        self.passes: list[int] = []
+        self.model.register_forward_pre_hook(lambda module, arguments: self.passes.append(len(arguments[0])))
+
+    def propose(self, requests, sampled: dict[str, list[int]], limits: dict[str, int]):
+        """A step of these requests has brought `sampled`. What is guessed then?"""
+        self.passes.clear()
+        with torch.inference_mode():
+            self.proposer.follow(self.code.SchedulerOutput(1, list(requests)))
+            got = self.proposer.propose(requests, sampled, limits)
+        holds(
+            isinstance(got, dict) and all(isinstance(each, self.code.Proposal) for each in got.values()),
+            f"propose returned {got!r}, expected a dictionary: for each request's id its Proposal.",
+        )
+        return got
+
+    def tokens(self, got) -> dict[str, list[int]]:
+        return {id: list(each.token_ids) for id, each in sorted(got.items())}
+
+    def logits(self, text: list[int]) -> torch.Tensor:
+        """What the draft says after a text, without any cache."""
+        with torch.inference_mode():
+            return self.code.llama_pytorch.recompute(tiny(self.code, 5, 1), text)
+
+    def continued(self, text: list[int], number: int) -> list[int]:
+        """The draft's likeliest continuation."""
+        text = list(text)
+        for _ in range(number):
+            text.append(int(self.logits(text).argmax()))
+        return text[len(text) - number :]
+
+
+LONG = [7, 21, 4, 4, 18, 26, 11, 3, 9]
+
+
+@exercise("8.5", points=4)
+class TestDraftProposerPropose:
+    def test_one_request(self, code):
+        own = Drafting(code)
+        got = own.propose([scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7])], {"a": [17]}, {"a": 3})
+        equal(own.tokens(got), {"a": own.continued([*PROMPT, 17], 3)}, "three guesses for a, which has been given 17,")
+        equal(got["a"].probs, None, "the probabilities of guesses that were not drawn (temperature 0)")
+        what = "how many tokens each pass computes: 6 of the prompt and the new one, then a guess, then another"
+        equal(own.passes, [7, 1, 1], what)
+
+    def test_two_requests(self, code):
+        own = Drafting(code)
+        requests = [scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7]), scheduled(code, "b", 0, LONG, 9, [1, 0, 9, 3])]
+        got = own.propose(requests, {"a": [17], "b": [8]}, {"a": 3, "b": 3})
+        expected = {"a": own.continued([*PROMPT, 17], 3), "b": own.continued([*LONG, 8], 3)}
+        equal(own.tokens(got), expected, "three guesses for each of two requests")
+        equal(own.passes, [17, 2, 2], "how many tokens each pass computes, of two requests with 7 and 10 tokens")
+
+    def test_each_has_its_limit(self, code):
+        own = Drafting(code)
+        requests = [
+            scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7]),
+            scheduled(code, "b", 0, LONG, 9, [1, 0, 9, 3]),
+            scheduled(code, "c", 0, LONG[:4], 4, [10, 11]),
+        ]
+        got = own.propose(requests, {"a": [17], "b": [8], "c": [20]}, {"a": 1, "b": 3, "c": 0})
+        expected = {"a": own.continued([*PROMPT, 17], 1), "b": own.continued([*LONG, 8], 3)}
+        equal(own.tokens(got), expected, "the guesses with limits a: 1, b: 3, c: 0")
+        equal(own.passes, [17, 1, 1], "how many tokens each pass computes, of a (7 tokens, 1 guess) and b (10, 3)")
+
+    def test_nobody_may_guess(self, code):
+        own = Drafting(code)
+        got = own.propose([scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7])], {"a": [17]}, {"a": 0})
+        equal(own.tokens(got), {}, "the guesses with a limit of 0")
+        equal(own.passes, [], "how many tokens each pass computes then")
+
+    def after_a_step(self, code, sampled: list[int], number: int = 2):
+        """Three guesses were made behind 17; the step that verifies them brings `sampled`."""
+        own = Drafting(code)
+        table = [5, 2, 7, 8]
+        first = own.propose([scheduled(code, "a", 0, PROMPT, 6, table)], {"a": [17]}, {"a": 3})
+        guesses = first["a"].token_ids
+        sampled = [guesses[i] if token is None else token for i, token in enumerate(sampled)]
+        got = own.propose([scheduled(code, "a", 6, [*PROMPT, 17], 6, table)], {"a": sampled}, {"a": number})
+        return own, own.tokens(got), {"a": own.continued([*PROMPT, 17, *sampled], number)}
+
+    def test_after_guesses_that_were_right(self, code):
+        own, got, expected = self.after_a_step(code, [None, None, None, 12])
+        equal(got, expected, "two guesses, after three were right and a fourth token came with them,")
+        holds(
+            own.passes in ([5, 1], [4, 1], [2, 1]),
+            f"The passes compute {own.passes} tokens: the draft has most of the text in its cache. Is that noted?",
+            actual=list(own.passes),
+        )
+
+    def test_after_guesses_that_were_wrong(self, code):
+        own, got, expected = self.after_a_step(code, [12])
+        equal(got, expected, "two guesses, after three were wrong,")
+        holds(
+            own.passes in ([2, 1], [1, 1]),
+            f"The passes compute {own.passes} tokens: the draft has most of the text in its cache. Is that noted?",
+            actual=list(own.passes),
+        )
+
+    def test_after_one_of_three_was_right(self, code):
+        _, got, expected = self.after_a_step(code, [None, 12])
+        equal(got, expected, "two guesses, after one of three was right,")
+
+    def test_not_asked_for_a_while(self, code):
+        own, table = Drafting(code), [5, 2, 7, 8]
+        own.propose([scheduled(code, "a", 0, PROMPT, 6, table)], {"a": [17]}, {"a": 0})
+        own.propose([scheduled(code, "a", 6, [*PROMPT, 17], 6, table)], {"a": [19]}, {"a": 0})
+        got = own.propose([scheduled(code, "a", 7, [*PROMPT, 17, 19], 6, table)], {"a": [1]}, {"a": 2})
+        expected = own.continued([*PROMPT, 17, 19, 1], 2)
+        equal(own.tokens(got), {"a": expected}, "two guesses for a request that made none in the two steps before")
+
+    def within(self, code, own, table: list[int], limit: int, why: str) -> list[int]:
+        what = f"propose, with a limit of {limit}, where there is room for {why}, should make fewer; it"
+        try:
+            got = own.propose([scheduled(code, "a", 0, PROMPT, 6, table)], {"a": [17]}, {"a": limit})
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            holds(False, f"{what} raised {text}.", actual=text)
+        return len(own.tokens(got).get("a", []))
+
+    def test_no_more_than_there_are_slots_for(self, code):
+        why = "one guess: two blocks of 4, of which 7 slots are taken, and a last guess needs none"
+        equal(self.within(code, Drafting(code), [5, 2], 5, why), 2, f"how many guesses are made, with room for {why},")
+
+    def test_no_more_than_there_are_positions_for(self, code):
+        own, why = Drafting(code, positions=9), "9 positions, of which 7 are taken"
+        equal(
+            self.within(code, own, [5, 2, 7, 8], 5, why), 3, f"how many guesses are made, where the draft knows {why},"
+        )
+
+    def test_no_room_at_all(self, code):
+        own = Drafting(code, positions=6)
+        got = self.within(code, own, [5, 2, 7, 8], 5, "6 positions, of which 7 are taken")
+        equal(got, 0, "how many guesses are made, where the draft knows 6 positions and the text has 7 tokens,")
+
+    def test_drawn(self, code):
+        own = Drafting(code)
+        text, params = [*PROMPT, 17], dict(temperature=0.8, top_k=12, seed=11)
+        got = own.propose([scheduled(code, "a", 0, PROMPT, 4, [5, 2, 7], **params)], {"a": [17]}, {"a": 3})["a"]
+        rows, guesses = [], []
+        for place in range(3):
+            rows.append(code.sampling_probs(own.logits(text), code.SamplingParams(**params)))
+            seed = code.stable_hash(11, code.DRAFT)
+            guesses.append(int(torch.multinomial(rows[-1], 1, generator=code.draw_generator(seed, 3 + place))))
+            text.append(guesses[-1])
+        equal(
+            list(got.token_ids), guesses, "three guesses at temperature 0.8, drawn for places 3, 4 and 5 of the output,"
+        )
+        close(got.probs, torch.stack(rows), "the probabilities (k, V) that they were drawn from")
+
+    def test_some_drawn_and_some_not(self, code):
+        own = Drafting(code)
+        requests = [
+            scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7], temperature=1.0, seed=3),
+            scheduled(code, "b", 0, LONG, 9, [1, 0, 9, 3]),
+        ]
+        got = own.propose(requests, {"a": [17], "b": [8]}, {"a": 2, "b": 3})
+        equal(own.tokens(got)["b"], own.continued([*LONG, 8], 3), "b's guesses, at temperature 0, beside a, at 1,")
+        equal(got["b"].probs, None, "the probabilities of b's guesses, at temperature 0, beside a, at 1,")
+        expected = torch.stack([own.logits([*PROMPT, 17, *got["a"].token_ids[:i]]).softmax(-1) for i in range(2)])
+        close(got["a"].probs, expected, "the probabilities of a's guesses, at temperature 1")
+
+    def test_penalties_know_of_what_has_just_come(self, code):
+        """What has come in the output is less likely: the sampled token, and each guess for those behind it."""
+        own, text = Drafting(code), [*PROMPT, *Drafting(code).continued(PROMPT, 1)]
+        sampled = text[6:]
+        for _ in range(4):
+            counts = torch.bincount(torch.tensor(text[6:]), minlength=30)
+            text.append(int((own.logits(text) - 1.5 * counts - 2.0 * (counts > 0)).argmax()))
+        request = scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7], presence_penalty=2.0, frequency_penalty=1.5)
+        got = own.propose([request], {"a": sampled}, {"a": 4})
+        what = f"four guesses behind {sampled}, with a presence_penalty of 2 and a frequency_penalty of 1.5,"
+        equal(own.tokens(got), {"a": text[7:]}, what)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Together
+# ---------------------------------------------------------------------------------------------------------------
+
+WORDS = [b"</s>", *(b" w%d" % i for i in range(1, 30))]
+
+
+class Words:
+    """A tokenizer whose token i is the word i; token 0 ends a sequence."""
+
+    bos_token_id, eos_token_ids, chat_template, vocab_size = None, frozenset({0}), None, 30
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id == 0 else WORDS[token_id]
+
+
+@together()
+class TestTogether:
+    """Your whole file: the same tokens as without guesses, alone and in an engine with hardly enough blocks."""
+
+    def prompts(self) -> list[list[int]]:
+        return [[1 + (i * j) % 7 for j in range(1, 4 + 3 * i)] for i in range(1, 6)]
+
+    def test_one_sequence(self, code):
+        model = tiny(code)
+        for i, prompt in enumerate(self.prompts()):
+            params = code.SamplingParams(max_tokens=20, temperature=0.3 * (i % 2), seed=i, ignore_eos=True, logprobs=2)
+            expected = code.llama_pytorch.generate(model, Words(), prompt, params)
+            got = code.generate(model, Words(), prompt, params)
+            equal(got.token_ids, expected.token_ids, f"the tokens of `generate` after {prompt}")
+            equal(got.text, expected.text, f"the text of `generate` after {prompt}")
+
+    def engine(self, code, kind: str, is_adaptive: bool):
+        from solutions.batching import Engine, LocalExecutor
+
+        model = tiny(code)
+        own = Engine(model, Words(), num_blocks=8, block_size=4, max_num_batched_tokens=12, max_model_len=32)
+        cache = code.PagedKVCache(model, 8, 4)
+        proposer = code.NgramProposer()
+        if kind != "n-grams":
+            draft = model if kind == "the model itself" else tiny(code, 5, 1)
+            proposer = code.DraftProposer(draft, code.PagedKVCache(draft, 8, 4))
+            own.scheduler.num_lookahead_tokens = 3
+        own.executor = LocalExecutor(code.SpeculativeRunner(model, cache, proposer, code.Pace(3, is_adaptive)))
+        return own
+
+    def test_in_an_engine(self, code):
+        prompts = self.prompts()
+        params = [
+            code.SamplingParams(max_tokens=6 + i, ignore_eos=i % 2 == 0, presence_penalty=0.1 * i) for i in range(5)
+        ]
+        expected = [
+            code.llama_pytorch.generate(tiny(code), Words(), prompt, each).token_ids
+            for prompt, each in zip(prompts, params)
+        ]
+        for kind in ("n-grams", "another model", "the model itself"):
+            own = self.engine(code, kind, False)
+            outputs = own.generate(prompts, params, progress=False)
+            got = [output.token_ids for output in outputs]
+            equal(got, expected, f"the tokens of five requests in eight blocks, guesses from {kind}")
+            equal(own.manager.pool.num_free_blocks, 8, "how many of 8 blocks are free when all have finished")
+            holds(own.metrics().num_draft_tokens > 0, f"Nobody guessed, though there were guesses from {kind}.")
+        rate = own.metrics().acceptance_rate
+        holds(rate > 0.9, f"Of the guesses of the very same model {rate:.0%} were accepted; all but a few should be.")
+
+    def test_drawn(self, code):
+        """Guesses that are not drawn change no draw; of one's own guesses, drawn, nearly all are accepted."""
+        prompts = self.prompts()
+        params = [code.SamplingParams(max_tokens=8, temperature=0.7, seed=i, ignore_eos=True) for i in range(5)]
+        expected = [
+            code.llama_pytorch.generate(tiny(code), Words(), prompt, each).token_ids
+            for prompt, each in zip(prompts, params)
+        ]
+        got = [each.token_ids for each in self.engine(code, "n-grams", True).generate(prompts, params, progress=False)]
+        equal(got, expected, "the tokens of five requests at temperature 0.7, guesses from n-grams")
+        own = self.engine(code, "the model itself", True)
+        outputs = own.generate(prompts, params, progress=False)
+        equal([len(output.token_ids) for output in outputs], [8] * 5, "how many tokens each of five requests gets")
+        rate = own.metrics().acceptance_rate
+        holds(
+            rate > 0.9, f"Of the drawn guesses of the very same model {rate:.0%} were accepted; nearly all should be."
+        )
