@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -606,46 +607,146 @@ def quality() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Lesson 8: what guesses give
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-8-speculative/figures/speculation.svg")
+def speculation() -> Figure:
+    """Tokens a second with speculation, as a ratio to none: by what the text is like, and by the number of streams."""
+    chats, tales = bench.read("speculation-smollm2-135m"), bench.read("speculation-tales")
+    fig = Figure(layout="constrained", figsize=(10.4, 4.2))
+    left, right = fig.subplots(1, 2, width_ratios=(1.35, 1), sharey=True)
+
+    singles = [case for case in chats["cases"] if case["num_streams"] == 1]
+    shades = {"adaptive": BLUE, "k=2": "#BDD7EE", "k=4": SKY, "k=8": "#9AA0A6"}
+    ways = [way for way in shades if way in singles[0]["ways"]]
+    width = 0.84 / len(ways)
+    for place, case in enumerate(singles):
+        for i, way in enumerate(ways):
+            x = place + (i - (len(ways) - 1) / 2) * width
+            left.bar(x, case["ways"][way]["ratio"], width * 0.92, color=shades[way], label=way if place == 0 else None)
+    left.set_xticks(
+        range(len(singles)),
+        [f"{case['name']}\n{right_share([case]).replace(' of', chr(10) + 'of')}" for case in singles],
+    )
+    left.tick_params(axis="x", length=0)
+    left.set_ylabel("tokens/s, times those without guesses")
+    left.set_title("SmolLM2, n-grams, one stream")
+    named = {"adaptive": "as many guesses as pay", **{f"k={k}": f"always {k}" for k in (2, 4, 8)}}
+    handles, _ = left.get_legend_handles_labels()
+    left.legend(handles, [named[way] for way in ways], frameon=False, fontsize=9, loc="upper right")
+
+    lines = (
+        (chats, lambda case: case["is_repetitive"], "n-grams, repeating", BLUE),
+        (chats, lambda case: case["is_repetitive"] is False, "n-grams, not repeating", VERMILION),
+        (tales, lambda case: case["temperature"] == 0, "draft model, greedy", GREEN),
+        (tales, lambda case: case["temperature"] > 0, "draft model, drawn", ORANGE),
+    )
+    ends = []
+    for measurement, belongs, name, color in lines:
+        cases = [case for case in measurement["cases"] if belongs(case)]
+        counts = sorted({case["num_streams"] for case in cases})
+        ratios = [
+            statistics.geometric_mean(
+                case["ways"]["adaptive"]["ratio"] for case in cases if case["num_streams"] == count
+            )
+            for count in counts
+        ]
+        right.plot(range(len(counts)), ratios, "o-", color=color)
+        right.set_xticks(range(len(counts)), counts)
+        ends.append((ratios[-1], len(counts) - 1, f"{name}\n{right_share(cases)}", color))
+    top = 1.12 * max(
+        max(case["ways"][way]["ratio"] for case in singles for way in ways),
+        max(case["ways"]["adaptive"]["ratio"] for case in tales["cases"]),
+    )
+    # Names of lines that end side by side stand in a stack, its middle where theirs is, in the order of the ends.
+    ends.sort()
+    gap = top / 9
+    lowest = max(0.07 * top, statistics.mean(ratio for ratio, *_ in ends) - gap * (len(ends) - 1) / 2)
+    for i, (_, x, name, color) in enumerate(ends):
+        height = lowest + i * gap
+        right.annotate(
+            name,
+            (x, height),
+            (10, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
+    right.set_xlim(-0.2, 3.9)
+    right.set_xlabel("streams at once")
+    right.set_title("as many guesses as pay")
+    for axes in (left, right):
+        axes.axhline(1, color="#202124", linewidth=1, linestyle=":")
+        axes.set_ylim(0, top)
+        axes.grid(axis="x", visible=False)
+    source_line(fig, chats)
+    return fig
+
+
+def right_share(cases: list[dict]) -> str:
+    """How many of the guesses that paid were right, in all these cases together, in words for a figure."""
+    told = [case["ways"]["adaptive"] for case in cases]
+    num_guesses = sum(each["num_guesses"] for each in told)
+    if not num_guesses:
+        return "no guesses"
+    num_right = sum(each["num_guesses"] * (each["acceptance_rate"] or 0) for each in told)
+    return f"{num_right / num_guesses:.0%} right of {num_guesses:,}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The ladder
 # ---------------------------------------------------------------------------------------------------------------
 
 
+RUNGS = {
+    "recompute": ("lesson 2: recompute", VERMILION),
+    "cache": ("lesson 3: KV cache", ORANGE),
+    "paged": ("lesson 4: paged", SKY),
+    "engine": ("lesson 5: the engine", GREEN),
+    "engine, kernels": ("with kernels", BLUE),
+    "INT8": ("lesson 7: INT8", PURPLE),
+    "INT4": ("lesson 7: INT4", "#F0E442"),
+    "speculation": ("lesson 8: n-grams", "#202124"),
+    "transformers": ("transformers", GREY),
+    "transformers, continuous": ("transformers, continuous", GREY),
+    "llama.cpp": ("llama.cpp, float32", GREY),
+}
+"""A way of the ladder -> what it is called in the figure, and its colour; engines of others are grey."""
+
+
 @figure("common/figures/ladder.svg")
 def ladder() -> Figure:
-    """Tokens a second of each lesson's engine, alone and with many requests, beside transformers."""
+    """Tokens a second of each lesson's engine, alone and with many requests, beside others on the same weights."""
     measurement = bench.read("ladder-smollm2-135m")
     loads = {load["name"]: load["ways"] for load in measurement["loads"]}
-    rungs = {
-        "recompute": ("lesson 2: recompute", VERMILION),
-        "cache": ("lesson 3: KV cache", ORANGE),
-        "paged": ("lesson 4: paged", SKY),
-        "engine": ("lesson 5: the engine", GREEN),
-        "engine, kernels": ("with kernels", BLUE),
-        "INT8": ("lesson 7: INT8", PURPLE),
-        "INT4": ("lesson 7: INT4", "#F0E442"),
-        "transformers": ("transformers", GREY),
-    }
     panels = {
         "one stream": {**loads["one stream"], "recompute": loads["recompute"]["recompute"]},
         "8 equal streams": loads["8 equal streams"],
         "32 mixed requests": loads["32 mixed requests"],
     }
-    fig = Figure(layout="constrained", figsize=(11, 3.6))
+    rungs = [way for way in RUNGS if any(way in ways for ways in panels.values())]
+    ours = sum(RUNGS[way][1] != GREY for way in rungs)
+    fig = Figure(layout="constrained", figsize=(11, 1.1 + 0.31 * len(rungs)))
     for axes, (name, ways) in zip(fig.subplots(1, 3, sharey=True), panels.items()):
-        for row, (way, (_, color)) in enumerate(rungs.items()):
+        for place, way in enumerate(rungs):
             if way not in ways:
                 continue
             speed = ways[way]["tokens_per_second"]
-            axes.barh(row, speed, color=color, height=0.7)
-            axes.text(speed, row, f" {speed:.0f}", va="center", color="#202124")
+            axes.barh(place, speed, color=RUNGS[way][1], height=0.7)
+            axes.text(speed, place, f" {speed:.0f}", va="center", color="#202124")
+        axes.axhline(ours - 0.5, color=GREY, linewidth=0.8, linestyle=":")
         axes.set_title(name)
-        axes.set_yticks(range(len(rungs)), [label for label, _ in rungs.values()])
+        axes.set_yticks(range(len(rungs)), [RUNGS[way][0] for way in rungs])
+        axes.set_ylim(len(rungs) - 0.4, -0.6)  # the first on top
         axes.set_xlim(0, 1.18 * max(ways[way]["tokens_per_second"] for way in ways))
         axes.set_xlabel("tokens/s")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
-        axes.invert_yaxis() if name == "one stream" else None
     source_line(fig, measurement)
     return fig
 
@@ -677,7 +778,7 @@ def main(argv: list[str]) -> int:
         try:
             content = svg(draw)
         except (FileNotFoundError, CourseError) as error:
-            print(f"{path}: cannot be drawn: {error}. `make bench` measures.")
+            print(f"{path}: cannot be drawn: {error}. `make bench` measures, or python -m common bench NAME.")
             failed = True
             continue
         changed = not target.exists() or target.read_bytes() != content

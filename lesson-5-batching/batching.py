@@ -581,22 +581,29 @@ class ModelRunner:
         return output
 
     def sample(self, plan: SchedulerOutput, logits: Tensor, output: ModelRunnerOutput) -> None:
-        """Draw a token for each request that has come to its end. logits: (R, V), in the order of `logit_rows`."""
-        sampled = [each for each in plan.scheduled if each.sample_index is not None]
-        for each, row in zip(sampled, logits):
+        """Draw what comes next for each request that has come to its end. logits: (R, V), in the order of `logit_rows`;
+        (0, V) on a rank that does not sample (lesson 6).
+        """
+        sampled = [each for each in plan.scheduled if each.sample_index is not None and len(logits)]
+        for each, rows in zip(sampled, logits.split([each.num_spec_tokens + 1 for each in sampled])):
             try:
-                if row.isnan().any():
+                if rows.isnan().any():
                     raise ValueError("the model's logits are not numbers (NaN)")
-                adjusted = adjust_logits(
-                    row, each.params, each.prompt_token_ids, each.output_token_ids, each.stop_token_ids
-                )
-                token_id = sample(adjusted, each.params, each.sample_index)
+                tokens = self.choose(each, rows)
                 if each.params.logprobs is not None:
-                    output.logprobs[each.request_id] = [top_logprobs(row, token_id, each.params.logprobs)]
+                    likely = [top_logprobs(row, token, each.params.logprobs) for row, token in zip(rows, tokens)]
+                    output.logprobs[each.request_id] = likely
             except (ValueError, RuntimeError) as error:
                 output.errors[each.request_id] = str(error)
             else:
-                output.sampled_token_ids[each.request_id] = [token_id]
+                output.sampled_token_ids[each.request_id] = tokens
+
+    def choose(self, each: ScheduledRequest, logits: Tensor) -> list[int]:
+        """What comes next in a request: one token. logits: (1, V); a row more for each guess, which are lesson 8's."""
+        adjusted = adjust_logits(
+            logits[0], each.params, each.prompt_token_ids, each.output_token_ids, each.stop_token_ids
+        )
+        return [sample(adjusted, each.params, each.sample_index)]
 
 
 class Executor(Protocol):

@@ -64,8 +64,9 @@ class InferenceEngine(QuantizedEngine):
 
     model: a name, a folder, a `.gguf` file or `org/name`. max_batch_size: requests that run at once. speculative: None,
     "ngram", or a draft model by name or folder. num_speculative_tokens: the most guesses for a request in a step; how
-    many are made depends on what they bring, unless adaptive_speculation is False. Further settings are those of
-    `QuantizedEngine` (group_size, kv_cache_dtype, offload, ...), `ParallelEngine` and `EngineConfig`.
+    many are made depends on what they bring and what they cost, unless adaptive_speculation is False: only then does a
+    seed, with a draft and a temperature, give the same text again. Further settings are those of `QuantizedEngine`
+    (group_size, kv_cache_dtype, offload, ...), `ParallelEngine` and `EngineConfig`.
     """
 
     def __init__(

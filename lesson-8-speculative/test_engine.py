@@ -1,1 +1,263 @@
-"""placeholder"""
+"""The checks of lesson 8's second file: sizes worked by hand, parts looked at, and the course's own model, asked."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from common.grading import close, equal, exercise, holds, together
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory for two models
+# ---------------------------------------------------------------------------------------------------------------
+
+SHAPE = dict(
+    vocab_size=30, hidden_size=12, intermediate_size=20, num_attention_heads=4, max_position_embeddings=64,
+    rms_norm_eps=1e-5, tie_word_embeddings=True,
+)  # fmt: skip
+DRAFT = dict(model_type="llama", num_hidden_layers=3, num_key_value_heads=2, head_dim=6, **SHAPE)
+TARGET = dict(num_hidden_layers=4, num_key_value_heads=4, head_dim=8, **SHAPE)
+
+
+@functools.cache
+def draft_folder() -> tempfile.TemporaryDirectory:
+    """A checkpoint: a random draft of three layers, with two heads of six numbers for keys and values."""
+    from solutions.llama_pytorch import Llama, parse_config
+
+    folder, generator = tempfile.TemporaryDirectory(prefix="draft-"), torch.Generator().manual_seed(5)
+    model = Llama(parse_config(DRAFT))
+    tensors = {name: torch.randn(each.shape, generator=generator) for name, each in model.named_parameters()}
+    save_file(tensors, Path(folder.name) / "model.safetensors")
+    (Path(folder.name) / "config.json").write_text(json.dumps(DRAFT), encoding="utf-8")
+    return folder
+
+
+@exercise("8.10", points=2, seconds=60)
+class TestCacheShare:
+    def check(self, code, kind: str, dtype: torch.dtype, grid: tuple[int, int], expected: float, draft: bool = True):
+        own = object.__new__(code.InferenceEngine)
+        own.speculation = code.Speculation(draft_folder().name if draft else None)
+        own.kv_cache_dtype = kind
+        got = own.cache_share(code.ModelConfig(**TARGET), dtype, *grid)
+        name = str(dtype).removeprefix("torch.")
+        what = f"cache_share of a rank in a grid of {grid[0]} x {grid[1]}, in {name}"
+        what += ", its own blocks in int8" if kind == "int8" else ""
+        what += ": target 4 layers x 4 heads x 8, " + ("draft 3 x 2 x 6" if draft else "no draft")
+        close(got, expected, f"{what}; it")
+
+    def test_one_rank(self, code):
+        self.check(code, "auto", torch.float32, (1, 1), 1 + 36 / 128)
+
+    def test_no_draft(self, code):
+        self.check(code, "auto", torch.float32, (2, 1), 1 / 2, draft=False)
+
+    def test_several_ranks(self, code):
+        self.check(code, "auto", torch.float32, (2, 1), 1 / 2 + 36 / 128)
+        self.check(code, "auto", torch.float32, (2, 2), 1 / 4 + 36 / 128)
+
+    def test_half_the_bytes(self, code):
+        self.check(code, "auto", torch.float16, (1, 1), 1 + 36 / 128)
+
+    def test_blocks_in_eight_bits(self, code):
+        self.check(code, "int8", torch.float32, (1, 1), (8 + 4) / 32 + 36 / 128)
+        self.check(code, "int8", torch.float32, (1, 2), (8 + 4) / 32 / 2 + 36 / 128)
+
+    def test_blocks_that_fit(self, code):
+        """A block of `tales` is 81,920 bytes, and one of its draft, with an eighth of the layers, 10,240."""
+        settings = dict(dtype=torch.float32, device="cpu", kv_cache_memory=100 * (81_920 + 10_240))
+        with code.InferenceEngine("tales", speculative="tales-draft", **settings) as own:
+            what = "how many blocks there are, where 100 of the target (81,920 bytes) and of the draft (10,240) fit"
+            equal(own.config.num_blocks, 100, what)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What stands behind which seam
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def tiny(code, rank: int = 0):
+    """A model of two layers, as this one of two ranks sees it: it samples on rank 0."""
+    config = code.ModelConfig(**{**SHAPE, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 4})
+    model = code.Llama(config).double().requires_grad_(False)
+    model.lm_head.group = code.Group(rank, [0, 1])
+    return model
+
+
+@exercise("8.9", points=4, seconds=60)
+class TestBuild:
+    def build(self, code, speculation=None, kind: str = "auto", layers: range = range(2), rank: int = 0):
+        config = code.EngineConfig(num_blocks=7, block_size=4, num_host_blocks=5)
+        runner = code.InferenceEngine.build(config, kind, speculation, tiny(code, rank), layers)
+        holds(isinstance(runner, code.ModelRunner), f"build returned {runner!r}, expected a runner.")
+        return runner
+
+    def kind(self, code, runner) -> str:
+        return "SpeculativeRunner" if isinstance(runner, code.SpeculativeRunner) else "ModelRunner"
+
+    def guessing(self, code, runner):
+        """The runner's proposer; the runner must be one that guesses."""
+        name = self.kind(code, runner)
+        holds(name == "SpeculativeRunner", f"build made a {name}, where guesses are made on this rank.", actual=name)
+        return runner.proposer
+
+    def blocks(self, code, cache) -> str:
+        return "Int8KVCache" if isinstance(cache, code.Int8KVCache) else type(cache).__name__
+
+    def test_nobody_guesses(self, code):
+        runner = self.build(code)
+        equal(self.kind(code, runner), "ModelRunner", "the runner, where nobody guesses")
+        equal(self.blocks(code, runner.cache), "PagedKVCache", "the blocks, where none in eight bits are asked for")
+        what = "(layers, blocks, slots, heads, numbers) of the blocks: 2 layers, num_blocks=7, block_size=4"
+        equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), what)
+        equal(runner.cache.host_keys.shape[1], 5, "how many blocks there are on the host, with num_host_blocks=5")
+
+    def test_blocks_in_eight_bits(self, code):
+        for speculation, what in ((None, "nobody guesses"), (code.Speculation(), "n-grams guess")):
+            got = self.blocks(code, self.build(code, speculation, "int8").cache)
+            equal(got, "Int8KVCache", f"the blocks, with kv_cache_dtype int8, where {what}")
+
+    def test_a_stage(self, code):
+        for layers in (range(0, 1), range(1, 2)):
+            got = self.build(code, layers=layers).cache
+            equal([got.layers, len(got.keys)], [layers, 1], f"the layers of a stage's blocks, and how many: {layers}")
+
+    def test_ngrams(self, code):
+        runner = self.build(code, code.Speculation(num_speculative_tokens=3))
+        got = type(self.guessing(code, runner)).__name__
+        equal(got, "NgramProposer", "who guesses, where no draft is named")
+        equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), "the shape of the target's blocks, where n-grams guess")
+
+    def test_as_many_as_are_asked_for(self, code):
+        for number, is_adaptive in ((3, True), (8, False)):
+            runner = self.build(code, code.Speculation(None, number, is_adaptive))
+            self.guessing(code, runner)
+            got = [runner.pace.num_speculative_tokens, runner.pace.is_adaptive]
+            what = (
+                f"the runner's pace, of Speculation(None, {number}, {is_adaptive}): [guesses at most, is it adaptive]"
+            )
+            equal(got, [number, is_adaptive], what)
+
+    def test_a_draft(self, code):
+        for kind in ("auto", "int8"):
+            runner = self.build(code, code.Speculation(draft_folder().name), kind)
+            proposer, where = self.guessing(code, runner), f"with a draft and kv_cache_dtype {kind}"
+            equal(type(proposer).__name__, "DraftProposer", f"who guesses, {where}")
+            holds(proposer.cache is not runner.cache, f"Both models write to the same blocks, {where}.", actual="same")
+            equal(self.blocks(code, proposer.cache), "PagedKVCache", f"the draft's blocks, {where}")
+            what = f"(layers, blocks, slots, heads, numbers) of the draft's blocks, {where}: 3 layers, 2 heads of 6"
+            equal(tuple(proposer.cache.keys.shape), (3, 7, 4, 2, 6), what)
+            equal(
+                proposer.cache.host_keys.shape[1], 5, f"how many of the draft's blocks there are on the host, {where}"
+            )
+            equal(proposer.cache.keys.dtype, torch.float64, f"the dtype of the draft's blocks, {where}, target float64")
+            expected = "Int8KVCache" if kind == "int8" else "PagedKVCache"
+            equal(self.blocks(code, runner.cache), expected, f"the target's blocks, {where}")
+
+    def test_only_where_tokens_are_sampled(self, code):
+        for who in ("n-grams", "a draft"):
+            speculation = code.Speculation(draft_folder().name if who == "a draft" else None)
+            for layers, rank, where, expected in (
+                (range(0, 1), 0, "in the first of two stages", "ModelRunner"),
+                (range(0, 2), 1, "on the second rank of a stage", "ModelRunner"),
+                (range(0, 2), 0, "on the first rank of the last stage", "SpeculativeRunner"),
+            ):
+                got = self.kind(code, self.build(code, speculation, layers=layers, rank=rank))
+                equal(got, expected, f"the runner {where}, where {who} guess{'es' if who == 'a draft' else ''}")
+
+    def test_last_of_two_stages(self, code):
+        runner = self.build(code, code.Speculation(), layers=range(1, 2))
+        self.guessing(code, runner)
+        equal(runner.cache.layers, range(1, 2), "the layers of the last stage's blocks, where n-grams guess")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A conversation
+# ---------------------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "Tell a tale."},
+    {"role": "user", "content": "Once there was an owl."},
+    {"role": "assistant", "content": "It was old."},
+    {"role": "user", "content": "What did it say?"},
+]
+WRITTEN = (
+    "<s>system: Tell a tale.\nuser: Once there was an owl.\nassistant: It was old.\nuser: What did it say?\nassistant:"
+)
+
+
+def storyteller(code, **settings):
+    settings = {"dtype": torch.float64, "device": "cpu", "num_blocks": 24, **settings}
+    return code.InferenceEngine("tales", **settings)
+
+
+@exercise("8.12", points=1, seconds=60)
+class TestChat:
+    def asked(self, code, messages, params=None):
+        """The answer of an engine whose model has a template, what it was asked, and the engine."""
+        with storyteller(code) as own:
+            own.tokenizer.chat_template = TEMPLATE
+            params = params or code.SamplingParams(max_tokens=2)
+            output = own.chat(messages, params)
+            holds(
+                isinstance(output, code.RequestOutput),
+                f"chat returned a {type(output).__name__}, expected one RequestOutput.",
+                actual=type(output).__name__,
+            )
+            return output, own
+
+    def test_the_whole_conversation_as_one_text(self, code):
+        output, own = self.asked(code, TALK)
+        expected = own.tokenizer.encode(WRITTEN, add_special_tokens=False)
+        what = "the tokens of a prompt of four turns, written by a template that begins with <s> (token 1)"
+        equal(list(output.prompt_token_ids), expected, what)
+
+    def test_one_beginning(self, code):
+        output, _ = self.asked(code, TALK[1:2])
+        what = "how often token 1, <s>, stands in the prompt, where the template writes it once"
+        equal(list(output.prompt_token_ids).count(1), 1, what)
+
+    def test_the_answer(self, code):
+        params = code.SamplingParams(max_tokens=5, temperature=0.8, seed=4, ignore_eos=True)
+        output, own = self.asked(code, TALK[1:2], params)
+        prompt = own.tokenizer.encode("<s>user: Once there was an owl.\nassistant:", add_special_tokens=False)
+        expected = own.generate([prompt], params, progress=False)[0]
+        equal(output.token_ids, expected.token_ids, "the tokens of the answer: temperature 0.8, seed 4, max_tokens 5")
+        equal(output.text, expected.text, "the text of the answer")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Together
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@together(seconds=120)
+class TestTogether:
+    """Your whole file: whoever guesses, and whatever is quantized, the tokens are those without guesses."""
+
+    PROMPTS = ("The owl said", '"Is it you?" said Moss. "It is me," said Fern. "Is it you?" said Moss. "It is')
+
+    def told(self, code, **settings) -> tuple[list[list[int]], int]:
+        """The tokens of each answer, and how many guesses were made."""
+        params = code.SamplingParams(max_tokens=12, ignore_eos=True)
+        with storyteller(code, num_blocks=14, block_size=4, max_model_len=48, **settings) as own:
+            outputs = own.generate(self.PROMPTS, params, progress=False)
+            equal(own.manager.pool.num_free_blocks, 14, "how many of 14 blocks are free when all have finished")
+            return [output.token_ids for output in outputs], own.metrics().num_draft_tokens
+
+    def test_the_same_tokens(self, code):
+        for settings in ({}, {"quantization": "int8", "kv_cache_dtype": "int8"}):
+            expected, _ = self.told(code, **settings)
+            for who in ("ngram", "tales-draft"):
+                got, num_guesses = self.told(code, speculative=who, adaptive_speculation=False, **settings)
+                what = f"speculative={who!r}" + "".join(f", {name}={value!r}" for name, value in settings.items())
+                equal(got, expected, f"the tokens of two answers, with {what}, against those without guesses,")
+                holds(num_guesses > 0, f"Nobody guessed, with {what}.")

@@ -209,7 +209,7 @@ def drawn(code, target: list[float], draft: list[float], token_id: int, number: 
     return found
 
 
-@exercise("8.3", points=3)
+@exercise("8.3", points=3, seconds=30)
 class TestAcceptOrRecover:
     def outcomes(self, code, target, draft, token_id, expected, why: str) -> None:
         got = sorted(set(drawn(code, target, draft, token_id, 60)))
@@ -247,26 +247,26 @@ class TestAcceptOrRecover:
     def test_how_often_it_is_kept(self, code):
         target, draft = [0.5, 0.2, 0.3, 0.0], [0.1, 0.5, 0.4, 0.0]
         for token_id, expected in ((1, 0.4), (2, 0.75)):
-            kept = sum(is_kept for is_kept, _ in drawn(code, target, draft, token_id, 1500)) / 1500
-            what = f"how often token {token_id} is kept of 1,500 draws, target {target}, draft {draft},"
-            close(kept, expected, what, atol=0.06)
+            kept = sum(is_kept for is_kept, _ in drawn(code, target, draft, token_id, 500)) / 500
+            what = f"how often token {token_id} is kept of 500 draws, target {target}, draft {draft},"
+            close(kept, expected, what, atol=0.09)
 
     def test_what_is_drawn_in_its_place(self, code):
         target, draft = [0.0, 0.5, 0.35, 0.15], [0.7, 0.2, 0.05, 0.05]
-        replaced = [token for _, token in drawn(code, target, draft, 0, 1500)]
-        shares = torch.tensor([replaced.count(token) / 1500 for token in range(4)])
+        replaced = [token for _, token in drawn(code, target, draft, 0, 600)]
+        shares = torch.tensor([replaced.count(token) / 600 for token in range(4)])
         what = f"how often each token comes in place of 0, target {target}, draft {draft}: by what is missing,"
-        close(shares, torch.tensor([0.0, 0.3, 0.3, 0.1]) / 0.7, what, atol=0.06)
+        close(shares, torch.tensor([0.0, 0.3, 0.3, 0.1]) / 0.7, what, atol=0.08)
 
     def test_distributed_as_the_target(self, code):
         """Every token that the draft may guess, as often as it guesses it."""
         target, draft = [0.4, 0.3, 0.05, 0.25], [0.1, 0.4, 0.4, 0.1]
         shares = torch.zeros(4)
         for token_id, probability in enumerate(draft):
-            for _, token in drawn(code, target, draft, token_id, 1000):
-                shares[token] += probability / 1000
+            for _, token in drawn(code, target, draft, token_id, 300):
+                shares[token] += probability / 300
         what = f"how often each token comes in all, of guesses from draft {draft}, target {target},"
-        close(shares, torch.tensor(target), what, atol=0.06)
+        close(shares, torch.tensor(target), what, atol=0.08)
 
 
 def sure(*token_ids: int) -> torch.Tensor:
@@ -274,7 +274,7 @@ def sure(*token_ids: int) -> torch.Tensor:
     return torch.eye(5)[list(token_ids)]
 
 
-@exercise("8.4", points=3)
+@exercise("8.4", points=3, seconds=30)
 class TestRejectionSample:
     def sampled(self, code, target, proposal, seed: int = 0) -> list[int]:
         return code.rejection_sample(target, proposal, lambda i: code.draw_generator(seed, i))
@@ -299,9 +299,9 @@ class TestRejectionSample:
         """The draft has no doubt about the second guess; for the first it had five."""
         target = torch.stack([torch.full((5,), 0.2), torch.tensor([0.0, 0.0, 0.2, 0.8, 0.0]), sure(4)[0]])
         draft = torch.stack([torch.full((5,), 0.2), sure(2)[0]])
-        kept = sum(len(self.sampled(code, target, code.Proposal([1, 2], draft), seed)) == 3 for seed in range(400))
-        what = "how often the second guess is kept of 400 draws, where it has 0.2 in the target and 1 in the draft"
-        close(kept / 400, 0.2, f"{what},", atol=0.1)
+        kept = sum(len(self.sampled(code, target, code.Proposal([1, 2], draft), seed)) == 3 for seed in range(200))
+        what = "how often the second guess is kept of 200 draws, where it has 0.2 in the target and 1 in the draft"
+        close(kept / 200, 0.2, f"{what},", atol=0.12)
 
     def test_the_bonus_is_drawn(self, code):
         target = torch.stack([sure(1)[0], torch.tensor([0.0, 0.0, 0.6, 0.4, 0.0])])
@@ -331,10 +331,10 @@ class TestRejectionSample:
         shares = torch.zeros(3, 3)
         for one in range(3):
             for two in range(3):
-                weight = guess[one] * next_guess[one, two] / 300
+                weight = guess[one] * next_guess[one, two] / 150
                 target = torch.stack([first, then[one], then[two]])
                 proposal = code.Proposal([one, two], torch.stack([guess, next_guess[one]]))
-                for seed in range(300):
+                for seed in range(150):
                     tokens = self.sampled(code, target, proposal, 1000 * (3 * one + two) + seed)
                     if len(tokens) > 1:
                         shares[tokens[0], tokens[1]] += weight
@@ -345,7 +345,7 @@ class TestRejectionSample:
             shares,
             expected,
             "how often each pair of tokens comes, of guesses from a draft with other ideas,",
-            atol=0.06,
+            atol=0.07,
         )
 
 
@@ -667,7 +667,7 @@ class Words:
         return b"" if token_id == 0 else WORDS[token_id]
 
 
-@together()
+@together(seconds=120)
 class TestTogether:
     """Your whole file: the same tokens as without guesses, alone and in an engine with hardly enough blocks."""
 
@@ -676,8 +676,8 @@ class TestTogether:
 
     def test_one_sequence(self, code):
         model = tiny(code)
-        for i, prompt in enumerate(self.prompts()):
-            params = code.SamplingParams(max_tokens=20, temperature=0.3 * (i % 2), seed=i, ignore_eos=True, logprobs=2)
+        for i, prompt in enumerate(self.prompts()[:3]):
+            params = code.SamplingParams(max_tokens=14, temperature=0.3 * (i % 2), seed=i, ignore_eos=True, logprobs=2)
             expected = code.llama_pytorch.generate(model, Words(), prompt, params)
             got = code.generate(model, Words(), prompt, params)
             equal(got.token_ids, expected.token_ids, f"the tokens of `generate` after {prompt}")

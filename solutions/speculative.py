@@ -9,7 +9,7 @@ generated anyway, token for token where guesses are only compared, in distributi
     DraftProposer       guesses from a smaller model, with blocks of its own under the same ids
     rejection_sample    keeps drawn guesses such that the outcome is distributed as the model says
     Pace                how many guesses are worth making, measured while it runs; none, where it does not pay
-    SpeculativeRunner   lesson 5's runner, which verifies in `sample` and proposes after it
+    SpeculativeRunner   lesson 5's runner, which verifies where it would sample, and proposes after it
 
 In the engine rollback needs no code: the scheduler moves `num_computed_tokens` back (lesson 5), and what lies behind it
 is not read.
@@ -43,7 +43,6 @@ from solutions.llama_pytorch import (
     sample,
     sampling_probs,
     stable_hash,
-    top_logprobs,
 )
 from solutions.paged_attention import PagedKVCache
 
@@ -488,26 +487,15 @@ class SpeculativeRunner(ModelRunner):
         self.propose(plan, output)
         return output
 
-    def sample(self, plan: SchedulerOutput, logits: Tensor, output: ModelRunnerOutput) -> None:
-        """Verify each request's guesses. logits: (R, V), in the order of `logit_rows`."""
-        sampled = [each for each in plan.scheduled if each.sample_index is not None]
-        for each, rows in zip(sampled, logits.split([each.num_spec_tokens + 1 for each in sampled])):
-            try:
-                if rows.isnan().any():
-                    raise ValueError("the model's logits are not numbers (NaN)")
-                tokens = self.verify(each, rows)
-                if each.params.logprobs is not None:
-                    likely = [top_logprobs(row, token, each.params.logprobs) for row, token in zip(rows, tokens)]
-                    output.logprobs[each.request_id] = likely
-            except (ValueError, RuntimeError) as error:
-                output.errors[each.request_id] = str(error)
-            else:
-                output.sampled_token_ids[each.request_id] = tokens
-                if each.num_spec_tokens:
-                    self.pace.observe(each.request_id, each.num_spec_tokens, len(tokens) - 1)
+    def choose(self, each: ScheduledRequest, logits: Tensor) -> list[int]:
+        """Verify a request's guesses. logits: (k + 1, V); returns 1 to k + 1 tokens."""
+        tokens = self.verify(each, logits)
+        if each.num_spec_tokens:
+            self.pace.observe(each.request_id, each.num_spec_tokens, len(tokens) - 1)
+        return tokens
 
     def verify(self, each: ScheduledRequest, logits: Tensor) -> list[int]:
-        """What comes of a request's rows (k + 1, V): 1 to k + 1 tokens.
+        """The tokens that guesses and rows agree upon, and one more.
 
         Each row is adjusted as if the guesses before it were in the text: where one is not, nobody asks for the row.
         """
@@ -517,12 +505,11 @@ class SpeculativeRunner(ModelRunner):
             output = each.output_token_ids + guesses[:i]
             return adjust_logits(logits[i], each.params, each.prompt_token_ids, output, each.stop_token_ids)
 
-        proposal = self.proposals.pop(each.request_id, None)
-        is_drawn = proposal is not None and proposal.probs is not None and proposal.token_ids[: len(guesses)] == guesses
-        if guesses and is_drawn:
+        proposed, probs = self.proposals.pop(each.request_id, Proposal([]))
+        if guesses and probs is not None and proposed[: len(guesses)] == guesses:
             target = torch.stack([sampling_probs(adjusted(i), each.params) for i in range(len(logits))]).cpu()
-            proposal = Proposal(guesses, proposal.probs)
-            return rejection_sample(target, proposal, lambda i: draw_generator(each.params.seed, each.sample_index + i))
+            drawn = Proposal(guesses, probs)
+            return rejection_sample(target, drawn, lambda i: draw_generator(each.params.seed, each.sample_index + i))
         # A guess that was not drawn is right if it is what is sampled anyway, at any temperature.
         chosen = (sample(adjusted(i), each.params, each.sample_index + i) for i in range(len(logits)))
         return verify_greedy(chosen, guesses)
@@ -542,11 +529,10 @@ class SpeculativeRunner(ModelRunner):
         limits = self.pace.limits([each.request_id for each in going], num_rows)
         limits = {id: min(limit, left[id] - 1) for id, limit in limits.items()}
         start = time.perf_counter()
-        self.proposals |= self.proposer.propose(going, sampled, limits)
+        proposals = self.proposer.propose(going, sampled, limits)
         longest = max(limits.values())
         is_usual = all(len(each.token_ids) == each.num_spec_tokens + 1 for each in going)  # no draft reads a prompt
         if longest and is_usual:
             self.pace.draft_seconds.observe(longest, time.perf_counter() - start)
-        output.spec_token_ids = {
-            id: self.proposals[id].token_ids for id in limits if id in self.proposals and self.proposals[id].token_ids
-        }
+        self.proposals |= proposals
+        output.spec_token_ids = {id: proposal.token_ids for id, proposal in proposals.items() if proposal.token_ids}

@@ -8,8 +8,8 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache
-from itertools import product
+from functools import cache
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -58,9 +58,9 @@ def plain(monkeypatch):
     monkeypatch.setenv("KERNELS", "plain")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
-    return random_model()
+    return MODEL
 
 
 def perturbed_model(amount: float, seed: int = 5, **changes) -> llama_pytorch.Llama:
@@ -71,17 +71,36 @@ def perturbed_model(amount: float, seed: int = 5, **changes) -> llama_pytorch.Ll
     return model
 
 
+@cache
+def fresh_logits(model, token_ids: tuple[int, ...]) -> torch.Tensor:
+    """Lesson 2's logits of what comes after a text, computed once for all tests."""
+    with torch.inference_mode():
+        return recompute(model, token_ids)
+
+
+def alone(model, prompt, params, tokenizer=None) -> llama_pytorch.RequestOutput:
+    """What lesson 2's `generate` gives."""
+    return llama_pytorch.generate(
+        model,
+        tokenizer or Letters(),
+        prompt,
+        params,
+        next_logits=lambda token_ids: fresh_logits(model, tuple(token_ids)),
+    )
+
+
+MODEL, OFTEN_RIGHT, KNOWS_NOTHING = random_model(), perturbed_model(0.05), random_model(9, num_hidden_layers=1)
 DRAFTS = {
-    "the model itself": random_model,
-    "one that is often right": lambda: perturbed_model(0.05),
-    "one that knows nothing": lambda: random_model(9, num_hidden_layers=1),
-    "n-grams": lambda: None,
+    "one that is often right": OFTEN_RIGHT,
+    "n-grams": None,
+    "one that knows nothing": KNOWS_NOTHING,
+    "the model itself": MODEL,
 }
 
 
-@pytest.fixture(scope="module", params=DRAFTS)
+@pytest.fixture(params=[*list(DRAFTS)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in list(DRAFTS)[2:])])
 def draft(request):
-    return DRAFTS[request.param]()
+    return DRAFTS[request.param]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,7 +142,7 @@ def chance(monkeypatch):
 
 
 def kept_below(chance: Chance, target: torch.Tensor, draft: torch.Tensor, token_id: int) -> float:
-    """Which uniforms keep this guess: those below the result. Found by bisection, to eleven digits."""
+    """Which uniforms keep this guess: those below the result. Found by bisection, to ten digits."""
 
     def is_kept(uniform: float) -> bool:
         return chance({None: uniform}, speculative.accept_or_recover, target, draft, token_id, None)[0][0]
@@ -131,11 +150,11 @@ def kept_below(chance: Chance, target: torch.Tensor, draft: torch.Tensor, token_
     low, high = 0.0, 1.0
     if is_kept(1 - 2**-53):
         low = 1.0
-    else:
-        while high - low > 1e-11:
+    elif is_kept(1e-11):
+        while high - low > 1e-10:
             middle = (low + high) / 2
             low, high = (middle, high) if is_kept(middle) else (low, middle)
-    for uniform in (0.05, 0.5, 0.95):
+    for uniform in (0.05, 0.95):
         assert is_kept(uniform) == (uniform < low), "it is kept above a uniform that does not keep it"
     return low
 
@@ -229,7 +248,7 @@ def chain_of(seed: int, k: int):
 
 def emitted(chance: Chance, target, draft, k: int) -> Counter:
     """With which probability `rejection_sample` emits each sequence, when the k guesses are drawn from `draft`."""
-    kept_of = lru_cache(None)(lambda path: kept_below(chance, target(path[:-1]), draft(path[:-1]), path[-1]))
+    kept_of = cache(lambda path: kept_below(chance, target(path[:-1]), draft(path[:-1]), path[-1]))
     found = Counter()
     for path in product(range(4), repeat=k):
         drawn = 1.0
@@ -373,7 +392,7 @@ class CheckedDraft(DraftProposer):
         self.num_fresh = self.num_stale = 0
 
     def draw(self, each, logits, new_token_ids):
-        fresh = recompute(self.model, [*each.prompt_token_ids, *each.output_token_ids, *new_token_ids])
+        fresh = fresh_logits(self.model, (*each.prompt_token_ids, *each.output_token_ids, *new_token_ids))
         is_fresh = torch.allclose(logits, fresh, rtol=0, atol=1e-9)
         self.num_fresh, self.num_stale = self.num_fresh + is_fresh, self.num_stale + (not is_fresh)
         return super().draw(each, logits, new_token_ids)
@@ -417,30 +436,36 @@ class SpeculativeEngine(Engine):
         for request in self.scheduler.running:
             block_hash = None
             for i, block in enumerate(self.manager.block_tables[request.request_id]):
-                if block.block_hash is None:
-                    continue
-                end = (i + 1) * size
-                assert end <= min(request.num_computed_tokens, request.num_tokens), "a block of guesses can be found"
-                for start in range(0, end, size):
-                    block_hash = hash_block(block_hash if start else None, request.all_token_ids[start : start + size])
-                assert block.block_hash == block_hash, "a block is found by what it does not hold"
-                self.texts[block_hash.value] = request.all_token_ids[:end]
+                start, end = i * size, (i + 1) * size
+                is_verified = end <= min(request.num_computed_tokens, request.num_tokens)
+                if not is_verified:
+                    assert block.block_hash is None, "a block of guesses can be found"
+                    break
+                block_hash = hash_block(block_hash, request.all_token_ids[start:end])
+                if block.block_hash is not None:
+                    assert block.block_hash == block_hash, "a block is found by what it does not hold"
+                    self.texts[block_hash.value] = request.all_token_ids[:end]
         return reports
 
     def check_cached(self) -> int:
         """Compare what can be found with keys and values computed anew. Returns how many blocks were compared."""
-        cache, size, compared = self.runner.cache, self.config.block_size, 0
-        for value, block in self.manager.pool.cached.items():
-            if value not in self.texts:
-                continue
-            text, fresh = self.texts[value], KVCache(self.model, len(self.texts[value]))
+        cache, size, cached = self.runner.cache, self.config.block_size, self.manager.pool.cached
+        longest = sorted((text for value, text in self.texts.items() if value in cached), key=len, reverse=True)
+        compared = set()
+        for text in longest[:4]:
+            fresh, block_hash = KVCache(self.model, len(text)), None
             with torch.inference_mode():
                 prefill(self.model, fresh, text)
-            for found, wanted in ((cache.keys, fresh.keys), (cache.values, fresh.values)):
-                wanted = wanted[:, :, -size:].transpose(1, 2)
-                torch.testing.assert_close(found[:, block.block_id], wanted, rtol=0, atol=1e-9)
-            compared += 1
-        return compared
+            for start in range(0, len(text), size):
+                block_hash = hash_block(block_hash, text[start : start + size])
+                block = cached.get(block_hash.value)
+                if block is None:
+                    continue
+                compared.add(block.block_id)
+                for found, computed in ((cache.keys, fresh.keys), (cache.values, fresh.values)):
+                    wanted = computed[:, :, start : start + size].transpose(1, 2)
+                    torch.testing.assert_close(found[:, block.block_id], wanted, rtol=0, atol=1e-9)
+        return len(compared)
 
 
 def outputs_of(engine: Engine, prompts, params) -> list:
@@ -497,22 +522,28 @@ def sampled_through_engine(rule: dict, num: int) -> tuple[Counter, dict, float]:
     return counts, plain_distribution(model, replace(params, n=1), NUM_TOKENS), rate
 
 
-def check_distribution(rule: dict, num: int) -> None:
-    counts, expected, rate = sampled_through_engine(rule, num)
-    assert sum(counts.values()) == num and 0.1 < rate < 0.9
-    assert p_value(counts, expected) > LEAST_P
-    for place in range(NUM_TOKENS):  # each by itself: accepted, recovered or bonus
+def p_values(counts: Counter, expected: dict) -> list[float]:
+    """Of whole outputs, and of each place by itself: accepted, recovered or bonus."""
+    found = [p_value(counts, expected)]
+    for place in range(NUM_TOKENS):
         seen, wanted = Counter(), Counter()
         for tokens in counts:
             seen[tokens[place]] += counts[tokens]
         for tokens, probability in expected.items():
             wanted[tokens[place]] += probability
-        assert p_value(seen, wanted) > LEAST_P, f"token {place}"
+        found.append(p_value(seen, wanted))
+    return found
+
+
+def check_distribution(rule: dict, num: int) -> None:
+    counts, expected, rate = sampled_through_engine(rule, num)
+    assert sum(counts.values()) == num and 0.1 < rate < 0.9
+    assert min(p_values(counts, expected)) > LEAST_P
 
 
 def test_the_engine_draws_what_the_model_says():
     """Seeded requests and siblings, few tokens of which are likely: distributed as plain decoding's, by chi-squared."""
-    check_distribution(RULES["top_k"], 600)
+    check_distribution(RULES["top_k"], 480)
 
 
 @pytest.mark.slow
@@ -537,7 +568,14 @@ def kept_by_the_target_alone(target, draft, token_id, generator):
     return False, int(speculative.torch.multinomial((target - draft).clamp(min=0), 1, generator=generator))
 
 
-@pytest.mark.parametrize("wrong", [recovered_from_the_target, kept_always, kept_by_the_target_alone])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        recovered_from_the_target,
+        pytest.param(kept_always, marks=pytest.mark.slow),
+        pytest.param(kept_by_the_target_alone, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_wrong_is_seen(wrong, monkeypatch):
     """The tests above go red where guesses are kept or replaced by another rule."""
     monkeypatch.setattr(speculative, "accept_or_recover", wrong)
@@ -545,8 +583,8 @@ def test_what_is_wrong_is_seen(wrong, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculative, "torch", stand_in := Chance())
         assert (outcome(stand_in, target, draft) - target).abs().max() > 0.01
-    counts, expected, _ = sampled_through_engine(RULES["top_k"], 240)
-    assert p_value(counts, expected) < LEAST_P / 1000
+    counts, expected, _ = sampled_through_engine(RULES["top_k"], 480)
+    assert min(p_values(counts, expected)) < LEAST_P / 1000
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -554,8 +592,12 @@ def test_what_is_wrong_is_seen(wrong, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def alone(model, prompt, params, tokenizer=None) -> llama_pytorch.RequestOutput:
-    return llama_pytorch.generate(model, tokenizer or Letters(), prompt, params)
+class Alone(Oracle):
+    """The soak's oracle, with `alone`'s memory."""
+
+    def __call__(self, prompt, params):
+        max_tokens = min(params.max_tokens, MAX_MODEL_LEN - len(prompt))
+        return alone(self.model, prompt, replace(params, max_tokens=max_tokens), self.tokenizer)
 
 
 def check_equal(output, wanted) -> None:
@@ -571,7 +613,7 @@ PROMPT = [5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]
 LENGTH = 24
 
 
-@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize("most", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_max_tokens(model, draft, most):
     """In one batch, each with another end: none says a token too many or too few, inside a run of accepted guesses or
     not. And where every guess is right, k of them and a bonus come of every step."""
@@ -591,13 +633,11 @@ def replace_end(output) -> llama_pytorch.RequestOutput:
     return llama_pytorch.RequestOutput(output.token_ids, "", None, output.logprobs)
 
 
-def test_the_model_as_its_own_draft():
-    """All its guesses are right: k + 1 tokens a step, from the second step on; and then one more, for there must be
-    blocks for guesses."""
-    model = random_model()
+def test_the_model_as_its_own_draft(model):
+    """All its guesses are right, drawn or not: k + 1 tokens a step, from the second step on."""
     params = SamplingParams(max_tokens=41, ignore_eos=True)
     for temperature in (0.0, 1.0):
-        with SpeculativeEngine(model, Letters(), random_model(), 4, num_blocks=30, block_size=16) as engine:
+        with SpeculativeEngine(model, Letters(), model, 4, num_blocks=30, block_size=16) as engine:
             (output,) = outputs_of(engine, [PROMPT[:3]], replace(params, temperature=temperature, seed=1))
             metrics = engine.metrics()
         assert len(output.token_ids) == 41 and metrics.acceptance_rate == 1
@@ -633,10 +673,10 @@ def test_every_end_of_sequence(model, draft):
 
 
 def test_every_stop_string(model, draft):
-    """Every piece of one to three characters of an answer's text."""
+    """Every character of an answer's text, and every piece of three."""
     text = alone(model, PROMPT, SamplingParams(max_tokens=LENGTH, ignore_eos=True)).text
     assert len(text) > 10
-    stops = sorted({text[i : i + n] for n in (1, 2, 3) for i in range(len(text) - n + 1)})
+    stops = sorted({text[i : i + n] for n in (1, 3) for i in range(len(text) - n + 1)})
     params = [SamplingParams(max_tokens=LENGTH, ignore_eos=True, stop=stop, logprobs=1) for stop in stops]
     with SpeculativeEngine(model, Letters(), draft, 4, num_blocks=600, block_size=4) as engine:
         outputs = outputs_of(engine, [PROMPT] * len(params), params)
@@ -651,14 +691,14 @@ PENALTIES = [
     dict(repetition_penalty=0.7, presence_penalty=1.5),
     dict(frequency_penalty=0.8),
     dict(presence_penalty=-0.5, frequency_penalty=-0.3),
-    dict(min_tokens=7, stop_token_ids=list(range(40))),
+    dict(min_tokens=7, stop_token_ids=list(range(4, 40))),
     dict(min_tokens=5, stop_token_ids=list(range(0, 40, 2)), frequency_penalty=0.4),
 ]
 
 
-@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("seed", [3, pytest.param(None, marks=pytest.mark.slow)])
 def test_penalties_and_min_tokens(model, draft, seed):
-    """They depend on the text so far, guesses included, as far as these are right. Greedy; and for n-grams drawn, too."""
+    """They depend on the text so far, guesses included, as far as these are right. Greedy; for n-grams drawn, too."""
     temperature = 0.0 if seed is None or draft is not None else 0.8
     params = [
         SamplingParams(max_tokens=LENGTH, ignore_eos=True, logprobs=1, temperature=temperature, seed=seed, **each)
@@ -675,34 +715,38 @@ def test_penalties_and_min_tokens(model, draft, seed):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def soak(model, draft, seeds, num_requests=14, is_adaptive=False, **changes) -> Counter:
+def tight_settings(rng: random.Random, asks) -> dict:
+    """Like the soak's, but always tight and never so small that a test lasts long."""
+    block_size = rng.choice([1, 2, 4, 7])
+    needed = -(-max(len(ask.prompt) + ask.params.max_tokens - 1 for ask in asks) // block_size)
+    return dict(
+        block_size=block_size, num_blocks=needed + rng.choice([0, 1, 3]), max_num_seqs=rng.choice([4, 8]),
+        max_num_batched_tokens=rng.choice([6, 16, 48]), enable_prefix_caching=True, max_model_len=MAX_MODEL_LEN,
+        scheduling_policy=rng.choice(["fcfs", "priority", "fair"]), preemption=rng.choice(["recompute", "swap"]),
+    )  # fmt: skip
+
+
+def soak(model, draft, seeds, settings_for, is_adaptive=False, **changes) -> Counter:
     """Random requests and settings, as in lesson 5, and guesses. A draft's are not drawn: where they are, tokens are
     others, and only their distribution is the same."""
-    oracle, totals = Oracle(model, Letters()), Counter()
+    totals = Counter()
     for seed in seeds:
         rng = random.Random(seed)
-        asks = random_asks(rng, list(range(5, 40)), STORIES, num_requests)
+        asks = random_asks(rng, list(range(5, 40)), STORIES, 12)
         if draft is not None:
             asks = [replace(ask, params=replace(ask.params, temperature=0.0)) for ask in asks]
-        settings = random_settings(rng, asks) | changes
-        pace = Pace(4) if is_adaptive else AnyPace(rng.randint(1, 5), seed)
-        depth = rng.choice([1, 1, 2, 3])
+        settings = settings_for(rng, asks) | changes
+        pace = Pace(4) if is_adaptive else AnyPace(rng.randint(2, 5), seed)
+        depth = (1, 2, 3)[seed % 3]
         try:
             engine = SpeculativeEngine(model, Letters(), draft, pace.num_speculative_tokens, pace, depth, **settings)
-            report = drive(engine, asks, oracle, rng)
+            report = drive(engine, asks, Alone(model, Letters()), rng)
             totals["compared blocks"] += engine.check_cached()
         except Exception as error:
             raise AssertionError(f"seed {seed}, depth {depth}, {settings}") from error
         totals.update(report.counts)
         totals["outputs"] += report.num_outputs
         totals["accepted"] += engine.metrics().num_accepted_tokens
-        if draft is not None:
-            totals.update(fresh=engine.proposer.num_fresh, stale=engine.proposer.num_stale)
-            assert (
-                not engine.proposer.num_computed.keys()
-                - engine.scheduler.requests.keys()
-                - set(engine.scheduler.finished_ids)
-            ), "the draft remembers requests that are gone"
     return totals
 
 
@@ -710,21 +754,66 @@ WHAT = ("preemptions", "swaps_out", "swaps_in", "copies", "chunks", "cached", "a
 
 
 def test_same_tokens_as_alone(model, draft):
-    totals = soak(model, draft, range(6))
+    totals = soak(model, draft, (10, 12), tight_settings)
     for what in (*WHAT, "accepted", "compared blocks"):
-        assert totals[what] > 3, f"too few {what} for a soak: {totals}"
+        assert totals[what] > 0, f"too few {what} for a soak: {totals}"
 
 
 @pytest.mark.slow
 def test_same_tokens_as_alone_many_times(model, draft):
-    soak(model, draft, range(100, 115))
-    soak(model, draft, range(200, 205), is_adaptive=True)
+    soak(model, draft, range(100, 109), tight_settings)
+    soak(model, draft, range(200, 206), random_settings)
+    soak(model, draft, range(300, 304), tight_settings, is_adaptive=True)
 
 
 def test_guesses_that_are_hardly_ever_right_are_never_found(model):
     """Full blocks of rejected guesses, in a pool where everything is looked for: blocks of one token."""
-    totals = soak(model, random_model(9), range(50, 53), block_size=1, num_blocks=80, enable_prefix_caching=True)
-    assert totals["guesses"] > 5 * totals["accepted"] and totals["compared blocks"] > 50 and totals["cached"]
+    totals = soak(model, KNOWS_NOTHING, range(50, 51), tight_settings, block_size=1, num_blocks=80)
+    assert totals["guesses"] > 5 * totals["accepted"] and totals["compared blocks"] > 20 and totals["cached"]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_who_is_gone_is_forgotten(model, depth):
+    """Whatever is kept of a request, for its guesses, goes with it, however it ended: by its length, by a stop token or
+    string, by an abort in mid-flight. It is told with the next step there is."""
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 2, 9)]
+    text = alone(model, PROMPT, params[2])
+    params += [replace(params[2], stop=text.text[:2]), replace(params[2], stop_token_ids=text.token_ids[3:4])]
+    with SpeculativeEngine(model, Letters(), OFTEN_RIGHT, 4, depth=depth, num_blocks=60, block_size=4) as engine:
+        for number, each in enumerate(params):
+            engine.add_request(PROMPT, each, f"{number}")
+        engine.add_request(PROMPT, replace(params[2], n=3), "aborted")
+        for _ in range(4):
+            engine.step()
+        engine.abort("aborted")
+        while engine.has_unfinished_requests:
+            engine.step()
+        engine.add_request([5], SamplingParams(max_tokens=1), "last")
+        engine.step()
+        runner = engine.runner
+        for kept in (runner.proposals, runner.pace.acceptances, runner.pace.resting, runner.proposer.num_computed):
+            assert not kept.keys() - {"last"}
+
+
+class Says38(NgramProposer):
+    """A proposer that is sure, and wrong."""
+
+    def propose(self, scheduled, sampled, limits):
+        return {each.request_id: Proposal([38] * limits[each.request_id]) for each in scheduled}
+
+
+def test_a_wrong_guess_does_no_harm(model, monkeypatch):
+    """A guess that the model cannot compute: it is no token of the text, and what comes of it is nobody's business."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    wanted = alone(model, [5, 6, 7], params)
+    assert 38 not in wanted.token_ids
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda ids: torch.where((ids == 38)[:, None], torch.nan, embed(ids)))
+    with SpeculativeEngine(model, Letters(), None, 3, num_blocks=20, block_size=4) as engine:
+        engine.runner.proposer = Says38()
+        (output,) = outputs_of(engine, [[5, 6, 7]], params)
+    assert output.error is None
+    check_equal(output, wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -732,14 +821,16 @@ def test_guesses_that_are_hardly_ever_right_are_never_found(model):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize(
+    ("preemption", "depth"),
+    [("swap", 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("recompute", 3), ("swap", 3)))],
+)
 def test_the_drafts_cache_is_complete(model, preemption, depth):
     """Long answers in a tight pool, guesses of which some are right: each guess is made from what the draft model says
     to the whole text, the bonus and every token instead of a rejected one included."""
     settings = dict(num_blocks=14, block_size=4, max_num_batched_tokens=12, preemption=preemption)
     with SpeculativeEngine(
-        model, Letters(), perturbed_model(0.05), 4, AnyPace(4, 0), depth, enable_prefix_caching=False, **settings
+        model, Letters(), OFTEN_RIGHT, 4, AnyPace(4, 0), depth, enable_prefix_caching=False, **settings
     ) as engine:
         params = SamplingParams(max_tokens=30, ignore_eos=True)
         prompts = [PROMPT[: 3 + i] for i in range(5)]
@@ -754,7 +845,7 @@ def test_the_drafts_cache_is_complete(model, preemption, depth):
 
 def test_guesses_are_the_drafts_own(model):
     """A draft that is never right, whose guesses are those it makes of each text by itself."""
-    draft = random_model(9)
+    draft = KNOWS_NOTHING
     with SpeculativeEngine(model, Letters(), draft, 3, num_blocks=30, block_size=16) as engine:
         submit, seen = engine.executor.submit, []
         engine.executor.submit = lambda plan: (seen.extend(plan.scheduled), submit(plan))
@@ -772,7 +863,7 @@ def test_proposals_shrink_to_the_room_there_is(model):
     params = SamplingParams(max_tokens=13, ignore_eos=True)
     for num_blocks, block_size in ((4, 4), (2, 8), (1, 16), (16, 1)):
         settings = dict(num_blocks=num_blocks, block_size=block_size, max_model_len=17)
-        with SpeculativeEngine(model, Letters(), random_model(), 8, **settings) as engine:
+        with SpeculativeEngine(model, Letters(), model, 8, **settings) as engine:
             (output,) = outputs_of(engine, [PROMPT[:4]], params)
             metrics = engine.metrics()
         check_equal(output, alone(model, PROMPT[:4], params))
@@ -811,7 +902,7 @@ def scheduled_with_lookahead(lengths: dict[str, int], num_blocks: int, num_steps
 
 
 def test_room_for_guesses_is_given_where_there_is_room():
-    *_, (plan, manager) = scheduled_with_lookahead({"a": 4, "b": 4}, 20, 2)
+    *_, (plan, _) = scheduled_with_lookahead({"a": 4, "b": 4}, 20, 2)
     assert [len(each.block_table) for each in plan.scheduled] == [4, 4], "4 + 1 + 8 tokens, in blocks of 4"
 
 
@@ -863,7 +954,7 @@ def test_step_times_after_one_step(rows, seconds):
     assert times(rows) == pytest.approx(seconds)
     more, less = times(2 * rows), times(1)
     assert 0 < less <= seconds < more < 2 * seconds
-    assert choose_k(0.01, [times(rows + k) for k in range(5)]) == 0
+    assert choose_k(0.0, [times(rows + k) for k in range(5)]) == 0
     assert choose_k(1.0, [times(rows + k) for k in range(5)]) == 4
 
 
@@ -894,11 +985,11 @@ def test_pace_turns_down_and_comes_back():
     made = paced(Pace(5), 300, lambda step, i: not 50 <= step < 200)
     assert set(made[5:50]) == {5}, "all are right, and a row is cheap"
     turned = next(step for step in range(50, 200) if made[step] == 0)
-    assert turned < 75 and made[50:turned] == sorted(made[50:turned], reverse=True)
+    assert turned < 85 and made[50:turned] == sorted(made[50:turned], reverse=True)
     resting = made[turned:200]
     probes = [i for i, k in enumerate(resting) if k]
     assert {resting[i] for i in probes} == {Pace.PROBE_TOKENS}
-    assert [b - a for a, b in zip(probes, probes[1:])] == [Pace.PROBE_EVERY] * (len(probes) - 1) and len(probes) > 5
+    assert [b - a for a, b in pairwise(probes)] == [Pace.PROBE_EVERY] * (len(probes) - 1) and len(probes) > 5
     back = next(step for step in range(200, 300) if made[step] == 5)
     assert back < 200 + 3 * Pace.PROBE_EVERY and set(made[back:]) == {5}
 
@@ -936,14 +1027,17 @@ def test_acceptance_is_measured_by_guesses_that_were_tried():
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most", [0, 1, 4, 9])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("most", "temperature"), [(4, 0.0), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((0, 0.0), (4, 1.0)))]
+)
 def test_generate_gives_lesson_2s_tokens(model, most, temperature):
     whole = alone(model, PROMPT, SamplingParams(max_tokens=LENGTH, ignore_eos=True, temperature=temperature, seed=4))
     common = dict(max_tokens=LENGTH, temperature=temperature, seed=4, logprobs=1)
     every = [SamplingParams(**common | {"max_tokens": n}, ignore_eos=True) for n in range(1, LENGTH + 1)]
     every += [SamplingParams(**common, ignore_eos=True, stop_token_ids=[t]) for t in sorted(set(whole.token_ids))]
-    every += [SamplingParams(**common, ignore_eos=True, stop=whole.text[i : i + 2]) for i in range(len(whole.text) - 1)]
+    every += [
+        SamplingParams(**common, ignore_eos=True, stop=whole.text[i : i + 2]) for i in range(0, len(whole.text) - 1, 2)
+    ]
     every += [SamplingParams(**common, ignore_eos=True, **each) for each in PENALTIES]
     for params in every:
         check_equal(
@@ -1014,9 +1108,9 @@ CONFIG = dict(
 def folders(tmp_path_factory):
     """A target, a draft that is often right, one that knows nothing, and one of another vocabulary."""
     models = {
-        "target": (random_model(), CONFIG),
-        "draft": (perturbed_model(0.05), CONFIG),
-        "blind": (random_model(9, num_hidden_layers=1), CONFIG | dict(num_hidden_layers=1)),
+        "target": (MODEL, CONFIG),
+        "draft": (OFTEN_RIGHT, CONFIG),
+        "blind": (KNOWS_NOTHING, CONFIG | dict(num_hidden_layers=1)),
         "foreign": (random_model(9, vocab_size=41), CONFIG | dict(vocab_size=41)),
     }
     found = {}
@@ -1041,7 +1135,7 @@ def assembled(folders, draft: str | None = None, **settings) -> InferenceEngine:
 
 
 @pytest.mark.parametrize("speculative", ["ngram", "draft", "blind"])
-@pytest.mark.parametrize("is_adaptive", [False, True])
+@pytest.mark.parametrize("is_adaptive", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_assembled_engine(folders, letters, model, speculative, is_adaptive):
     params = SamplingParams(max_tokens=LENGTH, ignore_eos=True)
     prompts = [PROMPT, PROMPT[:5], [7] * 9]
@@ -1078,11 +1172,11 @@ def test_accepted_tokens_are_those_that_cost_no_step(folders, letters):
 
 def test_an_accepted_guess_that_ends_the_answer_is_counted(folders, letters):
     """The model as its own draft: every guess that was verified and became output was accepted, the last one too."""
-    whole = alone(random_model(), PROMPT, SamplingParams(max_tokens=LENGTH, ignore_eos=True)).token_ids
+    whole = alone(MODEL, PROMPT, SamplingParams(max_tokens=LENGTH, ignore_eos=True)).token_ids
     end = next(i for i, token_id in enumerate(whole) if token_id not in whole[:i] and i in (2, 3, 4))
     params = SamplingParams(max_tokens=LENGTH, ignore_eos=True, stop_token_ids=[whole[end]])
     with assembled(folders, "target", adaptive_speculation=False, num_speculative_tokens=9) as engine:
-        (output,) = outputs_of(engine, [PROMPT[:12]], params)
+        (output,) = outputs_of(engine, [PROMPT], params)
     assert output.token_ids == whole[: end + 1]
     assert output.metrics.num_accepted_tokens == end, "all but the first token were guessed"
 
@@ -1198,7 +1292,7 @@ def test_on_several_ranks(folders, letters, model, grid, draft):
     settings = dict(num_blocks=needed + 3, block_size=4, max_num_batched_tokens=16, preemption="swap")
     settings |= dict(tensor_parallel=grid[0], pipeline_parallel=grid[1], adaptive_speculation=False)
     with assembled(folders, draft, **settings) as engine:
-        report = drive(engine, asks, Oracle(model, Letters()), rng)
+        report = drive(engine, asks, Alone(model, Letters()), rng)
         assert engine.metrics().num_accepted_tokens > 5
     assert report.counts["preemptions"] and report.counts["guesses"]
 
