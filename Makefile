@@ -4,12 +4,12 @@
 
 PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
 
-VARIABLES := MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD SPEC OUT SOLUTION VERBOSE PDB LEVEL FILE THREADS TORCH
+VARIABLES := MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD SPEC OUT SOLUTION VERBOSE PDB LEVEL FILE THREADS TORCH MINUTES SEED
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 
 TARGETS := help setup run chat test test-all progress skeletons notebooks test-notebooks figures lint check \
-	bench quantize lab clean
+	bench quantize soak lab clean
 .PHONY: $(TARGETS) always
 .DEFAULT_GOAL := help
 

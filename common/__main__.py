@@ -45,6 +45,9 @@ COMMANDS = (
     Command("figures", "", "common.plots", "", "", "draw the READMEs' figures"),
     Command("bench", "", "common.bench", "", "THREADS", "measure this machine and the engine on it"),
     Command("quantize", "", "common.quantize", "", "MODEL QUANT GROUP OUT MINE", "write a checkpoint with fewer bits"),
+    Command(
+        "soak", "", "common.soak", "", "MINUTES SEED MINE", "random load on the whole engine, all answers compared"
+    ),
     Command("lab", "", "common.notebooks", "lab", "", "open the notebooks in JupyterLab"),
     Command("clean", "", "common.checks", None, "", "remove caches; .venv, the model and your work stay"),
 )

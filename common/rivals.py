@@ -82,13 +82,14 @@ def generate_padded(theirs, prompts: list[list[int]], lengths: list[int]) -> Ser
 def serve_continuously(theirs, prompts: list[list[int]], lengths: list[int], block_size: int = 16) -> Served:
     """transformers' continuous batching: its own scheduler and paged cache, in a thread of its own.
 
-    It begins a batch with a list of tokens, as ours does, and gets the same budget of tokens a step. Raises `Unable` if
+    It gets the budget of tokens a step that ours has. Without a GPU's kernels it computes attention as one row of all
+    requests' tokens over all their keys, with a mask, so that most of what it computes is masked. Raises `Unable` if
     this transformers cannot serve so here.
     """
     try:
         from transformers.generation import ContinuousBatchingConfig, GenerationConfig
     except ImportError as error:
-        raise Unable(f"this transformers has no continuous batching as of 5.3 ({error})") from error
+        raise Unable(f"this transformers is older than its ContinuousBatchingConfig ({error})") from error
     # Blocks for all of it, plus one a request. Left to itself it takes most of the machine's memory for its cache.
     num_blocks = sum(-(-(len(prompt) + length) // block_size) + 1 for prompt, length in zip(prompts, lengths))
     config = ContinuousBatchingConfig(

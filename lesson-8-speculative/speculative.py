@@ -350,8 +350,9 @@ class DraftProposer:
 
     It keeps its keys and values in a cache of its own, under the block ids of the target: what the scheduler decides
     about blocks is done in both. It is behind the target: the newest tokens, and whatever was computed while it was
-    not asked, it computes when it is asked. A block that was found in the prefix cache is believed to be there as well.
-    Where it is not, guesses are bad and tokens are not.
+    not asked, it computes when it is asked. A prompt that its target found in the prefix cache it reads all the same,
+    for nobody promises that a draft has ever read it. Were anything stale all the same, guesses would be bad, and
+    tokens would not.
     """
 
     def __init__(self, model: Llama, cache: PagedKVCache):
@@ -367,7 +368,7 @@ class DraftProposer:
         for request_id in plan.finished_ids:
             self.num_computed.pop(request_id, None)
         for each in plan.scheduled:
-            self.num_computed[each.request_id] = min(self.num_computed.get(each.request_id, each.start), each.start)
+            self.num_computed[each.request_id] = min(self.num_computed.get(each.request_id, 0), each.start)
 
     def propose(
         self, scheduled: Sequence[ScheduledRequest], sampled: Mapping[str, list[int]], limits: Mapping[str, int]

@@ -20,13 +20,13 @@ SHAPE = dict(
     vocab_size=30, hidden_size=12, intermediate_size=20, num_attention_heads=4, max_position_embeddings=64,
     rms_norm_eps=1e-5, tie_word_embeddings=True,
 )  # fmt: skip
-DRAFT = dict(model_type="llama", num_hidden_layers=3, num_key_value_heads=2, head_dim=6, **SHAPE)
+DRAFT = dict(model_type="llama", num_hidden_layers=3, num_key_value_heads=1, head_dim=6, **SHAPE)
 TARGET = dict(num_hidden_layers=4, num_key_value_heads=4, head_dim=8, **SHAPE)
 
 
 @functools.cache
 def draft_folder() -> tempfile.TemporaryDirectory:
-    """A checkpoint: a random draft of three layers, with two heads of six numbers for keys and values."""
+    """A checkpoint: a random draft of three layers, with one head of six numbers for keys and values."""
     from solutions.llama_pytorch import Llama, parse_config
 
     folder, generator = tempfile.TemporaryDirectory(prefix="draft-"), torch.Generator().manual_seed(5)
@@ -47,25 +47,25 @@ class TestCacheShare:
         name = str(dtype).removeprefix("torch.")
         what = f"cache_share of a rank in a grid of {grid[0]} x {grid[1]}, in {name}"
         what += ", its own blocks in int8" if kind == "int8" else ""
-        what += ": target 4 layers x 4 heads x 8, " + ("draft 3 x 2 x 6" if draft else "no draft")
+        what += ": target 4 layers x 4 heads x 8, " + ("draft 3 x 1 x 6" if draft else "no draft")
         close(got, expected, f"{what}; it")
 
     def test_one_rank(self, code):
-        self.check(code, "auto", torch.float32, (1, 1), 1 + 36 / 128)
+        self.check(code, "auto", torch.float32, (1, 1), 1 + 18 / 128)
 
     def test_no_draft(self, code):
         self.check(code, "auto", torch.float32, (2, 1), 1 / 2, draft=False)
 
     def test_several_ranks(self, code):
-        self.check(code, "auto", torch.float32, (2, 1), 1 / 2 + 36 / 128)
-        self.check(code, "auto", torch.float32, (2, 2), 1 / 4 + 36 / 128)
+        self.check(code, "auto", torch.float32, (2, 1), 1 / 2 + 18 / 128)
+        self.check(code, "auto", torch.float32, (2, 2), 1 / 4 + 18 / 128)
 
     def test_half_the_bytes(self, code):
-        self.check(code, "auto", torch.float16, (1, 1), 1 + 36 / 128)
+        self.check(code, "auto", torch.float16, (1, 1), 1 + 18 / 128)
 
     def test_blocks_in_eight_bits(self, code):
-        self.check(code, "int8", torch.float32, (1, 1), (8 + 4) / 32 + 36 / 128)
-        self.check(code, "int8", torch.float32, (1, 2), (8 + 4) / 32 / 2 + 36 / 128)
+        self.check(code, "int8", torch.float32, (1, 1), (8 + 4) / 32 + 18 / 128)
+        self.check(code, "int8", torch.float32, (1, 2), (8 + 4) / 32 / 2 + 18 / 128)
 
     def test_blocks_that_fit(self, code):
         """A block of `tales` is 81,920 bytes, and one of its draft, with an eighth of the layers, 10,240."""
@@ -110,8 +110,8 @@ class TestBuild:
 
     def test_nobody_guesses(self, code):
         runner = self.build(code)
-        equal(self.kind(code, runner), "ModelRunner", "the runner, where nobody guesses")
-        equal(self.blocks(code, runner.cache), "PagedKVCache", "the blocks, where none in eight bits are asked for")
+        equal(self.kind(code, runner), "ModelRunner", "the runner, where nobody guesses,")
+        equal(self.blocks(code, runner.cache), "PagedKVCache", "the blocks, where none in eight bits are asked for,")
         what = "(layers, blocks, slots, heads, numbers) of the blocks: 2 layers, num_blocks=7, block_size=4"
         equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), what)
         equal(runner.cache.host_keys.shape[1], 5, "how many blocks there are on the host, with num_host_blocks=5")
@@ -119,7 +119,7 @@ class TestBuild:
     def test_blocks_in_eight_bits(self, code):
         for speculation, what in ((None, "nobody guesses"), (code.Speculation(), "n-grams guess")):
             got = self.blocks(code, self.build(code, speculation, "int8").cache)
-            equal(got, "Int8KVCache", f"the blocks, with kv_cache_dtype int8, where {what}")
+            equal(got, "Int8KVCache", f"the blocks, with kv_cache_dtype int8, where {what},")
 
     def test_a_stage(self, code):
         for layers in (range(0, 1), range(1, 2)):
@@ -129,8 +129,8 @@ class TestBuild:
     def test_ngrams(self, code):
         runner = self.build(code, code.Speculation(num_speculative_tokens=3))
         got = type(self.guessing(code, runner)).__name__
-        equal(got, "NgramProposer", "who guesses, where no draft is named")
-        equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), "the shape of the target's blocks, where n-grams guess")
+        equal(got, "NgramProposer", "who guesses, where no draft is named,")
+        equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), "the shape of the target's blocks, where n-grams guess,")
 
     def test_as_many_as_are_asked_for(self, code):
         for number, is_adaptive in ((3, True), (8, False)):
@@ -146,33 +146,45 @@ class TestBuild:
         for kind in ("auto", "int8"):
             runner = self.build(code, code.Speculation(draft_folder().name), kind)
             proposer, where = self.guessing(code, runner), f"with a draft and kv_cache_dtype {kind}"
-            equal(type(proposer).__name__, "DraftProposer", f"who guesses, {where}")
+            equal(type(proposer).__name__, "DraftProposer", f"who guesses, {where},")
             holds(proposer.cache is not runner.cache, f"Both models write to the same blocks, {where}.", actual="same")
-            equal(self.blocks(code, proposer.cache), "PagedKVCache", f"the draft's blocks, {where}")
-            what = f"(layers, blocks, slots, heads, numbers) of the draft's blocks, {where}: 3 layers, 2 heads of 6"
-            equal(tuple(proposer.cache.keys.shape), (3, 7, 4, 2, 6), what)
+            equal(self.blocks(code, proposer.cache), "PagedKVCache", f"the draft's blocks, {where},")
+            what = f"(layers, blocks, slots, heads, numbers) of the draft's blocks, {where}: 3 layers, 1 head of 6"
+            equal(tuple(proposer.cache.keys.shape), (3, 7, 4, 1, 6), what)
             equal(
-                proposer.cache.host_keys.shape[1], 5, f"how many of the draft's blocks there are on the host, {where}"
+                proposer.cache.host_keys.shape[1], 5, f"how many of the draft's blocks there are on the host, {where},"
             )
-            equal(proposer.cache.keys.dtype, torch.float64, f"the dtype of the draft's blocks, {where}, target float64")
+            equal(
+                proposer.cache.keys.dtype,
+                torch.float64,
+                f"the dtype of the draft's blocks, {where} and a target in float64,",
+            )
             expected = "Int8KVCache" if kind == "int8" else "PagedKVCache"
-            equal(self.blocks(code, runner.cache), expected, f"the target's blocks, {where}")
+            equal(self.blocks(code, runner.cache), expected, f"the target's blocks, {where},")
 
     def test_only_where_tokens_are_sampled(self, code):
+        places = {
+            "first stage": (range(0, 1), 0),
+            "last stage, rank 0": (range(2), 0),
+            "last stage, rank 1": (range(2), 1),
+        }
         for who in ("n-grams", "a draft"):
             speculation = code.Speculation(draft_folder().name if who == "a draft" else None)
-            for layers, rank, where, expected in (
-                (range(0, 1), 0, "in the first of two stages", "ModelRunner"),
-                (range(0, 2), 1, "on the second rank of a stage", "ModelRunner"),
-                (range(0, 2), 0, "on the first rank of the last stage", "SpeculativeRunner"),
-            ):
-                got = self.kind(code, self.build(code, speculation, layers=layers, rank=rank))
-                equal(got, expected, f"the runner {where}, where {who} guess{'es' if who == 'a draft' else ''}")
+            got = {
+                place: self.kind(code, self.build(code, speculation, layers=layers, rank=rank))
+                for place, (layers, rank) in places.items()
+            }
+            expected = {**dict.fromkeys(places, "ModelRunner"), "last stage, rank 0": "SpeculativeRunner"}
+            for place in places:
+                sentence = (
+                    f"In the {place}, the runner is a {got[place]}; expected a {expected[place]} (guesses: {who})."
+                )
+                holds(got[place] == expected[place], sentence, actual=list(got.values()))
 
     def test_last_of_two_stages(self, code):
         runner = self.build(code, code.Speculation(), layers=range(1, 2))
         self.guessing(code, runner)
-        equal(runner.cache.layers, range(1, 2), "the layers of the last stage's blocks, where n-grams guess")
+        equal(runner.cache.layers, range(1, 2), "the layers of the last stage's blocks, where n-grams guess,")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,13 +197,11 @@ TEMPLATE = (
 )
 TALK = [
     {"role": "system", "content": "Tell a tale."},
-    {"role": "user", "content": "Once there was an owl."},
+    {"role": "user", "content": "Of an owl."},
     {"role": "assistant", "content": "It was old."},
     {"role": "user", "content": "What did it say?"},
 ]
-WRITTEN = (
-    "<s>system: Tell a tale.\nuser: Once there was an owl.\nassistant: It was old.\nuser: What did it say?\nassistant:"
-)
+WRITTEN = "<s>system: Tell a tale.\nuser: Of an owl.\nassistant: It was old.\nuser: What did it say?\nassistant:"
 
 
 def storyteller(code, **settings):
@@ -214,21 +224,22 @@ class TestChat:
             )
             return output, own
 
-    def test_the_whole_conversation_as_one_text(self, code):
-        output, own = self.asked(code, TALK)
-        expected = own.tokenizer.encode(WRITTEN, add_special_tokens=False)
-        what = "the tokens of a prompt of four turns, written by a template that begins with <s> (token 1)"
-        equal(list(output.prompt_token_ids), expected, what)
-
     def test_one_beginning(self, code):
         output, _ = self.asked(code, TALK[1:2])
         what = "how often token 1, <s>, stands in the prompt, where the template writes it once"
         equal(list(output.prompt_token_ids).count(1), 1, what)
 
+    def test_the_whole_conversation_as_one_text(self, code):
+        output, own = self.asked(code, TALK)
+        read = own.tokenizer.decode(list(output.prompt_token_ids), skip_special_tokens=False)
+        equal(read, WRITTEN, "the prompt, read back from its tokens,")
+        expected = own.tokenizer.encode(WRITTEN, add_special_tokens=False)
+        equal(list(output.prompt_token_ids), expected, f"the tokens of the prompt {WRITTEN!r}")
+
     def test_the_answer(self, code):
         params = code.SamplingParams(max_tokens=5, temperature=0.8, seed=4, ignore_eos=True)
         output, own = self.asked(code, TALK[1:2], params)
-        prompt = own.tokenizer.encode("<s>user: Once there was an owl.\nassistant:", add_special_tokens=False)
+        prompt = own.tokenizer.encode("<s>user: Of an owl.\nassistant:", add_special_tokens=False)
         expected = own.generate([prompt], params, progress=False)[0]
         equal(output.token_ids, expected.token_ids, "the tokens of the answer: temperature 0.8, seed 4, max_tokens 5")
         equal(output.text, expected.text, "the text of the answer")

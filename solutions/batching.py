@@ -300,11 +300,31 @@ class Scheduler:
         self.step_id += 1
         plan = SchedulerOutput(self.step_id, finished_ids=self.finished_ids)
         self.finished_ids = []
+        self.take_back_lookahead()
         budget = self.schedule_running(plan)
         if not plan.preempted_ids:
             self.schedule_waiting(plan, budget)
+        self.give_lookahead(plan)
         plan.copies = self.manager.take_copies()
+        if plan.is_empty:
+            self.finished_ids = plan.finished_ids  # nobody is going to see this plan
         return plan
+
+    def take_back_lookahead(self) -> None:
+        """If this step might lack blocks, nobody keeps room for guesses: what is needed goes before what may be."""
+        most_needed = self.max_num_batched_tokens // self.manager.block_size + 2 * len(self.running)
+        if self.num_lookahead_tokens and self.manager.pool.num_free_blocks < most_needed:
+            for request in self.running:
+                if not request.in_flight:
+                    self.manager.trim(request)
+
+    def give_lookahead(self, plan: SchedulerOutput) -> None:
+        """Room for guesses to come, behind the tokens of those who sample in this step, where any is left."""
+        for i, each in enumerate(plan.scheduled if self.num_lookahead_tokens else ()):
+            request = self.requests[each.request_id]
+            if each.sample_index is not None:
+                self.manager.allocate_slots(request, 0, self.num_lookahead_tokens)
+                plan.scheduled[i] = replace(each, block_table=self.manager.block_table(each.request_id))
 
     def schedule_running(self, plan: SchedulerOutput) -> int:
         """Let the running requests go on, those first that have waited longest. Returns what is left of the budget.
@@ -472,18 +492,10 @@ class Scheduler:
     def make_room(self, request: Request, num_tokens: int, plan: SchedulerOutput) -> int:
         """Get the blocks for a running request's next tokens, if need be from others. Returns for how many there are.
 
-        Room for guesses to come is given up first, then guesses, and only then is anyone preempted. If the request
-        itself comes last in the policy's order, it is the one that makes room. As long as others are in flight, it
-        waits for theirs instead.
+        Guesses are given up before anyone is preempted. If the request itself comes last in the policy's order, it is
+        the one that makes room. As long as others are in flight, it waits for theirs instead.
         """
-        num_lookahead = self.num_lookahead_tokens
-        while self.manager.allocate_slots(request, num_tokens, num_lookahead) is None:
-            if num_lookahead:
-                num_lookahead = 0
-                for other in self.running:
-                    if not other.in_flight:
-                        self.manager.trim(other)
-                continue
+        while self.manager.allocate_slots(request, num_tokens) is None:
             if request.spec_token_ids:
                 request.spec_token_ids = []
                 num_tokens = tokens_to_schedule(request, num_tokens, self.max_chunk)
@@ -1065,7 +1077,7 @@ class Engine:
         output = self.executor.collect()
         plan = self.in_flight.popleft()
         requests = self.scheduler.update_from_output(plan, output)
-        reports = [self.report(request, output.logprobs.get(request.request_id, ())) for request in requests]
+        reports = [self.report(request, output) for request in requests]
         self.count(plan, time.perf_counter() - start)
         return reports
 
@@ -1086,8 +1098,13 @@ class Engine:
             raise
         self.in_flight.append(plan)
 
-    def report(self, request: Request, logprobs: Sequence[dict[int, float]] = ()) -> RequestOutput:
-        """Bring a request's output up to date with the tokens that it has now; a complete stop string ends it."""
+    def report(self, request: Request, step: ModelRunnerOutput | None = None) -> RequestOutput:
+        """Bring a request's output up to date with the tokens that it has now; a complete stop string ends it.
+
+        step: what has just brought them, if anything has.
+        """
+        step = step or ModelRunnerOutput(0)
+        sampled, logprobs = (each.get(request.request_id, ()) for each in (step.sampled_token_ids, step.logprobs))
         reader = self.readers[request.request_id]
         output, metrics = reader.output, reader.output.metrics
         is_first = not output.token_ids
@@ -1104,8 +1121,9 @@ class Engine:
             num_new = len(output.token_ids) - metrics.num_output_tokens
             self.totals.num_output_tokens += num_new
             metrics.num_output_tokens += num_new
-            self.totals.num_accepted_tokens += num_new - 1  # the step's last token is no guess
-            metrics.num_accepted_tokens += num_new - 1
+            num_accepted = min(num_new, len(sampled) - 1)  # the last one sampled was no guess, but may be cut off
+            self.totals.num_accepted_tokens += num_accepted
+            metrics.num_accepted_tokens += num_accepted
         metrics.num_preemptions = request.num_preemptions
         metrics.num_cached_tokens = request.num_cached_tokens
         output.error = request.error

@@ -111,7 +111,9 @@ def test_bytes_read_in_a_second_are_those_of_the_steps_after_the_prompt():
     guessed = ladder.row(given, [make_run(9.0, [[3] * 5], num_steps=3)], 0)
     assert guessed["read_gb_per_s"] == pytest.approx(800 * 2 / (0.1 * 4) / 1e9)  # two steps brought the four tokens
     assert told["tokens_per_second"] == 5 / 9 and told["weight_bytes"] == 1000
-    assert "read_gb_per_s" not in ladder.row(replace(given, prompts=[[1], [2]], lengths=[5, 5]), [make_run(1.0, [[3] * 5] * 2)], 0)
+    assert "read_gb_per_s" not in ladder.row(
+        replace(given, prompts=[[1], [2]], lengths=[5, 5]), [make_run(1.0, [[3] * 5] * 2)], 0
+    )
 
 
 def test_a_packed_model_holds_its_table_twice_and_reads_it_once(tales):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from common.checkpoints import Checkpoint
 from solutions import engine as engine_module
 from solutions import llama_pytorch, parallelism, speculative
-from solutions.batching import Engine, EngineConfig, ModelRunnerOutput, Request, Scheduler
+from solutions.batching import Engine, EngineConfig, ModelRunnerOutput, Request, ScheduledRequest, Scheduler
 from solutions.engine import InferenceEngine
 from solutions.kv_cache import KVCache, cache_bytes, prefill
 from solutions.llama_pytorch import SamplingParams, adjust_logits, load, recompute, sampling_probs
@@ -353,7 +353,7 @@ def test_many_draws_of_one_guess():
 @pytest.mark.slow
 def test_many_draws_of_a_chain():
     """Runs of two guesses: accepted, recovered and bonus tokens."""
-    target, draft, num = chain_of(2, 2), chain_of(3, 2), 30_000
+    target, draft, num = chain_of(2, 2), chain_of(3, 2), 20_000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculative, "torch", stand_in := Chance())
         expected = emitted(stand_in, target, draft, 2)
@@ -547,9 +547,24 @@ def test_the_engine_draws_what_the_model_says():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
-def test_the_engine_draws_what_the_model_says_under_every_rule(rule):
-    check_distribution(RULES[rule], 1600)
+@pytest.mark.parametrize("rule", ["top_p", "min_p", "penalties"])
+def test_the_engine_draws_what_the_model_says_under_other_rules(rule):
+    check_distribution(RULES[rule], 1200)
+
+
+def test_a_guess_and_its_verification_are_independent():
+    """One place, many seeds, logits that are known: the guess is drawn with other randomness than what judges it."""
+    target, offered, num = floats(0.3, 0.3, 0.2, 0.2), floats(0.7, 0.1, 0.1, 0.1), 1500
+    proposer = DraftProposer(MODEL, None)
+    runner, counts = SpeculativeRunner(MODEL, None, proposer, Pace(1)), Counter()
+    for seed in range(num):
+        params = SamplingParams(temperature=1.0, seed=seed)
+        before = ScheduledRequest("a", 0, [5], 0, [], params, 1, [5], [0], frozenset(), 9)
+        guess, probs = proposer.draw(before, offered.log(), [])
+        runner.proposals["a"] = Proposal([guess], probs[None])
+        after = replace(before, token_ids=[0, guess], num_spec_tokens=1)
+        counts[runner.verify(after, target.log().expand(2, 4))[0]] += 1
+    assert p_value(counts, dict(enumerate(target.tolist()))) > LEAST_P
 
 
 def recovered_from_the_target(target, draft, token_id, generator):
@@ -596,8 +611,9 @@ class Alone(Oracle):
     """The soak's oracle, with `alone`'s memory."""
 
     def __call__(self, prompt, params):
-        max_tokens = min(params.max_tokens, MAX_MODEL_LEN - len(prompt))
-        return alone(self.model, prompt, replace(params, max_tokens=max_tokens), self.tokenizer)
+        most = min(params.max_tokens, MAX_MODEL_LEN - len(prompt))
+        params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
+        return alone(self.model, prompt, params, self.tokenizer)
 
 
 def check_equal(output, wanted) -> None:
@@ -761,9 +777,9 @@ def test_same_tokens_as_alone(model, draft):
 
 @pytest.mark.slow
 def test_same_tokens_as_alone_many_times(model, draft):
-    soak(model, draft, range(100, 109), tight_settings)
-    soak(model, draft, range(200, 206), random_settings)
-    soak(model, draft, range(300, 304), tight_settings, is_adaptive=True)
+    soak(model, draft, range(100, 104), tight_settings)
+    soak(model, draft, range(200, 203), random_settings)
+    soak(model, draft, range(300, 302), tight_settings, is_adaptive=True)
 
 
 def test_guesses_that_are_hardly_ever_right_are_never_found(model):
@@ -793,27 +809,6 @@ def test_who_is_gone_is_forgotten(model, depth):
         runner = engine.runner
         for kept in (runner.proposals, runner.pace.acceptances, runner.pace.resting, runner.proposer.num_computed):
             assert not kept.keys() - {"last"}
-
-
-class Says38(NgramProposer):
-    """A proposer that is sure, and wrong."""
-
-    def propose(self, scheduled, sampled, limits):
-        return {each.request_id: Proposal([38] * limits[each.request_id]) for each in scheduled}
-
-
-def test_a_wrong_guess_does_no_harm(model, monkeypatch):
-    """A guess that the model cannot compute: it is no token of the text, and what comes of it is nobody's business."""
-    params = SamplingParams(max_tokens=8, ignore_eos=True)
-    wanted = alone(model, [5, 6, 7], params)
-    assert 38 not in wanted.token_ids
-    embed = model.embed
-    monkeypatch.setattr(model, "embed", lambda ids: torch.where((ids == 38)[:, None], torch.nan, embed(ids)))
-    with SpeculativeEngine(model, Letters(), None, 3, num_blocks=20, block_size=4) as engine:
-        engine.runner.proposer = Says38()
-        (output,) = outputs_of(engine, [[5, 6, 7]], params)
-    assert output.error is None
-    check_equal(output, wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1020,6 +1015,7 @@ def test_acceptance_is_measured_by_guesses_that_were_tried():
             seen.append(acceptance.rate)
         assert sum(seen[100:]) / len(seen[100:]) == pytest.approx(0.75, abs=0.03)
         assert 0 < min(seen) and max(seen) <= 1
+        assert acceptance.tried < 10 + k, "the last ten or so count, not the last ten runs"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -575,7 +575,7 @@ ANSWERS = [
         oldest, output = self.in_flight.popleft(), self.executor.collect()
         reports = []
         for request in self.scheduler.update_from_output(oldest, output):
-            reports.append(self.report(request, output.logprobs.get(request.request_id, [])))
+            reports.append(self.report(request, output))
         self.count(oldest, time.perf_counter() - start)
         return reports
         """,

@@ -49,6 +49,7 @@ ANSWERS = [
         "/ cache_bytes(config, 1, dtype.itemsize)",
         "/ (share * cache_bytes(config, 1, dtype.itemsize))",
     ),
+    wrong("8.10", "the draft's bytes, not their share", " / cache_bytes(config, 1, dtype.itemsize)", ""),
     right(
         "8.10",
         "by the numbers of a token",
@@ -173,12 +174,6 @@ ANSWERS = [
         "special tokens added to those that the template has written",
         "add_special_tokens=False",
         "add_special_tokens=True",
-    ),
-    wrong(
-        "8.12",
-        "the text given to `generate`, which encodes it with special tokens of its own",
-        "[self.tokenizer.encode(text, add_special_tokens=False)]",
-        "[text]",
     ),
     wrong(
         "8.12",

@@ -40,9 +40,6 @@ ANSWERS = [
         "range(start, start + num_tokens)",
     ),
     wrong(
-        "8.1", "only the longest ending looked for", "min_ngram - 1, -1):", "min(max_ngram, len(text) - 1) - 1, -1):"
-    ),
-    wrong(
         "8.1",
         "endings of one token more than the most",
         "min(max_ngram, len(text) - 1)",
@@ -56,6 +53,18 @@ ANSWERS = [
         "range(len(text) - 2 * n, -1, -1)",
     ),
     wrong("8.1", "the text returned with the guesses", "return text[len(token_ids) :]", "return text"),
+    wrong_body(
+        "8.1",
+        "the text's own end found, and copied from beyond it",
+        """
+        text = list(token_ids)
+        for n in range(max_ngram, min_ngram - 1, -1):
+            for start in range(len(text) - n, -1, -1):
+                if text[start : start + n] == text[-n:]:
+                    return [text[start + n + i] for i in range(num_tokens)]
+        return []
+        """,
+    ),
     right(
         "8.1",
         "backwards over all places, the longest match of each",
@@ -179,9 +188,9 @@ ANSWERS = [
     ),
     wrong(
         "8.6",
-        "a token that was guessed for any place taken for the next one",
-        "if self.cached_token_ids[: len(token_ids)] == list(token_ids):",
-        "if len(token_ids) in self.rows and token_ids[-1] in self.cached_token_ids[len(token_ids) - 1 :]:",
+        "the prompt taken for cached on the first call",
+        "min(len(self.cached_token_ids), len(token_ids) - 1)",
+        "len(token_ids) - 1",
     ),
     right(
         "8.6",
@@ -248,6 +257,12 @@ ANSWERS = [
         "distances, where what is too much must count as 0",
         "(target - draft).clamp(min=0)",
         "(target - draft).abs()",
+    ),
+    wrong(
+        "8.3",
+        "what is missing not cut off at 0",
+        "torch.multinomial(weights, 1, generator=generator)",
+        "torch.multinomial(target - draft, 1, generator=generator)",
     ),
     wrong(
         "8.3",
@@ -325,6 +340,20 @@ ANSWERS = [
     ),
     wrong(
         "8.4",
+        "one generator for all tokens, made once",
+        "tokens = []",
+        "tokens, generator = [], (lambda i, only=generator(0): only)",
+    ),
+    wrong(
+        "8.4",
+        "another token drawn from the target where a guess is not kept, not the one that replaces it",
+        "        tokens.append(token_id)\n        if not is_kept:\n            return tokens",
+        "        if not is_kept:\n"
+        "            return [*tokens, int(torch.multinomial(target[i], 1, generator=generator(i)))]\n"
+        "        tokens.append(token_id)",
+    ),
+    wrong(
+        "8.4",
         "the likeliest token for the bonus, instead of one that is drawn",
         "int(torch.multinomial(target[last], 1, generator=generator(last)))",
         "int(torch.multinomial(target[last].pow(1000).clamp(min=1e-30), 1, generator=generator(last)))",
@@ -386,6 +415,13 @@ ANSWERS = [
         "the token that every pass brings forgotten where all guesses are right",
         "sum(rate**i for i in range(num_guesses + 1))",
         "float(num_guesses) if rate == 1 else (1 - rate ** (num_guesses + 1)) / (1 - rate)",
+        recognised=False,
+    ),
+    wrong(
+        "8.7",
+        "the closed sum, which divides by 0 where every guess is right",
+        "sum(rate**i for i in range(num_guesses + 1))",
+        "(1 - rate ** (num_guesses + 1)) / (1 - rate)",
     ),
     wrong(
         "8.7",

@@ -1,0 +1,195 @@
+"""`make soak`: random load on the whole engine, for as long as you like; what it says is compared with the plain way.
+
+    make soak MINUTES=10
+
+Each run has a number, from which all of it follows: a model, who guesses and how many, the size of the pool, who makes
+room and how, what the requests ask for and who loses patience. One in twenty goes over two processes. After every step
+the books are checked. Tokens that were drawn with a draft's help are others than without; that they are as likely is
+judged over all runs, at the end. The first run that fails ends it, with the command that does that run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from common.course import CourseError, activate, files_used
+
+if TYPE_CHECKING:
+    from solutions.tests.soak import Models, Report, Run
+
+COUNTED = {
+    "steps": ("steps", 0),
+    "chunks": ("chunks of prompts", 20),
+    "cached": ("prompt tokens found in the prefix cache", 20),
+    "copies": ("blocks copied on write", 60),
+    "preemptions": ("preemptions", 20),
+    "pipelined": ("  of them with several steps in flight", 100),
+    "swaps_out": ("blocks swapped out", 60),
+    "swaps_in": ("blocks swapped in", 60),
+    "aborted": ("requests aborted", 20),
+    "interrupts": ("steps interrupted", 60),
+    "guesses": ("guesses", 20),
+    "accepted": ("  accepted", 20),
+    "rejected": ("  rejected", 20),
+    "drawn": ("tokens drawn with a draft's help", 20),
+    "runs with n-grams": ("runs with n-grams", 20),
+    "runs with a draft": ("runs with a draft model", 20),
+    "runs, adaptive": ("runs with as many guesses as pay", 20),
+    "runs with tales": ("runs with tales", 20),
+    "runs over processes": ("runs over two processes", 20),
+    "runs, contiguous": ("runs with a contiguous cache", 60),
+    "runs, int8 cache": ("runs with an INT8 cache", 60),
+    "runs, fewer bits": ("runs with quantized weights", 60),
+}
+"""What is counted, how it is called, and after how many runs it must have happened: a soak in which nothing happens
+proves nothing."""
+
+UNLIKELY = 1e-6
+"""Drawn tokens are wrong if they are spread so unevenly that chance does it less often than this."""
+
+
+def missing(counts: dict[str, int]) -> list[str]:
+    """What should have happened by now, and has not."""
+    runs = counts["runs"]
+    return [label.strip() for name, (label, due) in COUNTED.items() if due and runs >= due and not counts[name]]
+
+
+class Soak:
+    """The runs so far, and how they are shown."""
+
+    def __init__(self, minutes: float, models: Models, total: Report):
+        self.seconds, self.models, self.total = 60 * minutes, models, total
+        self.start = self.told = time.monotonic()
+        self.doing = ""
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(40), TextColumn("{task.fields[clock]}"))
+        self.task = self.bar.add_task("soak", total=self.seconds, clock="")
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def execute(self, run: Run) -> None:
+        with_whom = f", guesses: {run.guesser}" if run.guesser else ""
+        self.doing = f"run {run.seed}: {run.model}{with_whom}" + (" over two processes" if run.grid != (1, 1) else "")
+        self.total.add(run.execute(self.models))
+
+    def line(self) -> str:
+        counts, total = self.total.counts, self.total
+        return (
+            f"{counts['runs']} runs, {total.num_outputs} answers, {total.num_steps} steps; "
+            f"{counts['preemptions']} preemptions, {counts['swaps_out'] + counts['swaps_in']} blocks swapped, "
+            f"{counts['aborted']} aborted; guesses: {counts['accepted']} right, {counts['rejected']} wrong"
+        )
+
+    def render(self) -> Group:
+        """Called several times a second, by another thread."""
+        self.bar.update(self.task, completed=min(self.elapsed, self.seconds), clock=f"{clock(self.elapsed)}")
+        return Group(self.bar, Text(self.line()), Text(self.doing, style="dim"))
+
+    def tell(self, console: Console) -> None:
+        """A line each minute, where there is no terminal for a bar."""
+        if not console.is_terminal and time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            print(f"{clock(self.elapsed)}  {self.line()}", flush=True)
+
+    def summary(self) -> Table:
+        counts = self.total.counts
+        table = Table(box=None, show_header=False, padding=(0, 1))
+        table.add_column(justify="right")
+        table.add_column()
+        table.add_row(clock(self.elapsed), "minutes and seconds")
+        for number, label in ((counts["runs"], "runs"), (self.total.num_outputs, "answers")):
+            table.add_row(f"{number:,}", label)
+        for name, (label, _) in COUNTED.items():
+            table.add_row(f"{self.total.num_steps if name == 'steps' else counts[name]:,}", label)
+        if own := counts["own_accepted"] + counts["own_rejected"]:
+            share = counts["own_accepted"] / own
+            table.add_row(f"{share:.1%}", "of a draft's guesses accepted where it is the target itself")
+        return table
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def verdict(total: Report) -> list[str]:
+    """What is wrong with all runs together, each of which was right."""
+    from solutions.tests.soak import evenness
+
+    wrong = [f"nothing happened: {', '.join(missed)}"] if (missed := missing(total.counts)) else []
+    if len(total.places) >= 200 and (likely := evenness(total.places)) < UNLIKELY:
+        wrong.append(
+            f"{len(total.places)} tokens that were drawn with a draft's help are not distributed as the model says: "
+            f"by chance that happens with probability {likely:.1g}"
+        )
+    return wrong
+
+
+def main(argv: list[str]) -> int:
+    variable = os.environ.get
+    parser = argparse.ArgumentParser(prog="python -m common soak", description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=variable("MINUTES") or 10, help="default 10")
+    parser.add_argument(
+        "--seed", type=int, default=variable("SEED") or None, help="the first run's number; default: any"
+    )
+    parser.add_argument("--only", type=int, default=None, metavar="SEED", help="this run and no other")
+    parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-8", help="use your modules of these")
+    settings = parser.parse_args(argv)
+    try:
+        activate(settings.mine)
+    except CourseError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(files_used(), flush=True)
+    import torch
+
+    from solutions.tests.soak import Models, Report, Run
+
+    torch.set_num_threads(1)  # of tiny models more would only wait for each other
+    console, total = Console(), Report()
+    soak = Soak(settings.minutes, Models(), total)
+    seed = random.randrange(10**6) if settings.seed is None else settings.seed
+    first = seed = seed if settings.only is None else settings.only
+    code = 0
+    try:
+        with Live(get_renderable=soak.render, console=console, refresh_per_second=4, transient=True):
+            while True:
+                run = Run.number(seed, soak.models)
+                try:
+                    soak.execute(run)
+                except Exception:
+                    failure, code = traceback.format_exc(), 1
+                soak.tell(console)
+                if code or settings.only is not None or soak.elapsed > soak.seconds:
+                    break
+                seed += 1
+    except KeyboardInterrupt:
+        code = 130
+    console.print(soak.summary())
+    mine = f" --mine {settings.mine}" if settings.mine else ""
+    if code == 1:
+        print(f"\n{failure}\n{run}\n")
+        print(f"Run {seed} failed. To do it again:\n\n    python -m common soak --only {seed}{mine}")
+    elif code == 130:
+        print("Stopped by hand; what was done was right.")
+    elif settings.only is not None:
+        print(f"Run {seed} is right.")
+    elif wrong := verdict(total):
+        code = 1
+        print("\n".join(f"Wrong: {each}." for each in wrong))
+        print(f"The same runs again:\n\n    python -m common soak --minutes {settings.minutes:g} --seed {first}{mine}")
+    else:
+        print("All answers are right.")
+    return code
