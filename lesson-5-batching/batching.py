@@ -286,16 +286,15 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Decide the next step. Requests that run come first; who waits gets what is left, unless memory ran out."""
         self.step_id += 1
-        plan = SchedulerOutput(self.step_id, finished_ids=self.finished_ids)
-        self.finished_ids = []
+        plan = SchedulerOutput(self.step_id)
         self.take_back_lookahead()
         budget = self.schedule_running(plan)
         if not plan.preempted_ids:
             self.schedule_waiting(plan, budget)
         self.give_lookahead(plan)
         plan.copies = self.manager.take_copies()
-        if plan.is_empty:
-            self.finished_ids = plan.finished_ids  # nobody is going to see this plan
+        if not plan.is_empty:  # nobody is told of an empty one
+            plan.finished_ids, self.finished_ids = self.finished_ids, []
         return plan
 
     def take_back_lookahead(self) -> None:
@@ -311,7 +310,9 @@ class Scheduler:
         for i, each in enumerate(plan.scheduled if self.num_lookahead_tokens else ()):
             request = self.requests[each.request_id]
             if each.sample_index is not None:
-                self.manager.allocate_slots(request, 0, self.num_lookahead_tokens)
+                last = len(request.prompt_token_ids) + request.max_tokens - 1  # no token is computed behind this one
+                num_tokens = min(self.num_lookahead_tokens, max(0, last - request.num_computed_tokens))
+                self.manager.allocate_slots(request, 0, num_tokens)
                 plan.scheduled[i] = replace(each, block_table=self.manager.block_table(each.request_id))
 
     def schedule_running(self, plan: SchedulerOutput) -> int:
@@ -528,6 +529,7 @@ class Scheduler:
         """A step was interrupted, and nobody knows how far it got: let everyone compute all of their tokens again."""
         for request in [*self.running, *self.waiting]:
             request.in_flight = False
+            request.spec_token_ids = []
             if request.finish_reason:
                 self.finish(request, request.finish_reason)
                 continue
@@ -993,6 +995,7 @@ class Engine:
             self.executor.submit(plan)
         except BaseException:
             self.in_flight.clear()
+            self.scheduler.finished_ids += plan.finished_ids  # perhaps nobody has heard of them yet
             self.scheduler.start_over()
             raise
         self.in_flight.append(plan)

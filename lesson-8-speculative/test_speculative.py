@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from common.grading import close, equal, exercise, holds, together
+from common.grading.compare import CheckFailed
 
 
 def answer(code, what: str, call: Callable):
@@ -21,8 +22,9 @@ def answer(code, what: str, call: Callable):
     except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         place = ([frame for frame in frames if frame.filename == code.__file__] or frames)[-1]
-        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        holds(False, f"{what} raised {text.rstrip('.')}, at line {place.lineno}: `{place.line}`.", actual=text)
+        text = ": ".join([type(error).__name__, *str(error).strip().rstrip(".").splitlines()[:1]])
+        sentence = f"{what} raised {text}, at line {place.lineno}: `{place.line}`."
+        raise CheckFailed(sentence, what, text).with_traceback(error.__traceback__) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

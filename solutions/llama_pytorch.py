@@ -223,7 +223,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # As `nn.Embedding(...)` would be; but that imports torch's compiler first, for seconds, on the meta device.
+        table = torch.randn(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
