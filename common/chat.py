@@ -334,7 +334,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--speculative", default=variable("SPEC") or None, metavar="WHO", help="guesses: ngram, or a draft model"
     )
-    parser.add_argument("--num-speculative-tokens", type=int, default=None, help="guesses in a step at most; default 5")
+    parser.add_argument("--num-speculative-tokens", type=int, default=None, help="guesses in a step at most; default 8")
     parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
     parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
     parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))

@@ -32,7 +32,7 @@ class Speculation:
     """How guesses are made."""
 
     draft: str | None = None  # the draft model's folder; None: n-grams of the text itself
-    num_speculative_tokens: int = 5  # at most, for a request in a step
+    num_speculative_tokens: int = 8  # at most, for a request in a step
     is_adaptive: bool = True  # fewer where they do not pay; False: always as many
 
     def __post_init__(self):

@@ -21,7 +21,6 @@ From Leviathan et al., "Fast Inference from Transformers via Speculative Decodin
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -245,7 +244,7 @@ class Acceptance:
 
     def observe(self, num_guesses: int, num_accepted: int) -> None:
         """So many guesses were made in a run, and the first so many of them were right. Newer ones weigh more: each
-        guess that is counted takes the weight of all before it down by `MEMORY`.
+        guess that is counted takes the weight of all runs before down by `MEMORY`.
         """
         # Exercise 8.11: find the bug. With up to five guesses a step, each right three times in four, the engine takes
         # guesses for right only about every second time, and makes too few. With one guess a step all is well.
@@ -263,7 +262,8 @@ class StepTimes:
     ROW_SHARE = 0.05  # what a row is believed to take of the fixed part, until steps have shown it
 
     def __init__(self):
-        self.weight = self.rows = self.seconds = self.rows_rows = self.rows_seconds = 0.0  # sums over the steps
+        # Sums over the steps. The first, of hardly any weight, is made up: a row in a second.
+        self.weight = self.rows = self.seconds = self.rows_rows = self.rows_seconds = 1e-15
 
     def observe(self, num_rows: int, seconds: float) -> None:
         terms = {"weight": 1, "rows": num_rows, "seconds": seconds}
@@ -271,8 +271,8 @@ class StepTimes:
         for name, term in terms.items():
             setattr(self, name, getattr(self, name) * self.FORGETTING + term)
 
-    def __call__(self, num_rows: int) -> float:
-        """Seconds that a step of so many rows is going to take. At least one has been observed."""
+    def __call__(self, num_rows: float) -> float:
+        """Seconds that a step of so many rows is going to take."""
         mean_rows, mean_seconds = self.rows / self.weight, self.seconds / self.weight
         believed = mean_seconds * self.ROW_SHARE / (1 + self.ROW_SHARE * mean_rows)
         spread = self.rows_rows - self.rows * mean_rows
@@ -286,7 +286,8 @@ class StepTimes:
 class Pace:
     """Decides how many guesses each request makes, from what became of those before and from what steps took.
 
-    A request for which no number pays makes none, and two every `PROBE_EVERY` tokens, to see whether that has changed.
+    A request for which no number pays makes none. Every `PROBE_EVERY` steps all of these make two, in the same step, to
+    see whether that has changed.
     """
 
     PROBE_EVERY = 16
@@ -297,8 +298,9 @@ class Pace:
         self.is_adaptive = is_adaptive
         self.overall = Acceptance()
         self.acceptances: dict[str, Acceptance] = {}
-        self.resting: Counter[str] = Counter()  # for how many steps a request has made no guess
+        self.coverage = 1.0  # of the requests that may guess, the share that has a guess; newer steps weigh more
         self.step_seconds, self.draft_seconds = StepTimes(), StepTimes()
+        self.num_steps = 0
 
     def observe(self, request_id: str, num_guesses: int, num_accepted: int) -> None:
         """What became of a request's guesses."""
@@ -312,28 +314,34 @@ class Pace:
 
     def forget(self, request_id: str) -> None:
         self.acceptances.pop(request_id, None)
-        self.resting.pop(request_id, None)
+
+    def observe_coverage(self, num_asked: int, num_guessing: int) -> None:
+        self.coverage = MEMORY * self.coverage + (1 - MEMORY) * num_guessing / num_asked
 
     def limits(self, request_ids: Sequence[str], num_rows: int) -> dict[str, int]:
-        """How many guesses each of these is to make for its next step, which without guesses has so many rows.
-
-        The cost is reckoned as if all of them made as many.
-        """
+        """How many guesses each of these is to make for its next step, which without guesses has so many rows."""
+        self.num_steps += 1
         most = self.num_speculative_tokens
         if not self.is_adaptive:
             return dict.fromkeys(request_ids, most)
-        seconds = [self.step_seconds(num_rows + k * len(request_ids)) for k in range(most + 1)]
-        if self.draft_seconds.weight:
-            seconds = [each + (self.draft_seconds(k) if k else 0) for k, each in enumerate(seconds)]
-        return {each: self.limit(each, choose_k(self.of(each).rate, seconds)) for each in request_ids}
+        least = min(self.PROBE_TOKENS, most) if self.num_steps % self.PROBE_EVERY == 0 else 0
+        seconds = self.seconds(len(request_ids), num_rows)
+        return {each: max(least, choose_k(self.of(each).rate, seconds)) for each in request_ids}
 
-    def limit(self, request_id: str, best: int) -> int:
-        if best:
-            self.resting[request_id] = 0
-            return best
-        self.resting[request_id] += 1
-        is_probe = self.resting[request_id] % self.PROBE_EVERY == 0
-        return min(self.PROBE_TOKENS, self.num_speculative_tokens) if is_probe else 0
+    def seconds(self, num_requests: int, num_rows: int) -> list[float]:
+        """A request's share of a step, for each number of guesses: of the step without guesses that of all requests
+        alike, and of what guesses take on top that of those who are likely to have one. They are taken to make equally
+        many.
+        """
+        num_guessing = max(1.0, self.coverage * num_requests)
+        plain = self.step_seconds(num_rows)
+        shares = [plain / num_requests]
+        for k in range(1, self.num_speculative_tokens + 1):
+            more = self.step_seconds(num_rows + k * num_guessing) - plain
+            if self.draft_seconds.weight >= 1:
+                more += self.draft_seconds(k)
+            shares.append(shares[0] + more / num_guessing)
+        return shares
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -483,7 +491,7 @@ class SpeculativeRunner(ModelRunner):
         self.proposer.follow(plan)
         start = time.perf_counter()
         output = super().execute(plan, hidden)
-        if plan.scheduled:
+        if plan.scheduled and all(is_decoding(each) for each in plan.scheduled):
             self.pace.step_seconds.observe(plan.num_tokens, time.perf_counter() - start)
         self.propose(plan, output)
         return output
@@ -531,9 +539,15 @@ class SpeculativeRunner(ModelRunner):
         limits = {id: min(limit, left[id] - 1) for id, limit in limits.items()}
         start = time.perf_counter()
         proposals = self.proposer.propose(going, sampled, limits)
-        longest = max(limits.values())
-        is_usual = all(len(each.token_ids) == each.num_spec_tokens + 1 for each in going)  # no draft reads a prompt
-        if longest and is_usual:
+        longest, num_asked = max(limits.values()), sum(limit > 0 for limit in limits.values())
+        if num_asked:
+            self.pace.observe_coverage(num_asked, sum(bool(each.token_ids) for each in proposals.values()))
+        if longest and all(is_decoding(each) for each in going):  # a draft that reads a prompt takes longer
             self.pace.draft_seconds.observe(longest, time.perf_counter() - start)
         self.proposals |= proposals
         output.spec_token_ids = {id: proposal.token_ids for id, proposal in proposals.items() if proposal.token_ids}
+
+
+def is_decoding(each: ScheduledRequest) -> bool:
+    """Whether it computes its newest token and guesses, and nothing of a prompt."""
+    return len(each.token_ids) == each.num_spec_tokens + 1

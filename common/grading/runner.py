@@ -86,6 +86,8 @@ def grade(
             for each in session.run(waiting, results):
                 waiting.remove(each)
                 show_known(until=waiting[0] if waiting else None)
+            if without := [each for each in waiting if each != TOGETHER and each not in session.checks]:
+                raise CourseError(f"{shown(lesson.checks)} has no checks for {', '.join(without)}.")
             if TOGETHER in waiting:  # a worker was lost, so not all exercises have passed
                 waiting.remove(TOGETHER)
             if not waiting:

@@ -385,7 +385,7 @@ def check_guesser(engine: Engine, runner: SpeculativeRunner) -> None:
     """What is kept outside the scheduler: nothing of requests that are gone, and no draft beyond its text."""
     scheduler, proposer = engine.scheduler, runner.proposer
     known = {*scheduler.requests, *scheduler.finished_ids}  # of these the next step will tell
-    kept = {"proposals": runner.proposals, "acceptances": runner.pace.acceptances, "pauses": runner.pace.resting}
+    kept = {"proposals": runner.proposals, "acceptances": runner.pace.acceptances}
     if isinstance(proposer, DraftProposer):
         kept["draft tokens"] = proposer.num_computed
     for what, each in kept.items():
