@@ -22,6 +22,7 @@ from common.checkpoints import find_checkpoint
 from common.ladder import Assembled, Load, Run, check_same, serve
 from solutions.engine import Speculation
 from solutions.llama_pytorch import Llama, SamplingParams, load
+from solutions.speculative import propose_ngram
 
 NOTICE = (
     "The library opens at nine in the morning and closes at six in the evening. On Saturdays it closes at two in the "
@@ -150,6 +151,9 @@ def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
         plain, _ = load(name, dtype, device)  # for near-ties
         cases = chat_cases(tokenizer, quick) if draft is None else tale_cases(tokenizer, quick)
         rows = [measure_case(case, model, plain, tokenizer, folder) for case in cases]
+        repeats = 1 if quick else 7
+        row_seconds = measure_rows({"kernels": model, "plain": plain}, repeats)
+        lookup_seconds = measure_lookup(repeats)
     finally:
         os.environ.pop("KERNELS") if before is None else os.environ.update(KERNELS=before)
     show(rows)
@@ -159,8 +163,41 @@ def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "num_speculative_tokens": Speculation().num_speculative_tokens,
+        "row_seconds": row_seconds,
+        "lookup_seconds": lookup_seconds,
         "cases": rows,
     }
+
+
+@torch.inference_mode()
+def measure_rows(models: dict[str, Llama], repeats: int) -> dict[str, dict[int, float]]:
+    """Seconds that a pass over so many rows takes, without what attention takes: its keys are another matter."""
+    seconds: dict[str, dict[int, list[float]]] = {way: {n: [] for n in (1, 2, 5, 9, 17, 33)} for way in models}
+    for _ in range(repeats + 1):
+        for way, of_way in seconds.items():
+            for num_rows, taken in of_way.items():
+                model, positions = models[way], torch.arange(num_rows, device=models[way].model.norm.weight.device)
+                start = time.perf_counter()
+                hidden = model(positions + 10, positions, lambda layer, q, k, v: q)
+                float(model.logits(hidden).sum())  # waits until it is done, on a GPU too
+                taken.append(time.perf_counter() - start)
+    told = {way: {n: statistics.median(taken[1:]) for n, taken in of_way.items()} for way, of_way in seconds.items()}
+    for way, each in told.items():
+        print(f"{way}, milliseconds by rows: " + ", ".join(f"{n}: {taken * 1e3:.1f}" for n, taken in each.items()))
+    return told
+
+
+def measure_lookup(repeats: int) -> dict[int, float]:
+    """Seconds that a lookup takes in a text of so many tokens whose end has not been there before."""
+    rng, told = random.Random(0), {}
+    for length in (1000, 4000):
+        text, taken = [rng.randrange(50_000) for _ in range(length)], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            propose_ngram(text, 8)
+            taken.append(time.perf_counter() - start)
+        told[length] = statistics.median(taken)
+    return told
 
 
 def measure_case(case: Case, model: Llama, plain: Llama, tokenizer, draft: str | None) -> dict:

@@ -64,11 +64,11 @@ def propose_ngram(
     """
     # Exercise 8.1: from the longest n-gram to the shortest; from the latest place to the first; then copy.
     text = list(token_ids)
+    ends = [i for i in range(1, len(text)) if text[i - 1] == text[-1]]  # places behind the same token
     for n in range(min(max_ngram, len(text) - 1), min_ngram - 1, -1):
-        ending = text[-n:]
-        for start in range(len(text) - n - 1, -1, -1):
-            if text[start : start + n] == ending:
-                for source in range(start + n, start + n + num_tokens):
+        for end in reversed(ends):
+            if text[max(0, end - n) : end] == text[-n:]:
+                for source in range(end, end + num_tokens):
                     text.append(text[source])
                 return text[len(token_ids) :]
     return []

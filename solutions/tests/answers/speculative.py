@@ -6,7 +6,7 @@ from common.grading.catalogue import planted, right, wrong, wrong_body
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------ 8.1 propose_ngram
-    wrong("8.1", "the earliest place, not the latest", "range(len(text) - n - 1, -1, -1)", "range(len(text) - n)"),
+    wrong("8.1", "the earliest place, not the latest", "in reversed(ends)", "in ends"),
     wrong(
         "8.1",
         "the shortest ending first",
@@ -28,16 +28,16 @@ ANSWERS = [
     wrong(
         "8.1",
         "a copy that stops where the text stops, instead of running on into itself",
-        "                for source in range(start + n, start + n + num_tokens):\n"
+        "                for source in range(end, end + num_tokens):\n"
         "                    text.append(text[source])\n"
         "                return text[len(token_ids) :]",
-        "                return text[start + n : start + n + num_tokens]",
+        "                return text[end : end + num_tokens]",
     ),
     wrong(
         "8.1",
         "what was found copied too, not only what followed it",
-        "range(start + n, start + n + num_tokens)",
-        "range(start, start + num_tokens)",
+        "range(end, end + num_tokens)",
+        "range(end - n, end - n + num_tokens)",
     ),
     wrong(
         "8.1",
@@ -49,8 +49,8 @@ ANSWERS = [
     wrong(
         "8.1",
         "places that overlap the ending left out",
-        "range(len(text) - n - 1, -1, -1)",
-        "range(len(text) - 2 * n, -1, -1)",
+        "in reversed(ends)",
+        "in [end for end in reversed(ends) if end <= len(text) - n]",
     ),
     wrong("8.1", "the text returned with the guesses", "return text[len(token_ids) :]", "return text"),
     wrong_body(
