@@ -1023,7 +1023,7 @@ class Engine:
             num_new = len(output.token_ids) - metrics.num_output_tokens
             self.totals.num_output_tokens += num_new
             metrics.num_output_tokens += num_new
-            num_accepted = min(num_new, len(sampled) - 1)  # the last one sampled was no guess, but may be cut off
+            num_accepted = min(num_new, max(0, len(sampled) - 1))  # the last was no guess, but may be cut off
             self.totals.num_accepted_tokens += num_accepted
             metrics.num_accepted_tokens += num_accepted
         metrics.num_preemptions = request.num_preemptions
