@@ -137,7 +137,7 @@ def settings_of(cell: Cell, subject: Subject) -> dict:
     """What `InferenceEngine` is told. A tight pool can just serve the longest request."""
     memory, quantization, speculative, pool, tensor, pipeline = cell
     is_paged, (pool, _, preemption) = memory.startswith("paged"), pool.partition(", ")
-    block_size = 8 if is_paged else MAX_MODEL_LEN
+    block_size = 4 if is_paged else MAX_MODEL_LEN
     tight = -(-subject.longest // block_size) if is_paged else 2
     num_blocks = 120 if pool == "ample" else tight
     return dict(
