@@ -555,7 +555,7 @@ ANSWERS = [
         "for request in requests]",
         "for request in requests if request.output_token_ids or request.finish_reason]",
     ),
-    wrong("5.14", "logprobs not handed on", "output.logprobs.get(request.request_id, ())", "()"),
+    wrong("5.14", "logprobs not handed on", "self.report(request, output)", "self.report(request)"),
     wrong("5.14", "nothing returned", "return reports", "return []"),
     wrong("5.14", "not counted", "self.count(plan, time.perf_counter() - start)", "pass"),
     right(
