@@ -90,8 +90,8 @@ def test_the_same_every_time(models, seed):
 def test_a_draft_that_is_the_target(models):
     """Whatever happens to its blocks, all of its guesses are right."""
     counts = tight("itself", greedy_asks(), enable_prefix_caching=False).execute(models).counts
-    assert counts["swaps_in"] > 20 and counts["guesses"] > 80
-    assert counts["accepted"] > 60 and not counts["rejected"]
+    assert counts["swaps_in"] > 20 and counts["guesses"] > 40
+    assert counts["accepted"] > 40 and not counts["rejected"]
 
 
 def test_room_for_guesses_is_no_second_block(models):
