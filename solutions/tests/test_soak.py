@@ -188,7 +188,7 @@ def test_tokens_that_are_not_as_likely_as_they_should_be(models, monkeypatch, mi
         monkeypatch.setattr(speculative, "accept_or_recover", wrong)
     if mistake == "all are kept":
         monkeypatch.setattr(speculative, "accept_or_recover", lambda target, draft, token_id, _: (True, token_id))
-    report = tight("loose", drawn_asks(30), num_blocks=100).execute(models)
+    report = tight("loose", drawn_asks(60), num_blocks=200).execute(models)
     print(f"{mistake}: {len(report.places)} tokens, evenness {evenness(report.places):.2g}")
     assert (evenness(report.places) < command.UNLIKELY) == (mistake != "none")
 
