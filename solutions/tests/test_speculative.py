@@ -322,6 +322,8 @@ def p_value(counts: Counter, expected: dict) -> float:
             rare = [rare[0] + counts[each], rare[1] + probability * num]
     if rare[1] >= 5:
         cells.append(tuple(rare))
+    if len(cells) < 2:
+        return 1.0  # too many outcomes for so few draws: the places, one by one, have to tell
     statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
     half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
