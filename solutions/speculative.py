@@ -277,9 +277,8 @@ class StepTimes:
         believed = mean_seconds * self.ROW_SHARE / (1 + self.ROW_SHARE * mean_rows)
         spread = self.rows_rows - self.rows * mean_rows
         shown = self.rows_seconds - self.seconds * mean_rows
-        slope = max(
-            0.0, (shown + believed) / (spread + 1)
-        )  # as if one step, one row off the mean, had shown `believed`
+        # As if one step, one row off the mean, had shown `believed`.
+        slope = max(0.0, (shown + believed) / (spread + 1))
         return max(mean_seconds + slope * (num_rows - mean_rows), slope)
 
 
