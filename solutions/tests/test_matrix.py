@@ -8,13 +8,12 @@ kernels in float32 holds up to near-ties.
 from __future__ import annotations
 
 import functools
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from common.checkpoints import find_checkpoint
 from common.tokenizer import load_tokenizer
@@ -22,7 +21,7 @@ from solutions import engine, llama_pytorch, parallelism
 from solutions.engine import InferenceEngine
 from solutions.llama_pytorch import Llama, SamplingParams, recompute
 from solutions.quantization import Quantization, load_quantized
-from solutions.tests.soak import Letters, random_model
+from solutions.tests.soak import Letters, Models
 
 AXES = {
     "memory": ("contiguous", "paged", "paged, prefixes cached"),
@@ -93,23 +92,12 @@ TALES = Subject("tales", "tales-draft", TEXTS)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Subject:
+def tiny() -> Iterator[Subject]:
     """A random model; its draft is the same model with noise in its weights, so that some guesses are right."""
-    config = dict(
-        model_type="llama", vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
-    )  # fmt: skip
-    folders, noise = [], torch.Generator().manual_seed(1)
-    for name, share in (("target", 0.0), ("draft", 0.03)):
-        folder = tmp_path_factory.mktemp(name)
-        tensors = {
-            key: tensor + share * torch.randn(tensor.shape, generator=noise, dtype=tensor.dtype)
-            for key, tensor in random_model(2, **config).named_parameters()
-        }
-        save_file({key: tensor.detach() for key, tensor in tensors.items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        folders.append(str(folder))
-    return Subject(*folders, [(ids, params) for ids, (_, params) in zip(IDS, TEXTS)], Letters())
+    models = Models()
+    requests = [(ids, params) for ids, (_, params) in zip(IDS, TEXTS)]
+    yield Subject(models.folder("llama"), models.folder("llama", "close"), requests, Letters())
+    models.temporary.cleanup()
 
 
 def pairwise(cells: list[Cell]) -> list[Cell]:
