@@ -72,7 +72,7 @@ def check() -> int:
 def clean() -> int:
     """Remove what can be made again in seconds. The environment, models and a student's work are not of that kind."""
     roots = [ROOT / "common", ROOT / "solutions", *(lesson.folder for lesson in LESSONS)]
-    caches = [ROOT / ".pytest_cache", ROOT / ".ruff_cache", ROOT / "__pycache__"]
+    caches = [ROOT / name for name in (".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__")]
     for root in roots:
         for name in ("__pycache__", ".pytest_cache", ".ipynb_checkpoints"):
             caches += root.rglob(name)

@@ -18,7 +18,16 @@ import pytest
 from common.course import ROOT
 
 RECORD = ROOT / ".course" / "tested.json"
-IGNORED = {".git", ".venv", ".course", "__pycache__", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints"}
+IGNORED = {
+    ".git",
+    ".venv",
+    ".course",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+    ".ipynb_checkpoints",
+    ".hypothesis",
+}
 
 
 def fingerprint(root: Path = ROOT) -> str:
