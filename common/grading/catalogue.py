@@ -16,6 +16,7 @@ import ast
 import importlib.util
 import textwrap
 from dataclasses import dataclass
+from types import ModuleType
 
 from common.course import CourseError, Lesson, shown
 from common.skeleton import Exercise
@@ -56,14 +57,29 @@ def right(exercise: str, name: str, body: str, top: str = "") -> Answer:
     return Answer(exercise, name, True, body=body, top=top)
 
 
-def load_answers(lesson: Lesson) -> list[Answer]:
-    """The lesson's catalogue; empty if it has none."""
+def load_catalogue(lesson: Lesson) -> ModuleType | None:
+    """The lesson's catalogue, if it has one."""
     if not lesson.answers.exists():
-        return []
+        return None
     spec = importlib.util.spec_from_file_location(f"answers_{lesson.slug}", lesson.answers)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.ANSWERS
+    return module
+
+
+def load_answers(lesson: Lesson) -> list[Answer]:
+    """The lesson's answers; none if it has no catalogue."""
+    return getattr(load_catalogue(lesson), "ANSWERS", [])
+
+
+def equivalent(exercise: str, reason: str, *changes: str) -> dict[tuple[str, str], str]:
+    """Mutants, as `make mutate` names their changes, that do what the reference does, and why."""
+    return {(exercise, change): reason for change in changes}
+
+
+def load_equivalents(lesson: Lesson) -> dict[tuple[str, str], str]:
+    """By (exercise, change), why it changes nothing: the catalogue's `EQUIVALENT`, a list of `equivalent(...)`."""
+    return {key: why for group in getattr(load_catalogue(lesson), "EQUIVALENT", []) for key, why in group.items()}
 
 
 def planted_answers(lesson: Lesson) -> dict[str, Answer]:
