@@ -4,19 +4,19 @@
 
 PYTHON ?= $(if $(filter Windows_NT,$(OS)),python,python3)
 
-VARIABLES := MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD SPEC OUT SOLUTION VERBOSE PDB LEVEL FILE THREADS TORCH MINUTES SEED
+VARIABLES := MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD SPEC OUT SOLUTION VERBOSE PDB LEVEL FILE THREADS TORCH MINUTES SEED JOBS LESSONS FORCE FROM SUBMISSIONS
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 
-TARGETS := help setup run chat test test-all progress skeletons notebooks test-notebooks figures lint check \
-	bench quantize soak lab clean
+TARGETS := help setup run chat test test-all progress update skeletons release notebooks test-notebooks figures lint check \
+	grade mutate bench quantize soak lab clean
 .PHONY: $(TARGETS) always
 .DEFAULT_GOAL := help
 
 $(TARGETS):
 	@$(PYTHON) -m common $@
 
-test-lesson-% reset-lesson-% prove-lesson-% test-% hint-%: always
+test-lesson-% reset-lesson-% prove-lesson-% mutate-lesson-% test-% hint-%: always
 	@$(PYTHON) -m common $@
 
 always:

@@ -34,12 +34,28 @@ COMMANDS = (
     Command("hint", "N.M", "common.grading.cli", "", "LEVEL", "a hint for it; LEVEL=2 and LEVEL=3 say more"),
     Command("progress", "", "common.grading.cli", "", "", "how far you are, lesson by lesson"),
     Command("reset-lesson", "N", "common.grading.cli", "", "", "start lesson N again; what you have is kept beside it"),
+    Command("update", "", "common.update", None, "FROM", "bring in a new version of the course; FROM=a download"),
     Command("test", "", "common.checks", "", "", "test the course itself; your unfinished work does not matter"),
     Command("test-all", "", "common.checks", "dev", "", "also the slow tests, the real model and the notebooks"),
     Command("check", "", "common.checks", "dev", "", "for those who change the course: lint, skeletons, READMEs"),
+    Command(
+        "grade", "", "common.grading.classroom", "", "SUBMISSIONS OUT LESSONS JOBS", "grade what a class has handed in"
+    ),
     Command("prove-lesson", "N", "common.grading.prove", "", "", "try its checks on all known wrong and right answers"),
+    Command(
+        "mutate-lesson", "N", "common.grading.mutate", "", "JOBS", "try its checks on every small change of the answers"
+    ),
+    Command("mutate", "", "common.grading.mutate", "", "JOBS", "the same for every lesson; takes most of an hour"),
     Command("lint", "", "common.checks", "dev", "", "ruff: mistakes and formatting"),
     Command("skeletons", "", "common.skeleton", "", "", "cut the lessons' skeletons from solutions/"),
+    Command(
+        "release",
+        "",
+        "common.release",
+        "",
+        "LESSONS OUT FORCE",
+        "a copy for a class; LESSONS=0-3: their solutions stay here",
+    ),
     Command("notebooks", "", "common.notebooks", "", "", "run every notebook and save its outputs"),
     Command("test-notebooks", "", "common.notebooks", "", "", "run every notebook, compare with the saved outputs"),
     Command("figures", "", "common.plots", "", "", "draw the READMEs' figures"),
@@ -85,7 +101,8 @@ def parse(argv: list[str]) -> tuple[Command, list[str]]:
     if name in ("-h", "--help"):
         name = "help"
     command = BY_NAME.get(name)
-    number = re.fullmatch(r"(test-lesson|test-exercise|test|hint|reset-lesson|prove-lesson)-(\d+(?:\.\d+)?)", name)
+    numbered = "|".join([*(each.name for each in COMMANDS if each.argument), *SHORT.values()])
+    number = re.fullmatch(rf"({numbered})-(\d+(?:\.\d+)?)", name)
     if command is None and number:
         name = {"test": "test-exercise"}.get(number[1], number[1])
         command, rest = BY_NAME[name], [number[2], *rest]
@@ -132,11 +149,16 @@ def dispatch(argv: list[str]) -> int:
         except setup.SetupError as error:
             print(error, file=sys.stderr)
             return 2
+    from common.course import CourseError
+
     # One module may serve several commands; it then wants to know which.
     shared = sum(command.module == other.module for other in COMMANDS) > 1
     try:
         module = importlib.import_module(command.module)
         return module.main([command.name, *rest] if shared else rest)
+    except CourseError as error:  # a lesson that is withheld and not finished was imported
+        print(error, file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         if os.environ.get("COURSE_PYTHON") != "here":
             raise

@@ -3,7 +3,8 @@
 By default `solutions.llm_basics` is the reference, solutions/llm_basics.py. With `MINE=0-2` it is the student's
 lesson-1-llm-basics/llm_basics.py. The choice travels in the environment, so that every process started from here
 agrees: spawned workers, torchrun, a notebook's kernel. `reference.llm_basics` is always the reference, for a check
-that needs an oracle which is not the student's.
+that needs an oracle which is not the student's. In a copy of the course that `make release` has made, some solutions
+are withheld: the student's file then stands for them, whatever MINE says.
 
 Imports nothing but the standard library.
 """
@@ -11,6 +12,7 @@ Imports nothing but the standard library.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -22,10 +24,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MODULES_VARIABLE = "COURSE_MODULES"
 """The environment variable with `slug=file` pairs, separated like the entries of PATH."""
+WITHHELD = "# Withheld in this copy of the course: yours to write, in the lesson's own folder, not here.\n"
+"""The first line of a solution that `make release` has emptied."""
 
 
 class CourseError(Exception):
     """Something that the person at the keyboard can mend; its text says what is wrong, where, and what to do."""
+
+
+class UnfinishedModule(CourseError, ImportError):
+    """A module of the student's was imported in which exercises are still to do."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,11 @@ class Lesson:
     @property
     def solution(self) -> Path:
         return ROOT / "solutions" / f"{self.slug}.py"
+
+    @property
+    def is_withheld(self) -> bool:
+        """Whether this copy of the course came without the solution: see common/release.py."""
+        return first_line(self.solution) == WITHHELD
 
     @property
     def checks(self) -> Path:
@@ -122,14 +135,26 @@ def shown(path: Path | str) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def parse_mine(mine: str) -> list[Lesson]:
+@functools.cache
+def first_line(file: Path) -> str:
+    """The first line of a file, as it was when it was first asked for; empty if there is no file."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return lines.readline()
+    except FileNotFoundError:
+        return ""
+
+
+def parse_mine(mine: str, variable: str = "MINE") -> list[Lesson]:
     """Read `MINE`: numbers and ranges, such as `2`, `0-2` or `0,2-3`. Empty means none."""
     chosen: dict[int, Lesson] = {}
     for part in filter(None, (part.strip() for part in mine.split(","))):
         first, dash, last = part.partition("-")
         last = last if dash else first
         if not (first.isdigit() and last.isdigit()) or int(first) > int(last):
-            raise CourseError(f"MINE={mine}: {part!r} is neither a lesson's number nor a range of them, such as 0-2.")
+            raise CourseError(
+                f"{variable}={mine}: {part!r} is neither a lesson's number nor a range of them, such as 0-2."
+            )
         for number in range(int(first), int(last) + 1):
             chosen[number] = lesson(number)
     return [chosen[number] for number in sorted(chosen)]
@@ -149,18 +174,23 @@ def unfinished(source: str) -> list[str]:
     ]
 
 
-def check_finished(file: Path) -> None:
-    """Refuse a module that cannot stand under others: absent, unreadable to Python, or with exercises to do."""
+def to_do(file: Path) -> list[str]:
+    """The ids of the exercises that are still to do in a file. Raises CourseError if there is none to be read."""
     if not file.is_file():
         raise CourseError(f"{shown(file)} does not exist.")
     try:
-        todo = unfinished(file.read_text(encoding="utf-8"))
+        return unfinished(file.read_text(encoding="utf-8"))
     except SyntaxError as error:
         raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.") from None
-    if todo:
+
+
+def check_finished(file: Path) -> None:
+    """Refuse a module that cannot stand under others: absent, unreadable to Python, or with exercises to do."""
+    if ids := to_do(file):
+        is_withheld = any(file == each.module and each.is_withheld for each in MODULES)
         raise CourseError(
-            f"{shown(file)} cannot be used yet: {', '.join(todo)} still to do. Finish them, or leave the lesson out "
-            "of MINE."
+            f"{shown(file)} cannot be used yet: {', '.join(ids)} still to do. Finish them"
+            + (": the solutions are withheld here." if is_withheld else ", or leave the lesson out of MINE.")
         )
 
 
@@ -176,9 +206,10 @@ def activate(mine: str | None) -> None:
 
 
 def substitutes() -> dict[str, Path]:
-    """Which slugs stand for a file other than the reference, as the environment says."""
+    """Which slugs stand for a file other than the reference: what is withheld, and as the environment says."""
+    withheld = {each.slug: each.module for each in MODULES if each.is_withheld}
     pairs = (pair.partition("=") for pair in os.environ.get(MODULES_VARIABLE, "").split(os.pathsep) if pair)
-    return {slug: Path(file) for slug, _, file in pairs}
+    return withheld | {slug: Path(file) for slug, _, file in pairs}
 
 
 def files_used(lessons: tuple[Lesson, ...] = LESSONS) -> str:
@@ -199,7 +230,7 @@ class ModuleFinder(importlib.abc.MetaPathFinder):
             try:
                 check_finished(file)
             except CourseError as error:
-                raise ImportError(str(error)) from None
+                raise UnfinishedModule(str(error)) from None
             return importlib.util.spec_from_file_location(fullname, file)
         if fullname == "reference":
             spec = importlib.machinery.ModuleSpec("reference", None, is_package=True)

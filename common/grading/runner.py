@@ -9,19 +9,24 @@ This process imports no torch: it answers at once, and nothing that a student's 
 from __future__ import annotations
 
 import ast
+import hmac
 import json
 import multiprocessing
 import os
 import re
+import secrets
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from common import release
 from common.course import CourseError, Lesson, shown, unfinished
 from common.skeleton import TOGETHER, exercises_of, walk_functions
 
+MAX_EVENT = 1 << 20
+"""Bytes of the longest event that is listened to."""
 START_SECONDS = 120.0
 """How long a worker may take to import torch and collect the checks."""
 
@@ -32,13 +37,15 @@ class Result:
 
     id: str
     name: str
-    status: str = "to do"  # "passed", "wrong", "to do", "waiting" (the together check, until all have passed)
+    status: str = "to do"  # "passed", "wrong", "to do", "waiting" (for others: the together check for all of them)
     points: int = 0
     sentence: str = ""
     mistake: str | None = None
     traceback: str = ""
     line: int = 0
     certain: bool = True  # False where the machine's speed decided: such a result is not kept
+    through: list[str] = field(default_factory=list)  # the exercises that a wrong one may be wrong because of
+    notes: list[str] = field(default_factory=list)  # what an instructor should look at
 
     def __str__(self) -> str:
         return self.name if self.id == TOGETHER else f"{self.id} {self.name}"
@@ -50,11 +57,13 @@ def grade(
     only: list[str] | None = None,
     on_result: Callable[[Result], None] = lambda result: None,
     show_prints: bool = False,
+    start: Callable[..., Worker] | None = None,
 ) -> list[Result]:
     """Grade a file against its lesson's checks. Returns one result for each exercise, and the together check last.
 
-    only: just these exercises. on_result is called with each as soon as it is known, in order. Raises CourseError
-    where the file cannot be read, or the checks themselves are broken.
+    only: just these exercises. on_result is called with each as soon as it is known, in order. start: makes the
+    worker, a `Worker` by default. Raises CourseError where the file cannot be read, or the checks themselves are
+    broken.
     """
     source = read_source(file)
     lines = todo_lines(source)
@@ -64,20 +73,28 @@ def grade(
         if only is None or each.id in only
     }
     todo = set(unfinished(source))
+    if below := release.still_to_do_below(lesson):
+        if not lesson.part:
+            raise release.Waits(lesson, below)
+        for result in results.values():  # the second half of a lesson whose first half can be worked on
+            result.status, result.sentence = "waiting", f"waits for {release.listed(below)}"
+            on_result(result)
+        return list(results.values())
     if only is None:
         results[TOGETHER] = Result(TOGETHER, "together", status="waiting")
     waiting = [each for each in results if each != TOGETHER and each not in todo]
-    session = Session(lesson, file, show_prints)
+    session = Session(lesson, file, show_prints, start or Worker)
     shown_so_far: list[str] = []
 
-    def show_known(until: str | None = None) -> None:
-        """Report, in order, what is decided by now."""
-        for each in results:
-            if each == until:
+    def show_known() -> None:
+        """Report, in order, what is decided by now; a wrong one after those that it may be wrong because of."""
+        for each, result in results.items():
+            if {each, *result.through}.intersection(waiting):
                 return
             if each not in shown_so_far:
                 shown_so_far.append(each)
-                on_result(results[each])
+                result.sentence += pointer(lesson, result, results)
+                on_result(result)
 
     if only is None and not todo:
         waiting.append(TOGETHER)
@@ -85,7 +102,7 @@ def grade(
         while True:
             for each in session.run(waiting, results):
                 waiting.remove(each)
-                show_known(until=waiting[0] if waiting else None)
+                show_known()
             if without := [each for each in waiting if each != TOGETHER and each not in session.checks]:
                 raise CourseError(f"{shown(lesson.checks)} has no checks for {', '.join(without)}.")
             if TOGETHER in waiting:  # a worker was lost, so not all exercises have passed
@@ -101,38 +118,42 @@ def grade(
 class Session:
     """The worker of the moment, and what it said about the checks."""
 
-    def __init__(self, lesson: Lesson, file: Path, show_prints: bool):
+    def __init__(self, lesson: Lesson, file: Path, show_prints: bool, start: Callable[..., Worker]):
         self.lesson = lesson
         self.file = file
         self.show_prints = show_prints
-        self.process: multiprocessing.process.BaseProcess | None = None
+        self.start = start
+        self.worker: Worker | None = None
         self.checks: dict[str, tuple[int, float, int]] = {}
 
     def run(self, ids: list[str], results: dict[str, Result]):
         """Run these exercises in one worker, as far as it gets; yield each id when its result is known."""
-        connection = self.start(ids)
+        key = secrets.token_bytes(16)
+        self.worker = self.start(self.lesson, self.file, ids, self.show_prints, key)
+        connection = self.worker.connection
         current, count, deadline = None, 0, time.monotonic() + START_SECONDS
         while True:
             if not connection.poll(max(0.0, deadline - time.monotonic())):
                 self.close()
                 if current is None:
                     raise CourseError(f"The grader's worker did not start within {START_SECONDS:g} s.")
-                fail(results[current], f"took longer than {self.checks[current][1]:g} s: an endless loop?")
+                seconds = self.worker.patience * self.checks[current][1]
+                fail(results[current], f"took longer than {seconds:g} s: an endless loop?")
                 results[current].certain = False
                 yield current
                 return
             try:
-                kind, *event = json.loads(connection.recv_bytes())
+                kind, *event = opened(connection.recv_bytes(MAX_EVENT), key)
             except (EOFError, OSError):
-                self.process.join(timeout=5)  # a student's code may have closed the connection and gone on
-                self.close()
-                code = self.process.exitcode
+                how = self.worker.how_it_ended()
                 if current is None:
-                    raise CourseError(f"The grader's worker died (exit code {code}); is torch installed?") from None
-                how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+                    raise CourseError(f"The grader's worker ended {how}; is torch installed?") from None
                 fail(results[current], f"ended the Python process {how} in the middle of a check.")
                 yield current
                 return
+            except ValueError:
+                self.close()
+                raise CourseError(f"{shown(self.file)} wrote into the grader's own connection.") from None
             if kind == "broken":
                 self.close()
                 raise CourseError(f"A check of the course is broken, please report it:\n{event[0]}")
@@ -145,7 +166,9 @@ class Session:
                     result.points = self.checks[id][0]
             elif kind == "start":
                 current, count = event[0], 0
-                deadline = time.monotonic() + self.checks[current][1]
+                deadline = time.monotonic() + self.worker.patience * self.checks[current][1]
+            elif kind == "note":
+                results[current].notes.append(event[0])
             elif kind == "check":
                 count += 1
                 if event[0] is not None:
@@ -155,7 +178,7 @@ class Session:
                     results[current].status = "waiting"
                 elif count != self.checks[current][2]:
                     fail(results[current], f"only {count} of {self.checks[current][2]} checks were run.")
-                elif results[current].status != "wrong":
+                elif results[current].status != "wrong" and not results[current].sentence:
                     results[current].status = "passed"
                 finished, current, deadline = current, None, time.monotonic() + START_SECONDS
                 yield finished
@@ -163,19 +186,35 @@ class Session:
                 self.close()  # not join: a thread that a student's code has left behind would keep the process
                 return
 
-    def start(self, ids: list[str]):
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+
+
+class Worker:
+    """The process that holds torch and runs the checks, and the connection to it."""
+
+    patience = 1.0
+    """By how much the checks' limits of time are stretched."""
+
+    def __init__(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes):
         context = multiprocessing.get_context("spawn")
-        connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=launch, args=(theirs, self.lesson, self.file, ids, self.show_prints), daemon=True
-        )
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, lesson, file, ids, show_prints, key)
+        self.process = context.Process(target=launch, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        return connection
+
+    def how_it_ended(self) -> str:
+        """In words, when it has hung up. A student's code may have closed the connection and gone on."""
+        self.process.join(timeout=5)
+        self.close()
+        code = self.process.exitcode
+        return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 
     def close(self) -> None:
-        """End the worker and whatever it started."""
-        if self.process is None or self.process.exitcode is not None:
+        """End the process and whatever it started."""
+        if self.process.exitcode is not None:
             return
         if hasattr(os, "killpg"):
             try:
@@ -186,6 +225,20 @@ class Session:
         self.process.join()
 
 
+def sealed(event: tuple, key: bytes) -> bytes:
+    """An event as it travels. The seal keeps out what a student's code writes into a file that it found open."""
+    body = json.dumps(event).encode()
+    return hmac.digest(key, body, "sha256") + body
+
+
+def opened(message: bytes, key: bytes) -> list:
+    """The event in a message. Raises ValueError if it is not the worker's."""
+    seal, body = message[:32], message[32:]
+    if not hmac.compare_digest(seal, hmac.digest(key, body, "sha256")):
+        raise ValueError("not sealed by the worker")
+    return json.loads(body)
+
+
 def launch(*arguments) -> None:
     """In the new process: only there is torch imported."""
     from common.grading.worker import work
@@ -193,10 +246,50 @@ def launch(*arguments) -> None:
     work(*arguments)
 
 
-def fail(result: Result, sentence: str, mistake: str | None = None, traceback: str = "") -> None:
-    """Note a failure. Of several the first is told that a known mistake explains, or else the first."""
-    if result.status != "wrong" or (mistake and not result.mistake):
+def fail(
+    result: Result,
+    sentence: str,
+    mistake: str | None = None,
+    traceback: str = "",
+    waits_for: str | None = None,
+    through: Sequence[str] = (),
+) -> None:
+    """Note a failure. Of several the first is told that a known mistake explains, or else the first; where one check
+    came to an exercise that is to do and another one failed for itself, the latter.
+    """
+    if waits_for and result.status != "wrong":
+        result.status, result.sentence = "waiting", f"waits for {waits_for}"
+    elif not waits_for and (result.status != "wrong" or (mistake and not result.mistake)):
         result.status, result.sentence, result.mistake, result.traceback = "wrong", sentence, mistake, traceback
+        result.through = list(through)
+
+
+def look_first(result: Result, results: dict[str, Result]) -> list[str]:
+    """Of the exercises that ran in a wrong one's checks those that are wrong themselves, and not in turn because of
+    another of them. One in whose checks it ran itself does not count: each would point to the other.
+    """
+    ran = [results[id] for id in result.through if id in results]
+    wrong = [each.id for each in ran if each.status == "wrong" and result.id not in each.through]
+    return [id for id in wrong if not set(wrong).intersection(results[id].through)] or wrong
+
+
+def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
+    """What to add to a wrong one's sentence where the whole file is the student's."""
+    if first := look_first(result, results):
+        verb = "is" if len(first) == 1 else "are"
+        return f"\nThis ran in your whole file, and {release.listed(first)} {verb} wrong too: look there first."
+    if unknown := [id for id in result.through if id not in results]:
+        ran = release.listed(unknown)
+        return f"\nThis ran in your whole file, {ran} included: make test-lesson-{lesson.number} says which are right."
+    return ""
+
+
+def next_step(results: list[Result]) -> Result | None:
+    """What to do next: the first that has not passed, but rather one that waits for no other; None if all have."""
+    left = [each for each in results if each.status != "passed"]
+    by_id = {each.id: each for each in results}
+    ready = [each for each in left if each.status != "waiting" and not look_first(each, by_id)]
+    return next(iter([*ready, *left]), None)
 
 
 def read_source(file: Path) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import re
+import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from common.course import CourseError, Lesson, shown, unfinished
 from common.grading import isolate
 from common.grading.catalogue import Answer, apply, load_answers
 from common.grading.compare import CheckFailed, same
-from common.skeleton import TOGETHER, exercises_of
+from common.skeleton import TOGETHER, exercises_of, walk_functions
 
 Check = Callable[[ModuleType], None]
 """A check with everything but the module under test filled in."""
@@ -31,6 +34,8 @@ class Failure:
     what: str = ""
     actual: Any = None
     mistake: str | None = None  # the name of the known mistake that gives the same value
+    waits_for: str | None = None  # the exercise, still to do, that the check came to
+    through: tuple[str, ...] = ()  # the other exercises that ran in the check, where all are the student's
 
 
 class Subject:
@@ -45,13 +50,18 @@ class Subject:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  a subject lives as long as its grading
     def module(self, exercise_id: str) -> ModuleType:
-        """The reference with this exercise's function by the student."""
+        """The reference with this exercise's function by the student; where it is withheld, all is the student's."""
+        function = self.exercises[exercise_id].function
+        if self.lesson.is_withheld:
+            if function not in self.functions():
+                raise CourseError(f"{shown(self.file)} has no function `{function}` any more: was it renamed?")
+            return self.untouched()
         return isolate.composite(
             f"graded_{self.lesson.slug}",
             self.lesson.solution,
             self.source,
             self.file,
-            self.exercises[exercise_id].function,
+            function,
         )
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
@@ -59,15 +69,27 @@ class Subject:
         """The student's own module, whole."""
         return isolate.whole(f"graded_{self.lesson.slug}_whole", self.source, self.file)
 
+    def functions(self) -> dict[str, int]:
+        """The qualified name of each function in the student's file, and the line on which it begins."""
+        return {
+            name: min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            for name, node in walk_functions(ast.parse(self.source))
+        }
+
     def judge(self, exercise_id: str, check: Check) -> Failure | None:
         """Run one check of an exercise. It passes in the isolated module or, failing that, in the untouched one:
-        a student may have changed a private representation throughout.
+        a student may have changed a private representation throughout. Where the solution is withheld, there is only
+        the untouched one.
         """
         if exercise_id == TOGETHER:
             return self.attempt(check, self.untouched)
         function = self.exercises[exercise_id].function
         failure = self.attempt(check, lambda: self.module(exercise_id), function)
-        if failure is None or self.attempt(check, self.untouched) is None:
+        if failure is None:
+            return None
+        if self.lesson.is_withheld:
+            return self.in_company(exercise_id, check, failure)
+        if self.attempt(check, self.untouched) is None:
             return None
         return self.with_mistake(exercise_id, check, failure)
 
@@ -86,6 +108,26 @@ class Subject:
             return Failure(self.describe(error, function), trace(error))
         return None
 
+    def in_company(self, exercise_id: str, check: Check, failure: Failure) -> Failure:
+        """A failure among exercises that are all the student's: which other one it came to, or may be due to."""
+        unfinished_one = re.search(r"\bTODO (\d+\.\d+)", failure.sentence)
+        if unfinished_one and unfinished_one[1] in self.todo:
+            return replace(failure, waits_for=unfinished_one[1])
+        begun: set[int] = set()
+
+        def note(frame: FrameType, event: str, argument: Any) -> None:
+            if event == "call" and frame.f_code.co_filename == str(self.file):
+                begun.add(frame.f_code.co_firstlineno)
+
+        sys.setprofile(note)
+        try:
+            self.attempt(check, self.untouched)
+        finally:
+            sys.setprofile(None)
+        lines = self.functions()
+        through = [each.id for each in self.exercises.values() if lines.get(each.function) in begun]
+        return replace(failure, through=tuple(id for id in through if id != exercise_id))
+
     def with_mistake(self, exercise_id: str, check: Check, failure: Failure) -> Failure:
         """Name the mistake if exactly one known wrong answer gives the very value that the student's gave."""
         if failure.actual is None:
@@ -95,7 +137,7 @@ class Subject:
             for name, known in known_mistakes(self.lesson, exercise_id, check)
             if known.what == failure.what and same(known.actual, failure.actual)
         ]
-        return Failure(**{**vars(failure), "mistake": names[0]}) if len(names) == 1 else failure
+        return replace(failure, mistake=names[0]) if len(names) == 1 else failure
 
     def describe(self, error: BaseException, function: str = "") -> str:
         """One sentence for an exception: what, the student's line if one is to blame, and what the check asked."""

@@ -1,13 +1,13 @@
 """The process that holds torch and runs the checks. What it finds goes through a connection, one event at a time.
 
 Events are JSON lists: ["collected", {id: [points, seconds, number of checks]}], ["start", id], ["check", failure or
-null], ["end", id], ["broken", text], ["finished"]. Not pickle: the student's code runs in this process, and the runner
-must be able to read what comes from it. A worker that hangs or dies there is the runner's business.
+null], ["note", sentence], ["end", id], ["broken", text], ["finished"]. Not pickle: the student's code runs in this
+process, and the runner must be able to read what comes from it. A worker that hangs or dies there is the runner's
+business.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,6 +17,7 @@ import pytest
 
 from common.course import Lesson
 from common.grading.plugin import Grader
+from common.grading.runner import sealed
 from common.grading.subject import Failure, Subject
 from common.skeleton import TOGETHER
 
@@ -66,7 +67,7 @@ class ReportingGrader(Grader):
             pytest.skip("waits for the exercises")
         failure = super().judge(subject, exercise_id, check)
         self.failed |= failure is not None
-        told = ("sentence", "mistake", "traceback")
+        told = ("sentence", "mistake", "traceback", "waits_for", "through")
         self.send("check", failure and {name: getattr(failure, name) for name in told})
         return failure
 
@@ -85,7 +86,15 @@ class ReportingGrader(Grader):
         return marker.kwargs["id"] if marker else None
 
 
-def work(connection: Connection, lesson: Lesson, file: Path, ids: list[str], show_prints: bool) -> None:
+def work(
+    connection: Connection,
+    lesson: Lesson,
+    file: Path,
+    ids: list[str],
+    show_prints: bool,
+    key: bytes,
+    make_grader: Callable[..., ReportingGrader] = ReportingGrader,
+) -> None:
     """The worker's life: collect the lesson's checks, run those of `ids` in that order, report, end."""
     if hasattr(os, "setsid"):
         os.setsid()  # whatever the student's code starts dies with this process's group
@@ -100,8 +109,8 @@ def work(connection: Connection, lesson: Lesson, file: Path, ids: list[str], sho
         options.append("--capture=no")
 
     def send(*event) -> None:
-        connection.send_bytes(json.dumps(event).encode())
+        connection.send_bytes(sealed(event, key))
 
-    pytest.main(options, plugins=[ReportingGrader(subject, ids, send)])
+    pytest.main(options, plugins=[make_grader(subject, ids, send)])
     send("finished")
     connection.close()

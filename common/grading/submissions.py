@@ -1,0 +1,185 @@
+"""Finds what each student has handed in, and takes nothing from it but the lessons' modules.
+
+A submission is a folder (a clone of a repository, say), a .zip or a .tar (.gz, .bz2, .xz); its name is the student's.
+Nothing is unpacked: each module is read out of the archive by itself, up to a limit, and whatever else lies there is
+not looked at. What could not be taken is told, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from common.course import MODULES, CourseError, Lesson, shown
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+MAX_MODULE = 1 << 20
+"""Bytes of the longest module that is read; the longest solution has a twentieth of that."""
+MAX_ENTRIES = 100_000
+MAX_UNPACKED = 2 << 30
+"""Bytes of a .tar up to which it is looked through; unlike a .zip it has no list of what is in it."""
+NOT_HANDED_IN = {
+    "solutions",
+    ".course",
+    ".git",
+    ".venv",
+    "venv",
+    "node_modules",
+    "__pycache__",
+    "__MACOSX",
+    "site-packages",
+}
+"""Folders in which a file with a module's name is something else."""
+
+
+@dataclass
+class Submission:
+    """What one student has handed in: the text of each module, by its slug."""
+
+    student: str
+    place: Path
+    modules: dict[str, bytes] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what was not taken, and why
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file in a submission: where, and how to read at most so many bytes of it."""
+
+    path: PurePosixPath
+    read: Callable[[int], bytes]
+
+
+def find_submissions(folder: Path) -> tuple[list[Submission], list[str]]:
+    """All submissions in a folder, in the order of their names, and what lies there that is none.
+
+    Raises CourseError if there is no such folder, or no submission in it.
+    """
+    if not folder.is_dir():
+        raise CourseError(
+            f"SUBMISSIONS={shown(folder)} is no folder; it holds one folder, .zip or .tar for each student."
+        )
+    found: dict[str, Submission] = {}
+    ignored = []
+    for place in sorted(folder.iterdir()):
+        if place.name.startswith((".", "__MACOSX")):
+            continue
+        student = student_name(place)
+        if student is None:
+            ignored.append(f"{place.name}: neither a folder nor a .zip nor a .tar")
+        elif student in found:
+            ignored.append(f"{place.name}: {found[student].place.name} is the submission of {student} already")
+        else:
+            found[student] = read_submission(student, place)
+    if not found:
+        raise CourseError(f"There is no submission in {shown(folder)}: no folder, .zip or .tar.")
+    return list(found.values()), ignored
+
+
+def student_name(place: Path) -> str | None:
+    """The name under which a submission is graded; it becomes a folder's name. None if it is no submission."""
+    suffix = next((each for each in ARCHIVES if place.name.lower().endswith(each)), "")
+    if place.is_symlink() or not (place.is_dir() or (suffix and place.is_file())):
+        return None
+    name = place.name if place.is_dir() else place.name[: -len(suffix)]
+    return re.sub(r"[^\w.@+ -]", "_", name).strip(". ") or "_"
+
+
+def read_submission(student: str, place: Path) -> Submission:
+    """Read the modules out of a folder or an archive. Never raises for what is in it."""
+    submission = Submission(student, place)
+    read = entries_of_folder if place.is_dir() else entries_of_zip if zipfile.is_zipfile(place) else entries_of_tar
+    candidates: dict[str, list[Entry]] = {}
+    try:
+        for count, entry in enumerate(read(place, submission.notes)):
+            if count == MAX_ENTRIES:
+                submission.notes.append(f"more than {MAX_ENTRIES:,} files: the rest was not looked at")
+                break
+            for lesson in MODULES:
+                if entry.path.name == lesson.module.name and not NOT_HANDED_IN & set(entry.path.parts[:-1]):
+                    candidates.setdefault(lesson.slug, []).append(entry)
+        for lesson in MODULES:
+            if of_lesson := candidates.get(lesson.slug):
+                take(submission, lesson, of_lesson)
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+    ) as error:
+        submission.notes.append(f"cannot be read any further: {type(error).__name__}: {error}")
+    return submission
+
+
+def take(submission: Submission, lesson: Lesson, candidates: list[Entry]) -> None:
+    """Of several files with a module's name: the one in the lesson's folder, or the one that lies least deep."""
+    candidates.sort(key=lambda entry: (entry.path.parent.name != lesson.folder.name, len(entry.path.parts), entry.path))
+    entry = candidates[0]
+    if len(candidates) > 1:
+        submission.notes.append(f"{lesson.module.name} is there {len(candidates)} times; graded is {entry.path}")
+    content = entry.read(MAX_MODULE + 1)
+    if len(content) > MAX_MODULE:
+        submission.notes.append(f"{entry.path} is longer than {MAX_MODULE >> 20} MiB and was not taken")
+    else:
+        submission.modules[lesson.slug] = content
+
+
+def inside(name: str) -> PurePosixPath | None:
+    """The place of an entry in its archive, or None if it leads out of it."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return None if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) else path
+
+
+def entries_of_folder(folder: Path, notes: list[str]) -> Iterator[Entry]:
+    """The files of a folder. Links are not followed: they may lead to anything on the grader's machine."""
+    names = {lesson.module.name for lesson in MODULES}
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(set(folders) - NOT_HANDED_IN)
+        for name in sorted(files):
+            file = Path(path, name)
+            place = PurePosixPath(file.relative_to(folder).as_posix())
+            if stat.S_ISREG(file.lstat().st_mode):
+                yield Entry(place, lambda limit, file=file: read_start(file.open("rb"), limit))
+            elif name in names:
+                notes.append(f"{place} is a link or no plain file, and was not taken")
+
+
+def entries_of_zip(place: Path, notes: list[str]) -> Iterator[Entry]:
+    archive = zipfile.ZipFile(place)
+    for info in archive.infolist():
+        path = inside(info.filename)
+        if path is None:
+            notes.append(f"{info.filename} leads out of the archive and was not taken")
+        elif stat.S_ISLNK(info.external_attr >> 16):
+            notes.append(f"{path} is a link and was not taken")
+        elif not info.is_dir():
+            yield Entry(path, lambda limit, info=info: read_start(archive.open(info), limit))
+
+
+def entries_of_tar(place: Path, notes: list[str]) -> Iterator[Entry]:
+    archive = tarfile.open(place)
+    for member in archive:
+        if member.offset_data + member.size > MAX_UNPACKED:
+            notes.append(f"unpacks to more than {MAX_UNPACKED >> 30} GiB: the rest was not looked at")
+            return
+        path = inside(member.name)
+        if path is None:
+            notes.append(f"{member.name} leads out of the archive and was not taken")
+        elif member.isfile():
+            yield Entry(path, lambda limit, member=member: read_start(archive.extractfile(member), limit))
+        elif not member.isdir():
+            notes.append(f"{path} is a link or no plain file, and was not taken")
+
+
+def read_start(file, limit: int) -> bytes:
+    with file:
+        return file.read(limit)
