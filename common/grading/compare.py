@@ -107,9 +107,21 @@ def check_type(actual: Any, expected: Any, what: str) -> None:
     }
     for kind, name in kinds.items():
         if isinstance(expected, kind):
-            if isinstance(actual, kind):
+            if isinstance(actual, kind) and is_plain(actual):
                 return
             raise CheckFailed(f"{what} is {described(actual)}, expected {name}.", what, actual)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value compares as its kind does: a class of the answer's own could call itself equal to anything."""
+    if isinstance(value, Tensor):
+        return type(value) in (Tensor, torch.nn.Parameter)
+    for kind in (int, float, str, list, tuple, dict, set):
+        if isinstance(value, kind):
+            own = type(value).__eq__ is not kind.__eq__ or type(value).__ne__ is not kind.__ne__
+            parts = [*value, *value.values()] if kind is dict else value if kind in (list, tuple, set) else ()
+            return not own and all(map(is_plain, parts))
+    return True
 
 
 def same(one: Any, other: Any) -> bool:

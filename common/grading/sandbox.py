@@ -44,7 +44,7 @@ POLL_SECONDS = 0.1
 class Limits:
     """What one worker and all that it starts may use together; where the system counts by process, each of them."""
 
-    memory: int = 6 << 30  # bytes
+    memory: int = 3 << 30  # bytes
     processes: int = 48
     disk: int = 128 << 20  # bytes, of the scratch disk and of any file
     seconds: float = 600.0  # of the clock, for all of a module's exercises
@@ -150,7 +150,7 @@ class SandboxedWorker:
                 return
             if len(family) > self.limits.processes:
                 return self.kill(f"started more than {self.limits.processes} processes")
-            if sum(map(resident, family)) > self.limits.memory:
+            if sum(map(resident, family)) > self.limits.memory < sum(map(proportional, family)):
                 return self.kill(f"took more than {self.limits.memory >> 30} GiB of memory")
             if folder_size(self.scratch.name) > self.limits.disk:
                 return self.kill(f"wrote more than {self.limits.disk >> 20} MiB to disk")
@@ -206,10 +206,20 @@ def others() -> int:
 
 
 def resident(process: psutil.Process) -> int:
+    """Bytes of memory, quickly read: pages that several processes share count for each of them."""
     try:
         return process.memory_info().rss
     except psutil.Error:
         return 0
+
+
+def proportional(process: psutil.Process) -> int:
+    """Like `resident`, with each page that several processes share divided among them, where the system tells."""
+    try:
+        memory = process.memory_full_info()
+    except psutil.Error:
+        return 0
+    return getattr(memory, "pss", memory.uss)
 
 
 def folder_size(folder: str) -> int:

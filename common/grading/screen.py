@@ -18,6 +18,7 @@ HARMLESS = {
 }
 """What an answer may import without being looked at; and whatever the skeleton imports."""
 CALLS = {"__import__", "breakpoint", "compile", "eval", "exec", "exit", "globals", "input", "open", "quit", "vars"}
+METHODS = {"__bool__", "__class__", "__eq__", "__getattribute__", "__ne__", "__torch_dispatch__", "__torch_function__"}
 ATTRIBUTES = {
     *("__builtins__", "__bases__", "__closure__", "__code__", "__globals__", "__mro__", "__subclasses__"),
     *("_getframe", "cr_frame", "f_back", "f_builtins", "f_globals", "f_locals", "gi_frame", "tb_frame", "tb_next"),
@@ -52,6 +53,8 @@ def suspicions(lesson: Lesson, tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, "calls getattr with a name that is computed"
             if name in ("setattr", "delattr") and getattr(node.args[0] if node.args else None, "id", None) in imported:
                 yield node.lineno, f"changes {node.args[0].id}, which is not the submission's own"
+        elif isinstance(node, ast.FunctionDef) and node.name in METHODS:
+            yield node.lineno, f"defines {node.name}"
         elif isinstance(node, ast.Attribute):
             if node.attr in ATTRIBUTES:
                 yield node.lineno, f"uses .{node.attr}"
