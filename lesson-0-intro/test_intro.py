@@ -63,7 +63,8 @@ def distribution(code, logits, temperature):
     try:
         return numbers(code.next_token_distribution(logits, temperature))
     except OverflowError:
-        holds(False, f"{what}: an exp overflows. Which constant can be taken from all logits?", actual="overflow")
+        question = "Which constant can be taken from all logits, before they are divided by the temperature?"
+        holds(False, f"{what}: an exp overflows. {question}", actual="overflow")
     except ZeroDivisionError:
         holds(False, f"{what} divides by zero.", actual="division by zero")
 
@@ -152,11 +153,12 @@ class Toy:
     def __call__(self, token_ids):
         so_far = tuple(token_ids)
         self.asked.append(so_far)
-        if so_far not in SHARES:
-            raise AssertionError(
-                f"next_token_logits was asked about {list(so_far)}: that is not the prompt, followed by what stands "
-                "before the token"
-            )
+        holds(
+            so_far in SHARES,
+            f"next_token_logits was asked about {list(so_far)}: that is not the prompt, followed by what stands before "
+            "the token.",
+            actual=so_far,
+        )
         return [math.log(share) + 1.5 for share in SHARES[so_far]]
 
 

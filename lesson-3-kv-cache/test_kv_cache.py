@@ -146,12 +146,12 @@ class TestFoldGroups:
 class TestAppend:
     def test_first_tokens(self, code):
         cache = empty_cache(code)
-        k, v = noise(2, 2, 3, seed=1), noise(2, 2, 3, seed=2)
+        k, v = noise(4, 2, 3, seed=1), noise(4, 2, 3, seed=2)
         got = cache.append(0, k, v)
         holds(got is not None, "append returned None: it returns keys and values.")
-        close(got[0], k.transpose(0, 1), "the keys that append returns for the first 2 tokens")
-        close(got[1], v.transpose(0, 1), "the values that append returns for the first 2 tokens")
-        equal(list(cache.lengths), [2, 0], "lengths, after 2 tokens in layer 0")
+        close(got[0], k.transpose(0, 1), "the keys that append returns for the first 4 tokens")
+        close(got[1], v.transpose(0, 1), "the values that append returns for the first 4 tokens")
+        equal(list(cache.lengths), [4, 0], "lengths, after 4 tokens in layer 0")
 
     def test_behind_the_others(self, code):
         cache = empty_cache(code, capacity=6)
@@ -164,12 +164,14 @@ class TestAppend:
         close(values, v.transpose(0, 1), "the values after 1, 3 and 1 tokens")
 
     def test_layers_do_not_mix(self, code):
-        cache = empty_cache(code)
-        one, two = noise(2, 2, 3, seed=1), noise(2, 2, 3, seed=2)
-        cache.append(0, one, one)
-        cache.append(1, two, two)
-        keys, _ = cache.append(0, two[:1], two[:1])
-        close(keys, torch.cat([one, two[:1]]).transpose(0, 1), "layer 0's keys, after layer 1 got others")
+        cache = empty_cache(code, capacity=9)
+        one, two = noise(4, 2, 3, seed=1), noise(3, 2, 3, seed=2)
+        cache.append(1, two[:2], two[:2])
+        cache.append(0, one[:3], one[:3])
+        keys, _ = cache.append(0, one[3:], one[3:])
+        close(keys, one.transpose(0, 1), "layer 0's keys, after 2 tokens in layer 1, then 3 and 1 in layer 0")
+        keys, _ = cache.append(1, two[2:], two[2:])
+        close(keys, two.transpose(0, 1), "layer 1's keys, after 2 tokens in it, 4 in layer 0, and 1 in it again")
 
     def test_full(self, code):
         cache = empty_cache(code)
@@ -313,7 +315,8 @@ class TestPrefill:
         model = tiny(code)
         cache = code.KVCache(model, 20)
         got = code.prefill(model, cache, PROMPT)
-        close(got, recomputed(code, model, PROMPT), "prefill of 13 tokens", rtol=1e-9)
+        expected = recomputed(code, model, PROMPT)
+        close(got, expected, "prefill of 13 tokens, where hidden_size is 20 and V is 23,", rtol=1e-9)
         equal(list(cache.lengths), [13, 13, 13], "lengths, after a prefill of 13 tokens")
 
     def test_what_goes_through_the_model(self, code):
@@ -391,20 +394,20 @@ class TestGenerate:
         equal(output.text, expected.text, f"text: {case}")
         equal(output.finish_reason, expected.finish_reason, f"finish_reason: {case}")
 
-    def test_greedy(self, code):
-        pieces = []
-        output, expected = self.both(code, pieces=pieces)
-        self.check(output, expected, "12 greedy tokens, beside lesson 2's generate")
-        equal("".join(pieces), expected.text, "the pieces that on_text gets, joined")
-
     def test_each_token_computed_once(self, code):
         model = counted(tiny(code))
         params = code.SamplingParams(max_tokens=5, ignore_eos=True)
         output = code.generate(model, Words(), list(PROMPT), params)
         holds(output is not None, "generate returned None: is a `return` missing?")
-        positions = [position for _, positions in model.seen for position in positions]
+        sizes, positions = [len(ids) for ids, _ in model.seen], [p for _, positions in model.seen for p in positions]
+        equal(sizes, [13, 1, 1, 1, 1], "how many tokens each forward computes, for a prompt of 13 and an answer of 5,")
         equal(positions, list(range(13 + 4)), "the positions that go through the model, for 13 + 5 tokens")
-        equal([len(ids) for ids, _ in model.seen], [13, 1, 1, 1, 1], "how many tokens each forward computes")
+
+    def test_greedy(self, code):
+        pieces = []
+        output, expected = self.both(code, pieces=pieces)
+        self.check(output, expected, "12 greedy tokens, beside lesson 2's generate")
+        equal("".join(pieces), expected.text, "the pieces that on_text gets, joined")
 
     def test_sampled(self, code):
         output, expected = self.both(code, temperature=1.0, top_p=0.9, seed=4)
@@ -487,15 +490,20 @@ class TestResume:
 
 @exercise("3.9")
 class TestCacheBytes:
+    def test_by_hand(self, code):
+        sizes = config(code, hidden_size=48, num_hidden_layers=2, num_key_value_heads=1, head_dim=5)
+        expected = 2 * 3 * 2 * 1 * 5 * 1
+        equal(
+            code.cache_bytes(sizes, 3, 1),
+            expected,
+            "cache_bytes of 3 tokens (2 layers, 6 heads, 1 KV head, head_dim 5, hidden_size 48, 1 byte a number)",
+        )
+
     def test_smollm2(self, code):
         smollm2 = config(code, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
         equal(code.cache_bytes(smollm2, 1, 4), 46_080, "a token of SmolLM2 in float32, in bytes")
         equal(code.cache_bytes(smollm2, 8192, 4), 377_487_360, "8192 tokens of SmolLM2 in float32")
         equal(code.cache_bytes(smollm2, 1, 2), 23_040, "a token of SmolLM2 in 16 bits")
-
-    def test_head_dim_apart(self, code):
-        sizes = config(code, hidden_size=48, num_hidden_layers=2, num_key_value_heads=1, head_dim=5)
-        equal(code.cache_bytes(sizes, 3, 1), 60, "3 tokens, 2 layers, 1 head of 5 numbers of a byte each")
 
     def test_nothing(self, code):
         equal(code.cache_bytes(config(code), 0, 4), 0, "no token")

@@ -91,7 +91,8 @@ class BlockPool:
 
         Raises ValueError if there are not so many, and then takes none.
         """
-        # TODO 4.1: `free.popitem(last=False)` gives the oldest; what `cached` knew of it is no longer true.
+        # TODO 4.1: `free.popitem(last=False)` gives the oldest, as (id, block); what `cached` knew of it is no
+        # longer true.
         raise NotImplementedError("TODO 4.1")
 
     def free_blocks(self, blocks: Iterable[KVCacheBlock]) -> None:
@@ -208,7 +209,8 @@ class KVCacheManager:
         num_lookahead_tokens: int = 0,
         computed_blocks: Sequence[KVCacheBlock] = (),
     ) -> list[KVCacheBlock] | None:
-        """Make room for the sequence's next tokens. Returns the blocks it got for that, or None: the pool is too full.
+        """Make room for the sequence's next tokens. Returns the new blocks it got for that, or None: the pool is too
+        full. Computed blocks, and the copies of shared ones, are not among those returned.
 
         The room is for `num_new_tokens` behind its `num_computed_tokens`, and for `num_lookahead_tokens` guesses
         behind those. `computed_blocks`, from `get_computed_blocks`, become the beginning of a sequence that holds
@@ -314,11 +316,12 @@ def blockwise_attention(
     """Causal attention that reads `segment` keys at a time, so that no more scores than T x segment ever exist.
 
     q: (B, T, H, D), the queries of B sequences; positions: (B, T), where each stands in its own; it sees the keys up
-    to there. read(start, end) gives keys and values of the slots start to end of each sequence, two of (B, n, K, D).
-    Returns (B, T, H, D) in q's dtype. From Dao et al., "FlashAttention" (2022), which does this within the processor.
+    to there. read(start, end), end at most num_keys, gives keys and values of the slots start to end of each sequence,
+    two of (B, n, K, D). Returns (B, T, H, D) in q's dtype. From Dao et al., "FlashAttention" (2022), which does this
+    within the processor.
     """
-    # TODO 4.7: fold the heads with `fold_sequences`; for each segment `partial_attention`, masked by position (the
-    # same for every head); merge; divide at the end.
+    # TODO 4.7: fold the heads with `fold_sequences` (what is read tells K); for each segment `partial_attention`,
+    # masked by position (the same for every head); merge; divide at the end.
     raise NotImplementedError("TODO 4.7")
 
 
@@ -443,7 +446,10 @@ class PagedKVCache:
         return [self.host_keys, self.host_values]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Keep the keys and values of T tokens. slots: (T,) numbers as `slot_mapping` gives them; k, v: (T, K, D)."""
+        """Keep the keys and values of T tokens. slots: (T,) numbers as `slot_mapping` gives them; k, v: (T, K, D).
+
+        layer: its number in the whole model, of which this cache may have only the layers in `self.layers`.
+        """
         # TODO 4.4: seen as (num_blocks * block_size, K, D), a layer's memory is indexed by slot.
         raise NotImplementedError("TODO 4.4")
 

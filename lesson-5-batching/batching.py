@@ -123,8 +123,8 @@ class Request:
 def finish_reason(request: Request) -> str | None:
     """Why the request ends with the token that it got last: "stop", "length", or None: it does not.
 
-    A token that ends it counts even where it is the last that there is room for. (Stop strings are the engine's
-    business: it has the text.)
+    A token that ends it counts even where it is the last that there is room for; with no output yet, nothing ends.
+    (Stop strings are the engine's business: it has the text.)
     """
     # TODO 5.2: the last token among those that end it? As many as are allowed?
     raise NotImplementedError("TODO 5.2")
@@ -431,7 +431,8 @@ class Scheduler:
 
         Of a request with guesses as many tokens come back as were accepted, and one more; what was computed for the
         others is not counted any more. What comes after a token that ends the request is dropped. A chunk in the middle
-        of a prompt brings no token: its tokens are computed all the same, and nothing of them is taken back.
+        of a prompt brings no token: its tokens are computed all the same, and nothing of them is taken back. A request
+        that failed ends with "error", and keeps as its `error` what `output.errors` says of it.
         """
         requests = [self.requests[each.request_id] for each in plan.scheduled]
         # TODO 5.7: for each: no longer in flight; if it was aborted meanwhile or failed, `finish` it so. Otherwise
@@ -492,7 +493,7 @@ class Scheduler:
         Its blocks on the device are free then, even those that it shared: what is on the host is its own.
         """
         # TODO 5.10: a host block for each block with a computed token in it; note each move in `plan.swaps_out`,
-        # with the number of slots that are filled; keep the host blocks in `swapped`; free the others.
+        # with the number of slots that are filled; keep the host blocks in `swapped`; free the others; its status.
         raise NotImplementedError("TODO 5.10")
 
     def swap_in(self, request: Request, plan: SchedulerOutput) -> None:
@@ -552,7 +553,7 @@ class Batch:
     token_ids: Tensor  # (T,)
     positions: Tensor  # (T,)
     metadata: AttentionMetadata
-    logit_rows: Tensor  # (R,): of which rows logits are needed: the last of each request that samples, and its guesses
+    logit_rows: Tensor  # (L,): of which rows logits are needed: the last of each request that samples, and its guesses
 
 
 def flatten_batch(scheduled: Sequence[ScheduledRequest], block_size: int, device: torch.device) -> Batch:

@@ -153,9 +153,9 @@ class TestFairShare:
         equal(self.order(code, {"rich": 90.0, "poor": 10.0}, a, b), ["b", "a"], "rich was served 90 tokens, poor 10")
 
     def test_equals_by_arrival(self, code):
-        sizes = (("a", 3, "x"), ("b", 4, "y"), ("c", 2, "x"))
+        sizes = (("a", 3, "x"), ("b", 2, "y"), ("c", 4, "x"))
         a, b, c = (request(code, name, prompt, tenant=tenant) for name, prompt, tenant in sizes)
-        equal(self.order(code, {"x": 5.0, "y": 5.0}, c, b, a), ["a", "b", "c"], "both tenants were served 5 tokens")
+        equal(self.order(code, {"x": 5.0, "y": 5.0}, c, a, b), ["a", "b", "c"], "both tenants were served 5 tokens")
         equal(self.order(code, {"x": 6.0, "y": 5.0}, c, b, a), ["b", "a", "c"], "x, of a and c, was served 6; y 5")
 
     def test_its_size_does_not_matter(self, code):
@@ -257,6 +257,19 @@ class TestScheduleRunning:
             [plan.num_tokens, left],
             [2, 0],
             "[tokens scheduled, what is left of the budget], with a budget of 2 and five requests that decode",
+        )
+
+    def test_no_more_than_there_is_room_for(self, code):
+        own = scheduler(code, num_blocks=1)
+        (a,) = running(code, own, request(code, "a", 3))
+        a.spec_token_ids = [21, 22, 23]
+        plan = code.SchedulerOutput(99)
+        left = own.schedule_running(plan)
+        equal(
+            [granted(plan), a.num_computed_tokens, left],
+            [{"a": (3, 1)}, 4, 15],
+            "[who computes, a's num_computed_tokens, what is left of the budget], where a lacks a token and three "
+            "guesses, and there is room for the token only",
         )
 
     def test_in_flight_is_left_alone(self, code):
@@ -554,13 +567,14 @@ class TestSwapOut:
         own.manager.allocate_slots(a, 1)
         own.swap_out(a, plan)
         equal(len(plan.swaps_out), 2, "how many blocks are moved: 8 tokens are computed, and there is room for a ninth")
+        equal([each.num_tokens for each in plan.swaps_out], [4, 4], "the slots moved of each block, for 8 tokens")
 
 
 @exercise("5.11", points=2)
 class TestSwapIn:
-    def back(self, code):
+    def back(self, code, prompt=9):
         own = scheduler(code, preemption="swap", num_host_blocks=8)
-        (a,) = running(code, own, request(code, "a", 9))
+        (a,) = running(code, own, request(code, "a", prompt))
         own.host_pool.get_new_blocks(2)  # so that the host's numbers are others than the device's
         plan = code.SchedulerOutput(98)
         own.preempt(a, plan)
@@ -575,7 +589,14 @@ class TestSwapIn:
         expected = [(2, table[0], 4), (3, table[1], 4), (4, table[2], 1)]
         equal([tuple(each) for each in plan.swaps_in], expected, "(from, to, slots) of the moves back, for 9 tokens")
         equal(own.host_pool.num_free_blocks, 6, "how many of 8 blocks on the host are free; 2 are another's")
-        equal(own.swapped, {}, "who is swapped out, afterwards")
+        equal(sorted(own.swapped), [], "who is swapped out, afterwards")
+
+    def test_full_blocks(self, code):
+        own, a, _ = self.back(code, prompt=8)
+        own.manager.allocate_slots(a, 1)
+        plan = code.SchedulerOutput(99)
+        own.swap_in(a, plan)
+        equal([each.num_tokens for each in plan.swaps_in], [4, 4], "the slots moved back to each block, for 8 tokens")
 
     def test_goes_on_where_it_was(self, code):
         own, _, _ = self.back(code)
@@ -613,6 +634,8 @@ class TestAbort:
         holds(
             reason == "abort", f"finish_reason of a, aborted in flight, is {reason!r}, expected 'abort'.", repr(reason)
         )
+        victim = own.choose_victim(code.SchedulerOutput(99))
+        equal(victim and victim.request_id, None, "who could be made to give up blocks while a, aborted, is in flight")
         answered(code, own, plan)
         equal(own.manager.pool.num_free_blocks, 12, "how many blocks are free when its step is collected")
         equal(a.output_token_ids, [], "its output: what was sampled after the abort is dropped")
@@ -689,7 +712,13 @@ def scheduled(code, name, start, token_ids, table, sample_index=None, spec=0):
 @exercise("5.6", points=2)
 class TestFlattenBatch:
     def batch(self, code, *requests):
-        return code.flatten_batch(list(requests), 4, torch.device("cpu"))
+        got = code.flatten_batch(list(requests), 4, torch.device("cpu"))
+        holds(got is not None, "flatten_batch returned None: is a `return` missing?")
+        tensors = (got.token_ids, got.positions, got.metadata.slot_mapping, got.logit_rows)
+        for name, each in zip(("token_ids", "positions", "slot_mapping", "logit_rows"), tensors):
+            kind = type(each).__name__
+            holds(isinstance(each, torch.Tensor), f"{name} is a {kind}; it should be a tensor.", actual=(name, kind))
+        return got
 
     def test_by_hand(self, code):
         got = self.batch(
@@ -698,7 +727,6 @@ class TestFlattenBatch:
             scheduled(code, "b", 2, [42, 43, 44], [5, 7]),
             scheduled(code, "c", 0, [70, 71], [1], sample_index=0),
         )
-        holds(got is not None, "flatten_batch returned None: is a `return` missing?")
         equal(got.token_ids.tolist(), [60, 42, 43, 44, 70, 71], "token_ids of 1, 3 and 2 tokens")
         equal(got.positions.tolist(), [6, 2, 3, 4, 0, 1], "positions of tokens that start at 6, 2 and 0")
         equal(got.logit_rows.tolist(), [0, 5], "logit_rows: a and c sample, b has more of its prompt to come")
@@ -773,6 +801,10 @@ class Delayed:
         self.inner.submit(plan)
 
     def collect(self):
+        asked = [*self.log, "collect"]
+        holds(
+            self.ids, f"collect is called, and nothing is under way. The executor was asked to {asked}.", actual=asked
+        )
         self.log.append(f"collect {self.ids.popleft()}")
         return self.inner.collect()
 
@@ -843,7 +875,11 @@ class TestStep:
             "what an executor of depth 2 is asked for in the first step, with two prompts of 4 and a budget of 4",
         )
         own.step()
-        equal(own.executor.log[3:], ["submit ['a']", "collect ['b']"], "and in the second")
+        equal(
+            own.executor.log[3:],
+            ["submit ['a']", "collect ['b']"],
+            "what it is asked for in the second step, while the step of b is still under way",
+        )
         while own.has_unfinished_requests:
             own.step()
         equal(len(own.executor.ids), 0, "how many steps are in flight when all have finished")

@@ -122,7 +122,8 @@ class KVCache:
 def prefill(model: Llama, cache: KVCache, token_ids: Sequence[int], chunk_size: int = 512) -> Tensor:
     """Compute the tokens that follow those in the cache, a chunk at a time. Returns the last one's logits, (V,).
 
-    Only the last chunk's last token needs logits; `model.logits` takes rows, (R, hidden_size), and returns (R, V).
+    token_ids: at least one. The model gives hidden states, (T, hidden_size); `model.logits` takes rows of these,
+    (R, hidden_size), and returns (R, V). Only the last chunk's last token needs logits.
     Smaller chunks need less memory for scores (T x S for each head) and give the same result.
     """
     # Exercise 3.5: positions go on where the cache ends; the model remembers through `cache.attend`.
@@ -209,8 +210,8 @@ class Latency:
     """What one answer's reader felt, in seconds."""
 
     time_to_first_token: float
-    time_per_output_token: float  # the mean of the gaps after the first; 0 where there is one token
-    slowest_gap: float
+    time_per_output_token: float  # the mean gap from one token to the next; 0 where there is only one token
+    slowest_gap: float  # the longest of these gaps, or 0
 
 
 def latency_summary(start: float, token_times: Sequence[float]) -> Latency:

@@ -80,6 +80,12 @@ ANSWERS = [
         "(served[request.tenant], request.arrival)",
         "(request.arrival, served[request.tenant])",
     ),
+    wrong(
+        "5.12",
+        "the order of arrival left out",
+        "(served[request.tenant], request.arrival)",
+        "(served[request.tenant],)",
+    ),
     wrong("5.12", "equals with the last to arrive first", "request.arrival)", "-request.arrival)"),
     wrong("5.12", "the request's own tokens, instead of its tenant's", "served[request.tenant]", "request.num_tokens"),
     right("5.12", "as a list", "return [served.get(request.tenant), request.arrival]"),
@@ -136,6 +142,13 @@ ANSWERS = [
         "nothing at all where the budget does not suffice for everyone",
         "max(1, budget - behind)",
         "max(0, budget - behind)",
+    ),
+    wrong(
+        "5.4",
+        "as many as were asked for, where there is room for fewer",
+        "num_tokens = self.make_room(request, num_tokens, plan)\n            if num_tokens:",
+        "if self.make_room(request, num_tokens, plan):",
+        recognised=False,
     ),
     wrong(
         "5.4",
@@ -254,6 +267,14 @@ ANSWERS = [
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_tokens)",
     ),
+    wrong(
+        "5.7",
+        "a chunk in the middle taken back",
+        "if sampled:",
+        "if not sampled:\n                request.num_computed_tokens = scheduled.start\n            else:",
+        recognised=False,
+    ),
+    wrong("5.7", "the error not noted", "request.error = output.errors.get(request.request_id)", "pass"),
     wrong("5.7", "still in flight afterwards", "request.in_flight = False", "request.in_flight = True"),
     wrong("5.7", "its next guesses forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
     wrong(
@@ -348,6 +369,12 @@ ANSWERS = [
         "filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "filled = block_size",
     ),
+    wrong(
+        "5.10",
+        "nothing of a last block that is full",
+        "filled = min(block_size, request.num_computed_tokens - i * block_size)",
+        "filled = request.num_computed_tokens % block_size if i == num_blocks - 1 else block_size",
+    ),
     wrong("5.10", "the blocks on the device not given up", "self.manager.free(request)", "pass"),
     wrong(
         "5.10",
@@ -399,6 +426,18 @@ ANSWERS = [
         "filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "filled = block_size",
     ),
+    wrong(
+        "5.11",
+        "nothing of a last block that is full",
+        "filled = min(block_size, request.num_computed_tokens - i * block_size)",
+        "filled = request.num_computed_tokens % block_size if i == len(hosts) - 1 else block_size",
+    ),
+    wrong(
+        "5.11",
+        "slots for tokens that are not computed",
+        "filled = min(block_size, request.num_computed_tokens - i * block_size)",
+        "filled = min(block_size, request.num_tokens - i * block_size)",
+    ),
     wrong("5.11", "the host's blocks never freed", "self.host_pool.free_blocks(hosts)", "pass"),
     wrong("5.11", "noted as moves out", "plan.swaps_in.append", "plan.swaps_out.append"),
     wrong("5.11", "still known as swapped", "self.swapped.pop(request.request_id)", "self.swapped[request.request_id]"),
@@ -434,6 +473,12 @@ ANSWERS = [
         """,
     ),
     wrong("5.13", "an id looked up that may be unknown", "self.requests.get(request_id)", "self.requests[request_id]"),
+    wrong(
+        "5.13",
+        "one in flight taken out of it",
+        'request.finish_reason = "abort"',
+        'request.finish_reason, request.in_flight = "abort", False',
+    ),
     wrong("5.13", "one in flight not marked", 'request.finish_reason = "abort"', "pass"),
     wrong("5.13", "with another reason", 'self.finish(request, "abort")', 'self.finish(request, "stop")'),
     right(
@@ -548,6 +593,7 @@ ANSWERS = [
         "while len(self.in_flight) < self.executor.depth:",
         "while not self.in_flight:",
     ),
+    wrong("5.14", "the collected step left in flight", "self.in_flight.popleft()", "self.in_flight[0]"),
     wrong("5.14", "an empty list, though requests wait", "if self.has_unfinished_requests:", "if False:"),
     wrong(
         "5.14",

@@ -58,6 +58,12 @@ ANSWERS = [
     wrong("3.1", "the keys stored as values too", "= v.transpose(0, 1)", "= k.transpose(0, 1)"),
     wrong("3.1", "all layers' lengths moved", "self.lengths[layer] = end", "self.lengths = [end] * len(self.lengths)"),
     wrong("3.1", "always written to the first slots", "start = self.lengths[layer]", "start = 0"),
+    wrong(
+        "3.1",
+        "the slot counted from num_tokens: that is the last layer's length, not this one's",
+        "start = self.lengths[layer]",
+        "start = self.num_tokens",
+    ),
     wrong("3.1", "the capacity not looked at", "if end > capacity:", "if False:"),
     wrong("3.1", "one slot too few allowed", "if end > capacity", "if end >= capacity"),
     wrong(
@@ -295,13 +301,12 @@ ANSWERS = [
     ),
     wrong_body(
         "3.7",
-        "the prompt's last token computed twice",
+        "the prompt computed before the loop, and its last token again at the loop's first call",
         """
-        prefill(model, cache, prompt_token_ids[:-1]) if len(prompt_token_ids) > 1 else None
+        prefill(model, cache, prompt_token_ids)
 
         def next_logits(token_ids):
-            cache.truncate(min(cache.num_tokens, len(token_ids) - 2) if len(token_ids) > 14 else cache.num_tokens)
-            return prefill(model, cache, token_ids[cache.num_tokens :])
+            return decode_step(model, cache, token_ids[-1])
 
         return llama_pytorch.generate(model, tokenizer, prompt_token_ids, params, on_text, next_logits)
         """,
@@ -360,6 +365,12 @@ ANSWERS = [
         "config.num_key_value_heads * config.head_dim",
         "config.hidden_size",
     ),
+    wrong(
+        "3.9",
+        "hidden_size over the number of heads, instead of head_dim, which is a number of its own",
+        "config.head_dim",
+        "(config.hidden_size // config.num_attention_heads)",
+    ),
     right(
         "3.9",
         "from the inside out",
@@ -377,6 +388,12 @@ ANSWERS = [
         "padding over tokens, instead of over all that is computed",
         "1 - sum(lengths) / computed",
         "computed / sum(lengths) - 1",
+    ),
+    wrong(
+        "3.10",
+        "the shortest beside the longest, whatever lies between",
+        "1 - sum(lengths) / computed",
+        "1 - min(lengths) / max(lengths)",
     ),
     wrong("3.10", "padding counted in tokens", "1 - sum(lengths) / computed", "float(computed - sum(lengths))"),
     right(

@@ -99,7 +99,7 @@ ANSWERS = [
     wrong("4.2", "ref_cnt set to 0, whoever else holds it", "block.ref_cnt -= 1", "block.ref_cnt = 0"),
     wrong(
         "4.2",
-        "the others' content forgotten as soon as they are free",
+        "the content forgotten as soon as nobody holds the block",
         "self.free[block.block_id] = block",
         "self.forget(block)\n                self.free[block.block_id] = block",
     ),
@@ -277,6 +277,19 @@ ANSWERS = [
     ),
     wrong(
         "4.12",
+        "computed blocks that others hold counted as if they took from the free ones",
+        "sum(block.ref_cnt == 0 for block in computed_blocks)",
+        "len(computed_blocks)",
+        recognised=False,
+    ),
+    wrong(
+        "4.12",
+        "the computed blocks returned too: those it did not take from the free ones",
+        "return new_blocks",
+        "return [*computed_blocks, *new_blocks]",
+    ),
+    wrong(
+        "4.12",
         "no block counted for the copies of shared blocks",
         "num_missing + len(shared) > self",
         "num_missing > self",
@@ -359,6 +372,19 @@ ANSWERS = [
         "all of the parent's blocks, whatever the child needs",
         "[: -(-num_tokens // self.block_size)]",
         "",
+    ),
+    wrong(
+        "4.13",
+        "no place for the child's last token, which it is about to compute",
+        "[: -(-num_tokens // self.block_size)]",
+        "[: -(-(num_tokens - 1) // self.block_size)]",
+    ),
+    wrong(
+        "4.13",
+        "the parent's table cut to what the child needs",
+        "blocks = self.block_tables[parent.request_id][: -(-num_tokens // self.block_size)]",
+        "del self.block_tables[parent.request_id][-(-num_tokens // self.block_size) :]\n"
+        "        blocks = self.block_tables[parent.request_id]",
     ),
     wrong("4.13", "full blocks only", "[: -(-num_tokens // self.block_size)]", "[: num_tokens // self.block_size]"),
     wrong(
@@ -488,6 +514,12 @@ ANSWERS = [
         "sum(-(-length // block_size) * block_size for length in num_tokens)",
         "-(-sum(num_tokens) // block_size) * block_size",
     ),
+    wrong(
+        "4.14",
+        "always one block more than the full ones, so one too many where the last is just full",
+        "-(-length // block_size) * block_size",
+        "(length // block_size + 1) * block_size",
+    ),
     wrong("4.14", "the share that is empty", "return sum(num_tokens) / slots", "return 1 - sum(num_tokens) / slots"),
     wrong(
         "4.14",
@@ -507,6 +539,12 @@ ANSWERS = [
     # ---------------------------------------------------------------------------------------- 4.17 partial_attention
     wrong("4.17", "scores not divided by the root of D", " / math.sqrt(q.shape[-1])", ""),
     wrong("4.17", "scores divided by D, not by its root", "math.sqrt(q.shape[-1])", "q.shape[-1]"),
+    wrong(
+        "4.17",
+        "a large negative score for what is masked: a row that sees nothing then sees everything",
+        "-math.inf",
+        "-1e9",
+    ),
     wrong("4.17", "the mask turned round", "masked_fill(~mask", "masked_fill(mask"),
     wrong(
         "4.17",
@@ -613,6 +651,12 @@ ANSWERS = [
         "positions repeated one by one, where the rows go through the tokens head by head",
         "positions.repeat(1, group_size)",
         "positions.repeat_interleave(group_size, 1)",
+    ),
+    wrong(
+        "4.7",
+        "a mask without an axis for the K heads, so that its sequences are taken for heads",
+        "[:, None, :, None]",
+        "[:, :, None]",
     ),
     wrong(
         "4.7",
