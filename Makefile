@@ -9,14 +9,14 @@ $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES)
 
 TARGETS := help setup run chat test test-all progress update skeletons release notebooks test-notebooks figures lint check \
-	grade mutate bench quantize soak lab clean
+	grade mutate bench quantize soak book lab clean
 .PHONY: $(TARGETS) always
 .DEFAULT_GOAL := help
 
 $(TARGETS):
 	@$(PYTHON) -m common $@
 
-test-lesson-% reset-lesson-% prove-lesson-% mutate-lesson-% test-% hint-%: always
+test-lesson-% reset-lesson-% prove-lesson-% mutate-lesson-% watch-lesson-% diff-lesson-% finale-lesson-% test-% diff-% hint-%: always
 	@$(PYTHON) -m common $@
 
 always:

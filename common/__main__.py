@@ -32,6 +32,10 @@ COMMANDS = (
     Command("test-lesson", "N", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE", "grade your lesson N"),
     Command("test-exercise", "N.M", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE PDB", "grade one exercise"),
     Command("hint", "N.M", "common.grading.cli", "", "LEVEL", "a hint for it; LEVEL=2 and LEVEL=3 say more"),
+    Command("watch-lesson", "N", "common.grading.watch", "", "MINE", "grade it again whenever you save it"),
+    Command("diff-lesson", "N", "common.grading.difference", "", "FORCE", "your answers beside the reference's"),
+    Command("diff-exercise", "N.M", "common.grading.difference", "", "FORCE", "the same for one exercise"),
+    Command("finale-lesson", "N", "common.finale", "", "", "what your lesson N, once complete, can do: measured"),
     Command("progress", "", "common.grading.cli", "", "", "how far you are, lesson by lesson"),
     Command("reset-lesson", "N", "common.grading.cli", "", "", "start lesson N again; what you have is kept beside it"),
     Command("update", "", "common.update", None, "FROM", "bring in a new version of the course; FROM=a download"),
@@ -64,12 +68,13 @@ COMMANDS = (
     Command(
         "soak", "", "common.soak", "", "MINUTES SEED MINE", "random load on the whole engine, all answers compared"
     ),
+    Command("book", "", "common.book", "book", "OUT", "the course as a web site that needs no network"),
     Command("lab", "", "common.notebooks", "lab", "", "open the notebooks in JupyterLab"),
     Command("clean", "", "common.checks", None, "", "remove caches; .venv, the model and your work stay"),
 )
 BY_NAME = {command.name: command for command in COMMANDS}
 
-SHORT = {"test-exercise": "test"}
+SHORT = {"test-exercise": "test", "diff-exercise": "diff"}
 """How `make` calls a command that takes a number, where the name differs: `test-1.4`."""
 
 
@@ -104,7 +109,7 @@ def parse(argv: list[str]) -> tuple[Command, list[str]]:
     numbered = "|".join([*(each.name for each in COMMANDS if each.argument), *SHORT.values()])
     number = re.fullmatch(rf"({numbered})-(\d+(?:\.\d+)?)", name)
     if command is None and number:
-        name = {"test": "test-exercise"}.get(number[1], number[1])
+        name = next((long for long, short in SHORT.items() if short == number[1]), number[1])
         command, rest = BY_NAME[name], [number[2], *rest]
     if command is None:
         raise LookupError(f"There is no target {name!r}; `make help` lists them.")

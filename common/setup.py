@@ -274,10 +274,10 @@ def enter(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`make setup`, or `python -m common setup EXTRA` for dev, lab or hub."""
+    """`make setup`, or `python -m common setup EXTRA` for dev, book, lab or hub."""
     extra = argv[0] if argv else ""
-    if extra not in ("", "dev", "lab", "hub"):
-        print(f"There is no extra {extra!r}: dev, lab and hub are in pyproject.toml.", file=sys.stderr)
+    if extra not in ("", "dev", "book", "lab", "hub"):
+        print(f"There is no extra {extra!r}: dev, book, lab and hub are in pyproject.toml.", file=sys.stderr)
         return 2
     try:
         if fits(read_stamp(), extra):

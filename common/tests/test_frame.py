@@ -98,7 +98,7 @@ def test_help_lists_every_target_once_and_make_has_every_command():
     assert len(named) == len(set(named))
     assert {re.sub(r"-N(\.M)?$", "-%", name) for name in named} == makefile_targets()
     wanted = """setup run chat test test-all test-lesson-N test-N.M hint-N.M progress reset-lesson-N skeletons notebooks
-        test-notebooks figures lint check bench clean"""
+        test-notebooks figures lint check bench book clean"""
     assert set(wanted.split()) <= set(named)
     assert all(len(line) <= 110 for line in commands.help_text().splitlines())
 

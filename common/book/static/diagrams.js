@@ -1,0 +1,27 @@
+// Draws the mermaid diagrams of a page, in the colours of its theme, and again when the reader changes the theme.
+
+const diagrams = [...document.querySelectorAll("pre.mermaid")].map((element) => ({ element, text: element.textContent }));
+const system = window.matchMedia("(prefers-color-scheme: dark)");
+
+function isDark() {
+  const chosen = document.body.dataset.theme;
+  return chosen === "dark" || (chosen !== "light" && system.matches);
+}
+
+let drawn = 0;
+async function draw() {
+  const background = getComputedStyle(document.body).getPropertyValue("--color-background-primary").trim();
+  const themeVariables = { edgeLabelBackground: background, clusterBkg: "transparent" };
+  mermaid.initialize({ startOnLoad: false, theme: isDark() ? "dark" : "neutral", themeVariables });
+  for (const { element, text } of diagrams) {
+    const { svg } = await mermaid.render(`diagram-${drawn++}`, text);
+    element.innerHTML = svg;
+    // On a narrow screen it is moved rather than shrunk until nobody can read it.
+    const drawing = element.firstElementChild;
+    drawing.style.minWidth = `${Math.min(720, 0.6 * parseFloat(drawing.style.maxWidth))}px`;
+  }
+}
+
+draw();
+system.addEventListener("change", draw);
+new MutationObserver(draw).observe(document.body, { attributeFilter: ["data-theme"] });
