@@ -48,7 +48,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--record"):
+    if config.getoption("--record") and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to one
         config.pluginmanager.register(Recorder(), "course-recorder")
 
 

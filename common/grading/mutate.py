@@ -8,6 +8,9 @@ itself; each such mutant faces the checks of its own exercise, and one that pass
 either a gap in the checks, or it does the same as the reference: then the lesson's catalogue says so, with the reason
 (`equivalent` in `common.grading.catalogue`). The method is DeMillo, Lipton and Sayward's (1978); the operators are
 those of mutmut and cosmic-ray, and some for tensors.
+
+The other side is tried along with it: the same answer in other clothes (other names, its work done by a helper) must
+pass. Right answers that go about it in another way stand in the catalogue.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from common import release
 from common.course import MODULES, ROOT, CourseError, Lesson, modules_of, shown
 from common.grading.catalogue import load_equivalents
 from common.grading.runner import START_SECONDS
@@ -38,8 +43,9 @@ from common.skeleton import Exercise, exercises_of, walk_functions
 SUMMARY = ROOT / "common" / "measurements" / "mutants.json"
 ASKED = 0.95
 """The share of the mutants that are not equivalent which a lesson's checks have to catch."""
-UNCHANGED = "(unchanged)"
-"""A mutant without a change: it must pass, or catching mutants means nothing."""
+UNCHANGED, RENAMED, BY_HELPER = "(unchanged)", "(own names renamed)", "(done by a helper)"
+STYLES = (UNCHANGED, RENAMED, BY_HELPER)
+"""What must pass, among the mutants: else the checks are too narrow, or catching mutants means nothing."""
 STALLED = 60.0
 """Seconds without a word from the worker: then the mutant at hand counts as caught, and another worker goes on."""
 
@@ -240,12 +246,16 @@ def changes(source: str, function: ast.FunctionDef, exercise: Exercise) -> Itera
         return f"{above_it}\n{text}\n{below_it}\n"
 
     yield exercise.first_answer_line, UNCHANGED, module()
+    yield exercise.first_answer_line, RENAMED, renamed(source, exercise.function)
+    yield exercise.first_answer_line, BY_HELPER, by_helper(source, exercise.function)
     for above, field, index, node in list(sites(function)):
         outermost = next((each for each in [*above[1:], node] if isinstance(each, ast.stmt)), None)
         if outermost is None or outermost.lineno < exercise.first_answer_line:
             continue
         before = told([*above, node])
         for other in variants(node):
+            if ast.dump(other) == ast.dump(node):
+                continue
             put(above[-1], field, index, other)
             try:
                 changed, after = module(), told([*above, other], like=before)
@@ -253,6 +263,37 @@ def changes(source: str, function: ast.FunctionDef, exercise: Exercise) -> Itera
                 put(above[-1], field, index, node)
             line = next(each.lineno for each in reversed([*above, node]) if hasattr(each, "lineno"))
             yield line, f"{before[1]} -> {after[1]}", changed
+
+
+def renamed(source: str, name: str) -> str:
+    """The module with every variable of one function called otherwise."""
+    tree = ast.parse(source)
+    function = dict(walk_functions(tree))[name]
+    parts = list(ast.walk(function))
+    own = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    own -= {part.arg for part in parts if isinstance(part, ast.arg)}
+    for part in parts:
+        if isinstance(part, ast.Name) and part.id in own:
+            part.id = f"my_{part.id}"
+    return ast.unparse(tree)
+
+
+def by_helper(source: str, name: str) -> str:
+    """The module with one function's work done by a new one at the top of the file."""
+    tree = ast.parse(source)
+    function = dict(walk_functions(tree))[name]
+    given = function.args
+    names = [
+        each.arg for each in (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg) if each
+    ]
+    first = bool(ast.get_docstring(function))
+    body, function.body = function.body[first:], function.body[:first]
+    helper = ast.parse(f"def my_helper({', '.join(names)}):\n    pass").body[0]
+    helper.body = body
+    function.body += ast.parse(f"return my_helper({', '.join(names)})").body
+    place = next(i for i, each in enumerate(tree.body) if isinstance(each, (ast.FunctionDef, ast.ClassDef)))
+    tree.body.insert(place, helper)
+    return ast.unparse(ast.fix_missing_locations(tree))
 
 
 def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
@@ -322,18 +363,26 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
             marks = [item.get_closest_marker("exercise") for item in items]
             items[:] = [item for item, mark in zip(items, marks) if mark and mark.kwargs["id"] in wanted]
 
+        def lesson_of(self, checks: Path) -> Lesson | None:
+            return lesson if checks == lesson.checks else None
+
         def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
             start = time.process_time()
             failure = super().judge(subject, exercise_id, check)
             limit = 2.0 + 5 * (time.process_time() - start)
             for index in [each for each in self.left if mutants[each].exercise == exercise_id]:
                 connection.send((index, None))
-                if why := why_caught(self.left[index], check, limit):
+                judge = why_wrong if mutants[index].change in STYLES else why_caught
+                if why := judge(self.left[index], exercise_id, check, limit):
                     del self.left[index]
                     connection.send((index, why))
             return failure
 
-    def why_caught(subject: Subject, check: Callable, limit: float) -> str | None:
+    def why_wrong(subject: Subject, exercise_id: str, check: Callable, limit: float) -> str | None:
+        failure = subject.judge(exercise_id, check)
+        return failure and failure.sentence
+
+    def why_caught(subject: Subject, exercise_id: str, check: Callable, limit: float) -> str | None:
         try:
             signal.setitimer(signal.ITIMER_PROF, limit)
             module = subject.untouched()
@@ -456,10 +505,10 @@ def mutate(lesson: Lesson, only: str | None, jobs: int, console: Console) -> dic
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"lesson {lesson.number}, {lesson.slug}", total=len(everything))
         caught, survivors = try_all(lesson, everything, jobs, lambda count: progress.update(task, completed=count))
-    if broken := [(each, why) for each, why in caught if each.change == UNCHANGED]:
-        raise CourseError(f"{broken[0][0].exercise} fails without a change: {broken[0][1]}")
-    mutants = [each for each in everything if each.change != UNCHANGED]
-    survivors = [each for each in survivors if each.change != UNCHANGED]
+    if broken := [f"{each.exercise} {each.change} fails: {why}" for each, why in caught if each.change in STYLES]:
+        raise CourseError("\n".join(broken))
+    mutants = [each for each in everything if each.change not in STYLES]
+    survivors = [each for each in survivors if each.change not in STYLES]
     found = summary(lesson, mutants, survivors)
     reasons = load_equivalents(lesson)
     wrongly = [each for each, _ in caught if (each.exercise, each.change) in reasons]
@@ -493,6 +542,7 @@ def main(argv: list[str]) -> int:
         for lesson in modules:
             if arguments.exercise and arguments.exercise not in {each.id for each in exercises_of(lesson)}:
                 continue
+            release.check_solution(lesson)
             found = mutate(lesson, arguments.exercise, arguments.jobs, console)
             failed |= found["caught_share"] < ASKED
             if not arguments.exercise:
