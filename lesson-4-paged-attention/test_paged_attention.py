@@ -42,6 +42,22 @@ def refused(call, what: str, left) -> None:
     holds(False, f"{what} should raise ValueError; {words}.", actual=value)
 
 
+def elsewhere(call, what: str, place: str) -> None:
+    """What `call` gives must stand where all that it is given does: on `meta`, which has shapes and no numbers.
+
+    An answer that fetches numbers to the CPU cannot be tried so, and passes.
+    """
+    try:
+        on_cpu = call().device.type != "meta"
+    except RuntimeError as error:
+        on_cpu = "expected device" in str(error) or "same device" in str(error)
+    holds(
+        not on_cpu,
+        f"{what} makes a tensor on the CPU, where all others stand elsewhere (here on torch's `meta` device; it could "
+        f"be a GPU). Tensors of two devices cannot be computed with: on a GPU this would stop. Make it on {place}.",
+    )
+
+
 def stored(code, manager, name: str, token_ids: list[int]):
     """A sequence whose tokens are all computed, in blocks of its own, and findable where they are full."""
     sequence = code.PagedSequence(name, list(token_ids))
@@ -510,14 +526,14 @@ class TestAllocateSlots:
         self.allocate(None, "where a copy and a new block are needed and one is free", manager, child, 4)
 
     def test_more_blocks_held_than_needed(self, code):
-        manager = code.KVCacheManager(6, 2)
-        parent = stored(code, manager, "a", [1, 2, 3, 4, 5, 6, 7, 8])
-        child = code.PagedSequence("b", list(parent.all_token_ids))
-        manager.fork(parent, child)
-        manager.allocate_slots(code.PagedSequence("c", [9]), 1)
-        child.num_computed_tokens = 3
-        what = "where 3 shared blocks need copies, 2 blocks more are held than needed, and one is free"
-        self.allocate(None, what, manager, child, 1)
+        for num_shared, more in ((3, "2 blocks more are"), (2, "1 block more is")):
+            manager = code.KVCacheManager(num_shared + 2, 2)
+            parent = stored(code, manager, "a", list(range(1, 2 * num_shared + 3)))
+            child = code.PagedSequence("b", list(parent.all_token_ids))
+            manager.fork(parent, child)
+            child.num_computed_tokens = 3
+            what = f"where {num_shared} shared blocks need copies, {more} held than needed, and one is free"
+            self.allocate(None, what, manager, child, 1)
 
 
 @exercise("4.13", points=2)
@@ -903,6 +919,7 @@ class Store:
         num_keys = self.keys.shape[1]
         sentence = f"read({start}, {end}) was called, where there are {num_keys} keys: 0 to {num_keys - 1}."
         holds(end <= num_keys, sentence, actual=("to", end))
+        holds(start < end, f"read({start}, {end}) was called: that is no key at all, and a cache gives at least one.")
         self.reads.append((start, end))
         return self.keys[:, start:end], self.values[:, start:end]
 
@@ -959,6 +976,11 @@ class TestBlockwiseAttention:
             torch.full((1, 1, 2, 4), 4.0).half(),
             "equal scores of 80000, which is more than float16 can hold, for the values 1, 3, 8 in float16",
         )
+
+    def test_on_another_device(self, code):
+        q, k, v, positions, _ = (x.to("meta") for x in self.case())
+        read = Store(k, v).read
+        elsewhere(lambda: code.blockwise_attention(q, positions, 11, read, 3), "blockwise_attention", "`q.device`")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1093,14 +1115,16 @@ class TestGather:
 
     def test_one_long_block(self, code):
         cache = small_cache(code, num_blocks=2, block_size=400)
-        keys, _ = cache.gather(0, torch.tensor([[1]]), 0, 5)
-        made = keys.untyped_storage().nbytes() // keys.element_size()
-        own = keys.untyped_storage().data_ptr() != cache.keys.untyped_storage().data_ptr()
-        holds(
-            not own or made < 10 * keys.numel(),
-            f"gather of 5 slots of a block of 400 copies {made} numbers, where {keys.numel()} were asked for.",
-            actual=made,
-        )
+        for place, start in (("first", 0), ("second", 400)):
+            keys, _ = cache.gather(0, torch.tensor([[1, 0]]), start, start + 5)
+            made = keys.untyped_storage().nbytes() // keys.element_size()
+            own = keys.untyped_storage().data_ptr() != cache.keys.untyped_storage().data_ptr()
+            holds(
+                not own or made < 10 * keys.numel(),
+                f"gather of 5 slots of the {place} block of a table, blocks of 400, copies {made} numbers, where "
+                f"{keys.numel()} were asked for.",
+                actual=made,
+            )
 
 
 @exercise("4.8", points=3)

@@ -4,12 +4,12 @@ A `Request` is a list of tokens and a number: of so many of them, keys and value
 `Scheduler` lets that number catch up a little: within one budget of tokens for all, some requests compute their one
 newest token, others a chunk of a long prompt. It knows no phase of reading and no phase of writing; a prompt found in
 the prefix cache, a request that begins again after it had to make room, a guess that is verified are all the same
-case, tokens that are not computed yet.
+case: tokens that are not computed yet.
 
-    Engine    takes requests in, hands text out           knows text and time, no tensors
-    Scheduler decides who computes how many tokens        knows ids and counts, no tensors
-    Executor  brings decisions to whoever computes        here: the same process. Lesson 6: many
-    ModelRunner computes and samples                      knows tensors, no queues
+    Engine       takes requests in, hands text out        knows text and time, no tensors
+    Scheduler    decides who computes how many tokens     knows ids and counts, no tensors
+    Executor     brings decisions to whoever computes     here: the same process. Lesson 6: many
+    ModelRunner  computes and samples                     knows tensors, no queues
 
 What passes between them is a `SchedulerOutput` one way and a `ModelRunnerOutput` back; both can be pickled.
 
@@ -92,11 +92,11 @@ class Request:
     sampling_params: SamplingParams
     max_tokens: int  # of output: what was asked for, or what the context has room for
     stop_token_ids: frozenset[int] = frozenset()  # whatever ends it: its own, and the end of sequence
-    arrival: int = 0  # the how manieth request this is
+    arrival: int = 0  # its number among all requests; n samples share it
     priority: int = 0  # the lower, the sooner
-    tenant: str = "default"
+    tenant: str = "default"  # on whose account it is computed
     parent: Request | None = None  # of n samples, the first is the parent of the others
-    child: int = 0
+    child: int = 0  # its number among them
     output_token_ids: list[int] = field(default_factory=list)
     spec_token_ids: list[int] = field(default_factory=list)  # guesses (lesson 8) to be verified in the next step
     num_computed_tokens: int = 0
@@ -140,7 +140,7 @@ class ScheduledRequest:
     num_spec_tokens: int  # the last so many of them are guesses
     block_table: list[int]
     params: SamplingParams
-    sample_index: int | None  # which output token is sampled after these; None: none, more of the prompt is to come
+    sample_index: int | None  # which output token is sampled after these; None: none, more of what is known is to come
     prompt_token_ids: list[int]  # these three are for penalties and `min_tokens`
     output_token_ids: list[int]
     stop_token_ids: frozenset[int]
@@ -157,7 +157,7 @@ class SchedulerOutput:
     swaps_in: list[BlockCopy] = field(default_factory=list)  # from the host to the device
     copies: list[BlockCopy] = field(default_factory=list)  # on the device
     preempted_ids: list[str] = field(default_factory=list)
-    finished_ids: list[str] = field(default_factory=list)  # since the step before: nobody needs to know them any more
+    finished_ids: list[str] = field(default_factory=list)  # since the step before: whoever remembers them may forget
 
     @property
     def is_empty(self) -> bool:
@@ -174,8 +174,8 @@ class ModelRunnerOutput:
 
     step_id: int
     sampled_token_ids: dict[str, list[int]] = field(default_factory=dict)
-    spec_token_ids: dict[str, list[int]] = field(default_factory=dict)
-    logprobs: dict[str, list[dict[int, float]]] = field(default_factory=dict)
+    spec_token_ids: dict[str, list[int]] = field(default_factory=dict)  # guesses (lesson 8) for the next step
+    logprobs: dict[str, list[dict[int, float]]] = field(default_factory=dict)  # for each sampled token
     errors: dict[str, str] = field(default_factory=dict)  # of the requests that failed: why
 
 
@@ -206,7 +206,7 @@ def by_priority(request: Request, served: Mapping[str, float]) -> tuple:
 def fair_share(request: Request, served: Mapping[str, float]) -> tuple:
     """The tenant who was served least first; its requests in the order of arrival.
 
-    served: for each tenant, the tokens computed for it so far. From Sheng et al., "Fairness in Serving Large Language
+    served: the tokens computed and sampled for each tenant. From Sheng et al., "Fairness in Serving Large Language
     Models" (2024).
     """
     # TODO 5.12: a pair to sort by: the smaller goes first.
@@ -255,13 +255,13 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_chunk = max_chunk or max_num_batched_tokens
         self.policy = POLICIES[policy]
-        self.preemption = preemption
-        self.host_pool = BlockPool(max(1, num_host_blocks))
+        self.preemption = preemption if num_host_blocks else "recompute"  # there is nowhere to swap to
+        self.host_pool = BlockPool(max(1, num_host_blocks))  # a pool has one; without "swap" nobody takes it
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.swapped: dict[str, list[KVCacheBlock]] = {}  # the host's blocks of each swapped request
-        self.served: dict[str, float] = {}  # tokens computed for each tenant
+        self.served: dict[str, float] = {}  # tokens computed and sampled for each tenant
         self.depth = 1  # how many steps may be under way at once
         self.num_lookahead_tokens = 0  # room behind a request's tokens for a draft model's guesses (lesson 8)
         self.finished_ids: list[str] = []
@@ -299,6 +299,7 @@ class Scheduler:
 
     def take_back_lookahead(self) -> None:
         """If this step might lack blocks, nobody keeps room for guesses: what is needed goes before what may be."""
+        # Besides full blocks, each request may begin one, and may copy one that is shared.
         most_needed = self.max_num_batched_tokens // self.manager.block_size + 2 * len(self.running)
         if self.num_lookahead_tokens and self.manager.pool.num_free_blocks < most_needed:
             for request in self.running:
@@ -446,7 +447,7 @@ class Scheduler:
         """Get the blocks for a running request's next tokens, if need be from others. Returns for how many there are.
 
         Guesses are given up before anyone is preempted. If the request itself comes last in the policy's order, it is
-        the one that makes room. As long as others are in flight, it waits for theirs instead.
+        the one that makes room; as long as steps before this one are in flight, it waits for their blocks instead.
         """
         while self.manager.allocate_slots(request, num_tokens) is None:
             if request.spec_token_ids:
@@ -575,7 +576,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput, hidden: Tensor | None = None) -> Tensor | ModelRunnerOutput:
-        """Move blocks, compute, and sample if the last layer is ours; otherwise return its rows for the next stage.
+        """Move blocks, compute, and sample; a stage without the last layer returns (T, hidden_size) for the next one.
 
         hidden: (T, hidden_size), what the stage before has computed; None: begin with the tokens.
         """
@@ -596,7 +597,7 @@ class ModelRunner:
         return output
 
     def sample(self, plan: SchedulerOutput, logits: Tensor, output: ModelRunnerOutput) -> None:
-        """Draw what comes next for each request that has come to its end. logits: (R, V), in the order of `logit_rows`;
+        """Draw what comes next for each request that is to be sampled. logits: (L, V), in the order of `logit_rows`;
         (0, V) on a rank that does not sample (lesson 6).
         """
         sampled = [each for each in plan.scheduled if each.sample_index is not None and len(logits)]
@@ -643,10 +644,12 @@ class LocalExecutor:
     def submit(self, plan: SchedulerOutput) -> None:
         try:
             self.outputs.append(self.runner.execute(plan))
-        except Exception as error:  # whatever it is, it is not to take the other requests with it
-            self.outputs.append(self.one_by_one(plan, error))
+        except Exception:  # whatever it is, it is not to take the other requests with it
+            if not plan.scheduled:
+                raise  # blocks could not be moved
+            self.outputs.append(self.one_by_one(plan))
 
-    def one_by_one(self, plan: SchedulerOutput, error: Exception) -> ModelRunnerOutput:
+    def one_by_one(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """A step has failed. Compute its requests again, each alone, and let only those fail that fail again.
 
         Computing a token twice writes the same key and value to the same slot. Blocks have been moved already.
@@ -788,7 +791,7 @@ class EngineMetrics:
     seconds: float = 0.0  # in `step`
     num_computed_tokens: int = 0
     num_output_tokens: int = 0
-    num_prompt_tokens: int = 0  # of the requests that have begun
+    num_prompt_tokens: int = 0  # of the requests that are done
     num_cached_tokens: int = 0  # of those, found in the prefix cache
     num_preemptions: int = 0
     num_draft_tokens: int = 0  # guesses that were verified (lesson 8)
@@ -1129,7 +1132,7 @@ class Engine:
 
 
 def load_engine(name: str, dtype: torch.dtype | None = None, device: str | None = None, **settings) -> Engine:
-    """An engine for a checkpoint: `tales`, `smollm2-135m`, a folder, a `.gguf` file or `org/name`; kernels on."""
+    """An engine for a checkpoint, named as for `load`, with kernels unless the environment says `KERNELS=plain`."""
     model, tokenizer = load(name, dtype, device)
     if kernels.enabled():
         kernels.pack(model)

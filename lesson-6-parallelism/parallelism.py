@@ -231,7 +231,8 @@ class RowParallelLinear(nn.Module):
     def __init__(self, plain: nn.Linear, part: range, group: Group):
         super().__init__()
         self.group = group
-        self.in_features, self.out_features, self.whole_in_features = len(part), plain.out_features, plain.in_features
+        self.in_features, self.out_features = len(part), plain.out_features
+        self.whole_in_features = plain.in_features  # for lesson 7's groups
         self.weight = nn.Parameter(plain.weight.new_empty(plain.out_features, len(part)), requires_grad=False)
         self.bias = None if plain.bias is None else nn.Parameter(torch.empty_like(plain.bias), requires_grad=False)
         self.shards = {"weight": Shard(1, part)}
@@ -283,7 +284,7 @@ class Absent(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_parameter("weight", None)
+        self.register_parameter("weight", None)  # `tie_weights` asks for it on every stage
 
     def forward(self, *inputs):
         raise RuntimeError("This layer is computed by another stage of the pipeline.")
@@ -524,9 +525,8 @@ class CommandLine:
     rank 0 is gone: then there is nobody left to work for, and it ends.
     """
 
-    def __init__(self, connection: Connection, rank: int):
+    def __init__(self, connection: Connection):
         self.connection = connection
-        self.rank = rank
         self.commands: SimpleQueue = SimpleQueue()
         self.doing = "waits for a command"
         self.lock = threading.Lock()
@@ -629,7 +629,7 @@ def worker_main() -> None:
     store, rank, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
     host, port, key = store.get("control").decode().split()
     store.set(f"joined/{rank}", "")
-    line = CommandLine(Client((host, int(port)), authkey=bytes.fromhex(key)), rank)
+    line = CommandLine(Client((host, int(port)), authkey=bytes.fromhex(key)))
     line.send(rank)
     join = line.commands.get()
     if join is not None:

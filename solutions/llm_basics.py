@@ -1,7 +1,7 @@
 """Lesson 1: a transformer in plain functions.
 
-Everything that a Llama computes, as functions from tensors to tensors: no class, no state, no cache. The last
-two functions put them together into a model that runs with a real checkpoint's weights, under their real names.
+Everything that a Llama computes, as functions from tensors to tensors: no module, no state, no cache. `block`
+and `forward` make a model of them that runs with a real checkpoint's weights, under their real names.
 
 Shapes are written with these letters throughout the course:
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The numbers that fix a model's shape. The names are those of Hugging Face's `config.json`."""
+    """A model's shape, named as in Hugging Face's `config.json`; the last four are parts that it may have."""
 
     vocab_size: int
     hidden_size: int

@@ -176,7 +176,7 @@ class KVCacheManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.block_tables: dict[str, list[KVCacheBlock]] = {}
-        self.block_hashes: dict[str, list[BlockHash]] = {}  # of each sequence's full blocks, as far as they were asked
+        self.block_hashes: dict[str, list[BlockHash]] = {}  # of each sequence's full blocks, as far as asked for
         self.copies: list[BlockCopy] = []
 
     def block_table(self, request_id: str) -> list[int]:
@@ -377,17 +377,17 @@ def merge_partials(a: Partial, b: Partial) -> Partial:
 def blockwise_attention(
     q: Tensor, positions: Tensor, num_keys: int, read: Callable[[int, int], tuple[Tensor, Tensor]], segment: int
 ) -> Tensor:
-    """Causal attention that reads `segment` keys at a time, so that no more scores than T x segment ever exist.
+    """Causal attention that reads `segment` keys at a time: of each head no more than T x segment scores exist.
 
     q: (B, T, H, D), the queries of B sequences; positions: (B, T), where each stands in its own; it sees the keys up
     to there. read(start, end), end at most num_keys, gives keys and values of the slots start to end of each sequence,
     two of (B, n, K, D). Returns (B, T, H, D) in q's dtype. From Dao et al., "FlashAttention" (2022), which does this
-    within the processor.
+    in a GPU's on-chip memory.
     """
     # Exercise 4.7: fold the heads with `fold_sequences` (what is read tells K); for each segment `partial_attention`,
     # masked by position (the same for every head); merge; divide at the end.
     num_kv_heads = read(0, 1)[0].shape[2]
-    folded = fold_sequences(q, num_kv_heads)  # (B, K, G * T, D)
+    folded = fold_sequences(q, num_kv_heads)  # (B, K, G * T, D): G query heads share their keys
     group_size = q.shape[2] // num_kv_heads
     rows = positions.repeat(1, group_size)[:, None, :, None]  # (B, 1, G * T, 1): row g * T + t is token t
     whole = None
@@ -445,14 +445,14 @@ class QueryGroup(NamedTuple):
 
 
 MAX_GROUP_SLOTS = 4096
-"""A group reads at most so many slots at once, padding included: what is gathered should still be in the processor's
-cache when attention reads it."""
+"""A group of several reads at most so many slots, padding included: what is gathered should still be in the
+processor's cache when attention reads it."""
 
 
 def group_queries(metadata: AttentionMetadata, block_size: int) -> list[QueryGroup]:
-    """Sort a batch into groups. Decoding requests, with one row each, make few large groups; a prefill chunk is alone.
+    """Sort a batch into groups: requests of equally few rows, as in decoding; one of over 16, a prefill chunk, alone.
 
-    In a group no context is longer than twice the shortest, and there is not too much to read in all.
+    In a group no context is longer than twice the shortest and a block, and `MAX_GROUP_SLOTS` are read at most.
     """
     device = metadata.slot_mapping.device
     order = sorted(
@@ -496,21 +496,26 @@ class PagedKVCache:
     """
 
     def __init__(
-        self, model: Llama, num_blocks: int, block_size: int, num_host_blocks: int = 0, layers: range | None = None
+        self,
+        model: Llama,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int = 0,
+        layers: range | None = None,
+        dtype: torch.dtype | None = None,
     ):
         self.layers = layers or range(model.config.num_hidden_layers)
         self.block_size = block_size
         attention = model.model.layers[self.layers.start].self_attn
         num_kv_heads = attention.k_proj.out_features // attention.head_dim
-        weight = model.model.norm.weight
+        weight = model.model.norm.weight  # for its device, and its dtype where no other is asked for
+        dtype = dtype or weight.dtype
         shape = (len(self.layers), num_blocks, block_size, num_kv_heads, attention.head_dim)
         host_shape = (len(self.layers), num_host_blocks, *shape[2:])
         # Zeros, for what is masked is still multiplied: by 0, which makes 0 of any number but not of NaN.
-        self.keys, self.values = (weight.new_zeros(shape) for _ in range(2))
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
         pin = weight.is_cuda and num_host_blocks > 0
-        self.host_keys, self.host_values = (
-            torch.zeros(host_shape, dtype=weight.dtype, pin_memory=pin) for _ in range(2)
-        )
+        self.host_keys, self.host_values = (torch.zeros(host_shape, dtype=dtype, pin_memory=pin) for _ in range(2))
 
     @property
     def device_tensors(self) -> list[Tensor]:

@@ -82,7 +82,7 @@ def quantize_activations(x: Tensor, absmax: Tensor | None = None) -> tuple[Tenso
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """The exact product of two matrices of int8, summed in 32 bits. a: (M, K); b: (N, K). Returns (M, N) int32.
+    """The exact product of two matrices of int8, summed in 32 bits. a: (T, in); b: (out, in). Returns (T, out) int32.
 
     Processors have instructions for this, torch on a CPU has no fast way to ask for them. So float32 does it, in pieces
     short enough to be exact: it holds every whole number up to 2**24, and 1024 products of at most 127 x 127 are less.
@@ -96,8 +96,9 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 class QuantizedLinear(nn.Module):
     """What quantized linear layers have in common: their size, their bias, and their share if there are ranks.
 
-    plain: the layer that it takes the place of, on the meta device. Subclasses have a `product`, which is what `plain`
-    would compute without its bias, and a `quantized`, which makes their tensors out of a float weight.
+    plain: the layer that it takes the place of, on the meta device. Subclasses have a `product`, what `plain` would
+    compute without its bias, and a `quantized`, which makes their tensors out of a float weight: the part of it that
+    `float_shard` says. `shards`, as in lesson 6: which parts of its tensors a rank reads where a checkpoint has them.
     """
 
     def __init__(self, plain: nn.Module):
@@ -201,7 +202,7 @@ def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Ten
 
     A group is `group_size` neighbours in a row; the last may be shorter. number x scale + minimum is about the weight.
     Asymmetric: 0 stands for the group's smallest weight and 15 for its largest. Symmetric: 8 stands for a weight of 0,
-    and 1 and 15 for the largest magnitude and its negative; the minimum is -8 scales and need not be stored. Scales
+    and 15 and 1 for the largest magnitude and its negative; the minimum is -8 scales and need not be stored. Scales
     and minima are rounded to float16 first, for that is how they are kept, and the numbers are chosen for those. A
     group in which all are alike has scale 1.
 
@@ -372,7 +373,7 @@ def quantize_model(model: Llama, quantization: Quantization) -> None:
 
 
 def tie_quantized(model: Llama) -> None:
-    """One table, two uses: its numbers and its scales."""
+    """One table, two uses: its numbers and its scales. Where another stage has the head there are no scales to tie."""
     model.lm_head.weight = model.model.embed_tokens.weight
     if isinstance(model.lm_head, Int8Linear):
         model.lm_head.weight_scale = model.model.embed_tokens.weight_scale
@@ -406,6 +407,7 @@ class QuantizingCheckpoint:
         return [part for name in self.plain.names() for part in self.parts(name)]
 
     def source(self, name: str) -> str:
+        """The tensor of the checkpoint that this one is made of."""
         layer, _, attribute = name.rpartition(".")
         return f"{layer}.weight" if layer in self.layers and attribute != "bias" else name
 
@@ -424,7 +426,7 @@ class QuantizingCheckpoint:
         if name not in self.waiting:
             tensor = self.plain.read(self.source(name))
             if self.source(name) == name and self.parts(name) == [name]:
-                return tensor
+                return tensor  # it is not quantized
             dtype = torch.promote_types(tensor.dtype, torch.float32)
             made = self.layers[layer].quantized(tensor.to(dtype))
             self.waiting |= {f"{layer}.{each}": value for each, value in made.items()}
@@ -448,6 +450,7 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
 
 
 METHOD = "inference-course"
+"""By which a `config.json` says that its checkpoint was quantized here."""
 
 
 def plain_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -532,7 +535,7 @@ def save_quantized(model: Llama, quantization: Quantization, source: Path, folde
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights in memory, a shared one counted once."""
+    """Bytes of all parameters in memory, a shared one counted once. What oneDNN has packed is no parameter any more."""
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
 
 
@@ -626,14 +629,15 @@ class Int8KVCache(PagedKVCache):
     def __init__(
         self, model: Llama, num_blocks: int, block_size: int, num_host_blocks: int = 0, layers: range | None = None
     ):
-        super().__init__(model, num_blocks, block_size, num_host_blocks, layers)
-        self.dtype = self.keys.dtype
-        self.scales = [tensor.new_zeros(tensor.shape[:-1]) for tensor in (self.keys, self.values)]
-        self.host_scales = [tensor.new_zeros(tensor.shape[:-1]) for tensor in (self.host_keys, self.host_values)]
-        self.keys, self.values = (torch.zeros_like(each, dtype=torch.int8) for each in (self.keys, self.values))
-        self.host_keys, self.host_values = (
-            torch.zeros_like(each, dtype=torch.int8) for each in (self.host_keys, self.host_values)
-        )
+        super().__init__(model, num_blocks, block_size, num_host_blocks, layers, torch.int8)
+        self.dtype = model.model.norm.weight.dtype
+
+        def scales_of(tensor: Tensor) -> Tensor:
+            pin = tensor.is_pinned()
+            return torch.zeros(tensor.shape[:-1], dtype=self.dtype, device=tensor.device, pin_memory=pin)
+
+        self.scales = [scales_of(self.keys), scales_of(self.values)]
+        self.host_scales = [scales_of(self.host_keys), scales_of(self.host_values)]
 
     @property
     def device_tensors(self) -> list[Tensor]:
@@ -699,7 +703,7 @@ class OffloadedLlama(Llama):
 
         Raises ValueError if there is no room for what must be there: all that is no layer, and two layers.
         """
-        self.checkpoint, layers = view(self), self.model.layers
+        self.checkpoint, layers = view(self), self.model.layers  # a view of all layers; below, of what stays
         present = [number for number, layer in enumerate(layers) if not isinstance(layer, Absent)]
         sizes = {number: sum(tensor.nbytes for tensor in layers[number].parameters()) for number in present}
         each = max(sizes.values())
@@ -709,6 +713,7 @@ class OffloadedLlama(Llama):
                 f"offload is {limit} bytes; this model needs {rest + 2 * each} at least: {rest} for all that is no "
                 f"layer, and twice {each} for a layer."
             )
+        # The layers that do not stay take turns in the room of two.
         num_resident = len(present) if limit >= rest + len(present) * each else (limit - rest) // each - 2
         self.prototypes = {number: layers[number] for number in present[num_resident:]}
         for number in self.prototypes:
@@ -723,7 +728,7 @@ class OffloadedLlama(Llama):
         if number not in self.prototypes:
             return prototype
         groups = {id(module.group): module.group for module in prototype.modules() if hasattr(module, "group")}
-        layer = copy.deepcopy(prototype, groups)  # of its shape; on the meta device there is nothing to copy
+        layer = copy.deepcopy(prototype, groups)  # on the meta device, so only shapes; groups are shared
         for name, empty in prototype.named_parameters():
             owner, _, attribute = name.rpartition(".")
             tensor = self.checkpoint.read(f"model.layers.{number}.{name}").to(
@@ -797,6 +802,7 @@ class QuantizedEngine(ParallelEngine):
         return plain_config(checkpoint)
 
     def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
+        """In eight bits a slot's head takes head_dim bytes and a scale, instead of head_dim numbers."""
         share, size = super().cache_share(config, dtype, *grid), dtype.itemsize
         return share * (config.head_dim + size) / (config.head_dim * size) if self.kv_cache_dtype == "int8" else share
 

@@ -173,7 +173,8 @@ def accept_or_recover(target: Tensor, draft: Tensor, token_id: int, generator: t
 
     target, draft: (V,), probabilities. The token is kept with probability target / draft, or surely where the target
     likes it better. What is missing then, of each token, is by how much the target likes it better than the draft:
-    that is what the other one is drawn from. Returns whether it was kept, and the token.
+    that is what the other one is drawn from. Rounding may leave nothing missing: then, too, a token must come that the
+    target may say. Returns whether it was kept, and the token.
     """
     # Exercise 8.3: `torch.rand` first; then, if it was not kept, `torch.multinomial`, both with this generator.
     chance = float(torch.rand((), generator=generator, dtype=torch.float64))
@@ -279,6 +280,7 @@ class StepTimes:
         shown = self.rows_seconds - self.seconds * mean_rows
         # As if one step, one row off the mean, had shown `believed`.
         slope = max(0.0, (shown + believed) / (spread + 1))
+        # Never less than one row takes, however few there are.
         return max(mean_seconds + slope * (num_rows - mean_rows), slope)
 
 
@@ -328,16 +330,15 @@ class Pace:
         return {each: max(least, choose_k(self.of(each).rate, seconds)) for each in request_ids}
 
     def seconds(self, num_requests: int, num_rows: int) -> list[float]:
-        """A request's share of a step, for each number of guesses: of the step without guesses that of all requests
-        alike, and of what guesses take on top that of those who are likely to have one. They are taken to make equally
-        many.
+        """A request's share of a step, in seconds, for each number of guesses k. The step without guesses is shared by
+        all; what k guesses add is shared by those likely to have some, who are all taken to make k.
         """
         num_guessing = max(1.0, self.coverage * num_requests)
         plain = self.step_seconds(num_rows)
         shares = [plain / num_requests]
         for k in range(1, self.num_speculative_tokens + 1):
             more = self.step_seconds(num_rows + k * num_guessing) - plain
-            if self.draft_seconds.weight >= 1:
+            if self.draft_seconds.weight >= 1:  # a draft was timed at least once
                 more += self.draft_seconds(k)
             shares.append(shares[0] + more / num_guessing)
         return shares
@@ -453,7 +454,8 @@ class DraftProposer:
     def draw(self, each: ScheduledRequest, logits: Tensor, new_token_ids: list[int]) -> tuple[int, Tensor | None]:
         """A guess, by the request's own rules, and what it was drawn from (V,); None: it was not drawn.
 
-        Its randomness is not that of its verification, and depends on the seed and the place alone.
+        new_token_ids: what has come since `output_token_ids`, the tokens just sampled and the guesses behind them. Its
+        randomness is not that of its verification, and depends on the seed and the place alone.
         """
         output = [*each.output_token_ids, *new_token_ids]
         adjusted = adjust_logits(logits, each.params, each.prompt_token_ids, output, each.stop_token_ids)

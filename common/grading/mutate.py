@@ -247,7 +247,8 @@ def changes(source: str, function: ast.FunctionDef, exercise: Exercise) -> Itera
 
     yield exercise.first_answer_line, UNCHANGED, module()
     yield exercise.first_answer_line, RENAMED, renamed(source, exercise.function)
-    yield exercise.first_answer_line, BY_HELPER, by_helper(source, exercise.function)
+    if "super()" not in ast.unparse(function):  # which a plain function cannot call
+        yield exercise.first_answer_line, BY_HELPER, by_helper(source, exercise.function)
     for above, field, index, node in list(sites(function)):
         outermost = next((each for each in [*above[1:], node] if isinstance(each, ast.stmt)), None)
         if outermost is None or outermost.lineno < exercise.first_answer_line:
@@ -430,7 +431,7 @@ class Trial:
                     self.catch(event[1])
         except EOFError:
             self.blame("ended the process")
-        if time.monotonic() - self.last_word > (STALLED if self.current else START_SECONDS):
+        if time.monotonic() - self.last_word > (STALLED if self.current else 5 * START_SECONDS):
             self.blame("brought the checks to a halt")
         return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from common import skeleton
 from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, modules_of
+from common.finale import GAINS
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +81,7 @@ def test_finished_lessons_pass_and_the_student_can_chat(student):
         assert result.returncode == 0, result.stdout + result.stderr
         assert f"Lesson {lesson.number} is complete." in result.stdout
     board = course(student, "progress").stdout
-    assert board.count("complete") == len(LESSONS)
+    assert all(gain in board for gain in GAINS.values()) and "The engine is yours" in board
     for options in ({}, {"TP": "2", "QUANT": "int8", "KV": "int8", "SPEC": "tales-draft"}):
         result = course(student, "chat", stdin="Once upon a time\n/quit\n", MODEL="tales", MINE="0-8", **options)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -121,6 +123,55 @@ def test_reset_backs_up_and_the_work_can_be_put_back(student):
     backup = student / re.search(r"kept in (\S+\.py)\.", result.stdout)[1]
     assert backup.read_text() == work
     assert course(student, "test-lesson", "1").returncode == 1
+
+
+def test_a_watched_lesson_is_graded_on_save_until_it_is_complete(student):
+    """Seen from outside: a process, a file, and what is printed."""
+    finish(student, 0, intro=("(num_parameters * bits + 7) // 8", "num_parameters * bits // 8"))
+    file = student / modules_of(0)[0].module.relative_to(ROOT)
+    command = [sys.executable, "-m", "common", "watch-lesson-0"]
+    environment = {**os.environ, "COURSE_PYTHON": "here", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+    watching = subprocess.Popen(command, cwd=student, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        read_until(watching, "wrong   0.4")
+        read_until(watching, "graded whenever you save it")
+        wrong = file.read_text()
+        file.write_text(wrong + "def f(:\n")
+        read_until(watching, "Python cannot read this line")
+        (student / "new").write_text(wrong.replace("num_parameters * bits // 8", "(num_parameters * bits + 7) // 8"))
+        os.replace(student / "new", file)  # as many editors save
+        read_until(watching, "0.4 weight_bytes: wrong -> passed")
+        read_until(watching, "Lesson 0 is complete.")
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(timeout=20) == 0
+    finally:
+        watching.kill()
+        watching.stdout.close()
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"it ended without saying {text!r}")
+
+
+def test_what_passes_may_be_compared_with_the_reference(student):
+    finish(student, 0, intro=("(num_parameters * bits + 7) // 8", "num_parameters * bits // 8"))
+    shown = course(student, "diff-lesson-0").stdout
+    assert shown.count("the same as the reference's") == 8 and "0.4 has not passed yet" in shown
+    assert "num_parameters * bits // 8" not in shown
+    assert "(num_parameters * bits + 7) // 8" in course(student, "diff-0.4", FORCE="1").stdout
+
+
+def test_what_a_lesson_is_worth_is_measured_on_the_students_code(student):
+    finish(student, 3)
+    told = course(student, "finale-lesson-3")
+    assert told.returncode == 0 and "your code of lesson 3;" in told.stdout and "96 of 96" in told.stdout
+    finish(student, 3, kv_cache=("start = self.lengths[layer]", "start = self.nowhere[layer]"))
+    told = course(student, "finale-lesson-3")
+    assert told.returncode == 1 and "could not be measured: AttributeError" in told.stdout
+    assert "Traceback" not in told.stdout + told.stderr
 
 
 def test_the_courses_own_tests_do_not_depend_on_the_students_work(student):

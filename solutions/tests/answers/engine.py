@@ -112,6 +112,21 @@ ANSWERS = [
         'if kv_cache_dtype == "int8" and speculation is None else PagedKVCache',
     ),
     wrong("8.9", "n-grams, though a draft is named", "speculation.draft is not None", "False"),
+    wrong_body(
+        "8.9",
+        "the draft loaded on every rank, whoever guesses",
+        """
+        cache = blocks_for(model, Int8KVCache if kv_cache_dtype == "int8" else PagedKVCache, layers)
+        proposer = NgramProposer()
+        if speculation is not None and speculation.draft is not None:
+            draft, draft_layers = load_draft(speculation.draft, model)
+            proposer = DraftProposer(draft, blocks_for(draft, PagedKVCache, draft_layers))
+        if speculation is None or not is_sampling_rank(model, layers):
+            return ModelRunner(model, cache)
+        pace = Pace(speculation.num_speculative_tokens, speculation.is_adaptive)
+        return SpeculativeRunner(model, cache, proposer, pace)
+        """,
+    ),
     wrong("8.9", "the target's layers for the draft's blocks", "PagedKVCache, draft_layers", "PagedKVCache, layers"),
     wrong("8.9", "the draft's blocks of the target's size", "blocks_for(draft,", "blocks_for(model,"),
     wrong(
@@ -204,6 +219,18 @@ ANSWERS = [
         "all outputs, where there is one",
         "progress=False)[0]",
         "progress=False)",
+    ),
+    wrong("8.12", "a progress bar for one answer", ", progress=False)", ")"),
+    wrong_body(
+        "8.12",
+        "the answer appended to the messages that were given",
+        """
+        text = self.tokenizer.apply_chat_template(messages)
+        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        output = self.generate([token_ids], params, progress=False)[0]
+        messages.append({"role": "assistant", "content": output.text})
+        return output
+        """,
     ),
     right(
         "8.12",

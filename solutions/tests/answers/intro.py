@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.grading.catalogue import right, wrong, wrong_body
+from common.grading.catalogue import equivalent, right, wrong, wrong_body
 
 ANSWERS = [
     # 0.1 classify_by_rules
@@ -362,5 +362,23 @@ ANSWERS = [
         intensity = arithmetic_intensity(token_flops, model_bytes, cache_bytes, batch_size)
         return min(peak_flops, intensity * bandwidth) / token_flops
         """,
+    ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "0.1",
+        "a score of 0 has returned already, and a score is a whole number",
+        "'positive' if score > 0 else 'negative' -> 'positive' if score >= 0 else 'negative'",
+        "'positive' if score > 0 else 'negative' -> 'positive' if score > -1 else 'negative'",
+    ),
+    equivalent("0.2", "any sequence has `index`", "list(logits) -> logits"),
+    equivalent(
+        "0.2", "True and False are the numbers 1 and 0, to Python and to every sum", "float(i == first) -> i == first"
+    ),
+    equivalent(
+        "0.4",
+        "with 4 bits or a multiple of them, 0 or 4 are left over, and 4 + 6 make a whole byte too",
+        "num_parameters * bits + 7 -> num_parameters * bits + 6",
     ),
 ]

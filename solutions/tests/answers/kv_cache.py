@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.grading.catalogue import planted, right, wrong, wrong_body
+from common.grading.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
     # -------------------------------------------------------------------------------------------- 3.2 offset_mask
@@ -26,7 +26,7 @@ ANSWERS = [
         "3.2",
         "row by row",
         """
-        mask = torch.zeros(len(positions), num_keys, dtype=torch.bool)
+        mask = torch.zeros(len(positions), num_keys, dtype=torch.bool, device=positions.device)
         for row, position in zip(mask, positions.tolist()):
             row[: position + 1] = True
         return mask
@@ -166,7 +166,7 @@ ANSWERS = [
         group = q.shape[1] // keys.shape[0]
         keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
         first = keys.shape[1] - q.shape[0]
-        mask = offset_mask(first + torch.arange(q.shape[0]), keys.shape[1])
+        mask = offset_mask(first + torch.arange(q.shape[0], device=q.device), keys.shape[1])
         return attention(q.transpose(0, 1), keys, values, mask).transpose(0, 1)
         """,
     ),
@@ -234,8 +234,8 @@ ANSWERS = [
         "the last row as a vector",
         """
         for start in range(0, len(token_ids), chunk_size):
-            chunk = torch.tensor(token_ids[start : start + chunk_size])
-            positions = torch.arange(len(chunk)) + cache.num_tokens
+            chunk = torch.tensor(token_ids[start : start + chunk_size]).to(cache.values.device)
+            positions = torch.arange(len(chunk), device=chunk.device) + cache.num_tokens
             hidden = model(chunk, positions, cache.attend)
         return model.logits(hidden[-1])
         """,
@@ -244,9 +244,9 @@ ANSWERS = [
         "3.5",
         "with torch.split",
         """
-        for part in torch.tensor(list(token_ids)).split(chunk_size):
-            first = cache.num_tokens
-            last = model(part, first + torch.arange(part.numel()), cache.attend)[-1]
+        for part in torch.tensor(list(token_ids), device=cache.keys.device).split(chunk_size):
+            positions = cache.num_tokens + torch.arange(part.numel()).to(part)
+            last = model(part, positions, cache.attend)[-1]
         return model.logits(last.unsqueeze(0)).squeeze(0)
         """,
     ),
@@ -425,5 +425,35 @@ ANSWERS = [
         mean = (token_times[-1] - token_times[0]) / (len(token_times) - 1)
         return Latency(token_times[0] - start, mean, times.diff().max().item())
         """,
+    ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "3.5", "one row: its first is its last", "model.logits(hidden[-1:])[0] -> model.logits(hidden[-1:])[-1]"
+    ),
+    equivalent(
+        "3.6",
+        "one row: its first is its last",
+        "model.logits(model(torch.tensor([token_id], device=device), position, cache.attend))[0] "
+        "-> model.logits(model(torch.tensor([token_id], device=device), position, cache.attend))[-1]",
+    ),
+    equivalent(
+        "3.7",
+        "a prefill of one token is a decode step",
+        "decode_step(model, cache, new[0]) if len(new) == 1 else prefill(model, cache, new) "
+        "-> prefill(model, cache, new)",
+        "len(new) == 1 -> new == 1",
+        "len(new) == 1 -> len(new) == 0",
+    ),
+    equivalent(
+        "3.7",
+        "one token: the first is the last",
+        "decode_step(model, cache, new[0]) -> decode_step(model, cache, new[-1])",
+    ),
+    equivalent(
+        "3.12",
+        "the two are only asked whether they differ",
+        "zip(cached_token_ids, token_ids[:-1]) -> zip(token_ids[:-1], cached_token_ids)",
     ),
 ]

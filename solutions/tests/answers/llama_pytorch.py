@@ -1,6 +1,6 @@
 """Lesson 2's answers that are not the reference: mistakes, each by the name that a student is told, and other ways."""
 
-from common.grading.catalogue import right, wrong, wrong_body
+from common.grading.catalogue import equivalent, right, wrong, wrong_body
 
 ANSWERS = [
     # --------------------------------------------------------------------------------------------- 2.1 parse_config
@@ -699,7 +699,7 @@ ANSWERS = [
         "2.15",
         "over the modules themselves",
         """
-        tables = rotary_tables(positions, self.frequencies)
+        tables = rotary_tables(positions, self.frequencies.to(positions.device))
         for number, each in enumerate(self.model.layers):
             if number in layers:
                 hidden = each(hidden, *tables, attend)
@@ -762,11 +762,78 @@ ANSWERS = [
         "2.17",
         "a batch axis of one taken off at the end",
         """
-        ids = torch.as_tensor(list(token_ids))
-        rows = model.run_layers(
-            model.embed(ids), torch.arange(ids.numel()), causal_attend, range(model.config.num_hidden_layers)
-        )
+        ids = torch.as_tensor(list(token_ids)).to(next(model.parameters()).device)
+        positions = torch.ones_like(ids).cumsum(0) - 1
+        rows = model.run_layers(model.embed(ids), positions, causal_attend, range(model.config.num_hidden_layers))
         return model.logits(rows[len(rows) - 1].unsqueeze(0)).squeeze(0)
         """,
+    ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "2.4",
+        "two axes: -1 is 1",
+        "proj(hidden).unflatten(-1, (-1, self.head_dim)) -> proj(hidden).unflatten(1, (-1, self.head_dim))",
+    ),
+    equivalent(
+        "2.6",
+        "the order in which the error names several tensors is left open",
+        "sorted(wanted.keys() - set(present)) -> wanted.keys() - set(present)",
+        "sorted(set(present) - wanted.keys()) -> set(present) - wanted.keys()",
+    ),
+    equivalent(
+        "2.6",
+        "a dictionary's keys and any other collection have a difference, a set",
+        "set(present) -> present",
+        "set(present) -> present  #2",
+    ),
+    equivalent(
+        "2.6",
+        "a torch.Size is a tuple; the error says it in other words",
+        "tuple(wanted[name].shape) -> wanted[name].shape",
+    ),
+    equivalent("2.7", "one axis: -1 is 0", "logits.shape[-1] -> logits.shape[-0]"),
+    equivalent(
+        "2.8",
+        "one axis: -1 is 0",
+        "upcast(ordered).softmax(-1) -> upcast(ordered).softmax(-0)",
+        "probabilities.cumsum(-1) -> probabilities.cumsum(-0)",
+        "torch.empty_like(logits).scatter(-1, token_ids, ordered.masked_fill(before >= p, -math.inf)) "
+        "-> torch.empty_like(logits).scatter(-0, token_ids, ordered.masked_fill(before >= p, -math.inf))",
+    ),
+    equivalent(
+        "2.8",
+        "`sampling_probs` hands over float32 or wider, which `upcast` leaves as it is",
+        "upcast(ordered) -> ordered",
+    ),
+    equivalent("2.8", "`scatter` gives a new tensor and fills every place of it", "torch.empty_like(logits) -> logits"),
+    equivalent(
+        "2.9",
+        "`sampling_probs` hands over float32 or wider, which `upcast` leaves as it is",
+        "upcast(logits) -> logits",
+    ),
+    equivalent("2.9", "one axis: -1 is 0", "upcast(logits).softmax(-1) -> upcast(logits).softmax(-0)"),
+    equivalent(
+        "2.11",
+        "Python takes `utf-8_` for another spelling of utf-8",
+        "codecs.getincrementaldecoder('utf-8') -> codecs.getincrementaldecoder('utf-8_')",
+    ),
+    equivalent(
+        "2.12",
+        "without stop strings nothing is held, and a slice may end behind its text",
+        "max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0) "
+        "-> max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=-1)",
+    ),
+    equivalent(
+        "2.14",
+        "a min_p of 0 asks for probabilities of at least 0, which all are",
+        "if params.min_p > 0: -> if True:",
+        "params.min_p > 0 -> params.min_p >= 0",
+        "params.min_p > 0 -> params.min_p > -1",
+    ),
+    equivalent("2.14", "one axis: -1 is 0", "logits.softmax(-1) -> logits.softmax(-0)"),
+    equivalent(
+        "2.17", "one row: its first is its last", "model.logits(hidden[-1:])[0] -> model.logits(hidden[-1:])[-1]"
     ),
 ]

@@ -1,6 +1,6 @@
 """Lesson 1's answers that are not the reference: mistakes, each by the name that a student is told, and other ways."""
 
-from common.grading.catalogue import right, wrong, wrong_body
+from common.grading.catalogue import equivalent, right, wrong, wrong_body
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------- 1.1 merge_pair
@@ -683,8 +683,9 @@ ANSWERS = [
                 if int(number) < len(layers):
                     layers[int(number)][rest] = weight
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
-        tables = rotary_tables(torch.tensor(range(len(token_ids))), frequencies)
+        positions = torch.tensor(range(len(token_ids)))
         hidden = weights["model.embed_tokens.weight"].index_select(0, token_ids)
+        tables = [table.to(hidden.device) for table in rotary_tables(positions, frequencies)]
         for layer in layers:
             hidden = block(hidden, layer, config, *tables)
         if config.tie_word_embeddings:
@@ -699,8 +700,9 @@ ANSWERS = [
         "positions counted from one: rotary attention only sees distances",
         """
         x = embed(token_ids, weights["model.embed_tokens.weight"])
-        positions = torch.arange(1, len(token_ids) + 1)
-        cos, sin = rotary_tables(positions, rotary_frequencies(config.head_dim, config.rope_theta))
+        positions = torch.arange(1, len(token_ids) + 1, device=x.device)
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
+        cos, sin = rotary_tables(positions, frequencies.to(x.device))
         for i in range(config.num_hidden_layers):
             prefix = f"model.layers.{i}."
             x = block(x, {n[len(prefix) :]: w for n, w in weights.items() if n.startswith(prefix)}, config, cos, sin)
@@ -852,5 +854,30 @@ ANSWERS = [
             total += (torch.logsumexp(row, 0) - row[token]).item()
         return math.exp(total / (len(token_ids) - 1))
         """,
+    ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "1.1", "the pair is a tuple already", "tuple(ids[i:i + 2]) == tuple(pair) -> tuple(ids[i:i + 2]) == pair"
+    ),
+    equivalent("1.5", "whole numbers times float32 are float32", "positions.float() -> positions"),
+    equivalent(
+        "1.12",
+        "`block` asks for its own names; other tensors keep their long ones, and are not asked for",
+        "{name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)} "
+        "-> {name.removeprefix(prefix): w for name, w in weights.items()}",
+        "name.startswith(prefix) -> name",
+    ),
+    equivalent(
+        "1.14",
+        "`gather` reads as many rows as it has indices: the last row is not among them",
+        "upcast(logits[:-1]) -> upcast(logits[:])",
+    ),
+    equivalent(
+        "1.14",
+        "two axes: -1 is 1",
+        "torch.log_softmax(upcast(logits[:-1]), dim=-1) -> torch.log_softmax(upcast(logits[:-1]), dim=1)",
+        "log_probabilities.gather(-1, token_ids[1:, None]) -> log_probabilities.gather(1, token_ids[1:, None])",
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.grading.catalogue import planted, right, wrong, wrong_body
+from common.grading.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
     # ----------------------------------------------------------------------------------------------- 4.9 hash_block
@@ -712,7 +712,7 @@ ANSWERS = [
             for start in range(0, num_keys, segment):
                 keys, values = read(start, min(start + segment, num_keys))
                 own = head // (num_heads // keys.shape[2])
-                seen = torch.arange(start, start + keys.shape[1]) <= positions[..., None]
+                seen = torch.arange(start, start + keys.shape[1]).to(positions) <= positions[..., None]
                 part = partial_attention(q[:, :, head], keys[:, :, own], values[:, :, own], seen)
                 whole = merge_partials(part, whole) if whole else part
             out[:, :, head] = whole.weighted / whole.total.unsqueeze(-1)
@@ -851,7 +851,7 @@ ANSWERS = [
         "4.5",
         "slot by slot, over the flat memory",
         """
-        positions = torch.arange(start, end)
+        positions = torch.arange(start, end, device=block_tables.device)
         slots = block_tables[:, positions // self.block_size] * self.block_size + positions % self.block_size
         index = layer - self.layers.start
         return self.keys[index].flatten(0, 1)[slots], self.values[index].flatten(0, 1)[slots]
@@ -915,5 +915,38 @@ ANSWERS = [
 
         return answer
         """,
+    ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "4.9",
+        "which bytes are hashed is left open, as long as other tokens are other bytes",
+        "' '.join(map(str, token_ids)) -> ' _'.join(map(str, token_ids))",
+    ),
+    equivalent(
+        "4.10",
+        "where prefix caching is off, `cache_blocks` has told the pool nothing, and nothing is found",
+        "if not self.enable_prefix_caching: -> if False:",
+        "return ([], 0) -> pass",
+    ),
+    equivalent(
+        "4.11",
+        "a block that has a hash is in `cached` under it, and `remember` leaves that as it is",
+        "if block.block_hash is None: -> if True:",
+    ),
+    equivalent("4.12", "copies in no place are no copies", "if shared: -> if True:"),
+    equivalent("4.13", "the slice of the parent's table is a new list already", "list(blocks) -> blocks"),
+    equivalent(
+        "4.16",
+        "a copy of no slot copies nothing",
+        "if filled > 0: -> if filled >= 0:",
+        "if filled > 0: -> if filled > -1:",
+    ),
+    equivalent(
+        "4.7", "values have as many heads as keys", "read(0, 1)[0] -> read(0, 1)[1]", "read(0, 1)[0] -> read(0, 1)[-1]"
+    ),
+    equivalent(
+        "4.7", "the sums of a merge do not mind the order", "merge_partials(whole, part) -> merge_partials(part, whole)"
     ),
 ]

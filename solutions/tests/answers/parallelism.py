@@ -15,6 +15,11 @@ ANSWERS = [
         return range(min(size, rank * share), min(size, (rank + 1) * share))
         """,
     ),
+    wrong_body(
+        "6.1",
+        "even boundaries rounded down, so that not the first ranks have one more",
+        "return range(size * rank // world_size, size * (rank + 1) // world_size)",
+    ),
     right(
         "6.1",
         "by counting the shares before",
@@ -29,6 +34,14 @@ ANSWERS = [
         "query heads dealt one by one, whatever group they are of",
         "return range(kv_heads.start * group_size, kv_heads.stop * group_size), kv_heads",
         "return shard_range(num_heads, rank, world_size), kv_heads",
+    ),
+    wrong_body(
+        "6.2",
+        "query heads dealt one by one, with the key/value heads that they look at",
+        """
+        queries, group_size = shard_range(num_heads, rank, world_size), num_heads // num_kv_heads
+        return queries, range(queries.start // group_size, (queries.stop - 1) // group_size + 1)
+        """,
     ),
     wrong(
         "6.2",
@@ -72,6 +85,12 @@ ANSWERS = [
         "6.3",
         "rows and columns exchanged",
         "return [[s * tensor_parallel + i for s in range(pipeline_parallel)] for i in range(tensor_parallel)]",
+    ),
+    wrong(
+        "6.3",
+        "rows begun at multiples of the number of stages, not of a stage's ranks",
+        "stage * tensor_parallel, (stage + 1) * tensor_parallel",
+        "stage * pipeline_parallel, stage * pipeline_parallel + tensor_parallel",
     ),
     wrong(
         "6.3",
@@ -169,6 +188,8 @@ ANSWERS = [
     wrong("6.16", "the share of busy ticks", "cells.count(None) / len(cells)", "1 - cells.count(None) / len(cells)"),
     wrong("6.16", "idle ticks for each busy one", "/ len(cells)", "/ (len(cells) - cells.count(None))"),
     wrong("6.16", "idle ticks counted for each stage, not for all", "/ len(cells)", "/ len(timeline[0])"),
+    wrong_body("6.16", "the first stage's ticks alone", "return timeline[0].count(None) / len(timeline[0])"),
+    wrong_body("6.16", "the last stage's ticks alone", "return timeline[-1].count(None) / len(timeline[-1])"),
     right(
         "6.16",
         "from the mean of the rows",
@@ -179,6 +200,12 @@ ANSWERS = [
         "6.6", "the first half alone: sums are made, and not brought round", "2 * (world_size - 1)", "(world_size - 1)"
     ),
     wrong("6.6", "the whole tensor in every message", "num_bytes / world_size / bandwidth", "num_bytes / bandwidth"),
+    wrong(
+        "6.6",
+        "the whole tensor sent in each half, not one part less",
+        "num_messages * (latency + num_bytes / world_size / bandwidth)",
+        "num_messages * latency + 2 * num_bytes / bandwidth",
+    ),
     wrong("6.6", "a message too many in each half", "2 * (world_size - 1)", "2 * world_size"),
     wrong(
         "6.6",
@@ -342,6 +369,13 @@ ANSWERS = [
     wrong("6.12", "no padding", "if missing[shard.axis] else found", "if False else found"),
     wrong(
         "6.12",
+        "padding always below, whatever the axis",
+        "torch.cat([found, found.new_zeros(missing)], dim=shard.axis)",
+        "F.pad(found, (0, 0, 0, missing[shard.axis]))",
+    ),
+    wrong("6.12", "padding that is not of the file's dtype", "found.new_zeros(missing)", "torch.zeros(missing)"),
+    wrong(
+        "6.12",
         "padding in front",
         "torch.cat([found, found.new_zeros(missing)], dim=shard.axis)",
         "torch.cat([found.new_zeros(missing), found], dim=shard.axis)",
@@ -376,6 +410,19 @@ ANSWERS = [
         "if plan.scheduled and link.previous is not None:",
         "if link.previous is not None:",
     ),
+    wrong(
+        "6.13",
+        "rows awaited for a plan that is not empty, though nothing is scheduled",
+        "if plan.scheduled and",
+        "if not plan.is_empty and",
+    ),
+    wrong("6.13", "a row awaited for each request, not for each token", "plan.num_tokens", "len(plan.scheduled)"),
+    wrong(
+        "6.13",
+        "no output of the last stage where nothing is scheduled",
+        "return result",
+        "return result if plan.scheduled else None",
+    ),
     wrong("6.13", "the rows received, and not used", "runner.execute(plan, hidden)", "runner.execute(plan)"),
     wrong("6.13", "rows never handed on", "link.send(result)", "pass"),
     wrong("6.13", "the rows returned as well", "link.send(result)\n        return None", "link.send(result)"),
@@ -401,6 +448,7 @@ ANSWERS = [
     ),
     wrong("6.14", "the error's kind left out", "describe(error)", "str(error)"),
     wrong("6.14", "every failure called a consequence of another", "is_consequence(error)", "True"),
+    wrong("6.14", "no failure called a consequence of another", "is_consequence(error)", "False"),
     right(
         "6.14",
         "the loop within the try",
@@ -427,6 +475,12 @@ ANSWERS = [
         "the last stage's layers",
         "max(len(Place(stage, 1, pipeline_parallel).layers(config))",
         "min(len(Place(stage, 1, pipeline_parallel).layers(config))",
+    ),
+    wrong(
+        "6.15",
+        "the first stage's layers, though another one may have more",
+        "max(len(Place(stage, 1, pipeline_parallel).layers(config)) for stage in range(pipeline_parallel))",
+        "len(Place(0, 1, pipeline_parallel).layers(config))",
     ),
     wrong("6.15", "the last rank's heads", "most_heads = max(", "most_heads = min("),
     right(

@@ -53,6 +53,24 @@ ANSWERS = [
         "in [end for end in reversed(ends) if end <= len(text) - n]",
     ),
     wrong("8.1", "the text returned with the guesses", "return text[len(token_ids) :]", "return text"),
+    wrong(
+        "8.1",
+        "the text's last `num_tokens`, which are all of it where none are asked for",
+        "return text[len(token_ids) :]",
+        "return text[-num_tokens:]",
+    ),
+    wrong(
+        "8.1",
+        "endings of two to four tokens, whatever is asked",
+        "for n in range(min(max_ngram,",
+        "for n in range(min(4,",
+    ),
+    wrong(
+        "8.1",
+        "the text's first token left out where it is searched",
+        "text[max(0, end - n) : end] == text[-n:]",
+        "text[max(1, end - n) : end] == text[-n:]",
+    ),
     wrong_body(
         "8.1",
         "the text's own end found, and copied from beyond it",
@@ -275,6 +293,36 @@ ANSWERS = [
         "kept with the target's probability, whatever the draft's is",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "chance < float(target[token_id])",
+    ),
+    wrong(
+        "8.3",
+        "a chance that does not come from `generator`",
+        "torch.rand((), generator=generator, dtype=torch.float64)",
+        "torch.rand((), dtype=torch.float64)",
+    ),
+    wrong(
+        "8.3",
+        "another token that does not come from `generator`",
+        "torch.multinomial(weights, 1, generator=generator)",
+        "torch.multinomial(weights, 1)",
+    ),
+    wrong(
+        "8.3",
+        "no way out where nothing is missing",
+        "missing if missing.sum() > 0 else target",
+        "missing",
+    ),
+    wrong(
+        "8.3",
+        "a little of every token, so that there is something to draw from, and of forbidden ones too",
+        "(target - draft).clamp(min=0)",
+        "(target - draft).clamp(min=1e-8)",
+    ),
+    wrong(
+        "8.3",
+        "a tensor of one token, instead of its number",
+        "int(torch.multinomial(weights, 1, generator=generator))",
+        "torch.multinomial(weights, 1, generator=generator)",
     ),
     wrong(
         "8.3",
@@ -561,6 +609,12 @@ ANSWERS = [
         "everything computed again, pass after pass: `num_computed` not moved on",
         "self.num_computed[id] = len(texts[id])",
         "pass",
+    ),
+    wrong(
+        "8.5",
+        "the newest guess taken for computed, one pass too early",
+        "self.num_computed[id] = len(texts[id])",
+        "self.num_computed[id] = len(texts[id]) + 1",
     ),
     wrong(
         "8.5",
