@@ -21,7 +21,7 @@ from dataclasses import dataclass
 NextTokenLogits = Callable[[list[int]], Sequence[float]]
 """The token ids so far -> V scores, one for each token that may come next. A language model, seen from outside."""
 Encode = Callable[[str], list[int]]
-"""Text -> its token ids, nothing added in front or behind."""
+"""Text -> its token ids, without special tokens."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ SENTENCES = (  # (kind, label, text): written for this lesson, half of them to d
     ("other words", "negative", "It broke after two days."),
     ("other words", "negative", "The soup was cold and the bread was stale."),
     ("other words", "negative", "Nobody answered my calls."),
-    ("turned", "positive", "This movie is not bad."),
+    ("turned", "positive", "This movie is not bad."),  # the words mean the opposite here
     ("turned", "positive", "I have nothing bad to say about it."),
     ("turned", "positive", "This kills! Play it tonight."),
     ("turned", "negative", "This is not good."),
@@ -106,7 +106,7 @@ def log_probability(
 
     By the chain rule: the probability of the first token after the prompt, times that of the second after prompt
     and first token, and so on; the logarithm makes the product a sum, which does not underflow. At temperature 1.
-    Leaves both sequences, which may be tuples, as they are. No continuation has probability 1.
+    Leaves both sequences, which may be tuples, as they are. The empty continuation has probability 1.
     """
     # TODO 0.9: for each token: ask for the logits of all that stands before it, add the log of its share.
     raise NotImplementedError("TODO 0.9")
@@ -153,7 +153,7 @@ def real_model(name: str = "smollm2-135m") -> tuple[NextTokenLogits, Encode]:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers in a model's `config.json` that fix what it costs, by the names they have there."""
+    """A model, and what fixes its costs: from `vocab_size` on, numbers of its `config.json` by their names there."""
 
     name: str
     num_parameters: int
@@ -225,7 +225,7 @@ class Machine:
 
 # GPUs: NVIDIA's data sheets and, for the RTX 4090, its Ada architecture paper; dense bfloat16 tensor cores, sums in
 # float32. The figures twice as large that are often quoted assume that half of the weights are zero. CPU: 12 channels
-# of DDR5-4800, 8 bytes each; 96 cores at 2.4 GHz, each two float32 FMA units of 8 lanes.
+# of DDR5-4800, 8 bytes each; 96 cores at 2.4 GHz, each two units of 8 float32 lanes; a multiply-add is two FLOP.
 H100 = Machine("H100 SXM", 3.35e12, 989e12)
 A100 = Machine("A100 SXM 80 GB", 2.039e12, 312e12)
 RTX_4090 = Machine("RTX 4090", 1.008e12, 165.2e12)

@@ -1,7 +1,7 @@
 """Lesson 1: a transformer in plain functions.
 
-Everything that a Llama computes, as functions from tensors to tensors: no class, no state, no cache. The last
-two functions put them together into a model that runs with a real checkpoint's weights, under their real names.
+Everything that a Llama computes, as functions from tensors to tensors: no module, no state, no cache. `block`
+and `forward` make a model of them that runs with a real checkpoint's weights, under their real names.
 
 Shapes are written with these letters throughout the course:
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The numbers that fix a model's shape. The names are those of Hugging Face's `config.json`."""
+    """A model's shape, named as in Hugging Face's `config.json`; the last four are parts that it may have."""
 
     vocab_size: int
     hidden_size: int
@@ -187,7 +187,7 @@ def block(x: Tensor, weights: Mapping[str, Tensor], config: ModelConfig, cos: Te
     ".weight" behind it. Returns (T, hidden_size).
     """
     # TODO 1.11: project and split into heads, rotate q and k (not v), attend causally, project, add; then
-    # norm, swiglu, add. What is added is x itself, not the normalised x.
+    # norm, swiglu, add. What is added is x itself, not the normalised x. The mask belongs on x's device.
     raise NotImplementedError("TODO 1.11")
 
 
@@ -199,7 +199,8 @@ def forward(token_ids: Tensor, weights: Mapping[str, Tensor], config: ModelConfi
     `config.tie_word_embeddings`: then the embedding table is the head too. Returns logits (T, V): row t scores
     what follows token t.
     """
-    # TODO 1.12: embed, pass through every block with its own weights, norm, and project to the vocabulary.
+    # TODO 1.12: embed, pass through every block with its own weights, norm, and project to the vocabulary. What
+    # you make yourself, positions and frequencies, belongs on the device where the rest is.
     raise NotImplementedError("TODO 1.12")
 
 

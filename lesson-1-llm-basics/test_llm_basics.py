@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.checkpoints import Checkpoint, cached
-from common.grading import close, equal, exercise, holds, together
+from common.grading import elsewhere, close, equal, exercise, holds, together
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -259,6 +259,9 @@ class TestCausalMask:
             expected = whole[start:stop, :stop]
             close(actual, expected, f"causal_mask({stop - start}, {stop}), the mask of tokens {start} to {stop - 1}")
 
+    def test_on_the_device_that_is_asked_for(self, code):
+        elsewhere(lambda: code.causal_mask(2, 5, torch.device("meta")), "causal_mask(2, 5, device)", "`device`")
+
 
 @exercise("1.8", points=2)
 class TestAttention:
@@ -383,8 +386,8 @@ def layer(weights: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 
 def angles_of(positions: Tensor, config) -> tuple[Tensor, Tensor]:
     frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    angles = positions.float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    angles = torch.outer(positions.float(), frequencies)
+    return torch.cos(angles), torch.sin(angles)
 
 
 def expected_block(x: Tensor, weights: Mapping[str, Tensor], config, cos: Tensor, sin: Tensor) -> Tensor:
@@ -460,6 +463,13 @@ class TestBlock:
         after = code.block(other, layer(weights, 0), config, cos, sin)[:-1]
         close(after, before, "block(x)[:-1] after only the last token was exchanged", atol=1e-5)
 
+    def test_on_another_device(self, code):
+        weights, results, config = snapshot(code)
+        given = (results["block.x"], *angles_of(results["block.positions"], config))
+        x, cos, sin = (each.to("meta") for each in given)
+        weights = {name: weight.to("meta") for name, weight in layer(weights, 0).items()}
+        elsewhere(lambda: code.block(x, weights, config, cos, sin), "block(x)", "`x.device`")
+
 
 @exercise("1.12", points=3)
 class TestForward:
@@ -503,6 +513,12 @@ class TestForward:
             rtol=1e-4,
             atol=1e-4,
         )
+
+    def test_on_another_device(self, code):
+        weights, _, config = snapshot(code)
+        weights = {name: weight.to("meta") for name, weight in weights.items()}
+        token_ids = self.token_ids.to("meta")
+        elsewhere(lambda: code.forward(token_ids, weights, config), "forward(token_ids)", "`token_ids.device`")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ The model is written here once and never edited again. Two seams make that possi
 
 - `attend(layer, q, k, v)` is handed in at every call. The model computes queries, keys and values; who remembers
   keys and values, and how, is not its business. Here nothing is remembered; every later lesson hands in another.
-- A linear layer is a module with the name that its weight has in the checkpoint. Later lessons swap these
-  modules (a slice of it, eight bits of it) before the weights are read.
+- A linear layer is a module with the name that its weight has in the checkpoint. Later lessons swap it
+  (for a slice of it, for one in eight bits) before the weights are read.
 
 This file does not know about: caches, batches of requests, other processes.
 """
@@ -292,8 +292,8 @@ class SamplingParams:
     max_tokens: int = 128
     min_tokens: int = 0  # no end of sequence and no stop token before so many tokens
     stop: str | Sequence[str] = ()  # strings that end the text; they are not part of it
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
+    stop_token_ids: Sequence[int] = ()  # tokens that end it, as the end of sequence does
+    ignore_eos: bool = False  # go on after an end of sequence
     logprobs: int | None = None  # report this many of the likeliest tokens at each step, and the chosen one
     repetition_penalty: float = 1.0  # above 1: divides the positive scores of tokens seen in prompt or output
     presence_penalty: float = 0.0  # subtracted once from the score of each token in the output
@@ -331,7 +331,7 @@ class SamplingParams:
 
 
 def stable_hash(*numbers: int) -> int:
-    """Mix whole numbers into one of 63 bits, the same in every process and on every machine."""
+    """Mix whole numbers into a seed of 63 bits, the same in every process and on every machine."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -339,7 +339,7 @@ def stable_hash(*numbers: int) -> int:
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Keep the k highest scores, set all others to -inf. logits: (V,); k >= 1. Returns (V,), a new tensor.
 
-    All tokens that tie with the k-th are kept, and k may exceed V. From Fan, Lewis and Dauphin (2018).
+    All that tie with the k-th are kept; k may exceed V. From Fan et al., "Hierarchical Neural Story Generation" (2018).
     """
     # TODO 2.7: what is the lowest score that stays?
     raise NotImplementedError("TODO 2.7")
@@ -416,7 +416,7 @@ def adjust_logits(
 
 
 def top_logprobs(logits: Tensor, token_id: int, k: int) -> dict[int, float]:
-    """Natural log-probabilities of the chosen token, which comes first, and of the k likeliest. logits: (V,)."""
+    """Natural log-probabilities by token id: of the chosen token, which is first, and the k likeliest. logits: (V,)."""
     logprobs = upcast(logits).log_softmax(-1)
     best = logprobs.topk(k)
     return {token_id: logprobs[token_id].item(), **dict(zip(best.indices.tolist(), best.values.tolist()))}
@@ -485,7 +485,7 @@ class RequestOutput:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None  # "stop": by a token or string that ends it; "length": no room for more
-    logprobs: list[dict[int, float]] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)  # of each token, as `top_logprobs` gives them
 
 
 def check_prompt(prompt_token_ids: Sequence[int], config: ModelConfig, params: SamplingParams) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.checkpoints import Checkpoint, CheckpointError
-from common.grading import close, equal, exercise, holds, together
+from common.grading import elsewhere, close, equal, exercise, holds, together
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 FAMILIES = ("llama-2", "llama-3", "qwen2", "qwen2.5", "qwen3")
@@ -100,6 +100,11 @@ class TestParseConfig:
         null = {**LLAMA_2_7B, "head_dim": None}
         config = code.parse_config(null)
         self.given(config, "head_dim", 128, "head_dim where the file says null: 4096 hidden, 32 heads")
+        holds(
+            isinstance(config.head_dim, int),
+            f"head_dim where the file says null is {config.head_dim!r}, a float: torch takes only an int for a size.",
+            actual="a float",
+        )
 
     def test_head_dim_given(self, code):
         equal(code.parse_config(QWEN_3).head_dim, 128, "head_dim where the file says 128 (1024 hidden, 16 heads)")
@@ -126,7 +131,12 @@ class TestParseConfig:
             return [parsed.qkv_bias, parsed.o_bias, parsed.mlp_bias]
 
         equal(biases(LLAMA_3_8B), [False, False, False], "[qkv_bias, o_bias, mlp_bias] of Llama 3 8B")
+        equal(
+            biases(LLAMA_2_7B), [False, False, False], "[qkv_bias, o_bias, mlp_bias] of Llama 2, whose file names none"
+        )
         equal(biases(QWEN_2_5), [True, False, False], "[qkv_bias, o_bias, mlp_bias] of Qwen2.5, whose file names none")
+        both = {**QWEN_2_5, "attention_bias": True, "mlp_bias": True}
+        equal(biases(both), [True, False, False], "the biases of a Qwen2, whatever its file says (here both are true)")
         both = {**LLAMA_3_8B, "attention_bias": True, "mlp_bias": True}
         equal(biases(both), [True, True, True], "the biases of a Llama with attention_bias and mlp_bias")
         both = {**QWEN_3, "attention_bias": True, "mlp_bias": True}
@@ -260,6 +270,10 @@ class TestCausalAttend:
     def test_one_token(self, code):
         v = noise(1, 2, 4)
         close(code.causal_attend(0, noise(1, 2, 4), noise(1, 2, 4), v), v, "causal_attend of one token (it is v)")
+
+    def test_on_another_device(self, code):
+        q, k, v = (noise(3, heads, 4).to("meta") for heads in (4, 2, 2))
+        elsewhere(lambda: code.causal_attend(0, q, k, v), "causal_attend(0, q, k, v)", "`q.device`")
 
 
 def naive_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -408,6 +422,15 @@ class TestRunLayers:
         self.check(code, [4, 5], range(1, 2), "run_layers through layer 1 alone")
         self.check(code, [4, 5], range(0, 1), "run_layers through layer 0 alone")
         self.check(code, [4, 5], range(2, 2), "run_layers through no layer")
+
+    def test_on_another_device(self, code):
+        model = built(code, "llama-3")[0].to("meta")  # all but `frequencies`, which is no parameter
+        hidden, positions = noise(3, 16).to("meta"), torch.arange(3, device="meta")
+        elsewhere(
+            lambda: model.run_layers(hidden, positions, lambda layer, q, k, v: q, range(2)),
+            "run_layers",
+            "`hidden.device`, where `self.frequencies` must be brought",
+        )
 
 
 @exercise("2.16")
@@ -723,6 +746,10 @@ class TestKeepTopP:
     def test_all(self, code):
         self.check(code, 1.0, {0, 1, 2, 3, 4}, "(it takes all)")
 
+    def test_reached_exactly(self, code):
+        kept = [int((code.keep_top_p(torch.zeros(4), p) > NO).sum()) for p in (0.25, 0.5, 0.75)]
+        equal(kept, [1, 2, 3], "how many of four equally likely tokens keep_top_p leaves, p=0.25, 0.5 and 0.75")
+
     def test_scores_are_no_log_probabilities(self, code):
         logits = self.LOGITS + 3.0
         close(
@@ -768,6 +795,13 @@ class TestKeepMinP:
 
     def test_high(self, code):
         self.check(code, 0.9, {1})
+
+    def test_as_likely_as_the_likeliest(self, code):
+        close(
+            code.keep_min_p(torch.tensor([1.0, 3.0, 2.0, 3.0]), 1.0),
+            torch.tensor([NO, 3.0, NO, 3.0]),
+            "keep_min_p([1, 3, 2, 3], p=1), where two are exactly p times as likely as the likeliest",
+        )
 
     def test_scores_are_no_log_probabilities(self, code):
         logits = self.LOGITS + 2.0
@@ -828,6 +862,18 @@ class TestSamplingProbs:
 
     def test_unset_filters_change_nothing(self, code):
         self.check(code, temperature=1.0)
+        # The first token's probability is 1 in float32. A top_p of 1 would take it alone.
+        logits = torch.tensor([30.0, 0.0, -2.0])
+        close(
+            code.sampling_probs(logits.clone(), code.SamplingParams(temperature=1.0)),
+            naive_probs(logits),
+            "sampling_probs([30, 0, -2], temperature=1)",
+            rtol=1e-4,
+            atol=0,
+        )
+
+    def test_one_left(self, code):
+        self.check(code, temperature=1.0, top_k=1)
 
     def test_temperature_before_top_p(self, code):
         # At temperature 1 the first two reach 0.7; at 3 it takes three.
@@ -1037,6 +1083,12 @@ class TestStopChecker:
 
     def test_over_pieces(self, code):
         self.check(code, ["END"], ["all E", "N", "D more"], ["all ", "", ""], "END", " (it arrives in three)")
+
+    def test_nothing_is_held_behind_a_stop(self, code):
+        checker = code.StopChecker(["END"])
+        for piece in ("all E", "N", "D more"):
+            checker.push(piece)
+        equal(checker.flush(), "", "flush, after 'END' was found in 'all E', 'N', 'D more' (nothing is held any more),")
 
     def test_a_false_alarm(self, code):
         self.check(code, ["END"], ["all E", "N", "T"], ["all ", "", "ENT", ""], None, " (EN turns out to be ENT)")
@@ -1274,6 +1326,10 @@ class TestRecompute:
         equal(
             int(scores.argmax()), int(expected["continuation"][0]), "the likeliest token after a prompt of the snapshot"
         )
+
+    def test_on_another_device(self, code):
+        model = built(code, "llama-3")[0].to("meta")
+        elsewhere(lambda: code.recompute(model, [5, 3, 1]), "recompute", "the weights' device")
 
 
 @together()

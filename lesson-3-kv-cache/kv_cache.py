@@ -38,7 +38,7 @@ def offset_mask(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:
-    """Lay the query heads that share a key/value head side by side as more rows. (T, H, D) -> (K, H / K * T, D).
+    """Lay the query heads of one key/value head below each other, as more rows. (T, H, D) -> (K, H / K * T, D).
 
     Lesson 1 repeated each key and value H / K times. At decode the keys are thousands of tokens and the query is
     one: it costs nothing to arrange the queries instead, and the keys are then read once for the whole group. Row
@@ -56,7 +56,7 @@ class KVCache:
     """
 
     def __init__(self, model: Llama, capacity: int):
-        config, weight = model.config, model.model.norm.weight
+        config, weight = model.config, model.model.norm.weight  # `weight`: whose dtype and device the cache has
         shape = (config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = weight.new_empty(shape)
         self.values = weight.new_empty(shape)

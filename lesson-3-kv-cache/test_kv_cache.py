@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common.grading import close, equal, exercise, holds, together
+from common.grading import elsewhere, close, equal, exercise, holds, together
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -88,6 +88,13 @@ def refused(call, what: str, left) -> None:
     holds(False, f"{what} should raise ValueError; it left {name} {value}.", actual=value)
 
 
+def away(model):
+    """The model on `meta`. Its look-up refuses ids from the CPU, as a GPU's does, and meta's own does not."""
+    model, embed = model.to("meta"), model.embed
+    model.embed = lambda token_ids: embed(token_ids + torch.zeros_like(token_ids, device="meta"))
+    return model
+
+
 PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
 
 
@@ -117,6 +124,10 @@ class TestOffsetMask:
             torch.ones(1, 3).bool(),
             "offset_mask([7], 3 keys): it sees them all",
         )
+
+    def test_on_another_device(self, code):
+        positions = torch.tensor([3, 4], device="meta")
+        elsewhere(lambda: code.offset_mask(positions, 6), "offset_mask([3, 4], 6 keys)", "`positions.device`")
 
 
 @exercise("3.3")
@@ -258,6 +269,11 @@ class TestAttend:
         expected = torch.tensor([2.0, 3.0, 4.0, 5.0]).half().expand(1, 2, 4)
         close(mixed, expected, "attend in float16, with scores of 180,000", rtol=1e-3)
 
+    def test_on_another_device(self, code):
+        cache = code.KVCache(away(tiny(code)), 5)
+        q, k, v = (noise(3, heads, 4).double().to("meta") for heads in (6, 2, 2))
+        elsewhere(lambda: cache.attend(0, q, k, v), "attend(0, q, k, v)", "`q.device`")
+
 
 @exercise("3.8")
 class TestTruncate:
@@ -343,6 +359,11 @@ class TestPrefill:
         got = code.prefill(model, cache, PROMPT[6:], chunk_size=4)
         close(got, recomputed(code, model, PROMPT), "prefill of 7 tokens behind 6, in chunks of 4", rtol=1e-9)
 
+    def test_on_another_device(self, code):
+        model = away(tiny(code))
+        cache = code.KVCache(model, 5)
+        elsewhere(lambda: code.prefill(model, cache, PROMPT[:5], chunk_size=3), "prefill", "`cache.keys.device`")
+
 
 @exercise("3.6")
 class TestDecodeStep:
@@ -363,6 +384,11 @@ class TestDecodeStep:
         code.decode_step(model, cache, 8)
         equal(model.seen, [([8], [4])], "(token ids, positions) of the forward of decode_step after 4 tokens")
         equal(model.rows, [1], "how many rows `logits` is asked for")
+
+    def test_on_another_device(self, code):
+        model = away(tiny(code))
+        cache = code.KVCache(model, 5)
+        elsewhere(lambda: code.decode_step(model, cache, 8), "decode_step", "`cache.keys.device`")
 
 
 WORDS = [b" w%d" % i for i in range(23)]
@@ -431,6 +457,10 @@ class TestGenerate:
     def test_one_token(self, code):
         output, expected = self.both(code, prompt=[7], max_tokens=1)
         self.check(output, expected, "a prompt of one token, max_tokens=1")
+
+    def test_two_tokens(self, code):
+        output, expected = self.both(code, prompt=[7, 9])
+        self.check(output, expected, "a prompt of two tokens")
 
     def test_refused(self, code):
         model = tiny(code)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.checkpoints import Checkpoint
-from common.grading import close, equal, exercise, holds, together
+from common.grading import elsewhere, close, equal, exercise, holds, together
 
 SNAPSHOTS = Path(__file__).parent.parent / "lesson-2-llama-pytorch" / "snapshots"
 
@@ -40,22 +40,6 @@ def refused(call, what: str, left) -> None:
         holds(False, f"{what} should raise ValueError; it raised {text}", actual=text)
     words, value = left()
     holds(False, f"{what} should raise ValueError; {words}.", actual=value)
-
-
-def elsewhere(call, what: str, place: str) -> None:
-    """What `call` gives must stand where all that it is given does: on `meta`, which has shapes and no numbers.
-
-    An answer that fetches numbers to the CPU cannot be tried so, and passes.
-    """
-    try:
-        on_cpu = call().device.type != "meta"
-    except RuntimeError as error:
-        on_cpu = "expected device" in str(error) or "same device" in str(error)
-    holds(
-        not on_cpu,
-        f"{what} makes a tensor on the CPU, where all others stand elsewhere (here on torch's `meta` device; it could "
-        f"be a GPU). Tensors of two devices cannot be computed with: on a GPU this would stop. Make it on {place}.",
-    )
 
 
 def stored(code, manager, name: str, token_ids: list[int]):

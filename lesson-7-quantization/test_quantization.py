@@ -213,11 +213,29 @@ class TestQuantizeInt4:
         expected = torch.tensor([[0, 15, 1, 2, 0, 15], [0, 15, 1, 2, 0, 15]], dtype=torch.uint8)
         close(numbers, expected, f"the numbers {what}")
 
+    def test_a_last_group_of_one(self, code):
+        numbers, scale, _ = code.quantize_int4(torch.tensor([[0.0, 15.0, 1.0, 2.0, 7.0]]), 4, False)
+        what = "of a row of five in groups of 4, the last one alone"
+        close(scale, torch.tensor([[1.0, 1.0]]).half(), f"the scales {what}")
+        close(numbers, torch.tensor([[0, 15, 1, 2, 0]], dtype=torch.uint8), f"the numbers {what}")
+
+    def test_below_the_rounded_minimum(self, code):
+        numbers, _, minimum = code.quantize_int4(torch.tensor([[1000.3, 1000.31]]), 2, False)
+        close(minimum, torch.tensor([[1000.5]]).half(), "the minimum of [1000.3, 1000.31], as float16 has it")
+        what = "the numbers of [1000.3, 1000.31], both of which lie below it"
+        close(numbers, torch.tensor([[0, 0]], dtype=torch.uint8), what)
+
     def test_all_alike(self, code):
         numbers, scale, minimum = code.quantize_int4(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), 2, False)
         close(scale, torch.ones(2, 1).half(), "the scales of groups in which all are alike")
         close(minimum, torch.tensor([[3.0], [0.0]]).half(), "the minima of groups in which all are alike")
         close(numbers, torch.zeros(2, 2, dtype=torch.uint8), "the numbers of groups in which all are alike")
+
+    def test_all_alike_and_symmetric(self, code):
+        numbers, scale, _ = code.quantize_int4(torch.tensor([[3.5, 3.5], [-7.0, -7.0], [0.0, 0.0]]), 2, True)
+        what = "of [3.5, 3.5], [-7, -7] and [0, 0], symmetric"
+        close(scale, torch.tensor([[0.5], [1.0], [1.0]]).half(), f"the scales {what}")
+        close(numbers, torch.tensor([[15, 15], [1, 1], [8, 8]], dtype=torch.uint8), f"the numbers {what}")
 
     def test_chosen_for_the_rounded_scale(self, code):
         """float16 has 11 bits: the scale that is kept is not quite the one that was computed."""
@@ -245,7 +263,8 @@ class TestDequantizeInt4:
         numbers = torch.tensor([[1, 2, 3, 4, 5, 6]], dtype=torch.uint8)
         scale, minimum = torch.tensor([[1.0, 10.0]]), torch.zeros(1, 2)
         got = code.dequantize_int4(numbers, scale, minimum, 4, 2)
-        close(got, torch.tensor([[1.0, 2.0, 30.0, 40.0, 50.0, 60.0]]), "1 to 6, of which two end a group of four")
+        what = "the numbers 1 to 6 in groups of 4 with scales 1 and 10, where first_column is 2"
+        close(got, torch.tensor([[1.0, 2.0, 30.0, 40.0, 50.0, 60.0]]), what)
 
 
 @exercise("7.8", points=2)
@@ -269,6 +288,24 @@ class TestInt4Linear:
 
     def test_in_the_dtype_of_x(self, code):
         self.check(code, 8, 4, False, torch.float64)
+        layer = filled(code.Int4Linear(linear(spread(5, 8)), 4, False), spread(5, 8))
+        got = layer.product(torch.ones(1, 8).bfloat16())
+        holds(got.dtype == torch.bfloat16, f"product of x in bfloat16 is in {got.dtype}.", str(got.dtype))
+
+    def test_share_that_begins_within_a_group(self, code):
+        weight, x = spread(5, 8), spread(3, 6) + 0.3
+        whole = filled(code.Int4Linear(linear(weight), 4, False), weight)
+        share = code.Int4Linear(linear(weight[:, 2:]), 4, False)
+        share.first_column = 2
+        filled(share, weight)
+        expected = whole.product(F.pad(x, (2, 0)))
+        close(
+            share.product(x),
+            expected,
+            "product(x) of a rank whose columns begin at 2, groups of 4",
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -357,6 +394,12 @@ class TestActivationAwareScales:
         got = code.activation_aware_scales(x, weights[:1], torch.round, 5)
         close(got, self.expected(x, weights[:1], torch.round, 5), "the factors for one weight, five trials")
 
+    def test_outputs_count_alike_in_weights_of_any_height(self, code):
+        x, weights = self.data()
+        weights = [torch.cat([weights[0]] * 8), weights[1][:1]]
+        got = code.activation_aware_scales(x, weights, torch.round, 6)
+        close(got, self.expected(x, weights, torch.round, 6), "the factors for weights of forty rows and of one")
+
     def test_where_nothing_is_lost(self, code):
         x, weights = self.data()
         got = code.activation_aware_scales(x, weights, lambda weight: weight.double().to(weight.dtype), 1)
@@ -367,6 +410,8 @@ class TestActivationAwareScales:
         x[:, 1] = 0
         got = code.activation_aware_scales(x, weights, torch.round, 4)
         holds(bool(got.isfinite().all()), f"with a channel that is always 0 the factors are {got.tolist()}.", got)
+        what = "the factors with a channel that is always 0, which counts as 1e-4"
+        close(got, self.expected(x, weights, torch.round, 4), what)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -449,6 +494,15 @@ class TestInt8KVCacheGather:
     def test_within_one_block(self, code):
         self.check(code, 5, 7, [[3, 1], [5, 0]])
 
+    def test_no_other_blocks(self, code):
+        cache = self.cache(code)
+        tables = torch.tensor([[3, 1, 99], [5, 0, 99]])  # there is no block 99
+        try:
+            got = cache.gather(2, tables, 0, 8)[0]
+        except IndexError:
+            holds(False, "Positions 0 to 7 lie in the first two blocks of 4; gather read a third.", "a third")
+        equal(tuple(got.shape[:2]), (2, 8), "the shape, up to the heads, of positions 0 to 7 of two sequences")
+
     def test_another_dtype(self, code):
         cache = code.Int8KVCache(tiny(code).double(), 2, 2)
         cache.write(0, torch.tensor([1]), torch.ones(1, 2, 4).double(), torch.ones(1, 2, 4).double())
@@ -528,6 +582,13 @@ class TestKLDivergence:
         close(
             code.kl_divergence(logits, logits + 2), torch.tensor(0.0), "KL of predictions that are the same", atol=1e-5
         )
+
+    def test_in_sixteen_bits(self, code):
+        logits, other = (spread(3, 70).bfloat16() * scale for scale in (3, 2))
+        got = code.kl_divergence(logits, other)
+        expected = F.kl_div(other.float().log_softmax(1), logits.float().softmax(1), reduction="batchmean")
+        what = "KL of logits in bfloat16, whose logarithms take more bits than that"
+        close(got.float(), expected, what, rtol=1e-3)
 
     def test_large_scores(self, code):
         got = code.kl_divergence(torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]]))

@@ -130,7 +130,7 @@ class InferenceEngine(QuantizedEngine):
         """What computes one rank's part of each step: its blocks, and its runner. Each rank calls it, for its layers.
 
         Guesses are made and verified where tokens are sampled, and nowhere else: on all other ranks, and where nobody
-        guesses, the runner is lesson 5's.
+        guesses, the runner is lesson 5's and no draft is loaded.
         """
 
         def blocks_for(owner: Llama, kind: type[PagedKVCache], own_layers: range) -> PagedKVCache:
@@ -142,7 +142,8 @@ class InferenceEngine(QuantizedEngine):
 
     def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation. messages: turns with "role" (system, user or assistant) and "content", the last one
-        the user's. Raises ValueError if the model was not trained to converse: it has no chat template.
+        the user's; they are left as they are, and nothing is printed. Raises ValueError if the model was not trained to
+        converse: it has no chat template.
         """
         if self.tokenizer.chat_template is None:
             raise ValueError("This model has no chat template: it continues text. Use generate.")

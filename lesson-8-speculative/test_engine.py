@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -185,6 +188,15 @@ class TestBuild:
                 )
                 holds(got[place] == expected[place], sentence, actual=list(got.values()))
 
+    def test_the_draft_is_loaded_only_where_it_guesses(self, code):
+        nowhere = code.Speculation(str(Path(draft_folder().name) / "not here"))
+        for place, layers, rank in (("first stage", range(0, 1), 0), ("last stage, rank 1", range(2), 1)):
+            try:
+                self.build(code, nowhere, layers=layers, rank=rank)
+            except ValueError as error:
+                sentence = f"In the {place}, nobody guesses, and yet build loads the draft (which is not there)."
+                holds(False, sentence, actual=type(error).__name__)
+
     def test_last_of_two_stages(self, code):
         runner = self.build(code, code.Speculation(), layers=range(1, 2))
         self.guessing(code, runner)
@@ -219,8 +231,11 @@ class TestChat:
         """The answer of an engine whose model has a template, what it was asked, and the engine."""
         with storyteller(code) as own:
             own.tokenizer.chat_template = TEMPLATE
-            params = params or code.SamplingParams(max_tokens=2)
-            output = own.chat(messages, params)
+            params, asked = params or code.SamplingParams(max_tokens=2), copy.deepcopy(messages)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                output = own.chat(asked, params)
+            equal(asked, messages, "the messages that chat was given, afterwards,")
+            equal(printed.getvalue(), "", "what chat prints, which shows no progress bar,")
             holds(
                 isinstance(output, code.RequestOutput),
                 f"chat returned a {type(output).__name__}, expected one RequestOutput.",

@@ -210,7 +210,7 @@ def block(x: Tensor, weights: Mapping[str, Tensor], config: ModelConfig, cos: Te
     ".weight" behind it. Returns (T, hidden_size).
     """
     # Exercise 1.11: project and split into heads, rotate q and k (not v), attend causally, project, add; then
-    # norm, swiglu, add. What is added is x itself, not the normalised x.
+    # norm, swiglu, add. What is added is x itself, not the normalised x. The mask belongs on x's device.
     num_tokens = x.shape[0]
 
     normed = rms_norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
@@ -233,7 +233,8 @@ def forward(token_ids: Tensor, weights: Mapping[str, Tensor], config: ModelConfi
     `config.tie_word_embeddings`: then the embedding table is the head too. Returns logits (T, V): row t scores
     what follows token t.
     """
-    # Exercise 1.12: embed, pass through every block with its own weights, norm, and project to the vocabulary.
+    # Exercise 1.12: embed, pass through every block with its own weights, norm, and project to the vocabulary. What
+    # you make yourself, positions and frequencies, belongs on the device where the rest is.
     x = embed(token_ids, weights["model.embed_tokens.weight"])
     positions = torch.arange(len(token_ids), device=x.device)
     cos, sin = rotary_tables(positions, rotary_frequencies(config.head_dim, config.rope_theta).to(x.device))

@@ -204,7 +204,7 @@ def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Ten
     Asymmetric: 0 stands for the group's smallest weight and 15 for its largest. Symmetric: 8 stands for a weight of 0,
     and 15 and 1 for the largest magnitude and its negative; the minimum is -8 scales and need not be stored. Scales
     and minima are rounded to float16 first, for that is how they are kept, and the numbers are chosen for those. A
-    group in which all are alike has scale 1.
+    scale that would be 0 (all are alike; symmetric: all are 0) is 1.
 
     Returns uint8 (out, in), scales and minima, two of (out, groups) float16.
     """
@@ -554,7 +554,7 @@ def activation_aware_scales(
     weights are multiplied by its factor before they are rounded, and the input is divided by it.
 
     Tried are the factors mean |x| ** (i / num_trials), for i from 0 (no scaling at all) to num_trials - 1, each divided
-    by the square root of its largest times its smallest; means below 1e-4 count as 1e-4. The error is the mean square
+    by the square root of (its largest x its smallest); means below 1e-4 count as 1e-4. The error is the mean square
     of the outputs' differences, summed over the weights. Returns the best, (in,). From Lin et al., "AWQ" (2024).
     """
     # Exercise 7.10: for each i: the factors; for each weight, x @ (what is left of weight x factors, / factors).

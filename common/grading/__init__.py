@@ -13,7 +13,7 @@ so that a failure can be explained and set beside the known mistakes.
 
 import importlib
 
-__all__ = ["close", "equal", "exercise", "holds", "refuses", "together"]
+__all__ = ["close", "elsewhere", "equal", "exercise", "holds", "refuses", "together"]
 
 
 def __getattr__(name: str):

@@ -91,6 +91,22 @@ def refuses(error: type[Exception], call: Callable[[], Any], what: str, mentions
     raise CheckFailed(f"{what} should raise {error.__name__}; it returned {brief(result)}.", what, result)
 
 
+def elsewhere(call: Callable[[], Tensor], what: str, place: str) -> None:
+    """What `call` gives must stand where all that it is given does: on `meta`, which has shapes and no numbers.
+
+    An answer that fetches numbers to the CPU cannot be tried so, and passes.
+    """
+    try:
+        on_cpu = call().device.type != "meta"
+    except RuntimeError as error:
+        on_cpu = "expected device" in str(error) or "same device" in str(error)
+    holds(
+        not on_cpu,
+        f"{what} makes a tensor on the CPU, where all others stand elsewhere (here on torch's `meta` device; it could "
+        f"be a GPU). Tensors of two devices cannot be computed with: on a GPU this would stop. Make it on {place}.",
+    )
+
+
 def check_type(actual: Any, expected: Any, what: str) -> None:
     """Refuse None, and a value of another kind than expected."""
     if actual is None and expected is not None:

@@ -537,7 +537,6 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(rest)
     console = Console(highlight=False, soft_wrap=True)
     modules = modules_of(arguments.lesson) if command == "mutate-lesson" else list(MODULES)
-    known = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else {}
     failed = False
     try:
         for lesson in modules:
@@ -547,6 +546,7 @@ def main(argv: list[str]) -> int:
             found = mutate(lesson, arguments.exercise, arguments.jobs, console)
             failed |= found["caught_share"] < ASKED
             if not arguments.exercise:
+                known = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else {}
                 known[lesson.slug] = found
                 ordered = {each.slug: known[each.slug] for each in MODULES if each.slug in known}
                 SUMMARY.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")

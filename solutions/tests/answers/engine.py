@@ -126,6 +126,7 @@ ANSWERS = [
         pace = Pace(speculation.num_speculative_tokens, speculation.is_adaptive)
         return SpeculativeRunner(model, cache, proposer, pace)
         """,
+        recognised=False,
     ),
     wrong("8.9", "the target's layers for the draft's blocks", "PagedKVCache, draft_layers", "PagedKVCache, layers"),
     wrong("8.9", "the draft's blocks of the target's size", "blocks_for(draft,", "blocks_for(model,"),

@@ -1,6 +1,6 @@
 """Lesson 7: answers that are not the reference."""
 
-from common.grading.catalogue import planted, right, wrong, wrong_body
+from common.grading.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------ 7.1 quantize_int8
@@ -171,6 +171,12 @@ ANSWERS = [
         "(groups - wide[1]) / wide[0]",
         "(groups - (wide[1] if symmetric else groups.amin(-1, keepdim=True))) / wide[0]",
     ),
+    wrong(
+        "7.7",
+        "scale 1 wherever all are alike, which loses them in a symmetric group",
+        "torch.where(scale > 0, scale, 1.0)",
+        "torch.where(groups.amax(-1) > groups.amin(-1), scale, 1.0)",
+    ),
     right(
         "7.7",
         "group by group",
@@ -233,6 +239,16 @@ ANSWERS = [
         "numbers taken for signed ones around 8, minima added as well",
         "numbers = unpack_int4(self.weight)[:, : self.in_features]",
         "numbers = unpack_int4(self.weight)[:, : self.in_features].to(x.dtype) - 8",
+    ),
+    wrong_body(
+        "7.8",
+        "the weight computed in float16, and widened afterwards",
+        """
+        numbers = unpack_int4(self.weight)[:, : self.in_features]
+        minimum = None if self.symmetric else self.weight_minimum
+        weight = dequantize_int4(numbers, self.weight_scale, minimum, self.group_size, self.first_column)
+        return F.linear(x, weight.to(x.dtype))
+        """,
     ),
     right(
         "7.8",
@@ -440,6 +456,14 @@ ANSWERS = [
         "upcast(logits).log_softmax(-1), upcast(other_logits).log_softmax(-1)",
         "upcast(logits), upcast(other_logits)",
     ),
+    wrong_body(
+        "7.13",
+        "a little added to every probability, so that no logarithm is infinite",
+        """
+        p, q = upcast(logits).softmax(-1), upcast(other_logits).softmax(-1)
+        return (p * ((p + 1e-10) / (q + 1e-10)).log()).sum(-1).mean()
+        """,
+    ),
     right(
         "7.13",
         "by torch's own",
@@ -447,5 +471,59 @@ ANSWERS = [
         target = other_logits.float().log_softmax(dim=-1)
         return F.kl_div(target, logits.float().log_softmax(dim=-1), log_target=True, reduction="batchmean")
         """,
+    ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "7.1",
+        "the scale is the row's largest magnitude / 127, so no quotient rounds to more than 127 in magnitude",
+        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round()",
+        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-127)",
+        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-128, 127)",
+        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-127, 128)",
+    ),
+    equivalent("7.5", "a slice begins at 0 by itself", "numbers[:, 0::2] -> numbers[:, ::2]"),
+    equivalent(
+        "7.7",
+        "float16 joins float32 and float64 in their own dtype",
+        "scale[..., None].to(weight.dtype) -> scale[..., None]",
+        "minimum[..., None].to(weight.dtype) -> minimum[..., None]",
+    ),
+    equivalent(
+        "7.10",
+        "the first trial always takes the place of what `best` was before",
+        "torch.ones_like(magnitude) -> magnitude",
+        "torch.ones_like -> torch.zeros_like",
+    ),
+    equivalent(
+        "7.10",
+        "a tensor of one number compares and adds up like the number",
+        "float((x @ each.T - target).square().mean()) -> (x @ each.T - target).square().mean()",
+    ),
+    equivalent("7.10", "of equally good factors any will do", "error < least -> error <= least"),
+    equivalent(
+        "7.15",
+        "whole numbers times a scale are in the scale's dtype",
+        "store[index].index_select(0, block_ids).to(self.dtype) -> store[index].index_select(0, block_ids)",
+    ),
+    equivalent(
+        "7.13",
+        "the last of two axes",
+        "upcast(logits).log_softmax(-1) -> upcast(logits).log_softmax(1)",
+        "upcast(other_logits).log_softmax(-1) -> upcast(other_logits).log_softmax(1)",
+        "(p.exp() * (p - q)).sum(-1) -> (p.exp() * (p - q)).sum(1)",
+    ),
+    equivalent("7.4", "whole numbers times a scale are in the scale's dtype", "total.to(x.dtype) -> total"),
+    equivalent(
+        "7.9",
+        "a child is replaced under its own name, so the names that are walked stay",
+        "list(module.named_children()) -> module.named_children()",
+    ),
+    equivalent(
+        "7.12",
+        "the next is handed to the pool only when the one before it has come back, so a second thread finds no work",
+        "ThreadPoolExecutor(max_workers=1) -> ThreadPoolExecutor()",
+        "ThreadPoolExecutor(max_workers=1) -> ThreadPoolExecutor(max_workers=2)",
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.grading.catalogue import planted, right, wrong, wrong_body
+from common.grading.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------ 8.1 propose_ngram
@@ -58,6 +58,7 @@ ANSWERS = [
         "the text's last `num_tokens`, which are all of it where none are asked for",
         "return text[len(token_ids) :]",
         "return text[-num_tokens:]",
+        recognised=False,
     ),
     wrong(
         "8.1",
@@ -744,4 +745,44 @@ ANSWERS = [
         }
         """,
     ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "8.1",
+        "`ends` leaves out places that cannot match, to save time; the comparison of n tokens rejects them as well",
+        "[i for i in range(1, len(text)) if text[i - 1] == text[-1]] -> [i for i in range(1, len(text))]",
+        "range(1, len(text)) -> range(0, len(text))",
+    ),
+    equivalent(
+        "8.1",
+        "an n-gram as long as the text or longer has no earlier place, so it is tried in vain",
+        "min(max_ngram, len(text) - 1) -> max_ngram",
+        "len(text) - 1 -> len(text) + 1",
+        "len(text) - 1 -> len(text) - 0",
+        "max(0, end - n) -> max(-1, end - n)",
+    ),
+    equivalent("8.6", "lesson 2's loop hands in a list", "list(token_ids) -> token_ids"),
+    equivalent("8.6", "a function that ends returns None", "return None -> pass"),
+    equivalent(
+        "8.3",
+        "a tensor of one number compares like the number",
+        "float(torch.rand((), generator=generator, dtype=torch.float64)) -> torch.rand((), generator=generator, "
+        "dtype=torch.float64)",
+        "float(draft[token_id]) -> draft[token_id]",
+        "float(target[token_id]) -> target[token_id]",
+    ),
+    equivalent(
+        "8.3",
+        "a chance in float32 is off by less than any number of draws can show",
+        "torch.rand((), generator=generator, dtype=torch.float64) -> torch.rand((), generator=generator)",
+        "torch.float64 -> torch.float32",
+    ),
+    equivalent(
+        "8.3",
+        "the two differ where a drawn chance equals a quotient to the last bit",
+        "chance * float(draft[token_id]) < float(target[token_id]) -> chance * float(draft[token_id]) <= "
+        "float(target[token_id])",
+    ),
+    equivalent("8.3", "a mean is above 0 where the sum is", "missing.sum() -> missing.mean()"),
 ]
