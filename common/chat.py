@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from common.course import CourseError, activate, files_used, parse_mine
+from common.course import CourseError, activate, files_used, parse_mine, substitutes
 
 DEFAULT_MODEL = "smollm2-135m"
 HELP = """\
@@ -369,7 +369,7 @@ def engine_for(name: str, mine: str, options: dict, fewer: dict, guesses: dict):
 def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
     """A talker, and the engine behind it."""
     activate(settings.mine)  # before anything of `solutions` is imported: it decides which files that means
-    if settings.mine and not os.environ.get("KERNELS"):
+    if substitutes() and not os.environ.get("KERNELS"):
         os.environ["KERNELS"] = "plain"  # so that the student's code is what runs
     import torch
 

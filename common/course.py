@@ -161,12 +161,12 @@ def parse_mine(mine: str, variable: str = "MINE") -> list[Lesson]:
 
 
 def unfinished(source: str) -> list[str]:
-    """The ids of the exercises in this source that still raise their `NotImplementedError("TODO 1.4")`."""
+    """The ids of the exercises in this source that still raise their `NotImplementedError("TODO 1.4")`, in order."""
+    raised = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
     return [
         node.exc.args[0].value.removeprefix("TODO ")
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Raise)
-        and isinstance(node.exc, ast.Call)
+        for node in sorted(raised, key=lambda node: node.lineno)
+        if isinstance(node.exc, ast.Call)
         and getattr(node.exc.func, "id", None) == "NotImplementedError"
         and node.exc.args
         and isinstance(node.exc.args[0], ast.Constant)
@@ -187,29 +187,34 @@ def to_do(file: Path) -> list[str]:
 def check_finished(file: Path) -> None:
     """Refuse a module that cannot stand under others: absent, unreadable to Python, or with exercises to do."""
     if ids := to_do(file):
-        is_withheld = any(file == each.module and each.is_withheld for each in MODULES)
         raise CourseError(
-            f"{shown(file)} cannot be used yet: {', '.join(ids)} still to do. Finish them"
-            + (": the solutions are withheld here." if is_withheld else ", or leave the lesson out of MINE.")
+            f"{shown(file)} cannot be used yet: {', '.join(ids)} still to do. Finish them, or leave the lesson out "
+            "of MINE."
         )
 
 
 def activate(mine: str | None) -> None:
     """From now on, here and in all processes started from here, these lessons of `solutions` are the student's files.
 
-    Call it before anything of `solutions` is imported. Raises CourseError if a module is unfinished.
+    Call it before anything of `solutions` is imported. Raises CourseError if a module is unfinished. Where a solution
+    is withheld the module is the student's in any case, and only what needs it finds out.
     """
     modules = [module for each in parse_mine(mine or "") for module in modules_of(each.number)]
     for each in modules:
-        check_finished(each.module)
+        if not each.is_withheld:
+            check_finished(each.module)
     os.environ[MODULES_VARIABLE] = os.pathsep.join(f"{each.slug}={each.module}" for each in modules)
+
+
+def withheld() -> dict[str, Path]:
+    """The student's file of each module whose solution this copy of the course came without, by slug."""
+    return {each.slug: each.module for each in MODULES if each.is_withheld}
 
 
 def substitutes() -> dict[str, Path]:
     """Which slugs stand for a file other than the reference: what is withheld, and as the environment says."""
-    withheld = {each.slug: each.module for each in MODULES if each.is_withheld}
     pairs = (pair.partition("=") for pair in os.environ.get(MODULES_VARIABLE, "").split(os.pathsep) if pair)
-    return withheld | {slug: Path(file) for slug, _, file in pairs}
+    return withheld() | {slug: Path(file) for slug, _, file in pairs}
 
 
 def files_used(lessons: tuple[Lesson, ...] = LESSONS) -> str:
@@ -227,6 +232,10 @@ class ModuleFinder(importlib.abc.MetaPathFinder):
         package, _, slug = fullname.partition(".")
         if package == "solutions" and slug in substitutes():
             file = substitutes()[slug]
+            if slug in withheld():
+                from common.release import check_written  # which imports this module
+
+                check_written(slug)
             try:
                 check_finished(file)
             except CourseError as error:

@@ -1,13 +1,16 @@
-"""What a README promises, looked up: commands exist, links lead somewhere, every exercise is told of and has its hints.
+"""What a README promises, looked up: commands exist, links lead somewhere, numbers were measured, every exercise is
+told of and has its hints.
 
-Part of `make check`. It looks at the lessons' READMEs and hints and at the one above them. In a fenced block of
+Part of `make check`. It looks at READMEs, hints, and what notebooks say between their cells. In a fenced block of
 commands (bash, sh or console) each line that calls `make` or `python -m common` must name a target, an exercise, a
 lesson and variables that there are; so must `make ...` between backticks in the text, where N and N.M may stand for
-any number. A block below a line `<!-- not run: REASON -->` is left alone. Commands that only read are also run.
+any number. Commands that only read are also run; all others are run by common/readme_commands.py, unless a line
+`<!-- not run: REASON -->` stands above the block. The numbers are common/readme_figures.py's.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -18,6 +21,7 @@ from pathlib import Path
 
 from common import __main__ as commands
 from common.course import LESSONS, ROOT, CourseError, Lesson, lesson, modules_of, shown
+from common.readme_figures import check_figures
 from common.skeleton import exercises_of
 
 SHELLS = ("bash", "sh", "console", "shell")
@@ -36,8 +40,16 @@ class Block:
 
 
 def documents() -> list[Path]:
-    candidates = [ROOT / "README.md", *(file for each in LESSONS for file in (each.readme, each.hints))]
+    others = [ROOT / "README.md", ROOT / "common" / "classroom" / "README.md", ROOT / "common" / "models" / "README.md"]
+    candidates = [*others, *(file for each in LESSONS for file in (each.readme, each.hints))]
     return [path for path in candidates if path.exists()]
+
+
+def between_cells(notebook: Path) -> Iterator[tuple[int, str]]:
+    """The texts of a notebook, each with the number of its cell, counted from 1."""
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"], start=1):
+        if cell["cell_type"] == "markdown":
+            yield number, "".join(cell["source"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -172,7 +184,7 @@ def check_commands(path: Path, text: str, runnable: set[str]) -> Iterator[str]:
     for block in blocks(text):
         if block.not_run == "":
             yield f"{shown(path)}:{block.line}: 'not run:' without a reason."
-        if block.not_run is not None or block.language not in SHELLS:
+        if block.language not in SHELLS:
             continue
         for number, line in command_lines(block):
             if problem := check_command(line):
@@ -190,6 +202,11 @@ def check_commands(path: Path, text: str, runnable: set[str]) -> Iterator[str]:
 
 def first_exercise() -> str:
     return exercise_ids(LESSONS[0].number)[0]
+
+
+def ids_of(readme: Path) -> list[str]:
+    """Of the exercises of the lesson whose README this is; none if it is no lesson's."""
+    return [id for each in LESSONS if each.readme == readme for id in exercise_ids(each.number)]
 
 
 def exercise_ids(number: int | str) -> list[str]:
@@ -252,8 +269,13 @@ def complaints() -> list[str]:
     for path in documents():
         text = path.read_text(encoding="utf-8")
         found += [*check_commands(path, text, runnable), *check_links(path, text)]
+        if path.name == "README.md":
+            found += check_figures(path, prose(text), frozenset(ids_of(path)))
     for each in LESSONS:
         found += check_lesson(each)
+        for cell, text in between_cells(each.notebook):
+            in_cell = [*check_commands(each.notebook, text, runnable), *check_links(each.notebook, text)]
+            found += (f"cell {cell} of {complaint}" for complaint in in_cell)
     for name in sorted(runnable):
         command = [sys.executable, "-m", "common", name]
         result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -3,10 +3,10 @@
     make release LESSONS=0-3 OUT=../class
 
 In the copy, solutions/<slug>.py of such a lesson holds what its skeleton shows, and its catalogue of answers is gone;
-so are the tests of the course itself, which know many an answer, and the history. The rest follows from the first
-line of that file, by which `Lesson.is_withheld` tells it: the student's module stands for `solutions.<slug>`
-(common.course), the lesson's exercises are graded in the student's whole module (common.grading.subject), and a lesson
-that builds on one that is not finished waits for it (`still_to_do_below`).
+so are the course's own tests, which quote answers, the instructor's guide and the history. All else follows from the
+first line of that file, by which `Lesson.is_withheld` knows it: the student's module stands for `solutions.<slug>`
+(common.course), the exercises are graded in the student's whole module (common.grading.subject), and a lesson that
+builds on one that is not finished waits for it (`still_to_do_below`).
 
 What git tracks is copied, as it lies here. This keeps no secrets: the course is public.
 """
@@ -17,15 +17,37 @@ import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from common import skeleton
-from common.course import LESSONS, MODULES, ROOT, CourseError, Lesson, modules_of, parse_mine, shown, to_do
+from common.course import (
+    LESSONS,
+    MODULES,
+    ROOT,
+    CourseError,
+    Lesson,
+    UnfinishedModule,
+    modules_of,
+    parse_mine,
+    shown,
+    to_do,
+    withheld,
+)
 
 GUIDE = "common/classroom/README.md#withholding-solutions"
+NOTE = """
+> **This copy came without the solutions of {lessons}.** Do these one after the other, since each builds on your own. In
+> such a lesson each exercise is checked in your whole file: it waits for those it calls that are still to do. Where the
+> text says that what you have not written is taken from the reference, it means the other lessons; and there is no
+> `make test` here, which tests the course and not you.
+"""
+"""What the copy's README says below its title."""
+INSTRUCTORS = re.compile(r"(?<=^## For instructors\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
+"""What it does not say."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -33,26 +55,29 @@ GUIDE = "common/classroom/README.md#withholding-solutions"
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Waits(CourseError):
-    """A lesson builds on one whose solution is withheld, and which the student has not finished."""
+class Waits(UnfinishedModule):
+    """Something builds on lessons whose solutions are withheld, and which the student has not finished."""
 
-    def __init__(self, lesson: Lesson, below: list[str]):
-        self.lessons = named([each for each in LESSONS if any(id.startswith(f"{each.number}.") for id in below)])
-        verb = "is" if len(below) == 1 else "are"
-        super().__init__(f"Lesson {lesson.number} builds on your {self.lessons}: {listed(below)} {verb} still to do.")
+    def __init__(self, who: str, ids: list[str]):
+        self.lessons = named([each for each in LESSONS if any(id.startswith(f"{each.number}.") for id in ids)])
+        verb = "is" if len(ids) == 1 else "are"
+        super().__init__(f"{who} builds on your {self.lessons}: {listed(ids)} {verb} still to do.")
+
+
+def check_written(slug: str) -> None:
+    """Refuse to import an unfinished module of the student's that stands for a withheld one; name those below too."""
+    lesson = next(each for each in MODULES if each.slug == slug)
+    if ids := to_do(lesson.module):
+        raise Waits("This", [*still_to_do_below(lesson), *ids])
 
 
 def still_to_do_below(lesson: Lesson) -> list[str]:
     """The ids of the exercises that are to do in the student's modules which this lesson stands on, because their
     solutions are withheld. Raises CourseError where there is no reading such a module.
     """
-    if not withheld_lessons():
+    if not withheld():
         return []
     return [id for each in below(lesson) if each.is_withheld for id in to_do(each.module)]
-
-
-def withheld_lessons() -> list[Lesson]:
-    return [each for each in LESSONS if any(module.is_withheld for module in modules_of(each.number))]
 
 
 def below(lesson: Lesson) -> list[Lesson]:
@@ -110,13 +135,16 @@ def release(lessons: list[Lesson], out: Path) -> int:
     modules = [module for each in lessons for module in modules_of(each.number)]
     skeletons = {each: skeleton.cut_lesson(each) for each in MODULES}
     contents = {each.module: text for each, text in skeletons.items()}
-    contents |= {each.solution: skeleton.withheld(skeletons[each]) for each in modules}
+    contents |= {each.solution: skeleton.emptied(skeletons[each]) for each in modules}
     record = {each.slug: skeleton.digest(text) for each, text in skeletons.items()}
     contents[skeleton.RECORD] = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    title, text = (ROOT / "README.md").read_text(encoding="utf-8").split("\n", 1)
+    text = INSTRUCTORS.sub("\nTheir guide is in the course's own repository.\n\n", text)
+    contents[ROOT / "README.md"] = f"{title}\n{NOTE.format(lessons=named(lessons))}{text}"
     size = 0
     for file in tracked_files():
         copy = out / file.relative_to(ROOT)
-        if is_left_out(file, modules):
+        if is_left_out(file, [each.answers for each in modules]):
             copy.unlink(missing_ok=True)
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -137,21 +165,23 @@ def tracked_files() -> list[Path]:
         raise CourseError(
             "Which files are the course's, git must say: release from a clone of its repository, with git installed."
         ) from None
-    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    continuous_integration = (".ci/", ".github/")  # of the course; a class has its own
+    return [ROOT / name for name in names if (ROOT / name).is_file() and not name.startswith(continuous_integration)]
 
 
-def is_left_out(file: Path, withheld: list[Lesson]) -> bool:
-    """What no copy has: the withheld lessons' catalogues, and the course's own tests, with what runs them."""
-    tests = {ROOT / "common" / "tests", ROOT / ".ci"}
-    is_test = tests.intersection(file.parents) or (
-        file.parent == ROOT / "solutions" / "tests" and file.name.startswith("test_")
+def is_left_out(file: Path, catalogues: list[Path]) -> bool:
+    """The catalogues of the withheld lessons; the instructor's guide; the tests of the course itself and the list of
+    what the lessons' checks let through, of whichever lesson: they quote answers.
+    """
+    name = file.relative_to(ROOT).as_posix()
+    return file in catalogues or name.startswith(
+        ("common/classroom/", "common/tests/", "common/measurements/mutants.json", "solutions/tests/test_")
     )
-    return bool(is_test) or file in [each.answers for each in withheld]
 
 
 def check_out(out: Path, force: bool) -> None:
     if out == ROOT or ROOT in out.parents:
-        raise CourseError(f"{shown(out)} lies in the course itself: name a folder beside it, such as OUT=../class.")
+        raise CourseError("OUT lies in the course itself: name a folder beside it, such as OUT=../class.")
     if out.exists() and not out.is_dir():
         raise CourseError(f"{shown(out)} is a file; OUT must be a folder.")
     if out.exists() and any(out.iterdir()) and not force:
@@ -184,7 +214,7 @@ def main(argv: list[str]) -> int:
         f"{arguments.out}: the course, {size / 1e6:.1f} MB, with every exercise to do.\n"
         f"Withheld: the {answers} answers of {named(lessons)}, and all that the "
         "catalogue of answers says of them.\n"
-        "Left out as well: the course's own tests, and its history.\n\n"
+        "Left out as well: the instructor's guide, the course's own tests, and its history.\n\n"
         f"Next: look around in it, make it a repository, and push that to your class:\n"
         f"    cd {arguments.out} && make progress\n"
         "    git init && git add . && git commit -m 'The course'\n\n"

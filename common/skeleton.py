@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.course import MODULES, ROOT, CourseError, Lesson, shown
+from common.course import MODULES, ROOT, WITHHELD, CourseError, Lesson, shown
 
 MAX_ANSWER_LINES = 25
 TOGETHER = "together"
@@ -32,6 +32,8 @@ TOGETHER = "together"
 RECORD = ROOT / "common" / "skeletons.json"
 """The SHA-256 of each skeleton as it was last generated: what differs from it has been edited."""
 FIND_THE_BUG = "  # take this line out, then find the one mistake below and mend it"
+NOTICE = WITHHELD + "# ruff: noqa\n"
+"""What a solution opens with that is withheld. As in a skeleton, much that it imports is not used yet."""
 BACKUPS = ROOT / ".course" / "backups"
 
 
@@ -143,12 +145,24 @@ def cut_lesson(lesson: Lesson) -> str:
     """The skeleton that the lesson's solution and its planted mistakes give now."""
     from common.grading.catalogue import edited_body, planted_answers  # it needs our `Exercise`
 
+    if lesson.is_withheld:
+        return reopened(lesson.solution.read_text(encoding="utf-8").removeprefix(NOTICE), "Exercise", "TODO")
     source, planted = lesson.solution.read_text(encoding="utf-8"), planted_answers(lesson)
 
     def plant(exercise: Exercise) -> str | None:
         return edited_body(planted[exercise.id], source, exercise) if exercise.id in planted else None
 
     return cut(source, shown(lesson.solution), lesson.number, plant)
+
+
+def emptied(skeleton: str) -> str:
+    """What stands in the place of a solution that is withheld: its skeleton, in which exercises can still be found."""
+    return NOTICE + reopened(skeleton, "TODO", "Exercise")
+
+
+def reopened(source: str, old: str, new: str) -> str:
+    """The source with the word that opens an exercise, Exercise or TODO, put in place of the other."""
+    return re.sub(rf"^( +# ){old}( \d+\.\d+: )", rf"\1{new}\2", source, flags=re.MULTILINE)
 
 
 def exercises_of(lesson: Lesson) -> list[Exercise]:

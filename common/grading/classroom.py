@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from common import course
+from common import course, release
 from common.course import MODULES, ROOT, CourseError, Lesson, shown
 from common.grading import report, sandbox, screen
 from common.grading.cli import fingerprint
@@ -198,6 +198,8 @@ def main(argv: list[str]) -> int:
         course.activate("")
         chosen = {each.number for each in course.parse_mine(arguments.lessons, "LESSONS")}
         lessons = [each for each in MODULES if each.number in chosen or not chosen]
+        for each in lessons:
+            release.check_solution(each)
         submissions, ignored = find_submissions(Path(arguments.submissions))
         room = Classroom(submissions, lessons, Path(arguments.out).resolve())
         return grade_all(room, ignored, arguments.jobs, console)

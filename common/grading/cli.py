@@ -16,13 +16,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.padding import Padding
-from rich.progress import Progress, SpinnerColumn, TextColumn
-from rich.table import Table
 from rich.text import Text
 
-from common import course, skeleton
+from common import course, finale, release, skeleton
 from common.course import LESSONS, ROOT, CourseError, Lesson, shown
-from common.grading.runner import Result, grade
+from common.grading.board import Standing, draw
+from common.grading.runner import Result, grade, next_step
 from common.skeleton import TOGETHER
 
 GRADES = ROOT / ".course" / "grades"
@@ -39,9 +38,17 @@ def test_lesson(arguments: argparse.Namespace) -> int:
     modules, results = course.modules_of(arguments.which), []
     if arguments.file:
         modules = [each for each in modules if each.module.name == Path(arguments.file).name] or modules[:1]
+    course.activate(arguments.mine)
+    was_complete = all(is_passed(kept(lesson, lesson.module)) for lesson in modules)
     for lesson in modules:
         results += grade_module(lesson, arguments)
-    return conclude(modules[0], results)
+    code = conclude(modules[0], results)
+    if code == 0 and not arguments.solution and not arguments.file:
+        if console.is_terminal and not was_complete:
+            finale.celebrate(modules[0].number, console)
+        else:
+            console.print(f"[dim]What that is worth, measured: make finale-lesson-{modules[0].number}[/]")
+    return code
 
 
 def grade_module(lesson: Lesson, arguments: argparse.Namespace) -> list[Result]:
@@ -76,6 +83,8 @@ def file_to_grade(lesson: Lesson, arguments: argparse.Namespace) -> Path:
     course.activate(arguments.mine)
     if arguments.file:
         return Path(arguments.file).resolve()
+    if arguments.solution:
+        release.check_solution(lesson)
     return lesson.solution if arguments.solution else lesson.module
 
 
@@ -84,11 +93,11 @@ def heading(lesson: Lesson, file: Path) -> None:
     console.print(f"[bold]Lesson {lesson.number}: {lesson.title}[/]   {shown(file)}")
     if earlier and not lesson.part:
         mine = "0" if len(earlier) == 1 else f"0-{earlier[-1].number}"
-        console.print(f"[dim]on top of {course.files_used(earlier)} MINE={mine} takes yours.[/]")
+        offer = "" if {each.slug for each in earlier} <= set(course.substitutes()) else f" MINE={mine} takes yours."
+        console.print(f"[dim]on top of {course.files_used(earlier)}{offer}[/]")
+    if lesson.is_withheld:
+        console.print("[dim]Its solution is withheld: each exercise is checked in your whole file, with the others.[/]")
     console.print()
-
-
-LAST = "It was the last one: the engine is yours, all of it. make run MINE=0-8 SPEC=ngram"
 
 
 def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
@@ -96,12 +105,12 @@ def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
     styles = {"passed": "green", "wrong": "red", "to do": "yellow", "waiting": "dim"}
     number = "" if result.id == TOGETHER else result.id
     line = Text.assemble(
-        ("  " + f"{result.status:<8}", styles[result.status]), f"{number:<6}", (f"{result.name:<30}", "bold")
+        ("  " + f"{result.status:<8}", styles[result.status]), f"{number:<6}", (f"{result.name:<35}", "bold")
     )
     if result.status == "to do":
         line.append(f"{shown(file)}:{result.line}   make hint-{result.id}", "dim")
     elif result.status == "waiting":
-        line.append("your whole file, once every exercise has passed", "dim")
+        line.append(result.sentence or "your whole file, once every exercise has passed", "dim")
     console.print(line)
     if result.status != "wrong":
         return
@@ -126,19 +135,25 @@ def conclude(lesson: Lesson, results: list[Result]) -> int:
         f"\n{len(passed)} of {len(exercises)} exercises, {sum(result.points for result in passed)} of "
         f"{sum(result.points for result in exercises)} points."
     )
-    left = [result for result in results if result.status != "passed"]
-    if not left:
-        following = [each for each in LESSONS if each.number == lesson.number + 1]
-        after = f"Next: {shown(following[0].readme)}" if following else LAST
-        console.print(f"[green bold]Lesson {lesson.number} is complete.[/] {after}")
+    first = next_step(results)
+    if first is None:
+        congratulate(lesson)
         return 0
-    first = left[0]
     if first.id == TOGETHER:
         console.print("Each exercise is right by itself; your file as a whole is not. What did you change around them?")
     else:
         verb = "Mend" if first.status == "wrong" else "Next"
         console.print(f"{verb}: {first}.   make test-{first.id}   make hint-{first.id}")
     return 1
+
+
+LAST = "It was the last one: the engine is yours, all of it. make run MINE=0-8 SPEC=ngram"
+
+
+def congratulate(lesson: Lesson) -> None:
+    following = [each for each in LESSONS if each.number == lesson.number + 1]
+    after = f"Next: {shown(following[0].readme)}" if following else LAST
+    console.print(f"[green bold]Lesson {lesson.number} is complete.[/] {after}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -191,22 +206,15 @@ def find_exercise(which: str) -> tuple[Lesson, skeleton.Exercise]:
 def progress(arguments: argparse.Namespace) -> int:
     """Draw the board of all lessons, grading again whatever has changed since it was graded last."""
     course.activate(arguments.mine)
-    table = Table(box=None, padding=(0, 1), header_style="dim")
-    for column in ("lesson", "", "done", "points", "next"):
-        table.add_column(column, no_wrap=column != "next")
-    waiting = Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True)
-    with waiting:
-        task = waiting.add_task("")
-        for lesson in LESSONS:
-            waiting.update(task, description=f"grading lesson {lesson.number}")
-            table.add_row(*row(lesson))
-    console.print(table)
+    standings = []
+    for lesson in LESSONS:
+        with console.status(f"grading lesson {lesson.number} ..."):
+            standings.append(standing(lesson))
+    console.print(draw(standings))
     return 0
 
 
-def row(lesson: Lesson) -> tuple[str | Text, ...]:
-    """One lesson of the board."""
-    title = Text(f"{lesson.number}  {lesson.title}")
+def standing(lesson: Lesson) -> Standing:
     results: list[Result] = []
     try:
         for module in course.modules_of(lesson.number):
@@ -215,21 +223,11 @@ def row(lesson: Lesson) -> tuple[str | Text, ...]:
                 known = grade(module, module.module)
                 keep(module, module.module, known)
             results += known
+    except release.Waits as error:
+        return Standing(lesson, note=Text(f"waits for your {error.lessons}", "dim"))
     except CourseError as error:
-        return title, "", "", "", Text(str(error), "red")
-    styles = {"passed": ("█", "green"), "wrong": ("x", "red"), "to do": ("░", "yellow"), "waiting": ("░", "dim")}
-    exercises = [result for result in results if result.id != TOGETHER]
-    bar = Text.assemble(*(styles[result.status] for result in exercises))
-    passed = [result for result in exercises if result.status == "passed"]
-    left = [result for result in results if result.status != "passed"]
-    following = Text(str(left[0]) if left else "complete", "" if left else "green")
-    return (
-        title,
-        bar,
-        f"{len(passed)}/{len(exercises)}",
-        f"{sum(result.points for result in passed)}/{sum(result.points for result in exercises)}",
-        following,
-    )
+        return Standing(lesson, note=Text(str(error).partition("\n")[0], "red"))
+    return Standing(lesson, results)
 
 
 def fingerprint(lesson: Lesson, file: Path) -> str:
@@ -254,6 +252,11 @@ def keep(lesson: Lesson, file: Path, results: list[Result]) -> None:
 def kept(lesson: Lesson, file: Path) -> list[Result] | None:
     path = GRADES / f"{lesson.slug}-{fingerprint(lesson, file)}.json"
     return [Result(**each) for each in json.loads(path.read_text())] if path.exists() else None
+
+
+def is_passed(results: list[Result] | None) -> bool:
+    """Whether the results are known, and say that all is right."""
+    return bool(results) and all(result.status == "passed" for result in results)
 
 
 def reset_lesson(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from common import course
+from common import course, release
 from common.course import LESSONS, Lesson
 from common.grading import plugin
 from common.grading.catalogue import Answer, apply, describe, load_answers
@@ -87,6 +87,12 @@ def main(argv: list[str]) -> int:
     failed = False
     os.environ["KERNELS"] = "plain"
     for lesson in [module for number in arguments.lessons for module in course.modules_of(number)]:
+        try:
+            release.check_solution(lesson)
+        except course.CourseError as error:
+            print(error)
+            failed = True
+            continue
         grader = ProvingGrader(lesson)
         options = [str(lesson.checks), "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
         code = pytest.main(options, plugins=[plugin, grader])

@@ -75,7 +75,7 @@ def grade(
     todo = set(unfinished(source))
     if below := release.still_to_do_below(lesson):
         if not lesson.part:
-            raise release.Waits(lesson, below)
+            raise release.Waits(f"Lesson {lesson.number}", below)
         for result in results.values():  # the second half of a lesson whose first half can be worked on
             result.status, result.sentence = "waiting", f"waits for {release.listed(below)}"
             on_result(result)

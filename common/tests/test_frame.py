@@ -62,7 +62,18 @@ def test_any_prompt_survives_make(echo, tmp_path):
 @needs_make
 @pytest.mark.parametrize(
     "target",
-    ["test-1.4", "test-2.13", "test-lesson-2", "hint-0.1", "reset-lesson-0", "test-all", "test-notebooks", "run"],
+    [
+        "test-1.4",
+        "test-2.13",
+        "test-lesson-2",
+        "hint-0.1",
+        "reset-lesson-0",
+        "test-all",
+        "test-notebooks",
+        "run",
+        "watch-lesson-1",
+        "diff-1.4",
+    ],
 )
 def test_targets_reach_the_command_as_they_were_typed(target, echo):
     assert echo(target)["argv"] == [target]
@@ -122,6 +133,9 @@ def test_every_command_s_module_exists_and_has_a_main():
         (["test-lesson-2", "--solution"], "test-lesson", ["2", "--solution"]),
         (["test-1.14"], "test-exercise", ["1.14"]),
         (["hint-1.4"], "hint", ["1.4"]),
+        (["diff-1.4"], "diff-exercise", ["1.4"]),
+        (["diff-lesson-1", "--force"], "diff-lesson", ["1", "--force"]),
+        (["watch-lesson-1"], "watch-lesson", ["1"]),
         (["test-exercise", "--help"], "test-exercise", ["--help"]),
         (["test"], "test", []),
     ],

@@ -173,15 +173,6 @@ def test_a_bug_to_be_found_stays_in_the_skeleton(tmp_path, monkeypatch):
         skeleton.cut_lesson(lesson)
 
 
-@pytest.mark.parametrize("lesson", MODULES, ids=lambda lesson: lesson.slug)
-def test_lesson_imports_no_later_lesson(lesson):
-    """At the top of the module; a lazy import within a function is the author's exception to make."""
-    later = {each.slug for each in MODULES[MODULES.index(lesson) :]}
-    for node in ast.parse(lesson.solution.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("solutions."):
-            assert node.module.removeprefix("solutions.") not in later
-
-
 def test_ids_are_not_reused():
     ids = [exercise.id for lesson in MODULES for exercise in skeleton.exercises_of(lesson)]
     assert len(ids) == len(set(ids)) > 30
