@@ -277,7 +277,7 @@ class Carrier:
             self.remark(f"{id} {name} is to do: your file has no function {former}.")
             return new.above + new.text
         above = comments(old.above, mine.above, new.above)
-        if mine.text == old.text:
+        if mine.text in (old.text, new.text):
             return above + new.text
         if id not in to_do(mine.nodes[0]):
             self.carried.answers.append(id)

@@ -63,7 +63,8 @@ def update(source: str) -> None:
     contents = {path: content for path, content in version.others(own).items() if content != read(path)}
     contents.update({module.path: module.content for module in modules})
     backup = back_up(sorted(path for path in {*own, *contents} if read(path) is not None))
-    print(f"Your work as it is now is kept in {backup.relative_to(ROOT).as_posix()}.")
+    if backup.exists():
+        print(f"Your work as it is now is kept in {backup.relative_to(ROOT).as_posix()}.")
     note_in_journal(version.head, sorted({*own, *contents}), backup)
     try:
         version.install()
@@ -110,6 +111,8 @@ def renew(own: set[str], old: dict, new: dict, read: Callable[[str], bytes]) -> 
             module.why = ": it is not UTF-8 text."
         except Misfit as misfit:
             module.why = str(misfit)
+        except Exception as error:  # a mistake of ours: the student's file is safe where it is
+            module.why = f": it could not be put into the new version ({type(error).__name__}: {error})."
         modules.append(module)
     return modules
 
@@ -275,7 +278,9 @@ class Clone:
             )
         self.old, self.new = self.modules(base), self.modules(self.target)
         committed = set(names("ls-tree", "-r", "-z", "--name-only", "HEAD"))
-        self.committed = {path: git("show", f"HEAD:{path}").encode() for path in self.old if path in committed}
+        self.committed = {
+            path: git("show", f"HEAD:{path}").encode(errors="surrogateescape") for path in self.old if path in committed
+        }
 
     def check_clone(self) -> None:
         top = try_git("rev-parse", "--show-toplevel") if shutil.which("git") else None
@@ -387,9 +392,10 @@ class Download:
         if not source.exists():
             raise CourseError(f"FROM={source}: there is no such file or folder.")
         folder = source if source.is_dir() else unpacked(source)
-        self.root = next((each for each in (folder, *folder.glob("*/")) if (each / "common/course.py").is_file()), None)
+        roots = [each for each in (folder, *folder.glob("*/")) if (each / "common/skeletons.json").is_file()]
+        self.root = roots[0] if roots else None
         if self.root is None:
-            raise CourseError(f"{source} does not hold the course: there is no common/course.py in it.")
+            raise CourseError(f"{source} does not hold the course: there is no common/skeletons.json in it.")
         if self.root.resolve() == ROOT:
             raise CourseError(f"{source} is this very copy of the course. FROM is for a new version of it.")
         self.files = list(files_below(self.root))
@@ -481,7 +487,11 @@ def report(version: Clone | Download, old: dict[str, str], modules: list[Module]
     print(version.told())
     for module in modules:
         if module.carried is None:
-            print(f"\n{module.path}{module.why}\n    The file is left as it was. Mend it, then make update again.")
+            lesson = re.match(r"lesson-\d+", module.path)[0]
+            print(f"\n{module.path}{module.why}\n    The file is left as it was. Mend it, and make update again;")
+            print(
+                f"    or make reset-{lesson}: that gives the new skeleton, and keeps what you have in .course/backups."
+            )
         elif version.new[module.path] != old[module.former]:
             answers = module.carried.answers
             print(f"\n{module.path}: {len(answers)} answer{'s' if len(answers) != 1 else ''} put into the new version.")

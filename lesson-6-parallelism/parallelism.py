@@ -382,9 +382,9 @@ def shard(model: Llama, place: Place, group: Group) -> range:
 
 
 def read_shard(checkpoint: Checkpoint, name: str, shard: Shard) -> Tensor:
-    """Read a rank's part of a tensor, and no other part of it, from the checkpoint. Padding is 0."""
-    # TODO 6.12: `checkpoint.read(name, index)` reads what index names: a tuple of slices, one for each axis. How
-    # much of `part` is there?
+    """Read a rank's part of a tensor, and nothing else, from the checkpoint. Padding is 0, in the file's dtype."""
+    # TODO 6.12: `checkpoint.read(name, index)` reads what index names: a tuple of slices, one for each axis.
+    # `checkpoint.shape(name)` says how long each is: how much of `part` is there?
     raise NotImplementedError("TODO 6.12")
 
 
@@ -502,7 +502,8 @@ def worker_loop(
     run does what a command says; what it returns is sent to rank 0, unless it is None. If it raises, a `Failure` is
     sent, and the loop ends: the ranks would not be at the same place any more.
     """
-    # TODO 6.14: receive, run, send; an error is sent too, with its type and where it was raised.
+    # TODO 6.14: receive, run, send; an error is sent too, with its type and where it was raised. `describe` and
+    # `is_consequence`, below, say what a Failure needs.
     raise NotImplementedError("TODO 6.14")
 
 

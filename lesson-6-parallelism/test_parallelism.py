@@ -577,10 +577,10 @@ class TestLargestShare:
             what = f"the largest share of SmolLM2's cache with tensor_parallel={tensor}, pipeline_parallel={pipeline}"
             close(float(code.largest_share(smollm2, tensor, pipeline)), expected, what)
 
-    def test_the_middle_stage_has_most(self, code):
-        config = code.ModelConfig(7373, 576, 1536, 6, 9, 3, 64, tie_word_embeddings=True)
-        what = "the largest share of three stages, for 6 layers and a head that is worth 1.2"
-        close(float(code.largest_share(config, 1, 3)), 3 / 6, what)
+    def test_not_the_first_stage_has_most(self, code):
+        config = code.ModelConfig(6144, 576, 1536, 11, 9, 3, 64, tie_word_embeddings=True)
+        what = "the largest share of five stages with 2, 3, 2, 3 and 1 of 11 layers"
+        close(float(code.largest_share(config, 1, 5)), 3 / 11, what)
 
 
 # ---------------------------------------------------------------------------------------------------------------

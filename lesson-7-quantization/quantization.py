@@ -705,7 +705,7 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     logits, other_logits: (T, V), of the model and the other one on the same tokens. Returns the mean over the tokens of
     sum p log (p / q), where p is the model's distribution and q the other's. From Kullback and Leibler (1951).
     """
-    # TODO 7.13: log-probabilities of both; where p is nearly 0 so is its share.
+    # TODO 7.13: log-probabilities of both, `upcast` first; where p is nearly 0 so is its share.
     raise NotImplementedError("TODO 7.13")
 
 

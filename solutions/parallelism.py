@@ -427,9 +427,9 @@ def shard(model: Llama, place: Place, group: Group) -> range:
 
 
 def read_shard(checkpoint: Checkpoint, name: str, shard: Shard) -> Tensor:
-    """Read a rank's part of a tensor, and no other part of it, from the checkpoint. Padding is 0."""
-    # Exercise 6.12: `checkpoint.read(name, index)` reads what index names: a tuple of slices, one for each axis. How
-    # much of `part` is there?
+    """Read a rank's part of a tensor, and nothing else, from the checkpoint. Padding is 0, in the file's dtype."""
+    # Exercise 6.12: `checkpoint.read(name, index)` reads what index names: a tuple of slices, one for each axis.
+    # `checkpoint.shape(name)` says how long each is: how much of `part` is there?
     shape = checkpoint.shape(name)
     start, stop = (min(end, shape[shard.axis]) for end in (shard.part.start, shard.part.stop))
     index = tuple(slice(start, stop) if axis == shard.axis else slice(None) for axis in range(len(shape)))
@@ -560,7 +560,8 @@ def worker_loop(
     run does what a command says; what it returns is sent to rank 0, unless it is None. If it raises, a `Failure` is
     sent, and the loop ends: the ranks would not be at the same place any more.
     """
-    # Exercise 6.14: receive, run, send; an error is sent too, with its type and where it was raised.
+    # Exercise 6.14: receive, run, send; an error is sent too, with its type and where it was raised. `describe` and
+    # `is_consequence`, below, say what a Failure needs.
     while (command := receive()) is not None:
         try:
             result = run(command)

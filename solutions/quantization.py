@@ -756,7 +756,7 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     logits, other_logits: (T, V), of the model and the other one on the same tokens. Returns the mean over the tokens of
     sum p log (p / q), where p is the model's distribution and q the other's. From Kullback and Leibler (1951).
     """
-    # Exercise 7.13: log-probabilities of both; where p is nearly 0 so is its share.
+    # Exercise 7.13: log-probabilities of both, `upcast` first; where p is nearly 0 so is its share.
     p, q = upcast(logits).log_softmax(-1), upcast(other_logits).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean()
 

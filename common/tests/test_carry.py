@@ -145,6 +145,7 @@ def test_where_nothing_changed_the_file_stays_as_it_is_to_the_letter():
 def test_what_was_not_touched_becomes_the_new_skeleton():
     new = changed(OLD, ("add it to itself", "add"), ("LIMIT = 3", "LIMIT = 4"), ("Two of them", "Both"))
     assert carry(OLD, OLD, new).text == new
+    assert carry(OLD, new, new).text == new, "somebody has brought it in by hand"
 
 
 def test_text_that_changes_around_an_answer_is_the_new_one_and_the_answer_stays():

@@ -206,6 +206,16 @@ def test_a_lesson_that_is_started_again_does_not_come_back_from_the_commits(cour
     assert mine[MODULE] == course[MODULE] and "# mine" in git(mine.root, "show", f"HEAD:{MODULE}")
 
 
+@needs_git
+def test_who_has_written_nothing_yet_has_the_new_version_and_no_backup(course, mine):
+    git(mine.root, "checkout", "--quiet", "--", MODULE)
+    course.deliver(solution(1, "one", "two", words="New words."))
+    course.commit()
+    result = mine.update()
+    assert result.returncode == 0 and mine[MODULE] == course[MODULE]
+    assert not mine.backups() and "kept in" not in result.stdout
+
+
 @pytest.mark.slow
 @needs_git
 def test_a_fork_follows_what_it_was_forked_from(course, mine, tmp_path):
@@ -251,6 +261,7 @@ def test_a_file_that_python_cannot_read_is_left_and_carried_once_it_is_mended(co
     assert f"{MODULE}:{line}: Python cannot read this line" in result.stdout
     assert mine[MODULE] == before and mine[SECOND].count("New words.") == 1 and "return 21" in mine[SECOND]
     assert mine.update().stdout.count("Nothing new") == 1, "it is no better than before"
+    assert "make reset-lesson-1:" in result.stdout
     mine[MODULE] = before.replace("\ndef unfinished(:\n", "")
     result = mine.update()
     assert result.returncode == 0 and has_answer(mine[MODULE], 'New words."""\n    # TODO 1.1'), result.stderr

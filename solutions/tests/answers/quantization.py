@@ -256,7 +256,8 @@ ANSWERS = [
         """
         numbers, total = unpack_int4(self.weight), 0
         for group in range(self.weight_scale.shape[1]):
-            columns = slice(group * self.group_size, min((group + 1) * self.group_size, self.in_features))
+            start = group * self.group_size - self.first_column
+            columns = slice(max(start, 0), min(start + self.group_size, self.in_features))
             part, scale = x[:, columns], self.weight_scale[:, group].to(x.dtype)
             minimum = -8 * scale if self.symmetric else self.weight_minimum[:, group].to(x.dtype)
             total = total + part @ numbers[:, columns].to(x.dtype).T * scale + part.sum(1, keepdim=True) * minimum
@@ -298,6 +299,13 @@ ANSWERS = [
         "the weights not divided again after rounding",
         "round_trip(weight * factors) / factors",
         "round_trip(weight * factors)",
+        recognised=False,
+    ),
+    wrong(
+        "7.10",
+        "the scaled weights' errors, with inputs that are not divided",
+        "float((x @ each.T - target).square().mean()) for each, target in zip(left, wanted)",
+        "float((x @ ((each - weight) * factors).T).square().mean()) for each, weight in zip(left, weights)",
         recognised=False,
     ),
     wrong(
