@@ -179,8 +179,8 @@ def points_of(lesson: Lesson) -> dict[str, int]:
     points: dict[str, int] = {}
     for node in ast.walk(ast.parse(lesson.checks.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "exercise":
-            given = {keyword.arg: keyword.value.value for keyword in node.keywords}
-            points[node.args[0].value] = given.get("points", 1)
+            given = [keyword.value.value for keyword in node.keywords if keyword.arg == "points"]
+            points[node.args[0].value] = given[0] if given else 1
     return points
 
 
