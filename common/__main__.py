@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import subprocess
 import sys
 from collections import namedtuple
 
@@ -162,12 +163,14 @@ def dispatch(argv: list[str]) -> int:
     if "--here" in rest:
         rest = [each for each in rest if each != "--here"]
         os.environ["COURSE_PYTHON"] = "here"
-    if command.needs is not None:
-        try:
+    try:
+        if command.needs is not None:
             setup.ensure(command.needs, [command.name, *rest])
-        except setup.SetupError as error:
-            print(error, file=sys.stderr)
-            return 2
+        elif command.name != "setup" and sys.version_info < setup.OLDEST:  # no package, but a Python of our time
+            return subprocess.run([setup.suitable_python(), "-m", "common", command.name, *rest]).returncode
+    except setup.SetupError as error:
+        print(error, file=sys.stderr)
+        return 2
     from common.course import CourseError
 
     # One module may serve several commands; it then wants to know which.

@@ -54,9 +54,7 @@ def test_lesson(arguments: argparse.Namespace) -> int:
 def grade_module(lesson: Lesson, arguments: argparse.Namespace) -> list[Result]:
     file = file_to_grade(lesson, arguments)
     heading(lesson, file)
-    results = grade(lesson, file, on_result=lambda result: report(lesson, file, result, arguments.verbose))
-    keep(lesson, file, results)
-    return results
+    return grade_and_keep(lesson, file, on_result=lambda result: report(lesson, file, result, arguments.verbose))
 
 
 def test_exercise(arguments: argparse.Namespace) -> int:
@@ -219,10 +217,7 @@ def standing(lesson: Lesson) -> Standing:
     try:
         for module in course.modules_of(lesson.number):
             known = kept(module, module.module)
-            if known is None:
-                known = grade(module, module.module)
-                keep(module, module.module, known)
-            results += known
+            results += grade_and_keep(module, module.module) if known is None else known
     except release.Waits as error:
         return Standing(lesson, note=Text(f"waits for your {error.lessons}", "dim"))
     except CourseError as error:
@@ -247,6 +242,15 @@ def keep(lesson: Lesson, file: Path, results: list[Result]) -> None:
         GRADES.mkdir(parents=True, exist_ok=True)
         text = json.dumps([asdict(result) for result in results])
         (GRADES / f"{lesson.slug}-{fingerprint(lesson, file)}.json").write_text(text)
+
+
+def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
+    """Grade a file, and remember the results, unless it was saved meanwhile: nobody knows of which state they are."""
+    before = fingerprint(lesson, file)
+    results = grade(lesson, file, **options)
+    if fingerprint(lesson, file) == before:
+        keep(lesson, file, results)
+    return results
 
 
 def kept(lesson: Lesson, file: Path) -> list[Result] | None:

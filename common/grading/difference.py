@@ -17,7 +17,7 @@ from rich.text import Text
 
 from common import course, release
 from common.course import CourseError, Lesson, shown
-from common.grading.cli import console, find_exercise, keep, kept
+from common.grading.cli import console, find_exercise, grade_and_keep, kept
 from common.grading.runner import Result, grade, read_source
 from common.skeleton import Exercise, exercises_of, walk_functions
 
@@ -79,9 +79,8 @@ def results_of(lesson: Lesson, ids: list[str]) -> dict[str, Result]:
     if results is None:
         is_all = ids == [each.id for each in exercises_of(lesson)]
         with console.status(f"grading {shown(lesson.module)} ..."):
-            results = grade(lesson, lesson.module, only=None if is_all else ids)
-        if is_all:
-            keep(lesson, lesson.module, results)
+            file = lesson.module
+            results = grade_and_keep(lesson, file) if is_all else grade(lesson, file, only=ids)
     return {result.id: result for result in results}
 
 

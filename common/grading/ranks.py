@@ -35,6 +35,7 @@ NUM_RANKS = 2
 TIMEOUT = 4.0
 """Seconds that a rank waits for the other one."""
 BUILD_SECONDS = 60.0
+SHAPES = "gloo does that where ranks add up or gather tensors that are not of the same shape."
 MADE = b"made"
 """A rank says it when it is ready to call, and is told it when the other one is too."""
 
@@ -47,22 +48,26 @@ def on_ranks(code: ModuleType, function: Callable, *arguments: Any) -> list[Any]
     """
     call = pickle.dumps((code.__recipe__, function.__code__.co_filename, function.__name__, arguments))
     connections = pool()
-    for connection in connections:
-        connection.send_bytes(call)
-    for connection in connections:  # making the module takes a rank its time, and no other rank should wait for that
-        if not connection.poll(BUILD_SECONDS) or connection.recv_bytes() != MADE:
-            end_pool()
-            raise RuntimeError("a rank of the grader could not make the module.")
-    for connection in connections:
-        connection.send_bytes(MADE)
+    try:
+        for connection in connections:
+            connection.send_bytes(call)
+        for connection in connections:  # making the module takes a rank its time, and no other one should wait for that
+            if not connection.poll(BUILD_SECONDS) or connection.recv_bytes() != MADE:
+                raise EOFError
+        for connection in connections:
+            connection.send_bytes(MADE)
+    except (EOFError, OSError):
+        end_pool()
+        raise RuntimeError("a rank of the grader could not make the module.") from None
     results, deadline = [], time.monotonic() + 2 * TIMEOUT
     for rank, connection in enumerate(connections):
         try:
-            if not connection.poll(max(0.0, deadline - time.monotonic())):
-                raise EOFError
-            results.append(pickle.loads(connection.recv_bytes()))
+            if connection.poll(max(0.0, deadline - time.monotonic())):
+                results.append(pickle.loads(connection.recv_bytes()))
+            else:
+                results.append(Problem(f"rank {rank} did not come to an end.", False))
         except (EOFError, OSError):
-            results.append(Problem(f"rank {rank} did not come to an end.", False))
+            results.append(Problem(f"rank {rank}'s process broke off: {SHAPES}", False))
     problems = [each for each in results if isinstance(each, Problem)]
     if problems:
         end_pool()
@@ -97,7 +102,7 @@ def pool() -> list[Connection]:
             )
             for rank in range(NUM_RANKS)
         ]
-        pool.processes = processes
+        pool.processes, pool.store = processes, store  # the ranks need the store until they have met
         atexit.register(end_pool)
         while not store.check([f"joined/{rank}" for rank in range(NUM_RANKS)]):
             if any(process.poll() is not None for process in processes):
@@ -112,7 +117,7 @@ def end_pool() -> None:
     for process in getattr(pool, "processes", ()):
         process.kill()
         process.wait()
-    pool.processes = []
+    pool.processes, pool.store = [], None
     pool.cache_clear()
 
 

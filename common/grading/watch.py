@@ -20,7 +20,7 @@ from rich.text import Text
 from common import course
 from common.course import CourseError, Lesson, shown
 from common.grading.board import SIGNS, bar, score
-from common.grading.cli import congratulate, console, heading, keep, kept, report
+from common.grading.cli import congratulate, console, grade_and_keep, heading, kept, report
 from common.grading.runner import Result, Worker, grade, next_step, read_source, todo_lines
 from common.skeleton import TOGETHER, exercises_of, walk_functions
 
@@ -140,8 +140,7 @@ class Watched:
     def grade_all(
         self, start: Callable[..., Worker], on_result: Callable[[Result], None] = lambda result: None
     ) -> None:
-        self.take(grade(self.lesson, self.file, on_result=on_result, start=start))
-        keep(self.lesson, self.file, list(self.results.values()))
+        self.take(grade_and_keep(self.lesson, self.file, on_result=on_result, start=start))
 
     def look(self, start: Callable[..., Worker]) -> None:
         """After a save: grade what it may have changed, and tell. Raises CourseError if the file cannot be read."""

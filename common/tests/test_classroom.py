@@ -392,7 +392,7 @@ def test_attacks_on_the_machine_stay_inside(walls, tmp_path):
     assert "OSError" in results["0.2"].sentence or "more than 128 MiB" in results["0.2"].sentence
     assert "OSError" in results["0.3"].sentence or "more than 128 MiB" in results["0.3"].sentence
     assert "connects to the network" in results["0.4"].sentence
-    assert re.search("endless loop|No space left", results["0.7"].sentence)
+    assert re.search("endless loop|OSError", results["0.7"].sentence)
     if walls == "sandbox":  # without it only the instructor's own account protects these, as `walls()` warns
         assert not leak.exists() and not grade_file.exists()
         assert "FileNotFoundError" in results["0.5"].sentence

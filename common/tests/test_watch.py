@@ -91,6 +91,7 @@ def graded(monkeypatch):
         return results
 
     monkeypatch.setattr(watch, "grade", grade)
+    monkeypatch.setattr(cli, "grade", grade)
     return calls
 
 
@@ -126,6 +127,16 @@ def test_a_save_is_answered_with_what_it_changed(lesson, graded, capsys):
     assert cli.is_passed(cli.kept(lesson, lesson.module))
     told = save(right)
     assert "9.2 two: passed -> to do" in told and watched.results["together"].status == "waiting"
+
+
+def test_a_file_that_is_saved_while_it_is_graded_has_no_known_grade(lesson, monkeypatch):
+    """The grade is of the state before, or of that after, or of a bit of both."""
+    results = [Result("9.1", "one", "passed")]
+    monkeypatch.setattr(cli, "grade", lambda lesson, file: results)
+    assert cli.grade_and_keep(lesson, lesson.module) == cli.kept(lesson, lesson.module) == results
+    lesson.module.write_text(TODO + "# saved\n")
+    monkeypatch.setattr(cli, "grade", lambda lesson, file: file.write_text(TODO + "# saved again\n") and results)
+    assert cli.grade_and_keep(lesson, lesson.module) == results and cli.kept(lesson, lesson.module) is None
 
 
 def test_what_is_known_is_not_graded_again(lesson, graded, capsys):

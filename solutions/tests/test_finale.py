@@ -49,7 +49,7 @@ def test_counts_are_as_the_lessons_promise(rows, monkeypatch):
     assert number(before) == sum(prompt + i for i in range(96))
     for before, now in rows(4).values():
         assert number(now) < number(before) / 3
-    assert [number(each) for each in rows(5)["steps, to answer 8 people"]] == [384, 48]
+    assert [number(each) for each in rows(5)["steps, to answer 8 people"]] == [256, 32]
     one, two = rows(6)["bytes of weights that one of them holds"]
     assert number(one) < 2.1 * number(two)
     for name, factor in {"8 bits": 3.5, "4 bits": 6}.items():
