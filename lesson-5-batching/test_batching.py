@@ -259,6 +259,17 @@ class TestScheduleRunning:
             "[tokens scheduled, what is left of the budget], with a budget of 2 and five requests that decode",
         )
 
+    def test_one_token_for_each_behind(self, code):
+        for budget, expected in ((6, [4, 1, 1]), (3, [1, 1, 1]), (2, [1, 1])):
+            own = scheduler(code, num_blocks=40)
+            for each in running(code, own, *(request(code, name, 2) for name in "abc")):
+                each.spec_token_ids = [21, 22, 23, 24, 25, 26]
+            own.max_num_batched_tokens = budget
+            plan = code.SchedulerOutput(99)
+            own.schedule_running(plan)
+            what = f"the tokens of three requests, a token and six guesses each, with a budget of {budget}"
+            equal([count for _, count in granted(plan).values()], expected, what)
+
     def test_no_more_than_there_is_room_for(self, code):
         own = scheduler(code, num_blocks=1)
         (a,) = running(code, own, request(code, "a", 3))
@@ -346,6 +357,13 @@ class TestScheduleWaiting:
         equal(
             sorted(granted(plan)), ["a"], "who is admitted to 4 blocks of 4, where prompts are 8, 12 and 2 tokens long"
         )
+
+    def test_one_token_is_a_budget(self, code):
+        own = scheduler(code)
+        own.add(request(code, "a", 3))
+        plan = code.SchedulerOutput(1)
+        own.schedule_waiting(plan, 1)
+        equal(granted(plan), {"a": (0, 1)}, "(start, tokens) of a prompt of 3, with 1 left of the budget")
 
     def test_no_budget_nobody(self, code):
         own = scheduler(code)
@@ -553,6 +571,12 @@ class TestSwapOut:
         equal(own.host_pool.num_free_blocks, 4, "how many of 8 blocks on the host are free; one is another's")
         equal(a.status.value, "swapped", "its status")
         equal(a.num_computed_tokens, 9, "num_computed_tokens: nothing is lost")
+
+    def test_just_enough_room_on_the_host(self, code):
+        own, a, plan = self.swapped(code, hosts=3)
+        equal(own.swap_out(a, plan), True, "swap_out of 3 blocks, with 3 on the host")
+        kept = [host.block_id for host in own.swapped.get("a", ())]
+        equal(kept, [each[1] for each in plan.swaps_out], "the host blocks in `swapped`, from which it comes back")
 
     def test_no_room_on_the_host(self, code):
         own, a, plan = self.swapped(code, hosts=2)
@@ -883,6 +907,15 @@ class TestStep:
         while own.has_unfinished_requests:
             own.step()
         equal(len(own.executor.ids), 0, "how many steps are in flight when all have finished")
+
+    def test_no_more_in_flight_than_it_holds(self, code):
+        own = self.engine(code, depth=1, max_num_seqs=2, max_num_batched_tokens=4)
+        for name in "ab":
+            own.add_request([1, 2, 3, 4], code.SamplingParams(max_tokens=2, ignore_eos=True), request_id=name)
+        own.scheduler.max_chunk = 4
+        own.step()
+        what = "what an executor of depth 1 is asked for in the first step, with two prompts of 4 and a budget of 4"
+        equal(own.executor.log, ["submit ['a']", "collect ['a']"], what)
 
     def test_the_same_tokens(self, code):
         prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 11]]

@@ -311,7 +311,7 @@ class Place:
         return self.stage == self.pipeline_parallel - 1
 
     def layers(self, config: ModelConfig) -> range:
-        """This stage's. The head is worth as many layers as it has their parameters."""
+        """This stage's. The head is taken to cost as much as layers with as many parameters."""
         attention = 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
         per_layer = config.hidden_size * (attention + 3 * config.intermediate_size)
         head_cost = config.vocab_size * config.hidden_size / per_layer

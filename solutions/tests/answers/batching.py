@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.grading.catalogue import planted, right, wrong, wrong_body
+from common.grading.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------- 5.1 static_batch
@@ -626,4 +626,13 @@ ANSWERS = [
         return reports
         """,
     ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "5.16",
+        "an active tenant is itself among those whose least is taken, so it has at least that",
+        "active and tenant not in active -> active",
+    ),
+    equivalent("5.2", "a function that ends returns None", "return None -> pass"),
 ]

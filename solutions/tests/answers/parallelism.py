@@ -1,6 +1,6 @@
 """Lesson 6: answers that are not the reference."""
 
-from common.grading.catalogue import planted, right, wrong, wrong_body
+from common.grading.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
     # -------------------------------------------------------------------------------------------- 6.1 shard_range
@@ -494,5 +494,37 @@ ANSWERS = [
                 shares.append(len(groups[1]) * len(Place(stage, 1, pipeline_parallel).layers(config)))
         return max(shares) / (config.num_hidden_layers * config.num_key_value_heads)
         """,
+    ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "6.5",
+        "a batch is ready, and the first stage free, at tick 0 or before: the larger of the two is the same",
+        "[0] * num_batches -> [-1] * num_batches",
+        "([0] * num_batches, 0, {}) -> ([0] * num_batches, -1, {})",
+    ),
+    equivalent(
+        "6.10",
+        "rows looked up for others' tokens become 0, whichever they are",
+        "(token_ids - self.part.start).where(ours, 0) -> (token_ids - self.part.start).where(ours, 1)",
+    ),
+    equivalent(
+        "6.12",
+        "joining nothing to it, or not joining, is the same",
+        "torch.cat([found, found.new_zeros(missing)], dim=shard.axis) if missing[shard.axis] else found -> "
+        "torch.cat([found, found.new_zeros(missing)], dim=shard.axis)",
+        "missing[shard.axis] -> missing[shard.axis - 1]  #2",
+    ),
+    equivalent(
+        "6.2",
+        "with as many heads as ranks either case gives each rank its own",
+        "num_kv_heads >= world_size -> num_kv_heads > world_size",
+    ),
+    equivalent("6.11", "the last of two axes", "torch.cat(parts, dim=-1) -> torch.cat(parts, dim=1)"),
+    equivalent(
+        "6.15",
+        "how many layers a stage has does not depend on how many ranks share them",
+        "Place(stage, 1, pipeline_parallel) -> Place(stage, 2, pipeline_parallel)",
     ),
 ]
