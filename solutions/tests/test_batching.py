@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from solutions import llama_pytorch
+from solutions import batching, llama_pytorch
 from solutions.batching import Engine, LocalExecutor, RequestStatus, SamplingParams
 from solutions.llama_pytorch import load
 from solutions.tests.soak import (
@@ -409,3 +409,20 @@ def test_metrics(model):
     assert (totals.num_output_tokens, totals.num_prompt_tokens, totals.num_finished) == (10, 25, 2)
     assert totals.num_computed_tokens == 25 - totals.num_cached_tokens + 2 * 4
     assert 0 < totals.pool_utilisation < 1 and totals.hit_rate == totals.num_cached_tokens / 25 > 0
+
+
+def test_a_plan_that_only_moves_blocks_and_fails_is_told():
+    """There is no request to blame, so the failure is the engine's: it starts over."""
+
+    class Broken:
+        def execute(self, plan):
+            raise RuntimeError("no such block")
+
+    with pytest.raises(RuntimeError, match="no such block"):
+        batching.LocalExecutor(Broken()).submit(batching.SchedulerOutput(1))
+
+
+def test_without_host_blocks_there_is_nowhere_to_swap_to():
+    manager = batching.KVCacheManager(4, 4, False)
+    assert batching.Scheduler(manager, 8, 16, preemption="swap").preemption == "recompute"
+    assert batching.Scheduler(manager, 8, 16, preemption="swap", num_host_blocks=2).preemption == "swap"
