@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -37,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common import release
 from common.course import MODULES, ROOT, CourseError, Lesson, modules_of, shown
 from common.grading.catalogue import load_equivalents
-from common.grading.runner import START_SECONDS
+from common.grading.runner import START_SECONDS, begin, end
 from common.skeleton import Exercise, exercises_of, walk_functions
 
 SUMMARY = ROOT / "common" / "measurements" / "mutants.json"
@@ -410,12 +408,8 @@ class Trial:
         self.start()
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe(duplex=False)
         self.mutants, self.current, self.last_word = list(self.left), None, time.monotonic()
-        self.process = context.Process(target=work, args=(theirs, self.lesson, self.mutants), daemon=False)
-        self.process.start()
-        theirs.close()
+        self.process, self.connection = begin(work, self.lesson, self.mutants)
 
     def step(self) -> bool:
         """Take in what the worker has said. Returns whether there is more to come."""
@@ -424,7 +418,7 @@ class Trial:
                 self.last_word = time.monotonic()
                 event = self.connection.recv()
                 if event is None:
-                    self.end()
+                    end(self.process)
                     return False
                 self.current = self.mutants[event[0]]
                 if event[1] is not None:
@@ -440,17 +434,11 @@ class Trial:
         self.left = [each for each in self.left if each is not self.current]
 
     def blame(self, why: str) -> None:
-        self.end()
+        end(self.process)
         if self.current is None:
             raise CourseError(f"The worker for {shown(self.lesson.checks)} did not come to its first mutant.")
         self.catch(why)
         self.start()
-
-    def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.join()
 
 
 def try_all(
@@ -468,7 +456,7 @@ def try_all(
             time.sleep(0.05)
     finally:
         for trial in running:
-            trial.end()
+            end(trial.process)
     caught = [each for trial in trials for each in trial.caught]
     return caught, [each for trial in trials for each in trial.left]
 

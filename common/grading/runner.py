@@ -19,6 +19,8 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from common import release
@@ -198,12 +200,7 @@ class Worker:
     """By how much the checks' limits of time are stretched."""
 
     def __init__(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        arguments = (theirs, lesson, file, ids, show_prints, key)
-        self.process = context.Process(target=launch, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
+        self.process, self.connection = begin(launch, lesson, file, ids, show_prints, key)
 
     def how_it_ended(self) -> str:
         """In words, when it has hung up. A student's code may have closed the connection and gone on."""
@@ -214,15 +211,29 @@ class Worker:
 
     def close(self) -> None:
         """End the process and whatever it started."""
-        if self.process.exitcode is not None:
-            return
-        if hasattr(os, "killpg"):
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass  # not the leader of its group yet
-        self.process.kill()
-        self.process.join()
+        if self.process.exitcode is None:
+            end(self.process)
+
+
+def begin(target: Callable[..., None], *arguments) -> tuple[BaseProcess, Connection]:
+    """Start a process that calls target(connection, *arguments). Returns it, and this end of the connection."""
+    context = multiprocessing.get_context("spawn")
+    connection, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, connection
+
+
+def end(process: BaseProcess) -> None:
+    """Kill a process, and its group, which is what it has started."""
+    if hasattr(os, "killpg"):
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # not the leader of its group yet
+    process.kill()
+    process.join()
 
 
 def sealed(event: tuple, key: bytes) -> bytes:

@@ -190,6 +190,8 @@ class SandboxedWorker:
         return f"by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"with exit code {code}"
 
     def close(self) -> None:
+        if self.over.is_set():
+            return  # by now its number may be another process's
         self.over.set()
         self.end()
         self.connection.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from common import course
 from common.course import CourseError, Lesson, shown
 from common.grading.board import SIGNS, bar, score
 from common.grading.cli import congratulate, console, grade_and_keep, heading, kept, report
-from common.grading.runner import Result, Worker, grade, next_step, read_source, todo_lines
+from common.grading.runner import Result, Worker, begin, grade, next_step, read_source, todo_lines
 from common.skeleton import TOGETHER, exercises_of, walk_functions
 
 PAUSE = 0.2
@@ -82,11 +81,7 @@ class Spare(Worker):
     """A worker that is started before it is known what it is to run, and can be given that once, as `Worker` is."""
 
     def __init__(self):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=wait_for_work, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.process, self.connection = begin(wait_for_work)
         self.is_used = False
 
     def __call__(self, *what) -> Worker:
