@@ -64,6 +64,7 @@ class Classroom:
         self.lessons = lessons
         self.out = out
         self.graded: dict[tuple[str, str], Graded] = {}
+        self.skeletons = {lesson: cut_lesson(lesson) for lesson in MODULES}
         self.stopping = threading.Event()
         self.workers: set[sandbox.SandboxedWorker] = set()
         self.state_of_course = {lesson.slug: fingerprint(lesson, lesson.solution) for lesson in lessons}
@@ -94,7 +95,7 @@ class Classroom:
         content = submission.modules[lesson.slug]
         with tempfile.TemporaryDirectory(prefix="course-") as folder:
             base = Path(folder, "course")
-            copy_course(base)
+            copy_course(base, self.skeletons)
             file = base / lesson.module.relative_to(ROOT)
             file.write_bytes(content)
 
@@ -107,7 +108,7 @@ class Classroom:
 
             try:
                 source = content.decode()
-                review = screen.findings(lesson, source, cut_lesson(lesson))
+                review = screen.findings(lesson, source, self.skeletons[lesson])
                 found = Graded(submission.student, lesson, grade(lesson, file, start=start), review=review)
             except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
                 found = self.without(submission, lesson, f"Python cannot read it: {error}")
@@ -146,10 +147,10 @@ class Classroom:
 
     # --- all of them ---------------------------------------------------------------------------------------------
 
-    def run(self, jobs: int, on_graded: Callable[[Graded], None]) -> None:
-        """Grade all that is not known. KeyboardInterrupt ends it in order; nothing that is known is lost."""
+    def run(self, left: list[tuple[Submission, Lesson]], jobs: int, on_graded: Callable[[Graded], None]) -> None:
+        """Grade what is left. KeyboardInterrupt ends it in order; nothing that is known is lost."""
         with ThreadPoolExecutor(jobs) as pool:
-            waiting: set[Future] = {pool.submit(self.grade_one, *each) for each in self.to_grade()}
+            waiting: set[Future] = {pool.submit(self.grade_one, *each) for each in left}
             try:
                 while waiting:
                     done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -163,15 +164,15 @@ class Classroom:
                     worker.close()
 
 
-def copy_course(base: Path) -> None:
+def copy_course(base: Path, skeletons: dict[Lesson, str]) -> None:
     """A clean copy of what grading needs, every lesson's module an empty skeleton."""
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, base / name, ignore=LEFT_OUT, dirs_exist_ok=True)
         else:
             shutil.copy2(ROOT / name, base / name)
-    for lesson in MODULES:
-        (base / lesson.module.relative_to(ROOT)).write_text(cut_lesson(lesson), encoding="utf-8")
+    for lesson, skeleton in skeletons.items():
+        (base / lesson.module.relative_to(ROOT)).write_text(skeleton, encoding="utf-8")
 
 
 def points_of(lesson: Lesson) -> dict[str, int]:
@@ -213,15 +214,15 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
     console.print(Text(sandbox.walls(), "" if sandbox.has_bubblewrap() else "yellow bold"))
     for each in ignored:
         console.print(Text(f"Not graded: {each}.", "yellow"))
-    num_left = len(room.to_grade())
+    left = room.to_grade()
     handed_in = sum(lesson.slug in submission.modules for submission in room.submissions for lesson in room.lessons)
     console.print(
-        f"{len(room.submissions)} submissions, {handed_in} modules; {handed_in - num_left} of them are graded already."
+        f"{len(room.submissions)} submissions, {handed_in} modules; {handed_in - len(left)} of them are graded already."
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     interrupted = False
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("modules", total=num_left)
+        task = progress.add_task("modules", total=len(left))
 
         def tell(found: Graded) -> None:
             progress.advance(task)
@@ -231,13 +232,13 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
             progress.console.print(line)
 
         try:
-            room.run(jobs, tell)
+            room.run(left, jobs, tell)
         except KeyboardInterrupt:
             interrupted = True
     report.write(room)
     if interrupted:
-        left = len(room.to_grade())
-        console.print(f"\nStopped. {left} modules are left; nothing is lost: the same command goes on from here.")
+        num_left = sum((submission.student, lesson.slug) not in room.graded for submission, lesson in left)
+        console.print(f"\nStopped. {num_left} modules are left; nothing is lost: the same command goes on from here.")
         return 130
     console.print(f"The class: {shown(room.out / 'index.html')}   for a spreadsheet: {shown(room.out / 'grades.csv')}")
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from common.course import LESSONS, MODULES, Lesson
+from common.course import MODULES, Lesson
 
 HARMLESS = {
     *("__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "fractions"),
@@ -69,12 +69,9 @@ def is_literal(arguments: list[ast.expr]) -> bool:
 def looked_at(lesson: Lesson, line: int, name: str) -> Iterator[tuple[int, str]]:
     """An import of what is neither harmless nor an earlier lesson."""
     package, _, rest = name.partition(".")
-    earlier = (
-        {each.slug for each in MODULES if MODULES.index(each) < MODULES.index(lesson)} if lesson in MODULES else ()
-    )
-    if package == "solutions" and rest in earlier:
+    if package == "solutions" and rest in [each.slug for each in MODULES[: MODULES.index(lesson)]]:
         return
-    if package == "solutions" and any(rest == each.slug for each in LESSONS if each == lesson):
+    if package == "solutions" and rest == lesson.slug:
         yield line, "imports the reference of this very lesson"
     elif package not in HARMLESS:
         yield line, f"imports {name}"
