@@ -145,7 +145,8 @@ LAST = "It was the last one: the engine is yours, all of it. make run MINE=0-8 S
 def congratulate(lesson: Lesson) -> None:
     following = [each for each in LESSONS if each.number == lesson.number + 1]
     after = f"Next: {shown(following[0].readme)}" if following else LAST
-    console.print(f"[green bold]Lesson {lesson.number} is complete.[/] [bold]{GAINS.get(lesson.number, "")}[/]")
+    gain = GAINS.get(lesson.number, "")
+    console.print(f"[green bold]Lesson {lesson.number} is complete.[/] [bold]{gain}[/]")
     console.print(f"[dim]{shown(lesson.notebook)} measures it.[/] {after}")
 
 
