@@ -80,13 +80,11 @@ def head_groups(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -
     if num_kv_heads >= world_size:
         kv_heads = shard_range(num_kv_heads, rank, world_size)
         return range(kv_heads.start * group_size, kv_heads.stop * group_size), kv_heads
-    for kv_head in range(num_kv_heads):
-        ranks = shard_range(world_size, kv_head, num_kv_heads)
-        if rank in ranks:
-            part = shard_range(group_size, rank - ranks.start, len(ranks))
-            first = kv_head * group_size
-            return range(first + part.start, first + part.stop), range(kv_head, kv_head + 1)
-    raise ValueError(f"rank {rank} is not one of {world_size}.")
+    sharing = [shard_range(world_size, kv_head, num_kv_heads) for kv_head in range(num_kv_heads)]
+    kv_head = next(kv_head for kv_head, ranks in enumerate(sharing) if rank in ranks)
+    part = shard_range(group_size, rank - sharing[kv_head].start, len(sharing[kv_head]))
+    first = kv_head * group_size
+    return range(first + part.start, first + part.stop), range(kv_head, kv_head + 1)
 
 
 def rank_grid(tensor_parallel: int, pipeline_parallel: int) -> list[list[int]]:
@@ -221,7 +219,10 @@ class Group:
     def all_reduce(self, x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
         """Add up (or, with another op, combine) every rank's x, in place; all have the result. Returns x."""
         if self.size > 1:
-            dist.all_reduce(x, op, self.handle)
+            whole = x.contiguous()  # of a tensor with gaps between its rows gloo adds up the wrong numbers, silently
+            dist.all_reduce(whole, op, self.handle)
+            if whole is not x:
+                x.copy_(whole)
         return x
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
