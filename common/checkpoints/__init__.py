@@ -11,6 +11,7 @@ from common.checkpoints.folder import (
     progress,
     read_json,
 )
+from common.checkpoints.supported import check_supported
 
 __all__ = [
     "MODELS",
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "cache_folder",
     "cached",
+    "check_supported",
     "download",
     "find_checkpoint",
     "progress",
