@@ -5,8 +5,8 @@
 In the copy, solutions/<slug>.py of such a lesson holds what its skeleton shows, and its catalogue of answers is gone;
 so are the course's own tests, which quote answers, the instructor's guide and the history. All else follows from the
 first line of that file, by which `Lesson.is_withheld` knows it: the student's module stands for `solutions.<slug>`
-(common.course.modules), the exercises are graded in the student's whole module (common.grading.subject), and a lesson that
-builds on one that is not finished waits for it (`still_to_do_below`).
+(common.course.modules), the exercises are graded in the student's whole module (common.grading.subject), and a lesson
+that builds on one that is not finished waits for it (`still_to_do_below`).
 
 What git tracks is copied, as it lies here. This keeps no secrets: the course is public.
 """
