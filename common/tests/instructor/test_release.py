@@ -40,10 +40,10 @@ def test_an_emptied_solution_keeps_its_exercises_and_gives_the_same_skeleton(les
 
 
 def test_below_are_the_lessons_that_are_imported_in_any_way():
-    slugs = {lesson.slug: [each.slug for each in below(lesson)] for lesson in MODULES}
-    assert slugs["intro"] == []  # it looks ahead within a function only
-    assert slugs["kv_cache"] == ["llm_basics", "llama_pytorch"]
-    assert slugs["engine"] == [each.slug for each in MODULES[1:-1]]
+    standing_on = {lesson.slug: [each.slug for each in below(lesson)] for lesson in MODULES}
+    assert standing_on["intro"] == []  # it looks ahead within a function only
+    assert standing_on["kv_cache"] == ["llm_basics", "llama_pytorch"]
+    assert standing_on["engine"] == [each.slug for each in MODULES[1:-1]]
     assert slugs(ast.parse("from solutions import kv_cache, batching").body[0]) == {"kv_cache", "batching"}
 
 
