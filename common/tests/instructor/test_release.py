@@ -18,7 +18,7 @@ import torch
 
 from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, WITHHELD, CourseError, Lesson, skeleton, withheld
 from common.course.exercises import exercises_of, find_exercises, walk_functions
-from common.course.modules import Waits, below, listed, still_to_do_below
+from common.course.modules import Waits, below, listed, slugs, still_to_do_below
 from common.grading.compare import close
 from common.grading.runner import Result, fail, grade, next_step, pointer, sealed
 from common.grading.subject import Subject
