@@ -22,7 +22,7 @@ import pytest
 
 from common.course import LESSONS, MODULES, ROOT, CourseError
 from common.course.catalogue import apply, right
-from common.course.skeleton import exercises_of
+from common.course.exercises import exercises_of
 from common.instructor import sandbox, screen
 from common.instructor.classroom import Classroom, points_of
 from common.instructor.report import write
