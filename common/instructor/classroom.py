@@ -27,9 +27,11 @@ from rich.text import Text
 
 from common import course
 from common.course import MODULES, ROOT, CourseError, Lesson, shown
-from common.course.skeleton import cut_lesson, exercises_of
+from common.course.exercises import exercises_of
+from common.course.modules import check_solution
+from common.course.skeleton import cut_lesson
 from common.grading.runner import Result, grade
-from common.instructor import release, report, sandbox
+from common.instructor import report, sandbox
 from common.instructor.submissions import Submission, find_submissions, plain
 from common.student.grade import fingerprint
 
@@ -198,7 +200,7 @@ def main(argv: list[str]) -> int:
         chosen = {each.number for each in course.parse_mine(arguments.lessons, "LESSONS")}
         lessons = [each for each in MODULES if each.number in chosen or not chosen]
         for each in lessons:
-            release.check_solution(each)
+            check_solution(each)
         submissions, ignored = find_submissions(Path(arguments.submissions))
         room = Classroom(submissions, lessons, Path(arguments.out).resolve())
         return grade_all(room, ignored, arguments.jobs, console)
