@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from common.checkpoints import Checkpoint, cache_folder
-from common.checkpoints.folder import _prepare
 from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
+from common.checkpoints.names import prepare
 from solutions.llama_pytorch import parse_config
 
 GGUF_VERSION = 1  # part of the cached folders' names: raise it when what is written changes
@@ -148,7 +148,7 @@ def float32_gguf(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     state = "-".join(f"{file.stat().st_size:x}-{file.stat().st_mtime_ns:x}" for file in files[:1])
     kept = cache_folder() / f"{folder.name}-{state}-gguf-v{GGUF_VERSION}"
-    return _prepare(kept, lambda partial: write_gguf(folder, partial / "model.gguf")) / "model.gguf"
+    return prepare(kept, lambda partial: write_gguf(folder, partial / "model.gguf")) / "model.gguf"
 
 
 def write_gguf(folder: Path, path: Path) -> None:
