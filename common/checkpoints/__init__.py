@@ -1,16 +1,7 @@
 """A model's name to a checkpoint folder on this machine, and that folder to tensors."""
 
-from common.checkpoints.folder import (
-    MODELS,
-    Checkpoint,
-    CheckpointError,
-    cache_folder,
-    cached,
-    download,
-    find_checkpoint,
-    progress,
-    read_json,
-)
+from common.checkpoints.folder import Checkpoint, CheckpointError, read_json
+from common.checkpoints.names import MODELS, cache_folder, cached, find_checkpoint
 from common.checkpoints.supported import check_supported
 
 __all__ = [
@@ -20,8 +11,6 @@ __all__ = [
     "cache_folder",
     "cached",
     "check_supported",
-    "download",
     "find_checkpoint",
-    "progress",
     "read_json",
 ]
