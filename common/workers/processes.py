@@ -48,15 +48,15 @@ def kill(process: subprocess.Popen) -> None:
 def end(
     processes: Mapping[int, subprocess.Popen], connections: Mapping[int, Connection], at_end: Callable[[], None]
 ) -> None:
-    """Ask workers to end by sending None, and kill those that have not ended after five seconds. Then call `at_end`."""
+    """Ask workers to end by sending None, kill those that have not ended after five seconds, and call `at_end`."""
     for connection in connections.values():
         with contextlib.suppress(OSError):
             connection.send(None)
     deadline = time.monotonic() + PATIENCE_SECONDS
-    for process in processes.values():
-        process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
+    for rank, process in processes.items():
+        if rank in connections:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
         kill(process)
     for connection in connections.values():
         connection.close()

@@ -134,8 +134,8 @@ def guarded(method: Callable | None = None, *, interruptible: bool = False) -> C
         return functools.partial(guarded, interruptible=interruptible)
 
     @functools.wraps(method)
-    def call(self, *arguments):
+    def call(self, *arguments, **options):
         with self.workers.guard(interruptible):
-            return method(self, *arguments)
+            return method(self, *arguments, **options)
 
     return call
