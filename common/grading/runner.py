@@ -23,9 +23,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from common import release
 from common.course import CourseError, Lesson, shown, unfinished
-from common.skeleton import TOGETHER, exercises_of, walk_functions
+from common.course.skeleton import TOGETHER, exercises_of, walk_functions
+from common.instructor import release
 
 MAX_EVENT = 1 << 20
 """Bytes of the longest event that is listened to."""

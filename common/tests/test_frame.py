@@ -16,7 +16,10 @@ import nbformat
 import pytest
 
 from common import __main__ as commands
-from common import bench, checks, notebooks, plots, remaining, setup
+from common import setup
+from common.authoring import checks, notebooks, remaining
+from common.bench import cli as bench
+from common.bench import plots
 from common.course import ROOT, Lesson
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
@@ -349,9 +352,16 @@ def test_pins_hold_for_every_python():
 
 def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
     """In a small repository of its own: one fast test, one slow, one that skips itself."""
-    (tmp_path / "common").mkdir()
-    for name in ("__init__.py", "course.py", "remaining.py"):
-        shutil.copy(ROOT / "common" / name, tmp_path / "common")
+    rooms = (
+        "__init__.py",
+        "course/__init__.py",
+        "course/lessons.py",
+        "authoring/__init__.py",
+        "authoring/remaining.py",
+    )
+    for name in rooms:
+        (tmp_path / "common" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "common" / name, tmp_path / "common" / name)
     tests = tmp_path / "test_it.py"
     tests.write_text(
         "import os, pytest\n\ndef test_fast(): assert not os.environ.get('BROKEN')\n\n@pytest.mark.slow\n"
@@ -367,7 +377,7 @@ def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
             "-m",
             "pytest",
             "-p",
-            "common.remaining",
+            "common.authoring.remaining",
             "-p",
             "no:cacheprovider",
             "-v",

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from common import finale
 from common.course import LESSONS
+from common.student import finale
 
 pytestmark = pytest.mark.slow
 

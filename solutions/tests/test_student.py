@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from common import skeleton
-from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, modules_of
-from common.finale import GAINS
+from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, modules_of, skeleton
+from common.student.finale import GAINS
 
 pytestmark = pytest.mark.slow
 
@@ -177,7 +176,7 @@ def test_what_a_lesson_is_worth_is_measured_on_the_students_code(student):
 def test_the_courses_own_tests_do_not_depend_on_the_students_work(student):
     for lesson in MODULES:
         (student / lesson.module.relative_to(ROOT)).write_text("def broken(:\n")
-    tests = ["common/tests/test_skeleton.py", "common/tests/test_course.py"]
+    tests = ["common/tests/course/test_skeleton.py", "common/tests/course/test_course.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     result = subprocess.run(command, cwd=student, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
