@@ -45,14 +45,6 @@ COMMANDS = (
         "your answers beside the reference's; FORCE=1: wrong ones too",
     ),
     Command("diff-exercise", "N.M", "common.student.difference", "", "FORCE", "your answer to one exercise so"),
-    Command(
-        "finale-lesson",
-        "N",
-        "common.student.finale",
-        "",
-        "",
-        "what your lesson N is worth once it is complete, measured",
-    ),
     Command("progress", "", "common.student.grade", "", "", "how far you are, lesson by lesson"),
     Command(
         "reset-lesson", "N", "common.student.grade", "", "", "start lesson N again; what you have is kept beside it"

@@ -19,11 +19,10 @@ from rich.padding import Padding
 from rich.text import Text
 
 from common import course
-from common.course import LESSONS, ROOT, CourseError, Lesson, shown, skeleton
+from common.course import GAINS, LESSONS, ROOT, CourseError, Lesson, shown, skeleton
 from common.course.skeleton import TOGETHER
 from common.grading.runner import Result, grade, next_step
 from common.instructor import release
-from common.student import finale
 from common.student.board import Standing, draw
 
 GRADES = ROOT / ".course" / "grades"
@@ -41,16 +40,9 @@ def test_lesson(arguments: argparse.Namespace) -> int:
     if arguments.file:
         modules = [each for each in modules if each.module.name == Path(arguments.file).name] or modules[:1]
     course.activate(arguments.mine)
-    was_complete = all(is_passed(kept(lesson, lesson.module)) for lesson in modules)
     for lesson in modules:
         results += grade_module(lesson, arguments)
-    code = conclude(modules[0], results)
-    if code == 0 and not arguments.solution and not arguments.file:
-        if console.is_terminal and not was_complete:
-            finale.celebrate(modules[0].number, console)
-        else:
-            console.print(f"[dim]What that is worth, measured: make finale-lesson-{modules[0].number}[/]")
-    return code
+    return conclude(modules[0], results)
 
 
 def grade_module(lesson: Lesson, arguments: argparse.Namespace) -> list[Result]:
@@ -153,7 +145,9 @@ LAST = "It was the last one: the engine is yours, all of it. make run MINE=0-8 S
 def congratulate(lesson: Lesson) -> None:
     following = [each for each in LESSONS if each.number == lesson.number + 1]
     after = f"Next: {shown(following[0].readme)}" if following else LAST
-    console.print(f"[green bold]Lesson {lesson.number} is complete.[/] {after}")
+    gain = GAINS.get(lesson.number, "")
+    console.print(f"[green bold]Lesson {lesson.number} is complete.[/] [bold]{gain}[/]")
+    console.print(f"[dim]{shown(lesson.notebook)} measures it.[/] {after}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -258,11 +252,6 @@ def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
 def kept(lesson: Lesson, file: Path) -> list[Result] | None:
     path = GRADES / f"{lesson.slug}-{fingerprint(lesson, file)}.json"
     return [Result(**each) for each in json.loads(path.read_text())] if path.exists() else None
-
-
-def is_passed(results: list[Result] | None) -> bool:
-    """Whether the results are known, and say that all is right."""
-    return bool(results) and all(result.status == "passed" for result in results)
 
 
 def reset_lesson(arguments: argparse.Namespace) -> int:

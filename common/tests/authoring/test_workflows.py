@@ -18,7 +18,7 @@ each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path
 
 
 def read(path: Path) -> dict:
-    return yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # BaseLoader: `on` and 3.10 stay what they are
+    return yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # BaseLoader: `on` and 3.14 stay what they are
 
 
 def steps(path: Path) -> Iterator[tuple[dict, dict]]:
