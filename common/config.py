@@ -39,7 +39,9 @@ class EngineConfig:
     """
 
     model: str = option("smollm2-135m", "a name, a folder, a .gguf file or org/name", envvar="MODEL")
-    dtype: Any = option(None, "of weights and cache; default: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
+    dtype: Any = option(  # noqa: RUF009  (the default is None)
+        None, "of weights and cache; default: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES
+    )
     device: str | None = option(None, "cpu or cuda; default: the GPU if there is one")
 
     # Lesson 4: the cache. Lesson 5: the scheduler.
@@ -56,9 +58,7 @@ class EngineConfig:
     )
     max_num_seqs: int = option(64, "requests that run at once", minimum=1)
     max_num_batched_tokens: int = option(256, "tokens computed in one step", minimum=1)
-    long_prefill_token_threshold: int | None = option(
-        None, "of those, tokens of one request; default: half", minimum=1
-    )
+    long_prefill_token_threshold: int | None = option(None, "of those, tokens of one request; default: half", minimum=1)
     scheduling_policy: str = option("fcfs", "which request is served first", choices=("fcfs", "priority", "fair"))
     preemption: str = option(
         "recompute", "what happens to the blocks of a preempted request", choices=("recompute", "swap")

@@ -16,13 +16,16 @@ import torch
 from safetensors.torch import save_file
 
 from common.checkpoints import Checkpoint
+from common.config import EngineConfig
 from solutions import engine as engine_module
 from solutions import llama_pytorch, parallelism, speculative
-from solutions.batching import Engine, EngineConfig, ModelRunnerOutput, Request, ScheduledRequest, Scheduler
+from solutions.batching import Engine
 from solutions.engine import InferenceEngine
+from solutions.hooked import HookedEngine
 from solutions.kv_cache import KVCache, cache_bytes, prefill
 from solutions.llama_pytorch import SamplingParams, adjust_logits, load, recompute, sampling_probs
 from solutions.paged_attention import KVCacheManager, PagedKVCache, hash_block
+from solutions.scheduler import ModelRunnerOutput, Request, ScheduledRequest, Scheduler
 from solutions.speculative import (
     DraftProposer,
     Lookahead,
@@ -411,7 +414,7 @@ class AnyPace(Pace):
         return {each: self.rng.randint(0, self.num_speculative_tokens) for each in request_ids}
 
 
-class SpeculativeEngine(Engine):
+class SpeculativeEngine(HookedEngine):
     """Guesses from a draft model in memory, or from n-grams. What can be found in the prefix cache is checked after
     every step.
     """
@@ -886,7 +889,8 @@ def test_a_draft_with_a_shorter_context(model):
 def scheduled_with_lookahead(lengths: dict[str, int], num_blocks: int, num_steps: int, depth: int = 1):
     """The plans of a scheduler with room for eight guesses, blocks of four, that nobody makes guesses in."""
     manager = KVCacheManager(num_blocks, 4, enable_prefix_caching=False)
-    scheduler = Scheduler(manager, 8, 64)
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, long_prefill_token_threshold=64, num_host_blocks=0)
+    scheduler = Scheduler(manager, config)
     scheduler.num_lookahead_tokens, scheduler.depth = 8, depth
     for arrival, (request_id, length) in enumerate(lengths.items()):
         params = SamplingParams(max_tokens=20)
