@@ -527,7 +527,7 @@ class Engine:
                 self.abort(output.request_id)
 
 
-def local_engine(model: Llama, tokenizer: Tokenizer, **options) -> Engine:
+def local_engine(model: Llama, tokenizer: Tokenizer, /, **options) -> Engine:
     """An engine for a model in this process. options: those of `EngineConfig`; later lessons' have no effect here."""
     slot_bytes = cache_bytes(model.config, 1, model.model.norm.weight.element_size())
     config = EngineConfig(**options).resolve(model.config, slot_bytes)
