@@ -20,7 +20,7 @@ from enum import Enum
 
 from common.config import EngineConfig
 from solutions.llama_pytorch import SamplingParams
-from solutions.paged_attention import BlockCopy, BlockPool, KVCacheBlock, KVCacheManager
+from solutions.paged_attention import BlockCopy, BlockPool, KVCacheBlock, KVCacheManager, cdiv
 
 # ---------------------------------------------------------------------------------------------------------------
 # Before: batches that wait for their longest request
@@ -228,7 +228,7 @@ class Scheduler:
     @property
     def max_step_seqs(self) -> int:
         """The most requests in one step: with several steps in flight, each gets an equal share of the requests."""
-        return -(-len(self.requests) // self.depth)
+        return cdiv(len(self.requests), self.depth)
 
     # One step ------------------------------------------------------------------------------------------------
 

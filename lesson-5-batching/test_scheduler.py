@@ -1,6 +1,4 @@
-"""The checks of lesson 5, first half. They need no model: a scheduler deals in ids and counts, and its steps are worked by
-hand.
-"""
+"""The checks of lesson 5, first half. They need no model: a scheduler deals in ids and counts, worked out by hand."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from solutions.llama_pytorch import (
     sample,
     top_logprobs,
 )
-from solutions.paged_attention import AttentionMetadata, KVCacheManager, PagedKVCache, slot_mapping
+from solutions.paged_attention import AttentionMetadata, KVCacheManager, PagedKVCache, cdiv, slot_mapping
 from solutions.scheduler import (
     ModelRunnerOutput,
     Request,
@@ -410,7 +410,7 @@ class Engine:
                 "the answer."
             )
         max_tokens = min(params.max_tokens, limit - len(token_ids))
-        num_needed = -(-(len(token_ids) + max_tokens - 1) // block_size)  # the last token is never computed
+        num_needed = cdiv(len(token_ids) + max_tokens - 1, block_size)  # the last token is never computed
         if num_needed > num_blocks:
             raise ValueError(
                 f"A prompt of {len(token_ids)} tokens with max_tokens={max_tokens} needs {num_needed} blocks of "

@@ -20,7 +20,7 @@ from enum import Enum
 
 from common.config import EngineConfig
 from solutions.llama_pytorch import SamplingParams
-from solutions.paged_attention import BlockCopy, BlockPool, KVCacheBlock, KVCacheManager
+from solutions.paged_attention import BlockCopy, BlockPool, KVCacheBlock, KVCacheManager, cdiv
 
 # ---------------------------------------------------------------------------------------------------------------
 # Before: batches that wait for their longest request
@@ -240,7 +240,7 @@ class Scheduler:
     @property
     def max_step_seqs(self) -> int:
         """The most requests in one step: with several steps in flight, each gets an equal share of the requests."""
-        return -(-len(self.requests) // self.depth)
+        return cdiv(len(self.requests), self.depth)
 
     # One step ------------------------------------------------------------------------------------------------
 
@@ -459,7 +459,7 @@ class Scheduler:
         # Exercise 5.10: take a host block for each block that has a computed token in it, and note each move in
         # `plan.swaps_out` with its number of filled slots. Keep the host blocks in `swapped`; free the others; status.
         block_size = self.manager.block_size
-        num_blocks = -(-request.num_computed_tokens // block_size)
+        num_blocks = cdiv(request.num_computed_tokens, block_size)
         if num_blocks > self.host_pool.num_free_blocks:
             return False
         hosts = self.host_pool.get_new_blocks(num_blocks)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from common import course
 from common.course import LESSONS, ROOT
-from common.instructor import release
+from common.course.modules import named
 
 FOLDERS = ("common/tests", "solutions/tests")
 
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     if command in ("test", "test-all") and course.withheld():
         lessons = [each for each in LESSONS if each.slug in course.withheld()]
         print(
-            f"This copy of the course came without the solutions of {release.named(lessons)}, and without the "
+            f"This copy of the course came without the solutions of {named(lessons)}, and without the "
             "course's own tests, which test those. Yours are tested by make test-lesson-N; make progress shows all.",
             file=sys.stderr,
         )

@@ -17,11 +17,11 @@ import pytest
 from common import course
 from common.course import LESSONS, Lesson
 from common.course.catalogue import Answer, apply, describe, load_answers
-from common.course.skeleton import TOGETHER, exercises_of
+from common.course.exercises import TOGETHER, exercises_of
+from common.course.modules import check_solution
 from common.grading import plugin
 from common.grading.plugin import Grader
 from common.grading.subject import Failure, Subject
-from common.instructor import release
 
 WRONG_AT_LEAST = 3
 RIGHT_AT_LEAST = 1
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     os.environ["KERNELS"] = "plain"
     for lesson in [module for number in arguments.lessons for module in course.modules_of(number)]:
         try:
-            release.check_solution(lesson)
+            check_solution(lesson)
         except course.CourseError as error:
             print(error)
             failed = True

@@ -24,8 +24,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from common.course import CourseError, Lesson, shown, unfinished
-from common.course.skeleton import TOGETHER, exercises_of, walk_functions
-from common.instructor import release
+from common.course.exercises import TOGETHER, exercises_of, walk_functions
+from common.course.modules import Waits, listed, still_to_do_below
 
 MAX_EVENT = 1 << 20
 """Bytes of the longest event that is listened to."""
@@ -75,11 +75,11 @@ def grade(
         if only is None or each.id in only
     }
     todo = set(unfinished(source))
-    if below := release.still_to_do_below(lesson):
+    if below := still_to_do_below(lesson):
         if not lesson.part:
-            raise release.Waits(f"Lesson {lesson.number}", below)
+            raise Waits(f"Lesson {lesson.number}", below)
         for result in results.values():  # the second half of a lesson whose first half can be worked on
-            result.status, result.sentence = "waiting", f"waits for {release.listed(below)}"
+            result.status, result.sentence = "waiting", f"waits for {listed(below)}"
             on_result(result)
         return list(results.values())
     if only is None:
@@ -133,12 +133,15 @@ class Session:
         key = secrets.token_bytes(16)
         self.worker = self.start(self.lesson, self.file, ids, self.show_prints, key)
         connection = self.worker.connection
-        current, count, deadline = None, 0, time.monotonic() + START_SECONDS
+        current, finished, count, deadline = None, None, 0, time.monotonic() + START_SECONDS
         while True:
             if not connection.poll(max(0.0, deadline - time.monotonic())):
                 self.close()
-                if current is None:
+                if current is None and finished is None:
                     raise CourseError(f"The grader's worker did not start within {START_SECONDS:g} s.")
+                if current is None:
+                    fail(results[finished], "left the Python process hanging after its checks.")
+                    return
                 seconds = self.worker.patience * self.checks[current][1]
                 fail(results[current], f"took longer than {seconds:g} s: an endless loop?")
                 results[current].certain = False
@@ -148,8 +151,11 @@ class Session:
                 kind, *event = opened(connection.recv_bytes(MAX_EVENT), key)
             except (EOFError, OSError):
                 how = self.worker.how_it_ended()
-                if current is None:
+                if current is None and finished is None:
                     raise CourseError(f"The grader's worker ended {how}; is torch installed?") from None
+                if current is None:
+                    fail(results[finished], f"ended the Python process {how} after its checks.")
+                    return
                 fail(results[current], f"ended the Python process {how} in the middle of a check.")
                 yield current
                 return
@@ -288,9 +294,9 @@ def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
     """What to add to a wrong one's sentence where the whole file is the student's."""
     if first := look_first(result, results):
         verb = "is" if len(first) == 1 else "are"
-        return f"\nThis ran in your whole file, and {release.listed(first)} {verb} wrong too: look there first."
+        return f"\nThis ran in your whole file, and {listed(first)} {verb} wrong too: look there first."
     if unknown := [id for id in result.through if id not in results]:
-        ran = release.listed(unknown)
+        ran = listed(unknown)
         return f"\nThis ran in your whole file, {ran} included: make test-lesson-{lesson.number} says which are right."
     return ""
 
@@ -306,7 +312,7 @@ def next_step(results: list[Result]) -> Result | None:
 def read_source(file: Path) -> str:
     """The file's text, if Python can read it. Raises CourseError with file and line."""
     try:
-        source = file.read_text(encoding="utf-8")
+        source = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         compile(source, str(file), "exec")
     except FileNotFoundError:
         raise CourseError(f"{shown(file)} does not exist.") from None

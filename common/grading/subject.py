@@ -17,7 +17,7 @@ import torch
 
 from common.course import CourseError, Lesson, shown, unfinished
 from common.course.catalogue import Answer, apply, load_answers
-from common.course.skeleton import TOGETHER, exercises_of, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.grading import isolate
 from common.grading.compare import CheckFailed, same
 
@@ -44,7 +44,7 @@ class Subject:
     def __init__(self, lesson: Lesson, file: Path, source: str | None = None):
         self.lesson = lesson
         self.file = file
-        self.source = file.read_text(encoding="utf-8") if source is None else source
+        self.source = file.read_text(encoding="utf-8-sig") if source is None else source
         self.exercises = {exercise.id: exercise for exercise in exercises_of(lesson)}
         self.todo = set(unfinished(self.source))
 

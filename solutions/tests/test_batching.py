@@ -165,7 +165,8 @@ def record(engine: Engine) -> list:
 @pytest.mark.parametrize("policy", ["paged", "contiguous"])
 def test_samples_share_their_prompt(model, policy):
     """Four samples of a prompt of 30 tokens compute it once, and copy the one block that they write to."""
-    engine = local_engine(model, Letters(), block_size=4, kv_cache_policy=policy, num_blocks=60, max_model_len=MAX_MODEL_LEN)
+    settings = dict(block_size=4, kv_cache_policy=policy, num_blocks=60, max_model_len=MAX_MODEL_LEN)
+    engine = local_engine(model, Letters(), **settings)
     plans = record(engine)
     params = SamplingParams(n=4, temperature=1.0, seed=1, max_tokens=6, ignore_eos=True)
     (output,) = engine.generate([list(range(5, 35))], params, progress=False)
@@ -297,7 +298,7 @@ def test_bad_requests_are_refused_at_once(model, arguments, says):
         (dict(preemption=None), "preemption must be one of recompute, swap; it is None"),
         (dict(max_model_len=129), "max_model_len is 129; the model's context is 128"),
         (dict(kv_cache_memory=100), "kv_cache_memory is 100 bytes: too few"),
-        (dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True: with"),
+        (dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
     ],
 )
 def test_bad_settings_are_named(model, settings, says):
@@ -339,7 +340,8 @@ def test_an_interrupted_step_loses_nothing(model):
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     prompts = [list(range(5, 5 + n)) for n in (3, 9, 17)]
     for preemption in ("recompute", "swap"):
-        engine = local_engine(model, Letters(), num_blocks=8, block_size=4, max_num_batched_tokens=8, preemption=preemption)
+        settings = dict(num_blocks=8, block_size=4, max_num_batched_tokens=8, preemption=preemption)
+        engine = local_engine(model, Letters(), **settings)
         for prompt in prompts:
             engine.add_request(prompt, params)
         outputs = [state.output for state in engine.processor.states.values()]

@@ -22,7 +22,7 @@ from pathlib import Path
 from common import __main__ as commands
 from common.authoring.readmes.figures import check_figures
 from common.course import LESSONS, ROOT, CourseError, Lesson, lesson, modules_of, shown
-from common.course.skeleton import exercises_of
+from common.course.exercises import exercises_of
 
 SHELLS = ("bash", "sh", "console", "shell")
 READ_ONLY = ("help", "progress")

@@ -394,7 +394,7 @@ ANSWERS = [
     wrong(
         "5.10",
         "a host block for every block that it holds, filled or not",
-        "num_blocks = -(-request.num_computed_tokens // block_size)",
+        "num_blocks = cdiv(request.num_computed_tokens, block_size)",
         "num_blocks = len(self.manager.block_table(request.request_id))",
     ),
     wrong("5.10", "its status still running", "request.status = RequestStatus.SWAPPED", "pass"),
