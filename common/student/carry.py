@@ -62,7 +62,7 @@ def carry(
             compile(text, path, "exec", dont_inherit=True)
             taken, remains[path] = take_answers(old[path], text)
         except (SyntaxError, ValueError) as error:
-            line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+            line = f":{error.lineno}" if getattr(error, "lineno", None) else ""
             raise CourseError(
                 f"{path}{line}: Python cannot read this: {getattr(error, 'msg', error)}. Nothing was changed. Mend it, "
                 "or start the lesson again with make reset-lesson-N, which keeps a copy; then make update again."
@@ -177,12 +177,13 @@ def declaration(node: Function) -> str:
 def put_together(old: str, mine: str, new: str, answers: Mapping[str, Answer]) -> Carried:
     """The new skeleton with a student's additions (`mine`, made from `old`) and the answers, by their new ids."""
     merged, num_conflicts = merge(mine, old, new)
-    both = "Where both you and the course have edited given code, the course's is in. Yours is in the backup."
-    attempts = {
-        (lambda: with_lost(old, mine, merged) if num_conflicts else merged): [both] if num_conflicts else [],
-        (lambda: new): ["What you have added to the given code does not fit the new version. It is in the backup."],
-    }
-    for make, remarks in attempts.items():
+    both = ["Where both you and the course have edited given code, the course's is in. Yours is in the backup."]
+    attempts = [  # until one is what it should be
+        (lambda: with_lost(old, mine, merged) if num_conflicts else merged, both if num_conflicts else []),
+        (lambda: with_lost(old, mine, new), both),
+        (lambda: new, ["What you have added to the given code does not fit the new version. It is in the backup."]),
+    ]
+    for make, remarks in attempts:
         try:
             text, told = with_answers(make(), answers)
             compile(text, "the new module", "exec", dont_inherit=True)

@@ -23,6 +23,7 @@ from common.course import GAINS, LESSONS, ROOT, CourseError, Lesson, shown, skel
 from common.course.exercises import TOGETHER, Exercise, exercises_of
 from common.course.modules import Waits, check_solution
 from common.grading.runner import Result, grade, next_step
+from common.student import update
 from common.student.board import Standing, draw
 
 GRADES = ROOT / ".course" / "grades"
@@ -203,6 +204,8 @@ def progress(arguments: argparse.Namespace) -> int:
         with console.status(f"grading lesson {lesson.number} ..."):
             standings.append(standing(lesson))
     console.print(draw(standings))
+    if update.needs_new_numbers():
+        console.print("The exercises have other numbers now. Run make update once more: it moves your answers there.")
     return 0
 
 

@@ -36,6 +36,8 @@ from common.student.carry import Carried, carry, merge
 
 RENUMBERED = "common/course/renumbered.json"
 """Each renumbering of the exercises that there has been: the new id of every exercise, by its old one."""
+NUMBERED = ROOT / ".course" / "renumbered"
+"""Is there once the student's answers have been carried through all renumberings by a version that knows of them."""
 NOT_OURS = {".git", ".venv", ".course", "__pycache__", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints"}
 
 
@@ -49,6 +51,7 @@ class Version:
     edited: dict[str, bytes | None] = field(default_factory=dict)  # other files that the student edited, as they were
     gone: list[str] = field(default_factory=list)  # files that the new version has no more
     commit: str = ""  # the new version's, where this copy is a clone
+    mine: Path = ROOT  # where the student's modules are
 
 
 def update(source: str) -> None:
@@ -58,7 +61,7 @@ def update(source: str) -> None:
             return
         files = {path.relative_to(version.folder).as_posix(): path for path in files_below(version.folder)}
         new = {path: files[path].read_text(encoding="utf-8") for path in module_paths(list(files))}
-        own = {path: text for path, text in texts(version.skeletons).items() if text != version.skeletons[path]}
+        own = {path: text for path, text in texts(version).items() if text != version.skeletons[path]}
         renumbered = ids_now(version, new)
         carried = carry(version.skeletons, own, new, renumbered)
         contents = {path: file.read_bytes() for path, file in files.items()}
@@ -71,6 +74,7 @@ def update(source: str) -> None:
             return
         backup = back_up([*own, *(path for path in contents if path in version.edited)])
         install(contents, version.commit)
+        note_numbers()
         report(version.name, new, carried, remarks, renumbered)
         if backup:
             print(f"What you had before is kept in {backup.relative_to(ROOT).as_posix()}.")
@@ -79,7 +83,7 @@ def update(source: str) -> None:
 
 def ids_now(version: Version, new: Mapping[str, str]) -> dict[str, str]:
     """The new id of each exercise of the old version that is still there."""
-    known = len(json.loads(read(RENUMBERED) or "[]"))
+    known = len(json.loads(read(RENUMBERED) or "[]")) if version.mine == ROOT else 0
     file = version.folder / RENUMBERED
     steps = json.loads(file.read_text(encoding="utf-8"))[known:] if file.exists() else []
     ids = {id: id for text in version.skeletons.values() for id in unfinished(text)}
@@ -89,11 +93,25 @@ def ids_now(version: Version, new: Mapping[str, str]) -> dict[str, str]:
     return {old: id for old, id in ids.items() if id in present}
 
 
-def texts(paths: Mapping[str, str]) -> dict[str, str]:
+def needs_new_numbers() -> Path | None:
+    """The backup that a version made which brought in renumbered exercises, and could not yet know of that."""
+    backups = sorted(BACKUPS.glob("update-*"))
+    is_told = not (ROOT / RENUMBERED).exists() or NUMBERED.exists()
+    return backups[-1] if backups and not is_told else None
+
+
+def note_numbers() -> None:
+    """From now on what stands in the student's modules is numbered as the course is."""
+    NUMBERED.parent.mkdir(exist_ok=True)
+    NUMBERED.touch()
+
+
+def texts(version: Version) -> dict[str, str]:
     """The student's modules, with line ends as the skeletons have them."""
     found = {}
-    for path in paths:
-        if (content := read(path)) is not None:
+    for path in version.skeletons:
+        if (version.mine / path).is_file():
+            content = (version.mine / path).read_bytes()
             try:
                 found[path] = content.decode("utf-8-sig").replace("\r\n", "\n")
             except UnicodeDecodeError:
@@ -204,7 +222,7 @@ def git(*arguments: str) -> str:
 
 def names(*arguments: str) -> list[str]:
     """The files that git lists."""
-    return [name for name in git(*arguments, "-z").split("\0") if name]
+    return [name for name in git(arguments[0], "-z", *arguments[1:]).split("\0") if name]
 
 
 def fetched(folder: Path) -> Version | None:
@@ -239,7 +257,11 @@ def fetched(folder: Path) -> Version | None:
         raise CourseError(
             f"Your history and that of {name} have nothing in common; nothing was changed. Instead, {elsewhere}"
         ) from None
-    if base == target:
+    backup = needs_new_numbers()
+    if backup:
+        print(f"The exercises have other numbers now. Your answers are taken from {backup.relative_to(ROOT)}.")
+        base = version_before_numbers()
+    elif base == target:
         print(f"Nothing new: {name} is what you have.")
         return None
     git("archive", f"--output={folder / 'new.tar'}", target)
@@ -247,13 +269,25 @@ def fetched(folder: Path) -> Version | None:
     before, after = (set(names("ls-tree", "-r", "--name-only", commit)) for commit in (base, target))
     modules = module_paths(list(before))
     skeletons = {path: git("show", f"{base}:{path}") for path in modules}
-    changed = set(names("diff", "--name-only", "--no-renames", base)) & before
+    changed = set() if backup else set(names("diff", "--name-only", "--no-renames", base)) & before
     added = {path for path in after - before if read(path) is not None}
     edited = {
         path: show(base, path) if path in before else None for path in sorted(changed | added) if path not in modules
     }
     gone = sorted(before - after - set(edited))
-    return Version(name, folder / "new", skeletons, edited, gone, target)
+    return Version(name, folder / "new", skeletons, edited, gone, target, backup or ROOT)
+
+
+def version_before_numbers() -> str:
+    """The course's commit that an update came from which did not know of the new numbers."""
+    try:
+        base = git("merge-base", "ORIG_HEAD", "FETCH_HEAD").strip()
+        if not names("ls-tree", "--name-only", base, RENUMBERED):
+            return base
+    except CourseError:
+        pass  # git has forgotten where that update came from
+    added = git("log", "-1", "--format=%H", "--diff-filter=A", "--", RENUMBERED).strip()
+    return git("rev-parse", f"{added}^").strip()
 
 
 def show(commit: str, path: str) -> bytes:
@@ -297,7 +331,9 @@ def downloaded(source: Path, folder: Path) -> Version:
         raise CourseError(f"FROM={source}: there is no such file or folder.")
     if not source.is_dir():
         try:
-            shutil.unpack_archive(source, folder / "new", **({} if zipfile.is_zipfile(source) else {"filter": "data"}))
+            shutil.unpack_archive(
+                source, folder / "new", **({} if source.suffix.lower() == ".zip" else {"filter": "data"})
+            )
         except (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
             raise CourseError(f"{source} cannot be unpacked: {error}. Nothing was changed.") from None
     found = folder / "new" if (folder / "new").exists() else source
@@ -336,8 +372,8 @@ def report(
             for remark in module.remarks:
                 print(textwrap.indent(remark, "    "))
     print(*(f"\n{remark}" for remark in remarks), sep="", end="\n" if remarks else "")
-    if moved := [f"{old} is {id}" for old, id in renumbered.items() if old != id]:
-        print(f"\nExercises have other numbers now: {', '.join(moved)}.")
+    if any(old != id for old, id in renumbered.items()):
+        print("\nThe exercises have other numbers now, in the order of the file; your answers are where they belong.")
     present = [id for text in new.values() for id in unfinished(text)]
     if added := [id for id in present if id not in renumbered.values()]:
         print(f"\nNew exercises: {', '.join(added)}.")
