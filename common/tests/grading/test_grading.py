@@ -16,7 +16,8 @@ from common.course.catalogue import apply, right, wrong
 from common.course.exercises import exercises_of
 from common.course.skeleton import cut_lesson
 from common.grading import compare, isolate
-from common.grading.runner import Result, grade
+from common.grading.results import Result
+from common.grading.runner import grade
 from common.grading.subject import Subject
 from common.tests.sample_lesson import SampleLesson, write_lesson
 
