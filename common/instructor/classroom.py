@@ -32,9 +32,9 @@ from common.course.modules import check_solution
 from common.course.skeleton import cut_lesson
 from common.grading.results import Result, fingerprint
 from common.grading.runner import grade
-from common.instructor import report, sandbox, screen
+from common.instructor import report, sandbox
 from common.instructor.report import Graded
-from common.instructor.submissions import Submission, find_submissions
+from common.instructor.submissions import Submission, find_submissions, plain
 
 COPIED = ("common", "solutions", *(lesson.folder.name for lesson in MODULES), "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.ipynb", "figures", "*.md", ".*", "book")
@@ -95,10 +95,8 @@ class Classroom:
                 return worker
 
             try:
-                source = content.decode()
-                review = screen.findings(lesson, source, self.skeletons[lesson])
-                found = Graded(submission.student, lesson, grade(lesson, file, start=start), review=review)
-            except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                found = Graded(submission.student, lesson, grade(lesson, file, start=start))
+            except (RecursionError, MemoryError) as error:
                 found = self.without(submission, lesson, f"Python cannot read it: {error}")
             except CourseError as error:
                 found = self.without(submission, lesson, str(error).replace(f"{base}{os.sep}", ""))
@@ -215,7 +213,7 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
         def tell(found: Graded) -> None:
             progress.advance(task)
             text = found.problem or f"{found.points} of {sum(result.points for result in found.results)} points"
-            line = Text.assemble(f"{found.student:<24} {found.lesson.slug:<16} ", text)
+            line = Text.assemble(f"{plain(found.student, 24):<24} {found.lesson.slug:<16} ", text)
             line.append("".join(f"\n    look at it: {each}" for each in found.review), "yellow")
             progress.console.print(line)
 
