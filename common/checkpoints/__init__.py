@@ -2,6 +2,7 @@
 
 from common.checkpoints.folder import Checkpoint, CheckpointError, read_json
 from common.checkpoints.names import MODELS, cache_folder, cached, find_checkpoint
+from common.checkpoints.supported import check_supported
 
 __all__ = [
     "MODELS",
@@ -9,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "cache_folder",
     "cached",
+    "check_supported",
     "find_checkpoint",
     "read_json",
 ]
