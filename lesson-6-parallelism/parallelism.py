@@ -46,19 +46,14 @@ from torch import Tensor, nn
 
 from common import kernels
 from common.checkpoints import Checkpoint, find_checkpoint
+from common.config import EngineConfig
 from common.course import ROOT
 from common.tokenizer import load_tokenizer
-from solutions.batching import (
-    Engine,
-    EngineConfig,
-    Executor,
-    LocalExecutor,
-    ModelRunner,
-    ModelRunnerOutput,
-    SchedulerOutput,
-)
+from solutions.batching import Executor, LocalExecutor, ModelRunner
+from solutions.hooked import HookedEngine
 from solutions.llama_pytorch import Llama, ModelConfig, load_weights, parse_config
 from solutions.paged_attention import PagedKVCache
+from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
 # Who computes what: arithmetic
@@ -947,7 +942,7 @@ def make_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunne
     return ModelRunner(model, cache)
 
 
-class ParallelEngine(Engine):
+class ParallelEngine(HookedEngine):
     """Lesson 5's engine on a grid of ranks. `kv_cache_memory` is that of each rank.
 
         with ParallelEngine("smollm2-135m", tensor_parallel=2) as engine:

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from solutions.batching import EngineConfig, ModelRunner
+from common.config import EngineConfig
+from solutions.batching import ModelRunner
 from solutions.llama_pytorch import Attend, Llama, ModelConfig, load_weights, parse_config
 from solutions.llm_basics import rotary_tables, upcast
 from solutions.paged_attention import PagedKVCache

@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from solutions.batching import Engine, EngineConfig, ModelRunner, SchedulerOutput
+from common.config import EngineConfig
+from solutions.batching import ModelRunner, local_engine
 from solutions.llama_pytorch import SamplingParams, load
 from solutions.parallelism import MakeRunner, ParallelEngine, make_runner
+from solutions.scheduler import SchedulerOutput
 
 
 class TimedRunner(ModelRunner):
@@ -78,7 +80,7 @@ def measure_grids(name: str, quick: bool) -> dict:
             torch.set_num_threads(1 if "1 thread" in way else 2)
             start = time.perf_counter()
             if grid is None:
-                engine = Engine(model, tokenizer, enable_prefix_caching=False)
+                engine = local_engine(model, tokenizer, enable_prefix_caching=False)
             else:
                 engine = ParallelEngine(name, *grid, dtype=torch.float32, device="cpu", enable_prefix_caching=False)
             row = {"start_seconds": time.perf_counter() - start}

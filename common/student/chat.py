@@ -119,7 +119,7 @@ def answer_with(engine) -> Callable[..., Any]:
             request_id = engine.add_request(prompt_token_ids, params)
         except ValueError as error:
             raise OptionError(str(error)) from None
-        output, num_shown = engine.readers[request_id].output, 0
+        output, num_shown = engine.output(request_id), 0
         try:
             while output.finish_reason is None:
                 engine.step()

@@ -7,8 +7,10 @@ import time
 
 import torch.distributed as dist
 
-from solutions.batching import EngineConfig, ModelRunner, ModelRunnerOutput, SchedulerOutput
+from common.config import EngineConfig
+from solutions.batching import ModelRunner
 from solutions.parallelism import make_runner
+from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 
 class FaultyRunner(ModelRunner):
