@@ -118,7 +118,7 @@ def test_what_ran_in_a_wrong_one_is_told(tmp_path):
     assert subject.judge("9.1", doubles("one")).through == ()
     failure = subject.judge("9.2", doubles("two"))
     assert (failure.through, failure.waits_for) == (("9.1",), None)
-    assert failure.sentence.startswith("two([1, 1]) differs first at [0]: 3, expected 2.")
+    assert failure.sentence.startswith("two([1, 1]): first difference at [0]: 3, expected 2.")
     assert subject.judge("9.3", doubles("three")) is None
     assert sys.getprofile() is None
 
