@@ -47,8 +47,9 @@ def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, 
     if not wrong.any():
         return
     first = tuple(wrong.nonzero()[0].tolist())
-    values = f"{number(actual[first])}, expected {number(expected[first])}"
-    sentence = f"{what}: first difference at {index(wrong)}: {values}."
+    sentence = (
+        f"{what}: first difference at {index(wrong)}: {number(actual[first])}, expected {number(expected[first])}."
+    )
     if wrong.numel() > 1:
         sentence += f" {int(wrong.sum())} of {wrong.numel()} values differ"
         if actual.dtype.is_floating_point:
