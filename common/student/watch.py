@@ -19,9 +19,10 @@ from rich.text import Text
 from common import course
 from common.course import CourseError, Lesson, shown
 from common.course.exercises import TOGETHER, exercises_of, walk_functions
-from common.grading.runner import Result, Worker, grade, next_step, read_source, todo_lines
+from common.grading.results import Result, kept, next_step
+from common.grading.runner import Worker, grade, grade_and_keep, read_source, todo_lines
 from common.student.board import SIGNS, bar, score
-from common.student.grade import congratulate, console, grade_and_keep, heading, kept, report
+from common.student.grade import congratulate, console, heading, report
 from common.workers import call
 
 PAUSE = 0.2

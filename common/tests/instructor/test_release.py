@@ -20,8 +20,10 @@ from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, WITHHELD, Co
 from common.course.exercises import exercises_of, find_exercises, walk_functions
 from common.course.modules import Waits, below, listed, slugs, still_to_do_below
 from common.grading.compare import close
-from common.grading.runner import Result, fail, grade, next_step, pointer, sealed
+from common.grading.results import Result, next_step
+from common.grading.runner import fail, grade, pointer
 from common.grading.subject import Subject
+from common.grading.wire import sealed
 from common.instructor import release
 from common.tests.sample_lesson import SampleLesson, write_lesson
 
