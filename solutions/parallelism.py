@@ -420,7 +420,7 @@ SHARDED = (
     ("mlp", "up_proj", ColumnParallelLinear, "intermediate"),
     ("mlp", "down_proj", RowParallelLinear, "intermediate"),
 )
-"""The linear layers of a block: module, name in it, the class that takes its place, and which of `rank_parts` it has."""
+"""The linear layers of a block: module, name in it, the class that takes its place, its part as in `rank_parts`."""
 
 
 def rank_parts(config: ModelConfig, group: Group) -> dict[str, range]:

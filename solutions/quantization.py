@@ -471,11 +471,11 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
 
     hidden = model.embed(torch.tensor(token_ids))
     positions = torch.arange(len(token_ids))
-    for number, layer in enumerate(model.model.layers):
-        attention, mlp = layer.self_attn, layer.mlp
+    for number, block in enumerate(model.model.layers):
+        attention, mlp = block.self_attn, block.mlp
         pairs = (
-            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
             (mlp.up_proj, (mlp.down_proj,)),
         )
         hooks = [readers[0].register_forward_pre_hook(note) for _, readers in pairs]
@@ -484,8 +484,8 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
             hook.remove()
         for maker, readers in pairs:
             factors = activation_aware_scales(inputs[readers[0]], [each.weight for each in readers], round_trip)
-            for reader in readers:
-                reader.weight.mul_(factors)
+            for layer in readers:
+                layer.weight.mul_(factors)
             maker.weight.div_(factors[:, None] if maker.weight.ndim == 2 else factors)
             if getattr(maker, "bias", None) is not None:
                 maker.bias.div_(factors)

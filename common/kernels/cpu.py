@@ -334,6 +334,14 @@ def pack(model: nn.Module, linear: type, attention: type, mlp: type, norm: type)
     model.requires_grad_(False)
 
 
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all weights of a model in memory, packed ones too; a shared one counts once."""
+    packed = [module.weight for module in model.modules() if getattr(module, "weight", None) is not None]
+    packed = [weight for weight in packed if weight.layout == torch._mkldnn]
+    parameters = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    return sum(weight.numel() * weight.element_size() for weight in [*packed, *parameters])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Attention
 # ---------------------------------------------------------------------------------------------------------------
