@@ -597,6 +597,26 @@ class TestLoadWeights:
             found = {str(parameter.dtype) for parameter in model.parameters()}
             equal(sorted(found), [str(wanted)], f"dtypes where the file has {file} and the model was built in {wanted}")
 
+    def test_each_layer_reads_what_it_needs(self, code):
+        """A layer of which half is elsewhere, as in lesson 6: it expects the whole matrix, and reads two rows of it."""
+        model, tensors, name = self.model(code, device="meta"), self.tensors(code), "model.layers.1.self_attn.k_proj"
+
+        class Half(code.Layer):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.empty(2, 6, device="meta"))
+
+            def shapes(self):
+                return {"weight": (4, 6)}
+
+            def load(self, read):
+                self.put("weight", read("weight", range(1, 3), range(6)))
+
+        model.model.layers[1].self_attn.k_proj = half = Half()
+        said = what_it_says(lambda: code.load_weights(model, FakeCheckpoint(tensors)))
+        equal(said, "no CheckpointError", f"loading where {name} needs (4, 6) and keeps rows 1 and 2")
+        close(half.weight.detach(), tensors[f"{name}.weight"][1:3], f"{name}, which keeps rows 1 and 2 of its matrix")
+
     def test_one_at_a_time(self, code):
         _, checkpoint = self.loaded(code, self.tensors(code, dtype=torch.float16), device="meta")
         holds(
@@ -1271,6 +1291,15 @@ class TestGenerate:
         output, _, _ = self.run(code, [EOS, EOS, ONE, EOS], rival=TWO, min_tokens=2)
         self.check(output, [TWO, TWO, ONE, EOS], " two two one", "stop", "min_tokens=2, </s> likeliest, two second")
 
+    def test_a_stop_string_before_min_tokens(self, code):
+        script = [EN, D, ONE, EN, D, TWO]
+        output, _, _ = self.run(code, script, stop="END", min_tokens=3)
+        case = "stop='END', min_tokens=3: ' EN', 'D', one, ' EN', 'D' (the first END is too early)"
+        self.check(output, script[:5], " END one ", "stop", case)
+        output, _, _ = self.run(code, [ONE, EN, D, EN, D], stop="D", min_tokens=2)
+        case = "stop='D', min_tokens=2: one, ' EN', 'D' (the third token may end it)"
+        self.check(output, [ONE, EN, D], " one EN", "stop", case)
+
     def test_penalties(self, code):
         output, _, _ = self.run(code, [ONE, ONE, ONE, EOS], rival=TWO, presence_penalty=2.0, max_tokens=3)
         self.check(output, [ONE, TWO, ONE], " one two one", "length", "presence_penalty=2, one likeliest, two second")
@@ -1298,6 +1327,10 @@ class TestGenerate:
         close(output.logprobs[0][ONE], 5 - total, "logprobs[0] of the token that was chosen")
         output, _, _ = self.run(code, [ONE, EOS], rival=TWO, logprobs=1, min_tokens=1)
         close(output.logprobs[0][ONE], 5 - total, "logprobs are the model's own, whatever min_tokens and penalties do")
+        output, _, _ = self.run(code, [ONE, EOS], rival=TWO, logprobs=0)
+        equal(
+            [list(logprobs) for logprobs in output.logprobs], [[ONE], [EOS]], "the tokens in logprobs, for logprobs=0"
+        )
         output, _, _ = self.run(code, [ONE, EOS])
         equal(output.logprobs, [], "logprobs where none were asked for")
 

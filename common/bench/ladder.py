@@ -277,8 +277,9 @@ LONGEST = 64
 
 def measure_ladder(name: str, quick: bool) -> dict:
     """Climb it, beside whatever else is installed that can serve the same checkpoint."""
-    from common.bench.cli import load_transformers, read_bandwidth
+    from common.bench.peers import load_transformers
     from common.checkpoints import find_checkpoint
+    from common.machine import read_bandwidth
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

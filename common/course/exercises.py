@@ -134,6 +134,6 @@ def to_do(file: Path) -> list[str]:
     if not file.is_file():
         raise CourseError(f"{shown(file)} does not exist.")
     try:
-        return unfinished(file.read_text(encoding="utf-8"))
+        return unfinished(file.read_text(encoding="utf-8-sig"))
     except SyntaxError as error:
         raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.") from None

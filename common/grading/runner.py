@@ -133,12 +133,15 @@ class Session:
         key = secrets.token_bytes(16)
         self.worker = self.start(self.lesson, self.file, ids, self.show_prints, key)
         connection = self.worker.connection
-        current, count, deadline = None, 0, time.monotonic() + START_SECONDS
+        current, finished, count, deadline = None, None, 0, time.monotonic() + START_SECONDS
         while True:
             if not connection.poll(max(0.0, deadline - time.monotonic())):
                 self.close()
-                if current is None:
+                if current is None and finished is None:
                     raise CourseError(f"The grader's worker did not start within {START_SECONDS:g} s.")
+                if current is None:
+                    fail(results[finished], "left the Python process hanging after its checks.")
+                    return
                 seconds = self.worker.patience * self.checks[current][1]
                 fail(results[current], f"took longer than {seconds:g} s: an endless loop?")
                 results[current].certain = False
@@ -148,8 +151,11 @@ class Session:
                 kind, *event = opened(connection.recv_bytes(MAX_EVENT), key)
             except (EOFError, OSError):
                 how = self.worker.how_it_ended()
-                if current is None:
+                if current is None and finished is None:
                     raise CourseError(f"The grader's worker ended {how}; is torch installed?") from None
+                if current is None:
+                    fail(results[finished], f"ended the Python process {how} after its checks.")
+                    return
                 fail(results[current], f"ended the Python process {how} in the middle of a check.")
                 yield current
                 return
@@ -306,7 +312,7 @@ def next_step(results: list[Result]) -> Result | None:
 def read_source(file: Path) -> str:
     """The file's text, if Python can read it. Raises CourseError with file and line."""
     try:
-        source = file.read_text(encoding="utf-8")
+        source = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         compile(source, str(file), "exec")
     except FileNotFoundError:
         raise CourseError(f"{shown(file)} does not exist.") from None

@@ -31,8 +31,8 @@ from common.course.exercises import exercises_of
 from common.course.modules import check_solution
 from common.course.skeleton import cut_lesson
 from common.grading.runner import Result, grade
-from common.instructor import report, sandbox, screen
-from common.instructor.submissions import Submission, find_submissions
+from common.instructor import report, sandbox
+from common.instructor.submissions import Submission, find_submissions, plain
 from common.student.grade import fingerprint
 
 COPIED = ("common", "solutions", *(lesson.folder.name for lesson in MODULES), "pyproject.toml")
@@ -109,10 +109,8 @@ class Classroom:
                 return worker
 
             try:
-                source = content.decode()
-                review = screen.findings(lesson, source, self.skeletons[lesson])
-                found = Graded(submission.student, lesson, grade(lesson, file, start=start), review=review)
-            except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                found = Graded(submission.student, lesson, grade(lesson, file, start=start))
+            except (RecursionError, MemoryError) as error:
                 found = self.without(submission, lesson, f"Python cannot read it: {error}")
             except CourseError as error:
                 found = self.without(submission, lesson, str(error).replace(f"{base}{os.sep}", ""))
@@ -229,7 +227,7 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
         def tell(found: Graded) -> None:
             progress.advance(task)
             text = found.problem or f"{found.points} of {sum(result.points for result in found.results)} points"
-            line = Text.assemble(f"{found.student:<24} {found.lesson.slug:<16} ", text)
+            line = Text.assemble(f"{plain(found.student, 24):<24} {found.lesson.slug:<16} ", text)
             line.append("".join(f"\n    look at it: {each}" for each in found.review), "yellow")
             progress.console.print(line)
 
