@@ -629,6 +629,8 @@ class TestLoadWeights:
     def test_tied(self, code):
         changes = {"tie_word_embeddings": True}
         tensors = self.tensors(code, **changes)
+        said = what_it_says(lambda: self.loaded(code, tensors, **changes))
+        equal(said, "no CheckpointError", "loading a tied model whose file has no lm_head.weight")
         model, _ = self.loaded(code, tensors, device="meta", **changes)
         self.none_on_meta(model)
         close(model.model.embed_tokens.weight.detach(), tensors["model.embed_tokens.weight"], "the embedding, tied")

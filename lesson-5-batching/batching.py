@@ -31,7 +31,6 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from common import kernels
 from common.tokenizer import Tokenizer
 from solutions import llama_pytorch
 from solutions.kv_cache import cache_bytes
@@ -45,6 +44,7 @@ from solutions.llama_pytorch import (
     load,
     sample,
     top_logprobs,
+    use_kernels,
 )
 from solutions.paged_attention import (
     AttentionMetadata,
@@ -1134,6 +1134,5 @@ class Engine:
 def load_engine(name: str, dtype: torch.dtype | None = None, device: str | None = None, **settings) -> Engine:
     """An engine for a checkpoint, named as for `load`, with kernels unless the environment says `KERNELS=plain`."""
     model, tokenizer = load(name, dtype, device)
-    if kernels.enabled():
-        kernels.pack(model)
+    use_kernels(model)
     return Engine(model, tokenizer, **settings)
