@@ -221,6 +221,14 @@ class KVCacheManager:
         # ref_cnt 0 is among the free blocks but must not be taken. Then touch, copy on write, take, extend the table.
         raise NotImplementedError("TODO 4.12")
 
+    def can_allocate(self, num_tokens: int, computed_blocks: Sequence[KVCacheBlock] = ()) -> bool:
+        """Whether a sequence of `num_tokens` tokens that begins with these computed blocks fits into the free blocks.
+
+        Nothing is taken: `allocate_slots` does that. A computed block that no sequence holds is itself a free block.
+        """
+        num_missing = cdiv(num_tokens, self.block_size) - len(computed_blocks)
+        return num_missing <= self.pool.num_free_blocks - sum(block.ref_cnt == 0 for block in computed_blocks)
+
     def shared_blocks(self, request: TokenSequence) -> list[int]:
         """Return the indices of the table whose blocks are shared and will be written next."""
         table = self.block_tables.get(request.request_id, [])
@@ -261,10 +269,10 @@ class KVCacheManager:
         self.pool.free_blocks(reversed(table[needed:]))
         del table[needed:]
 
-    def reset_prefix_cache(self) -> None:
-        """Drop every entry of the prefix cache."""
-        for block in self.pool.blocks:
-            self.pool.forget(block)
+    def reset(self) -> None:
+        """Make every block free and empty, whatever state an interrupted step has left behind."""
+        self.pool = BlockPool(len(self.pool.blocks))
+        self.block_tables, self.block_hashes, self.copies = {}, {}, []
 
 
 def utilisation(num_tokens: Sequence[int], block_size: int) -> float:

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from solutions.batching import EngineConfig, ModelRunner
+from common.config import EngineConfig
+from solutions.batching import ModelRunner
 from solutions.llama_pytorch import (
     Attend,
     Linear,
@@ -51,8 +52,8 @@ from solutions.llama_pytorch import (
     use_kernels,
 )
 from solutions.llm_basics import rotary_tables, upcast
-from solutions.paged_attention import PagedKVCache
-from solutions.parallelism import Absent, Group, ParallelEngine, Place, shard
+from solutions.paged_attention import PagedKVCache, cdiv
+from solutions.parallelism import Absent, Group, ParallelEngine, RankCoordinates, shard
 
 # ---------------------------------------------------------------------------------------------------------------
 # Eight bits
@@ -235,13 +236,13 @@ class Int4Method(QuantizedMethod):
 
     def groups(self, columns: range) -> range:
         """The groups of which these columns are. The first and the last may be another rank's in part."""
-        return range(columns.start // self.group_size, -(-columns.stop // self.group_size))
+        return range(columns.start // self.group_size, cdiv(columns.stop, self.group_size))
 
     def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
         if columns.start % 2:
             raise ValueError(f"int4 packs columns in pairs; this rank's columns begin with number {columns.start}.")
         names = ["weight_scale"] if self.symmetric else ["weight_scale", "weight_minimum"]
-        pairs = range(columns.start // 2, -(-columns.stop // 2))
+        pairs = range(columns.start // 2, cdiv(columns.stop, 2))
         return {"weight": (rows, pairs), **dict.fromkeys(names, (rows, self.groups(columns)))}
 
     def quantized(self, layer: Linear, read: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -338,7 +339,7 @@ def load_quantized(
     quantization: Quantization | None,
     dtype: torch.dtype,
     device: str,
-    place: Place = Place(0, 1, 1),  # noqa: B008  (frozen)
+    coordinates: RankCoordinates = RankCoordinates(0, 1, 1),  # noqa: B008  (frozen)
     group: Group | None = None,
     offload: int | None = None,
 ) -> tuple[Llama, range, int]:
@@ -355,7 +356,7 @@ def load_quantized(
         model = (Llama if offload is None else OffloadedLlama)(plain_config(checkpoint)).to(dtype)
     if saved or quantization:
         quantize(model, saved or quantization, is_saved=saved is not None)
-    layers = shard(model, place, group or Group())
+    layers = shard(model, coordinates, group or Group())
     if offload is None:
         load_weights(model, checkpoint)
         model = model.to(device)

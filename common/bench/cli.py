@@ -114,9 +114,10 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
 
     Then both where they are used: requests whose answers need about twice the blocks there are.
     """
-    from solutions.batching import Engine, ModelRunner, ScheduledRequest, SchedulerOutput
+    from solutions.batching import ModelRunner, local_engine
     from solutions.llama_pytorch import SamplingParams, load, use_kernels
     from solutions.paged_attention import BlockCopy, PagedKVCache
+    from solutions.scheduler import ScheduledRequest, SchedulerOutput
 
     model, tokenizer = load(name, torch.float32, "cpu")
     use_kernels(model)
@@ -165,7 +166,7 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
     served: dict[str, list[dict]] = {"ample": [], "recompute": [], "swap": []}
     for _ in range(1 if quick else 3):
         for way, results in served.items():
-            with Engine(
+            with local_engine(
                 model,
                 tokenizer,
                 num_blocks=needed if way == "ample" else needed // 2,

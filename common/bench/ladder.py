@@ -24,6 +24,7 @@ from common.bench import peers as rivals
 from solutions import kv_cache, llama_pytorch, paged_attention
 from solutions.batching import Engine, LocalExecutor
 from solutions.engine import InferenceEngine, Speculation
+from solutions.hooked import HookedEngine
 from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
 from solutions.quantization import Quantization, load_quantized
 
@@ -108,7 +109,7 @@ class Silent:
         return b"."
 
 
-class Assembled(Engine):
+class Assembled(HookedEngine):
     """What `InferenceEngine` puts together, around a model that is loaded already: many of them share one."""
 
     def __init__(self, model: Llama, tokenizer, speculation: Speculation | None, **settings):
@@ -205,7 +206,7 @@ def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams
     start, peak = time.perf_counter(), 0
     for prompt, own in zip(prompts, params):
         serving.add_request(prompt, own)
-    outputs = [reader.output for reader in serving.readers.values()]
+    outputs = [state.output for state in serving.processor.states.values()]
     while serving.has_unfinished_requests:
         serving.step()
         peak = max(peak, len(serving.manager.pool.blocks) - serving.manager.pool.num_free_blocks)

@@ -440,12 +440,13 @@ def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, 
 
     No model is needed: a scheduler deals in ids and counts, and whatever was sampled counts as a token.
     """
-    from solutions.batching import ModelRunnerOutput, Request, Scheduler
+    from common.config import EngineConfig
     from solutions.llama_pytorch import SamplingParams
     from solutions.paged_attention import KVCacheManager
+    from solutions.scheduler import ModelRunnerOutput, Request, Scheduler
 
     manager = KVCacheManager(settings.pop("num_blocks"), settings.pop("block_size"), enable_prefix_caching=False)
-    scheduler = Scheduler(manager, **settings)
+    scheduler = Scheduler(manager, EngineConfig(num_host_blocks=0, **settings))
     for i, (prompt, output) in enumerate(zip(prompts, outputs)):
         scheduler.add(Request(str(i), [0] * prompt, SamplingParams(), output, arrival=i))
     plans, pools = [], []
@@ -461,7 +462,7 @@ def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, 
 @figure("lesson-5-batching/figures/schedule.svg")
 def schedule() -> Figure:
     """Twelve requests over the steps: in batches that wait for their slowest; in places filled as they fall free."""
-    from solutions.batching import static_batch
+    from solutions.scheduler import static_batch
 
     prompts = [9, 4, 14, 6, 5, 11, 3, 7, 10, 4, 6, 8]
     outputs = [4, 15, 6, 9, 20, 3, 8, 5, 12, 7, 2, 10]
@@ -480,7 +481,13 @@ def schedule() -> Figure:
     left.set_title(f"static batches of 4: {last} steps")
 
     plans, _ = simulate(
-        prompts, outputs, num_blocks=200, block_size=4, max_num_seqs=4, max_num_batched_tokens=12, max_chunk=8
+        prompts,
+        outputs,
+        num_blocks=200,
+        block_size=4,
+        max_num_seqs=4,
+        max_num_batched_tokens=12,
+        long_prefill_token_threshold=8,
     )
     for step, plan in enumerate(plans):
         for each in plan.scheduled:
@@ -504,7 +511,7 @@ def pool_through_time() -> Figure:
     import numpy as np
 
     prompts, outputs = [10, 7, 13, 5, 9, 6], [16, 20, 9, 18, 12, 14]
-    settings = dict(max_num_seqs=6, max_num_batched_tokens=16, max_chunk=8)
+    settings = dict(max_num_seqs=6, max_num_batched_tokens=16, long_prefill_token_threshold=8)
     plans, pools = simulate(prompts, outputs, num_blocks=20, block_size=4, **settings)
     picture = np.full((20, len(plans)), np.nan)
     for step, pool in enumerate(pools):
