@@ -1,18 +1,16 @@
 """Lesson 7: fewer bits. Weights in eight bits or four, activations in eight, keys and values in eight, layers on disk.
 
-Decoding reads every weight for every step, so a weight of a quarter the bytes is read in a quarter of the time, and a
-model of a quarter the bytes fits where it did not. What it costs is measured: perplexity, and the distance between two
-models' predictions.
+Decoding reads every weight in every step. A weight of a quarter of the bytes is read in a quarter of the time, and a
+model of a quarter of the bytes fits where the whole one did not. What this costs is measured: perplexity, and the
+distance between two models' predictions.
 
-    QuantizedLinear       a linear layer with another weight: Int8Linear, W8A8Linear, Int4Linear
-    quantize              walks the tree and swaps; the model still stands on the meta device
-    QuantizingCheckpoint  what `load_weights` reads from: each tensor is quantized as it is read
-    Int8KVCache           lesson 4's blocks, in eight bits
-    OffloadedLlama        layers that stay on disk until their turn
-    QuantizedEngine       lesson 6's engine with all of these
+    QuantizedMethod  how a linear layer stores fewer bits: Int8Method, W8A8Method, Int4Method
+    quantize         chooses a method for each layer of a model on the meta device
+    Int8KVCache      lesson 4's blocks, in eight bits
+    OffloadedLlama   a model some of whose layers stay on disk until they are needed
 
-A weight keeps its name; its scales stand beside it (`q_proj.weight`, `q_proj.weight_scale`), so a quantized model is a
-checkpoint like any other, and a rank reads its slices of it.
+A weight keeps its name, and its scales are stored beside it (`q_proj.weight`, `q_proj.weight_scale`). So a quantized
+model is a checkpoint like any other, and a rank reads its slices of it.
 
 From Dettmers et al., "LLM.int8()" (2022); Xiao et al., "SmoothQuant" (2023), for activations; Lin et al., "AWQ" (2024),
 for weights that are quantized with their inputs in mind; llama.cpp's Q4_0 and Q4_1, for groups of four bits.
