@@ -42,6 +42,7 @@ class Block:
 def documents() -> list[Path]:
     others = [
         ROOT / "README.md",
+        ROOT / "common" / "README.md",
         ROOT / "common" / "instructor" / "README.md",
         ROOT / "common" / "models" / "README.md",
     ]
