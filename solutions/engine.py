@@ -24,7 +24,7 @@ from solutions.llama_pytorch import Llama, ModelConfig, SamplingParams
 from solutions.paged_attention import PagedKVCache
 from solutions.parallelism import Group
 from solutions.quantization import Int8KVCache, Quantization, QuantizedEngine, load_quantized, plain_config
-from solutions.speculative import DraftProposer, NgramProposer, Pace, SpeculativeRunner
+from solutions.speculative import AdaptiveSpeculation, DraftProposer, NgramProposer, SpeculativeRunner
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ class InferenceEngine(QuantizedEngine):
         if speculation.draft is not None:
             draft, draft_layers = load_draft(speculation.draft, model)
             proposer = DraftProposer(draft, blocks_for(draft, PagedKVCache, draft_layers))
-        pace = Pace(speculation.num_speculative_tokens, speculation.is_adaptive)
-        return SpeculativeRunner(model, cache, proposer, pace)
+        adaptive = AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)
+        return SpeculativeRunner(model, cache, proposer, adaptive)
 
     def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation. messages: turns with "role" (system, user or assistant) and "content", the last one
