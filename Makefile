@@ -16,7 +16,7 @@ TARGETS := help setup run chat test test-all progress update skeletons release n
 $(TARGETS):
 	@$(PYTHON) -m common $@
 
-test-lesson-% reset-lesson-% prove-lesson-% mutate-lesson-% watch-lesson-% diff-lesson-% finale-lesson-% test-% diff-% hint-%: always
+test-lesson-% reset-lesson-% prove-lesson-% mutate-lesson-% watch-lesson-% diff-lesson-% test-% diff-% hint-%: always
 	@$(PYTHON) -m common $@
 
 always:

@@ -24,68 +24,103 @@ COMMANDS = (
     Command(
         "run",
         "",
-        "common.chat",
+        "common.student.chat",
         "",
         "MODEL PROMPT MINE TP PP QUANT GROUP KV OFFLOAD SPEC THREADS",
         "a model answers",
     ),
-    Command("chat", "", "common.chat", "", "MODEL MINE TP PP QUANT GROUP KV OFFLOAD SPEC THREADS", "talk with it"),
-    Command("test-lesson", "N", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE", "grade your lesson N"),
-    Command("test-exercise", "N.M", "common.grading.cli", "", "MINE SOLUTION FILE VERBOSE PDB", "grade one exercise"),
-    Command("hint", "N.M", "common.grading.cli", "", "LEVEL", "a hint for it; LEVEL=2 and LEVEL=3 say more"),
-    Command("watch-lesson", "N", "common.grading.watch", "", "MINE", "grade it again whenever you save it"),
+    Command(
+        "chat", "", "common.student.chat", "", "MODEL MINE TP PP QUANT GROUP KV OFFLOAD SPEC THREADS", "talk with it"
+    ),
+    Command("test-lesson", "N", "common.student.grade", "", "MINE SOLUTION FILE VERBOSE", "grade your lesson N"),
+    Command("test-exercise", "N.M", "common.student.grade", "", "MINE SOLUTION FILE VERBOSE PDB", "grade one exercise"),
+    Command("hint", "N.M", "common.student.grade", "", "LEVEL", "a hint for it; LEVEL=2 and LEVEL=3 say more"),
+    Command("watch-lesson", "N", "common.student.watch", "", "MINE", "grade it again whenever you save it"),
     Command(
         "diff-lesson",
         "N",
-        "common.grading.difference",
+        "common.student.difference",
         "",
         "FORCE",
         "your answers beside the reference's; FORCE=1: wrong ones too",
     ),
-    Command("diff-exercise", "N.M", "common.grading.difference", "", "FORCE", "your answer to one exercise so"),
-    Command("finale-lesson", "N", "common.finale", "", "", "what your lesson N is worth once it is complete, measured"),
-    Command("progress", "", "common.grading.cli", "", "", "how far you are, lesson by lesson"),
-    Command("reset-lesson", "N", "common.grading.cli", "", "", "start lesson N again; what you have is kept beside it"),
+    Command("diff-exercise", "N.M", "common.student.difference", "", "FORCE", "your answer to one exercise so"),
+    Command("progress", "", "common.student.grade", "", "", "how far you are, lesson by lesson"),
+    Command(
+        "reset-lesson", "N", "common.student.grade", "", "", "start lesson N again; what you have is kept beside it"
+    ),
     Command(
         "update",
         "",
-        "common.update",
+        "common.student.update",
         None,
         "FROM",
         "a new version of the course, your answers in it; FROM=a.zip: a download",
     ),
-    Command("test", "", "common.checks", "", "", "test the course itself; your unfinished work does not matter"),
-    Command("test-all", "", "common.checks", "dev", "", "also the slow tests, the real model and the notebooks"),
-    Command("check", "", "common.checks", "dev", "", "for those who change the course: lint, skeletons, READMEs"),
     Command(
-        "grade", "", "common.grading.classroom", "", "SUBMISSIONS OUT LESSONS JOBS", "grade what a class has handed in"
+        "test", "", "common.authoring.checks", "", "", "test the course itself; your unfinished work does not matter"
     ),
-    Command("prove-lesson", "N", "common.grading.prove", "", "", "try its checks on all known wrong and right answers"),
     Command(
-        "mutate-lesson", "N", "common.grading.mutate", "", "JOBS", "try its checks on every small change of the answers"
+        "test-all", "", "common.authoring.checks", "dev", "", "also the slow tests, the real model and the notebooks"
     ),
-    Command("mutate", "", "common.grading.mutate", "", "JOBS", "the same for every lesson; takes most of an hour"),
-    Command("lint", "", "common.checks", "dev", "", "ruff: mistakes and formatting"),
-    Command("skeletons", "", "common.skeleton", "", "", "cut the lessons' skeletons from solutions/"),
+    Command(
+        "check", "", "common.authoring.checks", "dev", "", "for those who change the course: lint, skeletons, READMEs"
+    ),
+    Command(
+        "grade",
+        "",
+        "common.instructor.classroom",
+        "",
+        "SUBMISSIONS OUT LESSONS JOBS",
+        "grade what a class has handed in",
+    ),
+    Command(
+        "prove-lesson", "N", "common.authoring.prove", "", "", "try its checks on all known wrong and right answers"
+    ),
+    Command(
+        "mutate-lesson",
+        "N",
+        "common.authoring.mutate",
+        "",
+        "JOBS",
+        "try its checks on every small change of the answers",
+    ),
+    Command("mutate", "", "common.authoring.mutate", "", "JOBS", "the same for every lesson; takes most of an hour"),
+    Command("lint", "", "common.authoring.checks", "dev", "", "ruff: mistakes and formatting"),
+    Command("skeletons", "", "common.course.skeleton", "", "", "cut the lessons' skeletons from solutions/"),
     Command(
         "release",
         "",
-        "common.release",
+        "common.instructor.release",
         "",
         "LESSONS OUT FORCE",
         "a copy for a class; LESSONS=0-3: their solutions stay here",
     ),
-    Command("notebooks", "", "common.notebooks", "", "", "run every notebook and save its outputs"),
-    Command("test-notebooks", "", "common.notebooks", "", "", "run every notebook, compare with the saved outputs"),
-    Command("figures", "", "common.plots", "", "", "draw the READMEs' figures"),
-    Command("bench", "", "common.bench", "", "THREADS", "measure this machine and the engine on it"),
-    Command("quantize", "", "common.quantize", "", "MODEL QUANT GROUP OUT MINE", "write a checkpoint with fewer bits"),
+    Command("notebooks", "", "common.authoring.notebooks", "", "", "run every notebook and save its outputs"),
     Command(
-        "soak", "", "common.soak", "", "MINUTES SEED MINE", "random load on the whole engine, all answers compared"
+        "test-notebooks", "", "common.authoring.notebooks", "", "", "run every notebook, compare with the saved outputs"
     ),
-    Command("book", "", "common.book", "book", "OUT", "the course as a web site that needs no network"),
-    Command("lab", "", "common.notebooks", "lab", "", "open the notebooks in JupyterLab"),
-    Command("clean", "", "common.checks", None, "", "remove caches; .venv, the model and your work stay"),
+    Command("figures", "", "common.bench.plots", "", "", "draw the READMEs' figures"),
+    Command("bench", "", "common.bench.cli", "", "THREADS", "measure this machine and the engine on it"),
+    Command(
+        "quantize",
+        "",
+        "common.student.quantize",
+        "",
+        "MODEL QUANT GROUP OUT MINE",
+        "write a checkpoint with fewer bits",
+    ),
+    Command(
+        "soak",
+        "",
+        "common.authoring.soak",
+        "",
+        "MINUTES SEED MINE",
+        "random load on the whole engine, all answers compared",
+    ),
+    Command("book", "", "common.authoring.book.build", "book", "OUT", "the course as a web site that needs no network"),
+    Command("lab", "", "common.authoring.notebooks", "lab", "", "open the notebooks in JupyterLab"),
+    Command("clean", "", "common.authoring.checks", None, "", "remove caches; .venv, the model and your work stay"),
 )
 BY_NAME = {command.name: command for command in COMMANDS}
 

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST, NEWEST = (3, 10), (3, 13)
+OLDEST, NEWEST = (3, 11), (3, 14)
 UV = "uv==0.13.9"
 
 
@@ -57,7 +57,7 @@ def requirements() -> str:
 
 
 def read_stamp() -> dict:
-    """What has been installed, or {} if nobody knows."""
+    """What has been installed; {} if that is not known."""
     try:
         stamp = json.loads(stamp_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -66,15 +66,35 @@ def read_stamp() -> dict:
     return stamp if fits and venv_python().exists() else {}
 
 
-def wants_cpu() -> bool:
-    return os.environ.get("TORCH", "") == "cpu" and sys.platform == "linux"
+def asked_build() -> str:
+    """The build of torch that TORCH asks for: "cpu", "cuda", or "" if it asks for none. Only Linux has two builds."""
+    choice = os.environ.get("TORCH", "")
+    if choice not in ("", "cpu", "cuda"):
+        raise SetupError(f"TORCH is {choice!r}; it must be cpu or cuda.")
+    return choice if sys.platform == "linux" else ""
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU and its driver. In WSL only nvidia-smi tells."""
+    if Path("/proc/driver/nvidia/version").exists():
+        return True
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and b"GPU 0" in found.stdout
+
+
+def default_build() -> str:
+    """What is installed if TORCH does not say: CUDA's packages take gigabytes, and without a GPU they do nothing."""
+    return "cpu" if sys.platform == "linux" and not has_gpu() else "cuda"
 
 
 def fits(stamp: dict, extra: str) -> bool:
     return (
         stamp.get("requirements") == requirements()
         and (not extra or extra in stamp["extras"])
-        and (not wants_cpu() or stamp.get("torch") == "cpu")
+        and asked_build() in ("", stamp.get("torch"))
     )
 
 
@@ -87,6 +107,9 @@ def version_text(version) -> str:
     return ".".join(map(str, version[:2]))
 
 
+SUPPORTED = f"{version_text(OLDEST)} to {version_text(NEWEST)}"
+
+
 def suitable_python() -> str:
     """A Python that torch has a build for: this one, or another on the PATH."""
     if OLDEST <= sys.version_info[:2] <= NEWEST:
@@ -97,8 +120,8 @@ def suitable_python() -> str:
         if found and subprocess.run([found, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0:
             return found
     raise SetupError(
-        f"This is Python {version_text(sys.version_info)}; the course needs {version_text(OLDEST)} to "
-        f"{version_text(NEWEST)}, for which torch is built. Install one of them and name it: make PYTHON=python3.12"
+        f"This is Python {version_text(sys.version_info)}; the course needs {SUPPORTED}, for which torch is built. "
+        "Install one of them and name it: make PYTHON=python3.13"
     )
 
 
@@ -125,7 +148,8 @@ def install(extra: str) -> None:
     """Bring .venv to what pyproject.toml and `extra` ask for."""
     before = read_stamp()
     extras = sorted({*before.get("extras", []), extra} - {""})
-    swap_torch = wants_cpu() and before.get("torch", "cpu") != "cpu"
+    build = asked_build() or before.get("torch") or default_build()
+    swap_torch = build != before.get("torch", build)
     if stamp_file().exists():
         stamp_file().unlink()
     if swap_torch or not runs(venv_python()):
@@ -136,14 +160,14 @@ def install(extra: str) -> None:
         say(f"Making an environment in {venv()} ...")
         run([python, "-m", "venv", "--clear", str(venv())], "could not make the environment")
     say("Installing the course's packages: a minute or two, once.")
-    if wants_cpu():
+    if build == "cpu":
         install_cpu_torch()
     wanted = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     run(pip("install", "--editable", wanted), "pip could not install the packages")
     stamp = {
         "requirements": requirements(),
         "extras": extras,
-        "torch": "cpu" if wants_cpu() else before.get("torch", "default"),  # what was asked for
+        "torch": build,  # what was tried first
         "python": version_of(venv_python()),
     }
     unfinished = stamp_file().with_suffix(".part")
@@ -156,16 +180,22 @@ def pip(*arguments: str) -> list[str]:
 
 
 def install_cpu_torch() -> None:
-    """torch without CUDA, on Linux, where the package index has only the build with it. uv knows where the other is.
-    If that fails, pip will get the large one, which works on a CPU just as well.
+    """torch without CUDA, on Linux, where the package index has only the build with it.
+
+    A wheel that pip is configured to find on this disk comes first, since it needs no network. Otherwise uv knows
+    where the CPU builds are. If neither helps, pip will get the index's build, which works on a CPU just as well.
     """
     pinned = re.search(r'"(torch==[^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
     try:
+        return run(pip("install", "--no-index", "--no-deps", pinned), "pip found no torch on this disk")
+    except SetupError:
+        pass
+    try:
         run(pip("install", UV), "pip could not install uv")
         uv = [str(venv_python()), "-m", "uv", "pip", "install", "--python", str(venv_python())]
-        run([*uv, "--torch-backend=cpu", pinned], "uv could not install torch's CPU build")
-    except SetupError as error:
-        say(f"{error}\nGoing on with the build that pip finds; it works on a CPU too, and may be larger.")
+        run([*uv, "--no-deps", "--torch-backend=cpu", pinned], "uv could not install torch's CPU build")
+    except SetupError:
+        say("torch's CPU build cannot be reached from here. pip takes the package index's build, which may be larger.")
 
 
 def run(command: list[str], failure: str) -> None:
@@ -209,7 +239,7 @@ def explain(failure: str, lines: list[str]) -> str:
     if unreachable:
         advice = "\nAre you offline? Packages come from the network, once; then no command needs it. Try again."
     elif "No space left" in text:
-        advice = "\nThe disk is full: the packages take about 1.5 GB, and torch with CUDA several more (TORCH=cpu)."
+        advice = "\nThe disk is full: the packages take about 1.5 GB, and several more with TORCH=cuda."
     said = [line.strip() for line in lines if line.strip()]
     # pip ends with remarks about itself; its errors are what matters, if it names any.
     errors = [line for line in said if re.match(r"(ERROR|error): (?!subprocess-exited)", line)]
@@ -221,7 +251,8 @@ def runs(python: Path) -> bool:
     """Is there a working Python, with pip, in .venv? It breaks when the system's is upgraded under it."""
     if not python.exists():
         return False
-    command = [str(python), "-c", "import pip, sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 13)))"]
+    fits = f"{OLDEST} <= sys.version_info[:2] <= {NEWEST}"
+    command = [str(python), "-c", f"import pip, sys; sys.exit(not {fits})"]
     return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
@@ -248,7 +279,7 @@ def ensure(extra: str, argv: list[str]) -> None:
     if os.environ.get("COURSE_PYTHON") == "here":
         if not OLDEST <= sys.version_info[:2] <= NEWEST:
             suitable_python()
-            say(f"Note: this is Python {version_text(sys.version_info)}; the course is tested on 3.10 to 3.13.")
+            say(f"Note: this is Python {version_text(sys.version_info)}; the course is tested on {SUPPORTED}.")
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return  # one of several processes that torchrun has started: where it is, all is, and they must not all install

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from common.course import MODULES, Lesson
+from common.course.exercises import TOGETHER
 from common.grading.subject import Failure, Subject
-from common.skeleton import TOGETHER
 
 
 def pytest_configure(config: pytest.Config) -> None:

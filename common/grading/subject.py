@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from common.course import CourseError, Lesson, shown, unfinished
+from common.course.catalogue import Answer, apply, load_answers
+from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.grading import isolate
-from common.grading.catalogue import Answer, apply, load_answers
 from common.grading.compare import CheckFailed, same
-from common.skeleton import TOGETHER, exercises_of, walk_functions
 
 Check = Callable[[ModuleType], None]
 """A check with everything but the module under test filled in."""

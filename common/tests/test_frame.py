@@ -16,7 +16,10 @@ import nbformat
 import pytest
 
 from common import __main__ as commands
-from common import bench, checks, notebooks, plots, remaining, setup
+from common import setup
+from common.authoring import checks, notebooks, remaining
+from common.bench import cli as bench
+from common.bench import plots
 from common.course import ROOT, Lesson
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
@@ -182,12 +185,15 @@ class Machine:
         monkeypatch.setattr(setup, "version_of", lambda python: setup.version_text(sys.version_info))
         for variable in ("TORCH", "COURSE_PYTHON", "COURSE_ENTERED"):
             monkeypatch.delenv(variable, raising=False)
-        self.fail_at = None
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr(setup, "has_gpu", lambda: True)
+        self.fail_at: set[str] = set()
 
     def run(self, command, failure):
-        step = "venv" if "venv" in command else "uv" if "uv" in command[:3] else "pip"
+        words = {"venv": "venv", "uv": "uv", "--no-index": "disk"}
+        step = next((step for word, step in words.items() if word in command), "pip")
         self.calls.append((step, command))
-        if step == self.fail_at:
+        if step in self.fail_at:
             raise setup.SetupError(failure)
         if step == "venv":
             shutil.rmtree(setup.venv(), ignore_errors=True)
@@ -230,13 +236,13 @@ def test_a_broken_stamp_means_install_again(machine, stamp):
 
 
 def test_an_interrupted_installation_leaves_no_stamp(machine):
-    machine.fail_at = "pip"
+    machine.fail_at = {"pip"}
     with pytest.raises(setup.SetupError, match="pip could not install"):
         machine.ensure()
     assert not setup.stamp_file().exists() and not machine.entered
-    machine.fail_at = None
+    machine.fail_at = set()
     assert machine.ensure() == ["pip"]  # the environment itself was made
-    machine.fail_at = "pip"
+    machine.fail_at = {"pip"}
     with pytest.raises(setup.SetupError):
         machine.ensure("dev")
     assert not setup.stamp_file().exists()  # what is half changed is not up to date
@@ -256,28 +262,57 @@ def test_requirements_change_with_the_packages_and_the_place_and_not_with_the_li
     assert setup.requirements() != before
 
 
-def test_torch_for_the_cpu(machine, monkeypatch, capsys):
-    machine.ensure()
-    monkeypatch.setattr(sys, "platform", "linux")
+@pytest.mark.parametrize(
+    ("gpu", "disk", "index", "steps"),
+    [
+        (True, True, True, ["venv", "pip"]),
+        (False, True, True, ["venv", "disk", "pip"]),
+        (False, False, True, ["venv", "disk", "pip", "uv", "pip"]),
+        (False, False, False, ["venv", "disk", "pip", "uv", "pip"]),
+    ],
+)
+def test_without_a_gpu_torch_comes_without_cuda(gpu, disk, index, steps, machine, monkeypatch, capsys):
+    """From this disk where pip finds it there, else from where uv knows it, else what the package index has."""
+    monkeypatch.setattr(setup, "has_gpu", lambda: gpu)
+    machine.fail_at = {*(["disk"] if not disk else []), *(["uv"] if not index else [])}
+    assert machine.ensure() == steps
+    commands = dict(machine.calls)
+    if "disk" in steps:
+        assert {"--no-index", "--no-deps", "torch==2.13.0"} <= set(commands["disk"])
+    if "uv" in steps:
+        assert {"--torch-backend=cpu", "--no-deps", "torch==2.13.0"} <= set(commands["uv"])
+    out = capsys.readouterr().out
+    assert ("cannot be reached" in out) == (not index) and "Try again" not in out
+    assert machine.ensure() == []
+    assert setup.read_stamp()["torch"] == ("cuda" if gpu else "cpu")
+
+
+def test_TORCH_decides_otherwise(machine, monkeypatch):
+    assert machine.ensure() == ["venv", "pip"]
     monkeypatch.setenv("TORCH", "cpu")
-    assert machine.ensure() == ["venv", "pip", "uv", "pip"]  # CUDA's packages go with the old environment
-    assert {"--torch-backend=cpu", "torch==2.13.0"} <= set(machine.calls[2][1])
+    assert machine.ensure() == ["venv", "disk", "pip"]  # CUDA's packages go with the old environment
     assert machine.ensure() == []
     monkeypatch.delenv("TORCH")
-    assert machine.ensure("dev") == ["pip"]
-    monkeypatch.setenv("TORCH", "cpu")
-    assert machine.ensure() == []
-
-
-def test_torch_for_the_cpu_falls_back_with_a_message(machine, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("TORCH", "cpu")
-    machine.fail_at = "uv"
-    assert machine.ensure() == ["venv", "pip", "uv", "pip"]
-    assert "Going on with the build" in capsys.readouterr().out
+    assert machine.ensure("dev") == ["disk", "pip"]  # as it was asked for before
+    monkeypatch.setenv("TORCH", "cuda")
+    assert machine.ensure() == ["venv", "pip"]
+    monkeypatch.setenv("TORCH", "gpu")
+    with pytest.raises(setup.SetupError, match="TORCH is 'gpu'; it must be cpu or cuda"):
+        machine.ensure()
     monkeypatch.setattr(sys, "platform", "darwin")
-    setup.stamp_file().unlink()
-    assert machine.ensure() == ["pip"]  # elsewhere the only build is the CPU's
+    monkeypatch.setenv("TORCH", "cpu")
+    assert machine.ensure() == []  # elsewhere there is only one build
+
+
+def test_a_gpu_is_found_by_its_driver(monkeypatch):
+    monkeypatch.setattr(setup.Path, "exists", lambda path: False)
+    for said, found in ((b"GPU 0: NVIDIA H100 (UUID: ...)", True), (b"No devices found", False)):
+        monkeypatch.setattr(subprocess, "run", lambda *_, said=said, **__: subprocess.CompletedProcess([], 0, said))
+        assert setup.has_gpu() is found
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: open("/there is no nvidia-smi"))
+    assert setup.has_gpu() is False
+    monkeypatch.setattr(setup.Path, "exists", lambda path: str(path) == "/proc/driver/nvidia/version")
+    assert setup.has_gpu() is True
 
 
 def test_an_environment_of_one_s_own(machine, monkeypatch):
@@ -290,10 +325,10 @@ def test_errors_say_what_to_do(machine, monkeypatch):
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else name)
     with pytest.raises(setup.SetupError, match=r"ensurepip.*apt install python3-venv"):
         setup.check_modules(sys.executable)
-    for version in ((3, 9, 1), (3, 14, 0), (4, 0, 0)):
+    for version in ((3, 10, 1), (3, 15, 0), (4, 0, 0)):
         monkeypatch.setattr(sys, "version_info", version)
         monkeypatch.setattr(shutil, "which", lambda name: None)
-        with pytest.raises(setup.SetupError, match=r"This is Python \d\.\d+; the course needs 3.10 to 3.13.*PYTHON="):
+        with pytest.raises(setup.SetupError, match=r"This is Python \d\.\d+; the course needs 3.11 to 3.14.*PYTHON="):
             setup.suitable_python()
     monkeypatch.setattr(shutil, "which", lambda name: sys.executable if name == "python3.12" else None)
     assert setup.suitable_python() == sys.executable
@@ -325,21 +360,11 @@ def test_an_environment_that_does_not_start_is_not_tried_for_ever(monkeypatch):
         setup.enter(["run"])
 
 
-def test_pins_hold_for_every_python():
-    """Exact versions where outputs depend on them; where there are two, the markers leave no Python out or in twice."""
+def test_what_decides_outputs_is_pinned():
     text = (ROOT / "pyproject.toml").read_text()
-    for package in (
-        "torch",
-        "numpy",
-        "matplotlib",
-        "ipykernel",
-        "nbval",
-        "transformers",
-        "tokenizers",
-        "sentencepiece",
-    ):
-        pins = re.findall(rf'"{package}==[\d.]+(?:; python_version (\S+) \'(\S+)\')?"', text)
-        assert pins in ([("", "")], [("<", "3.11"), (">=", "3.11")]), package
+    for package in "torch numpy matplotlib ipykernel nbval transformers tokenizers sentencepiece".split():
+        assert len(re.findall(rf'"{package}==[\d.]+"', text)) == 1, package
+    assert "python_version" not in text  # one version of a package for every Python
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -349,9 +374,10 @@ def test_pins_hold_for_every_python():
 
 def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
     """In a small repository of its own: one fast test, one slow, one that skips itself."""
-    (tmp_path / "common").mkdir()
-    for name in ("__init__.py", "course.py", "remaining.py"):
-        shutil.copy(ROOT / "common" / name, tmp_path / "common")
+    for name in ("__init__.py", "course", "authoring/__init__.py", "authoring/remaining.py"):
+        source, copy = ROOT / "common" / name, tmp_path / "common" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
     tests = tmp_path / "test_it.py"
     tests.write_text(
         "import os, pytest\n\ndef test_fast(): assert not os.environ.get('BROKEN')\n\n@pytest.mark.slow\n"
@@ -367,7 +393,7 @@ def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
             "-m",
             "pytest",
             "-p",
-            "common.remaining",
+            "common.authoring.remaining",
             "-p",
             "no:cacheprovider",
             "-v",

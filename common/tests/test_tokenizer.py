@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from common.checkpoints import CheckpointError, cached, find_checkpoint
-from common.gguf_convert import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
+from common.checkpoints.gguf import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
 from common.tokenizer import ChatTemplateError, load_tokenizer, render_chat
 
 TEXTS = [

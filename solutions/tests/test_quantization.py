@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from common.quantize import main as quantize_command
+from common.student.quantize import main as quantize_command
 from solutions.batching import SamplingParams
 from solutions.llama_pytorch import causal_attend, load_weights, parse_config
 from solutions.parallelism import Group, Place, shard
@@ -272,7 +272,9 @@ def test_packed_quantized_model(kind, monkeypatch):
 def test_the_command(options, tmp_path, monkeypatch, capsys):
     """A checkpoint in, a smaller one out, which the engine loads as it is; and nothing is overwritten."""
     monkeypatch.setenv("COURSE_MODULES", "")
-    monkeypatch.setattr("common.quality.text_of_python", lambda: "There was once a small owl who lived by the river.")
+    monkeypatch.setattr(
+        "common.bench.quality.text_of_python", lambda: "There was once a small owl who lived by the river."
+    )
     folder = tmp_path / "smaller"
     assert quantize_command(["--model", "tales", "--out", str(folder), *options]) == 0
     size = (folder / "model.safetensors").stat().st_size

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common import soak as command
+from common.authoring import soak as command
 from solutions import speculative
 from solutions.batching import SamplingParams, Scheduler
 from solutions.speculative import DraftProposer, Pace

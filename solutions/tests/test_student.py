@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from common import skeleton
-from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, modules_of
-from common.finale import GAINS
+from common.course import GAINS, LESSONS, MODULES, MODULES_VARIABLE, ROOT, modules_of, skeleton
+from common.course.exercises import exercises_of
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +66,7 @@ def test_untouched_skeleton_scores_nothing_and_says_what_to_do(copy, lesson):
     result = course(copy, "test-lesson", str(lesson.number))
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
-    exercises = [exercise for module in modules_of(lesson.number) for exercise in skeleton.exercises_of(module)]
+    exercises = [exercise for module in modules_of(lesson.number) for exercise in exercises_of(module)]
     assert result.stdout.count("to do") == len(exercises)
     for exercise in exercises:
         assert re.search(rf"{re.escape(exercise.id)} .*\.py:\d+ +make hint-{re.escape(exercise.id)}\b", result.stdout)
@@ -164,20 +163,10 @@ def test_what_passes_may_be_compared_with_the_reference(student):
     assert "(num_parameters * bits + 7) // 8" in course(student, "diff-0.4", FORCE="1").stdout
 
 
-def test_what_a_lesson_is_worth_is_measured_on_the_students_code(student):
-    finish(student, 3)
-    told = course(student, "finale-lesson-3")
-    assert told.returncode == 0 and "your code of lesson 3;" in told.stdout and "96 of 96" in told.stdout
-    finish(student, 3, kv_cache=("start = self.lengths[layer]", "start = self.nowhere[layer]"))
-    told = course(student, "finale-lesson-3")
-    assert told.returncode == 1 and "could not be measured: AttributeError" in told.stdout
-    assert "Traceback" not in told.stdout + told.stderr
-
-
 def test_the_courses_own_tests_do_not_depend_on_the_students_work(student):
     for lesson in MODULES:
         (student / lesson.module.relative_to(ROOT)).write_text("def broken(:\n")
-    tests = ["common/tests/test_skeleton.py", "common/tests/test_course.py"]
+    tests = ["common/tests/course/test_skeleton.py", "common/tests/course/test_course.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     result = subprocess.run(command, cwd=student, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.grading.catalogue import equivalent, planted, right, wrong, wrong_body
+from common.course.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------- 5.1 static_batch

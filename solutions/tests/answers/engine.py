@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.grading.catalogue import right, wrong, wrong_body
+from common.course.catalogue import right, wrong, wrong_body
 
 ANSWERS = [
     # ----------------------------------------------------------------------------- 8.10 InferenceEngine.cache_share

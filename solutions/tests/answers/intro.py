@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.grading.catalogue import equivalent, right, wrong, wrong_body
+from common.course.catalogue import equivalent, right, wrong, wrong_body
 
 ANSWERS = [
     # 0.1 classify_by_rules

@@ -1,6 +1,6 @@
 """Lesson 1's answers that are not the reference: mistakes, each by the name that a student is told, and other ways."""
 
-from common.grading.catalogue import equivalent, right, wrong, wrong_body
+from common.course.catalogue import equivalent, right, wrong, wrong_body
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------- 1.1 merge_pair

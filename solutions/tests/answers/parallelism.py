@@ -1,6 +1,6 @@
 """Lesson 6: answers that are not the reference."""
 
-from common.grading.catalogue import equivalent, planted, right, wrong, wrong_body
+from common.course.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
     # -------------------------------------------------------------------------------------------- 6.1 shard_range

@@ -1,6 +1,6 @@
 """Lesson 7: answers that are not the reference."""
 
-from common.grading.catalogue import equivalent, planted, right, wrong, wrong_body
+from common.course.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------ 7.1 quantize_int8

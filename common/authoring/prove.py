@@ -1,0 +1,113 @@
+"""Grades the grader: every wrong answer of a lesson's catalogue is caught, and every right one passes.
+
+    make prove-lesson-1
+
+A wrong answer must fail in its exercise's checks by giving a wrong value, not by a crash, and be recognised by its
+name unless it is marked otherwise; none may be taken for another. Every exercise has at least three and one right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+import pytest
+
+from common import course
+from common.course import LESSONS, Lesson
+from common.course.catalogue import Answer, apply, describe, load_answers
+from common.course.exercises import TOGETHER, exercises_of
+from common.course.modules import check_solution
+from common.grading import plugin
+from common.grading.plugin import Grader
+from common.grading.subject import Failure, Subject
+
+WRONG_AT_LEAST = 3
+RIGHT_AT_LEAST = 1
+
+
+class ProvingGrader(Grader):
+    """Runs each check with the reference and with every answer of its exercise, and notes what came of it."""
+
+    def __init__(self, lesson: Lesson):
+        self.reference = Subject(lesson, lesson.solution)
+        super().__init__(lambda _: self.reference)
+        self.subjects = {
+            answer: Subject(lesson, lesson.solution, apply(answer, self.reference.source, exercise))
+            for answer in load_answers(lesson)
+            for exercise in [self.reference.exercises[answer.exercise]]
+        }
+        self.failures: dict[Answer, list[Failure]] = {answer: [] for answer in self.subjects}
+        self.num_checks: dict[str, int] = {}
+
+    def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
+        self.num_checks[exercise_id] = self.num_checks.get(exercise_id, 0) + 1
+        for answer, of_answer in self.subjects.items():
+            if answer.exercise == exercise_id or (answer.is_right and exercise_id == TOGETHER):
+                failure = of_answer.judge(exercise_id, check)
+                if failure is not None:
+                    self.failures[answer].append(failure)
+        return super().judge(subject, exercise_id, check)
+
+
+def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
+    """Everything that is wrong with the checks or the catalogue, a sentence each."""
+    found = []
+    for exercise in exercises_of(lesson):
+        answers = [answer for answer in grader.subjects if answer.exercise == exercise.id]
+        rights = sum(answer.is_right for answer in answers)
+        if not grader.num_checks.get(exercise.id):
+            found.append(f"{exercise.id} {exercise.function} has no checks.")
+        if len(answers) - rights < WRONG_AT_LEAST or rights < RIGHT_AT_LEAST:
+            found.append(
+                f"{exercise.id} {exercise.function} has {len(answers) - rights} wrong and {rights} right answers; "
+                f"{WRONG_AT_LEAST} and {RIGHT_AT_LEAST} are asked."
+            )
+    for answer, failures in grader.failures.items():
+        name = describe(answer, lesson)
+        mistakes = [failure.mistake for failure in failures if failure.mistake]
+        crashes = [failure for failure in failures if not failure.what]
+        if answer.is_right:
+            found.extend(f"{name} fails: {failure.sentence}" for failure in failures)
+        elif not failures:
+            found.append(f"{name} passes.")
+        elif crashes:
+            found.append(f"{name} crashes: {crashes[0].sentence}")
+        elif others := set(mistakes) - {answer.name}:
+            found.append(f"{name} is taken for {', '.join(sorted(others))}.")
+        elif answer.recognised and not mistakes:
+            found.append(f"{name} is not recognised; it fails with: {failures[0].sentence}")
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m common prove-lesson", description=__doc__.partition("\n")[0])
+    parser.add_argument("lessons", nargs="*", default=[str(lesson.number) for lesson in LESSONS], metavar="N")
+    arguments = parser.parse_args(argv)
+    failed = False
+    os.environ["KERNELS"] = "plain"
+    for lesson in [module for number in arguments.lessons for module in course.modules_of(number)]:
+        try:
+            check_solution(lesson)
+        except course.CourseError as error:
+            print(error)
+            failed = True
+            continue
+        grader = ProvingGrader(lesson)
+        options = [str(lesson.checks), "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
+        code = pytest.main(options, plugins=[plugin, grader])
+        found = complaints(lesson, grader)
+        print(*found, sep="\n")
+        print(
+            f"Lesson {lesson.number}, {lesson.slug}: {len(grader.subjects)} answers to {len(grader.num_checks)} "
+            f"exercises, {len(found)} complaints."
+        )
+        failed |= bool(found) or code != 0
+    return int(failed)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,294 @@
+"""What a README promises, looked up: commands exist, links lead somewhere, numbers were measured, every exercise is
+told of and has its hints.
+
+Part of `make check`. It looks at READMEs, hints, and what notebooks say between their cells. In a fenced block of
+commands (bash, sh or console) each line that calls `make` or `python -m common` must name a target, an exercise, a
+lesson and variables that there are; so must `make ...` between backticks in the text, where N and N.M may stand for
+any number. Commands that only read are also run; all others are run by commands.py, unless a line
+`<!-- not run: REASON -->` stands above the block. The numbers are figures.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import __main__ as commands
+from common.authoring.readmes.figures import check_figures
+from common.course import LESSONS, ROOT, CourseError, Lesson, lesson, modules_of, shown
+from common.course.exercises import exercises_of
+
+SHELLS = ("bash", "sh", "console", "shell")
+READ_ONLY = ("help", "progress")
+NUM_HINTS = 3
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the line number of its first line, what it says it is, its lines, and why it is not run."""
+
+    line: int
+    language: str
+    lines: tuple[str, ...]
+    not_run: str | None
+
+
+def documents() -> list[Path]:
+    others = [
+        ROOT / "README.md",
+        ROOT / "common" / "instructor" / "README.md",
+        ROOT / "common" / "models" / "README.md",
+    ]
+    candidates = [*others, *(file for each in LESSONS for file in (each.readme, each.hints))]
+    return [path for path in candidates if path.exists()]
+
+
+def between_cells(notebook: Path) -> Iterator[tuple[int, str]]:
+    """The texts of a notebook, each with the number of its cell, counted from 1."""
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"], start=1):
+        if cell["cell_type"] == "markdown":
+            yield number, "".join(cell["source"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading Markdown
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def blocks(text: str) -> list[Block]:
+    """The fenced blocks of a text, fences of backticks or tildes."""
+    found: list[Block] = []
+    fence, language, start, body = "", "", 0, []
+    mark: str | None = None  # the reason, if the last line that was not empty is a mark
+    reason: str | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        opening = re.match(r"\s*(`{3,}|~{3,})\s*([\w+-]*)", line)
+        if fence:
+            if re.fullmatch(rf"\s*{fence[0]}{{{len(fence)},}}\s*", line):
+                found.append(Block(start, language, tuple(body), reason))
+                fence = ""
+            else:
+                body.append(line)
+        elif opening:
+            fence, language, start, body, reason = opening[1], opening[2].lower(), number + 1, [], mark
+            mark = None
+        elif line.strip():
+            marked = re.fullmatch(r"\s*<!--\s*not run:\s*(.*?)\s*-->\s*", line)
+            mark = marked[1] if marked else None
+    if fence:
+        found.append(Block(start, language, tuple(body), reason))
+    return found
+
+
+def prose(text: str) -> str:
+    """The text with its fenced blocks blanked out, line numbers unchanged."""
+    lines = text.splitlines()
+    for block in blocks(text):
+        for number in range(block.line - 2, min(block.line + len(block.lines), len(lines))):
+            lines[number] = ""
+    return "\n".join(lines)
+
+
+def anchors(text: str) -> set[str]:
+    """What a link can point to after `#`: headings as GitHub spells them, and explicit ids."""
+    found: set[str] = set()
+    for title in re.findall(r"^#{1,6}\s+(.*?)\s*#*$", prose(text), re.MULTILINE):
+        title = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", title)
+        slug = re.sub(r"[^\w\- ]", "", title.replace("`", "").lower()).replace(" ", "-")
+        repeated = 0
+        while (name := f"{slug}-{repeated}" if repeated else slug) in found:
+            repeated += 1
+        found.add(name)
+    return found | set(re.findall(r"<\w+[^>]*\s(?:id|name)=[\"']([^\"']+)", text))
+
+
+def links(text: str) -> Iterator[tuple[int, str]]:
+    """The line and the target of every link and picture outside code."""
+    for number, line in enumerate(prose(text).splitlines(), start=1):
+        line = re.sub(r"(`+).+?\1", "", line)
+        for target in re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+[\"'][^)]*)?\)", line):
+            yield number, target
+        for target in re.findall(r"<(?:img|a|source)\b[^>]*\s(?:src|href|srcset)=[\"']([^\"']+)", line):
+            yield number, target
+        for target in re.findall(r"^\s*\[[^\]^]+\]:\s*(\S+)", line):
+            yield number, target
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def variables_of_make() -> set[str]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.search(r"^VARIABLES := (.*)$", makefile, re.MULTILINE)[1].split()) | {"PYTHON"}
+
+
+def check_target(words: list[str]) -> str | None:
+    """What is wrong with this target and what follows it, as `python -m common` understands them; None if nothing."""
+    try:
+        command, rest = commands.parse(words)
+        if command.argument == "N":
+            lesson(rest[0])
+        elif command.argument == "N.M":
+            if rest[0] not in exercise_ids(rest[0].partition(".")[0]):
+                return f"there is no exercise {rest[0]}"
+    except (LookupError, CourseError) as error:
+        return str(error)
+    return None
+
+
+def check_command(line: str) -> str | None:
+    """What is wrong with one command line, if it is a call of `make` or `python -m common`; None otherwise."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        return f"a shell cannot read this: {error}"
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0], re.DOTALL):
+        del words[0]
+    if not words:
+        return None
+    program = Path(words[0]).name
+    if program == "make":
+        targets = [word for word in words[1:] if "=" not in word]
+        names = {word.partition("=")[0] for word in words[1:] if "=" in word}
+        if unknown := names - variables_of_make():
+            return f"make takes no variable {', '.join(sorted(unknown))}"
+        return next((problem for target in targets if (problem := check_target([target]))), None)
+    if re.fullmatch(r"python[\d.]*", program) and words[1:3] == ["-m", "common"]:
+        return check_target(words[3:])
+    return None
+
+
+def command_lines(block: Block) -> Iterator[tuple[int, str]]:
+    """The commands of a block: in a console, what follows the prompt; in a script, every line that is no comment.
+    Lines that a backslash joins come as one.
+    """
+    joined, start = "", 0
+    for number, line in enumerate(block.lines, start=block.line):
+        if not joined and block.language == "console" and not line.lstrip().startswith("$ "):
+            continue
+        start = start if joined else number
+        joined += line.strip()
+        if joined.endswith("\\"):
+            joined = joined[:-1] + " "
+            continue
+        yield start, joined.removeprefix("$ ")
+        joined = ""
+
+
+def check_commands(path: Path, text: str, runnable: set[str]) -> Iterator[str]:
+    """Complaints about the commands in a text; what can be run for certain is added to `runnable`."""
+    for block in blocks(text):
+        if block.not_run == "":
+            yield f"{shown(path)}:{block.line}: 'not run:' without a reason."
+        if block.language not in SHELLS:
+            continue
+        for number, line in command_lines(block):
+            if problem := check_command(line):
+                yield f"{shown(path)}:{number}: `{line}`: {problem}"
+            elif (match := re.fullmatch(r"make ([\w-]+)", line)) and match[1] in READ_ONLY:
+                runnable.add(match[1])
+    for number, line in enumerate(prose(text).splitlines(), start=1):
+        for code in re.findall(r"`((?:make|python3? -m common) [^`]+)`", line):
+            example = re.sub(r"(-|\s)N\.M\b", rf"\g<1>{first_exercise()}", code)
+            example = re.sub(r"(-|\s)N\b", rf"\g<1>{LESSONS[0].number}", example)
+            example = re.sub(r"=(?=\s|$)|\s(\.{3}|…)$", "", example) if "make" in example else example
+            if problem := check_command(example):
+                yield f"{shown(path)}:{number}: `{code}`: {problem}"
+
+
+def first_exercise() -> str:
+    return exercise_ids(LESSONS[0].number)[0]
+
+
+def ids_of(readme: Path) -> list[str]:
+    """Of the exercises of the lesson whose README this is; none if it is no lesson's."""
+    return [id for each in LESSONS if each.readme == readme for id in exercise_ids(each.number)]
+
+
+def exercise_ids(number: int | str) -> list[str]:
+    """Of all modules of a lesson."""
+    return [exercise.id for module in modules_of(number) for exercise in exercises_of(module)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Links, exercises, hints
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def check_links(path: Path, text: str) -> Iterator[str]:
+    for number, target in links(text):
+        if re.match(r"[a-z][a-z+.-]*:", target, re.IGNORECASE):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        if not file.exists():
+            yield f"{shown(path)}:{number}: the link to {target} leads nowhere."
+        elif not file.is_relative_to(ROOT):
+            yield f"{shown(path)}:{number}: the link to {target} leads out of the repository."
+        elif (
+            anchor
+            and file.suffix == ".md"
+            and anchor not in anchors(file.read_text(encoding="utf-8") if name else text)
+        ):
+            yield f"{shown(path)}:{number}: {shown(file)} has no heading #{anchor}."
+
+
+def check_lesson(each: Lesson) -> Iterator[str]:
+    """Every exercise occurs in the README by its number, and has its hints, none of them empty."""
+    from common.student.grade import read_hints
+
+    ids = exercise_ids(each.number)
+    if not each.readme.exists():
+        yield f"{shown(each.readme)} does not exist."
+    else:
+        text = each.readme.read_text(encoding="utf-8")
+        for id in ids:
+            if not re.search(rf"(?<![\d.]){re.escape(id)}(?!\d|\.\d)", text):
+                yield f"{shown(each.readme)}: nothing is said of exercise {id}."
+    try:
+        hints = read_hints(each)
+    except CourseError as error:
+        yield str(error)
+        return
+    for id in ids:
+        given = hints.pop(id, [])
+        if len(given) != NUM_HINTS or not all(given):
+            yield f"{shown(each.hints)}: exercise {id} has {sum(map(bool, given))} hints; it needs {NUM_HINTS}."
+    for id in hints:
+        yield f"{shown(each.hints)}: hints for {id}, which is no exercise."
+
+
+def complaints() -> list[str]:
+    """All that is wrong, a line each."""
+    found: list[str] = []
+    runnable: set[str] = set()
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        found += [*check_commands(path, text, runnable), *check_links(path, text)]
+        if path.name == "README.md":
+            found += check_figures(path, prose(text), frozenset(ids_of(path)))
+    for each in LESSONS:
+        found += check_lesson(each)
+        for cell, text in between_cells(each.notebook):
+            in_cell = [*check_commands(each.notebook, text, runnable), *check_links(each.notebook, text)]
+            found += (f"cell {cell} of {complaint}" for complaint in in_cell)
+    for name in sorted(runnable):
+        command = [sys.executable, "-m", "common", name]
+        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if result.returncode:
+            found.append(f"make {name} fails with exit status {result.returncode}:\n{result.stdout[-2000:]}")
+    return found
+
+
+def main(argv: list[str]) -> int:
+    found = complaints()
+    print(*found, sep="\n", end="\n" if found else "")
+    return int(bool(found))

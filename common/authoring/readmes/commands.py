@@ -1,0 +1,188 @@
+"""Runs what the READMEs say to type, in a copy of the course whose lessons are finished; `make test-all` does.
+
+    python -m common.authoring.readmes.commands lesson-3-kv-cache/README.md
+
+Every line of a block of commands (bash, sh, console, shell) and every Python block, from top to bottom, but for blocks
+below `<!-- not run: REASON -->`; if the reason begins with a line of the block, but for that line. Left out is what
+something that is run has in it: a line that stood in an earlier text; all but the first of `make test-lesson-N`, which
+test_student.py runs for every N; all but the first of `make test-N.M` and its like, whose numbers `make check` looks
+up; what `make check` runs itself; and a `make run` or `make chat` whose options another one has, and more. A command
+must end with exit status 0.
+
+The small model answers, by MODEL=tales in the environment, unless a command names another. `make chat` is told hello
+and then goodbye.
+
+A block whose output is shown, in a fold that begins with 'What you see', must print what is shown there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.authoring.readmes.checks import READ_ONLY, SHELLS, Block, blocks, command_lines, documents
+from common.course import MODULES, MODULES_VARIABLE, ROOT, CourseError, shown
+
+SECONDS = 240
+CHAT = "Hello!\n/quit\n"
+NOT_COPIED = (".git", ".venv", ".course", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "*.egg-info")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a reader is asked to type: a shell's line or a Python program. prints: its output, where the text has it."""
+
+    path: Path
+    line: int
+    text: str
+    is_python: bool
+    prints: str | None = None
+
+    def __str__(self) -> str:
+        first, *others = self.text.splitlines()
+        return f"{shown(self.path)}:{self.line}: `{first}{' ...' if others else ''}`"
+
+
+def commands_of(path: Path) -> Iterator[Command]:
+    """All of a text, in its order."""
+    text = path.read_text(encoding="utf-8")
+    for block in blocks(text):
+        if block.language == "python" and block.not_run is None:
+            yield Command(path, block.line, "\n".join(block.lines), True, shown_output(text, block))
+        elif block.language in SHELLS:
+            lines = to_run(block)
+            output = shown_output(text, block)
+            if output is not None and len(lines) > 1:
+                raise CourseError(f"{shown(path)}:{block.line}: which of these lines prints what is shown below?")
+            for number, line in lines:
+                yield Command(path, number, line, False, output)
+
+
+def to_run(block: Block) -> list[tuple[int, str]]:
+    """The commands of a block, but for those of which it says why they are not run."""
+    lines = list(command_lines(block))
+    if block.not_run is None:
+        return lines
+    others = [(number, line) for number, line in lines if not block.not_run.startswith(re.sub(r"\s+#.*", "", line))]
+    return others if len(others) < len(lines) else []
+
+
+def shown_output(text: str, block: Block) -> str | None:
+    """What a fold 'What you see' directly below the block begins with, if that is code: a block, or a span."""
+    behind = "\n".join(text.splitlines()[block.line + len(block.lines) :])
+    fold = re.match(r"\s*<details><summary>What you see[^<]*</summary>\s*(?:<!--.*?-->\s*)?", behind)
+    if not fold:
+        return None
+    code = re.compile(r"```\n(.*?)\n```|`([^`\n]+)`", re.DOTALL).match(behind, fold.end())
+    return code and (code[1] or code[2])
+
+
+def texts() -> list[Path]:
+    return [path for path in documents() if path.name == "README.md"]
+
+
+def all_commands() -> dict[Path, list[Command]]:
+    """What is to be run of each text."""
+    commands = {path: list(commands_of(path)) for path in texts()}
+    everything = [words_of(command) for found in commands.values() for command in found]
+    seen: list[tuple[str, ...]] = []
+    for path, found in commands.items():
+        commands[path] = []
+        for command in found:
+            words = words_of(command)
+            if words in seen or words in [("make", name) for name in READ_ONLY]:
+                continue
+            if not any(is_part_of(words, others) for others in everything):
+                seen.append(words)
+                commands[path].append(command)
+    return commands
+
+
+def words_of(command: Command) -> tuple[str, ...]:
+    """Two commands with the same words need not both be run. The number of a lesson or of an exercise, and the prompt,
+    are left out.
+    """
+    if command.is_python:
+        return (command.text,)
+    words = shlex.split(command.text, comments=True)
+    return tuple(re.sub(r"^([a-z-]+-)\d+(?:\.\d+)?$|^(PROMPT=).*", r"\1\2", word, flags=re.DOTALL) for word in words)
+
+
+def is_part_of(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Are these a `make run` or `make chat` with fewer options than the others?"""
+    return words[:2] in (("make", "run"), ("make", "chat")) and words[:2] == others[:2] and set(words) < set(others)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running them
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def finished_copy(folder: Path) -> Path:
+    """The course as a student has it who has finished every lesson, with a `.venv` that calls the Python of here."""
+    copy = folder / "course"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    for lesson in MODULES:
+        shutil.copyfile(lesson.solution, copy / lesson.module.relative_to(ROOT))
+    scripts = copy / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    for name in ("python", "python3"):
+        (scripts / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+        (scripts / name).chmod(0o755)
+    return copy
+
+
+def run(command: Command, copy: Path) -> str | None:
+    """What is wrong with the command, or None."""
+    python = copy / ".venv" / "bin" / "python"
+    kept = {name: value for name, value in os.environ.items() if name not in (MODULES_VARIABLE, "MINE", "PYTHONPATH")}
+    path = os.pathsep.join([str(python.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    process = subprocess.Popen(
+        [str(python), "-c", command.text] if command.is_python else ["sh", "-c", command.text],
+        cwd=copy,
+        env={**kept, "PATH": path, "COURSE_PYTHON": "here", "MODEL": "tales", "COLUMNS": "120"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        start_new_session=True,  # so that what it has started can be ended with it
+    )
+    try:
+        output, _ = process.communicate(CHAT, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return f"{command} takes more than {SECONDS} seconds:\n{output[-2000:]}"
+    if process.returncode:
+        return f"{command} ended with exit status {process.returncode}:\n{output[-2000:]}"
+    if command.prints and " ".join(command.prints.split()) not in " ".join(output.split()):
+        return f"{command} prints\n{output[-2000:]}\nand the text shows\n{command.prints}"
+    return None
+
+
+def main(argv: list[str]) -> int:
+    found = all_commands()
+    chosen = [Path(name).resolve() for name in argv] or list(found)
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        copy = finished_copy(Path(folder))
+        for command in (command for path in chosen for command in found[path]):
+            start = time.perf_counter()
+            complaint = run(command, copy)
+            failed |= bool(complaint)
+            print(complaint or f"{command}: {time.perf_counter() - start:.0f} s", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

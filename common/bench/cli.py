@@ -1,0 +1,404 @@
+"""`make bench`: what this machine can do, and what the engine makes of it. Results go to common/bench/measurements/.
+
+A figure in a README is drawn from a file there, and each file says on which machine, with which versions, when and by
+which command it was made. Machines drift, so every number is a median, and what is compared is measured in turn, in
+one process. `--quick` runs everything in miniature, to see that it works; its numbers mean nothing and are not kept.
+
+Without a name it measures the machine, the ladder and what speculation gives, in about a quarter of an hour; `all` is
+every measurement there is. A name's beginning stands for all that begin so: `python -m common bench speculation`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common.checkpoints import CheckpointError, find_checkpoint
+from common.course import CourseError, activate, files_used
+
+MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
+
+
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    """The median over `repeats` calls, after one that warms up."""
+    function()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def circumstances(command: str) -> dict:
+    """What a reader needs in order to know what a number means."""
+    packages = ("torch", "numpy", "transformers")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
+
+
+def read_bandwidth(megabytes: int, repeats: int, device: str = "cpu") -> float:
+    """GB/s at which float32 numbers are read by adding them up: nothing that reads its weights is faster.
+
+    They must take much more room than the caches, or the caches are what is measured.
+    """
+    numbers = torch.ones(megabytes * 2**20 // 4, device=device)
+    # `item` waits for a GPU, which otherwise answers before it has begun.
+    return numbers.numel() * 4 / median_seconds(lambda: numbers.sum().item(), repeats) / 1e9
+
+
+def gemm_rate(size: int, repeats: int) -> float:
+    """GFLOP/s of a float32 product of two square matrices."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / median_seconds(lambda: a @ b, repeats) / 1e9
+
+
+def measure_machine(quick: bool) -> dict:
+    megabytes, size, repeats = (16, 256, 3) if quick else (1024, 2048, 15)
+    result = {"read_gb_per_s": read_bandwidth(megabytes, repeats), "gemm_gflop_per_s": gemm_rate(size, repeats)}
+    print(f"reads {result['read_gb_per_s']:.1f} GB/s, float32 GEMM {result['gemm_gflop_per_s']:.0f} GFLOP/s")
+    return {"read_mb": megabytes, "gemm_size": size, "repeats": repeats, **result}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 2: the cost of remembering nothing
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_recompute(name: str, lengths: list[int], repeats: int) -> dict:
+    """Seconds for one more token after a context of each length: ours computes the whole context again.
+
+    Beside it, if transformers is installed, its model over the same weights, without a cache and with one.
+    """
+    from solutions.llama_pytorch import causal_attend, load
+
+    model, _ = load(name, torch.float32, "cpu")
+    theirs = load_transformers(find_checkpoint(name))
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        token_ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
+        ways = {"recompute": lambda ids=token_ids: model.logits(model(ids, torch.arange(len(ids)), causal_attend)[-1:])}
+        if theirs is not None:
+            ways |= transformers_steps(theirs, token_ids)
+        with torch.inference_mode():
+            row = {"context": length, **interleaved_medians(ways, repeats)}
+        rows.append(row)
+        print(f"{name}, {length} tokens: " + ", ".join(f"{way} {row[way] * 1e3:.1f} ms" for way in ways), flush=True)
+    return {"model": name, "dtype": "float32", "repeats": repeats, "unit": "seconds per token", "rows": rows}
+
+
+def interleaved_medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each, measured in turn, so that a machine that drifts does so for all of them."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(repeats + 1):
+        for way, function in ways.items():
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first round warms up
+                seconds[way].append(time.perf_counter() - start)
+    return {way: statistics.median(taken) for way, taken in seconds.items()}
+
+
+def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    """transformers' model of a checkpoint, or None where transformers is not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
+        return None
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+
+
+def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """One step of transformers after this context, without and with a cache. token_ids: (T,)."""
+    ids = token_ids[None]
+    with torch.inference_mode():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values if len(token_ids) > 1 else None
+
+    def cached() -> None:
+        model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if cache is not None:
+            cache.crop(-1)  # so that the next repeat finds what this one did
+
+    return {
+        "transformers, no cache": lambda: model(ids, use_cache=False, logits_to_keep=1),
+        "transformers, cache": cached,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 3: what remembering gains
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_kv_cache(name: str, lengths: list[int], repeats: int) -> dict:
+    """Seconds for one more token after a context of each length: recomputed, and with lesson 3's cache.
+
+    Beside them, if transformers is installed, its model over the same weights with its own cache.
+    """
+    from solutions.kv_cache import KVCache, decode_step, prefill
+    from solutions.llama_pytorch import load, recompute
+
+    model, _ = load(name, torch.float32, "cpu")
+    theirs = load_transformers(find_checkpoint(name))
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        token_ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
+        ids = token_ids.tolist()
+
+        with torch.inference_mode():
+            cache = KVCache(model, length)
+            prefill(model, cache, ids[:-1])
+
+            def cached(cache=cache, ids=ids) -> None:
+                decode_step(model, cache, ids[-1])
+                cache.truncate(len(ids) - 1)  # so that the next repeat finds what this one did
+
+            ways = {"recompute": lambda ids=ids: recompute(model, ids), "cache": cached}
+            if theirs is not None:
+                ways["transformers, cache"] = transformers_steps(theirs, token_ids)["transformers, cache"]
+            row = {"context": length, **interleaved_medians(ways, repeats)}
+        rows.append(row)
+        print(f"{name}, {length} tokens: " + ", ".join(f"{way} {row[way] * 1e3:.1f} ms" for way in ways), flush=True)
+    return {"model": name, "dtype": "float32", "repeats": repeats, "unit": "seconds per token", "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 5: what it costs to make room
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool) -> dict:
+    """Seconds to take a sequence's blocks away and to have them back: swapped, and computed again.
+
+    Then both where they are used: requests whose answers need about twice the blocks there are.
+    """
+    from common import kernels
+    from solutions.batching import Engine, ModelRunner, ScheduledRequest, SchedulerOutput
+    from solutions.llama_pytorch import SamplingParams, load
+    from solutions.paged_attention import BlockCopy, PagedKVCache
+
+    model, tokenizer = load(name, torch.float32, "cpu")
+    if kernels.enabled():
+        kernels.pack(model)
+    block_size, chunk = 16, 256
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        blocks = -(-length // block_size)
+        cache = PagedKVCache(model, blocks, block_size, blocks)
+        runner = ModelRunner(model, cache)
+        ids = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+        table = list(range(blocks))
+        moves = [BlockCopy(block, block, min(block_size, length - block * block_size)) for block in table]
+        plans = [
+            SchedulerOutput(
+                1,
+                [
+                    ScheduledRequest(
+                        "0",
+                        start,
+                        ids[start : start + chunk],
+                        0,
+                        table,
+                        SamplingParams(),
+                        None,
+                        ids,
+                        [],
+                        frozenset(),
+                        1,
+                    )
+                ],
+            )
+            for start in range(0, length, chunk)
+        ]
+        ways = {
+            "recompute": lambda plans=plans, runner=runner: [runner.execute(plan) for plan in plans],
+            "swap": lambda cache=cache, moves=moves: (cache.swap_out(moves), cache.swap_in(moves)),
+        }
+        rows.append({"tokens": length, **interleaved_medians(ways, repeats)})
+        print(f"{name}, {length} tokens: " + ", ".join(f"{way} {rows[-1][way] * 1e3:.2f} ms" for way in ways))
+
+    num_requests, prompt_length, output_length = (4, 8, 24) if quick else (16, 64, 96)
+    prompts = torch.randint(model.config.vocab_size, (num_requests, prompt_length), generator=generator).tolist()
+    params = SamplingParams(max_tokens=output_length, ignore_eos=True)
+    needed = num_requests * -(-(prompt_length + output_length) // block_size)
+    served: dict[str, list[dict]] = {"ample": [], "recompute": [], "swap": []}
+    for _ in range(1 if quick else 3):
+        for way, results in served.items():
+            with Engine(
+                model,
+                tokenizer,
+                num_blocks=needed if way == "ample" else needed // 2,
+                preemption="recompute" if way == "ample" else way,
+                enable_prefix_caching=False,
+            ) as engine:
+                engine.generate(prompts, params, progress=False)
+                totals = engine.metrics()
+            results.append(
+                {
+                    "tokens_per_second": totals.tokens_per_second,
+                    "num_preemptions": totals.num_preemptions,
+                    "num_computed_tokens": totals.num_computed_tokens,
+                }
+            )
+    for way, results in served.items():
+        speed = statistics.median(each["tokens_per_second"] for each in results)
+        served[way] = {**results[0], "tokens_per_second": speed}
+        print(f"{name}, {num_requests} requests, {way}: {served[way]}")
+    return {
+        "model": name,
+        "dtype": "float32",
+        "repeats": repeats,
+        "unit": "seconds for all tokens of a sequence",
+        "rows": rows,
+        "load": {"num_requests": num_requests, "num_prompt_tokens": prompt_length, "num_output_tokens": output_length},
+        "num_blocks": {"ample": needed, "tight": needed // 2},
+        "served": served,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, name: str, command: str, result: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**circumstances(command), **result}, indent=2, default=str)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read(name: str, folder: Path = MEASUREMENTS) -> dict:
+    """A measurement by its name. FileNotFoundError if nobody has made it."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+NAMES = (
+    "machine",
+    "recompute-tales",
+    "recompute-smollm2-135m",
+    "kv-cache-smollm2-135m",
+    "preemption-smollm2-135m",
+    "grids-smollm2-135m",
+    "quality-smollm2-135m",
+    "ladder-smollm2-135m",
+    "speculation-smollm2-135m",
+    "speculation-tales",
+)
+DEFAULT = ("machine", "ladder", "speculation")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m common bench", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "what", nargs="*", metavar="WHAT", help=f"of {', '.join(NAMES)}, or a beginning; default: {', '.join(DEFAULT)}"
+    )
+    parser.add_argument("--quick", action="store_true", help="in miniature, and nothing is kept")
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("THREADS") or 0) or None)
+    parser.add_argument("--out", type=Path, default=MEASUREMENTS, help="the folder for the results")
+    settings = parser.parse_args(argv)
+    chosen: list[str] = []
+    for what in settings.what or DEFAULT:
+        meant = [name for name in NAMES if what == "all" or name == what or name.startswith(f"{what}-")]
+        if not meant:
+            parser.error(f"there is nothing called {what!r} to measure; there is {', '.join(NAMES)}")
+        chosen += [name for name in meant if name not in chosen]
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    activate(None)  # the record is of the reference
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads. {files_used()}")
+    command = " ".join(["python -m common bench", *settings.what])
+    if settings.threads:
+        command += f" --threads {settings.threads}"
+    lengths, repeats = ([4, 8], 2) if settings.quick else ([16, 32, 64, 128, 256, 384, 512], 9)
+    for name in chosen:
+        start = time.perf_counter()
+        try:
+            if name == "machine":
+                result = measure_machine(settings.quick)
+            elif name.startswith("ladder-"):
+                from common.bench.ladder import measure_ladder
+
+                model = "tales" if settings.quick else name.removeprefix("ladder-")
+                result = measure_ladder(model, settings.quick)
+            elif name.startswith("speculation-"):
+                from common.bench.speculation import measure_speculation
+
+                own = name.removeprefix("speculation-")
+                draft = "tales-draft" if own == "tales" else None
+                result = measure_speculation("tales" if settings.quick else own, draft, settings.quick)
+            elif name.startswith("kv-cache-"):
+                model = "tales" if settings.quick else name.removeprefix("kv-cache-")
+                result = measure_kv_cache(model, lengths, repeats)
+            elif name.startswith("grids-"):
+                from common.bench.grids import measure_grids
+
+                os.environ["KERNELS"] = "plain"  # the layers of tensor-parallel ranks are not packed
+                result = measure_grids("tales" if settings.quick else name.removeprefix("grids-"), settings.quick)
+                del os.environ["KERNELS"]
+            elif name.startswith("quality-"):
+                from common.bench.quality import measure_quality
+
+                result = measure_quality("tales" if settings.quick else name.removeprefix("quality-"), settings.quick)
+            elif name.startswith("preemption-"):
+                model = "tales" if settings.quick else name.removeprefix("preemption-")
+                sizes = [8, 16] if settings.quick else [64, 256, 1024]
+                result = measure_preemption(model, sizes, repeats, settings.quick)
+            else:
+                result = measure_recompute(name.removeprefix("recompute-"), lengths, repeats)
+        except (CourseError, CheckpointError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        print(f"{name}: measured in {time.perf_counter() - start:.0f} s.", flush=True)
+        if settings.quick:
+            print(f"{name}: not kept, since --quick measures nothing worth keeping.")
+        else:
+            save(settings.out, name, command, result)
+    return 0

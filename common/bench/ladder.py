@@ -1,0 +1,436 @@
+"""The ladder: what each lesson's engine makes of the same prompts, in one run, beside others on the same weights.
+
+The loads: one stream; eight equal streams; and 32 requests of all lengths that are there at once. Every way gives the
+same tokens, up to near-ties, and that is checked; but not for quantized weights, which are other weights. Rounds are
+interleaved and the order of ways varies, so that a machine that drifts does so for all of them; what is told are
+medians. On a machine with CUDA all of it runs there, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from common import kernels
+from common.bench import peers as rivals
+from solutions import kv_cache, llama_pytorch, paged_attention
+from solutions.batching import Engine, LocalExecutor
+from solutions.engine import InferenceEngine, Speculation
+from solutions.llama_pytorch import Llama, SamplingParams, load
+from solutions.quantization import Quantization, load_quantized
+
+NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+"""Two ways may go on with different tokens where the likeliest two are closer than this: the last digits of sums
+depend on the number of rows, and bfloat16 has three."""
+
+ROUGHER = {"llama.cpp": 50}
+"""Its kernels are its own and round by more; between its tokens and ours the likeliest two were up to 0.0084 apart."""
+
+OTHER_WEIGHTS = ("INT8", "INT4")
+"""Ways whose tokens are their own: perplexity judges them (lesson 7)."""
+
+
+@dataclass
+class Run:
+    """One way's answer to one load."""
+
+    seconds: float
+    tokens: list[list[int]]
+    first_token: list[float]  # seconds, of each request
+    per_token: list[float]  # seconds between tokens, of each request with two or more
+    cache_bytes: int  # held at the peak
+    weight_bytes: int  # held
+    read_bytes: int  # of weights, in each step
+    more: dict = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are all there at the start."""
+
+    name: str
+    prompts: list[list[int]]
+    lengths: list[int]
+    sample: int | None = None  # ways that serve one request after another get only so many: the others take as long
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def stamped(request_times: list[float], start: float) -> tuple[float, list[float]]:
+    """Time to the first token, and the mean gap after it if there is one."""
+    gaps = [(request_times[-1] - request_times[0]) / (len(request_times) - 1)] if len(request_times) > 1 else []
+    return request_times[0] - start, gaps
+
+
+def weights_of(model: Llama) -> tuple[int, int]:
+    """Bytes of weights that stand in memory, and how many of them a step reads.
+
+    A packed head leaves the table of a tied embedding beside it, for look-up: of that a step reads a few rows.
+    """
+    packed = sum(4 * each.weight.numel() for each in model.modules() if isinstance(each, kernels.PackedLinear))
+    held = packed + sum(parameter.nbytes for parameter in model.parameters())
+    table = model.model.embed_tokens.weight
+    return held, held if model.lm_head.weight is table else held - table.nbytes
+
+
+def one_by_one(model: Llama, load: Load, answer: Callable[[list[int], int, list[float]], list[int]]) -> Run:
+    """Lessons 2 to 4: one request after another. answer(prompt, length, times) notes when each token came."""
+    prompts, lengths = load.prompts[: load.sample], load.lengths[: load.sample]
+    start, tokens, first, gaps = time.perf_counter(), [], [], []
+    for prompt, length in zip(prompts, lengths):
+        times: list[float] = []
+        tokens.append(answer(prompt, length, times))
+        ttft, gap = stamped(times, start)
+        first.append(ttft)
+        gaps += gap
+    longest = max(len(prompt) + length for prompt, length in zip(load.prompts, load.lengths))
+    held = kv_cache.cache_bytes(model.config, longest, model.model.norm.weight.element_size())
+    return Run(time.perf_counter() - start, tokens, first, gaps, held, *weights_of(model))
+
+
+class Silent:
+    """A tokenizer without texts: detokenizing is not what is compared."""
+
+    eos_token_ids = frozenset()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"."
+
+
+class Assembled(Engine):
+    """What `InferenceEngine` puts together, around a model that is loaded already: many of them share one."""
+
+    def __init__(self, model: Llama, tokenizer, speculation: Speculation | None, **settings):
+        self.speculation = speculation
+        super().__init__(model, tokenizer, **settings)
+        if speculation is not None and speculation.draft is not None:
+            self.scheduler.num_lookahead_tokens = speculation.num_speculative_tokens
+
+    def build_executor(self) -> LocalExecutor:
+        layers = range(self.model.config.num_hidden_layers)
+        return LocalExecutor(InferenceEngine.build(self.config, "auto", self.speculation, self.model, layers))
+
+
+def greedy(length: int) -> SamplingParams:
+    return SamplingParams(max_tokens=length, ignore_eos=True)
+
+
+def ways_of(model: Llama, packed: Llama, quantized: dict[str, Llama], theirs, llama_cpp) -> dict[str, Callable]:
+    """Every rung, by its name: a function from a load to a run. theirs, llama_cpp: None where they are not there."""
+
+    def timed(generate: Callable) -> Callable[[list[int], int, list[float]], list[int]]:
+        def answer(prompt: list[int], length: int, times: list[float]) -> list[int]:
+            return generate(prompt, greedy(length), lambda piece: times.append(time.perf_counter())).token_ids
+
+        return answer
+
+    def recompute(load: Load) -> Run:
+        return one_by_one(
+            model,
+            load,
+            timed(lambda prompt, params, show: llama_pytorch.generate(model, Silent(), prompt, params, show)),
+        )
+
+    def cache(load: Load) -> Run:
+        return one_by_one(
+            model, load, timed(lambda prompt, params, show: kv_cache.generate(model, Silent(), prompt, params, show))
+        )
+
+    def paged(load: Load) -> Run:
+        longest = max(len(prompt) + length for prompt, length in zip(load.prompts, load.lengths))
+        num_blocks = longest // 16 + 1
+        blocks = paged_attention.PagedKVCache(model, num_blocks, 16)
+        manager = paged_attention.KVCacheManager(num_blocks, 16, enable_prefix_caching=False)
+        return one_by_one(
+            model,
+            load,
+            timed(
+                lambda prompt, params, show: paged_attention.generate(
+                    model, Silent(), prompt, params, blocks, manager, show
+                )
+            ),
+        )
+
+    def engine(own: Llama, choice: str, speculation: Speculation | None = None) -> Callable[[Load], Run]:
+        def run(load: Load) -> Run:
+            os.environ["KERNELS"] = choice
+            slots = sum(len(prompt) + length for prompt, length in zip(load.prompts, load.lengths))
+            settings = dict(num_blocks=slots // 16 + 2 * len(load.prompts), enable_prefix_caching=False)
+            settings |= dict(max_num_seqs=len(load.prompts), max_num_batched_tokens=256)
+            with Assembled(own, Silent(), speculation, **settings) as serving:
+                return serve(serving, load.prompts, [greedy(length) for length in load.lengths])
+
+        return run
+
+    def rival(serve: Callable[..., rivals.Served]) -> Callable[[Load], Run]:
+        def run(load: Load) -> Run:
+            served = serve(load.prompts, load.lengths)
+            stamps = [stamped(times, served.start) for times in served.times]
+            return Run(
+                max(times[-1] for times in served.times) - served.start,
+                served.token_ids,
+                [first for first, _ in stamps],
+                [gap for _, gaps in stamps for gap in gaps],
+                kv_cache.cache_bytes(model.config, served.held_slots, model.model.norm.weight.element_size()),
+                *weights_of(model),
+            )
+
+        return run
+
+    ways = {"recompute": recompute, "cache": cache, "paged": paged, "engine": engine(model, "plain")}
+    ways["engine, kernels"] = engine(packed, "fast")
+    ways |= {name: engine(own, "fast") for name, own in quantized.items()}
+    ways["speculation"] = engine(packed, "fast", Speculation())
+    if theirs is not None:
+        ways["transformers"] = rival(lambda *load: rivals.generate_padded(theirs, *load))
+        ways["transformers, continuous"] = rival(lambda *load: rivals.serve_continuously(theirs, *load))
+    if llama_cpp is not None:
+        ways["llama.cpp"] = rival(llama_cpp.serve)
+    return ways
+
+
+def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> Run:
+    """Let an engine answer all of these, and take the time."""
+    start, peak = time.perf_counter(), 0
+    for prompt, own in zip(prompts, params):
+        serving.add_request(prompt, own)
+    outputs = [reader.output for reader in serving.readers.values()]
+    while serving.has_unfinished_requests:
+        serving.step()
+        peak = max(peak, len(serving.manager.pool.blocks) - serving.manager.pool.num_free_blocks)
+    seconds = time.perf_counter() - start
+    if failed := [output.error for output in outputs if output.error]:
+        raise RuntimeError(f"{len(failed)} of {len(outputs)} requests failed; the first: {failed[0]}")
+    metrics, totals = [output.metrics for output in outputs], serving.metrics()
+    more = {"slots_per_token": totals.slots_per_token, "num_steps": totals.num_steps}
+    if totals.num_draft_tokens:
+        more |= {"num_guesses": totals.num_draft_tokens, "acceptance_rate": totals.acceptance_rate}
+    slots, size = peak * serving.config.block_size, serving.model.model.norm.weight.element_size()
+    return Run(
+        seconds,
+        [output.token_ids for output in outputs],
+        [each.time_to_first_token for each in metrics],
+        [each.time_per_output_token for each in metrics if each.time_per_output_token is not None],
+        kv_cache.cache_bytes(serving.model.config, slots, size),
+        *weights_of(serving.model),
+        more,
+    )
+
+
+def check_same(model: Llama, load: Load, expected: list[list[int]], tokens: list[list[int]], way: str) -> int:
+    """How many answers go another way at a near-tie. Raises AssertionError where they differ and it was none."""
+    ties, limit = 0, NEAR_TIE[model.model.norm.weight.dtype] * ROUGHER.get(way, 1)
+    for prompt, wanted, got in zip(load.prompts, expected, tokens):
+        shared = min(len(wanted), len(got))
+        if wanted[:shared] == got[:shared]:
+            continue
+        place = next(i for i, (a, b) in enumerate(zip(wanted, got)) if a != b)
+        with torch.inference_mode():
+            best = llama_pytorch.recompute(model, prompt + wanted[:place]).topk(2).values
+        gap = float(best[0] - best[1])
+        assert gap < limit, f"{load.name}, {way}: token {place} differs, and the likeliest two are {gap:.4f} apart"
+        ties += 1
+    return ties
+
+
+def loads(vocab_size: int, quick: bool) -> list[tuple[Load, list[str], int]]:
+    """(load, the ways that it is given to, rounds). Prompts are random tokens, the same at every run."""
+    rng = random.Random(0)
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(100, vocab_size) for _ in range(length)]
+
+    others = ["transformers", "transformers, continuous", "llama.cpp"]
+    serving = ["engine", "engine, kernels", "INT8", "INT4", "speculation", *others]
+    every = ["recompute", "cache", "paged", *serving]
+    if quick:
+        mixed = [rng.randint(4, 12) for _ in range(8)]
+        return [
+            (Load("recompute", [prompt(12)], [3]), ["recompute", "engine"], 1),
+            (Load("one stream", [prompt(12)], [6]), every[1:], 1),
+            (Load("4 equal streams", [prompt(8) for _ in range(4)], [5] * 4), serving, 1),
+            (Load("4 mixed requests", [prompt(n) for n in mixed[:4]], mixed[4:], sample=1), every, 1),
+        ]
+    sizes = [(rng.randint(16, LONGEST), rng.randint(16, LONGEST)) for _ in range(32)]
+    return [
+        (Load("recompute", [prompt(64)], [24]), ["recompute", "engine, kernels"], 3),
+        (Load("one stream", [prompt(64)], [64]), every[1:], 3),
+        (Load("8 equal streams", [prompt(64) for _ in range(8)], [64] * 8), serving, 3),
+        (Load("32 mixed requests", [prompt(p) for p, _ in sizes], [o for _, o in sizes], sample=1), every, 2),
+    ]
+
+
+LONGEST = 64
+"""The longest prompt and the longest answer of the mixed requests; the shortest have 16 tokens."""
+
+
+def measure_ladder(name: str, quick: bool) -> dict:
+    """Climb it, beside whatever else is installed that can serve the same checkpoint."""
+    from common.bench.cli import load_transformers, read_bandwidth
+    from common.checkpoints import find_checkpoint
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    bandwidth = read_bandwidth(*(16, 3) if quick else (1024, 9), device=device)
+    print(f"reads {bandwidth:.1f} GB/s", flush=True)
+    model, _ = load(name, dtype, device)
+    packed, _ = load(name, dtype, device)
+    kernels.pack(packed)
+    kinds = {"INT8": Quantization("int8"), "INT4": Quantization("int4")}
+    skipped: dict[str, str] = {}
+    before = os.environ.get("KERNELS")
+    results = []
+    try:
+        os.environ["KERNELS"] = "fast"  # whoever loads packs
+        quantized = {each: load_quantized(name, kind, dtype, device)[0] for each, kind in kinds.items()}
+        theirs = load_transformers(find_checkpoint(name), dtype, device)
+        if theirs is None:
+            skipped |= dict.fromkeys(("transformers", "transformers, continuous"), "transformers is not installed")
+        else:
+            theirs.generation_config.eos_token_id = None
+            theirs.generation_config.pad_token_id = 0
+        llama_cpp = None
+        try:
+            if device != "cpu":
+                raise rivals.Unable("its weights are float32 and on the CPU, the others' are not")
+            llama_cpp = rivals.LlamaCpp(rivals.float32_gguf(find_checkpoint(name)), torch.get_num_threads())
+        except rivals.Unable as error:
+            skipped["llama.cpp"] = str(error)
+        ways = ways_of(model, packed, quantized, theirs, llama_cpp)
+        for each, names, rounds in loads(model.config.vocab_size, quick):
+            chosen = {way: ways[way] for way in names if way in ways and way not in skipped}
+            results.append(climb(model, each, chosen, rounds, skipped))
+        if llama_cpp is not None:
+            llama_cpp.close()
+    finally:
+        os.environ.pop("KERNELS") if before is None else os.environ.update(KERNELS=before)
+    for way, reason in skipped.items():
+        print(f"{way}: not measured: {reason}")
+    show(results)
+    return {
+        "model": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "read_gb_per_s": bandwidth,
+        "skipped": skipped,
+        "loads": results,
+    }
+
+
+def climb(model: Llama, load: Load, ways: dict[str, Callable], rounds: int, skipped: dict[str, str]) -> dict:
+    """Measure one load: a short warm-up of each way, then rounds in which the order varies.
+
+    A way that is `Unable` is left out from then on, and the reason is noted in `skipped`.
+    """
+    rng = random.Random(1)
+    short = replace(load, prompts=[prompt[:8] for prompt in load.prompts], lengths=[2] * len(load.prompts), sample=1)
+    runs: dict[str, list[Run]] = {way: [] for way in ways}
+    expected: list[list[int]] | None = None
+    ties = dict.fromkeys(ways, 0)
+    start = time.perf_counter()
+
+    def attempt(way: str, load: Load) -> Run | None:
+        os.environ["KERNELS"] = "plain"
+        try:
+            return ways[way](load)
+        except rivals.Unable as error:
+            skipped[way] = str(error)
+            runs.pop(way)
+            return None
+        finally:
+            os.environ["KERNELS"] = "plain"
+
+    for way in ways:
+        attempt(way, short)
+    for number in range(rounds):
+        for way in rng.sample(list(runs), len(runs)):
+            done = attempt(way, load)
+            if done is None:
+                continue
+            runs[way].append(done)
+            passed = time.perf_counter() - start
+            print(
+                f"{load.name}, round {number + 1} of {rounds}, {way}: {done.tokens_per_second:.1f} tokens/s "
+                f"[{passed:.0f} s]",
+                flush=True,
+            )
+            if number == 0 and way not in OTHER_WEIGHTS:
+                if expected is None or len(done.tokens) > len(expected):
+                    # The first to answer all requests is what the others are compared with.
+                    expected, earlier = done.tokens, expected
+                    ties[way] = check_same(model, load, expected, earlier or [], way)
+                else:
+                    ties[way] = check_same(model, load, expected, done.tokens, way)
+    return {
+        "name": load.name,
+        "num_requests": len(load.prompts),
+        "num_prompt_tokens": sum(map(len, load.prompts)),
+        "num_output_tokens": load.num_tokens,
+        "num_rounds": rounds,
+        "ways": {way: row(load, done, ties[way]) for way, done in runs.items()},
+    }
+
+
+def row(load: Load, done: list[Run], ties: int) -> dict:
+    """What is told of one way's runs."""
+    first, gap = (
+        statistics.median(statistics.mean(times) for times in all_times)
+        for all_times in ([each.first_token for each in done], [each.per_token or [0.0] for each in done])
+    )
+    is_sample = len(done[0].tokens) < len(load.prompts)
+    told = {
+        "tokens_per_second": statistics.median(each.tokens_per_second for each in done),
+        "rounds": [each.tokens_per_second for each in done],
+        # Of requests that wait for others the first of a sample know nothing.
+        "time_to_first_token": None if is_sample else first,
+        "time_per_output_token": gap,
+        "cache_bytes": done[0].cache_bytes,
+        "weight_bytes": done[0].weight_bytes,
+        "near_ties": ties,
+        **done[0].more,
+    }
+    if is_sample:
+        told["num_requests_answered"] = len(done[0].tokens)
+    if len(load.prompts) == 1 and load.num_tokens > 1:
+        # After the prompt, which is one step: all weights are read once a step.
+        num_steps = done[0].more.get("num_steps", load.num_tokens) - 1
+        told["read_gb_per_s"] = done[0].read_bytes * num_steps / (gap * (load.num_tokens - 1)) / 1e9
+    return told
+
+
+def show(results: list[dict]) -> None:
+    """The ladder as a table; ratios are to transformers, where it was measured."""
+    table = Table(box=None, header_style="dim", padding=(0, 1))
+    for column in ("", "tokens/s", "x", "first token", "a token", "GB/s", "weights", "cache", "guesses right"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for result in results:
+        table.add_row(f"[bold]{result['name']}[/]")
+        theirs = result["ways"].get("transformers")
+        for way, told in result["ways"].items():
+            first, rate = told["time_to_first_token"], told.get("acceptance_rate")
+            table.add_row(
+                "  " + way,
+                f"{told['tokens_per_second']:.1f}",
+                f"{told['tokens_per_second'] / theirs['tokens_per_second']:.2f}" if theirs else "",
+                "" if first is None else f"{first * 1e3:.0f} ms",
+                f"{told['time_per_output_token'] * 1e3:.1f} ms",
+                f"{told['read_gb_per_s']:.1f}" if "read_gb_per_s" in told else "",
+                f"{told['weight_bytes'] / 1e6:.0f} MB",
+                f"{told['cache_bytes'] / 2**20:.1f} MiB",
+                "" if rate is None else f"{rate:.0%}",
+            )
+    Console(width=120).print(table)

@@ -1,0 +1,292 @@
+"""Other engines on the same weights, for the ladder: transformers' two ways of serving, and llama.cpp.
+
+A comparison is of engines only if the weights are the same: the same numbers in the same precision, the same threads,
+caches of keys and values in the model's own dtype. llama.cpp reads GGUF, and the file that SmolLM2 came in holds 4-bit
+numbers; so the converted checkpoint is written back, as GGUF in float32, and kept in the cache. What each engine says
+is compared token for token with the others, so a weight in the wrong place would be found.
+
+Each class here takes requests that are all there at once and returns `Served`. Where one cannot run, it raises
+`Unable`, whose text is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.checkpoints import Checkpoint, cache_folder
+from common.checkpoints.folder import _prepare
+from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
+from solutions.llama_pytorch import parse_config
+
+GGUF_VERSION = 1  # part of the cached folders' names: raise it when what is written changes
+
+
+class Unable(RuntimeError):
+    """An engine cannot run here; the text says why."""
+
+
+@dataclass
+class Served:
+    """What came of some requests."""
+
+    token_ids: list[list[int]]
+    times: list[list[float]]  # of each request: when each of its tokens was there, by `time.perf_counter`
+    num_steps: int  # passes over the weights
+    held_slots: int  # of keys and values, each as large as a token's
+    start: float  # when it was ready to begin: making room for keys and values is not counted, for none of them
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# transformers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Stamp:
+    """Notes when logits are there: `generate` takes it for a processor of logits."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def __call__(self, input_ids, scores):
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def generate_padded(theirs, prompts: list[list[int]], lengths: list[int]) -> Served:
+    """transformers' `generate`: one batch, its prompts padded to the longest, its answers too."""
+    longest, steps = max(map(len, prompts)), max(lengths)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=theirs.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=theirs.device)
+    stamp, start = Stamp(), time.perf_counter()
+    generated = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, logits_processor=[stamp]
+    )
+    rows = generated[:, longest:].tolist()
+    return Served(
+        [row[:length] for row, length in zip(rows, lengths)],
+        [stamp.times[:length] for length in lengths],
+        steps,
+        len(prompts) * (longest + steps),
+        start,
+    )
+
+
+def serve_continuously(theirs, prompts: list[list[int]], lengths: list[int], block_size: int = 16) -> Served:
+    """transformers' continuous batching: its own scheduler and paged cache, in a thread of its own.
+
+    It gets the budget of tokens a step that ours has. Without a GPU's kernels it computes attention as one row of all
+    requests' tokens over all their keys, with a mask, so that most of what it computes is masked. Raises `Unable` if
+    this transformers cannot serve so here.
+    """
+    try:
+        from transformers.generation import ContinuousBatchingConfig, GenerationConfig
+    except ImportError as error:
+        raise Unable(f"this transformers is older than its ContinuousBatchingConfig ({error})") from error
+    # Blocks for all of it, plus one a request. Left to itself it takes most of the machine's memory for its cache.
+    num_blocks = sum(-(-(len(prompt) + length) // block_size) + 1 for prompt, length in zip(prompts, lengths))
+    config = ContinuousBatchingConfig(
+        block_size=block_size, num_blocks=num_blocks, max_batch_tokens=256, allow_block_sharing=False
+    )
+    generation = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=0)
+    attention = theirs.config._attn_implementation
+    try:
+        manager = theirs.init_continuous_batching(generation, continuous_batching_config=config)
+        manager.warmup()  # makes its cache
+        manager.start()
+        start = time.perf_counter()
+        try:
+            names = [
+                manager.add_request(prompt, max_new_tokens=length, record_timestamps=True, eos_token_id=-1)
+                for prompt, length in zip(prompts, lengths)
+            ]
+            results: dict = {}
+            while len(results) < len(names):
+                result = manager.get_result(timeout=1)
+                if result is None:
+                    if not manager.is_running():
+                        raise Unable("its thread ended before the requests did")
+                    continue
+                if result.error:
+                    raise Unable(f"a request failed: {result.error}")
+                if result.is_finished():
+                    results[result.request_id] = result
+            num_steps = getattr(manager, "current_batch", 0)
+        finally:
+            manager.stop(block=True)
+    except Unable:
+        raise
+    except Exception as error:  # whatever does not suit it: this machine, this torch, this model
+        raise Unable(f"{type(error).__name__}: {error}") from error
+    finally:
+        theirs.set_attn_implementation(attention)  # or `generate` would meet the paged kind, and no cache for it
+    answers = [results[name] for name in names]
+    return Served(
+        [list(each.generated_tokens) for each in answers],
+        [list(each.timestamps) for each in answers],
+        num_steps,
+        num_blocks * block_size,
+        start,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# llama.cpp
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def float32_gguf(folder: Path) -> Path:
+    """A checkpoint folder of a Llama as one GGUF file in float32, made once and kept in the cache."""
+    files = sorted(folder.glob("*.safetensors"))
+    state = "-".join(f"{file.stat().st_size:x}-{file.stat().st_mtime_ns:x}" for file in files[:1])
+    kept = cache_folder() / f"{folder.name}-{state}-gguf-v{GGUF_VERSION}"
+    return _prepare(kept, lambda partial: write_gguf(folder, partial / "model.gguf")) / "model.gguf"
+
+
+def write_gguf(folder: Path, path: Path) -> None:
+    """The inverse of `common/checkpoints/gguf.py`, for the llama family, in float32 and without a vocabulary.
+
+    Rows of q and k are permuted as llama.cpp's rotation wants them: neighbouring pairs, ours are half a head apart.
+    """
+    import gguf
+    import numpy
+
+    checkpoint = Checkpoint(folder)
+    config = parse_config(checkpoint.config)
+    if checkpoint.config["model_type"] != "llama" or config.rope_scaling:
+        raise Unable(f"{folder.name}: only a plain Llama is written as GGUF here")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(folder.name)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_model("no_vocab")  # it is given token ids, and asked for logits
+    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    layer_names = {new: old for old, new in LAYER_NAMES.items()}
+    other_names = {new: old for old, new in OTHER_NAMES.items()}
+    for name in checkpoint.names():
+        stem, _, kind = name.rpartition(".")
+        values = checkpoint.read(name).float().numpy()
+        if stem in other_names:
+            if stem == "lm_head" and config.tie_word_embeddings:
+                continue
+            writer.add_tensor(f"{other_names[stem]}.{kind}", values)
+            continue
+        _, _, number, part = stem.split(".", 3)  # model.layers.7.self_attn.q_proj
+        if part in heads:
+            # (heads, 2, pair, ...) -> (heads, pair, 2, ...): from halves to neighbours.
+            values = values.reshape(heads[part], 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(f"blk.{number}.{layer_names[part]}.{kind}", numpy.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class LlamaCpp:
+    """llama.cpp with a GGUF file, through llama-cpp-python's bindings to its C interface.
+
+    Its own convenience class serves one text at a time and copies all logits; this asks for what serving needs: several
+    sequences in one batch, each with its own keys and values, and the row of logits behind the last token of each.
+    """
+
+    UBATCH = 512  # its default: so many tokens are computed at once
+
+    def __init__(self, path: Path, num_threads: int):
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise Unable("llama-cpp-python is not installed")
+        import llama_cpp
+
+        self.library, self.num_threads = llama_cpp, num_threads
+        self.silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C holds a pointer to it
+        llama_cpp.llama_log_set(self.silent, None)
+        llama_cpp.llama_backend_init()
+        settings = llama_cpp.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
+        if not self.model:
+            raise Unable(f"llama.cpp could not load {path}")
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def close(self) -> None:
+        self.library.llama_model_free(self.model)
+
+    def serve(self, prompts: list[list[int]], lengths: list[int]) -> Served:
+        """Prompts first, as many as fit into a batch; then a token of each request that goes on, step by step."""
+        llama = self.library
+        settings = llama.llama_context_default_params()
+        room = max(len(prompt) + length for prompt, length in zip(prompts, lengths))
+        settings.n_seq_max = len(prompts)
+        settings.n_ctx = len(prompts) * -(-room // 256) * 256  # it rounds up to this by itself
+        settings.n_batch = settings.n_ubatch = self.UBATCH
+        settings.n_threads = settings.n_threads_batch = self.num_threads
+        settings.type_k = settings.type_v = llama.GGML_TYPE_F32  # its default is float16
+        with contextlib.ExitStack() as stack:
+            context = llama.llama_init_from_model(self.model, settings)
+            if not context:
+                raise Unable("llama.cpp could not make a context")
+            stack.callback(llama.llama_free, context)
+            batch = llama.llama_batch_init(self.UBATCH, 0, 1)
+            stack.callback(llama.llama_batch_free, batch)
+            answers: list[list[int]] = [[] for _ in prompts]
+            times: list[list[float]] = [[] for _ in prompts]
+            num_steps, first, start = 0, 0, time.perf_counter()
+            while first < len(prompts):
+                last, room = first, self.UBATCH
+                while last < len(prompts) and len(prompts[last]) <= room:
+                    room -= len(prompts[last])
+                    last += 1
+                if last == first:
+                    raise Unable(f"a prompt of {len(prompts[first])} tokens, and {self.UBATCH} are computed at once")
+                work = [(i, 0, prompts[i]) for i in range(first, last)]
+                self.step(context, batch, work, answers, times)
+                num_steps, first = num_steps + 1, last
+            while going := [i for i, answer in enumerate(answers) if len(answer) < lengths[i]]:
+                work = [(i, len(prompts[i]) + len(answers[i]) - 1, answers[i][-1:]) for i in going]
+                self.step(context, batch, work, answers, times)
+                num_steps += 1
+            return Served(answers, times, num_steps, llama.llama_n_ctx(context), start)
+
+    def step(self, context, batch, work: list[tuple[int, int, list[int]]], answers, times) -> None:
+        """Compute tokens of some sequences, and choose the likeliest next one of each.
+
+        work: for each, which sequence, from which position on, and its tokens.
+        """
+        import numpy
+
+        rows, n = [], 0
+        for sequence, start, token_ids in work:
+            for i, token_id in enumerate(token_ids):
+                batch.token[n], batch.pos[n] = token_id, start + i
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
+                batch.logits[n] = i == len(token_ids) - 1
+                n += 1
+            rows.append(n - 1)
+        batch.n_tokens = n
+        if self.library.llama_decode(context, batch) != 0:
+            raise Unable("llama.cpp could not compute a batch")
+        for (sequence, _, _), row in zip(work, rows):
+            pointer = self.library.llama_get_logits_ith(context, row)
+            logits = numpy.ctypeslib.as_array(pointer, shape=(self.vocab_size,))
+            answers[sequence].append(int(logits.argmax()))
+        now = time.perf_counter()
+        for sequence, _, _ in work:
+            times[sequence].append(now)

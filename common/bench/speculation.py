@@ -1,0 +1,288 @@
+"""What speculation gives: the same requests with and without it, where a text repeats itself and where it does not.
+
+Each way is a new engine around the same packed model, so what it knows of a text it has learnt from this text. Rounds
+are interleaved and the order of ways varies. What is told is the ratio to no speculation in the same round, and of
+those ratios the median: a machine that drifts does so for both of a pair.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from common import kernels
+from common.bench.ladder import Assembled, Load, Run, check_same, serve
+from common.checkpoints import find_checkpoint
+from solutions.engine import Speculation
+from solutions.llama_pytorch import Llama, SamplingParams, load
+from solutions.speculative import propose_ngram
+
+NOTICE = (
+    "The library opens at nine in the morning and closes at six in the evening. On Saturdays it closes at two in the "
+    "afternoon. Visitors may borrow five books for three weeks. Late books cost ten cents a day. The reading room on "
+    "the second floor is quiet. The library is closed on Sundays and on the first Monday of each month."
+)
+BOAT = (
+    "Mia had a small red boat. Every morning she carried it to the lake and let it sail to the other side. One day the "
+    "wind was strong, and the boat did not come back. Mia walked around the lake until she found it between the reeds. "
+    "It was wet and one sail was torn, but she did not mind. She took it home, dried it by the fire, and sewed the "
+    "sail with a blue thread."
+)
+ORDERS = """def summarize(orders):
+    total = 0
+    count = 0
+    largest = None
+    for order in orders:
+        if order.cancelled:
+            continue
+        total += order.price * order.quantity
+        count += 1
+        if largest is None or order.price > largest.price:
+            largest = order
+    average = total / count if count else 0
+    return {"total": total, "count": count, "average": average, "largest": largest}
+"""
+CHATS = {  # name: (whether the answer repeats its prompt, the turns: the user's, the assistant's, the user's, ...)
+    "quotation": (
+        True,
+        ["Copy the sentences about opening hours and books from this text, word for word.\n\n" + NOTICE],
+    ),
+    "rewrite": (
+        True,
+        [
+            "Change the name Ben to Max: Ben has a dog. Ben likes the dog.",
+            "Max has a dog. Max likes the dog.",
+            "Change the name Mia to Tom: " + BOAT,
+        ],
+    ),
+    "code edit": (
+        True,
+        [
+            f"Add a print statement that shows the average, and write the whole function.\n\n```python\n{ORDERS}```",
+        ],
+    ),
+    "story": (False, ["Write a short story about a lighthouse keeper who finds a message in a bottle."]),
+    "question": (False, ["Why is the sky blue during the day and red in the evening?"]),
+    "advice": (False, ["Give me some advice on how to learn to play the piano."]),
+}
+"""Prompts to which SmolLM2 answers as their names say: it is too small to change much of what it is to change."""
+
+BEGINNINGS = [  # as in what it was trained on: a title, an empty line, a story
+    "The Red Kite\n\nOnce there was a",
+    "A Very Long Night\n\nOne hot summer afternoon,",
+    "The Letter\n\nDo you know",
+    "A Day at the Harbour\n\nNobody in the village knew",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests that are all there at the start, and how they are answered."""
+
+    name: str
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    is_repetitive: bool | None = None  # whether the answers repeat their prompts; None: not chosen so
+    fixed: tuple[int, ...] = ()  # numbers of guesses that are also measured unadapted
+    rounds: int = 3
+
+
+def encode_chat(tokenizer, turns: list[str]) -> list[int]:
+    """A conversation as the model was trained on it; without a template, its last turn."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(turns[-1])[:64]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+
+def chat_cases(tokenizer, quick: bool) -> list[Case]:
+    """One stream of each kind; then eight and 32 that repeat their prompts, and as many that do not."""
+    num_tokens = 8 if quick else 64
+    prompts = {name: encode_chat(tokenizer, turns) for name, (_, turns) in CHATS.items()}
+    params = SamplingParams(max_tokens=num_tokens)
+    chosen = ("rewrite", "story") if quick else ("quotation", "rewrite", "code edit", "story", "question")
+    fixed = (2,) if quick else (2, 4, 8)
+    cases = [Case(name, [prompts[name]], [params], CHATS[name][0], fixed, 1 if quick else 3) for name in chosen]
+    for num_streams in (2,) if quick else (8, 32):
+        for is_repetitive in (True, False):
+            kinds = [prompts[name] for name, (repeats, _) in CHATS.items() if repeats is is_repetitive]
+            several = [kinds[i % len(kinds)] for i in range(num_streams)]
+            name = "all three that repeat" if is_repetitive else "all three that do not"
+            each = SamplingParams(max_tokens=num_tokens if num_streams < 32 else num_tokens // 2)
+            rounds = 1 if quick else 3 if num_streams < 32 else 2
+            cases.append(Case(name, several, [each] * num_streams, is_repetitive, (), rounds))
+    return cases
+
+
+def tale_cases(tokenizer, quick: bool) -> list[Case]:
+    """Beginnings of stories, for one, eight and 32 readers, greedy and drawn."""
+    num_tokens = 8 if quick else 96
+    prompts = [tokenizer.encode(text) for text in BEGINNINGS]
+    cases = []
+    for num_streams in (1, 2) if quick else (1, 8, 32):
+        for temperature in (0.0, 0.8):
+            several = [prompts[i % len(prompts)] for i in range(num_streams)]
+            params = [
+                SamplingParams(max_tokens=num_tokens, temperature=temperature, seed=i) for i in range(num_streams)
+            ]
+            fixed = () if num_streams > 1 else (2,) if quick else (2, 4, 8)
+            name = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+            cases.append(Case(name, several, params, None, fixed, 1 if quick else 5))
+    return cases
+
+
+def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
+    """Ratios, acceptance and tokens a step. draft: the draft model; None: n-grams of the text itself."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    before = os.environ.get("KERNELS")
+    os.environ["KERNELS"] = "fast"
+    try:
+        model, tokenizer = load(name, dtype, device)
+        kernels.pack(model)
+        folder = None if draft is None else str(find_checkpoint(draft))
+        plain, _ = load(name, dtype, device)  # for near-ties
+        cases = chat_cases(tokenizer, quick) if draft is None else tale_cases(tokenizer, quick)
+        rows = [measure_case(case, model, plain, tokenizer, folder) for case in cases]
+        repeats = 1 if quick else 7
+        row_seconds = measure_rows({"kernels": model, "plain": plain}, repeats)
+        lookup_seconds = measure_lookup(repeats)
+    finally:
+        os.environ.pop("KERNELS") if before is None else os.environ.update(KERNELS=before)
+    show(rows)
+    return {
+        "model": name,
+        "draft": draft,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "num_speculative_tokens": Speculation().num_speculative_tokens,
+        "row_seconds": row_seconds,
+        "lookup_seconds": lookup_seconds,
+        "cases": rows,
+    }
+
+
+@torch.inference_mode()
+def measure_rows(models: dict[str, Llama], repeats: int) -> dict[str, dict[int, float]]:
+    """Seconds that a pass over so many rows takes, without what attention takes: its keys are another matter."""
+    seconds: dict[str, dict[int, list[float]]] = {way: {n: [] for n in (1, 2, 5, 9, 17, 33)} for way in models}
+    for _ in range(repeats + 1):
+        for way, of_way in seconds.items():
+            for num_rows, taken in of_way.items():
+                model, positions = models[way], torch.arange(num_rows, device=models[way].model.norm.weight.device)
+                start = time.perf_counter()
+                hidden = model(positions + 10, positions, lambda layer, q, k, v: q)
+                float(model.logits(hidden).sum())  # waits until it is done, on a GPU too
+                taken.append(time.perf_counter() - start)
+    told = {way: {n: statistics.median(taken[1:]) for n, taken in of_way.items()} for way, of_way in seconds.items()}
+    for way, each in told.items():
+        print(f"{way}, milliseconds by rows: " + ", ".join(f"{n}: {taken * 1e3:.1f}" for n, taken in each.items()))
+    return told
+
+
+def measure_lookup(repeats: int) -> dict[int, float]:
+    """Seconds that a lookup takes in a text of so many tokens whose end has not been there before."""
+    rng, told = random.Random(0), {}
+    for length in (1000, 4000):
+        text, taken = [rng.randrange(50_000) for _ in range(length)], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            propose_ngram(text, 8)
+            taken.append(time.perf_counter() - start)
+        told[length] = statistics.median(taken)
+    return told
+
+
+def measure_case(case: Case, model: Llama, plain: Llama, tokenizer, draft: str | None) -> dict:
+    """Each way a short warm-up, then rounds in which the order varies."""
+    ways: dict[str, Speculation | None] = {"none": None, "adaptive": Speculation(draft)}
+    ways |= {f"k={k}": Speculation(draft, k, is_adaptive=False) for k in case.fixed}
+    is_greedy = all(each.temperature == 0 for each in case.params)
+    runs: dict[str, list[Run]] = {way: [] for way in ways}
+    ties = dict.fromkeys(ways, 0)
+    rng = random.Random(1)
+    start = time.perf_counter()
+    for speculation in ways.values():
+        answer(model, tokenizer, speculation, case.prompts[:1], [SamplingParams(max_tokens=4)])
+    for number in range(case.rounds):
+        for way in rng.sample(list(ways), len(ways)):
+            runs[way].append(answer(model, tokenizer, ways[way], case.prompts, case.params))
+            speed, passed = runs[way][-1].tokens_per_second, time.perf_counter() - start
+            print(
+                f"{len(case.prompts)} x {case.name}, round {number + 1} of {case.rounds}, {way}: {speed:.1f} tokens/s "
+                f"[{passed:.0f} s]",
+                flush=True,
+            )
+    if is_greedy:
+        wanted = Load(case.name, case.prompts, [each.max_tokens for each in case.params])
+        os.environ["KERNELS"] = "plain"
+        for way in ways:
+            ties[way] = check_same(plain, wanted, runs["none"][0].tokens, runs[way][0].tokens, way)
+        os.environ["KERNELS"] = "fast"
+    return {
+        "name": case.name,
+        "is_repetitive": case.is_repetitive,
+        "num_streams": len(case.prompts),
+        "temperature": case.params[0].temperature,
+        "num_rounds": case.rounds,
+        "num_prompt_tokens": sum(map(len, case.prompts)),
+        "num_output_tokens": sum(map(len, runs["none"][0].tokens)),
+        "answer": tokenizer.decode(runs["none"][0].tokens[0]),
+        "ways": {way: row(runs[way], runs["none"], ties[way]) for way in ways},
+    }
+
+
+def answer(model: Llama, tokenizer, speculation: Speculation | None, prompts, params) -> Run:
+    """Let a new engine answer. Streams with the same prompt share its blocks, so that reading them counts little."""
+    slots = sum(len(prompt) + each.max_tokens for prompt, each in zip(prompts, params))
+    settings = dict(num_blocks=slots // 16 + 3 * len(prompts), max_num_seqs=len(prompts), max_num_batched_tokens=256)
+    with Assembled(model, tokenizer, speculation, **settings) as serving:
+        return serve(serving, prompts, params)
+
+
+def row(done: list[Run], without: list[Run], ties: int) -> dict:
+    """What is told of one way's runs. without: those of no speculation, round for round."""
+    ratios = [each.tokens_per_second / other.tokens_per_second for each, other in zip(done, without)]
+    num_tokens = sum(map(len, done[0].tokens))
+    num_guesses, rate = (done[0].more.get(key, 0) for key in ("num_guesses", "acceptance_rate"))
+    return {
+        "tokens_per_second": statistics.median(each.tokens_per_second for each in done),
+        "rounds": [each.tokens_per_second for each in done],
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "time_to_first_token": statistics.median(statistics.mean(each.first_token) for each in done),
+        "time_per_output_token": statistics.median(statistics.mean(each.per_token or [0.0]) for each in done),
+        "num_steps": done[0].more["num_steps"],
+        "num_guesses": num_guesses,
+        "acceptance_rate": rate if num_guesses else None,
+        # Each step brings a request one token, and what was guessed right.
+        "tokens_per_step": num_tokens / (num_tokens - round(rate * num_guesses)),
+        "near_ties": ties,
+    }
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(box=None, header_style="dim", padding=(0, 1))
+    for column in ("", "tokens/s", "x", "guesses", "right", "tokens/step", "near-ties"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for each in rows:
+        table.add_row(f"[bold]{each['num_streams']} x {each['name']}[/]")
+        for way, told in each["ways"].items():
+            rate = told["acceptance_rate"]
+            table.add_row(
+                "  " + way,
+                f"{told['tokens_per_second']:.1f}",
+                f"{told['ratio']:.2f}",
+                str(told["num_guesses"]),
+                "" if rate is None else f"{rate:.0%}",
+                f"{told['tokens_per_step']:.2f}",
+                str(told["near_ties"]),
+            )
+    Console(width=110).print(table)

@@ -1,0 +1,50 @@
+"""The lessons: which there are, where their files are, and which file `solutions.<slug>` stands for."""
+
+from common.course.exercises import to_do, unfinished
+from common.course.lessons import (
+    GAINS,
+    LESSONS,
+    MODULES,
+    ROOT,
+    WITHHELD,
+    CourseError,
+    Lesson,
+    first_line,
+    lesson,
+    modules_of,
+    shown,
+)
+from common.course.modules import (
+    MODULES_VARIABLE,
+    UnfinishedModule,
+    activate,
+    files_used,
+    install_finder,
+    parse_mine,
+    substitutes,
+    withheld,
+)
+
+__all__ = [
+    "GAINS",
+    "LESSONS",
+    "MODULES",
+    "MODULES_VARIABLE",
+    "ROOT",
+    "WITHHELD",
+    "CourseError",
+    "Lesson",
+    "UnfinishedModule",
+    "activate",
+    "files_used",
+    "first_line",
+    "install_finder",
+    "lesson",
+    "modules_of",
+    "parse_mine",
+    "shown",
+    "substitutes",
+    "to_do",
+    "unfinished",
+    "withheld",
+]

@@ -1,0 +1,118 @@
+"""The catalogue of answers that are not the reference: named wrong ones, and right ones in another style.
+
+    ANSWERS = [
+        wrong("1.4", "variance instead of mean square", ".pow(2).mean(-1", ".var(-1"),
+        right("1.4", "by the norm", "return x / x.norm(dim=-1, keepdim=True) * ..."),
+    ]
+
+A wrong answer is a plausible one: right type and shape, no crash. It serves twice: CI proves that the checks catch
+it, and a student who makes that very mistake is told its name. Where the exercise is to find a bug, `planted` is the
+bug: the skeleton shows the answer with that edit, and its name is not told.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import textwrap
+from dataclasses import dataclass
+from types import ModuleType
+
+from common.course import CourseError, Lesson, shown
+from common.course.exercises import Exercise
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to an exercise: the reference with an edit, or with another body."""
+
+    exercise: str
+    name: str
+    is_right: bool
+    old: str | None = None  # replaced by `new`; occurs exactly once in the reference's answer
+    new: str | None = None
+    body: str | None = None  # or: all of the answer
+    top: str = ""  # imports and helpers that the body needs, put above the first definition
+    recognised: bool = True  # whether the grader can tell this mistake by the value it gives
+    is_planted: bool = False  # the bug that the skeleton has and the student is to find
+
+
+def wrong(exercise: str, name: str, old: str, new: str, recognised: bool = True) -> Answer:
+    """A mistake, as an edit of the reference. name: what the student did, as in 'this is what you get with <name>'."""
+    return Answer(exercise, name, False, old=old, new=new, recognised=recognised)
+
+
+def wrong_body(exercise: str, name: str, body: str, top: str = "", recognised: bool = True) -> Answer:
+    """A mistake that is no small edit."""
+    return Answer(exercise, name, False, body=body, top=top, recognised=recognised)
+
+
+def planted(exercise: str, name: str, old: str, new: str) -> Answer:
+    """The bug to be found, as an edit of the reference; one for an exercise."""
+    return Answer(exercise, name, False, old=old, new=new, recognised=False, is_planted=True)
+
+
+def right(exercise: str, name: str, body: str, top: str = "") -> Answer:
+    """Another right answer. name: how it differs from the reference's."""
+    return Answer(exercise, name, True, body=body, top=top)
+
+
+def load_catalogue(lesson: Lesson) -> ModuleType | None:
+    """The lesson's catalogue, if it has one."""
+    if not lesson.answers.exists():
+        return None
+    spec = importlib.util.spec_from_file_location(f"answers_{lesson.slug}", lesson.answers)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_answers(lesson: Lesson) -> list[Answer]:
+    """The lesson's answers; none if it has no catalogue."""
+    return getattr(load_catalogue(lesson), "ANSWERS", [])
+
+
+def equivalent(exercise: str, reason: str, *changes: str) -> dict[tuple[str, str], str]:
+    """Mutants, as `make mutate` names their changes, that do what the reference does, and why."""
+    return {(exercise, change): reason for change in changes}
+
+
+def load_equivalents(lesson: Lesson) -> dict[tuple[str, str], str]:
+    """By (exercise, change), why it changes nothing: the catalogue's `EQUIVALENT`, a list of `equivalent(...)`."""
+    return {key: why for group in getattr(load_catalogue(lesson), "EQUIVALENT", []) for key, why in group.items()}
+
+
+def planted_answers(lesson: Lesson) -> dict[str, Answer]:
+    """The bugs to be found, by the id of their exercise."""
+    return {answer.exercise: answer for answer in load_answers(lesson) if answer.is_planted}
+
+
+def edited_body(answer: Answer, source: str, exercise: Exercise) -> str:
+    """The reference's answer with this edit. Raises CourseError if the edit does not fit."""
+    own = "\n".join(source.splitlines()[exercise.first_answer_line - 1 : exercise.last_line])
+    if (count := own.count(answer.old)) != 1:
+        raise CourseError(
+            f"answer {answer.name!r} of {answer.exercise}: {answer.old!r} occurs {count} times in the reference's "
+            "answer, and must occur once."
+        )
+    return own.replace(answer.old, answer.new)
+
+
+def apply(answer: Answer, source: str, exercise: Exercise) -> str:
+    """The reference's source with this answer in place of its own. Raises CourseError if an edit does not fit."""
+    if answer.body is None:
+        body = edited_body(answer, source, exercise)
+    else:
+        body = textwrap.indent(textwrap.dedent(answer.body).strip("\n"), " " * exercise.indent)
+    lines = source.splitlines()
+    lines[exercise.first_answer_line - 1 : exercise.last_line] = body.splitlines()
+    if answer.top:
+        definitions = [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        first = definitions[0]
+        place = min([first.lineno, *(decorator.lineno for decorator in first.decorator_list)]) - 1
+        lines[place:place] = [*textwrap.dedent(answer.top).strip("\n").splitlines(), ""]
+    return "\n".join(lines) + "\n"
+
+
+def describe(answer: Answer, lesson: Lesson) -> str:
+    return f"{'right' if answer.is_right else 'wrong'} {answer.exercise} {answer.name!r} ({shown(lesson.answers)})"

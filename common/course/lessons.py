@@ -1,0 +1,131 @@
+"""Which lessons there are, and where their files lie. Imports nothing but the standard library."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHHELD = "# Withheld in this copy of the course: yours to write, in the lesson's own folder, not here.\n"
+"""The first line of a solution that `make release` has emptied."""
+
+
+class CourseError(Exception):
+    """Something that the person at the keyboard can mend; its text says what is wrong, where, and what to do."""
+
+
+@functools.cache
+def first_line(file: Path) -> str:
+    """The first line of a file, as it was when it was first asked for; empty if there is no file."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return lines.readline()
+    except FileNotFoundError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One lesson; its files are all named by the slug: `llm-basics` for the folder, `llm_basics` for the modules.
+
+    The last lesson has a second module, the assembly: the same lesson with `part` set, which is then the slug of its
+    module, checks and answers. Text, hints and notebook are the lesson's.
+    """
+
+    number: int
+    name: str
+    title: str
+    hours: int
+    part: str = ""
+
+    @property
+    def slug(self) -> str:
+        return self.part or self.name.replace("-", "_")
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / f"lesson-{self.number}-{self.name}"
+
+    @property
+    def module(self) -> Path:
+        """The skeleton, which the student fills in."""
+        return self.folder / f"{self.slug}.py"
+
+    @property
+    def solution(self) -> Path:
+        return ROOT / "solutions" / f"{self.slug}.py"
+
+    @property
+    def is_withheld(self) -> bool:
+        """Whether this copy of the course came without the solution: see common/instructor/release.py."""
+        return first_line(self.solution) == WITHHELD
+
+    @property
+    def checks(self) -> Path:
+        return self.folder / f"test_{self.slug}.py"
+
+    @property
+    def answers(self) -> Path:
+        """The catalogue of named wrong answers and other right ones."""
+        return ROOT / "solutions" / "tests" / "answers" / f"{self.slug}.py"
+
+    @property
+    def hints(self) -> Path:
+        return self.folder / "hints.md"
+
+    @property
+    def readme(self) -> Path:
+        return self.folder / "README.md"
+
+    @property
+    def notebook(self) -> Path:
+        return self.folder / f"{self.name.replace('-', '_')}.ipynb"
+
+
+LESSONS = (
+    Lesson(0, "intro", "Introduction", 2),
+    Lesson(1, "llm-basics", "LLM basics", 5),
+    Lesson(2, "llama-pytorch", "Llama in PyTorch", 7),
+    Lesson(3, "kv-cache", "The KV cache", 4),
+    Lesson(4, "paged-attention", "Paged attention", 6),
+    Lesson(5, "batching", "Continuous batching", 9),
+    Lesson(6, "parallelism", "Parallelism", 9),
+    Lesson(7, "quantization", "Quantization", 7),
+    Lesson(8, "speculative", "Speculative decoding, and the engine", 6),
+)
+GAINS = {
+    0: "You can say how fast an engine can be before it is written.",
+    1: "Plain functions of yours read a text and know what may come next.",
+    2: "A Llama of your own reads its weights from disk and tells a story.",
+    3: "It remembers: every token is computed once.",
+    4: "Its memory is cut into blocks, and what begins alike is kept once.",
+    5: "It serves many people at once, and no request waits for the others.",
+    6: "One model runs on several processes, none of which holds all of it.",
+    7: "The same model takes a quarter of the memory, and hardly gets worse.",
+    8: "It drafts tokens ahead and says the same, in fewer steps; and it is whole.",
+}
+"""What each lesson makes possible."""
+MODULES = (*LESSONS, replace(LESSONS[8], part="engine"))
+"""All that can be filled in and graded: a module for each lesson, and the assembly."""
+
+
+def lesson(number: int | str) -> Lesson:
+    """The lesson with this number."""
+    for candidate in LESSONS:
+        if str(candidate.number) == str(number):
+            return candidate
+    raise CourseError(f"There is no lesson {number}: those that are written are 0 to {LESSONS[-1].number}.")
+
+
+def modules_of(number: int | str) -> list[Lesson]:
+    """The modules of the lesson with this number: one, but for the last."""
+    return [each for each in MODULES if each.number == lesson(number).number]
+
+
+def shown(path: Path | str) -> str:
+    """A path as a person would type it: relative to where they stand, if it lies below."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

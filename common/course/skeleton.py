@@ -1,0 +1,137 @@
+"""Cuts solutions/<slug>.py into the skeleton that the student fills in.
+
+The comment that opens an exercise, and the comment lines that follow it directly, become the TODO; the answer becomes
+`raise NotImplementedError("TODO 1.4")`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common.course import MODULES, ROOT, WITHHELD, CourseError, Lesson, shown
+from common.course.catalogue import edited_body, planted_answers
+from common.course.exercises import Exercise, find_exercises
+
+RECORD = ROOT / "common" / "skeletons.json"
+"""The SHA-256 of each skeleton as it was last generated: what differs from it has been edited."""
+FIND_THE_BUG = "  # take this line out, then find the one mistake below and mend it"
+NOTICE = WITHHELD + "# ruff: noqa\n"
+"""What a solution opens with that is withheld. As in a skeleton, much that it imports is not used yet."""
+BACKUPS = ROOT / ".course" / "backups"
+
+
+def cut(
+    source: str, file: str, number: int | None = None, plant: Callable[[Exercise], str | None] = lambda exercise: None
+) -> str:
+    """The skeleton of a solution, as text. plant: gives the faulty body to show, where the exercise is to mend it.
+
+    Raises SkeletonError.
+    """
+    lines = source.splitlines()
+    for exercise in reversed(find_exercises(source, file, number)):
+        opening = lines[exercise.comment_line - 1].replace("# Exercise", "# TODO", 1)
+        stub = " " * exercise.indent + f'raise NotImplementedError("TODO {exercise.id}")'
+        todo = lines[exercise.comment_line : exercise.first_answer_line - 1]
+        faulty = plant(exercise)
+        shown_body = [stub] if faulty is None else [stub + FIND_THE_BUG, *faulty.splitlines()]
+        lines[exercise.comment_line - 1 : exercise.last_line] = [opening, *todo, *shown_body]
+    return "\n".join(lines) + "\n"
+
+
+def cut_lesson(lesson: Lesson) -> str:
+    """The skeleton that the lesson's solution and its planted mistakes give now."""
+    if lesson.is_withheld:
+        return reopened(lesson.solution.read_text(encoding="utf-8").removeprefix(NOTICE), "Exercise", "TODO")
+    source, planted = lesson.solution.read_text(encoding="utf-8"), planted_answers(lesson)
+
+    def plant(exercise: Exercise) -> str | None:
+        return edited_body(planted[exercise.id], source, exercise) if exercise.id in planted else None
+
+    return cut(source, shown(lesson.solution), lesson.number, plant)
+
+
+def emptied(skeleton: str) -> str:
+    """What stands in the place of a solution that is withheld: its skeleton, in which exercises can still be found."""
+    return NOTICE + reopened(skeleton, "TODO", "Exercise")
+
+
+def reopened(source: str, old: str, new: str) -> str:
+    """The source with the word that opens an exercise, Exercise or TODO, put in place of the other."""
+    return re.sub(rf"^( +# ){old}( \d+\.\d+: )", rf"\1{new}\2", source, flags=re.MULTILINE)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def generate(lesson: Lesson) -> str:
+    """Write the lesson's skeleton unless it is up to date; refuse if the file was edited. Returns a word for it."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    skeleton = cut_lesson(lesson)
+    present = lesson.module.read_text(encoding="utf-8") if lesson.module.exists() else None
+    if present not in (None, skeleton) and digest(present) != record.get(lesson.slug):
+        raise CourseError(
+            f"{shown(lesson.module)} was edited since it was generated, and is left as it is. If the edit is meant "
+            f"for the course, make it in {shown(lesson.solution)}; `make reset-lesson-{lesson.number}` backs the file "
+            "up and starts it afresh."
+        )
+    lesson.module.write_text(skeleton, encoding="utf-8")
+    RECORD.write_text(json.dumps({**record, lesson.slug: digest(skeleton)}, indent=2, sort_keys=True) + "\n")
+    return "unchanged" if present == skeleton else "written"
+
+
+def reset(lesson: Lesson) -> Path | None:
+    """Start a lesson's file afresh. Returns where the old one was kept, or None if there was nothing to keep."""
+    skeleton = cut_lesson(lesson)
+    backup = None
+    if lesson.module.exists() and lesson.module.read_text(encoding="utf-8") != skeleton:
+        BACKUPS.mkdir(parents=True, exist_ok=True)
+        stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
+        while (backup := BACKUPS / f"{lesson.slug}-{stamp}{f'-{n}' if n else ''}.py").exists():
+            n += 1
+        backup.write_bytes(lesson.module.read_bytes())
+    lesson.module.write_text(skeleton, encoding="utf-8")
+    return backup
+
+
+def difference(lesson: Lesson) -> str:
+    """How the committed skeleton differs from the one that the solution gives now; empty if it does not."""
+    present = lesson.module.read_text(encoding="utf-8") if lesson.module.exists() else ""
+    return "".join(
+        difflib.unified_diff(
+            present.splitlines(keepends=True),
+            cut_lesson(lesson).splitlines(keepends=True),
+            shown(lesson.module),
+            f"cut from {shown(lesson.solution)}",
+        )
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m common skeletons", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a skeleton is out of step")
+    arguments = parser.parse_args(argv)
+    failed = False
+    for lesson in MODULES:
+        try:
+            if not arguments.check:
+                print(f"{shown(lesson.module)}: {generate(lesson)}")
+            elif text := difference(lesson):
+                print(text, f"{shown(lesson.module)} is out of step: run `make skeletons`.", sep="\n")
+                failed = True
+        except CourseError as error:
+            print(error)
+            failed = True
+    return int(failed)

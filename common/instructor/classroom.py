@@ -1,0 +1,246 @@
+"""`make grade SUBMISSIONS=folder OUT=grades`: grades what a class has handed in.
+
+Each module of each submission is graded by itself, in a fresh copy of the course, by a worker in a sandbox. What is
+known is written down at once under OUT/state: an interrupted grading goes on where it stopped, and a second one grades
+only what has changed. The reports are drawn from that: OUT/index.html for the instructor, OUT/grades.csv and
+OUT/exercises.csv for a spreadsheet, and for each student a page to hand back and Gradescope's results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from common import course
+from common.course import MODULES, ROOT, CourseError, Lesson, shown
+from common.course.exercises import exercises_of
+from common.course.modules import check_solution
+from common.course.skeleton import cut_lesson
+from common.grading.runner import Result, grade
+from common.instructor import report, sandbox, screen
+from common.instructor.submissions import Submission, find_submissions
+from common.student.grade import fingerprint
+
+COPIED = ("common", "solutions", *(lesson.folder.name for lesson in MODULES), "pyproject.toml")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.ipynb", "figures", "*.md", ".*", "book")
+
+
+@dataclass
+class Graded:
+    """What became of one module of one submission."""
+
+    student: str
+    lesson: Lesson
+    results: list[Result]
+    problem: str = ""  # why it could not be graded at all
+    review: list[str] = field(default_factory=list)  # what an instructor should look at
+
+    @property
+    def points(self) -> int:
+        return sum(result.points for result in self.results if result.status == "passed")
+
+
+class Stopped(CourseError):
+    """The grading is being interrupted."""
+
+
+class Classroom:
+    """A grading: the submissions, the lessons, and where what is known is kept."""
+
+    def __init__(self, submissions: list[Submission], lessons: list[Lesson], out: Path):
+        self.submissions = submissions
+        self.lessons = lessons
+        self.out = out
+        self.graded: dict[tuple[str, str], Graded] = {}
+        self.skeletons = {lesson: cut_lesson(lesson) for lesson in MODULES}
+        self.stopping = threading.Event()
+        self.workers: set[sandbox.SandboxedWorker] = set()
+        self.state_of_course = {lesson.slug: fingerprint(lesson, lesson.solution) for lesson in lessons}
+
+    def to_grade(self) -> list[tuple[Submission, Lesson]]:
+        """What is not known yet; what is known is taken from OUT/state."""
+        left = []
+        for submission in self.submissions:
+            for lesson in self.lessons:
+                if lesson.slug not in submission.modules:
+                    self.graded[submission.student, lesson.slug] = self.without(submission, lesson, "not handed in")
+                elif (known := self.kept(submission, lesson)) is not None:
+                    self.graded[submission.student, lesson.slug] = known
+                else:
+                    left.append((submission, lesson))
+        return left
+
+    def without(self, submission: Submission, lesson: Lesson, problem: str) -> Graded:
+        """No exercise of the module has been graded."""
+        worth = points_of(lesson)
+        results = [Result(each.id, each.function, points=worth[each.id]) for each in exercises_of(lesson)]
+        return Graded(submission.student, lesson, results, problem)
+
+    # --- one module ----------------------------------------------------------------------------------------------
+
+    def grade_one(self, submission: Submission, lesson: Lesson) -> Graded | None:
+        """Grade one module; None if the grading was interrupted meanwhile."""
+        content = submission.modules[lesson.slug]
+        with tempfile.TemporaryDirectory(prefix="course-") as folder:
+            base = Path(folder, "course")
+            copy_course(base, self.skeletons)
+            file = base / lesson.module.relative_to(ROOT)
+            file.write_bytes(content)
+
+            def start(lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes):
+                if self.stopping.is_set():
+                    raise Stopped("interrupted")
+                worker = sandbox.SandboxedWorker(base, lesson, file, ids, key, sandbox.Limits())
+                self.workers.add(worker)
+                return worker
+
+            try:
+                source = content.decode()
+                review = screen.findings(lesson, source, self.skeletons[lesson])
+                found = Graded(submission.student, lesson, grade(lesson, file, start=start), review=review)
+            except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                found = self.without(submission, lesson, f"Python cannot read it: {error}")
+            except CourseError as error:
+                found = self.without(submission, lesson, str(error).replace(f"{base}{os.sep}", ""))
+        found.review += [f"{result.id}: {note}" for result in found.results for note in result.notes]
+        if self.stopping.is_set():
+            return None
+        self.keep(submission, found)
+        return found
+
+    # --- what is known -------------------------------------------------------------------------------------------
+
+    def state(self, submission: Submission, lesson: Lesson) -> Path:
+        """Where a module's grade is kept, for exactly this text and this state of the course."""
+        digest = hashlib.sha256(submission.modules[lesson.slug] + self.state_of_course[lesson.slug].encode())
+        return self.out / "state" / submission.student / f"{lesson.slug}-{digest.hexdigest()[:32]}.json"
+
+    def keep(self, submission: Submission, found: Graded) -> None:
+        path = self.state(submission, found.lesson)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f"{found.lesson.slug}-*.json"):
+            old.unlink()
+        record = {"results": [asdict(each) for each in found.results], "problem": found.problem, "review": found.review}
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        unfinished.replace(path)
+
+    def kept(self, submission: Submission, lesson: Lesson) -> Graded | None:
+        try:
+            record = json.loads(self.state(submission, lesson).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        results = [Result(**each) for each in record["results"]]
+        return Graded(submission.student, lesson, results, record["problem"], record["review"])
+
+    # --- all of them ---------------------------------------------------------------------------------------------
+
+    def run(self, left: list[tuple[Submission, Lesson]], jobs: int, on_graded: Callable[[Graded], None]) -> None:
+        """Grade what is left. KeyboardInterrupt ends it in order; nothing that is known is lost."""
+        with ThreadPoolExecutor(jobs) as pool:
+            waiting: set[Future] = {pool.submit(self.grade_one, *each) for each in left}
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for found in filter(None, (future.result() for future in done)):
+                        self.graded[found.student, found.lesson.slug] = found
+                        on_graded(found)
+            finally:
+                self.stopping.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in self.workers:
+                    worker.close()
+
+
+def copy_course(base: Path, skeletons: dict[Lesson, str]) -> None:
+    """A clean copy of what grading needs, every lesson's module an empty skeleton."""
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, base / name, ignore=LEFT_OUT, dirs_exist_ok=True)
+        else:
+            shutil.copy2(ROOT / name, base / name)
+    for lesson, skeleton in skeletons.items():
+        (base / lesson.module.relative_to(ROOT)).write_text(skeleton, encoding="utf-8")
+
+
+def points_of(lesson: Lesson) -> dict[str, int]:
+    """What each exercise is worth, read from the checks without running them."""
+    points: dict[str, int] = {}
+    for node in ast.walk(ast.parse(lesson.checks.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "exercise":
+            given = [keyword.value.value for keyword in node.keywords if keyword.arg == "points"]
+            points[node.args[0].value] = given[0] if given else 1
+    return points
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m common grade", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--submissions", default=os.environ.get("SUBMISSIONS"), metavar="FOLDER")
+    parser.add_argument("--out", default=os.environ.get("OUT") or "grades", metavar="FOLDER")
+    parser.add_argument("--lessons", default=os.environ.get("LESSONS", ""), metavar="0-3", help="only these")
+    parser.add_argument("--jobs", type=int, default=int(os.environ.get("JOBS") or os.cpu_count() or 1))
+    arguments = parser.parse_args(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        if not arguments.submissions:
+            raise CourseError("Say where the submissions are: make grade SUBMISSIONS=folder OUT=grades")
+        course.activate("")
+        chosen = {each.number for each in course.parse_mine(arguments.lessons, "LESSONS")}
+        lessons = [each for each in MODULES if each.number in chosen or not chosen]
+        for each in lessons:
+            check_solution(each)
+        submissions, ignored = find_submissions(Path(arguments.submissions))
+        room = Classroom(submissions, lessons, Path(arguments.out).resolve())
+        return grade_all(room, ignored, arguments.jobs, console)
+    except CourseError as error:
+        console.print(Text(str(error), "red"))
+        return 2
+
+
+def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) -> int:
+    """Grade, show how far it is, and draw the reports, also when it is interrupted."""
+    console.print(Text(sandbox.walls(), "" if sandbox.has_bubblewrap() else "yellow bold"))
+    for each in ignored:
+        console.print(Text(f"Not graded: {each}.", "yellow"))
+    left = room.to_grade()
+    handed_in = sum(lesson.slug in submission.modules for submission in room.submissions for lesson in room.lessons)
+    console.print(
+        f"{len(room.submissions)} submissions, {handed_in} modules; {handed_in - len(left)} of them are graded already."
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    interrupted = False
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("modules", total=len(left))
+
+        def tell(found: Graded) -> None:
+            progress.advance(task)
+            text = found.problem or f"{found.points} of {sum(result.points for result in found.results)} points"
+            line = Text.assemble(f"{found.student:<24} {found.lesson.slug:<16} ", text)
+            line.append("".join(f"\n    look at it: {each}" for each in found.review), "yellow")
+            progress.console.print(line)
+
+        try:
+            room.run(left, jobs, tell)
+        except KeyboardInterrupt:
+            interrupted = True
+    report.write(room)
+    if interrupted:
+        num_left = sum((submission.student, lesson.slug) not in room.graded for submission, lesson in left)
+        console.print(f"\nStopped. {num_left} modules are left; nothing is lost: the same command goes on from here.")
+        return 130
+    console.print(f"The class: {shown(room.out / 'index.html')}   for a spreadsheet: {shown(room.out / 'grades.csv')}")
+    return 0

@@ -1,0 +1,150 @@
+"""The sandbox's inner side: a worker that watches over itself while it runs a submission.
+
+    python -m common.instructor.guard FD      started by `common.instructor.sandbox`, nobody else
+
+Three things beyond the worker of `make test-lesson-N`. Limits on memory, files and processes. An audit hook (PEP 578),
+which cannot be taken off again, refuses the submission's code the files that hold answers and checks, and a look at
+the grader's own frames. And canaries: beside every submission's answer that passes, a known wrong answer faces the
+same checks in the same process; where that passes too, the checks have been tampered with and the exercise counts as
+wrong. Nothing inside one process is proof against everything: what was refused is told, for a person to look at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+
+from common import course
+from common.course import MODULES, ROOT, Lesson
+from common.course.catalogue import apply, load_answers
+from common.grading.subject import Failure, Subject
+from common.grading.worker import ReportingGrader, work
+
+TAMPERED = "passes, but so does a known wrong answer after it: the submission has changed the checks or what they use."
+INTROSPECTION = {"gc.get_objects", "gc.get_referrers", "gc.get_referents"}
+INTROSPECTION |= {"sys._current_frames", "sys.settrace", "sys.setprofile"}
+PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"}
+
+
+class WatchfulGrader(ReportingGrader):
+    """A grader that also gives each check a wrong answer to catch, and ends the process when it does not."""
+
+    def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
+        super().__init__(subject, ids, send)
+        self.canaries = dict(canaries(subject.lesson))
+        self.passed: bool | None = None  # what the checks of the exercise at hand say so far; None before the first
+        self.canary_passed = True
+
+    def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
+        failure = super().judge(subject, exercise_id, check)
+        self.passed = self.passed is not False and failure is None
+        canary = self.canaries.get(exercise_id)
+        if canary is not None and self.passed and self.canary_passed:
+            self.canary_passed = subject.attempt(check, canary.untouched) is None
+        return failure
+
+    def finish(self) -> None:
+        if self.passed and self.canary_passed and self.current in self.canaries:
+            self.send("check", {"sentence": f"{self.current} {TAMPERED}"})
+            self.send("note", f"{self.current} {TAMPERED}")
+            os._exit(1)  # whatever comes next is for a process that has seen nothing of this
+        self.passed, self.canary_passed = None, True
+        super().finish()
+
+
+def canaries(lesson: Lesson):
+    """(exercise's id, a known wrong answer to it), for each that has one which the grader tells by its value."""
+    reference = Subject(lesson, lesson.solution)
+    for answer in reversed(load_answers(lesson)):  # of several, the first counts
+        if not answer.is_right and answer.recognised:
+            source = apply(answer, reference.source, reference.exercises[answer.exercise])
+            yield answer.exercise, Subject(lesson, lesson.solution, source)
+
+
+def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:
+    """From now on refuse code that comes from `file` what no answer needs, and tell of it."""
+    later = MODULES[MODULES.index(lesson) :]
+    modules = {
+        "reference",
+        *(f"reference.{each.slug}" for each in MODULES),
+        *(f"solutions.{each.slug}" for each in later),
+    }
+    files = {str(path) for each in later for path in (each.solution, each.hints)}
+    files |= {str(path) for each in MODULES for path in (each.checks, each.answers)}
+    student, told = str(file), set()
+
+    def refuse(what: str) -> None:
+        if what not in told:
+            told.add(what)
+            note(what)
+        raise PermissionError(f"{what}: an answer has no need of that")
+
+    def by_student(frame: FrameType | None) -> bool:
+        while frame is not None:
+            if frame.f_code.co_filename == student:
+                return True
+            frame = frame.f_back
+        return False
+
+    course.substitutes()  # the grader looks once into all solutions for what is withheld: now, and not later
+    getframe = sys._getframe
+    earlier = MODULES[: MODULES.index(lesson) + 1]
+    starts_none = not any("subprocess" in each.solution.read_text(encoding="utf-8") for each in earlier)
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open":
+            path = arguments[0]
+            if isinstance(path, (str, os.PathLike)) and os.path.realpath(path) in files and by_student(getframe(1)):
+                refuse(f"opens {Path(path).name}")
+        elif event == "import":
+            if arguments[0] in modules and by_student(getframe(1)):
+                refuse(f"imports {arguments[0]}")
+        elif event in INTROSPECTION:
+            if getframe(1).f_code.co_filename == student:
+                refuse(f"calls {event}")
+        elif event in PROCESSES and starts_none and by_student(getframe(1)):
+            refuse("starts a process")
+        elif event == "socket.connect" and starts_none and by_student(getframe(1)):
+            refuse("connects to the network")
+
+    sys.addaudithook(hook)
+
+
+def limit(memory: int, file_size: int, processes: int) -> None:
+    """Limits of this process and all that it starts, which none of them can raise again."""
+    import resource
+
+    for name, value in (
+        ("RLIMIT_DATA", memory),
+        ("RLIMIT_FSIZE", file_size),
+        ("RLIMIT_NOFILE", 512),
+        ("RLIMIT_NPROC", processes),
+        ("RLIMIT_CORE", 0),
+    ):
+        _, most = resource.getrlimit(getattr(resource, name))
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(getattr(resource, name), (value, value))
+
+
+def main(argv: list[str]) -> None:
+    """Take the order from the connection, and become the worker."""
+    connection = Connection(int(argv[0]))
+    order = json.loads(connection.recv_bytes())
+    lesson = next(each for each in MODULES if each.slug == order["slug"])
+    key, file = bytes.fromhex(order["key"]), ROOT / order["file"]
+    limit(**order["limits"])
+
+    def make_grader(subject: Subject, ids: list[str], send: Callable[..., None]) -> WatchfulGrader:
+        watch(lesson, file, lambda what: send("note", what))
+        return WatchfulGrader(subject, ids, send)
+
+    work(connection, lesson, file, order["ids"], False, key, make_grader)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

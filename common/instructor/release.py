@@ -1,0 +1,152 @@
+"""`make release`: a copy of the course for a class, in which the solutions of some lessons are withheld.
+
+    make release LESSONS=0-3 OUT=../class
+
+In the copy, solutions/<slug>.py of such a lesson holds what its skeleton shows, and its catalogue of answers is gone;
+so are the course's own tests, which quote answers, the instructor's guide and the history. All else follows from the
+first line of that file, by which `Lesson.is_withheld` knows it: the student's module stands for `solutions.<slug>`
+(common.course.modules), the exercises are graded in the student's whole module (common.grading.subject), and a lesson
+that builds on one that is not finished waits for it (`still_to_do_below`).
+
+What git tracks is copied, as it lies here. This keeps no secrets: the course is public.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from common.course import (
+    LESSONS,
+    MODULES,
+    ROOT,
+    CourseError,
+    Lesson,
+    modules_of,
+    parse_mine,
+    shown,
+    skeleton,
+)
+from common.course.exercises import exercises_of
+from common.course.modules import named
+
+GUIDE = "common/instructor/README.md#withholding-solutions"
+NOTE = """
+> **This copy came without the solutions of {lessons}.** Do these one after the other, since each builds on your own. In
+> such a lesson each exercise is checked in your whole file: it waits for those it calls that are still to do. Where the
+> text says that what you have not written is taken from the reference, it means the other lessons; and there is no
+> `make test` here, which tests the course and not you.
+"""
+"""What the copy's README says below its title."""
+INSTRUCTORS = re.compile(r"(?<=^## For instructors\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
+"""What it does not say."""
+
+
+def release(lessons: list[Lesson], out: Path) -> int:
+    """Write the copy of the course into `out`. Returns its size in bytes.
+
+    Files that are there already are written over, and what a copy must not have is taken away; nothing else of what
+    lies in `out` is touched.
+    """
+    modules = [module for each in lessons for module in modules_of(each.number)]
+    skeletons = {each: skeleton.cut_lesson(each) for each in MODULES}
+    contents = {each.module: text for each, text in skeletons.items()}
+    contents |= {each.solution: skeleton.emptied(skeletons[each]) for each in modules}
+    record = {each.slug: skeleton.digest(text) for each, text in skeletons.items()}
+    contents[skeleton.RECORD] = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    title, text = (ROOT / "README.md").read_text(encoding="utf-8").split("\n", 1)
+    text = INSTRUCTORS.sub("\nTheir guide is in the course's own repository.\n\n", text)
+    contents[ROOT / "README.md"] = f"{title}\n{NOTE.format(lessons=named(lessons))}{text}"
+    size = 0
+    for file in tracked_files():
+        copy = out / file.relative_to(ROOT)
+        if is_left_out(file, [each.answers for each in modules]):
+            copy.unlink(missing_ok=True)
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if file in contents:
+            copy.write_text(contents[file], encoding="utf-8")
+        else:
+            shutil.copy(file, copy)
+        size += copy.stat().st_size
+    return size
+
+
+def tracked_files() -> list[Path]:
+    """The course's files: what git knows of and is there."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    try:
+        names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        raise CourseError(
+            "Which files are the course's, git must say: release from a clone of its repository, with git installed."
+        ) from None
+    continuous_integration = (".ci/", ".github/")  # of the course; a class has its own
+    return [ROOT / name for name in names if (ROOT / name).is_file() and not name.startswith(continuous_integration)]
+
+
+def is_left_out(file: Path, catalogues: list[Path]) -> bool:
+    """The catalogues of the withheld lessons; the instructor's guide; the tests of the course itself and the list of
+    what the lessons' checks let through, of whichever lesson: they quote answers.
+    """
+    name = file.relative_to(ROOT).as_posix()
+    return file in catalogues or name.startswith(
+        (
+            "common/instructor/README.md",
+            "common/instructor/grade.yml",
+            "common/tests/",
+            "common/bench/measurements/mutants.json",
+            "solutions/tests/test_",
+        )
+    )
+
+
+def check_out(out: Path, force: bool) -> None:
+    if out == ROOT or ROOT in out.parents:
+        raise CourseError("OUT lies in the course itself: name a folder beside it, such as OUT=../class.")
+    if out.exists() and not out.is_dir():
+        raise CourseError(f"{shown(out)} is a file; OUT must be a folder.")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise CourseError(
+            f"{shown(out)} is there and not empty. With FORCE=1 the course's files in it are written over, a student's "
+            "work among them; what else is there, .git too, stays."
+        )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m common release", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--lessons", default=os.environ.get("LESSONS", ""), metavar="0-3", help="whose solutions stay here; none: all"
+    )
+    parser.add_argument("--out", default=os.environ.get("OUT", ""), metavar="FOLDER", help="where the copy goes")
+    parser.add_argument("--force", action="store_true", default=os.environ.get("FORCE", "") not in ("", "0"))
+    arguments = parser.parse_args(argv)
+    try:
+        if not arguments.out:
+            raise CourseError("Where to? OUT=../class names the folder for the copy.")
+        out = Path(arguments.out).expanduser().resolve()
+        lessons = parse_mine(arguments.lessons, "LESSONS") or list(LESSONS)
+        check_out(out, arguments.force)
+        size = release(lessons, out)
+    except CourseError as error:
+        print(error, file=sys.stderr)
+        return 2
+    answers = sum(len(exercises_of(module)) for each in lessons for module in modules_of(each.number))
+    print(
+        f"{arguments.out}: the course, {size / 1e6:.1f} MB, with every exercise to do.\n"
+        f"Withheld: the {answers} answers of {named(lessons)}, and all that the "
+        "catalogue of answers says of them.\n"
+        "Left out as well: the instructor's guide, the course's own tests, and its history.\n\n"
+        f"Next: look around in it, make it a repository, and push that to your class:\n"
+        f"    cd {arguments.out} && make progress\n"
+        "    git init && git add . && git commit -m 'The course'\n\n"
+        "This keeps nothing secret that is public elsewhere, and the course is. What it is good for, and how a\n"
+        f"withheld lesson is graded: {GUIDE}"
+    )
+    return 0

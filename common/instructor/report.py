@@ -1,0 +1,151 @@
+"""Draws the reports of a grading: pages, tables for a spreadsheet, and Gradescope's results.json.
+
+A student's text (names, messages, tracebacks) is untrusted: the templates escape it, and a table's cells do not start
+a formula.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from common.course import Lesson
+from common.course.exercises import TOGETHER
+from common.grading.runner import Result
+from common.instructor.submissions import Submission
+
+if TYPE_CHECKING:
+    from common.instructor.classroom import Classroom, Graded
+
+TEMPLATES = Path(__file__).parent / "templates"
+MOST_NOTES = 20
+"""Of what a submission's review tells, so many are shown."""
+
+
+def write(room: Classroom) -> None:
+    """All reports, from what is known by now."""
+    room.out.mkdir(parents=True, exist_ok=True)
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    rows = [row(room, submission) for submission in room.submissions]
+    for each in rows:
+        folder = room.out / "students" / each["student"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.html").write_text(pages.get_template("student.html").render(**each), encoding="utf-8")
+        (folder / "results.json").write_text(json.dumps(gradescope(each["graded"]), indent=1), encoding="utf-8")
+        for slug, content in each["modules"].items():
+            (folder / f"{slug}.py").write_bytes(content)
+    overview = pages.get_template("class.html").render(rows=rows, columns=columns(room), lessons=room.lessons)
+    (room.out / "index.html").write_text(overview, encoding="utf-8")
+    write_table(
+        room.out / "grades.csv",
+        ["student", "points", "of", *(each.slug for each in room.lessons), "not graded yet", "look at"],
+        [
+            [
+                each["student"],
+                each["points"],
+                each["worth"],
+                *(
+                    each["by_slug"][lesson.slug].points if lesson.slug in each["by_slug"] else ""
+                    for lesson in room.lessons
+                ),
+                each["left"] or "",
+                "; ".join(each["review"]),
+            ]
+            for each in rows
+        ],
+    )
+    write_table(
+        room.out / "exercises.csv",
+        ["student", "exercise", "name", "result", "points", "of", "diagnosis", "known mistake"],
+        [
+            [each["student"], result.id, result.name, graded.problem or result.status, earned(result), result.points]
+            + [result.sentence, result.mistake or ""]
+            for each in rows
+            for graded in each["graded"]
+            for result in graded.results
+            if result.id != TOGETHER
+        ],
+    )
+
+
+def row(room: Classroom, submission: Submission) -> dict:
+    """One student: everything that the reports say."""
+    graded = [
+        room.graded[submission.student, lesson.slug]
+        for lesson in room.lessons
+        if (submission.student, lesson.slug) in room.graded
+    ]
+    review = [f"{each.lesson.slug} {note}" for each in graded for note in each.review] + submission.notes
+    more = [f"and {len(review) - MOST_NOTES} more"] if len(review) > MOST_NOTES else []
+    return {
+        "student": submission.student,
+        "modules": submission.modules,
+        "graded": graded,
+        "by_slug": {each.lesson.slug: each for each in graded},
+        "points": sum(each.points for each in graded),
+        "worth": sum(result.points for each in graded for result in each.results),
+        "left": len(room.lessons) - len(graded),
+        "review": review[:MOST_NOTES] + more,
+    }
+
+
+def columns(room: Classroom) -> list[tuple[Lesson, str, str, int]]:
+    """(lesson, exercise's id, its name, how many passed) for the table of the class."""
+    found = []
+    for lesson in room.lessons:
+        of_lesson = [graded for (_, slug), graded in room.graded.items() if slug == lesson.slug]
+        for index, result in enumerate(of_lesson[0].results if of_lesson else ()):
+            if result.id != TOGETHER:
+                passed = sum(graded.results[index].status == "passed" for graded in of_lesson)
+                found.append((lesson, result.id, result.name, passed))
+    return found
+
+
+def earned(result: Result) -> int:
+    return result.points if result.status == "passed" else 0
+
+
+def gradescope(graded: list[Graded]) -> dict:
+    """What Gradescope reads from an autograder: https://gradescope-autograders.readthedocs.io/en/latest/specs/"""
+    tests = []
+    for each in graded:
+        for result in each.results:
+            text = each.problem or ". ".join(
+                filter(None, [result.sentence, result.mistake and f"Known as: {result.mistake}"])
+            )
+            tests.append(
+                {
+                    "number": result.id,
+                    "name": f"{result.id} {result.name}",
+                    "score": earned(result),
+                    "max_score": result.points,
+                    "status": "passed" if result.status == "passed" else "failed",
+                    "output": text or result.status,
+                    "output_format": "text",
+                }
+            )
+    return {
+        "score": sum(test["score"] for test in tests),
+        "output_format": "text",
+        "visibility": "visible",
+        "stdout_visibility": "hidden",
+        "tests": [test for test in tests if test["max_score"]],
+    }
+
+
+def write_table(path: Path, header: list[str], rows: list[list]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([[cell(value) for value in each] for each in rows])
+
+
+def cell(value: object) -> object:
+    """A spreadsheet takes a text that begins with one of these for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -1,0 +1,235 @@
+"""Runs a submission's checks where it can do no harm: `start_worker` gives the grader a worker inside a sandbox.
+
+The walls are bubblewrap's (https://github.com/containers/bubblewrap; Linux, `apt install bubblewrap`): its own file
+system with the course read-only and a small scratch disk, no network, its own processes. Limits on memory, processes
+and file sizes hold without it too, and an overseer in this process ends what outgrows them. Where there is no
+bubblewrap, a submission could still read and write what you can: `walls()` says which of the two it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+
+from common.course import Lesson
+
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
+SETTINGS = (
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "alternatives",
+    "hosts",
+    "nsswitch.conf",
+    "passwd",
+    "localtime",
+)
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one worker and all that it starts may use together; where the system counts by process, each of them."""
+
+    memory: int = 3 << 30  # bytes
+    processes: int = 48
+    disk: int = 128 << 20  # bytes, of the scratch disk and of any file
+    seconds: float = 600.0  # of the clock, for all of a module's exercises
+
+
+@functools.cache
+def has_bubblewrap() -> bool:
+    """Whether bubblewrap is there and may do its work: some systems forbid the namespaces that it needs."""
+    if shutil.which("bwrap") is None:
+        return False
+    trial = [*bubblewrap(Path("/"), Limits()), "true"]
+    return subprocess.run(trial, capture_output=True).returncode == 0
+
+
+def walls() -> str:
+    """What stands between a submission and this machine, in a sentence."""
+    if has_bubblewrap():
+        return "Each submission runs in a bubblewrap sandbox: no network, a file system of its own, its own processes."
+    why = "bubblewrap may not make namespaces here" if shutil.which("bwrap") else "there is no bubblewrap"
+    return (
+        f"NO SANDBOX ({why}): time, memory, processes and files are limited, but a submission could read and write "
+        "what you can. On Linux: sudo apt install bubblewrap. Elsewhere, grade in a virtual machine or a container."
+    )
+
+
+def bubblewrap(course: Path, limits: Limits) -> list[str]:
+    """The command that puts what follows it behind walls, with `course` and Python readable at their own places."""
+    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
+    for path in SYSTEM:
+        if os.path.islink(path):
+            command += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            command += ["--ro-bind", path, path]
+    for name in SETTINGS:
+        command += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+    command += ["--proc", "/proc", "--dev", "/dev"]
+    for path in ("/tmp", "/dev/shm"):
+        command += ["--size", str(limits.disk), "--tmpfs", path]
+    for path in dict.fromkeys([sys.base_prefix, sys.prefix, os.path.dirname(os.path.realpath(sys.executable))]):
+        if not path.startswith("/usr"):
+            command += ["--ro-bind", path, path]
+    if course != Path("/"):
+        command += ["--ro-bind", str(course), str(course), "--chdir", str(course)]
+    for name, value in environment("/tmp").items():
+        command += ["--setenv", name, value]
+    return [*command, "--"]
+
+
+def environment(scratch: str) -> dict[str, str]:
+    """All that a submission learns of the instructor's environment."""
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": scratch,
+        "TMPDIR": scratch,
+        "LANG": "C.UTF-8",
+        "COURSE_PYTHON": "here",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+class SandboxedWorker:
+    """A `common.grading.runner.Worker` behind walls, under an overseer."""
+
+    patience = 3.0  # several are at work at once, and each answer also shows a wrong one to its checks
+
+    def __init__(self, course: Path, lesson: Lesson, file: Path, ids: list[str], key: bytes, limits: Limits):
+        self.limits = limits
+        self.killed = ""
+        self.scratch = tempfile.TemporaryDirectory(prefix="grading-")
+        ours, theirs = socket.socketpair()
+        self.connection = Connection(ours.detach())
+        walled = has_bubblewrap()
+        with theirs:
+            self.process = subprocess.Popen(
+                [
+                    *(bubblewrap(course, limits) if walled else ()),
+                    *(sys.executable, "-m", "common.instructor.guard", str(theirs.fileno())),
+                ],
+                cwd=course,
+                env=environment(self.scratch.name),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        order = {"slug": lesson.slug, "file": str(file.relative_to(course)), "ids": ids, "key": key.hex()}
+        ceilings = {"memory": limits.memory, "file_size": limits.disk, "processes": limits.processes + others()}
+        self.connection.send_bytes(json.dumps({**order, "limits": ceilings}).encode())
+        self.over = threading.Event()
+        threading.Thread(target=self.oversee, daemon=True).start()
+
+    def oversee(self) -> None:
+        """End the worker when it, with all that it has started, outgrows the limits."""
+        waited = 0.0
+        while not self.over.wait(POLL_SECONDS):
+            waited += POLL_SECONDS
+            try:
+                family = [psutil.Process(self.process.pid)]
+                family += family[0].children(recursive=True)
+            except psutil.NoSuchProcess:
+                return
+            if len(family) > self.limits.processes:
+                return self.kill(f"started more than {self.limits.processes} processes")
+            if sum(map(resident, family)) > self.limits.memory < sum(map(proportional, family)):
+                return self.kill(f"took more than {self.limits.memory >> 30} GiB of memory")
+            if folder_size(self.scratch.name) > self.limits.disk:
+                return self.kill(f"wrote more than {self.limits.disk >> 20} MiB to disk")
+            if waited > self.limits.seconds:
+                return self.kill(f"kept the grader longer than {self.limits.seconds:g} s in all")
+
+    def kill(self, why: str) -> None:
+        self.killed = why
+        self.end()
+
+    def end(self) -> None:
+        """Behind walls the first process takes all others with it; without them, the group and its children go."""
+        try:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            family = []
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        for each in family:
+            try:
+                each.kill()
+            except psutil.NoSuchProcess:
+                pass
+        self.process.wait()
+
+    def how_it_ended(self) -> str:
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            pass  # it has closed the connection and gone on
+        self.close()
+        code = self.process.returncode
+        if self.killed:
+            return f"by force: it {self.killed},"
+        return f"by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"with exit code {code}"
+
+    def close(self) -> None:
+        if self.over.is_set():
+            return  # by now its number may be another process's
+        self.over.set()
+        self.end()
+        self.connection.close()
+        self.scratch.cleanup()
+
+
+def others() -> int:
+    """How many processes and threads this user runs already: the system counts them all."""
+    uid, total = os.getuid(), 0
+    for each in psutil.process_iter(["uids", "num_threads"]):
+        if each.info["uids"] and each.info["uids"].real == uid:
+            total += each.info["num_threads"] or 1
+    return total
+
+
+def resident(process: psutil.Process) -> int:
+    """Bytes of memory, quickly read: pages that several processes share count for each of them."""
+    try:
+        return process.memory_info().rss
+    except psutil.Error:
+        return 0
+
+
+def proportional(process: psutil.Process) -> int:
+    """Like `resident`, with each page that several processes share divided among them, where the system tells."""
+    try:
+        memory = process.memory_full_info()
+    except psutil.Error:
+        return 0
+    return getattr(memory, "pss", memory.uss)
+
+
+def folder_size(folder: str) -> int:
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(path, name)).st_size
+            except OSError:
+                pass
+    return total

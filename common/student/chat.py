@@ -1,0 +1,441 @@
+"""`make run`: the engine answers prompts, several at once or the one that is given. `make chat`: a conversation.
+
+Both are what a reader of lesson 5 could write: encode, `add_request`, `step`, show the text as it comes. With MINE=0-5
+the model, the cache, the scheduler and the engine are the student's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from common.course import CourseError, activate, files_used, parse_mine, substitutes
+
+DEFAULT_MODEL = "smollm2-135m"
+HELP = """\
+/reset         forget the conversation
+/system TEXT   tell the model who it is, and start again; without TEXT: show what it was told
+/help          this list
+/quit          leave; so does Ctrl-D. Ctrl-C stops an answer."""
+
+
+class OptionError(ValueError):
+    """A wrong option or prompt; the text says what to change."""
+
+
+@dataclass
+class Reply:
+    """One answer: its text, and what it took. num_tokens is None if it was stopped, since nobody counted."""
+
+    text: str
+    num_prompt_tokens: int
+    num_tokens: int | None
+    finish_reason: str  # as generate's, or "interrupted"
+    seconds: float
+    seconds_to_text: float | None
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    num_draft_tokens: int = 0  # guesses that were verified
+    num_accepted_tokens: int = 0  # and were right
+
+    def summary(self) -> str:
+        if self.num_tokens is None:
+            return f"stopped after {self.seconds:.1f} s"
+        parts = [
+            f"{self.num_prompt_tokens} + {self.num_tokens} tokens in {self.seconds:.1f} s",
+            f"{self.num_tokens / self.seconds:.1f} tokens/s",
+        ]
+        if self.seconds_to_text is not None:
+            parts.append(f"first text after {self.seconds_to_text:.2f} s")
+        if self.num_cached_tokens:
+            parts.append(f"{self.num_cached_tokens} of the prompt's tokens were in the cache")
+        if self.num_draft_tokens:
+            parts.append(f"{self.num_accepted_tokens} of {self.num_draft_tokens} guesses were right")
+        if self.finish_reason == "length":
+            parts.append("cut off at the length limit")
+        return ", ".join(parts)
+
+
+@dataclass
+class Talker:
+    """A loaded model that speaks. `generate` is called as lesson 2's; here an engine stands behind it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    generate: Callable[..., Any]
+    params: Any
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model can see, the prompt and its answer together."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def has_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    def reply(self, prompt_token_ids: Sequence[int], on_text: Callable[[str], None]) -> Reply:
+        """Answer; Ctrl-C ends the answer, and what was said until then stands."""
+        pieces: list[str] = []
+        first: list[float] = []
+        start = time.perf_counter()
+
+        def show(piece: str) -> None:
+            if not first:
+                first.append(time.perf_counter() - start)
+            pieces.append(piece)
+            on_text(piece)
+
+        try:
+            output = self.generate(self.model, self.tokenizer, prompt_token_ids, self.params, show)
+            num_tokens, finish_reason = len(output.token_ids), output.finish_reason
+            metrics = output.metrics
+            counts = metrics.num_cached_tokens, metrics.num_draft_tokens, metrics.num_accepted_tokens
+        except KeyboardInterrupt:
+            num_tokens, finish_reason, counts = None, "interrupted", ()
+        return Reply(
+            "".join(pieces),
+            len(prompt_token_ids),
+            num_tokens,
+            finish_reason,
+            time.perf_counter() - start,
+            first[0] if first else None,
+            *counts,
+        )
+
+
+def answer_with(engine) -> Callable[..., Any]:
+    """A `generate` that asks the engine. Whatever ends it early, Ctrl-C too, the request's blocks are free again."""
+
+    def generate(model, tokenizer, prompt_token_ids: Sequence[int], params, on_text: Callable[[str], None]):
+        try:
+            request_id = engine.add_request(prompt_token_ids, params)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
+        output, num_shown = engine.readers[request_id].output, 0
+        try:
+            while output.finish_reason is None:
+                engine.step()
+                if len(output.text) > num_shown:
+                    on_text(output.text[num_shown:])
+                    num_shown = len(output.text)
+        finally:
+            engine.abort(request_id)
+        if output.error:
+            raise OptionError(f"The answer failed: {output.error}")
+        return output
+
+    return generate
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the model is shown of a conversation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Conversation:
+    """The turns so far of a model with a chat template, oldest first."""
+
+    talker: Talker
+    system: str = ""
+    turns: list[dict[str, str]] = field(default_factory=list)  # user and assistant in turn
+
+    def ask(self, text: str) -> tuple[list[int], int]:
+        """Add the user's turn. Returns the tokens to show to the model, and how many old turns no longer fit.
+
+        Turns are dropped from the oldest, a question with its answer, until there is room for an answer. The
+        system's turn stays. Raises OptionError, and adds nothing, if the new turn is too long by itself.
+        """
+        room = self.talker.context - min(self.talker.params.max_tokens, self.talker.context // 2)
+        turns = [*self.turns, {"role": "user", "content": text}]
+        dropped = 0
+        while len(token_ids := self.encode(turns)) > room:
+            if len(turns) == 1:
+                raise OptionError(f"That is {len(token_ids)} tokens; this model takes {room}. Make it shorter.")
+            turns, dropped = turns[2:], dropped + 2
+        self.turns = turns
+        return token_ids, dropped
+
+    def encode(self, turns: list[dict[str, str]]) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        text = self.talker.tokenizer.apply_chat_template([*system, *turns])
+        # The template writes the special tokens itself.
+        return self.talker.tokenizer.encode(text, add_special_tokens=False)
+
+    def answered(self, text: str) -> None:
+        self.turns.append({"role": "assistant", "content": text})
+
+    def reset(self) -> None:
+        self.turns = []
+
+
+@dataclass
+class Story:
+    """For a model without a chat template: one text, which the user and the model continue in turn."""
+
+    talker: Talker
+    text: str = ""
+
+    def ask(self, text: str) -> tuple[list[int], int]:
+        """Add to the text. Returns the tokens to continue from, and how many tokens at its beginning no longer fit."""
+        joint = " " if self.text and not self.text[-1].isspace() else ""
+        self.text += joint + text
+        token_ids = self.talker.tokenizer.encode(self.text)
+        room = self.talker.context - min(self.talker.params.max_tokens, self.talker.context // 2)
+        dropped = max(0, len(token_ids) - room)
+        if not dropped:
+            return token_ids, 0
+        begins = token_ids[0] == self.talker.tokenizer.bos_token_id
+        return [*token_ids[:begins], *token_ids[dropped + begins :]], dropped
+
+    def answered(self, text: str) -> None:
+        self.text += text
+
+    def reset(self) -> None:
+        self.text = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The terminal
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def quiet(text: str) -> str:
+    """Dim, where the output is a terminal that can."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\033[2m{text}\033[0m"
+
+
+def write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def run(talker: Talker, prompt: str) -> int:
+    """One prompt, its answer as it comes."""
+    if not prompt.strip():
+        raise OptionError("The prompt is empty.")
+    if talker.has_template:
+        token_ids, _ = Conversation(talker).ask(prompt)
+    else:
+        token_ids, dropped = Story(talker).ask(prompt)
+        if dropped:
+            raise OptionError(f"The prompt is {dropped} tokens too long for a model that sees {talker.context}.")
+        write(prompt)  # the model continues this very text
+    reply = talker.reply(token_ids, write)
+    print("\n\n" + quiet(f"{talker.name}: {reply.summary()}. {files_used()}"))
+    return 130 if reply.finish_reason == "interrupted" else 0
+
+
+def chat(talker: Talker, system: str = "") -> int:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (importing it gives `input` line editing and history)
+    story = None if talker.has_template else Story(talker)
+    conversation = story or Conversation(talker, system)
+    print(quiet(f"{talker.name}. {files_used()} /help lists the commands; Ctrl-D leaves."))
+    if story:
+        print(quiet("This model was not trained to converse: write a beginning, and it continues the text."))
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print("\n" + quiet("Ctrl-D or /quit leaves."))
+            continue
+        command, _, rest = line.partition(" ")
+        if not line:
+            continue
+        elif command == "/quit":
+            return 0
+        elif command == "/help":
+            print(HELP)
+        elif command == "/reset":
+            conversation.reset()
+            print(quiet("Forgotten."))
+        elif command == "/system" and story:
+            print(quiet("This model has no system turn."))
+        elif command == "/system" and rest.strip():
+            conversation = Conversation(talker, rest.strip())
+            print(quiet("Understood; the conversation starts again."))
+        elif command == "/system":
+            print(quiet(conversation.system or "Nothing; the model's template may have a default of its own."))
+        elif command.startswith("/"):
+            print(quiet(f"There is no command {command}; /help lists those there are."))
+        else:
+            take_turn(talker, conversation, line)
+
+
+def take_turn(talker: Talker, conversation: Conversation | Story, line: str) -> None:
+    try:
+        token_ids, dropped = conversation.ask(line)
+    except OptionError as error:
+        print(quiet(str(error)))
+        return
+    if dropped:
+        what = "turns" if isinstance(conversation, Conversation) else "tokens"
+        print(quiet(f"The context is full: the oldest {dropped} {what} are no longer seen."))
+    reply = talker.reply(token_ids, write)
+    conversation.answered(reply.text)
+    print("\n" + quiet(f"[{reply.summary()}]"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    """Flags, and for what is not given, the variables as `make` passes them."""
+    command, *rest = argv
+    variable = os.environ.get
+    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=variable("MODEL") or DEFAULT_MODEL, help="a name, a folder, a .gguf file")
+    if command == "run":
+        parser.add_argument("--prompt", default=variable("PROMPT") or None)
+    else:
+        parser.add_argument("--system", default="", help="who the model is told to be")
+    length, temperature, top_p = (96, 0.0, 1.0) if command == "run" else (256, 0.6, 0.9)
+    parser.add_argument("--max-tokens", type=int, default=length, help=f"of an answer; default {length}")
+    parser.add_argument("--temperature", type=float, default=temperature, help=f"default {temperature}")
+    parser.add_argument("--top-p", type=float, default=top_p, help=f"default {top_p}")
+    parser.add_argument("--seed", type=int, default=None, help="the same seed, the same answers")
+    for flag, kind, what in (
+        ("--num-blocks", int, "of the cache, each for 16 tokens; default: what fits into 1 GiB"),
+        ("--max-batched-tokens", int, "computed in one step; default 256"),
+        ("--policy", str, "fcfs, priority or fair"),
+        ("--preemption", str, "recompute or swap"),
+    ):
+        parser.add_argument(flag, type=kind, default=None, help=what)
+    for flag, name, what in (
+        ("--tensor-parallel", "TP", "processes that share every layer"),
+        ("--pipeline-parallel", "PP", "stages of layers, each with processes of its own"),
+    ):
+        parser.add_argument(flag, type=int, default=variable(name) or 1, help=f"{what}; default 1")
+    parser.add_argument(
+        "--quantization", default=variable("QUANT") or None, metavar="KIND", help="int8, w8a8 or int4; default: none"
+    )
+    parser.add_argument("--group-size", type=int, default=variable("GROUP") or 64, help="of int4; default 64")
+    parser.add_argument(
+        "--kv-cache-dtype", default=variable("KV") or "auto", metavar="KIND", help="int8; default: auto"
+    )
+    parser.add_argument(
+        "--offload", type=int, default=variable("OFFLOAD") or None, metavar="MB", help="of weights that stay in memory"
+    )
+    parser.add_argument(
+        "--speculative", default=variable("SPEC") or None, metavar="WHO", help="guesses: ngram, or a draft model"
+    )
+    parser.add_argument("--num-speculative-tokens", type=int, default=None, help="guesses in a step at most; default 8")
+    parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
+    parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
+    parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))
+    return parser.parse_args(rest)
+
+
+def engine_for(name: str, mine: str, options: dict, fewer: dict, guesses: dict):
+    """The assembled engine; or, where earlier lessons are the student's, the engine of the last lesson that is needed
+    for these options: what they have not come to has no part in it.
+    """
+    fewer["offload"] = fewer["offload"] and fewer["offload"] * 10**6
+    numbers = [each.number for each in parse_mine(mine)]
+    if not numbers or 8 in numbers or set(guesses.values()) != {None}:
+        from solutions.engine import InferenceEngine
+
+        return InferenceEngine(name, **options, **fewer, **guesses)
+    is_quantized = "quantization_config" in Checkpoint(find_checkpoint(name)).config
+    if is_quantized or fewer["quantization"] or fewer["offload"] or fewer["kv_cache_dtype"] != "auto":
+        from solutions.quantization import QuantizedEngine
+
+        return QuantizedEngine(name, **fewer, **options)
+    if {options["tensor_parallel"], options["pipeline_parallel"]} != {1} or "TORCHELASTIC_RUN_ID" in os.environ:
+        from solutions.parallelism import ParallelEngine
+
+        return ParallelEngine(name, **options)
+    from solutions.batching import load_engine
+
+    del options["tensor_parallel"], options["pipeline_parallel"]
+    return load_engine(name, **options)
+
+
+def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
+    """A talker, and the engine behind it."""
+    activate(settings.mine)  # before anything of `solutions` is imported: it decides which files that means
+    if substitutes() and not os.environ.get("KERNELS"):
+        os.environ["KERNELS"] = "plain"  # so that the student's code is what runs
+    import torch
+
+    from solutions.llama_pytorch import SamplingParams
+
+    if settings.threads:
+        if not settings.threads.isdigit() or settings.threads == "0":
+            raise OptionError(f"THREADS is {settings.threads!r}; it must be a whole number of at least 1.")
+        torch.set_num_threads(int(settings.threads))
+    try:
+        params = SamplingParams(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            max_tokens=settings.max_tokens,
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    names = {"num_blocks": "num_blocks", "max_batched_tokens": "max_num_batched_tokens"}
+    names |= {"policy": "scheduling_policy", "preemption": "preemption"}
+    options = {name: getattr(settings, flag) for flag, name in names.items() if getattr(settings, flag) is not None}
+    options |= {name: getattr(settings, name) for name in ("tensor_parallel", "pipeline_parallel")}
+    fewer = {name: getattr(settings, name) for name in ("quantization", "group_size", "kv_cache_dtype", "offload")}
+    guesses = {name: getattr(settings, name) for name in ("speculative", "num_speculative_tokens")}
+    try:
+        engine = engine_for(settings.model, settings.mine, options, fewer, guesses)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    return Talker(settings.model, engine.model, engine.tokenizer, answer_with(engine), params), engine
+
+
+def run_many(talker: Talker, engine) -> int:
+    """Several people's prompts at once."""
+    from common.student.serve import BEGINNINGS, QUESTIONS, serve
+
+    prompts = list(QUESTIONS if talker.has_template else BEGINNINGS)
+    turns = [Conversation(talker) if talker.has_template else Story(talker) for _ in prompts]
+    print(quiet(f"{talker.name}. {files_used()} PROMPT='...' asks one question of your own."))
+    try:
+        return serve(engine, prompts, [turn.ask(prompt)[0] for turn, prompt in zip(turns, prompts)], talker.params)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+
+
+def main(argv: list[str]) -> int:
+    settings = options(argv)
+    for stream in (sys.stdin, sys.stdout):  # the model speaks all of Unicode, whatever the terminal was set to
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        talker, engine = load_talker(settings)
+        with engine:
+            if argv[0] == "chat":
+                return chat(talker, settings.system)
+            return run_many(talker, engine) if settings.prompt is None else run(talker, settings.prompt)
+    except (CheckpointError, CourseError, OptionError) as error:
+        if settings.verbose:
+            raise
+        print(error, file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from solutions.parallelism import WorkerError
+
+        if settings.verbose or not isinstance(error, WorkerError):
+            raise
+        print(error, file=sys.stderr)
+        return 1

@@ -1,0 +1,52 @@
+"""`PDB=1 make test-N.M`: the checks of one exercise in this process, with the debugger stopping in its function."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pdb
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.course import Lesson
+from common.course.exercises import Exercise, walk_functions
+from common.grading import plugin
+from common.grading.subject import Failure, Subject
+
+
+class DebuggingGrader(plugin.Grader):
+    """Runs each check of one exercise under pdb, with a breakpoint where the student's function begins."""
+
+    def __init__(self, subject: Subject, exercise: Exercise, line: int):
+        super().__init__(lambda lesson: subject)
+        self.exercise = exercise
+        self.line = line
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        marks = {item: item.get_closest_marker("exercise") for item in items}
+        items[:] = [item for item, mark in marks.items() if mark and mark.kwargs["id"] == self.exercise.id]
+
+    def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
+        debugger = pdb.Pdb()
+        debugger.rcLines += [f"break {subject.file}:{self.line}", "continue"]
+        return subject.attempt(lambda code: debugger.runcall(check, code), lambda: subject.module(exercise_id))
+
+
+def debug(lesson: Lesson, file: Path, exercise: Exercise) -> int:
+    """Debug one exercise. Returns pytest's exit code."""
+    os.environ["KERNELS"] = "plain"
+    subject = Subject(lesson, file)
+    print(
+        f"The debugger stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends.\n"
+    )
+    body = dict(walk_functions(ast.parse(subject.source)))[exercise.function].body
+    first = next((statement for statement in body if not is_docstring(statement)), body[0])
+    options = [str(lesson.checks), "-o", "addopts=", "-q", "--capture=no", "--disable-warnings", "-rN"]
+    options += ["-p", "no:cacheprovider"]
+    return int(pytest.main(options, plugins=[plugin, DebuggingGrader(subject, exercise, first.lineno)]))
+
+
+def is_docstring(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

@@ -1,0 +1,128 @@
+"""`make diff-lesson-N` and `make diff-N.M`: the student's answers beside the reference's, once they have passed.
+
+Without their docstrings and the comments that set the task; what is left is what two people made of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import textwrap
+
+from rich.padding import Padding
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from common import course
+from common.course import CourseError, Lesson, shown
+from common.course.exercises import Exercise, exercises_of, walk_functions
+from common.course.modules import check_solution, listed
+from common.grading.runner import Result, grade, read_source
+from common.student.grade import console, find_exercise, grade_and_keep, kept
+
+SIDE_BY_SIDE = 100
+"""Columns from which two answers stand beside each other."""
+
+
+def answer(source: str, function: str, task: set[str]) -> tuple[str, int]:
+    """A function without its docstring and without the comment lines `task`, and the line where it begins."""
+    node = dict(walk_functions(ast.parse(source)))[function]
+    first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+    docstring = node.body[0] if ast.get_docstring(node) is not None else None
+    lines = [
+        line
+        for number, line in enumerate(source.split("\n")[first - 1 : node.end_lineno], first)
+        if line.strip().replace("# Exercise", "# TODO") not in task
+        and not (docstring and docstring.lineno <= number <= docstring.end_lineno)
+    ]
+    return textwrap.dedent("\n".join(lines)), first
+
+
+def show(lesson: Lesson, exercise: Exercise) -> None:
+    """Both answers: side by side, or one above the other on a narrow terminal."""
+    reference = lesson.solution.read_text(encoding="utf-8")
+    comment = reference.split("\n")[exercise.comment_line - 1 : exercise.first_answer_line - 1]
+    task = {line.strip().replace("# Exercise", "# TODO") for line in comment}
+    console.print(f"\n[bold]{exercise.id} {exercise.function}[/]")
+    yours, line = answer(lesson.module.read_text(encoding="utf-8"), exercise.function, task)
+    theirs, their_line = answer(reference, exercise.function, task)
+    if ast.dump(ast.parse(yours)) == ast.dump(ast.parse(theirs)):
+        console.print(Text(f"  the same as the reference's, {shown(lesson.solution)}:{their_line}", "dim"))
+        return
+    heads = [f"yours, {shown(lesson.module)}:{line}", f"the reference's, {shown(lesson.solution)}:{their_line}"]
+    if console.width >= SIDE_BY_SIDE:
+        table = Table(box=None, expand=True, header_style="dim", padding=(0, 1))
+        for head in heads:
+            table.add_column(head, ratio=1)
+        table.add_row(*(highlighted(text, console.width // 2 - 3) for text in (yours, theirs)))
+        console.print(table, soft_wrap=False)
+        return
+    for head, text in zip(heads, (yours, theirs)):
+        console.print(Text(f"  {head}", "dim"))
+        console.print(Padding(highlighted(text, console.width - 5), (0, 0, 0, 4)), soft_wrap=False)
+
+
+def highlighted(code: str, width: int) -> Syntax:
+    """Code of so many columns; what goes on in the next line stands further in than it began."""
+    lines = []
+    for line in code.split("\n"):
+        further = " " * (len(line) - len(line.lstrip()) + 8)
+        wrapped = textwrap.wrap(line, width, subsequent_indent=further, break_on_hyphens=False)
+        lines += wrapped or [""]
+    return Syntax("\n".join(lines), "python", theme="ansi_dark", background_color="default")
+
+
+def results_of(lesson: Lesson, ids: list[str]) -> dict[str, Result]:
+    """What has become of these exercises: as it is known, or graded now."""
+    results = kept(lesson, lesson.module)
+    if results is None:
+        is_all = ids == [each.id for each in exercises_of(lesson)]
+        with console.status(f"grading {shown(lesson.module)} ..."):
+            file = lesson.module
+            results = grade_and_keep(lesson, file) if is_all else grade(lesson, file, only=ids)
+    return {result.id: result for result in results}
+
+
+def difference(chosen: list[tuple[Lesson, list[Exercise]]], force: bool) -> None:
+    """Show what may be shown of these exercises, and say what is held back."""
+    held_back: list[str] = []
+    for lesson, exercises in chosen:
+        check_solution(lesson)
+        written = dict(walk_functions(ast.parse(read_source(lesson.module))))
+        results = {} if force else results_of(lesson, [each.id for each in exercises])
+        for exercise in exercises:
+            if exercise.function not in written:
+                console.print(f"\n{shown(lesson.module)} has no function {exercise.function}.")
+            elif force or results[exercise.id].status == "passed":
+                show(lesson, exercise)
+            else:
+                held_back.append(exercise.id)
+    if held_back:
+        verb = "has" if len(held_back) == 1 else "have"
+        console.print(
+            f"\n{listed(held_back, 99)} {verb} not passed yet: there the reference's answer is held back, so "
+            "that yours is the first that you see. FORCE=1 shows it all the same."
+        )
+
+
+def main(argv: list[str]) -> int:
+    command, *rest = argv
+    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n")[0])
+    parser.add_argument("which", metavar="N" if command == "diff-lesson" else "N.M")
+    forced = os.environ.get("FORCE", "") not in ("", "0")
+    parser.add_argument("--force", action="store_true", default=forced, help="also what has not passed")
+    arguments = parser.parse_args(rest)
+    try:
+        course.activate("")
+        if command == "diff-lesson":
+            chosen = [(lesson, exercises_of(lesson)) for lesson in course.modules_of(arguments.which)]
+        else:
+            lesson, exercise = find_exercise(arguments.which)
+            chosen = [(lesson, [exercise])]
+        difference(chosen, arguments.force)
+    except CourseError as error:
+        console.print(Text(str(error), "red"))
+        return 2
+    return 0

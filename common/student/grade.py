@@ -1,0 +1,309 @@
+"""The commands of the grader: test-lesson, test-exercise, hint, progress, reset-lesson."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.padding import Padding
+from rich.text import Text
+
+from common import course
+from common.course import GAINS, LESSONS, ROOT, CourseError, Lesson, shown, skeleton
+from common.course.exercises import TOGETHER, Exercise, exercises_of
+from common.course.modules import Waits, check_solution
+from common.grading.runner import Result, grade, next_step
+from common.student.board import Standing, draw
+
+GRADES = ROOT / ".course" / "grades"
+console = Console(highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# test-lesson, test-exercise
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_lesson(arguments: argparse.Namespace) -> int:
+    """Grade a lesson and report each exercise as it is decided."""
+    modules, results = course.modules_of(arguments.which), []
+    if arguments.file:
+        modules = [each for each in modules if each.module.name == Path(arguments.file).name] or modules[:1]
+    course.activate(arguments.mine)
+    for lesson in modules:
+        results += grade_module(lesson, arguments)
+    return conclude(modules[0], results)
+
+
+def grade_module(lesson: Lesson, arguments: argparse.Namespace) -> list[Result]:
+    file = file_to_grade(lesson, arguments)
+    heading(lesson, file)
+    return grade_and_keep(lesson, file, on_result=lambda result: report(lesson, file, result, arguments.verbose))
+
+
+def test_exercise(arguments: argparse.Namespace) -> int:
+    """Grade one exercise, with what it prints; with PDB=1 the debugger stops in it."""
+    lesson, exercise = find_exercise(arguments.which)
+    file = file_to_grade(lesson, arguments)
+    heading(lesson, file)
+    if arguments.pdb:
+        from common.student.debug import debug
+
+        return debug(lesson, file, exercise)
+    results = grade(
+        lesson,
+        file,
+        only=[exercise.id],
+        on_result=lambda result: report(lesson, file, result, arguments.verbose),
+        show_prints=True,
+    )
+    return int(results[0].status != "passed")
+
+
+def file_to_grade(lesson: Lesson, arguments: argparse.Namespace) -> Path:
+    """The student's file, the reference (SOLUTION=1) or any other (FILE=...)."""
+    course.activate(arguments.mine)
+    if arguments.file:
+        return Path(arguments.file).resolve()
+    if arguments.solution:
+        check_solution(lesson)
+    return lesson.solution if arguments.solution else lesson.module
+
+
+def heading(lesson: Lesson, file: Path) -> None:
+    earlier = tuple(each for each in LESSONS if each.number < lesson.number)
+    console.print(f"[bold]Lesson {lesson.number}: {lesson.title}[/]   {shown(file)}")
+    if earlier and not lesson.part:
+        mine = "0" if len(earlier) == 1 else f"0-{earlier[-1].number}"
+        offer = "" if {each.slug for each in earlier} <= set(course.substitutes()) else f" MINE={mine} takes yours."
+        console.print(f"[dim]on top of {course.files_used(earlier)}{offer}[/]")
+    if lesson.is_withheld:
+        console.print("[dim]Its solution is withheld: each exercise is checked in your whole file, with the others.[/]")
+    console.print()
+
+
+def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
+    """Say what became of one exercise."""
+    styles = {"passed": "green", "wrong": "red", "to do": "yellow", "waiting": "dim"}
+    number = "" if result.id == TOGETHER else result.id
+    line = Text.assemble(
+        ("  " + f"{result.status:<8}", styles[result.status]), f"{number:<6}", (f"{result.name:<35}", "bold")
+    )
+    if result.status == "to do":
+        line.append(f"{shown(file)}:{result.line}   make hint-{result.id}", "dim")
+    elif result.status == "waiting":
+        line.append(result.sentence or "your whole file, once every exercise has passed", "dim")
+    console.print(line)
+    if result.status != "wrong":
+        return
+    tell(result.sentence)
+    if result.mistake:
+        tell(f"This is what you get with: {result.mistake}.", "bold")
+    if verbose and result.traceback:
+        tell(result.traceback.rstrip(), "dim")
+    elif result.id != TOGETHER:
+        tell(f"{shown(file)}:{result.line}\nmake test-{result.id} VERBOSE=1   make hint-{result.id}", "dim")
+
+
+def tell(text: str, style: str = "") -> None:
+    console.print(Padding(Text(text, style), (0, 0, 0, 16), expand=False), soft_wrap=False)
+
+
+def conclude(lesson: Lesson, results: list[Result]) -> int:
+    """Count, and say what to do next. Returns the exit code: 0 only if everything has passed."""
+    exercises = [result for result in results if result.id != TOGETHER]
+    passed = [result for result in exercises if result.status == "passed"]
+    console.print(
+        f"\n{len(passed)} of {len(exercises)} exercises, {sum(result.points for result in passed)} of "
+        f"{sum(result.points for result in exercises)} points."
+    )
+    first = next_step(results)
+    if first is None:
+        congratulate(lesson)
+        return 0
+    if first.id == TOGETHER:
+        console.print("Each exercise is right by itself; your file as a whole is not. What did you change around them?")
+    else:
+        verb = "Mend" if first.status == "wrong" else "Next"
+        console.print(f"{verb}: {first}.   make test-{first.id}   make hint-{first.id}")
+    return 1
+
+
+LAST = "It was the last one: the engine is yours, all of it. make run MINE=0-8 SPEC=ngram"
+
+
+def congratulate(lesson: Lesson) -> None:
+    following = [each for each in LESSONS if each.number == lesson.number + 1]
+    after = f"Next: {shown(following[0].readme)}" if following else LAST
+    gain = GAINS.get(lesson.number, "")
+    console.print(f"[green bold]Lesson {lesson.number} is complete.[/] [bold]{gain}[/]")
+    console.print(f"[dim]{shown(lesson.notebook)} measures it.[/] {after}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# hint
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def hint(arguments: argparse.Namespace) -> int:
+    """Show one of an exercise's three hints: a question, then what must hold, then nearly the code."""
+    lesson, exercise = find_exercise(arguments.which)
+    hints = read_hints(lesson)[exercise.id]
+    level = arguments.level
+    if not 1 <= level <= len(hints):
+        raise CourseError(f"LEVEL={level}: {exercise.id} has the hints 1 to {len(hints)}.")
+    console.print(f"[bold]{exercise.id} {exercise.function}[/], hint {level} of {len(hints)}\n")
+    console.print(Padding(Markdown(hints[level - 1]), (0, 4)), soft_wrap=False)
+    if level < len(hints):
+        console.print(f"\n[dim]More: make hint-{exercise.id} LEVEL={level + 1}[/]")
+    return 0
+
+
+def read_hints(lesson: Lesson) -> dict[str, list[str]]:
+    """The hints of a lesson's exercises: a heading `## 1.4 rms_norm` each, with `### 1`, `### 2`, `### 3` below."""
+    if not lesson.hints.exists():
+        raise CourseError(f"{shown(lesson.hints)} does not exist.")
+    parts = re.split(r"^## (\d+\.\d+)\b.*$", lesson.hints.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {
+        id: [text.strip() for text in re.split(r"^### \d\b.*$", body, flags=re.MULTILINE)[1:]]
+        for id, body in zip(parts[1::2], parts[2::2])
+    }
+
+
+def find_exercise(which: str) -> tuple[Lesson, Exercise]:
+    number = which.partition(".")[0]
+    exercises = {
+        exercise.id: (lesson, exercise) for lesson in course.modules_of(number) for exercise in exercises_of(lesson)
+    }
+    if which not in exercises:
+        raise CourseError(f"Lesson {number} has no exercise {which}; it has {', '.join(exercises)}.")
+    return exercises[which]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# progress, reset-lesson
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def progress(arguments: argparse.Namespace) -> int:
+    """Draw the board of all lessons, grading again whatever has changed since it was graded last."""
+    course.activate(arguments.mine)
+    standings = []
+    for lesson in LESSONS:
+        with console.status(f"grading lesson {lesson.number} ..."):
+            standings.append(standing(lesson))
+    console.print(draw(standings))
+    return 0
+
+
+def standing(lesson: Lesson) -> Standing:
+    results: list[Result] = []
+    try:
+        for module in course.modules_of(lesson.number):
+            known = kept(module, module.module)
+            results += grade_and_keep(module, module.module) if known is None else known
+    except Waits as error:
+        return Standing(lesson, note=Text(f"waits for your {error.lessons}", "dim"))
+    except CourseError as error:
+        return Standing(lesson, note=Text(str(error).partition("\n")[0], "red"))
+    return Standing(lesson, results)
+
+
+def fingerprint(lesson: Lesson, file: Path) -> str:
+    """Everything that a grade depends on: the module, what it may import, its checks, the grader, the versions."""
+    files = [file, lesson.checks, lesson.answers, *sorted((ROOT / "common").rglob("*.py"))]
+    files += sorted((ROOT / "solutions").glob("*.py")) + sorted(course.substitutes().values())
+    digest = hashlib.sha256(f"{platform.python_version()} {version('torch')}".encode())
+    for each in files:
+        content = each.read_bytes() if each.exists() else b""
+        digest.update(f"{shown(each)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def keep(lesson: Lesson, file: Path, results: list[Result]) -> None:
+    """Remember the results for exactly this state of things, unless the machine's speed had a part in them."""
+    if all(result.certain for result in results):
+        GRADES.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([asdict(result) for result in results])
+        (GRADES / f"{lesson.slug}-{fingerprint(lesson, file)}.json").write_text(text)
+
+
+def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
+    """Grade a file, and remember the results, unless it was saved meanwhile: nobody knows of which state they are."""
+    before = fingerprint(lesson, file)
+    results = grade(lesson, file, **options)
+    if fingerprint(lesson, file) == before:
+        keep(lesson, file, results)
+    return results
+
+
+def kept(lesson: Lesson, file: Path) -> list[Result] | None:
+    path = GRADES / f"{lesson.slug}-{fingerprint(lesson, file)}.json"
+    return [Result(**each) for each in json.loads(path.read_text())] if path.exists() else None
+
+
+def reset_lesson(arguments: argparse.Namespace) -> int:
+    """Start a lesson's file afresh, and keep what was there."""
+    for lesson in course.modules_of(arguments.which):
+        backup = skeleton.reset(lesson)
+        console.print(f"{shown(lesson.module)} is the empty skeleton again.")
+        if backup:
+            console.print(f"What was in it is kept in {shown(backup)}.")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "test-lesson": (test_lesson, "N"),
+    "test-exercise": (test_exercise, "N.M"),
+    "hint": (hint, "N.M"),
+    "progress": (progress, None),
+    "reset-lesson": (reset_lesson, "N"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """argv[0] is the command. Options may also come from the environment, as `make` passes its variables."""
+    command, which = COMMANDS[argv[0]]
+
+    def setting(name: str) -> bool:
+        return os.environ.get(name, "") not in ("", "0")
+
+    parser = argparse.ArgumentParser(prog=f"python -m common {argv[0]}", description=command.__doc__)
+    if which:
+        parser.add_argument("which", metavar=which)
+    if argv[0] in ("test-lesson", "test-exercise"):
+        parser.add_argument("--solution", action="store_true", default=setting("SOLUTION"), help="grade the reference")
+        parser.add_argument("--file", default=os.environ.get("FILE"), help="grade this file")
+        parser.add_argument("--verbose", action="store_true", default=setting("VERBOSE"), help="show tracebacks")
+    if argv[0] == "test-exercise":
+        parser.add_argument("--pdb", action="store_true", default=setting("PDB"), help="stop in it, in the debugger")
+    if argv[0] in ("test-lesson", "test-exercise", "progress"):
+        parser.add_argument(
+            "--mine", default=os.environ.get("MINE", ""), metavar="0-2", help="whose earlier lessons: yours for these"
+        )
+    if argv[0] == "hint":
+        parser.add_argument("--level", type=int, default=int(os.environ.get("LEVEL") or 1), help="1, 2 or 3")
+    try:
+        return command(parser.parse_args(argv[1:]))
+    except CourseError as error:
+        console.print(Text(str(error), "red"))
+        return 2
+    except KeyboardInterrupt:
+        console.print("\nStopped.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,239 @@
+"""`make watch-lesson-N`: grades a lesson's file each time it is saved, and says what has changed.
+
+Only what a save may have changed is graded: the exercises whose functions differ and those that were wrong, or all
+where anything else differs. While the student thinks, the next worker already imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from rich.text import Text
+
+from common import course
+from common.course import CourseError, Lesson, shown
+from common.course.exercises import TOGETHER, exercises_of, walk_functions
+from common.grading.runner import Result, Worker, begin, grade, next_step, read_source, todo_lines
+from common.student.board import SIGNS, bar, score
+from common.student.grade import congratulate, console, grade_and_keep, heading, kept, report
+
+PAUSE = 0.2
+"""Seconds between two looks at the files."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a save may have changed
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def edited(lesson: Lesson, before: str, after: str) -> list[str] | None:
+    """The ids of the exercises whose functions differ; None if anything else does, which may touch all of them."""
+    functions = {each.id: each.function for each in exercises_of(lesson)}
+    (old, old_rest), (new, new_rest) = parts(before, functions), parts(after, functions)
+    if old_rest != new_rest:
+        return None
+    return [id for id in functions if old.get(id) != new.get(id)]
+
+
+def parts(source: str, functions: dict[str, str]) -> tuple[dict[str, str], str]:
+    """Each exercise's function, and all the rest; in a form that knows neither comments nor layout."""
+    tree = ast.parse(source)
+    nodes = dict(walk_functions(tree))
+    own = {id: nodes[name] for id, name in functions.items() if name in nodes}
+    dumps = {id: ast.dump(node) for id, node in own.items()}
+    for node in own.values():
+        node.args, node.body, node.decorator_list, node.returns = None, [], [], None
+    return dumps, ast.dump(tree)
+
+
+def stamp(file: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written, or another one is put in its place; None while there is none."""
+    try:
+        state = file.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_size, state.st_ino
+
+
+def saves(known: dict[Path, tuple[int, int, int] | None]) -> Iterator[Path]:
+    """Each file that is no longer as it is known to be, for ever."""
+    while True:
+        time.sleep(PAUSE)
+        for file in known:
+            if stamp(file) != known[file]:
+                time.sleep(PAUSE)  # an editor may need several steps
+                known[file] = stamp(file)
+                yield file
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A worker in advance
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Spare(Worker):
+    """A worker that is started before it is known what it is to run, and can be given that once, as `Worker` is."""
+
+    def __init__(self):
+        self.process, self.connection = begin(wait_for_work)
+        self.is_used = False
+
+    def __call__(self, *what) -> Worker:
+        try:
+            self.is_used = True
+            self.connection.send(what)
+        except OSError:  # it has ended: the one after a crash, or the machine lacked memory
+            return Worker(*what)
+        return self
+
+
+def wait_for_work(connection: Connection) -> None:
+    """In the new process."""
+    try:
+        from common.grading.worker import work
+
+        what = connection.recv()
+    except (EOFError, KeyboardInterrupt):
+        return
+    work(connection, *what)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A module, and what is known of it."""
+
+    def __init__(self, lesson: Lesson):
+        self.lesson = lesson
+        self.file = lesson.module
+        self.source = ""
+        self.is_readable = True
+        self.results: dict[str, Result] = {}
+
+    def begin(self, start: Callable[..., Worker]) -> None:
+        """Grade all of it, and report as `make test-lesson-N` does."""
+        heading(self.lesson, self.file)
+        self.source = read_source(self.file)
+        self.take(kept(self.lesson, self.file) or [])
+        for result in self.results.values():
+            report(self.lesson, self.file, result, verbose=False)
+        if not self.results:
+            self.grade_all(start, lambda result: report(self.lesson, self.file, result, verbose=False))
+
+    def take(self, results: list[Result]) -> None:
+        self.results.update({result.id: result for result in results})
+
+    def grade_all(
+        self, start: Callable[..., Worker], on_result: Callable[[Result], None] = lambda result: None
+    ) -> None:
+        self.take(grade_and_keep(self.lesson, self.file, on_result=on_result, start=start))
+
+    def look(self, start: Callable[..., Worker]) -> None:
+        """After a save: grade what it may have changed, and tell. Raises CourseError if the file cannot be read."""
+        was_readable, self.is_readable = self.is_readable, False
+        source = read_source(self.file)
+        self.is_readable = True
+        if not self.results:
+            return self.begin(start)
+        ids = [] if source == self.source else edited(self.lesson, self.source, source)
+        before = dict(self.results)
+        with console.status("grading ..."):
+            self.grade_again(ids, start)
+        for place, line in todo_lines(source).items():
+            if place in self.results:
+                self.results[place].line = line
+        if source != self.source or not was_readable:
+            self.source = source
+            self.tell(before, ids)
+
+    def grade_again(self, ids: list[str] | None, start: Callable[..., Worker]) -> None:
+        """ids: the exercises that were edited; None if all may have changed."""
+        if ids is None or (ids and self.lesson.is_withheld):
+            self.grade_all(start)
+        elif ids:
+            wrong = [id for id, result in self.results.items() if result.status == "wrong" and id != TOGETHER]
+            self.take(grade(self.lesson, self.file, only=sorted({*ids, *wrong}), start=start))
+            if all(result.status == "passed" for id, result in self.results.items() if id != TOGETHER):
+                self.grade_all(start)
+            else:
+                self.results[TOGETHER] = Result(TOGETHER, TOGETHER, status="waiting")
+
+    def tell(self, before: dict[str, Result], ids: list[str] | None) -> None:
+        told = Text()
+        for id, result in self.results.items():
+            was = before[id].status
+            if id == TOGETHER:
+                continue
+            if was != result.status:
+                told.append(f"{result}: {was} -> ").append(result.status, SIGNS[result.status][1]).append("   ")
+            elif id in (ids or ()):
+                told.append(f"{result}: still ").append(result.status, SIGNS[result.status][1]).append("   ")
+        console.print(Text(time.strftime("\n%H:%M:%S  "), "dim") + (told or Text("Nothing is changed by that.", "dim")))
+        wrong = [result for id, result in self.results.items() if result.status == "wrong"]
+        new = [each for each in wrong if each.id in (ids or ()) or before[each.id].status != "wrong"]
+        if new:
+            report(self.lesson, self.file, new[0], verbose=False)
+        elif told:
+            results = list(self.results.values())
+            line = Text("          ") + bar(results) + f"  {score(results)}."
+            if (step := next_step(results)) and step.id != TOGETHER:
+                line.append(f"  Next: {step}").append(f"   {shown(self.file)}:{step.line}   make hint-{step.id}", "dim")
+            console.print(line)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m common watch-lesson", description=__doc__.partition("\n")[0])
+    parser.add_argument("which", metavar="N")
+    parser.add_argument(
+        "--mine", default=os.environ.get("MINE", ""), metavar="0-2", help="whose earlier lessons: yours for these"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        course.activate(arguments.mine)
+        return watch([Watched(each) for each in course.modules_of(arguments.which)])
+    except CourseError as error:
+        console.print(Text(str(error), "red"))
+        return 2
+
+
+def watch(modules: list[Watched]) -> int:
+    """Until Ctrl-C."""
+    known = {each.file: stamp(each.file) for each in modules}
+    spare = Spare()
+
+    def attempt(action: Callable[[Callable[..., Worker]], None]) -> None:
+        nonlocal spare
+        try:
+            action(spare)
+        except CourseError as error:
+            console.print(Text(f"\n{error}", "red"))
+        if spare.is_used:
+            spare = Spare()
+
+    try:
+        for each in modules:
+            attempt(each.begin)
+        console.print("\nFrom now on the file is graded whenever you save it; Ctrl-C ends this.")
+        is_complete = False
+        for file in saves(known):
+            attempt(next(each.look for each in modules if each.file == file))
+            was_complete = is_complete
+            results = [result for each in modules for result in each.results.values()]
+            is_complete = all(each.results for each in modules) and next_step(results) is None
+            if is_complete and not was_complete:
+                congratulate(modules[0].lesson)
+                console.print("Still watching; Ctrl-C ends this.")
+    except KeyboardInterrupt:
+        console.print("\nStopped.")
+    finally:
+        spare.close()
+    return 0

@@ -1,0 +1,261 @@
+"""The ladder, what speculation gives, and the engines beside ours: that they run, and that they are compared fairly."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+
+from common import kernels
+from common.bench import cli as bench
+from common.bench import ladder, plots
+from common.bench import peers as rivals
+from common.bench import speculation as speculation_bench
+from common.checkpoints import MODELS, Checkpoint
+from common.checkpoints import gguf as gguf_convert
+from solutions.engine import Speculation
+from solutions.llama_pytorch import SamplingParams, load
+
+
+@pytest.fixture(scope="module")
+def tales():
+    return load("tales", torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    rivals.write_gguf(MODELS / "tales", path)
+    return path
+
+
+# What is measured -------------------------------------------------------------------------------------------------
+
+
+def test_a_name_or_its_beginning_says_what_is_measured(capsys, monkeypatch):
+    monkeypatch.setenv("COURSE_MODULES", "")
+    measured = []
+    monkeypatch.setattr(
+        speculation_bench, "measure_speculation", lambda name, draft, quick: measured.append((name, draft))
+    )
+    assert bench.main(["speculation", "speculation-tales", "--quick"]) == 0
+    assert measured == [("tales", None), ("tales", "tales-draft")]  # each once, in miniature on the small model
+    with pytest.raises(SystemExit):
+        bench.main(["spec"])  # the beginning of a word is none of a name
+    assert "nothing called 'spec'" in capsys.readouterr().err
+    assert all(any(name == each or name.startswith(f"{each}-") for name in bench.NAMES) for each in bench.DEFAULT)
+
+
+@pytest.mark.slow
+def test_the_ladder_and_speculation_run_in_miniature(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COURSE_MODULES", "")
+    assert bench.main(["ladder", "speculation", "--quick", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert not list(tmp_path.iterdir()) and text.count("not kept") == 3
+    for way in ("recompute", "cache", "paged", "engine", "engine, kernels", "INT8", "INT4", "speculation"):
+        assert f"mixed requests, round 1 of 1, {way}:" in text
+    for way in ("none", "adaptive", "k=2"):
+        assert f"1 x rewrite, round 1 of 1, {way}:" in text and f"1 x greedy, round 1 of 1, {way}:" in text
+
+
+def make_run(seconds: float, tokens: list[list[int]], **more) -> ladder.Run:
+    return ladder.Run(seconds, tokens, [0.5] * len(tokens), [0.1] * len(tokens), 64, 1000, 800, more)
+
+
+def test_of_an_unable_way_the_reason_is_kept_and_the_others_go_on(tales):
+    model, _ = tales
+    asked = []
+
+    def unable(given):
+        asked.append(given.name)
+        raise rivals.Unable("not on a Tuesday")
+
+    given = ladder.Load("a load", [[5, 6, 7]], [2])
+    expected = [greedy_tokens(model, [5, 6, 7], 2)]
+    skipped: dict[str, str] = {}
+    told = ladder.climb(model, given, {"a": lambda given: make_run(4.0, expected), "b": unable}, 3, skipped)
+    assert skipped == {"b": "not on a Tuesday"} and list(told["ways"]) == ["a"] and len(asked) == 1
+    assert told["ways"]["a"]["rounds"] == [0.5] * 3
+
+
+def greedy_tokens(model, prompt: list[int], length: int) -> list[int]:
+    from solutions.llama_pytorch import recompute
+
+    text = list(prompt)
+    with torch.inference_mode():
+        for _ in range(length):
+            text.append(int(recompute(model, text).argmax()))
+    return text[len(prompt) :]
+
+
+def test_a_way_with_other_tokens_is_found_even_if_another_answered_fewer_requests(tales):
+    model, _ = tales
+    prompts = [[5, 6, 7], [300, 12, 9, 44]]
+    right = [greedy_tokens(model, prompt, 3) for prompt in prompts]
+    wrong = [right[0], [right[1][0], (right[1][1] + 1) % 1024, right[1][2]]]
+    given = ladder.Load("a load", prompts, [3, 3], sample=1)
+    ways = {"sample": lambda given: make_run(1.0, right[:1]), "all": lambda given: make_run(1.0, right)}
+    told = ladder.climb(model, given, ways, 2, {})
+    assert told["ways"]["sample"]["num_requests_answered"] == 1
+    assert told["ways"]["sample"]["time_to_first_token"] is None and told["ways"]["all"]["time_to_first_token"] == 0.5
+    with pytest.raises(AssertionError, match="token 1 differs"):
+        ladder.climb(model, given, {**ways, "mistaken": lambda given: make_run(1.0, wrong)}, 1, {})
+    quantized = {**ways, "INT4": lambda given: make_run(1.0, wrong)}  # other weights may say other things
+    assert set(ladder.climb(model, given, quantized, 1, {})["ways"]) == {"sample", "all", "INT4"}
+
+
+def test_bytes_read_in_a_second_are_those_of_the_steps_after_the_prompt():
+    given = ladder.Load("one stream", [[1, 2]], [5])
+    told = ladder.row(given, [make_run(9.0, [[3] * 5])], 0)
+    assert told["read_gb_per_s"] == pytest.approx(800 * 4 / (0.1 * 4) / 1e9)  # four gaps, a step each
+    guessed = ladder.row(given, [make_run(9.0, [[3] * 5], num_steps=3)], 0)
+    assert guessed["read_gb_per_s"] == pytest.approx(800 * 2 / (0.1 * 4) / 1e9)  # two steps brought the four tokens
+    assert told["tokens_per_second"] == 5 / 9 and told["weight_bytes"] == 1000
+    assert "read_gb_per_s" not in ladder.row(
+        replace(given, prompts=[[1], [2]], lengths=[5, 5]), [make_run(1.0, [[3] * 5] * 2)], 0
+    )
+
+
+def test_a_packed_model_holds_its_table_twice_and_reads_it_once(tales):
+    model, _ = tales
+    plain = sum(parameter.nbytes for parameter in model.parameters())
+    assert ladder.weights_of(model) == (plain, plain)
+    packed, _ = load("tales", torch.float32, "cpu")
+    kernels.pack(packed)
+    table = packed.model.embed_tokens.weight.nbytes
+    assert ladder.weights_of(packed) == (plain + table, plain)
+
+
+def test_ratios_are_those_of_pairs_and_tokens_a_step_count_what_was_guessed_right():
+    without = [make_run(seconds, [[1] * 12], num_steps=12) for seconds in (1.0, 2.0, 10.0)]
+    guessed = [
+        make_run(seconds, [[1] * 12], num_steps=4, num_guesses=16, acceptance_rate=0.5) for seconds in (0.5, 1.0, 9.0)
+    ]
+    told = speculation_bench.row(guessed, without, 0)
+    assert told["ratios"] == pytest.approx([2, 2, 10 / 9]) and told["ratio"] == pytest.approx(2)
+    assert told["tokens_per_step"] == 3 and told["acceptance_rate"] == 0.5
+    alone = speculation_bench.row(without, without, 0)
+    assert alone["ratio"] == 1 and alone["tokens_per_step"] == 1 and alone["acceptance_rate"] is None
+
+
+def test_the_assembled_engine_of_the_ladder_guesses_and_says_the_same(tales):
+    model, tokenizer = tales
+    prompts = [tokenizer.encode(text) for text in speculation_bench.BEGINNINGS[:2]]
+    params = [SamplingParams(max_tokens=16)] * 2
+    plain = speculation_bench.answer(model, tokenizer, None, prompts, params)
+    for draft in (None, str(MODELS / "tales-draft")):
+        speculation = Speculation(draft, 3, is_adaptive=False)
+        guessed = speculation_bench.answer(model, tokenizer, speculation, prompts, params)
+        given = ladder.Load("beginnings", prompts, [16, 16])
+        ladder.check_same(model, given, plain.tokens, guessed.tokens, "speculation")
+        assert draft is None or guessed.more["num_steps"] < plain.more["num_steps"]
+        assert draft is None or guessed.more["num_guesses"] > 0
+    assert "num_guesses" not in plain.more
+
+
+# llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_as_gguf_is_read_back_number_for_number(gguf_file):
+    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert._Source(gguf_file)
+    config = gguf_convert._config(source)
+    names = {gguf_convert._new_name(source, name): name for name in source.tensors}
+    assert sorted(names) == [name for name in checkpoint.names() if name != "lm_head.weight"]
+    for name, stored in names.items():
+        read = gguf_convert._tensor(source, stored, config)
+        assert read.dtype == torch.float32
+        numpy.testing.assert_array_equal(read.numpy(), checkpoint.read(name).float().numpy(), err_msg=name)
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
+    for key in (*same, "vocab_size", "intermediate_size", "rms_norm_eps", "max_position_embeddings"):
+        assert config[key] == checkpoint.config[key], key
+
+
+def test_what_is_no_plain_llama_is_not_written(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((MODELS / "tales" / "model.safetensors").read_bytes())
+    config = json.loads((MODELS / "tales" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}), encoding="utf-8")
+    with pytest.raises(rivals.Unable, match="only a plain Llama"):
+        rivals.write_gguf(tmp_path, tmp_path / "model.gguf")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+def test_llama_cpp_says_the_same_of_several_requests_at_once(tales, gguf_file):
+    model, _ = tales
+    prompts, lengths = [[5, 6, 7], list(range(100, 130)), [9]], [6, 3, 8]
+    llama_cpp = rivals.LlamaCpp(gguf_file, 1)
+    served = llama_cpp.serve(prompts, lengths)
+    assert [len(tokens) for tokens in served.token_ids] == lengths == [len(times) for times in served.times]
+    given = ladder.Load("llama.cpp", prompts, lengths)
+    expected = [greedy_tokens(model, prompt, length) for prompt, length in zip(prompts, lengths)]
+    assert ladder.check_same(model, given, expected, served.token_ids, "llama.cpp") == 0
+    assert served.num_steps == 8 and served.start < served.times[0][0]  # the prompts fit into one step
+    with pytest.raises(rivals.Unable, match="600 tokens"):
+        llama_cpp.serve([[5] * 600], [1])
+    llama_cpp.close()
+
+
+# Figures ----------------------------------------------------------------------------------------------------------
+
+MACHINE = {
+    "machine": {"cpu": "a CPU", "cores": 2, "threads": 2},
+    "versions": {"torch": "2.13.0"},
+    "date": "2026-01-01",
+    "command": "python -m common bench",
+}
+
+
+def spoken(name: str, num_streams: int, ratio: float, **more) -> dict:
+    told = {"ratio": ratio, "num_guesses": 40, "acceptance_rate": 0.75}
+    ways = {"none": {**told, "ratio": 1.0}, "adaptive": told}
+    return {"name": name, "num_streams": num_streams, "temperature": 0.0, "is_repetitive": None, "ways": ways, **more}
+
+
+MADE_UP = {
+    "ladder-smollm2-135m": {
+        **MACHINE,
+        "loads": [
+            {"name": "recompute", "ways": {"recompute": {"tokens_per_second": 5.0}}},
+            {"name": "one stream", "ways": {"engine": {"tokens_per_second": 14.0}}},
+            {"name": "8 equal streams", "ways": {"engine": {"tokens_per_second": 64.0}}},
+            {"name": "32 mixed requests", "ways": {"llama.cpp": {"tokens_per_second": 200.0}}},
+        ],
+    },
+    "speculation-smollm2-135m": {
+        **MACHINE,
+        "cases": [
+            spoken(f"{streams} {repeats}", streams, 2.0 if repeats else 0.98, is_repetitive=repeats)
+            for streams in (1, 8, 32)
+            for repeats in (True, False)
+        ],
+    },
+    "speculation-tales": {
+        **MACHINE,
+        "cases": [spoken("x", streams, 1.5, temperature=t) for streams in (1, 8, 32) for t in (0.0, 0.8)],
+    },
+}
+
+
+@pytest.mark.parametrize("path", ["common/bench/figures/ladder.svg", "lesson-8-speculative/figures/speculation.svg"])
+def test_the_figures_are_drawn_from_what_was_measured(path, monkeypatch):
+    monkeypatch.setattr(bench, "read", MADE_UP.__getitem__)
+    first = plots.svg(plots.FIGURES[path])
+    assert plots.svg(plots.FIGURES[path]) == first
+    other = copy.deepcopy(MADE_UP)
+    other["ladder-smollm2-135m"]["loads"][3]["ways"]["llama.cpp"]["tokens_per_second"] = 150.0
+    other["speculation-tales"]["cases"][-1]["ways"]["adaptive"]["acceptance_rate"] = 0.25
+    monkeypatch.setattr(bench, "read", other.__getitem__)
+    assert plots.svg(plots.FIGURES[path]) != first
+
+
+def test_the_share_of_right_guesses_is_of_all_guesses():
+    few = spoken("few", 1, 1.0)
+    few["ways"]["adaptive"] = {"ratio": 1.0, "num_guesses": 0, "acceptance_rate": None}
+    assert plots.right_share([few]) == "no guesses"
+    half = spoken("half", 1, 1.0)
+    half["ways"]["adaptive"] = {"ratio": 1.0, "num_guesses": 160, "acceptance_rate": 0.25}
+    assert plots.right_share([few, half, spoken("x", 1, 1.0)]) == "35% right of 200"

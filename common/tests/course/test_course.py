@@ -1,0 +1,121 @@
+"""Whose code runs: `MINE`, here and in the processes that are started from here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from common import course
+from common.course import MODULES, ROOT, CourseError
+
+REPORT = """
+import json, multiprocessing, sys
+from common import course
+
+def files():
+    import solutions.llm_basics as one, solutions.llama_pytorch as two, reference.llama_pytorch as kept
+    return [one.__file__, two.__file__, kept.__file__, kept.rms_norm.__module__, two.rms_norm.__module__]
+
+def child(connection):
+    connection.send(files())
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(theirs,))
+    process.start()
+    theirs.close()
+    print(json.dumps([files(), ours.recv()]))
+"""
+
+
+def run(script: str, tmp_path, **environment) -> subprocess.CompletedProcess:
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, str(file)], env=variables, capture_output=True, text=True)
+
+
+def test_finder_obeys_the_environment_in_every_process(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text((ROOT / "solutions" / "llm_basics.py").read_text())
+    result = run(REPORT, tmp_path, COURSE_MODULES=f"llm_basics={mine}")
+    here, spawned = json.loads(result.stdout)
+    reference = str(ROOT / "solutions" / "llama_pytorch.py")
+    assert here == spawned == [str(mine), reference, reference, "reference.llm_basics", "solutions.llm_basics"]
+
+
+def test_sabotage_in_an_earlier_module_reaches_the_later_ones(tmp_path):
+    """What runs under MINE is the student's code, not the reference."""
+    mine = tmp_path / "mine.py"
+    source = (ROOT / "solutions" / "llm_basics.py").read_text()
+    mine.write_text(source.replace("torch.rsqrt(mean_square + eps)", "torch.zeros_like(mean_square)"))
+    script = (
+        "import torch\nfrom solutions.llama_pytorch import RMSNorm\n"
+        "from reference.llama_pytorch import RMSNorm as Kept\n"
+        "print(RMSNorm(4, 0.0)(torch.ones(4)).sum().item(), Kept(4, 0.0)(torch.ones(4)).sum().item())"
+    )
+    assert run(script, tmp_path).stdout.split() == ["4.0", "4.0"]
+    assert run(script, tmp_path, COURSE_MODULES=f"llm_basics={mine}").stdout.split() == ["0.0", "4.0"]
+
+
+def test_unfinished_module_is_refused_at_import(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text('def f():\n    raise NotImplementedError("TODO 1.4")\n')
+    result = run("import solutions.llm_basics", tmp_path, COURSE_MODULES=f"llm_basics={mine}")
+    assert "mine.py cannot be used yet: 1.4 still to do" in result.stderr
+
+
+def test_activate_names_what_is_unfinished(tmp_path, monkeypatch):
+    monkeypatch.delenv(course.MODULES_VARIABLE, raising=False)
+    monkeypatch.setattr("common.course.lessons.ROOT", tmp_path)
+    folder = tmp_path / "lesson-1-llm-basics"
+    folder.mkdir()
+    with pytest.raises(CourseError, match=r"llm_basics.py does not exist"):
+        course.activate("1")
+    (folder / "llm_basics.py").write_text('def f():\n    raise NotImplementedError("TODO 1.4")\n')
+    with pytest.raises(CourseError, match=r"1.4 still to do"):
+        course.activate("1")
+    (folder / "llm_basics.py").write_text("def f(:\n")
+    with pytest.raises(CourseError, match=r"llm_basics.py:1: Python cannot read this line"):
+        course.activate("1")
+    (folder / "llm_basics.py").write_text("def f():\n    return 1\n")
+    assert course.MODULES_VARIABLE not in os.environ
+    monkeypatch.setenv(course.MODULES_VARIABLE, "")
+    course.activate("1")
+    assert course.substitutes() == {"llm_basics": folder / "llm_basics.py"}
+    assert course.files_used().startswith("lesson 0 reference, lesson 1 yours")
+    course.activate("")
+    assert course.substitutes() == {}
+
+
+@pytest.mark.parametrize(
+    ("mine", "numbers"), [("", []), ("1", [1]), ("0-2", [0, 1, 2]), ("2,0", [0, 2]), (" 0-1 , 1 ", [0, 1])]
+)
+def test_parse_mine(mine, numbers):
+    assert [lesson.number for lesson in course.parse_mine(mine)] == numbers
+
+
+@pytest.mark.parametrize("mine", ["x", "2-0", "0-", "-1", "1;2", "99", "0-99"])
+def test_parse_mine_refuses(mine):
+    with pytest.raises(CourseError, match=r"MINE=|There is no lesson"):
+        course.parse_mine(mine)
+
+
+def test_one_rule_names_everything():
+    for lesson in MODULES:
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", lesson.name)
+        assert lesson.folder.is_dir() and lesson.solution.is_file()
+        assert lesson.module.name == lesson.solution.name == f"{lesson.slug}.py"
+
+
+def test_the_front_of_the_course_needs_only_the_standard_library():
+    """`python -m common` must answer before anything is installed."""
+    script = "import sys, common.course.skeleton; print(sorted({'torch', 'rich', 'pytest'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

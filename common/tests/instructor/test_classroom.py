@@ -1,0 +1,477 @@
+"""Grading a class: what is taken from a submission, what a hostile one can do, and what is written down."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common.course import LESSONS, MODULES, ROOT, CourseError
+from common.course.catalogue import apply, right
+from common.course.exercises import exercises_of
+from common.instructor import sandbox, screen
+from common.instructor.classroom import Classroom, points_of
+from common.instructor.report import write
+from common.instructor.submissions import Submission, find_submissions, read_submission
+
+INTRO, BASICS = LESSONS[0], LESSONS[1]
+SOURCE = INTRO.solution.read_text()
+
+
+# --- what is taken ---------------------------------------------------------------------------------------------------
+
+
+def test_each_kind_of_submission_gives_its_modules_and_nothing_else(tmp_path):
+    folder = tmp_path / "anna"
+    (folder / INTRO.folder.name).mkdir(parents=True)
+    (folder / INTRO.folder.name / "intro.py").write_text("a = 1\n")
+    (folder / INTRO.folder.name / "test_intro.py").write_text("no checks\n")
+    (folder / "solutions").mkdir()
+    (folder / "solutions" / "llm_basics.py").write_text("the reference\n")
+    (folder / ".course" / "backups").mkdir(parents=True)
+    (folder / ".course" / "backups" / "llm_basics.py").write_text("an old one\n")
+    with zipfile.ZipFile(tmp_path / "bert.zip", "w") as archive:
+        archive.write(folder / INTRO.folder.name / "intro.py", "my work/lesson-0-intro/intro.py")
+    with tarfile.open(tmp_path / "carla.tar.gz", "w:gz") as archive:
+        archive.add(folder / INTRO.folder.name / "intro.py", "intro.py")
+    (tmp_path / "notes.txt").write_text("not a submission")
+    found, ignored = find_submissions(tmp_path)
+    assert {each.student: each.modules for each in found} == {
+        name: {"intro": b"a = 1\n"} for name in ("anna", "bert", "carla")
+    }
+    assert [each.notes for each in found] == [[], [], []]
+    assert ignored == ["notes.txt: neither a folder nor a .zip nor a .tar"]
+
+
+def test_no_submissions_is_said_clearly(tmp_path):
+    with pytest.raises(CourseError, match="is no folder"):
+        find_submissions(tmp_path / "absent")
+    with pytest.raises(CourseError, match="There is no submission in"):
+        find_submissions(tmp_path)
+
+
+def test_archive_cannot_lead_out_of_itself(tmp_path):
+    secret = tmp_path / "secret.py"
+    secret.write_text("the instructor's")
+    with zipfile.ZipFile(tmp_path / "mallory.zip", "w") as archive:
+        archive.writestr("../../solutions/intro.py", "a way out")
+        archive.writestr("/etc/intro.py", "an absolute one")
+        link = zipfile.ZipInfo("lesson-1-llm-basics/llm_basics.py")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, str(secret))
+    submission = read_submission("mallory", tmp_path / "mallory.zip")
+    assert submission.modules == {}
+    assert [note.partition(" and was")[0] for note in submission.notes] == [
+        "../../solutions/intro.py leads out of the archive",
+        "/etc/intro.py leads out of the archive",
+        "lesson-1-llm-basics/llm_basics.py is a link",
+    ]
+    with tarfile.open(tmp_path / "trudy.tar", "w") as archive:
+        for name, kind in (
+            ("intro.py", tarfile.SYMTYPE),
+            ("kv_cache.py", tarfile.LNKTYPE),
+            ("llm_basics.py", tarfile.FIFOTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, str(secret)
+            archive.addfile(member)
+        member = tarfile.TarInfo("x/../../batching.py")
+        archive.addfile(member, io.BytesIO())
+    submission = read_submission("trudy", tmp_path / "trudy.tar")
+    assert submission.modules == {} and len(submission.notes) == 4
+    folder = tmp_path / "eve"
+    folder.mkdir()
+    (folder / "intro.py").symlink_to(secret)
+    os.mkfifo(folder / "llm_basics.py")
+    submission = read_submission("eve", folder)
+    assert submission.modules == {} and len(submission.notes) == 2
+    assert list(tmp_path.rglob("intro.py")) == [folder / "intro.py"]
+    assert not any((place / "solutions").exists() for place in (tmp_path.parent, tmp_path.parent.parent))
+
+
+def test_bombs_and_broken_archives_are_told_not_raised(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "long.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("intro.py", b"#" * (64 << 20))
+    assert read_submission("long", tmp_path / "long.zip").notes == ["intro.py is longer than 1 MiB and was not taken"]
+    (tmp_path / "broken.zip").write_bytes((tmp_path / "long.zip").read_bytes()[:-30])
+    (tmp_path / "broken.tar.gz").write_bytes(b"\x1f\x8b no gzip")
+    for name in ("broken.zip", "broken.tar.gz"):
+        assert "cannot be read any further" in read_submission("x", tmp_path / name).notes[0]
+    monkeypatch.setattr("common.instructor.submissions.MAX_UNPACKED", 1 << 20)
+    with tarfile.open(tmp_path / "bomb.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("zeros")
+        member.size = 8 << 20
+        archive.addfile(member, io.BytesIO(bytes(8 << 20)))
+    assert "the rest was not looked at" in read_submission("bomb", tmp_path / "bomb.tar.gz").notes[0]
+
+
+# --- what asks for a second look -------------------------------------------------------------------------------------
+
+
+def test_references_ask_for_no_second_look():
+    for lesson in LESSONS:
+        assert screen.findings(lesson, lesson.solution.read_text(), lesson.module.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "finding"),
+    [
+        ("import os", "imports os"),
+        ("from solutions.llm_basics import softmax", "imports the reference of this very lesson"),
+        ("from solutions import llm_basics", "imports the reference of this very lesson"),
+        ("from solutions.kv_cache import KVCache", "imports solutions.kv_cache"),
+        ("import reference.llm_basics", "imports reference.llm_basics"),
+        ("from common.grading import compare", "imports common.grading"),
+        ("torch.equal = lambda *a: True", "changes torch.equal, which is not the submission's own"),
+        ("setattr(torch, 'equal', None)", "changes torch, which is not the submission's own"),
+        ("exec('1')", "calls exec"),
+        ("x = open('f')", "calls open"),
+        ("x = getattr(torch, 'eq' + 'ual')", "calls getattr with a name that is computed"),
+        ("x = (lambda: 0).__globals__", "uses .__globals__"),
+        ("class A:\n    def __eq__(self, other): return True", "defines __eq__"),
+    ],
+)
+def test_screen_names_what_no_answer_needs(line, finding):
+    source = BASICS.module.read_text() + "\n" + line + "\n"
+    assert [each.partition(": ")[2] for each in screen.findings(BASICS, source, BASICS.module.read_text())] == [finding]
+
+
+def test_points_are_read_without_running_the_checks():
+    for lesson in MODULES:
+        assert set(points_of(lesson)) == {each.id for each in exercises_of(lesson)}
+    assert points_of(LESSONS[6])["6.7"] == 4 and points_of(BASICS)["1.4"] == 1
+
+
+# --- hostile submissions ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An answer that is none. said: what the grader says, or one of several; look_at: what the instructor is told."""
+
+    what: str
+    body: str
+    said: tuple[str, ...]
+    look_at: str = ""
+
+
+REFUSED = "an answer has no need of that"
+CANARY = "so does a known wrong answer"
+ATTACKS = {
+    "1.1": Attack(
+        "answers with a list that equals everything",
+        "return Yes(ids)",
+        ("is a Yes",),
+        "defines __ne__",
+    ),
+    "1.2": Attack(
+        "monkeypatches torch",
+        """
+        torch.isclose = lambda actual, *others, **settings: actual == actual
+        return table[token_ids] + 1
+        """,
+        (CANARY,),
+        "changes torch.isclose",
+    ),
+    "1.3": Attack(
+        "monkeypatches the grader",
+        """
+        import sys
+        for module in list(sys.modules.values()):
+            for name in ("close", "equal", "holds", "refuses"):
+                if "close" in vars(module) and "holds" in vars(module):
+                    setattr(module, name, lambda *given, **settings: None)
+        return scores
+        """,
+        (CANARY,),
+        "uses .modules",
+    ),
+    "1.4": Attack(
+        "leaves early with 0",
+        "import os; os._exit(0)",
+        ("ended the Python process with exit code 0",),
+        "imports os",
+    ),
+    "1.5": Attack(
+        "ends pytest",
+        "import pytest; pytest.exit('passed', 0)",
+        ("raised Exit",),
+        "imports pytest",
+    ),
+    "1.6": Attack(
+        "reads the reference from disk",
+        """
+        from common.course import LESSONS
+        space = {}
+        exec(LESSONS[1].solution.read_text(), space)
+        return space["apply_rotary"](x, cos, sin)
+        """,
+        (f"opens llm_basics.py: {REFUSED}",),
+        "1.6: opens llm_basics.py",
+    ),
+    "1.7": Attack(
+        "imports the reference",
+        """
+        from solutions import llm_basics
+        return llm_basics.causal_mask(num_queries, num_keys, device)
+        """,
+        (REFUSED,),
+        "imports the reference of this very lesson",
+    ),
+    "1.8": Attack(
+        "lets another process read it",
+        """
+        import subprocess
+        return subprocess.run(["cat", "solutions/llm_basics.py"])
+        """,
+        (f"starts a process: {REFUSED}",),
+        "1.8: starts a process",
+    ),
+    "1.9": Attack(
+        "edits the checks",
+        """
+        from common.course import LESSONS
+        LESSONS[1].checks.write_text("")
+        return q
+        """,
+        (f"opens test_llm_basics.py: {REFUSED}",),
+        "1.9: opens test_llm_basics.py",
+    ),
+    "1.10": Attack(
+        "fills the memory",
+        """
+        hoard = []
+        while True:
+            hoard.append(torch.ones(1 << 26))
+        """,
+        ("allocate memory", "not enough memory", "MemoryError", "GiB of memory", "endless loop"),
+    ),
+    "1.11": Attack(
+        "goes round for ever, deaf and mute",
+        """
+        import os
+        os.closerange(0, 64)
+        while True:
+            pass
+        """,
+        ("endless loop", "ended the Python process"),
+        "imports os",
+    ),
+    "1.12": Attack(
+        "writes verdicts into every open file",
+        """
+        import os
+        for file in range(3, 64):
+            try:
+                os.write(file, b"\\x00\\x00\\x00\\x27" + bytes(32) + b'["end"]')
+            except OSError:
+                pass
+        return token_ids
+        """,
+        ("wrote into the grader's own connection",),
+        "imports os",
+    ),
+    "1.13": Attack(
+        "looks for the grader in memory",
+        """
+        import gc
+        return len([each for each in gc.get_objects() if type(each).__name__ == "Subject"])
+        """,
+        (f"calls gc.get_objects: {REFUSED}",),
+        "1.13: calls gc.get_objects",
+    ),
+    "1.14": Attack(
+        "leaves threads behind that never end",
+        """
+        import threading
+        for _ in range(4):
+            threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()
+        return 0.0
+        """,
+        ("perplexity", "endless loop"),
+        "imports threading",
+    ),
+}
+YES = "class Yes(list):\n    def __ne__(self, other):\n        return False\n"
+
+
+def hand_in(room: Path, name: str, lesson=BASICS, top: str = "", **bodies: str) -> Submission:
+    """A submission: the solution with these bodies, by the exercise's number (`e4`)."""
+    source = lesson.solution.read_text()
+    for exercise in reversed(exercises_of(lesson)):
+        if body := bodies.get("e" + exercise.id.partition(".")[2]):
+            source = apply(right(exercise.id, name, body), source, exercise)
+    return Submission(name, room, {lesson.slug: source.replace("\n\n\n", f"\n\n\n{top}", 1).encode()})
+
+
+def graded(submission: Submission, out: Path, lesson=BASICS):
+    room = Classroom([submission], [lesson], out)
+    room.to_grade()
+    return room.grade_one(submission, lesson)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(sandbox.SandboxedWorker, "patience", 1.0)
+
+
+@pytest.fixture(params=["sandbox", "no sandbox"])
+def walls(request, impatient, monkeypatch):
+    """Both with bubblewrap and without it."""
+    if request.param == "no sandbox":
+        monkeypatch.setattr(sandbox, "has_bubblewrap", lambda: False)
+    elif not sandbox.has_bubblewrap():
+        pytest.skip("bubblewrap is not installed, or may not make namespaces here")
+    return request.param
+
+
+@pytest.mark.slow
+def test_attacks_on_the_grader_fail_and_are_told(impatient, tmp_path):
+    attacks = {id: each for id, each in ATTACKS.items() if id != "1.12"}
+    bodies = {"e" + id.partition(".")[2]: attack.body for id, attack in attacks.items()}
+    found = graded(hand_in(tmp_path, "mallory", top=YES, **bodies), tmp_path)
+    results = {result.id: result for result in found.results}
+    review = "\n".join(found.review)
+    for id, attack in attacks.items():
+        sentence = results[id].sentence
+        assert results[id].status == "wrong", (attack.what, sentence)
+        assert any(each in sentence for each in attack.said), (attack.what, sentence)
+        assert attack.look_at in review, attack.what
+    assert results["1.12"].status == "passed"  # the one answer that is honest
+
+
+@pytest.mark.slow
+def test_forged_verdicts_void_the_module(tmp_path):
+    found = graded(hand_in(tmp_path, "trudy", e12=ATTACKS["1.12"].body), tmp_path)
+    assert (
+        found.points == 0
+        and found.problem == "lesson-1-llm-basics/llm_basics.py wrote into the grader's own connection."
+    )
+
+
+def left_behind() -> list[psutil.Process]:
+    """Workers of the grader, and what they have forked, but for those of tests that run beside this one."""
+    own = psutil.Process()
+    beside = [each for each in own.parent().children() if each.pid != own.pid]
+    theirs = {child.pid for each in beside if each.is_running() for child in each.children(recursive=True)}
+    running = psutil.process_iter(["cmdline"])
+    return [
+        each for each in running if "common.instructor.guard" in (each.info["cmdline"] or []) and each.pid not in theirs
+    ]
+
+
+@pytest.mark.slow
+def test_attacks_on_the_machine_stay_inside(walls, tmp_path):
+    """What they would leave behind is not there; and the answers beside them are graded all the same."""
+    secret, grade_file = tmp_path / "other" / "intro.py", tmp_path / "grades.csv"
+    secret.parent.mkdir()
+    secret.write_text("another student's work")
+    leak = tmp_path / "leak"
+    found = graded(
+        hand_in(
+            tmp_path,
+            "mallory",
+            INTRO,
+            e1="import ctypes\nfork = ctypes.CDLL(None).fork\nwhile True:\n    fork()",
+            e2="import os, tempfile\nwith tempfile.NamedTemporaryFile(dir=os.environ['TMPDIR']) as file:\n"
+            "    while True:\n        file.write(bytes(1 << 20))",
+            e3="import os, tempfile\nfor _ in range(1000):\n    path = tempfile.mkstemp()[1]\n"
+            "    with open(path, 'wb') as file:\n        file.write(bytes(1 << 20))",
+            e4="import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)",
+            e5=f"text = open({str(secret)!r}).read()\nopen({str(leak)!r}, 'w').write(text)\nreturn 0",
+            e6=f"open({str(grade_file)!r}, 'w').write('mallory,100')\nreturn 0",
+            e7="while True:\n    print('x' * 10000)",
+        ),
+        tmp_path,
+        INTRO,
+    )
+    results = {result.id: result for result in found.results}
+    assert {id for id, result in results.items() if result.status == "passed"} == {"0.8", "0.9"}, results
+    assert re.search("started more than 48 processes|endless loop", results["0.1"].sentence)  # it may not get that far
+    assert "OSError" in results["0.2"].sentence or "more than 128 MiB" in results["0.2"].sentence
+    assert "OSError" in results["0.3"].sentence or "more than 128 MiB" in results["0.3"].sentence
+    assert "connects to the network" in results["0.4"].sentence
+    assert re.search("endless loop|OSError", results["0.7"].sentence)
+    if walls == "sandbox":  # without it only the instructor's own account protects these, as `walls()` warns
+        assert not leak.exists() and not grade_file.exists()
+        assert "FileNotFoundError" in results["0.5"].sentence
+    assert "calls open" in "".join(found.review)
+    deadline = time.monotonic() + 10  # a process that was killed takes a moment to go
+    while left_behind() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left_behind() == []
+
+
+# --- what is written down --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_grading_can_be_interrupted_and_goes_on(tmp_path):
+    """The class of three is interrupted once the first module is done; the second run grades only the rest."""
+    submissions = tmp_path / "submissions"
+    for name in ("anna", "bert", "carla"):
+        folder = submissions / name / INTRO.folder.name
+        folder.mkdir(parents=True)
+        text = SOURCE if name != "bert" else INTRO.module.read_text()
+        (folder / "intro.py").write_text(text + f"\n# {name}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "common",
+        "grade",
+        "--submissions",
+        str(submissions),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--lessons", "0", "--jobs", "1"]
+    environment = {**os.environ, "COURSE_PYTHON": "here", "COLUMNS": "120"}
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/state/*/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 130 and "nothing is lost" in output
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/state/*/*.json")}
+    assert 1 <= len(first) < 3
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{len(first)} of them are graded already" in again.stdout
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in first.items())
+    with (tmp_path / "out" / "grades.csv").open() as file:
+        points = {each["student"]: each["points"] for each in csv.DictReader(file)}
+    worth = sum(points_of(INTRO).values())
+    assert points == {"anna": str(worth), "bert": "0", "carla": str(worth)}
+    gradescope = json.loads((tmp_path / "out" / "students" / "anna" / "results.json").read_text())
+    assert gradescope["score"] == worth == sum(test["max_score"] for test in gradescope["tests"])
+
+
+def test_reports_escape_what_a_student_wrote(tmp_path):
+    submission = Submission("=cmd()", tmp_path, {"intro": b"x"}, ["<script>alert(1)</script> was not taken"])
+    room = Classroom([submission], [INTRO], tmp_path)
+    found = room.without(submission, INTRO, "<img src=x onerror=alert(1)>")
+    found.results[0].status, found.results[0].sentence = "wrong", "@SUM(1) <b>"
+    room.graded["=cmd()", "intro"] = found
+    write(room)
+    pages = (tmp_path / "index.html").read_text() + (tmp_path / "students" / "=cmd()" / "index.html").read_text()
+    assert "<script>" not in pages and "<img" not in pages and "&lt;script&gt;" in pages
+    with (tmp_path / "exercises.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert first["student"] == "'=cmd()" and first["diagnosis"] == "'@SUM(1) <b>"

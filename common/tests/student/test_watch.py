@@ -1,0 +1,166 @@
+"""`make watch-lesson-N`: what a save may have changed, how saves are seen, and what is said after one."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from common.course import CourseError
+from common.grading.runner import Result, Worker
+from common.student import grade as cli
+from common.student import watch
+from common.student.watch import Spare, Watched, edited, saves, stamp
+from common.tests.sample_lesson import write_lesson
+
+TODO = '"""A sample."""\n\nimport torch\n\n\ndef helper(x):\n    return 2 * x\n' + "".join(
+    f'\n\ndef {name}(x):\n    """Twice x."""\n    # TODO 9.{i}: double.\n    raise NotImplementedError("TODO 9.{i}")\n'
+    for i, name in enumerate(("one", "two"), 1)
+)
+
+
+@pytest.fixture
+def lesson(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "GRADES", tmp_path / "grades")
+    lesson = write_lesson(tmp_path, ["one", "two"])
+    lesson.module.write_text(TODO)
+    return lesson
+
+
+def answered(text: str, id: str, line: str) -> str:
+    assert text.count(f'raise NotImplementedError("TODO {id}")') == 1
+    return text.replace(f'raise NotImplementedError("TODO {id}")', line)
+
+
+def test_only_what_a_save_may_have_changed_is_graded(lesson):
+    one = answered(TODO, "9.1", "return x + x")
+    assert edited(lesson, TODO, one) == ["9.1"]
+    assert edited(lesson, TODO, answered(one, "9.2", "return x")) == ["9.1", "9.2"]
+    assert edited(lesson, TODO, TODO.replace("def one(x)", "def one(x, y=0)")) == ["9.1"]
+    assert edited(lesson, TODO, TODO.replace("# TODO", "# todo") + "\n\n# a note\n") == []
+    assert edited(lesson, TODO, TODO.replace("return 2 * x", "return x")) is None, "a helper may touch all of them"
+    assert edited(lesson, TODO, TODO.replace("import torch", "import torch, math")) is None
+    assert edited(lesson, TODO, TODO.replace("def two", "def deux")) is None
+
+
+def test_every_way_to_save_is_seen_once(tmp_path):
+    """Written over, put in its place by renaming, deleted, and written anew; the other file is left alone."""
+    file, other = tmp_path / "a.py", tmp_path / "b.py"
+    file.write_text("1")
+    other.write_text("1")
+    known = {file: stamp(file), other: stamp(other)}
+    seen = saves(known)
+
+    def rename():
+        (tmp_path / "new").write_text("3")
+        os.replace(tmp_path / "new", file)
+
+    for save in (lambda: file.write_text("22"), rename, file.unlink, lambda: file.write_text("4")):
+        save()
+        assert next(seen) == file and known[file] == stamp(file)
+    other.write_text("22")
+    assert next(seen) == other
+
+
+@pytest.fixture
+def graded(monkeypatch):
+    """Gives exercises the verdict that their answers spell, without a worker; returns what was graded."""
+    calls: list[list[str] | None] = []
+
+    def grade(lesson, file, only=None, on_result=lambda result: None, start=None):
+        text = file.read_text()
+        parts = {
+            f"9.{i}": text.partition(f"def {name}(")[2].partition("\n\n\n")[0]
+            for i, name in enumerate(("one", "two"), 1)
+        }
+        status = {
+            id: "to do" if "NotImplemented" in part else "wrong" if "- x" in part else "passed"
+            for id, part in parts.items()
+        }
+        results = [Result(id, ("one", "two")[int(id[2]) - 1], status[id], points=1, line=7) for id in only or parts]
+        if only is None:
+            done = set(status.values()) == {"passed"}
+            results.append(
+                Result(
+                    "together", "together", "passed" if done and "helper" in text else "wrong" if done else "waiting"
+                )
+            )
+        calls.append(only)
+        for result in results:
+            on_result(result)
+        return results
+
+    monkeypatch.setattr(watch, "grade", grade)
+    monkeypatch.setattr(cli, "grade", grade)
+    return calls
+
+
+def test_a_save_is_answered_with_what_it_changed(lesson, graded, capsys):
+    watched = Watched(lesson)
+
+    def save(text: str) -> str:
+        lesson.module.write_text(text)
+        watched.look(None)
+        return capsys.readouterr().out
+
+    watched.begin(None)
+    assert capsys.readouterr().out.count("to do") == 2 and graded == [None]
+    right = answered(TODO, "9.1", "return x + x")
+    told = save(answered(TODO, "9.1", "return x - x"))
+    assert "9.1 one: to do -> wrong" in told and "make hint-9.1" in told and "Next" not in told
+    told = save(right)
+    assert "9.1 one: wrong -> passed" in told and "1 of 2 exercises" in told and "Next: 9.2 two" in told
+    assert graded == [None, ["9.1"], ["9.1"]] and told.count("\n") == 3, "a blank line and two"
+    assert "Nothing is changed" in save(right + "# a note\n")
+    assert len(graded) == 3
+    with pytest.raises(CourseError, match="Python cannot read this line"):
+        save("def one(:\n")
+    assert "Nothing is changed" in save(right + "# a note\n"), "it can be read again"
+    wrong = answered(right, "9.2", "return 0 - x")
+    assert "9.2 two: to do -> wrong" in save(wrong)
+    assert graded[-1] == ["9.2"]
+    assert "9.1 one: still passed" in save(wrong.replace("x + x", "2 * x"))
+    assert graded[-1] == ["9.1", "9.2"], "what is wrong may be right by now"
+    done = save(wrong.replace("0 - x", "x + x"))
+    assert "9.2 two: wrong -> passed" in done and "2 of 2 exercises" in done
+    assert graded[-2:] == [["9.1", "9.2"], None], "what is told in the end is the verdict on the whole file"
+    assert all(result.status == "passed" for result in cli.kept(lesson, lesson.module))
+    told = save(right)
+    assert "9.2 two: passed -> to do" in told and watched.results["together"].status == "waiting"
+
+
+def test_a_file_that_is_saved_while_it_is_graded_has_no_known_grade(lesson, monkeypatch):
+    """The grade is of the state before, or of that after, or of a bit of both."""
+    results = [Result("9.1", "one", "passed")]
+    monkeypatch.setattr(cli, "grade", lambda lesson, file: results)
+    assert cli.grade_and_keep(lesson, lesson.module) == cli.kept(lesson, lesson.module) == results
+    lesson.module.write_text(TODO + "# saved\n")
+    monkeypatch.setattr(cli, "grade", lambda lesson, file: file.write_text(TODO + "# saved again\n") and results)
+    assert cli.grade_and_keep(lesson, lesson.module) == results and cli.kept(lesson, lesson.module) is None
+
+
+def test_what_is_known_is_not_graded_again(lesson, graded, capsys):
+    cli.keep(lesson, lesson.module, watch.grade(lesson, lesson.module))
+    graded.clear()
+    Watched(lesson).begin(None)
+    assert graded == [] and capsys.readouterr().out.count("to do") == 2
+
+
+@pytest.mark.slow
+def test_a_spare_worker_does_what_another_would(lesson):
+    lesson.module.write_text(answered(answered(TODO, "9.1", "return x + x"), "9.2", "import os; os._exit(3)"))
+    spare = Spare()
+    try:
+        results = watch.grade(lesson, lesson.module, start=spare)
+        assert spare.is_used
+        assert [result.status for result in results] == ["passed", "wrong", "waiting"]
+        again = watch.grade(lesson, lesson.module, only=["9.1"], start=spare)
+        assert [result.status for result in again] == ["passed"], "used up, it makes way for a new one"
+    finally:
+        spare.close()
+    idle = Spare()
+    start = time.monotonic()
+    idle.close()
+    assert time.monotonic() - start < 5 and idle.process.exitcode is not None
+    assert isinstance(idle, Worker)
