@@ -268,6 +268,9 @@ class AdaptiveSpeculation:
             self.added_seconds = 0.9 * self.added_seconds + seconds - plain
             self.num_added = 0.9 * self.num_added + num_draft_tokens
 
+    def forget(self, request_id: str) -> None:
+        self.acceptances.pop(request_id, None)
+
     def limits(self, request_ids: Sequence[str]) -> list[int]:
         """Returns how many draft tokens each of these requests, which share the next step, may have in it."""
         num_requests, most = len(request_ids), self.num_speculative_tokens
@@ -415,7 +418,7 @@ class SpeculativeRunner(ModelRunner):
     def execute(self, plan: SchedulerOutput, hidden: Tensor | None = None) -> ModelRunnerOutput:
         for request_id in plan.finished_ids:
             self.drafts.pop(request_id, None)
-            self.adaptive.acceptances.pop(request_id, None)
+            self.adaptive.forget(request_id)
         self.proposer.follow(plan)
         is_decoding = all(len(request.token_ids) == request.num_spec_tokens + 1 for request in plan.scheduled)
         start = time.perf_counter()
