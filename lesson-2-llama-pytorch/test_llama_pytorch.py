@@ -1271,6 +1271,15 @@ class TestGenerate:
         output, _, _ = self.run(code, [EOS, EOS, ONE, EOS], rival=TWO, min_tokens=2)
         self.check(output, [TWO, TWO, ONE, EOS], " two two one", "stop", "min_tokens=2, </s> likeliest, two second")
 
+    def test_a_stop_string_before_min_tokens(self, code):
+        script = [EN, D, ONE, EN, D, TWO]
+        output, _, _ = self.run(code, script, stop="END", min_tokens=3)
+        case = "stop='END', min_tokens=3: ' EN', 'D', one, ' EN', 'D' (the first END is too early)"
+        self.check(output, script[:5], " END one ", "stop", case)
+        output, _, _ = self.run(code, [ONE, EN, D, EN, D], stop="D", min_tokens=2)
+        case = "stop='D', min_tokens=2: one, ' EN', 'D' (the third token may end it)"
+        self.check(output, [ONE, EN, D], " one EN", "stop", case)
+
     def test_penalties(self, code):
         output, _, _ = self.run(code, [ONE, ONE, ONE, EOS], rival=TWO, presence_penalty=2.0, max_tokens=3)
         self.check(output, [ONE, TWO, ONE], " one two one", "length", "presence_penalty=2, one likeliest, two second")
@@ -1298,6 +1307,10 @@ class TestGenerate:
         close(output.logprobs[0][ONE], 5 - total, "logprobs[0] of the token that was chosen")
         output, _, _ = self.run(code, [ONE, EOS], rival=TWO, logprobs=1, min_tokens=1)
         close(output.logprobs[0][ONE], 5 - total, "logprobs are the model's own, whatever min_tokens and penalties do")
+        output, _, _ = self.run(code, [ONE, EOS], rival=TWO, logprobs=0)
+        equal(
+            [list(logprobs) for logprobs in output.logprobs], [[ONE], [EOS]], "the tokens in logprobs, for logprobs=0"
+        )
         output, _, _ = self.run(code, [ONE, EOS])
         equal(output.logprobs, [], "logprobs where none were asked for")
 

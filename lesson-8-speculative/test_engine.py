@@ -149,8 +149,8 @@ class TestBuild:
         for number, is_adaptive in ((3, True), (8, False)):
             runner = self.build(code, code.Speculation(None, number, is_adaptive))
             self.speculative(code, runner)
-            got = [runner.pace.num_speculative_tokens, runner.pace.is_adaptive]
-            what = f"the runner's pace, of Speculation(None, {number}, {is_adaptive}): [draft tokens at most, is it adaptive]"
+            got = [runner.adaptive.num_speculative_tokens, runner.adaptive.is_adaptive]
+            what = f"the runner's `adaptive`, of Speculation(None, {number}, {is_adaptive}): [at most, is it adaptive]"
             equal(got, [number, is_adaptive], what)
 
     def test_a_draft(self, code):

@@ -17,8 +17,9 @@ from functools import partial
 import torch
 
 from common.checkpoints import Checkpoint, find_checkpoint
+from common.config import EngineConfig
 from common.tokenizer import load_tokenizer
-from solutions.batching import EngineConfig, ModelRunner, RequestOutput
+from solutions.batching import ModelRunner, RequestOutput
 from solutions.kv_cache import cache_bytes
 from solutions.llama_pytorch import Llama, ModelConfig, SamplingParams
 from solutions.paged_attention import PagedKVCache
@@ -50,7 +51,7 @@ def check_draft(draft: Checkpoint, target: Checkpoint) -> None:
     if sizes[0] != sizes[1] or pieces[0] != pieces[1]:
         raise ValueError(
             f"speculative: {draft.folder.name} has another vocabulary than {target.folder.name} ({sizes[0]} and "
-            f"{sizes[1]} tokens); a draft draft tokens token ids, and they must mean the same to both."
+            f"{sizes[1]} tokens); a draft proposes token ids, and they must mean the same to both."
         )
 
 
@@ -63,7 +64,7 @@ class InferenceEngine(QuantizedEngine):
     """Every option of every lesson, in any combination that makes sense; one that makes none is refused with a reason.
 
     model: a name, a folder, a `.gguf` file or `org/name`. max_batch_size: requests that run at once. speculative: None,
-    "ngram", or a draft model by name or folder. num_speculative_tokens: the most draft tokens for a request in a step; how
+    "ngram", or a draft model by name or folder. num_speculative_tokens: at most, for a request in a step; how
     many are made depends on what they bring and what they cost, unless adaptive_speculation is False: only then does a
     seed, with a draft and a temperature, give the same text again. Further settings are those of `QuantizedEngine`
     (group_size, kv_cache_dtype, offload, ...), `ParallelEngine` and `EngineConfig`.
@@ -132,8 +133,8 @@ class InferenceEngine(QuantizedEngine):
     ) -> ModelRunner:
         """What computes one rank's part of each step: its blocks, and its runner. Each rank calls it, for its layers.
 
-        Draft tokens are made and verified where tokens are sampled, and nowhere else: on all other ranks, and where nobody
-        draft tokens, the runner is lesson 5's and no draft is loaded.
+        Draft tokens are made and verified where tokens are sampled, and nowhere else: on all other ranks, and without
+        speculation, the runner is lesson 5's and no draft is loaded.
         """
 
         def blocks_for(owner: Llama, kind: type[PagedKVCache], own_layers: range) -> PagedKVCache:

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from common.tokenizer import Tokenizer
 from solutions import llama_pytorch
-from solutions.batching import ModelRunner, ModelRunnerOutput, ScheduledRequest, SchedulerOutput, flatten_batch
+from solutions.batching import ModelRunner, flatten_batch
 from solutions.kv_cache import KVCache, prefill
 from solutions.llama_pytorch import Llama, RequestOutput, SamplingParams, adjust_logits, sample, sampling_probs
 from solutions.paged_attention import PagedKVCache
+from solutions.scheduler import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
 # Draft tokens from the text, and their verification

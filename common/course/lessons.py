@@ -106,8 +106,10 @@ GAINS = {
     8: "It drafts tokens ahead and says the same, in fewer steps; and it is whole.",
 }
 """What each lesson makes possible."""
-MODULES = (*LESSONS, replace(LESSONS[8], part="engine"))
-"""All that can be filled in and graded: a module for each lesson, and the assembly."""
+MODULES = (*LESSONS[:5], replace(LESSONS[5], part="scheduler"), *LESSONS[5:], replace(LESSONS[8], part="engine"))
+"""All that can be filled in and graded, in the order in which they build on each other: a module for each lesson, and a
+second one for two of them.
+"""
 
 
 def lesson(number: int | str) -> Lesson:

@@ -119,7 +119,7 @@ def answer_with(engine) -> Callable[..., Any]:
             request_id = engine.add_request(prompt_token_ids, params)
         except ValueError as error:
             raise OptionError(str(error)) from None
-        output, num_shown = engine.readers[request_id].output, 0
+        output, num_shown = engine.output(request_id), 0
         try:
             while output.finish_reason is None:
                 engine.step()
@@ -377,6 +377,10 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
 
     from solutions.llama_pytorch import SamplingParams
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from solutions.parallelism import serve_as_worker
+
+        serve_as_worker()
     if settings.threads:
         if not settings.threads.isdigit() or settings.threads == "0":
             raise OptionError(f"THREADS is {settings.threads!r}; it must be a whole number of at least 1.")

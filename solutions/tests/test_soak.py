@@ -10,7 +10,8 @@ import torch
 
 from common.authoring import soak as command
 from solutions import speculative
-from solutions.batching import SamplingParams, Scheduler
+from solutions.llama_pytorch import SamplingParams
+from solutions.scheduler import Scheduler
 from solutions.speculative import AdaptiveSpeculation, DraftProposer
 from solutions.tests.soak import (
     STORIES,

@@ -17,13 +17,16 @@ import torch
 from safetensors.torch import save_file
 
 from common.checkpoints import Checkpoint
+from common.config import EngineConfig
 from solutions import engine as engine_module
 from solutions import llama_pytorch, parallelism, speculative
-from solutions.batching import Engine, EngineConfig, ModelRunnerOutput, Request, ScheduledRequest, Scheduler
+from solutions.batching import Engine
 from solutions.engine import InferenceEngine
+from solutions.hooked import HookedEngine
 from solutions.kv_cache import KVCache, cache_bytes, prefill
 from solutions.llama_pytorch import SamplingParams, adjust_logits, load, recompute, sampling_probs
 from solutions.paged_attention import KVCacheManager, PagedKVCache, hash_block
+from solutions.scheduler import ModelRunnerOutput, Request, ScheduledRequest, Scheduler
 from solutions.speculative import (
     AdaptiveSpeculation,
     Draft,
@@ -409,7 +412,7 @@ class AnyNumber(AdaptiveSpeculation):
         return [self.rng.randint(0, self.num_speculative_tokens) for _ in request_ids]
 
 
-class SpeculativeEngine(Engine):
+class SpeculativeEngine(HookedEngine):
     """Draft tokens from a model in memory, or from n-grams. What can be found in the prefix cache is checked after
     every step.
     """
@@ -884,9 +887,10 @@ def test_a_draft_with_a_shorter_context(model):
 
 
 def scheduled_with_lookahead(lengths: dict[str, int], num_blocks: int, num_steps: int, depth: int = 1):
-    """The plans of a scheduler with room for eight draft tokens, blocks of four, that nobody makes draft tokens in."""
+    """The plans of a scheduler with eight slots for draft tokens, blocks of four, and no draft tokens."""
     manager = KVCacheManager(num_blocks, 4, enable_prefix_caching=False)
-    scheduler = Scheduler(manager, 8, 64)
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, long_prefill_token_threshold=64, num_host_blocks=0)
+    scheduler = Scheduler(manager, config)
     scheduler.num_lookahead_tokens, scheduler.depth = 8, depth
     for arrival, (request_id, length) in enumerate(lengths.items()):
         params = SamplingParams(max_tokens=20)
@@ -939,8 +943,8 @@ def simulated(
     most: int = 8,
 ) -> tuple[float, list[list[int]]]:
     """An engine of numbers alone. step_time: seconds by number of tokens; rates(request, step): the probability that a
-    draft token is accepted; draft_time: of a pass of the draft model; times vary by a tenth. Returns how many times as fast as
-    without speculation it is, and the limits of each step.
+    draft token is accepted; draft_time: of a pass of the draft model; times vary by a tenth. Returns the speed as a
+    multiple of that without speculation, and the limits of each step.
     """
     rng, adaptive, ids = random.Random(seed), AdaptiveSpeculation(most), [str(i) for i in range(num_requests)]
     made, seconds, drafting, num_tokens, every = dict.fromkeys(ids, 0), 0.0, 0.0, 0, []
@@ -995,16 +999,14 @@ def test_the_number_of_draft_tokens_follows_the_text():
     """All are accepted, then none, then all again."""
     rates = lambda request, step: 0.0 if 60 <= step < 200 else 1.0  # noqa: E731
     _, limits = simulated(STEP_TIMES["weights take the time"], rates, num_steps=300)
-    made = [each for (each,) in limits]
-    rests = set(range(AdaptiveSpeculation.REST_EVERY - 1, 300, AdaptiveSpeculation.REST_EVERY))
-    assert {k for step, k in enumerate(made[10:60], 10) if step not in rests} == {8}
-    turned = made.index(0, 64)
-    assert turned < 75, "a few steps say that nothing is accepted any more"
-    probes = [step for step in range(turned, 200) if made[step]]
+    made = {step: each for step, (each,) in enumerate(limits, 1) if step % AdaptiveSpeculation.REST_EVERY}
+    assert {k for step, k in made.items() if 10 < step <= 60} == {8}
+    turned = min(step for step, k in made.items() if step > 60 and k == 0)
+    assert turned < 120
+    probes = [step for step, k in made.items() if turned < step <= 200 and k]
     assert {made[step] for step in probes} == {AdaptiveSpeculation.PROBE_TOKENS} and len(probes) >= 3
     assert all(later - earlier >= AdaptiveSpeculation.PROBE_EVERY for earlier, later in pairwise(probes))
-    back = made.index(8, 200)
-    assert back < 200 + 3 * AdaptiveSpeculation.PROBE_EVERY
+    assert min(step for step, k in made.items() if step > 200 and k == 8) < 200 + 3 * AdaptiveSpeculation.PROBE_EVERY
 
 
 def test_without_adaptation_there_are_always_as_many():
@@ -1182,8 +1184,8 @@ def test_an_accepted_draft_token_that_ends_the_answer_is_counted(folders, letter
         ("ngram", dict(num_speculative_tokens=2.5), "num_speculative_tokens must be .* it is 2.5"),
         ("foreign", {}, "has another vocabulary than .* \\(41 and 40 tokens\\)"),
         ("no-such-model", {}, "no model is called 'no-such-model'"),
-        ("ngram", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching: with"),
-        ("draft", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching: with"),
+        ("ngram", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
+        ("draft", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
         ("ngram", dict(max_batch_size=0), "max_num_seqs must be"),
     ],
 )

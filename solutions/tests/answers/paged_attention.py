@@ -59,7 +59,7 @@ ANSWERS = [
     wrong(
         "4.1",
         "as many as there are, where fewer are free than asked for",
-        'raise ValueError(f"{num_blocks} blocks are asked for, {len(self.free)} of {len(self.blocks)} are free.")',
+        'raise ValueError(f"{num_blocks} blocks requested, {len(self.free)} of {len(self.blocks)} are free.")',
         "num_blocks = len(self.free)",
     ),
     wrong_body(
@@ -115,7 +115,7 @@ ANSWERS = [
     wrong(
         "4.2",
         "no error for a block that nobody holds",
-        'raise ValueError(f"Block {block.block_id} is freed, and nobody holds it.")',
+        'raise ValueError(f"Block {block.block_id} is free already.")',
         "pass",
     ),
     right(
@@ -200,7 +200,7 @@ ANSWERS = [
         "4.11",
         "a partly filled block given a hash",
         "num_verified_tokens // self.block_size",
-        "-(-num_verified_tokens // self.block_size)",
+        "cdiv(num_verified_tokens, self.block_size)",
     ),
     wrong("4.11", "enable_prefix_caching not asked for", "if not self.enable_prefix_caching:", "if False:"),
     wrong(
@@ -252,14 +252,14 @@ ANSWERS = [
     wrong(
         "4.12",
         "a block too few where the last is not full",
-        "-(-num_tokens // self.block_size)",
+        "cdiv(num_tokens, self.block_size)",
         "num_tokens // self.block_size",
     ),
     wrong(
         "4.12",
         "blocks that it holds and does not need counted as if they were free",
-        "max(0, -(-num_tokens // self.block_size) - len(table) - len(computed_blocks))",
-        "-(-num_tokens // self.block_size) - len(table) - len(computed_blocks)",
+        "max(0, cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks))",
+        "cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks)",
         recognised=False,
     ),
     wrong("4.12", "the blocks that it holds already not counted", " - len(table) - len(computed", " - len(computed"),
@@ -304,7 +304,7 @@ ANSWERS = [
         """
         table = self.block_tables.get(request.request_id, [])
         num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
-        num_missing = max(0, -(-num_tokens // self.block_size) - len(table) - len(computed_blocks))
+        num_missing = max(0, cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks))
         shared = self.shared_blocks(request)
         unheld = sum(block.ref_cnt == 0 for block in computed_blocks)
         if num_missing + len(shared) > self.pool.num_free_blocks - unheld:
@@ -370,23 +370,23 @@ ANSWERS = [
     wrong(
         "4.13",
         "all of the parent's blocks, whatever the child needs",
-        "[: -(-num_tokens // self.block_size)]",
+        "[: cdiv(num_tokens, self.block_size)]",
         "",
     ),
     wrong(
         "4.13",
         "no place for the child's last token, which it is about to compute",
-        "[: -(-num_tokens // self.block_size)]",
-        "[: -(-(num_tokens - 1) // self.block_size)]",
+        "[: cdiv(num_tokens, self.block_size)]",
+        "[: cdiv(num_tokens - 1, self.block_size)]",
     ),
     wrong(
         "4.13",
         "the parent's table cut to what the child needs",
-        "blocks = self.block_tables[parent.request_id][: -(-num_tokens // self.block_size)]",
-        "del self.block_tables[parent.request_id][-(-num_tokens // self.block_size) :]\n"
+        "blocks = self.block_tables[parent.request_id][: cdiv(num_tokens, self.block_size)]",
+        "del self.block_tables[parent.request_id][cdiv(num_tokens, self.block_size) :]\n"
         "        blocks = self.block_tables[parent.request_id]",
     ),
-    wrong("4.13", "full blocks only", "[: -(-num_tokens // self.block_size)]", "[: num_tokens // self.block_size]"),
+    wrong("4.13", "full blocks only", "[: cdiv(num_tokens, self.block_size)]", "[: num_tokens // self.block_size]"),
     wrong(
         "4.13",
         "no error where the parent has not got so far",
@@ -473,20 +473,20 @@ ANSWERS = [
     planted(
         "4.15",
         "the block that is partly filled given up too",
-        "-(-request.num_computed_tokens // self.block_size)",
+        "cdiv(request.num_computed_tokens, self.block_size)",
         "request.num_computed_tokens // self.block_size",
     ),
     wrong(
         "4.15",
         "always one block more than the full ones, so one too many where the last is just full",
-        "-(-request.num_computed_tokens // self.block_size)",
+        "cdiv(request.num_computed_tokens, self.block_size)",
         "request.num_computed_tokens // self.block_size + 1",
     ),
     wrong(
         "4.15",
         "the tokens counted that it has, guesses included, not those that are computed",
-        "-(-request.num_computed_tokens // self.block_size)",
-        "-(-len(request.all_token_ids) // self.block_size)",
+        "cdiv(request.num_computed_tokens, self.block_size)",
+        "cdiv(len(request.all_token_ids), self.block_size)",
     ),
     wrong(
         "4.15",
@@ -506,18 +506,18 @@ ANSWERS = [
     ),
     # ---------------------------------------------------------------------------------------------- 4.14 utilisation
     wrong(
-        "4.14", "full blocks only", "-(-length // block_size) * block_size", "length // block_size * block_size or 1"
+        "4.14", "full blocks only", "cdiv(length, block_size) * block_size", "length // block_size * block_size or 1"
     ),
     wrong(
         "4.14",
         "all sequences together in one row of blocks",
-        "sum(-(-length // block_size) * block_size for length in num_tokens)",
-        "-(-sum(num_tokens) // block_size) * block_size",
+        "sum(cdiv(length, block_size) * block_size for length in num_tokens)",
+        "cdiv(sum(num_tokens), block_size) * block_size",
     ),
     wrong(
         "4.14",
         "always one block more than the full ones, so one too many where the last is just full",
-        "-(-length // block_size) * block_size",
+        "cdiv(length, block_size) * block_size",
         "(length // block_size + 1) * block_size",
     ),
     wrong("4.14", "the share that is empty", "return sum(num_tokens) / slots", "return 1 - sum(num_tokens) / slots"),
@@ -525,9 +525,11 @@ ANSWERS = [
         "4.14",
         "the mean of the sequences' shares, where long ones count no more than short ones",
         "return sum(num_tokens) / slots",
-        "shares = [n / (-(-n // block_size) * block_size) for n in num_tokens]\n    return sum(shares) / len(shares)",
+        "shares = [n / (cdiv(n, block_size) * block_size) for n in num_tokens]\n    return sum(shares) / len(shares)",
     ),
-    wrong("4.14", "blocks counted instead of slots", "(-length // block_size) * block_size", "(-length // block_size)"),
+    wrong(
+        "4.14", "blocks counted instead of slots", "cdiv(length, block_size) * block_size", "cdiv(length, block_size)"
+    ),
     right(
         "4.14",
         "by the empty slots",
@@ -824,20 +826,20 @@ ANSWERS = [
     wrong(
         "4.5",
         "all blocks of the tables read, and then cut",
-        "first, last = start // self.block_size, -(-end // self.block_size)",
+        "first, last = start // self.block_size, cdiv(end, self.block_size)",
         "first, last = 0, block_tables.shape[1]",
     ),
     wrong(
         "4.5",
         "one block more than needed, where `end` falls on a boundary",
-        "-(-end // self.block_size)",
+        "cdiv(end, self.block_size)",
         "end // self.block_size + 1",
     ),
     wrong_body(
         "4.5",
         "whole blocks copied, where a few slots of one were asked for",
         """
-        first, last = start // self.block_size, -(-end // self.block_size)
+        first, last = start // self.block_size, cdiv(end, self.block_size)
         offset = first * self.block_size
         block_ids = block_tables[:, first:last].flatten()
         found = []
