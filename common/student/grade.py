@@ -18,6 +18,7 @@ from common.course.exercises import TOGETHER, find_exercise, read_hints
 from common.course.modules import Waits, check_solution
 from common.grading.results import Result, kept, next_step
 from common.grading.runner import grade, grade_and_keep
+from common.student import update
 from common.student.board import Standing, draw
 
 console = Console(highlight=False, soft_wrap=True)
@@ -176,6 +177,8 @@ def progress(arguments: argparse.Namespace) -> int:
         with console.status(f"grading lesson {lesson.number} ..."):
             standings.append(standing(lesson))
     console.print(draw(standings))
+    if update.needs_new_numbers():
+        console.print("The exercises have other numbers now. Run make update once more: it moves your answers there.")
     return 0
 
 

@@ -61,7 +61,7 @@ def pages() -> list[str]:
     """The files that become pages, by their paths from the root."""
     files = [ROOT / "README.md", *guides(), *(each.solution for each in MODULES)]
     for each in LESSONS:
-        files += [each.readme, each.notebook, each.hints]
+        files += [each.readme, *each.second_pages, each.notebook, each.hints]
     return [file.relative_to(ROOT).as_posix() for file in files]
 
 
@@ -97,7 +97,8 @@ def navigation(docname: str) -> str:
         return "".join(toctree(f":caption: {caption}", *below) for caption, below in parts.items())
     for each in LESSONS:
         if docname == f"{each.folder.name}/README":
-            return toctree(f"Notebook <{each.notebook.stem}>", "Hints <hints>")
+            more = ["Second page <more>"] if each.second_pages else []
+            return toctree(*more, f"Notebook <{each.notebook.stem}>", "Hints <hints>")
     return ""
 
 

@@ -45,7 +45,7 @@ def documents() -> list[Path]:
         ROOT / "common" / "instructor" / "README.md",
         ROOT / "common" / "models" / "README.md",
     ]
-    candidates = [*others, *(file for each in LESSONS for file in (each.readme, each.hints))]
+    candidates = [*others, *(file for each in LESSONS for file in (each.readme, *each.second_pages, each.hints))]
     return [path for path in candidates if path.exists()]
 
 
