@@ -123,8 +123,8 @@ ANSWERS = [
             proposer = DraftProposer(draft, blocks_for(draft, PagedKVCache, draft_layers))
         if speculation is None or not is_sampling_rank(model, layers):
             return ModelRunner(model, cache)
-        pace = Pace(speculation.num_speculative_tokens, speculation.is_adaptive)
-        return SpeculativeRunner(model, cache, proposer, pace)
+        adaptive = AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)
+        return SpeculativeRunner(model, cache, proposer, adaptive)
         """,
         recognised=False,
     ),
@@ -139,14 +139,14 @@ ANSWERS = [
     wrong(
         "8.9",
         "always adaptive",
-        "Pace(speculation.num_speculative_tokens, speculation.is_adaptive)",
-        "Pace(speculation.num_speculative_tokens)",
+        "AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)",
+        "AdaptiveSpeculation(speculation.num_speculative_tokens)",
     ),
     wrong(
         "8.9",
         "five draft tokens at most, whatever is asked",
-        "Pace(speculation.num_speculative_tokens, speculation.is_adaptive)",
-        "Pace(5, speculation.is_adaptive)",
+        "AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)",
+        "AdaptiveSpeculation(5, speculation.is_adaptive)",
     ),
     right(
         "8.9",
@@ -161,8 +161,8 @@ ANSWERS = [
             else:
                 draft, own_layers = load_draft(speculation.draft, target=model)
                 proposer = DraftProposer(draft, blocks_for(draft, PagedKVCache, own_layers))
-            pace = Pace(speculation.num_speculative_tokens, is_adaptive=speculation.is_adaptive)
-            runner = SpeculativeRunner(model, cache, proposer, pace)
+            adaptive = AdaptiveSpeculation(speculation.num_speculative_tokens, is_adaptive=speculation.is_adaptive)
+            runner = SpeculativeRunner(model, cache, proposer, adaptive)
         return runner
         """,
     ),
@@ -179,7 +179,7 @@ ANSWERS = [
             blocks = PagedKVCache(draft, config.num_blocks, config.block_size, config.num_host_blocks or 0)
             proposing = DraftProposer(draft, blocks)
         return SpeculativeRunner(
-            model, plain.cache, proposing, Pace(speculation.num_speculative_tokens, speculation.is_adaptive)
+            model, plain.cache, proposing, AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)
         )
         """,
         top="from solutions.quantization import make_quantized_runner",
