@@ -67,7 +67,7 @@ def pages() -> list[str]:
 
 def guides() -> list[Path]:
     """The READMEs that belong to no lesson."""
-    return sorted(ROOT.glob("common/*/README.md"))
+    return [ROOT / "common" / "README.md", *sorted(ROOT.glob("common/*/README.md"))]
 
 
 def point_to_files(text: str, folder: str) -> str:
@@ -92,7 +92,7 @@ def navigation(docname: str) -> str:
     if docname == "README":
         lessons = [f"{each.folder.name}/README" for each in LESSONS]
         sources = [f"{each.slug}.py <solutions/{each.slug}>" for each in MODULES]
-        others = [f"common/{file.parent.name}/README" for file in guides()]
+        others = [file.relative_to(ROOT).with_suffix("").as_posix() for file in guides()]
         parts = {"The lessons": lessons, "The reference": sources, "Besides": others}
         return "".join(toctree(f":caption: {caption}", *below) for caption, below in parts.items())
     for each in LESSONS:
