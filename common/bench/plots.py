@@ -219,7 +219,7 @@ def quality() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lesson 8: what guesses give
+# Lesson 8: what draft tokens give
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -243,9 +243,9 @@ def speculation() -> Figure:
         [f"{case['name']}\n{right_share([case]).replace(' of', chr(10) + 'of')}" for case in singles],
     )
     left.tick_params(axis="x", length=0)
-    left.set_ylabel("tokens/s, times those without guesses")
+    left.set_ylabel("tokens/s, times those without draft tokens")
     left.set_title("SmolLM2, n-grams, one stream")
-    named = {"adaptive": "as many guesses as pay", **{f"k={k}": f"always {k}" for k in (2, 4, 8)}}
+    named = {"adaptive": "as many draft tokens as pay", **{f"k={k}": f"always {k}" for k in (2, 4, 8)}}
     handles, _ = left.get_legend_handles_labels()
     left.legend(handles, [named[way] for way in ways], frameon=False, fontsize=9, loc="upper right")
 
@@ -290,7 +290,7 @@ def speculation() -> Figure:
         )
     right.set_xlim(-0.2, 3.9)
     right.set_xlabel("streams at once")
-    right.set_title("as many guesses as pay")
+    right.set_title("as many draft tokens as pay")
     for axes in (left, right):
         axes.axhline(1, color="#202124", linewidth=1, linestyle=":")
         axes.set_ylim(0, top)
@@ -300,13 +300,13 @@ def speculation() -> Figure:
 
 
 def right_share(cases: list[dict]) -> str:
-    """How many of the guesses that paid were right, in all these cases together, in words for a figure."""
+    """How many of the draft tokens that paid were right, in all these cases together, in words for a figure."""
     told = [case["ways"]["adaptive"] for case in cases]
-    num_guesses = sum(each["num_guesses"] for each in told)
-    if not num_guesses:
-        return "no guesses"
-    num_right = sum(each["num_guesses"] * (each["acceptance_rate"] or 0) for each in told)
-    return f"{num_right / num_guesses:.0%} right of {num_guesses:,}"
+    num_draft_tokens = sum(each["num_draft_tokens"] for each in told)
+    if not num_draft_tokens:
+        return "no draft tokens"
+    num_right = sum(each["num_draft_tokens"] * (each["acceptance_rate"] or 0) for each in told)
+    return f"{num_right / num_draft_tokens:.0%} right of {num_draft_tokens:,}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
