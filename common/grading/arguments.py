@@ -18,8 +18,8 @@ from torch import Tensor
 def watched_arguments(module: ModuleType, function: str) -> Iterator[dict[str, Any]]:
     """Yields a dictionary that gets the new value, by its name, of each argument that a call of `function` changes.
 
-    function: a qualified name. Only tensors, collections and frozen dataclasses are watched, not objects with a state of
-    their own, such as `self`.
+    function: a qualified name. Only tensors, collections and frozen dataclasses are watched, not objects with a state
+    of their own, such as `self`.
     """
     changes: dict[str, Any] = {}
     *classes, name = function.split(".")

@@ -67,7 +67,7 @@ def test_same_tokens_as_alone(model):
         "chunks",
         "cached",
         "aborted",
-        "guesses",
+        "drafts",
         "pipelined",
     ):
         assert totals[what] > 5, f"too few {what} for a soak: {totals}"
