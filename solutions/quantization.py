@@ -330,6 +330,10 @@ def quantize(model: Llama, quantization: Quantization, is_saved: bool = False) -
     model.tie_weights()
 
 
+METHOD = "inference-course"
+"""By which a `config.json` says that its checkpoint was quantized here."""
+
+
 def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
     """How a checkpoint's weights are kept, if they were quantized by `save_quantized`."""
     said = checkpoint.config.get("quantization_config")
@@ -346,45 +350,9 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
         raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {error}") from None
 
 
-METHOD = "inference-course"
-"""By which a `config.json` says that its checkpoint was quantized here."""
-
-
 def plain_config(checkpoint: Checkpoint) -> ModelConfig:
     """The model's config, of which lesson 2 would refuse a quantized checkpoint's."""
     return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
-
-
-def load_quantized(
-    name: str,
-    quantization: Quantization | None,
-    dtype: torch.dtype,
-    device: str,
-    coordinates: RankCoordinates = RankCoordinates(0, 1, 1),  # noqa: B008  (frozen)
-    group: Group | None = None,
-    offload: int | None = None,
-) -> tuple[Llama, range, int]:
-    """What lesson 6's `load_share` does, quantized on the way: the whole model never stands in memory.
-
-    A checkpoint that is quantized already is read as it is, and `quantization` must be None or the same. offload: the
-    largest number of bytes of weights that may stand in memory; None: all.
-    """
-    checkpoint = Checkpoint(find_checkpoint(name))
-    saved = quantization_of(checkpoint)
-    if saved and quantization and saved != quantization:
-        raise ValueError(f"{name} is quantized already: {saved}. It cannot be loaded as {quantization}.")
-    with torch.device("meta"):
-        model = (Llama if offload is None else OffloadedLlama)(plain_config(checkpoint)).to(dtype)
-    if saved or quantization:
-        quantize(model, saved or quantization, is_saved=saved is not None)
-    layers = shard(model, coordinates, group or Group())
-    if offload is None:
-        load_weights(model, checkpoint)
-        model = model.to(device)
-    else:
-        model.stream_from(checkpoint, layers, offload)
-    use_kernels(model)
-    return model, layers, checkpoint.num_bytes_read
 
 
 def quantized_copy(model: Llama, quantization: Quantization) -> Llama:
@@ -617,6 +585,38 @@ class OffloadedLlama(Llama):
             hidden = layer(hidden, cos, sin, attend)
             del layer  # or there would be three: this one, the next, and the one that is begun when we ask for the next
         return hidden
+
+
+def load_quantized(
+    name: str,
+    quantization: Quantization | None,
+    dtype: torch.dtype,
+    device: str,
+    coordinates: RankCoordinates = RankCoordinates(0, 1, 1),  # noqa: B008  (frozen)
+    group: Group | None = None,
+    offload: int | None = None,
+) -> tuple[Llama, range, int]:
+    """What lesson 6's `load_share` does, quantized on the way: the whole model never stands in memory.
+
+    A checkpoint that is quantized already is read as it is, and `quantization` must be None or the same. offload: the
+    largest number of bytes of weights that may stand in memory; None: all.
+    """
+    checkpoint = Checkpoint(find_checkpoint(name))
+    saved = quantization_of(checkpoint)
+    if saved and quantization and saved != quantization:
+        raise ValueError(f"{name} is quantized already: {saved}. It cannot be loaded as {quantization}.")
+    with torch.device("meta"):
+        model = (Llama if offload is None else OffloadedLlama)(plain_config(checkpoint)).to(dtype)
+    if saved or quantization:
+        quantize(model, saved or quantization, is_saved=saved is not None)
+    layers = shard(model, coordinates, group or Group())
+    if offload is None:
+        load_weights(model, checkpoint)
+        model = model.to(device)
+    else:
+        model.stream_from(checkpoint, layers, offload)
+    use_kernels(model)
+    return model, layers, checkpoint.num_bytes_read
 
 
 # ---------------------------------------------------------------------------------------------------------------
