@@ -47,7 +47,9 @@ def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, 
     if not wrong.any():
         return
     first = tuple(wrong.nonzero()[0].tolist())
-    sentence = f"{what} differs first at {index(wrong)}: {number(actual[first])}, expected {number(expected[first])}."
+    sentence = (
+        f"{what}: first difference at {index(wrong)}: {number(actual[first])}, expected {number(expected[first])}."
+    )
     if wrong.numel() > 1:
         sentence += f" {int(wrong.sum())} of {wrong.numel()} values differ"
         if actual.dtype.is_floating_point:
@@ -63,7 +65,7 @@ def equal(actual: Any, expected: Any, what: str) -> None:
     if isinstance(expected, Sequence) and not isinstance(expected, str) and len(actual) == len(expected):
         for i, (one, other) in enumerate(zip(actual, expected)):
             if one != other:
-                raise CheckFailed(f"{what} differs first at [{i}]: {one!r}, expected {other!r}.", what, actual)
+                raise CheckFailed(f"{what}: first difference at [{i}]: {one!r}, expected {other!r}.", what, actual)
     if actual != expected:
         raise CheckFailed(f"{what} is {brief(actual)}, expected {brief(expected)}.", what, actual)
 

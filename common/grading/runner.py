@@ -9,8 +9,6 @@ This process imports no torch: it answers at once, and nothing that a student's 
 from __future__ import annotations
 
 import ast
-import hmac
-import json
 import multiprocessing
 import os
 import re
@@ -18,7 +16,6 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,31 +23,11 @@ from pathlib import Path
 from common.course import CourseError, Lesson, shown, unfinished
 from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.course.modules import Waits, listed, still_to_do_below
+from common.grading.results import Result, fingerprint, keep, look_first
+from common.grading.wire import MAX_EVENT, opened
 
-MAX_EVENT = 1 << 20
-"""Bytes of the longest event that is listened to."""
 START_SECONDS = 120.0
 """How long a worker may take to import torch and collect the checks."""
-
-
-@dataclass
-class Result:
-    """What became of one exercise. `line` is where its TODO stands, or its function."""
-
-    id: str
-    name: str
-    status: str = "to do"  # "passed", "wrong", "to do", "waiting" (for others: the together check for all of them)
-    points: int = 0
-    sentence: str = ""
-    mistake: str | None = None
-    traceback: str = ""
-    line: int = 0
-    certain: bool = True  # False where the machine's speed decided: such a result is not kept
-    through: list[str] = field(default_factory=list)  # the exercises that a wrong one may be wrong because of
-    notes: list[str] = field(default_factory=list)  # what an instructor should look at
-
-    def __str__(self) -> str:
-        return self.name if self.id == TOGETHER else f"{self.id} {self.name}"
 
 
 def grade(
@@ -115,6 +92,15 @@ def grade(
     finally:
         session.close()
     return list(results.values())
+
+
+def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
+    """Grade a file, and remember the results, unless it was saved meanwhile: nobody knows of which state they are."""
+    before = fingerprint(lesson, file)
+    results = grade(lesson, file, **options)
+    if fingerprint(lesson, file) == before:
+        keep(lesson, file, results)
+    return results
 
 
 class Session:
@@ -242,20 +228,6 @@ def end(process: BaseProcess) -> None:
     process.join()
 
 
-def sealed(event: tuple, key: bytes) -> bytes:
-    """An event as it travels. The seal keeps out what a student's code writes into a file that it found open."""
-    body = json.dumps(event).encode()
-    return hmac.digest(key, body, "sha256") + body
-
-
-def opened(message: bytes, key: bytes) -> list:
-    """The event in a message. Raises ValueError if it is not the worker's."""
-    seal, body = message[:32], message[32:]
-    if not hmac.compare_digest(seal, hmac.digest(key, body, "sha256")):
-        raise ValueError("not sealed by the worker")
-    return json.loads(body)
-
-
 def launch(*arguments) -> None:
     """In the new process: only there is torch imported."""
     from common.grading.worker import work
@@ -281,15 +253,6 @@ def fail(
         result.through = list(through)
 
 
-def look_first(result: Result, results: dict[str, Result]) -> list[str]:
-    """Of the exercises that ran in a wrong one's checks those that are wrong themselves, and not in turn because of
-    another of them. One in whose checks it ran itself does not count: each would point to the other.
-    """
-    ran = [results[id] for id in result.through if id in results]
-    wrong = [each.id for each in ran if each.status == "wrong" and result.id not in each.through]
-    return [id for id in wrong if not set(wrong).intersection(results[id].through)] or wrong
-
-
 def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
     """What to add to a wrong one's sentence where the whole file is the student's."""
     if first := look_first(result, results):
@@ -299,14 +262,6 @@ def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
         ran = listed(unknown)
         return f"\nThis ran in your whole file, {ran} included: make test-lesson-{lesson.number} says which are right."
     return ""
-
-
-def next_step(results: list[Result]) -> Result | None:
-    """What to do next: the first that has not passed, but rather one that waits for no other; None if all have."""
-    left = [each for each in results if each.status != "passed"]
-    by_id = {each.id: each for each in results}
-    ready = [each for each in left if each.status != "waiting" and not look_first(each, by_id)]
-    return next(iter([*ready, *left]), None)
 
 
 def read_source(file: Path) -> str:

@@ -18,8 +18,8 @@ import pytest
 from common.course import Lesson
 from common.course.exercises import TOGETHER
 from common.grading.plugin import Grader
-from common.grading.runner import sealed
 from common.grading.subject import Failure, Subject
+from common.grading.wire import sealed
 
 
 class ReportingGrader(Grader):

@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -30,28 +30,14 @@ from common.course import MODULES, ROOT, CourseError, Lesson, shown
 from common.course.exercises import exercises_of
 from common.course.modules import check_solution
 from common.course.skeleton import cut_lesson
-from common.grading.runner import Result, grade
+from common.grading.results import Result, fingerprint
+from common.grading.runner import grade
 from common.instructor import report, sandbox
+from common.instructor.report import Graded
 from common.instructor.submissions import Submission, find_submissions, plain
-from common.student.grade import fingerprint
 
 COPIED = ("common", "solutions", *(lesson.folder.name for lesson in MODULES), "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.ipynb", "figures", "*.md", ".*", "book")
-
-
-@dataclass
-class Graded:
-    """What became of one module of one submission."""
-
-    student: str
-    lesson: Lesson
-    results: list[Result]
-    problem: str = ""  # why it could not be graded at all
-    review: list[str] = field(default_factory=list)  # what an instructor should look at
-
-    @property
-    def points(self) -> int:
-        return sum(result.points for result in self.results if result.status == "passed")
 
 
 class Stopped(CourseError):
@@ -235,7 +221,7 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
             room.run(left, jobs, tell)
         except KeyboardInterrupt:
             interrupted = True
-    report.write(room)
+    report.write(room.out, room.lessons, room.submissions, room.graded)
     if interrupted:
         num_left = sum((submission.student, lesson.slug) not in room.graded for submission, lesson in left)
         console.print(f"\nStopped. {num_left} modules are left; nothing is lost: the same command goes on from here.")

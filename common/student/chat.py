@@ -375,6 +375,10 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
 
     from solutions.llama_pytorch import SamplingParams
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from solutions.parallelism import serve_as_worker
+
+        serve_as_worker()
     if settings.threads:
         if not settings.threads.isdigit() or settings.threads == "0":
             raise OptionError(f"THREADS is {settings.threads!r}; it must be a whole number of at least 1.")

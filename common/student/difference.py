@@ -17,10 +17,11 @@ from rich.text import Text
 
 from common import course
 from common.course import CourseError, Lesson, shown
-from common.course.exercises import Exercise, exercises_of, walk_functions
+from common.course.exercises import Exercise, exercises_of, find_exercise, walk_functions
 from common.course.modules import check_solution, listed
-from common.grading.runner import Result, grade, read_source
-from common.student.grade import console, find_exercise, grade_and_keep, kept
+from common.grading.results import Result, kept
+from common.grading.runner import grade, grade_and_keep, read_source
+from common.student.grade import console
 
 SIDE_BY_SIDE = 100
 """Columns from which two answers stand beside each other."""

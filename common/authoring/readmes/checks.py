@@ -243,7 +243,7 @@ def check_links(path: Path, text: str) -> Iterator[str]:
 
 def check_lesson(each: Lesson) -> Iterator[str]:
     """Every exercise occurs in the README by its number, and has its hints, none of them empty."""
-    from common.student.grade import read_hints
+    from common.course.exercises import read_hints
 
     ids = exercise_ids(each.number)
     if not each.readme.exists():

@@ -14,7 +14,7 @@ import pytest
 
 from common.authoring.readmes.checks import blocks
 from common.course import LESSONS, MODULES, ROOT
-from common.student.grade import read_hints
+from common.course.exercises import read_hints
 
 pytest.importorskip("sphinx", reason="the extra `book` is not installed; `make book` installs it")
 

@@ -16,7 +16,8 @@ from common.course.catalogue import apply, right, wrong
 from common.course.exercises import exercises_of
 from common.course.skeleton import cut_lesson
 from common.grading import compare, isolate
-from common.grading.runner import Result, grade
+from common.grading.results import Result
+from common.grading.runner import grade
 from common.grading.subject import Subject
 from common.tests.sample_lesson import SampleLesson, write_lesson
 
@@ -83,7 +84,8 @@ def test_each_kind_of_mistake_gets_its_sentence(tmp_path):
         "shaped": "shaped([1, 2]) has shape (1, 2), expected (2,).",
         "typed": "typed([1, 2]) has dtype float64, expected float32.",
         "strange": "strange([1, 2]) is NaN at [0] (2 of 2 values); expected 2.",
-        "valued": "valued([1, 2]) differs first at [1]: 5, expected 4. 1 of 2 values differ, the largest error is 1.",
+        "valued": "valued([1, 2]): first difference at [1]: 5, expected 4. 1 of 2 values differ, the largest error "
+        "is 1.",
         "listed": "listed([1, 2]) is a list ([2.0, 4.0]), expected a tensor.",
     }
     assert {name: results[name].sentence for name in sentences} == sentences

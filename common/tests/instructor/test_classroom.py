@@ -24,7 +24,8 @@ import pytest
 from common.course import LESSONS, MODULES, ROOT, CourseError
 from common.course.catalogue import apply, right
 from common.course.exercises import TOGETHER, exercises_of, to_do
-from common.grading.runner import grade, read_source, sealed
+from common.grading.runner import grade, read_source
+from common.grading.wire import sealed
 from common.instructor import sandbox
 from common.instructor.classroom import Classroom, points_of
 from common.instructor.report import write
@@ -512,7 +513,7 @@ def test_reports_escape_what_a_student_wrote(tmp_path):
     found = room.without(submission, INTRO, "<img src=x onerror=alert(1)>")
     found.results[0].status, found.results[0].sentence = "wrong", "@SUM(1) <b>"
     room.graded["=cmd()", "intro"] = found
-    write(room)
+    write(tmp_path, [INTRO], [submission], room.graded)
     pages = (tmp_path / "index.html").read_text() + (tmp_path / "students" / "=cmd()" / "index.html").read_text()
     assert "<script>" not in pages and "<img" not in pages and "&lt;script&gt;" in pages
     with (tmp_path / "exercises.csv").open() as file:
