@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from common.config import EngineConfig
-from solutions.llama_pytorch import SamplingParams
+from common.sampling import SamplingParams
 from solutions.paged_attention import BlockCopy, BlockPool, KVCacheBlock, KVCacheManager, cdiv
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -193,8 +193,9 @@ POLICIES: dict[str, Callable[[Request, Mapping[str, float]], tuple]] = {
 class Scheduler:
     """Decides in each step which requests compute how many tokens, and which is preempted when blocks run out.
 
-    manager: the pool of blocks. config: resolved; the limits of a step, the policy, and how to preempt. "recompute" frees
-    a request's blocks and computes its tokens again later. "swap" moves the blocks to the host while it has free ones.
+    manager: the pool of blocks. config: resolved; the limits of a step, the policy, and how to preempt. "recompute"
+    frees a request's blocks and computes its tokens again later. "swap" moves the blocks to the host, while it has free
+    ones.
     """
 
     def __init__(self, manager: KVCacheManager, config: EngineConfig):

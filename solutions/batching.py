@@ -268,9 +268,13 @@ class OutputProcessor:
         return output
 
     def push(self, state: RequestState, token_id: int) -> None:
-        state.output.token_ids.append(token_id)
-        if token_id not in state.request.stop_token_ids:
-            state.output.text += state.checker.push(state.stream.push(token_id))
+        """Append a token and its text. As in lesson 2, the first `min_tokens` tokens end nothing."""
+        request, output = state.request, state.output
+        output.token_ids.append(token_id)
+        if token_id not in request.stop_token_ids:
+            text = state.stream.push(token_id)
+            is_early = len(output.token_ids) <= request.sampling_params.min_tokens
+            output.text += text if is_early else state.checker.push(text)
 
     def rewind(self) -> list[Request]:
         """A step was interrupted at an unknown line: return to what the outputs say. Returns the unfinished requests.
