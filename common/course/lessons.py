@@ -79,6 +79,11 @@ class Lesson:
         return self.folder / "README.md"
 
     @property
+    def second_pages(self) -> list[Path]:
+        """What the exercises do not need: `more.md`, where the lesson has one."""
+        return sorted(self.folder.glob("more.md"))
+
+    @property
     def notebook(self) -> Path:
         return self.folder / f"{self.name.replace('-', '_')}.ipynb"
 

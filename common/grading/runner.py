@@ -167,6 +167,10 @@ class Session:
                 count += 1
                 if event[0] is not None:
                     fail(results[current], **event[0])
+                if count == self.checks[current][2]:  # what follows, to name the mistake, is not the student's time
+                    deadline = time.monotonic() + START_SECONDS
+            elif kind == "mistake":
+                results[current].mistake = event[0]
             elif kind == "end":
                 if current == TOGETHER and not count:
                     results[current].status = "waiting"
@@ -236,21 +240,17 @@ def launch(*arguments) -> None:
 
 
 def fail(
-    result: Result,
-    sentence: str,
-    mistake: str | None = None,
-    traceback: str = "",
-    waits_for: str | None = None,
-    through: Sequence[str] = (),
+    result: Result, sentence: str, traceback: str = "", waits_for: str | None = None, through: Sequence[str] = ()
 ) -> None:
-    """Note a failure. Of several the first is told that a known mistake explains, or else the first; where one check
-    came to an exercise that is to do and another one failed for itself, the latter.
+    """Note a failure. Of several the first is told; where one check came to an exercise that is to do and another one
+    failed for itself, the latter.
     """
-    if waits_for and result.status != "wrong":
+    if result.status == "wrong":
+        return
+    if waits_for:
         result.status, result.sentence = "waiting", f"waits for {waits_for}"
-    elif not waits_for and (result.status != "wrong" or (mistake and not result.mistake)):
-        result.status, result.sentence, result.mistake, result.traceback = "wrong", sentence, mistake, traceback
-        result.through = list(through)
+    else:
+        result.status, result.sentence, result.traceback, result.through = "wrong", sentence, traceback, list(through)
 
 
 def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:

@@ -271,9 +271,8 @@ def fetched(folder: Path) -> Version | None:
     skeletons = {path: git("show", f"{base}:{path}") for path in modules}
     changed = set() if backup else set(names("diff", "--name-only", "--no-renames", base)) & before
     added = {path for path in after - before if read(path) is not None}
-    edited = {
-        path: show(base, path) if path in before else None for path in sorted(changed | added) if path not in modules
-    }
+    others = sorted((changed | added) - set(modules) - set(module_paths(list(after))))
+    edited = {path: show(base, path) if path in before else None for path in others}
     gone = sorted(before - after - set(edited))
     return Version(name, folder / "new", skeletons, edited, gone, target, backup or ROOT)
 

@@ -193,6 +193,12 @@ ANSWERS = [
         "unflatten(-1, (self.head_dim, -1)).mT",
     ),
     wrong("2.4", "the heads' outputs joined in the wrong order", ".flatten(1)", ".mT.flatten(1)"),
+    wrong(
+        "2.4",
+        "a projection viewed as (heads, T, head_dim), which takes one token's numbers for another's",
+        "proj(hidden).unflatten(-1, (-1, self.head_dim))",
+        "proj(hidden).view(-1, len(hidden), self.head_dim).transpose(0, 1)",
+    ),
     wrong("2.4", "`attend` told layer 0 whatever the layer", "attend(self.layer", "attend(0"),
     right(
         "2.4",

@@ -64,6 +64,20 @@ ANSWERS = [
     ),
     wrong_body(
         "4.1",
+        "blocks without a hash handed out first, whatever the order in which they became free",
+        """
+        if num_blocks > len(self.free):
+            raise ValueError("not enough blocks are free")
+        blocks = sorted(self.free.values(), key=lambda block: block.block_hash is not None)[:num_blocks]
+        for block in blocks:
+            del self.free[block.block_id]
+            self.forget(block)
+            block.ref_cnt = 1
+        return blocks
+        """,
+    ),
+    wrong_body(
+        "4.1",
         "blocks taken one by one until none is left, and only then the error",
         """
         blocks = []
@@ -97,6 +111,7 @@ ANSWERS = [
     # ----------------------------------------------------------------------------------- 4.2 BlockPool.free_blocks
     wrong("4.2", "free although another sequence still holds it", "if block.ref_cnt == 0:", "if True:"),
     wrong("4.2", "ref_cnt set to 0, whoever else holds it", "block.ref_cnt -= 1", "block.ref_cnt = 0"),
+    wrong("4.2", "the blocks freed in reverse order", "for block in blocks:", "for block in reversed(list(blocks)):"),
     wrong(
         "4.2",
         "the content forgotten as soon as nobody holds the block",
@@ -224,6 +239,12 @@ ANSWERS = [
     ),
     wrong(
         "4.11",
+        "the loop ended at the first block that has a hash already",
+        "            if block.block_hash is None:\n",
+        "            if block.block_hash is not None:\n                break\n            else:\n",
+    ),
+    wrong(
+        "4.11",
         "only the last full block remembered",
         "zip(self.block_tables[request.request_id], block_hashes)",
         "list(zip(self.block_tables[request.request_id], block_hashes))[-1:]",
@@ -247,7 +268,19 @@ ANSWERS = [
         "num_new_tokens + num_lookahead_tokens",
     ),
     wrong(
-        "4.12", "no room for the guesses", "num_new_tokens + num_lookahead_tokens", "num_new_tokens", recognised=False
+        "4.12", "no slots for draft tokens", "num_new_tokens + num_lookahead_tokens", "num_new_tokens", recognised=False
+    ),
+    wrong(
+        "4.12",
+        "no slots for draft tokens where there is no new token",
+        "num_new_tokens + num_lookahead_tokens",
+        "num_new_tokens + (num_lookahead_tokens if num_new_tokens else 0)",
+    ),
+    wrong(
+        "4.12",
+        "num_computed_tokens counted up: slots are reserved here, and computed later",
+        "return new_blocks",
+        "request.num_computed_tokens += num_new_tokens\n        return new_blocks",
     ),
     wrong(
         "4.12",
@@ -360,6 +393,13 @@ ANSWERS = [
     # ------------------------------------------------------------------------------------ 4.13 KVCacheManager.fork
     wrong("4.13", "one list for both tables", "= list(blocks)", "= self.block_tables[parent.request_id]"),
     wrong("4.13", "shared blocks not counted as held twice", "self.pool.touch(blocks)", "pass"),
+    wrong(
+        "4.13",
+        "one list of hashes for both sequences",
+        "child.num_computed_tokens = num_tokens - 1",
+        "self.block_hashes[child.request_id] = self.block_hashes.setdefault(parent.request_id, [])\n"
+        "        child.num_computed_tokens = num_tokens - 1",
+    ),
     wrong("4.13", "all of the child's tokens said to be computed", "num_tokens - 1", "num_tokens"),
     wrong(
         "4.13",
@@ -490,6 +530,12 @@ ANSWERS = [
     ),
     wrong(
         "4.15",
+        "the shortened table not stored: `table` names a new list",
+        "del table[needed:]",
+        "table = table[:needed]",
+    ),
+    wrong(
+        "4.15",
         "the order turned round, in which nothing was wrong",
         "reversed(table[needed:])",
         "table[needed:]",
@@ -548,6 +594,13 @@ ANSWERS = [
         "-1e9",
     ),
     wrong("4.17", "the mask turned round", "masked_fill(~mask", "masked_fill(mask"),
+    wrong("4.17", "the maximum clamped at -10,000", "torch.finfo(scores.dtype).min", "-1e4"),
+    wrong(
+        "4.17",
+        "float32, whatever dtype q has",
+        "(upcast(q) @ upcast(k).mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)",
+        "(q.float() @ k.float().mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)\n    v = v.float()",
+    ),
     wrong(
         "4.17",
         "the division done already",
@@ -598,6 +651,7 @@ ANSWERS = [
         "maximum",
     ),
     wrong("4.6", "the lower maximum of the two", "torch.maximum(", "torch.minimum("),
+    wrong("4.6", "the maximum clamped at -10,000", "torch.finfo(maximum.dtype).min", "-1e4"),
     wrong("4.6", "totals added as they are", "a.total * scale_a + b.total * scale_b", "a.total + b.total"),
     wrong(
         "4.6",
@@ -686,6 +740,12 @@ ANSWERS = [
         "    mixed = torch.stack(parts).mean(0).to(q.dtype)",
     ),
     wrong("4.7", "no division at the end", "(whole.weighted / whole.total[..., None])", "whole.weighted"),
+    wrong(
+        "4.7",
+        "the last segment left out where it is not full",
+        "range(0, num_keys, segment)",
+        "range(0, max(1, num_keys - segment + 1), segment)",
+    ),
     wrong(
         "4.7",
         "all keys read at once",
@@ -904,6 +964,29 @@ ANSWERS = [
         "mixed = q",
     ),
     wrong("4.8", "keys and values exchanged", "metadata.slot_mapping, k, v)", "metadata.slot_mapping, v, k)"),
+    wrong(
+        "4.8",
+        "the cache's first layer read, whichever was asked for",
+        "self.group_attention(layer,",
+        "self.group_attention(self.layers.start,",
+    ),
+    wrong("4.8", "a result in float32, whatever dtype q has", "torch.empty_like(q)", "torch.empty(q.shape)"),
+    wrong_body(
+        "4.8",
+        "the groups of the first batch used for every later one",
+        """
+        self.groups = getattr(self, "groups", groups)
+
+        def attend(layer, q, k, v):
+            self.write(layer, metadata.slot_mapping, k, v)
+            mixed = torch.empty_like(q)
+            for group in self.groups:
+                mixed[group.rows % len(q)] = self.group_attention(layer, q[group.rows % len(q)], group)
+            return mixed
+
+        return attend
+        """,
+    ),
     right(
         "4.8",
         "collected, and put back in order",
