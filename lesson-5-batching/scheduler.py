@@ -376,6 +376,8 @@ class Scheduler:
                 num_tokens = tokens_to_schedule(request, num_tokens, self.max_chunk)
                 continue
             victim = self.choose_victim()
+            if victim is None:
+                return 0
             self.preempt(victim, plan)
             if victim is request:
                 return 0

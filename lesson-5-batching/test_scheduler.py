@@ -10,9 +10,8 @@ from common.grading import equal, exercise, holds, together
 def request(code, name: str, prompt: int, output: int = 0, **settings):
     """A request with a prompt of so many tokens, and so many of output: 0, 1, 2, ... and 100, 101, ..."""
     settings = {"max_tokens": 10, "arrival": ord(name[0]) - ord("a"), **settings}
-    return code.Request(
-        name, list(range(prompt)), code.SamplingParams(), output_token_ids=[100 + i for i in range(output)], **settings
-    )
+    params = code.SamplingParams(max_tokens=settings.pop("asked_for", settings["max_tokens"]))
+    return code.Request(name, list(range(prompt)), params, output_token_ids=list(range(100, 100 + output)), **settings)
 
 
 def scheduler(code, num_blocks: int = 12, block_size: int = 4, seqs: int = 8, budget: int = 16, **settings):
@@ -94,9 +93,9 @@ class TestStaticBatch:
 
     def test_a_batch_whose_last_member_is_short(self, code):
         equal(
-            list(code.static_batch([5, 3, 2], 2)),
-            [range(0, 5), range(0, 3), range(5, 7)],
-            "static_batch([5, 3, 2], 2)",
+            list(code.static_batch([3, 5, 4, 2], 3)),
+            [range(0, 3), range(0, 5), range(0, 4), range(5, 7)],
+            "static_batch([3, 5, 4, 2], 3)",
         )
 
 
@@ -129,8 +128,8 @@ class TestFinishReason:
         self.check(code, each, None, "when a stop token stands before the last")
 
     def test_its_own_limit(self, code):
-        each = request(code, "a", 3, 5, max_tokens=5)  # params.max_tokens is 128: the context has room for fewer
-        self.check(code, each, "length", "with 5 tokens, where request.max_tokens is 5 and sampling_params allow 128,")
+        each = request(code, "a", 3, 6, max_tokens=5, asked_for=128)  # the context has no space for 128
+        self.check(code, each, "length", "with 6 tokens, where request.max_tokens is 5 and sampling_params allow 128,")
 
 
 @exercise("5.3")
@@ -188,11 +187,11 @@ class TestFairShare:
         )
 
     def test_neither_names_nor_priorities(self, code):
-        sizes = (("b", 0, 7), ("c", 1, 9), ("a", 2, 0))
+        sizes = (("b", 0, 7), ("c", 1, 9), ("a", 2, 8))
         first, second, third = (
             request(code, name, 3, tenant="x", arrival=arrival, priority=priority) for name, arrival, priority in sizes
         )
-        what = "three requests of one tenant, in order of arrival b, c, a, with priorities 7, 9, 0"
+        what = "three requests of one tenant, in order of arrival b, c, a, with priorities 7, 9, 8"
         equal(self.order(code, {"x": 1.0}, third, second, first), ["b", "c", "a"], what)
 
 
@@ -449,12 +448,12 @@ class TestScheduleWaiting:
 
     def test_chunks_below_the_budget(self, code):
         own = scheduler(code, num_blocks=30, long_prefill_token_threshold=4)
-        for name, length in (("a", 9), ("b", 9), ("c", 3)):
+        for name, length in (("a", 3), ("b", 9), ("c", 9)):
             own.add(request(code, name, length))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 16)
-        expected = {"a": (0, 4), "b": (0, 4), "c": (0, 3)}
-        equal(granted(plan), expected, "(start, tokens) of prompts of 9, 9 and 3, chunks of at most 4, a budget of 16")
+        expected = {"a": (0, 3), "b": (0, 4), "c": (0, 4)}
+        equal(granted(plan), expected, "(start, tokens) of prompts of 3, 9 and 9, chunks of at most 4, a budget of 16")
 
 
 @exercise("5.7", points=3)
