@@ -255,7 +255,7 @@ class TestStep:
         holds(
             queue_time is not None and 0 <= queue_time < 60,
             f"queue_time of a request in the first step is {queue_time}: `self.submit` notes when it was scheduled.",
-            actual=queue_time,
+            actual=str(queue_time),
         )
 
     def test_a_step_that_only_moves_blocks(self, code):
