@@ -365,18 +365,6 @@ def test_streams_lose_nothing_when_others_step(model):
     assert "".join(one for one, _ in pieces) == "".join(other for _, other in pieces) == expected[: len(expected)]
 
 
-def test_a_stop_string_waits_for_min_tokens(model):
-    engine, oracle = local_engine(model, Letters(), num_blocks=60), Oracle(model, Letters())
-    plain = oracle([5, 6, 7], SamplingParams(max_tokens=12, ignore_eos=True))
-    stop = plain.text[1]
-    for min_tokens in (0, 4):
-        params = SamplingParams(max_tokens=12, ignore_eos=True, stop=stop, min_tokens=min_tokens)
-        (output,) = engine.generate([[5, 6, 7]], params, progress=False)
-        expected = oracle([5, 6, 7], params)
-        assert (output.token_ids, output.text) == (expected.token_ids, expected.text)
-        assert len(output.token_ids) > min_tokens
-
-
 @pytest.mark.parametrize(
     "settings, says",
     [
