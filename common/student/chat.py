@@ -41,7 +41,7 @@ class Reply:
     seconds: float
     seconds_to_text: float | None
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    num_draft_tokens: int = 0  # guesses that were verified
+    num_draft_tokens: int = 0  # draft tokens that were verified
     num_accepted_tokens: int = 0  # and were right
 
     def summary(self) -> str:
@@ -56,7 +56,7 @@ class Reply:
         if self.num_cached_tokens:
             parts.append(f"{self.num_cached_tokens} of the prompt's tokens were in the cache")
         if self.num_draft_tokens:
-            parts.append(f"{self.num_accepted_tokens} of {self.num_draft_tokens} guesses were right")
+            parts.append(f"{self.num_accepted_tokens} of {self.num_draft_tokens} draft tokens were right")
         if self.finish_reason == "length":
             parts.append("cut off at the length limit")
         return ", ".join(parts)
@@ -332,25 +332,27 @@ def options(argv: list[str]) -> argparse.Namespace:
         "--offload", type=int, default=variable("OFFLOAD") or None, metavar="MB", help="of weights that stay in memory"
     )
     parser.add_argument(
-        "--speculative", default=variable("SPEC") or None, metavar="WHO", help="guesses: ngram, or a draft model"
+        "--speculative", default=variable("SPEC") or None, metavar="WHO", help="draft tokens: ngram, or a draft model"
     )
-    parser.add_argument("--num-speculative-tokens", type=int, default=None, help="guesses in a step at most; default 8")
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=None, help="draft tokens in a step at most; default 8"
+    )
     parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
     parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
     parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))
     return parser.parse_args(rest)
 
 
-def engine_for(name: str, mine: str, options: dict, fewer: dict, guesses: dict):
+def engine_for(name: str, mine: str, options: dict, fewer: dict, drafts: dict):
     """The assembled engine; or, where earlier lessons are the student's, the engine of the last lesson that is needed
     for these options: what they have not come to has no part in it.
     """
     fewer["offload"] = fewer["offload"] and fewer["offload"] * 10**6
     numbers = [each.number for each in parse_mine(mine)]
-    if not numbers or 8 in numbers or set(guesses.values()) != {None}:
+    if not numbers or 8 in numbers or set(drafts.values()) != {None}:
         from solutions.engine import InferenceEngine
 
-        return InferenceEngine(name, **options, **fewer, **guesses)
+        return InferenceEngine(name, **options, **fewer, **drafts)
     is_quantized = "quantization_config" in Checkpoint(find_checkpoint(name)).config
     if is_quantized or fewer["quantization"] or fewer["offload"] or fewer["kv_cache_dtype"] != "auto":
         from solutions.quantization import QuantizedEngine
@@ -397,9 +399,9 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
     options = {name: getattr(settings, flag) for flag, name in names.items() if getattr(settings, flag) is not None}
     options |= {name: getattr(settings, name) for name in ("tensor_parallel", "pipeline_parallel")}
     fewer = {name: getattr(settings, name) for name in ("quantization", "group_size", "kv_cache_dtype", "offload")}
-    guesses = {name: getattr(settings, name) for name in ("speculative", "num_speculative_tokens")}
+    drafts = {name: getattr(settings, name) for name in ("speculative", "num_speculative_tokens")}
     try:
-        engine = engine_for(settings.model, settings.mine, options, fewer, guesses)
+        engine = engine_for(settings.model, settings.mine, options, fewer, drafts)
     except CheckpointError:
         raise
     except ValueError as error:
