@@ -56,9 +56,7 @@ class EngineConfig:
     )
     max_num_seqs: int = option(64, "requests that run at once", minimum=1)
     max_num_batched_tokens: int = option(256, "tokens computed in one step", minimum=1)
-    long_prefill_token_threshold: int | None = option(
-        None, "of those, tokens of one request; default: half", minimum=1
-    )
+    long_prefill_token_threshold: int | None = option(None, "of those, tokens of one request; default: half", minimum=1)
     scheduling_policy: str = option("fcfs", "which request is served first", choices=("fcfs", "priority", "fair"))
     preemption: str = option(
         "recompute", "what happens to the blocks of a preempted request", choices=("recompute", "swap")

@@ -10,13 +10,13 @@ To add one: write a function that returns a Figure, under `@figure("lesson-3-kv-
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import matplotlib
 
 matplotlib.use("Agg")
@@ -765,17 +765,19 @@ def svg(draw: Callable[[], Figure]) -> bytes:
     return b"".join(line.rstrip() + b"\n" for line in buffer.getvalue().splitlines())
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common figures", description=__doc__.partition("\n")[0])
-    parser.add_argument("part", nargs="?", default="", help="draw only those with this in their path")
-    parser.add_argument("--out", type=Path, default=ROOT, help="draw below this folder, and not in the lessons")
-    settings = parser.parse_args(argv)
-    chosen = {path: draw for path, draw in FIGURES.items() if settings.part in path}
+@click.command()
+@click.argument("part", default="")
+@click.option(
+    "--out", type=Path, default=ROOT, help="draw below this folder, and not in the lessons", show_default=False
+)
+def figures(part: str, out: Path) -> int:
+    """Draw the figures of the READMEs, or only those with PART in their path."""
+    chosen = {path: draw for path, draw in FIGURES.items() if part in path}
     if not chosen:
-        raise SystemExit(f"No figure has {settings.part!r} in its path; there are {', '.join(FIGURES)}.")
+        raise CourseError(f"No figure has {part!r} in its path; there are {', '.join(FIGURES)}.")
     failed = False
     for path, draw in chosen.items():
-        target = settings.out / path
+        target = out / path
         try:
             content = svg(draw)
         except (FileNotFoundError, CourseError) as error:

@@ -11,7 +11,6 @@ form (in `find_exercises`) is refused with file and line.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import hashlib
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.course import MODULES, ROOT, WITHHELD, CourseError, Lesson, shown
+from common.course import ROOT, WITHHELD, CourseError, Lesson, shown
 
 MAX_ANSWER_LINES = 25
 TOGETHER = "together"
@@ -220,21 +219,3 @@ def difference(lesson: Lesson) -> str:
             f"cut from {shown(lesson.solution)}",
         )
     )
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common skeletons", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where a skeleton is out of step")
-    arguments = parser.parse_args(argv)
-    failed = False
-    for lesson in MODULES:
-        try:
-            if not arguments.check:
-                print(f"{shown(lesson.module)}: {generate(lesson)}")
-            elif text := difference(lesson):
-                print(text, f"{shown(lesson.module)} is out of step: run `make skeletons`.", sep="\n")
-                failed = True
-        except CourseError as error:
-            print(error)
-            failed = True
-    return int(failed)

@@ -9,7 +9,6 @@ repository, is needed. Counts come first, since they are the same everywhere; ti
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import subprocess
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import click
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -25,6 +25,7 @@ from rich.text import Text
 
 from common import course
 from common.course import LESSONS, ROOT, CourseError, Lesson, modules_of
+from common.options import lesson_number
 
 GAINS = {
     0: "You can say how fast an engine can be before anybody has written it.",
@@ -341,13 +342,14 @@ def show(lesson: Lesson, finale: Finale, console: Console) -> None:
     console.print(Text(f"Measured{model} on {code}; times are of this one run.", "dim"))
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common finale-lesson", description=__doc__.partition("\n")[0])
-    parser.add_argument("which", metavar="N")
+@click.command()
+@lesson_number
+def finale_lesson(lesson_number: int) -> int:
+    """Measure what a lesson is worth, once it is complete."""
     console = Console(highlight=False)
     try:
         course.activate("")
-        lesson = course.lesson(parser.parse_args(argv).which)
+        lesson = course.lesson(lesson_number)
         if left := [id for module in modules_of(lesson.number) for id in course.to_do(module.module)]:
             raise CourseError(f"Lesson {lesson.number} is not complete: {', '.join(left)} still to do.")
         numbers = [*complete_lessons(lesson.number), lesson.number]
@@ -358,11 +360,8 @@ def main(argv: list[str]) -> int:
 
             torch.set_num_threads(1)  # for so small a model others only stand in the way
         show(lesson, MEASUREMENTS[lesson.number](), console)
-    except CourseError as error:
-        console.print(Text(str(error), "red"))
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    except CourseError:
+        raise
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         console.print(Text(f"This could not be measured: {what}. Does make test-lesson-{lesson.number} pass?", "red"))
@@ -373,7 +372,7 @@ def main(argv: list[str]) -> int:
 def celebrate(number: int, console: Console) -> None:
     """In a process of its own, so that whatever happens there is no worse than that nothing is shown."""
     console.print("[dim]What that is worth is being measured; Ctrl-C leaves it out.[/]")
-    command = [sys.executable, "-m", "common.student.finale", str(number)]
+    command = [sys.executable, "-m", "common", "finale-lesson", str(number)]
     try:
         result = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=LONGEST)
     except KeyboardInterrupt:
@@ -383,7 +382,3 @@ def celebrate(number: int, console: Console) -> None:
         return
     if result is None or result.returncode:
         console.print(f"[dim]Left out. make finale-lesson-{number} shows it, or why not.[/]")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
