@@ -22,7 +22,7 @@ def main(words: list[str]) -> int:
             print(commands.help_text(), flush=True)
             return 0
         return run(command, rest)
-    except (LookupError, setup.SetupError) as error:
+    except (commands.UnknownTarget, setup.SetupError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -88,6 +88,10 @@ SHORT = {"test-exercise": "test", "diff-exercise": "diff"}
 """How `make` calls a command that takes the number of an exercise, where the name differs: `test-1.4`."""
 
 
+class UnknownTarget(Exception):
+    """There is no such target, or it lacks its number; the text says what there is."""
+
+
 def target(command: Command) -> str:
     """What to type after `make`: `test-lesson-N`, `test-N.M`, `run`."""
     name = SHORT.get(command.name, command.name)
@@ -114,7 +118,7 @@ def help_text() -> str:
 
 def parse(words: list[str]) -> tuple[Command, list[str]]:
     """The command and the arguments after it. `test-lesson 2`, `test-lesson-2` and `test-1.4` are all understood, and
-    `help-run` for `run --help`. Raises LookupError with a sentence for the reader.
+    `help-run` for `run --help`. Raises UnknownTarget with a sentence for the reader.
     """
     name, *rest = words or ["help"]
     if name in ("-h", "--help"):
@@ -128,14 +132,14 @@ def parse(words: list[str]) -> tuple[Command, list[str]]:
         long = {short: name for name, short in SHORT.items()}
         name, rest = long.get(number[1], number[1]), [number[2], *rest]
     if name not in BY_NAME:
-        near = difflib.get_close_matches(name, [*TARGETS, *BY_NAME], n=3)
+        near = difflib.get_close_matches(re.sub(r"[\d.]+$", "N", name), TARGETS, n=2)
         meant = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise LookupError(f"There is no target {name!r}{meant} `make help` lists them.")
+        raise UnknownTarget(f"There is no target {name!r}{meant} `make help` lists them.")
     command = BY_NAME[name]
     if command.argument and "--help" not in rest:
         pattern, example = (r"\d+", "2") if command.argument == "N" else (r"\d+\.\d+", "1.4")
         if not re.fullmatch(pattern, rest[0] if rest else ""):
             what = "a lesson" if command.argument == "N" else "an exercise"
             wanted = target(command).replace(command.argument, example)
-            raise LookupError(f"{SHORT.get(name, name)} needs the number of {what}: make {wanted}")
+            raise UnknownTarget(f"{SHORT.get(name, name)} needs the number of {what}: make {wanted}")
     return command, rest

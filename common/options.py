@@ -32,9 +32,8 @@ ENVIRONMENT = ("TORCH", "KERNELS", "COURSE_CACHE", "COURSE_PYTHON", "COURSE_REAL
 
 def call(command: Command, arguments: list[str]) -> int:
     """Run a command; returns its exit status. What the reader can mend is said in a sentence, with exit status 2."""
-    module, _, name = command.function.partition(":")
     try:
-        function = getattr(import_module(f"common.{module}"), name)
+        function = find(command)
         check_variables(command, function, os.environ.pop("COURSE_VARIABLES", "").split())
         program = f"python -m common {command.name}"
         appearance = {"show_default": True, "max_content_width": 110}
@@ -48,6 +47,12 @@ def call(command: Command, arguments: list[str]) -> int:
     except (CourseError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def find(command: Command) -> click.Command:
+    """The click command behind a line of the table."""
+    module, _, name = command.function.partition(":")
+    return getattr(import_module(f"common.{module}"), name)
 
 
 def check_variables(command: Command, function: click.Command, given: list[str]) -> None:
@@ -119,7 +124,7 @@ def option(flag: str, variable: str | None = None, name: str | None = None, **se
 
 
 def mine(what: str = "use your modules of these lessons, the reference's of the others") -> Callable:
-    return option("--mine", "MINE", default="", metavar="0-2", help=what)
+    return option("--mine", "MINE", default="", show_default=False, metavar="0-2", help=what)
 
 
 def force(what: str) -> Callable:
@@ -131,13 +136,13 @@ exercise_id = click.argument("exercise_id", metavar="N.M")
 threads = option("--threads", "THREADS", type=number(), help="CPU threads; default: torch's choice")
 jobs = option("--jobs", "JOBS", type=number(), default=os.cpu_count() or 1, help="processes")
 
-MEGABYTES = ("offload", "kv_cache_memory")
-"""Fields of `EngineConfig` in bytes that a command takes in MB."""
+
+ENGINE_FIELDS = {field.name: field for field in dataclasses.fields(EngineConfig) if field.init}
 
 
 def engine_option(name: str, flag: str = "", **settings: Any) -> Callable:
     """The option for a field of `EngineConfig`. settings: what differs from the field's own."""
-    field = next(each for each in dataclasses.fields(EngineConfig) if each.name == name)
+    field = ENGINE_FIELDS[name]
     flag, rules = flag or "--" + name.replace("_", "-"), field.metadata
     settings = {"default": field.default, "help": rules["help"], **settings}
     variable = rules["envvar"]
@@ -148,16 +153,14 @@ def engine_option(name: str, flag: str = "", **settings: Any) -> Callable:
     if rules["minimum"] is None:
         return option(flag, variable, name, **settings)
     kind = float if isinstance(field.default, float) else int
-    if name in MEGABYTES:
+    if name == "offload":
         settings["help"] = settings["help"].replace("bytes", "MB")
         settings["callback"] = lambda context, parameter, value: value and value * 10**6
-        if settings["default"]:
-            settings["default"] //= 10**6
     return option(flag, variable, name, type=Value(kind, lambda value: broken_rule(field, value), "number"), **settings)
 
 
 def engine_options(function: Callable) -> Callable:
     """Every option of an engine, for a command that takes them as `**options`, which `EngineConfig` takes too."""
-    for field in reversed(dataclasses.fields(EngineConfig)):
-        function = engine_option(field.name)(function)
+    for name in reversed(ENGINE_FIELDS):
+        function = engine_option(name)(function)
     return function

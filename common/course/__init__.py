@@ -1,6 +1,7 @@
 """The lessons: which there are, where their files are, and which file `solutions.<slug>` stands for."""
 
 from common.course.lessons import (
+    GAINS,
     LESSONS,
     MODULES,
     MODULES_VARIABLE,
@@ -24,6 +25,7 @@ from common.course.lessons import (
 )
 
 __all__ = [
+    "GAINS",
     "LESSONS",
     "MODULES",
     "MODULES_VARIABLE",

@@ -105,6 +105,18 @@ LESSONS = (
     Lesson(7, "quantization", "Quantization", 7),
     Lesson(8, "speculative", "Speculative decoding, and the engine", 6),
 )
+GAINS = {
+    0: "You can say how fast an engine can be before it is written.",
+    1: "Plain functions of yours read a text and know what may come next.",
+    2: "A Llama of your own reads its weights from disk and tells a story.",
+    3: "It remembers: every token is computed once.",
+    4: "Its memory is cut into blocks, and what begins alike is kept once.",
+    5: "It serves many people at once, and no request waits for the others.",
+    6: "One model runs on several processes, none of which holds all of it.",
+    7: "The same model takes a quarter of the memory, and hardly gets worse.",
+    8: "It drafts tokens ahead and says the same, in fewer steps; and it is whole.",
+}
+"""What each lesson makes possible."""
 MODULES = (*LESSONS, replace(LESSONS[8], part="engine"))
 """All that can be filled in and graded: a module for each lesson, and the assembly."""
 

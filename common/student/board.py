@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from rich.text import Text
 
-from common.course import Lesson, shown
+from common.course import GAINS, Lesson, shown
 from common.course.skeleton import TOGETHER
 from common.grading.runner import Result, next_step
-from common.student.finale import GAINS
 
 SIGNS = {"passed": ("█", "green"), "wrong": ("x", "red"), "to do": ("░", "dim"), "waiting": ("░", "dim")}
 LEGEND = "█ passed, x wrong"

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -20,7 +20,7 @@ import click
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from common.config import EngineConfig
 from common.course import CourseError, activate, files_used, parse_mine, substitutes
-from common.options import engine_options, mine, number, option, threads
+from common.options import ENGINE_FIELDS, engine_options, mine, number, option, threads
 
 HELP = """\
 /reset         forget the conversation
@@ -335,7 +335,7 @@ def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -
     try:
         params = SamplingParams(**sampling)
         EngineConfig(**options)
-        chosen = {each.name: options[each.name] for each in fields(EngineConfig) if options[each.name] != each.default}
+        chosen = {name: options[name] for name, each in ENGINE_FIELDS.items() if options[name] != each.default}
         engine = engine_for(chosen, mine)
     except CheckpointError:
         raise

@@ -19,12 +19,11 @@ from rich.padding import Padding
 from rich.text import Text
 
 from common import course
-from common.course import LESSONS, ROOT, CourseError, Lesson, shown, skeleton
+from common.course import GAINS, LESSONS, ROOT, CourseError, Lesson, shown, skeleton
 from common.course.skeleton import TOGETHER
 from common.grading.runner import Result, grade, next_step
 from common.instructor import release
 from common.options import exercise_id, lesson_number, mine, number, option
-from common.student import finale
 from common.student.board import Standing, draw
 
 GRADES = ROOT / ".course" / "grades"
@@ -57,18 +56,11 @@ def test_lesson(lesson_number: int, solution: bool, file: str | None, mine: str,
     if file:
         modules = [each for each in modules if each.module.name == Path(file).name] or modules[:1]
     course.activate(mine)
-    was_complete = all(is_passed(kept(lesson, lesson.module)) for lesson in modules)
     for lesson in modules:
         chosen = file_to_grade(lesson, solution, file)
         heading(lesson, chosen)
         results += grade_and_keep(lesson, chosen, on_result=partial(report, lesson, chosen, verbose=verbose))
-    code = conclude(modules[0], results)
-    if code == 0 and not solution and not file:
-        if console.is_terminal and not was_complete:
-            finale.celebrate(modules[0].number, console)
-        else:
-            console.print(f"[dim]What that is worth, measured: make finale-lesson-{modules[0].number}[/]")
-    return code
+    return conclude(modules[0], results)
 
 
 @click.command()
@@ -164,7 +156,9 @@ LAST = "It was the last one: the engine is yours, all of it. make run MINE=0-8 S
 def congratulate(lesson: Lesson) -> None:
     following = [each for each in LESSONS if each.number == lesson.number + 1]
     after = f"Next: {shown(following[0].readme)}" if following else LAST
-    console.print(f"[green bold]Lesson {lesson.number} is complete.[/] {after}")
+    gain = GAINS.get(lesson.number, "")
+    console.print(f"[green bold]Lesson {lesson.number} is complete.[/] [bold]{gain}[/]")
+    console.print(f"[dim]{shown(lesson.notebook)} measures it.[/] {after}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,11 +267,6 @@ def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
 def kept(lesson: Lesson, file: Path) -> list[Result] | None:
     path = GRADES / f"{lesson.slug}-{fingerprint(lesson, file)}.json"
     return [Result(**each) for each in json.loads(path.read_text())] if path.exists() else None
-
-
-def is_passed(results: list[Result] | None) -> bool:
-    """Whether the results are known, and say that all is right."""
-    return bool(results) and all(result.status == "passed" for result in results)
 
 
 @click.command()

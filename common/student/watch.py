@@ -225,7 +225,6 @@ def watch(modules: list[Watched]) -> int:
             is_complete = all(each.results for each in modules) and next_step(results) is None
             if is_complete and not was_complete:
                 congratulate(modules[0].lesson)
-                console.print(f"[dim]What that is worth, measured: make finale-lesson-{modules[0].lesson.number}[/]")
                 console.print("Still watching; Ctrl-C ends this.")
     except KeyboardInterrupt:
         console.print("\nStopped.")

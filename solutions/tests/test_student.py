@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, modules_of, skeleton
-from common.student.finale import GAINS
+from common.course import GAINS, LESSONS, MODULES, MODULES_VARIABLE, ROOT, modules_of, skeleton
 
 pytestmark = pytest.mark.slow
 
@@ -161,16 +160,6 @@ def test_what_passes_may_be_compared_with_the_reference(student):
     assert shown.count("the same as the reference's") == 8 and "0.4 has not passed yet" in shown
     assert "num_parameters * bits // 8" not in shown
     assert "(num_parameters * bits + 7) // 8" in course(student, "diff-0.4", FORCE="1").stdout
-
-
-def test_what_a_lesson_is_worth_is_measured_on_the_students_code(student):
-    finish(student, 3)
-    told = course(student, "finale-lesson-3")
-    assert told.returncode == 0 and "your code of lesson 3;" in told.stdout and "96 of 96" in told.stdout
-    finish(student, 3, kv_cache=("start = self.lengths[layer]", "start = self.nowhere[layer]"))
-    told = course(student, "finale-lesson-3")
-    assert told.returncode == 1 and "could not be measured: AttributeError" in told.stdout
-    assert "Traceback" not in told.stdout + told.stderr
 
 
 def test_the_courses_own_tests_do_not_depend_on_the_students_work(student):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 from rich.console import Console
 from rich.text import Text
 
-from common.course import LESSONS, CourseError, Lesson, modules_of
+from common.course import GAINS, LESSONS, CourseError, Lesson, modules_of
 from common.course.skeleton import TOGETHER, exercises_of
 from common.grading.runner import Result
-from common.student import board, difference, finale
+from common.student import board, difference
 from common.student.board import Standing
 from common.tests.sample_lesson import write_lesson
 
@@ -38,10 +36,10 @@ def test_the_board_fits_80_columns_and_says_how_each_lesson_stands():
     assert max(map(len, lines)) <= 80 and len(lines) <= 24
     number = len(standings[0].exercises)
     assert lines[1].split() == ["0", "Introduction", "█" * number, f"{number}/{number}", f"{2 * number}/{2 * number}"]
-    assert lines[2].strip() == finale.GAINS[0]
+    assert lines[2].strip() == GAINS[0]
     assert "████x░" in lines[5] and " 4/17" in lines[5]
     fifth = standings[2].exercises[4]
-    assert lines[6].strip() == f"next: {fifth}" and finale.GAINS[2] not in "\n".join(lines)
+    assert lines[6].strip() == f"next: {fifth}" and GAINS[2] not in "\n".join(lines)
     assert lines[-1].strip() == f"Next: {fifth}   make test-{fifth.id}   make hint-{fifth.id}"
     total = [each for every in standings for each in every.exercises]
     passed = 4 + len(standings[0].exercises) + len(standings[1].exercises)
@@ -68,33 +66,9 @@ def test_the_board_goes_on_with_what_is_begun_and_says_what_cannot_be_graded():
     assert not whole.is_complete and "make test-lesson-5" in board.next_line([whole])
 
 
-def test_every_lesson_says_what_it_made_possible_and_measures_it():
-    assert set(finale.GAINS) == set(finale.MEASUREMENTS) == {lesson.number for lesson in LESSONS}
-    assert all(len(gain) <= 76 and gain.endswith(".") for gain in finale.GAINS.values())
-
-
-@pytest.mark.parametrize(
-    "end", [1, -9, KeyboardInterrupt(), subprocess.TimeoutExpired("python", 60)], ids=lambda end: type(end).__name__
-)
-def test_a_measurement_that_fails_says_no_more_than_that(end, monkeypatch, capsys):
-    def run(command, **options):
-        if isinstance(end, BaseException):
-            raise end
-        return subprocess.CompletedProcess(command, end)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    finale.celebrate(3, Console(highlight=False))
-    told = capsys.readouterr().out
-    assert "left out" in told.lower() and "make finale-lesson-3" in told and "Traceback" not in told
-
-
-def test_a_lesson_that_is_not_complete_is_not_measured(tmp_path, monkeypatch, capsys):
-    lesson = write_lesson(tmp_path, ["one", "two"])
-    lesson.module.write_text('def one(x):\n    raise NotImplementedError("TODO 9.1")\n')
-    monkeypatch.setattr(finale.course, "lesson", lambda number: lesson)
-    monkeypatch.setattr(finale, "modules_of", lambda number: [lesson])
-    assert finale.main(["9"]) == 2
-    assert "Lesson 9 is not complete: 9.1 still to do." in capsys.readouterr().out
+def test_every_lesson_says_what_it_made_possible():
+    assert set(GAINS) == {lesson.number for lesson in LESSONS}
+    assert all(len(gain) <= 76 and gain.endswith(".") for gain in GAINS.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------
