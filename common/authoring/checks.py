@@ -12,7 +12,7 @@ import click
 
 from common import course
 from common.course import LESSONS, MODULES, ROOT, CourseError, shown, skeleton
-from common.instructor import release
+from common.course.modules import named
 
 FOLDERS = ("common/tests", "solutions/tests")
 
@@ -55,7 +55,7 @@ def check_that_nothing_is_withheld() -> None:
     if course.withheld():
         lessons = [each for each in LESSONS if each.slug in course.withheld()]
         raise CourseError(
-            f"This copy of the course came without the solutions of {release.named(lessons)}, and without the "
+            f"This copy of the course came without the solutions of {named(lessons)}, and without the "
             "course's own tests, which test those. Yours are tested by make test-lesson-N; make progress shows all."
         )
 

@@ -34,9 +34,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common.course import MODULES, ROOT, CourseError, Lesson, modules_of, shown
 from common.course.catalogue import load_equivalents
-from common.course.skeleton import Exercise, exercises_of, walk_functions
+from common.course.exercises import Exercise, exercises_of, walk_functions
+from common.course.modules import check_solution
 from common.grading.runner import START_SECONDS, begin, end
-from common.instructor import release
 from common.options import jobs, lesson_number
 
 SUMMARY = ROOT / "common" / "bench" / "measurements" / "mutants.json"
@@ -539,7 +539,7 @@ def mutate_modules(modules: list[Lesson], exercise: str | None, jobs: int) -> in
     for lesson in modules:
         if exercise and exercise not in {each.id for each in exercises_of(lesson)}:
             continue
-        release.check_solution(lesson)
+        check_solution(lesson)
         found = mutate(lesson, exercise, jobs, console)
         failed |= found["caught_share"] < ASKED
         if not exercise:

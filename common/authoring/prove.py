@@ -17,11 +17,11 @@ import pytest
 from common import course
 from common.course import Lesson
 from common.course.catalogue import Answer, apply, describe, load_answers
-from common.course.skeleton import TOGETHER, exercises_of
+from common.course.exercises import TOGETHER, exercises_of
+from common.course.modules import check_solution
 from common.grading import plugin
 from common.grading.plugin import Grader
 from common.grading.subject import Failure, Subject
-from common.instructor import release
 from common.options import lesson_number
 
 WRONG_AT_LEAST = 3
@@ -89,7 +89,7 @@ def prove_lesson(lesson_number: int) -> int:
     failed = False
     os.environ["KERNELS"] = "plain"
     for lesson in course.modules_of(lesson_number):
-        release.check_solution(lesson)
+        check_solution(lesson)
         grader = ProvingGrader(lesson)
         options = [str(lesson.checks), "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
         code = pytest.main(options, plugins=[plugin, grader])

@@ -1,26 +1,27 @@
 """The lessons: which there are, where their files are, and which file `solutions.<slug>` stands for."""
 
+from common.course.exercises import to_do, unfinished
 from common.course.lessons import (
     GAINS,
     LESSONS,
     MODULES,
-    MODULES_VARIABLE,
     ROOT,
     WITHHELD,
     CourseError,
     Lesson,
+    first_line,
+    lesson,
+    modules_of,
+    shown,
+)
+from common.course.modules import (
+    MODULES_VARIABLE,
     UnfinishedModule,
     activate,
     files_used,
-    first_line,
     install_finder,
-    lesson,
-    modules_of,
     parse_mine,
-    shown,
     substitutes,
-    to_do,
-    unfinished,
     withheld,
 )
 

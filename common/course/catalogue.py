@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from common.course import CourseError, Lesson, shown
-from common.course.skeleton import Exercise
+from common.course.exercises import Exercise
 
 
 @dataclass(frozen=True)

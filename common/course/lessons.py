@@ -1,29 +1,12 @@
-"""Which lessons there are, where their files lie, and which file `solutions.<slug>` means.
-
-By default `solutions.llm_basics` is the reference, solutions/llm_basics.py. With `MINE=0-2` it is the student's
-lesson-1-llm-basics/llm_basics.py. The choice travels in the environment, so that every process started from here
-agrees: spawned workers, torchrun, a notebook's kernel. `reference.llm_basics` is always the reference, for a check
-that needs an oracle which is not the student's. In a copy of the course that `make release` has made, some solutions
-are withheld: the student's file then stands for them, whatever MINE says.
-
-Imports nothing but the standard library.
-"""
+"""Which lessons there are, and where their files lie. Imports nothing but the standard library."""
 
 from __future__ import annotations
 
-import ast
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES_VARIABLE = "COURSE_MODULES"
-"""The environment variable with `slug=file` pairs, separated like the entries of PATH."""
 WITHHELD = "# Withheld in this copy of the course: yours to write, in the lesson's own folder, not here.\n"
 """The first line of a solution that `make release` has emptied."""
 
@@ -32,8 +15,14 @@ class CourseError(Exception):
     """Something that the person at the keyboard can mend; its text says what is wrong, where, and what to do."""
 
 
-class UnfinishedModule(CourseError, ImportError):
-    """A module of the student's was imported in which exercises are still to do."""
+@functools.cache
+def first_line(file: Path) -> str:
+    """The first line of a file, as it was when it was first asked for; empty if there is no file."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return lines.readline()
+    except FileNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -140,140 +129,3 @@ def shown(path: Path | str) -> str:
         return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Whose code
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def first_line(file: Path) -> str:
-    """The first line of a file, as it was when it was first asked for; empty if there is no file."""
-    try:
-        with file.open(encoding="utf-8") as lines:
-            return lines.readline()
-    except FileNotFoundError:
-        return ""
-
-
-def parse_mine(mine: str, variable: str = "MINE") -> list[Lesson]:
-    """Read `MINE`: numbers and ranges, such as `2`, `0-2` or `0,2-3`. Empty means none."""
-    chosen: dict[int, Lesson] = {}
-    for part in filter(None, (part.strip() for part in mine.split(","))):
-        first, dash, last = part.partition("-")
-        last = last if dash else first
-        if not (first.isdigit() and last.isdigit()) or int(first) > int(last):
-            raise CourseError(
-                f"{variable}={mine}: {part!r} is neither a lesson's number nor a range of them, such as 0-2."
-            )
-        for number in range(int(first), int(last) + 1):
-            chosen[number] = lesson(number)
-    return [chosen[number] for number in sorted(chosen)]
-
-
-def unfinished(source: str) -> list[str]:
-    """The ids of the exercises in this source that still raise their `NotImplementedError("TODO 1.4")`, in order."""
-    raised = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
-    return [
-        node.exc.args[0].value.removeprefix("TODO ")
-        for node in sorted(raised, key=lambda node: node.lineno)
-        if isinstance(node.exc, ast.Call)
-        and getattr(node.exc.func, "id", None) == "NotImplementedError"
-        and node.exc.args
-        and isinstance(node.exc.args[0], ast.Constant)
-        and str(node.exc.args[0].value).startswith("TODO ")
-    ]
-
-
-def to_do(file: Path) -> list[str]:
-    """The ids of the exercises that are still to do in a file. Raises CourseError if there is none to be read."""
-    if not file.is_file():
-        raise CourseError(f"{shown(file)} does not exist.")
-    try:
-        return unfinished(file.read_text(encoding="utf-8"))
-    except SyntaxError as error:
-        raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.") from None
-
-
-def check_finished(file: Path) -> None:
-    """Refuse a module that cannot stand under others: absent, unreadable to Python, or with exercises to do."""
-    if ids := to_do(file):
-        raise CourseError(
-            f"{shown(file)} cannot be used yet: {', '.join(ids)} still to do. Finish them, or leave the lesson out "
-            "of MINE."
-        )
-
-
-def activate(mine: str | None) -> None:
-    """From now on, here and in all processes started from here, these lessons of `solutions` are the student's files.
-
-    Call it before anything of `solutions` is imported. Raises CourseError if a module is unfinished. Where a solution
-    is withheld the module is the student's in any case, and only what needs it finds out.
-    """
-    modules = [module for each in parse_mine(mine or "") for module in modules_of(each.number)]
-    for each in modules:
-        if not each.is_withheld:
-            check_finished(each.module)
-    os.environ[MODULES_VARIABLE] = os.pathsep.join(f"{each.slug}={each.module}" for each in modules)
-
-
-def withheld() -> dict[str, Path]:
-    """The student's file of each module whose solution this copy of the course came without, by slug."""
-    return {each.slug: each.module for each in MODULES if each.is_withheld}
-
-
-def substitutes() -> dict[str, Path]:
-    """Which slugs stand for a file other than the reference: what is withheld, and as the environment says."""
-    pairs = (pair.partition("=") for pair in os.environ.get(MODULES_VARIABLE, "").split(os.pathsep) if pair)
-    return withheld() | {slug: Path(file) for slug, _, file in pairs}
-
-
-def files_used(lessons: tuple[Lesson, ...] = LESSONS) -> str:
-    """One line that says whose code runs, for the first output of every command."""
-    mine = substitutes()
-    return ", ".join(f"lesson {each.number} {'yours' if each.slug in mine else 'reference'}" for each in lessons) + "."
-
-
-class ModuleFinder(importlib.abc.MetaPathFinder):
-    """Finds `solutions.<slug>` in the student's file where the environment says so, and `reference.<slug>` always in
-    solutions/.
-    """
-
-    def find_spec(self, fullname, path=None, target=None):
-        package, _, slug = fullname.partition(".")
-        if package == "solutions" and slug in substitutes():
-            file = substitutes()[slug]
-            if slug in withheld():
-                from common.instructor.release import check_written  # which imports this module
-
-                check_written(slug)
-            try:
-                check_finished(file)
-            except CourseError as error:
-                raise UnfinishedModule(str(error)) from None
-            return importlib.util.spec_from_file_location(fullname, file)
-        if fullname == "reference":
-            spec = importlib.machinery.ModuleSpec("reference", None, is_package=True)
-            spec.submodule_search_locations = []
-            return spec
-        if package == "reference" and (file := ROOT / "solutions" / f"{slug}.py").is_file():
-            return importlib.util.spec_from_file_location(fullname, file, loader=ReferenceLoader(fullname, str(file)))
-        return None
-
-
-class ReferenceLoader(importlib.machinery.SourceFileLoader):
-    """Loads a reference module so that what it imports from `solutions` is the reference too."""
-
-    def get_code(self, fullname):
-        tree = ast.parse(self.get_data(self.path), self.path)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "solutions":
-                node.module = "reference" + node.module.removeprefix("solutions")
-        return compile(tree, self.path, "exec")
-
-
-def install_finder() -> None:
-    """Let imports obey the environment. `solutions/__init__.py` calls this."""
-    if not any(isinstance(finder, ModuleFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, ModuleFinder())

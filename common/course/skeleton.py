@@ -1,125 +1,29 @@
 """Cuts solutions/<slug>.py into the skeleton that the student fills in.
 
-A solution reads as finished code. One comment opens an exercise,
-
-    # Exercise 1.4: average the squares in float32.
-
-and everything after it, to the end of that function, is the answer. The comment and the comment lines that follow
-it directly become the TODO; the rest becomes `raise NotImplementedError("TODO 1.4")`. What breaks the rules of this
-form (in `find_exercises`) is refused with file and line.
+The comment that opens an exercise, and the comment lines that follow it directly, become the TODO; the answer becomes
+`raise NotImplementedError("TODO 1.4")`.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 import hashlib
-import io
 import json
 import re
 import time
-import tokenize
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.course import ROOT, WITHHELD, CourseError, Lesson, shown
+from common.course.catalogue import edited_body, planted_answers
+from common.course.exercises import Exercise, find_exercises
 
-MAX_ANSWER_LINES = 25
-TOGETHER = "together"
-"""In place of an exercise's id: the checks of the student's whole module, once every exercise has passed."""
 RECORD = ROOT / "common" / "skeletons.json"
 """The SHA-256 of each skeleton as it was last generated: what differs from it has been edited."""
 FIND_THE_BUG = "  # take this line out, then find the one mistake below and mend it"
 NOTICE = WITHHELD + "# ruff: noqa\n"
 """What a solution opens with that is withheld. As in a skeleton, much that it imports is not used yet."""
 BACKUPS = ROOT / ".course" / "backups"
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """One exercise of a solution. Lines count from 1; the answer is the lines first_answer_line to last_line."""
-
-    id: str
-    function: str  # qualified name: `softmax`, `Attention.forward`
-    comment_line: int
-    first_answer_line: int
-    last_line: int
-    indent: int
-
-
-class SkeletonError(CourseError):
-    """A solution that cannot be cut; the text begins with file:line."""
-
-
-def find_exercises(source: str, file: str, number: int | None = None) -> list[Exercise]:
-    """The exercises of a solution, in the order of the file. `number` is the lesson that all ids must belong to."""
-    tree = ast.parse(source, file)
-    lines = source.splitlines()
-    functions = list(walk_functions(tree))
-    found: list[Exercise] = []
-
-    def refuse(line: int, why: str) -> None:
-        raise SkeletonError(f"{file}:{line}: {why}")
-
-    for line, column, text in comments(source):
-        if not re.match(r"#\s*exercise\b", text, re.IGNORECASE):
-            continue
-        match = re.match(r"# Exercise (\d+)\.(\d+): \S", text)
-        if not match:
-            refuse(line, f"an exercise opens with '# Exercise N.M: what to do'; this is {text!r}.")
-        exercise_id = f"{match[1]}.{match[2]}"
-        if number is not None and int(match[1]) != number:
-            refuse(line, f"exercise {exercise_id} stands in lesson {number}.")
-        around = [(name, node) for name, node in functions if node.lineno <= line <= node.end_lineno]
-        if not around:
-            refuse(line, f"exercise {exercise_id} stands in no function.")
-        if len(around) > 1:
-            refuse(line, f"exercise {exercise_id} stands in a function within a function.")
-        name, node = around[0]
-        for other in found:
-            if other.id == exercise_id:
-                refuse(line, f"exercise {exercise_id} is there already, on line {other.comment_line}.")
-            if other.function == name:
-                refuse(line, f"{name} has exercise {other.id} already; one for a function.")
-        if not ast.get_docstring(node):
-            refuse(node.lineno, f"{name} has no docstring to tell the student what it does.")
-        if column != node.body[0].col_offset or any(s.lineno <= line <= s.end_lineno for s in node.body):
-            refuse(line, f"exercise {exercise_id} does not stand at the top indentation of {name}'s body.")
-
-        first = line
-        while first < len(lines) and lines[first].strip().startswith("#"):
-            first += 1
-        answer = [statement for statement in node.body if statement.lineno > line]
-        if not answer:
-            refuse(line, f"exercise {exercise_id} has no answer: nothing follows it in {name}.")
-        last = node.end_lineno
-        while last < len(lines) and re.match(rf" {{{column}}}\s*#", lines[last]):
-            last += 1  # a comment behind the last statement still belongs to the function
-        length = sum(1 for text in lines[first:last] if text.strip() and not text.strip().startswith("#"))
-        if length > MAX_ANSWER_LINES:
-            refuse(line, f"the answer of {exercise_id} has {length} lines; {MAX_ANSWER_LINES} are allowed: split it.")
-        found.append(Exercise(exercise_id, name, line, first + 1, last, column))
-    return found
-
-
-def comments(source: str):
-    """(line, column, text) of every comment: a `#` in a string is none."""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            yield *token.start, token.string
-
-
-def walk_functions(node: ast.AST, prefix: str = ""):
-    """(qualified name, node) of every function and method, also of those within functions."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield prefix + child.name, child
-            yield from walk_functions(child, f"{prefix}{child.name}.")
-        elif isinstance(child, ast.ClassDef):
-            yield from walk_functions(child, f"{prefix}{child.name}.")
-        else:
-            yield from walk_functions(child, prefix)
 
 
 def cut(
@@ -142,8 +46,6 @@ def cut(
 
 def cut_lesson(lesson: Lesson) -> str:
     """The skeleton that the lesson's solution and its planted mistakes give now."""
-    from common.course.catalogue import edited_body, planted_answers  # it needs our `Exercise`
-
     if lesson.is_withheld:
         return reopened(lesson.solution.read_text(encoding="utf-8").removeprefix(NOTICE), "Exercise", "TODO")
     source, planted = lesson.solution.read_text(encoding="utf-8"), planted_answers(lesson)
@@ -162,11 +64,6 @@ def emptied(skeleton: str) -> str:
 def reopened(source: str, old: str, new: str) -> str:
     """The source with the word that opens an exercise, Exercise or TODO, put in place of the other."""
     return re.sub(rf"^( +# ){old}( \d+\.\d+: )", rf"\1{new}\2", source, flags=re.MULTILINE)
-
-
-def exercises_of(lesson: Lesson) -> list[Exercise]:
-    """The lesson's exercises, in the order of the file: that is the order to work in, whatever the numbers."""
-    return find_exercises(lesson.solution.read_text(encoding="utf-8"), shown(lesson.solution), lesson.number)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.course.skeleton import TOGETHER
+from common.course.exercises import TOGETHER
 
 
 def exercise(id: str, points: int = 1, seconds: float = 10.0):

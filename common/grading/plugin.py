@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.course import MODULES, Lesson
-from common.course.skeleton import TOGETHER
+from common.course.exercises import TOGETHER
 from common.grading.subject import Failure, Subject
 
 

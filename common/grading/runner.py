@@ -24,8 +24,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from common.course import CourseError, Lesson, shown, unfinished
-from common.course.skeleton import TOGETHER, exercises_of, walk_functions
-from common.instructor import release
+from common.course.exercises import TOGETHER, exercises_of, walk_functions
+from common.course.modules import Waits, listed, still_to_do_below
 
 MAX_EVENT = 1 << 20
 """Bytes of the longest event that is listened to."""
@@ -75,11 +75,11 @@ def grade(
         if only is None or each.id in only
     }
     todo = set(unfinished(source))
-    if below := release.still_to_do_below(lesson):
+    if below := still_to_do_below(lesson):
         if not lesson.part:
-            raise release.Waits(f"Lesson {lesson.number}", below)
+            raise Waits(f"Lesson {lesson.number}", below)
         for result in results.values():  # the second half of a lesson whose first half can be worked on
-            result.status, result.sentence = "waiting", f"waits for {release.listed(below)}"
+            result.status, result.sentence = "waiting", f"waits for {listed(below)}"
             on_result(result)
         return list(results.values())
     if only is None:
@@ -288,9 +288,9 @@ def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
     """What to add to a wrong one's sentence where the whole file is the student's."""
     if first := look_first(result, results):
         verb = "is" if len(first) == 1 else "are"
-        return f"\nThis ran in your whole file, and {release.listed(first)} {verb} wrong too: look there first."
+        return f"\nThis ran in your whole file, and {listed(first)} {verb} wrong too: look there first."
     if unknown := [id for id in result.through if id not in results]:
-        ran = release.listed(unknown)
+        ran = listed(unknown)
         return f"\nThis ran in your whole file, {ran} included: make test-lesson-{lesson.number} says which are right."
     return ""
 

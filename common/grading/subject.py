@@ -17,7 +17,7 @@ import torch
 
 from common.course import CourseError, Lesson, shown, unfinished
 from common.course.catalogue import Answer, apply, load_answers
-from common.course.skeleton import TOGETHER, exercises_of, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.grading import isolate
 from common.grading.compare import CheckFailed, same
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.course import Lesson
-from common.course.skeleton import TOGETHER
+from common.course.exercises import TOGETHER
 from common.grading.plugin import Grader
 from common.grading.runner import sealed
 from common.grading.subject import Failure, Subject

@@ -27,9 +27,11 @@ from rich.text import Text
 
 from common import course
 from common.course import MODULES, ROOT, CourseError, Lesson, shown
-from common.course.skeleton import cut_lesson, exercises_of
+from common.course.exercises import exercises_of
+from common.course.modules import check_solution
+from common.course.skeleton import cut_lesson
 from common.grading.runner import Result, grade
-from common.instructor import release, report, sandbox, screen
+from common.instructor import report, sandbox, screen
 from common.instructor.submissions import Submission, find_submissions
 from common.options import jobs, option
 from common.student.grade import fingerprint
@@ -197,7 +199,7 @@ def grade_class(submissions: str, out: str, lessons: str, jobs: int) -> int:
     chosen = {each.number for each in course.parse_mine(lessons, "LESSONS")}
     modules = [each for each in MODULES if each.number in chosen or not chosen]
     for each in modules:
-        release.check_solution(each)
+        check_solution(each)
     found, ignored = find_submissions(Path(submissions))
     room = Classroom(found, modules, Path(out).resolve())
     return grade_all(room, ignored, jobs, Console(highlight=False, soft_wrap=True))

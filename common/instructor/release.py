@@ -5,15 +5,14 @@
 In the copy, solutions/<slug>.py of such a lesson holds what its skeleton shows, and its catalogue of answers is gone;
 so are the course's own tests, which quote answers, the instructor's guide and the history. All else follows from the
 first line of that file, by which `Lesson.is_withheld` knows it: the student's module stands for `solutions.<slug>`
-(common.course), the exercises are graded in the student's whole module (common.grading.subject), and a lesson that
-builds on one that is not finished waits for it (`still_to_do_below`).
+(common.course.modules), the exercises are graded in the student's whole module (common.grading.subject), and a lesson
+that builds on one that is not finished waits for it (`still_to_do_below`).
 
 What git tracks is copied, as it lies here. This keeps no secrets: the course is public.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shutil
@@ -28,14 +27,13 @@ from common.course import (
     ROOT,
     CourseError,
     Lesson,
-    UnfinishedModule,
     modules_of,
     parse_mine,
     shown,
     skeleton,
-    to_do,
-    withheld,
 )
+from common.course.exercises import exercises_of
+from common.course.modules import named
 from common.options import force, option
 
 GUIDE = "common/instructor/README.md#withholding-solutions"
@@ -48,82 +46,6 @@ NOTE = """
 """What the copy's README says below its title."""
 INSTRUCTORS = re.compile(r"(?<=^## For instructors\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
 """What it does not say."""
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# In a released copy
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Waits(UnfinishedModule):
-    """Something builds on lessons whose solutions are withheld, and which the student has not finished."""
-
-    def __init__(self, who: str, ids: list[str]):
-        self.lessons = named([each for each in LESSONS if any(id.startswith(f"{each.number}.") for id in ids)])
-        verb = "is" if len(ids) == 1 else "are"
-        super().__init__(f"{who} builds on your {self.lessons}: {listed(ids)} {verb} still to do.")
-
-
-def check_written(slug: str) -> None:
-    """Refuse to import an unfinished module of the student's that stands for a withheld one; name those below too."""
-    lesson = next(each for each in MODULES if each.slug == slug)
-    if ids := to_do(lesson.module):
-        raise Waits("This", [*still_to_do_below(lesson), *ids])
-
-
-def still_to_do_below(lesson: Lesson) -> list[str]:
-    """The ids of the exercises that are to do in the student's modules which this lesson stands on, because their
-    solutions are withheld. Raises CourseError where there is no reading such a module.
-    """
-    if not withheld():
-        return []
-    return [id for each in below(lesson) if each.is_withheld for id in to_do(each.module)]
-
-
-def below(lesson: Lesson) -> list[Lesson]:
-    """The modules that a lesson's imports at its top, directly or through others."""
-    found: set[str] = set()
-    waiting = [lesson]
-    while waiting:
-        tree = ast.parse(waiting.pop().solution.read_text(encoding="utf-8"))
-        names = {name for node in tree.body if isinstance(node, ast.ImportFrom) for name in slugs(node)} - found
-        found |= names
-        waiting += [each for each in MODULES if each.slug in names]
-    return [each for each in MODULES if each.slug in found]
-
-
-def slugs(node: ast.ImportFrom) -> set[str]:
-    """`from solutions.kv_cache import prefill` and `from solutions import kv_cache` both bring in `kv_cache`."""
-    package, _, slug = (node.module or "").partition(".")
-    if package != "solutions":
-        return set()
-    return {slug} if slug else {alias.name for alias in node.names}
-
-
-def check_solution(lesson: Lesson) -> None:
-    """Refuse what needs the reference of a lesson where there is none."""
-    if lesson.is_withheld:
-        raise CourseError(f"The solution of lesson {lesson.number} is withheld in this copy of the course.")
-
-
-def listed(ids: list[str], at_most: int = 4) -> str:
-    """1.1; 1.1 and 1.2; 1.1, 1.2, 1.3 and 9 more."""
-    if len(ids) > at_most:
-        ids = [*ids[: at_most - 1], f"{len(ids) - at_most + 1} more"]
-    *first, last = ids
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def named(lessons: list[Lesson]) -> str:
-    """lesson 3; lessons 0, 1, 2 and 3."""
-    return ("lessons " if len(lessons) > 1 else "lesson ") + listed(
-        [str(each.number) for each in lessons], len(LESSONS)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Making one
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def release(lessons: list[Lesson], out: Path) -> int:
@@ -207,7 +129,7 @@ def release_course(lessons: str, out: str, force: bool) -> None:
     withheld = parse_mine(lessons, "LESSONS") or list(LESSONS)
     check_out(folder, force)
     size = release(withheld, folder)
-    answers = sum(len(skeleton.exercises_of(module)) for each in withheld for module in modules_of(each.number))
+    answers = sum(len(exercises_of(module)) for each in withheld for module in modules_of(each.number))
     print(
         f"{out}: the course, {size / 1e6:.1f} MB, with every exercise to do.\n"
         f"Withheld: the {answers} answers of {named(withheld)}, and all that the "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from common.course import Lesson
-from common.course.skeleton import TOGETHER
+from common.course.exercises import TOGETHER
 from common.grading.runner import Result
 from common.instructor.submissions import Submission
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from common.course import GAINS, Lesson, shown
-from common.course.skeleton import TOGETHER
+from common.course.exercises import TOGETHER
 from common.grading.runner import Result, next_step
 
 SIGNS = {"passed": ("█", "green"), "wrong": ("x", "red"), "to do": ("░", "dim"), "waiting": ("░", "dim")}

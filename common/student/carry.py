@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from common.course import unfinished
-from common.course.skeleton import walk_functions
+from common.course.exercises import walk_functions
 from common.grading.isolate import names_bound
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)

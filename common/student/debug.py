@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.course import Lesson
-from common.course.skeleton import Exercise, walk_functions
+from common.course.exercises import Exercise, walk_functions
 from common.grading import plugin
 from common.grading.subject import Failure, Subject
 

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from common import course
 from common.course import Lesson, shown
-from common.course.skeleton import Exercise, exercises_of, walk_functions
+from common.course.exercises import Exercise, exercises_of, walk_functions
+from common.course.modules import check_solution, listed
 from common.grading.runner import Result, grade, read_source
-from common.instructor import release
 from common.options import exercise_id, force, lesson_number
 from common.student.grade import console, find_exercise, grade_and_keep, kept
 
@@ -89,7 +89,7 @@ def difference(chosen: list[tuple[Lesson, list[Exercise]]], force: bool) -> None
     """Show what may be shown of these exercises, and say what is held back."""
     held_back: list[str] = []
     for lesson, exercises in chosen:
-        release.check_solution(lesson)
+        check_solution(lesson)
         written = dict(walk_functions(ast.parse(read_source(lesson.module))))
         results = {} if force else results_of(lesson, [each.id for each in exercises])
         for exercise in exercises:
@@ -102,7 +102,7 @@ def difference(chosen: list[tuple[Lesson, list[Exercise]]], force: bool) -> None
     if held_back:
         verb = "has" if len(held_back) == 1 else "have"
         console.print(
-            f"\n{release.listed(held_back, 99)} {verb} not passed yet: there the reference's answer is held back, so "
+            f"\n{listed(held_back, 99)} {verb} not passed yet: there the reference's answer is held back, so "
             "that yours is the first that you see. FORCE=1 shows it all the same."
         )
 

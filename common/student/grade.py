@@ -20,9 +20,9 @@ from rich.text import Text
 
 from common import course
 from common.course import GAINS, LESSONS, ROOT, CourseError, Lesson, shown, skeleton
-from common.course.skeleton import TOGETHER
+from common.course.exercises import TOGETHER, Exercise, exercises_of
+from common.course.modules import Waits, check_solution
 from common.grading.runner import Result, grade, next_step
-from common.instructor import release
 from common.options import exercise_id, lesson_number, mine, number, option
 from common.student.board import Standing, draw
 
@@ -87,7 +87,7 @@ def file_to_grade(lesson: Lesson, solution: bool, file: str | None) -> Path:
     if file:
         return Path(file).resolve()
     if solution:
-        release.check_solution(lesson)
+        check_solution(lesson)
     return lesson.solution if solution else lesson.module
 
 
@@ -193,12 +193,10 @@ def read_hints(lesson: Lesson) -> dict[str, list[str]]:
     }
 
 
-def find_exercise(which: str) -> tuple[Lesson, skeleton.Exercise]:
+def find_exercise(which: str) -> tuple[Lesson, Exercise]:
     number = which.partition(".")[0]
     exercises = {
-        exercise.id: (lesson, exercise)
-        for lesson in course.modules_of(number)
-        for exercise in skeleton.exercises_of(lesson)
+        exercise.id: (lesson, exercise) for lesson in course.modules_of(number) for exercise in exercises_of(lesson)
     }
     if which not in exercises:
         raise CourseError(f"Lesson {number} has no exercise {which}; it has {', '.join(exercises)}.")
@@ -229,7 +227,7 @@ def standing(lesson: Lesson) -> Standing:
         for module in course.modules_of(lesson.number):
             known = kept(module, module.module)
             results += grade_and_keep(module, module.module) if known is None else known
-    except release.Waits as error:
+    except Waits as error:
         return Standing(lesson, note=Text(f"waits for your {error.lessons}", "dim"))
     except CourseError as error:
         return Standing(lesson, note=Text(str(error).partition("\n")[0], "red"))

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from common import course
 from common.course import CourseError, Lesson, shown
-from common.course.skeleton import TOGETHER, exercises_of, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.grading.runner import Result, Worker, begin, grade, next_step, read_source, todo_lines
 from common.options import lesson_number, mine
 from common.student.board import SIGNS, bar, score

@@ -374,16 +374,10 @@ def test_what_decides_outputs_is_pinned():
 
 def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
     """In a small repository of its own: one fast test, one slow, one that skips itself."""
-    rooms = (
-        "__init__.py",
-        "course/__init__.py",
-        "course/lessons.py",
-        "authoring/__init__.py",
-        "authoring/remaining.py",
-    )
-    for name in rooms:
-        (tmp_path / "common" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "common" / name, tmp_path / "common" / name)
+    for name in ("__init__.py", "course", "authoring/__init__.py", "authoring/remaining.py"):
+        source, copy = ROOT / "common" / name, tmp_path / "common" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
     tests = tmp_path / "test_it.py"
     tests.write_text(
         "import os, pytest\n\ndef test_fast(): assert not os.environ.get('BROKEN')\n\n@pytest.mark.slow\n"

@@ -10,7 +10,7 @@ import pytest
 
 from common.course import LESSONS, MODULES, ROOT
 from common.course.catalogue import apply, load_answers
-from common.course.skeleton import TOGETHER, exercises_of
+from common.course.exercises import TOGETHER, exercises_of
 from common.grading.runner import grade
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.course import GAINS, LESSONS, MODULES, MODULES_VARIABLE, ROOT, modules_of, skeleton
+from common.course.exercises import exercises_of
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +66,7 @@ def test_untouched_skeleton_scores_nothing_and_says_what_to_do(copy, lesson):
     result = course(copy, "test-lesson", str(lesson.number))
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
-    exercises = [exercise for module in modules_of(lesson.number) for exercise in skeleton.exercises_of(module)]
+    exercises = [exercise for module in modules_of(lesson.number) for exercise in exercises_of(module)]
     assert result.stdout.count("to do") == len(exercises)
     for exercise in exercises:
         assert re.search(rf"{re.escape(exercise.id)} .*\.py:\d+ +make hint-{re.escape(exercise.id)}\b", result.stdout)

@@ -27,7 +27,7 @@ from common import options
 from common.authoring.readmes.figures import check_figures
 from common.commands import UnknownTarget, parse
 from common.course import LESSONS, ROOT, CourseError, Lesson, lesson, modules_of, shown
-from common.course.skeleton import exercises_of
+from common.course.exercises import exercises_of
 
 SHELLS = ("bash", "sh", "console", "shell")
 READ_ONLY = ("help", "progress")

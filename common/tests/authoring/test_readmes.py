@@ -16,7 +16,7 @@ from common.authoring.readmes.checks import anchors, blocks, check_command, chec
 from common.authoring.readmes.figures import check_figures
 from common.course import ROOT, skeleton
 from common.course.catalogue import apply, load_answers
-from common.course.skeleton import exercises_of
+from common.course.exercises import exercises_of
 
 
 def told(text: str) -> list[str]:

@@ -10,12 +10,12 @@ import sys
 
 import pytest
 
+from common import course
 from common.course import MODULES, ROOT, CourseError
-from common.course import lessons as course
 
 REPORT = """
 import json, multiprocessing, sys
-from common.course import lessons as course
+from common import course
 
 def files():
     import solutions.llm_basics as one, solutions.llama_pytorch as two, reference.llama_pytorch as kept
@@ -73,7 +73,7 @@ def test_unfinished_module_is_refused_at_import(tmp_path):
 
 def test_activate_names_what_is_unfinished(tmp_path, monkeypatch):
     monkeypatch.delenv(course.MODULES_VARIABLE, raising=False)
-    monkeypatch.setattr(course, "ROOT", tmp_path)
+    monkeypatch.setattr("common.course.lessons.ROOT", tmp_path)
     folder = tmp_path / "lesson-1-llm-basics"
     folder.mkdir()
     with pytest.raises(CourseError, match=r"llm_basics.py does not exist"):

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 
 from common.course import LESSONS, MODULES, ROOT
-from common.course.skeleton import exercises_of
+from common.course.exercises import exercises_of
 from common.instructor.classroom import points_of
 
 LOOKS_AHEAD = {("intro.py", "llama_pytorch")}

@@ -12,7 +12,8 @@ import pytest
 
 from common.course import MODULES, CourseError, skeleton, unfinished
 from common.course.catalogue import planted_answers
-from common.course.skeleton import SkeletonError, cut, find_exercises
+from common.course.exercises import SkeletonError, exercises_of, find_exercises, walk_functions
+from common.course.skeleton import cut
 from common.grading.runner import grade
 
 SOLUTION = '''\
@@ -135,12 +136,12 @@ def test_reset_keeps_every_earlier_state(tmp_path, monkeypatch):
 def test_skeleton_of_each_lesson_imports_and_holds_no_answer(lesson, tmp_path):
     """Cut afresh from the solution: a student's own file may be in any state."""
     text = skeleton.cut_lesson(lesson)
-    exercises = skeleton.exercises_of(lesson)
+    exercises = exercises_of(lesson)
     assert sorted(unfinished(text)) == sorted(exercise.id for exercise in exercises)
     file = tmp_path / f"{lesson.slug}.py"
     file.write_text(text)
     subprocess.run([sys.executable, "-c", f"import runpy; runpy.run_path({str(file)!r})"], check=True)
-    functions = dict(skeleton.walk_functions(ast.parse(text)))
+    functions = dict(walk_functions(ast.parse(text)))
     bugs = planted_answers(lesson)
     for exercise in exercises:
         body = [ast.unparse(statement) for statement in functions[exercise.function].body]
@@ -173,6 +174,6 @@ def test_a_bug_to_be_found_stays_in_the_skeleton(tmp_path, monkeypatch):
 
 
 def test_ids_are_not_reused():
-    ids = [exercise.id for lesson in MODULES for exercise in skeleton.exercises_of(lesson)]
+    ids = [exercise.id for lesson in MODULES for exercise in exercises_of(lesson)]
     assert len(ids) == len(set(ids)) > 30
     assert all(re.fullmatch(r"\d+\.\d+", id) for id in ids)

@@ -13,7 +13,8 @@ import torch
 
 from common.course import CourseError
 from common.course.catalogue import apply, right, wrong
-from common.course.skeleton import cut_lesson, exercises_of
+from common.course.exercises import exercises_of
+from common.course.skeleton import cut_lesson
 from common.grading import compare, isolate
 from common.grading.runner import Result, grade
 from common.grading.subject import Subject

@@ -22,7 +22,7 @@ import pytest
 
 from common.course import LESSONS, MODULES, ROOT, CourseError
 from common.course.catalogue import apply, right
-from common.course.skeleton import exercises_of
+from common.course.exercises import exercises_of
 from common.instructor import sandbox, screen
 from common.instructor.classroom import Classroom, points_of
 from common.instructor.report import write
@@ -99,7 +99,8 @@ def test_archive_cannot_lead_out_of_itself(tmp_path):
     os.mkfifo(folder / "llm_basics.py")
     submission = read_submission("eve", folder)
     assert submission.modules == {} and len(submission.notes) == 2
-    assert not list(tmp_path.parent.rglob("solutions/intro.py"))
+    assert list(tmp_path.rglob("intro.py")) == [folder / "intro.py"]
+    assert not any((place / "solutions").exists() for place in (tmp_path.parent, tmp_path.parent.parent))
 
 
 def test_bombs_and_broken_archives_are_told_not_raised(tmp_path, monkeypatch):

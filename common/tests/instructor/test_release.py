@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, WITHHELD, CourseError, Lesson, skeleton, withheld
+from common.course.exercises import exercises_of, find_exercises, walk_functions
+from common.course.modules import Waits, below, listed, slugs, still_to_do_below
 from common.grading.compare import close
 from common.grading.runner import Result, fail, grade, next_step, pointer, sealed
 from common.grading.subject import Subject
@@ -29,20 +31,20 @@ from common.tests.sample_lesson import SampleLesson, write_lesson
 @pytest.mark.parametrize("lesson", MODULES, ids=lambda lesson: lesson.slug)
 def test_an_emptied_solution_keeps_its_exercises_and_gives_the_same_skeleton(lesson, tmp_path, monkeypatch):
     cut = skeleton.cut_lesson(lesson)
-    exercises = [(each.id, each.function) for each in skeleton.exercises_of(lesson)]
+    exercises = [(each.id, each.function) for each in exercises_of(lesson)]
     sample = SampleLesson(lesson.number, lesson.name, lesson.title, 1, base=tmp_path)
     sample.solution.write_text(skeleton.emptied(cut))
     assert sample.is_withheld and not lesson.is_withheld
     assert skeleton.cut_lesson(sample) == cut
-    assert [(each.id, each.function) for each in skeleton.exercises_of(sample)] == exercises
+    assert [(each.id, each.function) for each in exercises_of(sample)] == exercises
 
 
 def test_below_are_the_lessons_that_are_imported_in_any_way():
-    slugs = {lesson.slug: [each.slug for each in release.below(lesson)] for lesson in MODULES}
-    assert slugs["intro"] == []  # it looks ahead within a function only
-    assert slugs["kv_cache"] == ["llm_basics", "llama_pytorch"]
-    assert slugs["engine"] == [each.slug for each in MODULES[1:-1]]
-    assert release.slugs(ast.parse("from solutions import kv_cache, batching").body[0]) == {"kv_cache", "batching"}
+    standing_on = {lesson.slug: [each.slug for each in below(lesson)] for lesson in MODULES}
+    assert standing_on["intro"] == []  # it looks ahead within a function only
+    assert standing_on["kv_cache"] == ["llm_basics", "llama_pytorch"]
+    assert standing_on["engine"] == [each.slug for each in MODULES[1:-1]]
+    assert slugs(ast.parse("from solutions import kv_cache, batching").body[0]) == {"kv_cache", "batching"}
 
 
 def test_no_check_needs_a_reference_that_may_be_withheld():
@@ -52,17 +54,15 @@ def test_no_check_needs_a_reference_that_may_be_withheld():
 
 def test_nothing_is_withheld_in_the_course_itself():
     assert withheld() == {}
-    assert [release.still_to_do_below(lesson) for lesson in MODULES] == [[]] * len(MODULES)
+    assert [still_to_do_below(lesson) for lesson in MODULES] == [[]] * len(MODULES)
 
 
 def test_sentences():
-    assert release.listed(["3.4"]) == "3.4"
-    assert release.listed(["1.1", "1.2", "1.3", "1.4"]) == "1.1, 1.2, 1.3 and 1.4"
-    assert release.listed(["1.1", "1.2", "1.3", "1.4", "1.5"]) == "1.1, 1.2, 1.3 and 2 more"
-    assert str(release.Waits("Lesson 5", ["3.4", "3.5"])) == (
-        "Lesson 5 builds on your lesson 3: 3.4 and 3.5 are still to do."
-    )
-    assert str(release.Waits("This", ["1.14", "3.5", "3.7"])).startswith("This builds on your lessons 1 and 3: 1.14, ")
+    assert listed(["3.4"]) == "3.4"
+    assert listed(["1.1", "1.2", "1.3", "1.4"]) == "1.1, 1.2, 1.3 and 1.4"
+    assert listed(["1.1", "1.2", "1.3", "1.4", "1.5"]) == "1.1, 1.2, 1.3 and 2 more"
+    assert str(Waits("Lesson 5", ["3.4", "3.5"])) == ("Lesson 5 builds on your lesson 3: 3.4 and 3.5 are still to do.")
+    assert str(Waits("This", ["1.14", "3.5", "3.7"])).startswith("This builds on your lessons 1 and 3: 1.14, ")
 
 
 def test_where_a_copy_may_go(tmp_path, capsys):
@@ -196,12 +196,12 @@ def test_a_wrong_one_is_told_after_what_it_may_be_wrong_because_of(tmp_path):
 
 
 def test_the_assembly_waits_while_the_rest_of_its_lesson_is_graded(monkeypatch):
-    monkeypatch.setattr(release, "still_to_do_below", lambda lesson: ["6.1", "8.3"])
+    monkeypatch.setattr("common.grading.runner.still_to_do_below", lambda lesson: ["6.1", "8.3"])
     seen: list[Result] = []
     results = grade(MODULES[-1], MODULES[-1].solution, on_result=seen.append)
     assert {(each.status, each.sentence) for each in results} == {("waiting", "waits for 6.1 and 8.3")}
-    assert seen == results and len(results) == len(skeleton.exercises_of(MODULES[-1]))
-    with pytest.raises(release.Waits, match="Lesson 8 builds on your lessons 6 and 8: 6.1 and 8.3 are still to do."):
+    assert seen == results and len(results) == len(exercises_of(MODULES[-1]))
+    with pytest.raises(Waits, match="Lesson 8 builds on your lessons 6 and 8: 6.1 and 8.3 are still to do."):
         grade(MODULES[-2], MODULES[-2].solution)
 
 
@@ -250,7 +250,7 @@ def released(instructors) -> Path:
     assert course(instructors, "release", LESSONS="0-3", OUT="../class")[0] == 2
     code, said = course(instructors, "release", LESSONS="0-3", OUT="../class", FORCE="1")
     assert code == 0, said
-    answers = sum(len(skeleton.exercises_of(each)) for each in MODULES_GIVEN_AWAY)
+    answers = sum(len(exercises_of(each)) for each in MODULES_GIVEN_AWAY)
     assert f"the {answers} answers of lessons 0, 1, 2 and 3" in said
     assert re.search(r"the course, \d+\.\d MB", said) and "keeps nothing secret" in said
     return out
@@ -265,7 +265,7 @@ def write(copy: Path, lesson: Lesson, ids: list[str] | None = None, edit: tuple[
     """Put the answers to these exercises, or to all, into the student's module; with an edit."""
     source = lesson.solution.read_text()
     lines = source.splitlines()
-    for exercise in reversed(skeleton.find_exercises(source, lesson.slug)):
+    for exercise in reversed(find_exercises(source, lesson.slug)):
         if ids is not None and exercise.id not in ids:
             stub = " " * exercise.indent + f'raise NotImplementedError("TODO {exercise.id}")'
             lines[exercise.first_answer_line - 1 : exercise.last_line] = [stub]
@@ -289,8 +289,8 @@ def answers_to(lessons: list[Lesson]) -> dict[str, list[str]]:
     found = {}
     for lesson in lessons:
         source = lesson.solution.read_text()
-        functions = dict(skeleton.walk_functions(ast.parse(source)))
-        for each in skeleton.find_exercises(source, lesson.slug):
+        functions = dict(walk_functions(ast.parse(source)))
+        for each in find_exercises(source, lesson.slug):
             body = functions[each.function].body
             found[each.id] = statements([one for one in body if one.lineno >= each.first_answer_line])
     return found
@@ -349,7 +349,7 @@ class TestCopy:
 
     def test_an_answer_would_be_found_wherever_it_stands(self, tmp_path):
         answers = answers_to(MODULES_GIVEN_AWAY)
-        body = dict(skeleton.walk_functions(ast.parse(LESSONS[1].solution.read_text())))["rms_norm"].body[1:]
+        body = dict(walk_functions(ast.parse(LESSONS[1].solution.read_text())))["rms_norm"].body[1:]
         answer = textwrap.indent("size = 4\n# written differently\n" + ast.unparse(body), "    ") + "\n"
         for name, text in {
             "module.py": f"class A:\n    def f(x):\n        if x:\n{textwrap.indent(answer, ' ' * 8)}\n",
@@ -445,7 +445,7 @@ class TestStudent:
         write(
             student,
             LESSONS[3],
-            [each.id for each in skeleton.exercises_of(LESSONS[3]) if each.id not in ("3.8", "3.9")],
+            [each.id for each in exercises_of(LESSONS[3]) if each.id not in ("3.8", "3.9")],
         )
         write(student, LESSONS[4])
         waits = "builds on your lesson 3: 3.8 and 3.9 are still to do."

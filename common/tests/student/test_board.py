@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from common.course import GAINS, LESSONS, CourseError, Lesson, modules_of
-from common.course.skeleton import TOGETHER, exercises_of
+from common.course.exercises import TOGETHER, exercises_of
 from common.grading.runner import Result
 from common.student import board, difference
 from common.student.board import Standing

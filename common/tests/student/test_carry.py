@@ -8,6 +8,7 @@ import re
 import pytest
 
 from common.course import MODULES, skeleton, unfinished
+from common.course.exercises import walk_functions
 from common.student.carry import Misfit, carry
 
 OLD = '''\
@@ -130,7 +131,7 @@ def changed(text: str, *edits: tuple[str, str]) -> str:
 
 
 def function(text: str, name: str) -> str:
-    nodes = dict(skeleton.walk_functions(ast.parse(text)))
+    nodes = dict(walk_functions(ast.parse(text)))
     return ast.get_source_segment(text, nodes[name])
 
 

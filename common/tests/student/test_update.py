@@ -56,7 +56,7 @@ class Course:
 
     def __init__(self, root: Path):
         self.root = root
-        for folder in ("common", "common/grading"):
+        for folder in ("common", "common/course", "common/grading", "common/student"):
             (root / folder).mkdir(parents=True)
             for file in (ROOT / folder).glob("*.py"):
                 shutil.copy(file, root / folder)

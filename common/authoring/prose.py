@@ -1,0 +1,151 @@
+"""Check how the course is written: words to avoid, sentences that are too long, texts that are too long.
+
+The rules are in `prose.toml`. They apply to Markdown, to the text of notebooks, and to docstrings and comments. Code is
+left out: fenced blocks, inline code, links' addresses, mathematics.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import io
+import json
+import re
+import sys
+import tokenize
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.course import ROOT
+
+RULES = Path(__file__).with_name("prose.toml")
+ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|et al|etc|vs|cf|Fig|eq|St|No)\.", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A paragraph, list item, table cell, docstring paragraph or comment: its text on one line, and where it begins."""
+
+    file: Path
+    line: int
+    text: str
+
+
+def without_code(text: str) -> str:
+    """Replace inline code and mathematics by the letter x and links by their text; drop images and HTML."""
+    text = re.sub(r"(`+).*?\1|\$\$.*?\$\$|\$[^$\n]+\$", "x", text, flags=re.DOTALL)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return re.sub(r"<[^>]+>", "", text)
+
+
+def blank(match: re.Match) -> str:
+    """The matched lines as empty lines, so that the lines after them keep their numbers."""
+    return "\n" * match[0].count("\n")
+
+
+def passages_of_markdown(file: Path, text: str, first_line: int = 1) -> Iterator[Passage]:
+    text = re.sub(r"<!--.*?-->", blank, text, flags=re.DOTALL)
+    text = re.sub(r"^( *)(```|~~~).*?^ *\2[^\n]*$", blank, text, flags=re.DOTALL | re.MULTILINE)
+    lines, start = [], first_line
+    for number, line in enumerate([*text.splitlines(), ""], first_line):
+        begins = re.match(r"\s*([-*+]|\d+\.|#+|>)\s+", line)
+        if not line.strip() or begins or line.lstrip().startswith("|"):
+            if lines:
+                yield Passage(file, start, without_code(" ".join(lines)))
+            lines = []
+        if line.lstrip().startswith("|"):
+            for cell in re.split(r"(?<!\\)\|", line):
+                yield Passage(file, number, without_code(cell))
+        elif line.strip():
+            start = start if lines else number
+            lines.append(line[begins.end() :] if begins else line.strip())
+
+
+def passages_of_notebook(file: Path) -> Iterator[Passage]:
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown":
+            yield from passages_of_markdown(file, "".join(cell["source"]))
+
+
+def passages_of_python(file: Path) -> Iterator[Passage]:
+    source = file.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            text = re.sub(rf"^ {{{node.col_offset}}}", "", node.value.value, flags=re.MULTILINE)
+            text = re.sub(r"^ {4,}\S.*$", "", text, flags=re.MULTILINE)  # an indented block is code or a drawing
+            yield from passages_of_markdown(file, text, node.lineno)
+    block, start, last = [], 0, -1
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and not re.match(r"#( ?-{5,}|!| noqa| type:| fmt:)", token.string):
+            alone = not token.line[: token.start[1]].strip()
+            if block and not (alone and token.start[0] == last + 1):
+                yield Passage(file, start, without_code(" ".join(block)))
+                block = []
+            start = start if block else token.start[0]
+            block.append(token.string.lstrip("# ").strip())
+            last = token.start[0] if alone else -1
+    if block:
+        yield Passage(file, start, without_code(" ".join(block)))
+
+
+def passages(file: Path) -> Iterator[Passage]:
+    if file.suffix == ".ipynb":
+        return passages_of_notebook(file)
+    if file.suffix == ".py":
+        return passages_of_python(file)
+    return passages_of_markdown(file, file.read_text(encoding="utf-8"))
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a passage; a colon or a semicolon does not end one."""
+    text = ABBREVIATIONS.sub(lambda match: match[0].replace(".", ""), text)
+    return [each for each in re.split(r"(?<=[.!?])[)\"']*\s+", text) if each.strip()]
+
+
+def count_words(text: str) -> int:
+    return len(re.findall(r"[A-Za-z0-9][\w'’.,/-]*", text))
+
+
+def complaints(file: Path, rules: dict) -> list[str]:
+    """What is wrong with one file's text: a line for each finding, with its place and what to write instead.
+
+    Of several budgets of words whose pattern fits, the first in the rules counts.
+    """
+    found, limit = [], rules["max_sentence_words"]
+    name = file.relative_to(ROOT).as_posix()
+    for passage in passages(file):
+        place = f"{name}:{passage.line}"
+        for rule in rules["replace"]:
+            for match in re.finditer(rule["pattern"], passage.text, re.IGNORECASE):
+                found.append(f"{place}: not “{match[0].strip(' .,:;(')}” but {rule['use']}.")
+        for sentence in sentences(passage.text):
+            if (length := count_words(sentence)) > limit:
+                found.append(f"{place}: “{' '.join(sentence.split()[:6])} ...” has {length} words; at most {limit}.")
+            if file.suffix == ".py" and re.fullmatch(r"Returns?\W*(\w+\W*)?", sentence):
+                found.append(f"{place}: “{sentence}” does not say what is returned.")
+    budgets = [most for pattern, most in rules["max_words"].items() if fnmatch.fnmatchcase(name, pattern)]
+    if budgets and (words := sum(count_words(each.text) for each in passages(file))) > budgets[0]:
+        found.append(f"{name}: {words} words; at most {budgets[0]}.")
+    return found
+
+
+def texts() -> list[Path]:
+    """Every file whose text a reader meets, tests left out."""
+    patterns = ("*.md", "lesson-*/*.md", "lesson-*/*.ipynb", "solutions/*.py", "common/**/*.md", "common/**/*.py")
+    files = {file for pattern in patterns for file in ROOT.glob(pattern)}
+    return sorted(file for file in files if not {"tests", "models", "training"} & set(file.parts))
+
+
+def main() -> int:
+    """Print all complaints; returns 1 if there are any."""
+    rules = tomllib.loads(RULES.read_text(encoding="utf-8"))
+    found = [line for file in texts() for line in complaints(file, rules)]
+    print("\n".join(found))
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
