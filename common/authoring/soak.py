@@ -137,7 +137,7 @@ def verdict(total: Report) -> list[str]:
 
 
 @click.command("soak")
-@option("--minutes", "MINUTES", type=number(0, float), default=10.0)
+@option("--minutes", "MINUTES", type=number(0, float), default=10.0, help="begin no new run after these")
 @option("--seed", "SEED", type=int, help="the first run's number; default: any")
 @click.option("--only", type=int, metavar="SEED", help="this run and no other")
 @mine()
