@@ -35,7 +35,7 @@ GROUPS = {
         ),
         Command("lab", "", "authoring.notebooks:lab", "open the notebooks in JupyterLab", "lab"),
         Command("book", "", "authoring.book.build:book", "the course as a web site that needs no network", "book"),
-        Command("update", "", "student.update:main", "a new version of the course, with your answers in it", None),
+        Command("update", "", "student.update:main", "a new version, your answers in it; FROM=a.zip: a download", None),
     ),
     "A class": (
         Command(

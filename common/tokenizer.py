@@ -47,6 +47,7 @@ class Tokenizer:
     """
 
     vocab_size: int
+    adds_space: bool  # whether `encode` puts a space in front of the text, which `decode` takes off
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,10 +68,17 @@ class Tokenizer:
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of these tokens; bytes that are not valid UTF-8, such as half a character, become U+FFFD.
 
-        SentencePiece put a space in front of the text, so one leading space is taken off again. That makes a single
-        token's `decode` lose the space of its word: to print tokens as they come, join their `token_bytes`.
+        It is made from `token_bytes`, as streamed text is, so both are the same. (The `tokenizers` library replaces a
+        whole run of byte tokens if one character in it is unfinished.) SentencePiece put a space in front of the text,
+        so one leading space is taken off again. That makes a single token's `decode` lose the space of its word: to
+        print tokens as they come, join their `token_bytes`.
         """
-        raise NotImplementedError
+        pieces = []
+        for token_id in token_ids:
+            added = None if skip_special_tokens else self._added_text(token_id)
+            pieces.append(self.token_bytes(token_id) if added is None else added.encode())
+        text = b"".join(pieces).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.adds_space else text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that this token adds to the text; b"" for special tokens and for ids that name no token.
@@ -103,6 +111,9 @@ class Tokenizer:
         raise NotImplementedError
 
     def _token_id(self, token: str) -> int | None:
+        raise NotImplementedError
+
+    def _added_text(self, token_id: int) -> str | None:
         raise NotImplementedError
 
     # What tokenizer_config.json, generation_config.json and config.json say about special tokens.
@@ -185,17 +196,6 @@ class SentencePieceTokenizer(Tokenizer):
             token_ids.extend(sorted(self.eos_token_ids)[:1])
         return token_ids
 
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        pieces = []
-        for token_id in token_ids:
-            added = self.added.get(token_id)
-            if added is not None and not skip_special_tokens:
-                pieces.append(added["content"].encode())
-            else:
-                pieces.append(self.token_bytes(token_id))
-        text = b"".join(pieces).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.adds_space else text
-
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self.added:
             token = self.added[token_id]
@@ -209,6 +209,9 @@ class SentencePieceTokenizer(Tokenizer):
             return self.added_ids[token]
         token_id = self.model.piece_to_id(token)
         return token_id if self.model.id_to_piece(token_id) == token else None
+
+    def _added_text(self, token_id: int) -> str | None:
+        return self.added[token_id]["content"] if token_id in self.added else None
 
 
 class JsonTokenizer(Tokenizer):
@@ -235,15 +238,13 @@ class JsonTokenizer(Tokenizer):
                 f"{path}: its decoder is {decoder[:80]}; this course reads byte-level tokenizers and those of the "
                 "SentencePiece kind (ByteFallback or Metaspace)."
             )
+        self.adds_space = self.model.decoder.decode([SPACE + "a"]) == "a"
         self.added = self.model.get_added_tokens_decoder()  # id -> tokenizers.AddedToken
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values(), default=-1)
         super().__init__(folder)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.model.encode(text, add_special_tokens=add_special_tokens).ids
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self.model.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self.added:
@@ -260,6 +261,9 @@ class JsonTokenizer(Tokenizer):
 
     def _token_id(self, token: str) -> int | None:
         return self.model.token_to_id(token)
+
+    def _added_text(self, token_id: int) -> str | None:
+        return self.added[token_id].content if token_id in self.added else None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -1,9 +1,7 @@
 """Lesson 1: a transformer in plain functions.
 
-Everything that a Llama computes, as functions from tensors to tensors: no module, no state, no cache. `block`
-and `forward` make a model of them that runs with a real checkpoint's weights, under their real names.
-
-Shapes are written with these letters throughout the course:
+Everything that a Llama computes, as functions from tensors to tensors: no modules, no state, no cache. `block` and
+`forward` combine them into a model that runs with a real checkpoint's weights. Letters for shapes, in all lessons:
 
     T  tokens computed now        H  query heads        V  vocabulary size
     S  keys to attend to          K  key/value heads    D  head_dim, the width of one head
@@ -23,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's shape, named as in Hugging Face's `config.json`; the last four are parts that it may have."""
+    """A model's sizes, named as in Hugging Face's `config.json`, and four parts that not every model has."""
 
     vocab_size: int
     hidden_size: int
@@ -44,43 +42,38 @@ class ModelConfig:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in float32 or, if it is wider already, as it is. Sums of many 16-bit numbers are taken in this."""
+    """Convert x to float32, or leave it if it is wider already. Sums of many 16-bit numbers need this."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Text becomes numbers
+# From text to vectors
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def merge_pair(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
-    """One merge of byte pair encoding: each `pair` of neighbours in `ids`, from left to right, becomes `new_id`.
+    """One merge of byte pair encoding: replace each adjacent `pair` in `ids`, from left to right, with `new_id`.
 
-    Two occurrences never share an element: in [7, 7, 7] the pair (7, 7) occurs once. Returns a new list.
-    From Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units" (2016).
+    Occurrences do not overlap: [7, 7, 7] contains the pair (7, 7) once. Returns a new list. From Sennrich, Haddow and
+    Birch, "Neural Machine Translation of Rare Words with Subword Units" (2016).
     """
-    # TODO 1.1: walk along `ids`; where two neighbours are the pair, write `new_id` and step over both.
+    # TODO 1.1: walk along `ids`; where two neighbours are the pair, append `new_id` and skip both.
     raise NotImplementedError("TODO 1.1")
 
 
 def embed(token_ids: Tensor, table: Tensor) -> Tensor:
-    """Each token's vector. token_ids: (T,) integers; table: (V, hidden_size). Returns (T, hidden_size)."""
+    """Look up each token's vector. token_ids: (T,) integers; table: (V, hidden_size). Returns (T, hidden_size)."""
     # TODO 1.2: row `token_ids[t]` of the table is token t's vector.
     raise NotImplementedError("TODO 1.2")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Numbers are kept in range
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def softmax(scores: Tensor) -> Tensor:
-    """Turn the last axis into probabilities: exp(score) over the sum of them. scores: (..., n); returns the same.
+    """Turn the last axis into probabilities: exp(score), divided by the sum. scores: (..., n). Returns the same shape.
 
-    It holds for scores of any size: exp(89) already overflows float32. A score of -inf gets probability 0; at
-    least one score of each row is finite.
+    Scores may have any size, although exp(89) overflows float32. A score of -inf gets probability 0; each row has at
+    least one finite score.
     """
-    # TODO 1.3: adding a constant to a whole row changes nothing. Which constant makes every exp safe?
+    # TODO 1.3: adding a constant to a row changes nothing; choose the constant that makes every exp safe.
     raise NotImplementedError("TODO 1.3")
 
 
@@ -90,142 +83,140 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: (..., d), any float dtype; weight: (d,). Returns x's shape and dtype. From Zhang and Sennrich, "Root Mean
     Square Layer Normalization" (2019).
     """
-    # TODO 1.4: average the squares in `upcast(x)`, add eps under the root, and return x's dtype.
+    # TODO 1.4: average the squares of `upcast(x)`, add eps under the root, convert back to x's dtype.
     raise NotImplementedError("TODO 1.4")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Where a token stands: rotary position embedding
+# Rotary position embedding
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> Tensor:
-    """The angle, in radians, by which each pair of dimensions turns from one position to the next.
+    """Return the angles, in radians, by which the pairs of dimensions turn at each position: (D / 2,) float32.
 
-    Returns (D / 2,) float32: theta ** (-2i / D) for i = 0, 1, ...; the first pair turns one radian a token, the
-    last needs tens of thousands of tokens for a turn. From Su et al., "RoFormer" (2021).
+    Pair i turns by theta ** (-2i / D): the first by one radian per token, while the last needs tens of thousands of
+    tokens for one turn. From Su et al., "RoFormer" (2021).
     """
     return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles. positions: (T,) integers; frequencies: (D / 2,) float32.
+    """Return the cosine and sine of each position's angles. positions: (T,) integers; frequencies: (D / 2,) float32.
 
-    Returns two tensors (T, D / 2) in float32, whatever dtype the model has: in bfloat16, positions 1000 and
-    1001 would get the same angle.
+    Both results are (T, D / 2) in float32, whatever the model's dtype: in bfloat16, positions 1000 and 1001 would get
+    the same angle.
     """
-    # TODO 1.5: a position's angle is position times frequency, for every pair of the two.
+    # TODO 1.5: multiply every position with every frequency; these are the angles.
     raise NotImplementedError("TODO 1.5")
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every head's vector by its position's angles. x: (T, heads, D); cos, sin: (T, D / 2). Returns x's shape
-    and dtype.
+    """Rotate every head's vector by its position's angles.
 
-    Dimension i is paired with i + D / 2 ("half-split", as Hugging Face's checkpoints are stored), and each pair
-    turns as a point of the plane: (a, b) -> (a cos - b sin, b cos + a sin). The same angle serves every head.
+    x: (T, heads, D); cos, sin: (T, D / 2). Returns x's shape and dtype. Dimension i is paired with i + D / 2
+    ("half-split", the layout of Hugging Face's checkpoints), and each pair rotates as a point of the plane:
+    (a, b) -> (a cos - b sin, b cos + a sin). All heads use the same angles.
     """
-    # TODO 1.6: split the last axis in two halves, turn the pairs, join the halves again.
+    # TODO 1.6: split the last axis into halves, rotate the pairs, concatenate the halves.
     raise NotImplementedError("TODO 1.6")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Tokens look at each other: attention
+# Attention
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
-    """Which key each query may see. Returns (num_queries, num_keys) booleans, True where it may look.
+    """Return which keys each query may attend to: (num_queries, num_keys) booleans.
 
-    The queries are the last `num_queries` of the `num_keys` tokens; a token sees itself and all before it.
+    The queries are the last `num_queries` of the `num_keys` tokens. A token attends to itself and all before it.
     """
-    # TODO 1.7: at which position does query 0 stand? Key s is visible from position p when s <= p.
+    # TODO 1.7: compute the positions of the queries; the query at position p may attend to key s if s <= p.
     raise NotImplementedError("TODO 1.7")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Scaled dot-product attention: each query takes the mean of the values, weighted by how well the keys match.
+    """Scaled dot-product attention: for each query, the mean of the values, weighted by how well their keys match.
 
-    q: (..., T, D); k, v: (..., S, D); mask: (T, S), True where a query may look. Returns (..., T, D) in q's dtype.
-    The scores are computed in float32 at least: a dot product of two float16 vectors easily passes 65504.
-    From Vaswani et al., "Attention Is All You Need" (2017).
+    q: (..., T, D); k, v: (..., S, D); mask: (T, S), True where a query may attend. Returns (..., T, D) in q's dtype.
+    Scores are computed in float32 at least: a dot product of two float16 vectors easily exceeds 65504, float16's
+    largest number. From Vaswani et al., "Attention Is All You Need" (2017).
     """
-    # TODO 1.8: scores are `upcast` dot products over the square root of D; a masked score is -inf; softmax.
+    # TODO 1.8: divide the dot products of `upcast` vectors by the root of D, set masked scores to -inf, softmax.
     raise NotImplementedError("TODO 1.8")
 
 
 def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention in which each key/value head serves a group of H / K neighbouring query heads.
+    """Attention in which each key/value head serves H / K neighbouring query heads.
 
-    q: (T, H, D); k, v: (S, K, D) with K dividing H; mask: (T, S). Returns (T, H, D). Query head h looks at
-    key/value head h // (H / K). From Ainslie et al., "GQA" (2023).
+    q: (T, H, D); k, v: (S, K, D) with K dividing H; mask: (T, S). Returns (T, H, D). Query head h uses key/value head
+    h // (H / K). From Ainslie et al., "GQA" (2023).
     """
-    # TODO 1.9: give every query head its key/value head, move the heads to the front, and call `attention`.
+    # TODO 1.9: repeat the key/value heads, one for each query head, move the heads to the front, call `attention`.
     raise NotImplementedError("TODO 1.9")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A layer, a model
+# A layer and a model
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """The feed-forward network: w_down(silu(w_gate x) * w_up x), where silu(z) = z * sigmoid(z).
 
-    x: (T, hidden_size); w_gate, w_up: (intermediate_size, hidden_size); w_down: (hidden_size, intermediate_size):
-    a weight is stored as (outputs, inputs). Returns (T, hidden_size). From Shazeer, "GLU Variants" (2020).
+    x: (T, hidden_size). Weights are stored as (outputs, inputs): w_gate and w_up are (intermediate_size, hidden_size),
+    w_down is (hidden_size, intermediate_size). Returns (T, hidden_size). From Shazeer, "GLU Variants" (2020).
     """
     # TODO 1.10: three matrix products; only the gate passes through silu.
     raise NotImplementedError("TODO 1.10")
 
 
 def block(x: Tensor, weights: Mapping[str, Tensor], config: ModelConfig, cos: Tensor, sin: Tensor) -> Tensor:
-    """One layer of a Llama: attention, then the feed-forward network, each on the normalised input and added to it.
+    """One layer of a Llama: attention, then the feed-forward network, each applied to the normed input and added to it.
 
-    x: (T, hidden_size); cos, sin: (T, D / 2). `weights` has a layer's tensors by their names in a checkpoint:
-    input_layernorm, self_attn.{q,k,v,o}_proj, post_attention_layernorm, mlp.{gate,up,down}_proj, each with
-    ".weight" behind it. Returns (T, hidden_size).
+    x: (T, hidden_size); cos, sin: (T, D / 2). `weights` maps the checkpoint's names to the layer's tensors:
+    input_layernorm, self_attn.{q,k,v,o}_proj, post_attention_layernorm, mlp.{gate,up,down}_proj, each followed by
+    ".weight". Returns (T, hidden_size).
     """
-    # TODO 1.11: project and split into heads, rotate q and k (not v), attend causally, project, add; then
-    # norm, swiglu, add. What is added is x itself, not the normalised x. The mask belongs on x's device.
+    # TODO 1.11: norm, project, split into heads, rotate q and k (not v), attend causally, project, add to x (not to
+    # the normed x); then norm, swiglu, add. Make the mask on x's device.
     raise NotImplementedError("TODO 1.11")
 
 
 def forward(token_ids: Tensor, weights: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
-    """The whole model: token ids in, a score for every possible next token out.
+    """The whole model: from token ids (T,) to logits (T, V). Row t scores what follows token t.
 
-    token_ids: (T,); `weights` has every tensor of a checkpoint by its name: model.embed_tokens.weight, the
-    layers' under "model.layers.0.", "model.layers.1.", ..., model.norm.weight, and lm_head.weight unless
-    `config.tie_word_embeddings`: then the embedding table is the head too. Returns logits (T, V): row t scores
-    what follows token t.
+    `weights` maps the checkpoint's names to its tensors: model.embed_tokens.weight, the layers under "model.layers.0.",
+    "model.layers.1.", ..., model.norm.weight, and lm_head.weight. If `config.tie_word_embeddings`, there is no lm_head:
+    use the embedding table.
     """
-    # TODO 1.12: embed, pass through every block with its own weights, norm, and project to the vocabulary. What
-    # you make yourself, positions and frequencies, belongs on the device where the rest is.
+    # TODO 1.12: embed, apply every block with its own weights, norm, project to the vocabulary. Put positions and
+    # frequencies on the device of the other tensors.
     raise NotImplementedError("TODO 1.12")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# How large, how good
+# Size and quality
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """How many numbers a checkpoint of this shape holds; a tied head counts once.
+    """Return the number of parameters of a model; a tied head counts once.
 
-    The optional parts: `qkv_bias`, `o_bias` and `mlp_bias` add a bias to those projections, and `qk_norm` adds
-    two weights of head_dim numbers to each layer.
+    `qkv_bias`, `o_bias` and `mlp_bias` add a bias to those projections; `qk_norm` adds two weights of head_dim numbers
+    to each layer.
     """
-    # TODO 1.13: embedding, layers, final norm, head. The heads' total width need not be hidden_size.
+    # TODO 1.13: add embedding, layers, final norm and head. The heads' total width need not be hidden_size.
     raise NotImplementedError("TODO 1.13")
 
 
 def perplexity(logits: Tensor, token_ids: Tensor) -> float:
-    """How many tokens the model was, in effect, choosing between at each step: exp of the mean surprise.
+    """Return exp of the mean surprise: the number of tokens between which the model, in effect, chose at each step.
 
-    logits: (T, V), as `forward` gives them for these very tokens; token_ids: (T,), T >= 2. The surprise of a
-    token is minus the natural logarithm of the probability that the logits *before* it gave it; the first token
-    has none. Holds for a token that was all but impossible, too: its probability may be 0 in float32, the logarithm
-    of it is still a number.
+    logits: (T, V), the `forward` of token_ids, (T,), T >= 2. A token's surprise is minus the natural logarithm of the
+    probability that the logits *before* it gave it; the first token has none. The result is finite even if that
+    probability is 0 in float32.
     """
-    # TODO 1.14: which row of the logits predicted token 1, and which row predicts nothing that we have?
+    # TODO 1.14: row t of the logits predicts token t + 1; average the surprise of tokens 1 to T - 1.
     raise NotImplementedError("TODO 1.14")

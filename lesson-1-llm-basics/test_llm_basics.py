@@ -92,7 +92,12 @@ class TestSoftmax:
         close(code.softmax(scores).sum(-1), torch.ones(2, 3), "the sum over the last axis of softmax(scores (2, 3, 4))")
 
     def test_large_scores(self, code):
-        # exp(200) is 7e86, and float32 ends at 3e38.
+        # exp(88.5) is 2.7e38, and float32 ends at 3.4e38: the sum of two overflows. exp(-101) has one bit of precision.
+        for row in ([88.5, 88.5], [-50.0, -51.0]):
+            close(code.softmax(torch.tensor(row)), torch.tensor(row).softmax(-1), f"softmax({row})", rtol=1e-4)
+        rows = [[0.0, 1.0], [102.5, 102.5]]
+        close(code.softmax(torch.tensor(rows)), torch.tensor(rows).softmax(-1), f"softmax({rows})", rtol=1e-4)
+        # exp(200) is 7e86.
         expected = torch.softmax(torch.tensor([1.0, 0.0]), -1)
         close(code.softmax(torch.tensor([200.0, 199.0])), expected, "softmax([200, 199])", rtol=1e-4)
         close(code.softmax(torch.tensor([-200.0, -201.0])), expected, "softmax([-200, -201])", rtol=1e-4)
@@ -287,6 +292,16 @@ class TestAttention:
         close(code.attention(q, k, v, mask), expected, "attention(q (2, 3, 4, 6), k and v (2, 3, 5, 6), mask)")
 
     def test_float16(self, code):
+        # 2049 is no float16: it is rounded to 2048.
+        q, k = torch.tensor([[64.0, 1.0]]).half(), torch.tensor([[32.0, 1.0], [32.0, 0.0]]).half()
+        share = 1 / (1 + math.exp(-1 / math.sqrt(2)))
+        actual = code.attention(q, k, torch.tensor([[1.0, 0.0], [0.0, 1.0]]).half(), torch.ones(1, 2).bool())
+        close(
+            actual,
+            torch.tensor([[share, 1 - share]]).half(),
+            "attention(scores of 2049 and 2048 in float16)",
+            rtol=2e-3,
+        )
         # 300 times 300, four times, is 360000, and float16 ends at 65504. The second score is far behind the first.
         q = torch.tensor([[300.0] * 4, [0.0] * 4], dtype=torch.float16)
         k = torch.tensor([[300.0] * 4, [250.0] * 4, [0.0] * 4], dtype=torch.float16)

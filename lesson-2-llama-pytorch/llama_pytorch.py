@@ -1,29 +1,30 @@
 """Lesson 2: a real Llama or Qwen, in PyTorch, from a checkpoint on disk to text on the screen.
 
-The model is written here once and never edited again. Two seams make that possible:
+Later lessons use this model without editing it. Two seams make that possible:
 
-- `attend(layer, q, k, v)` is handed in at every call. The model computes queries, keys and values; who remembers
-  keys and values, and how, is not its business. Here nothing is remembered; every later lesson hands in another.
+- `attend(layer, q, k, v)` is an argument of every call. The model computes queries, keys and values, and `attend`
+  decides what to remember of them. Here nothing is remembered; later lessons pass other functions.
 - A linear layer is a module with the name that its weight has in the checkpoint. Later lessons swap it
   (for a slice of it, for one in eight bits) before the weights are read.
 
-This file does not know about: caches, batches of requests, other processes.
+This file does not know about caches, batches of requests or other processes.
 """
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from common.checkpoints import Checkpoint, CheckpointError, check_supported, find_checkpoint
+from common.sampling import SamplingParams, stable_hash
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions.llm_basics import (
     ModelConfig,
@@ -37,65 +38,43 @@ from solutions.llm_basics import (
 )
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, q (T, H, D), k (T, K, D), v (T, K, D)) -> (T, H, D): attention, and the memory of K and V."""
+"""attend(layer, q (T, H, D), k (T, K, D), v (T, K, D)) -> (T, H, D): attention, which may remember k and v."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What the checkpoint says about the model
+# Configuration
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def check_supported(config: Mapping) -> None:
-    """Refuse a `config.json` that asks for something this model does not compute: better no answer than a wrong one."""
-    if config.get("model_type") not in ("llama", "qwen2", "qwen3"):
-        raise CheckpointError(
-            f"config.json: model_type is {config.get('model_type')!r}; this engine runs 'llama', 'qwen2' and 'qwen3'."
-        )
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if not isinstance(config.get(key), int) or config[key] < 1:
-            raise CheckpointError(f"config.json: {key} must be a positive integer, and is {config.get(key)!r}.")
-    if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"config.json: hidden_act is {config['hidden_act']!r}; this engine computes 'silu'.")
-    if config.get("use_sliding_window"):
-        raise CheckpointError("config.json: use_sliding_window is true; this engine attends to the whole context.")
-    if config.get("quantization_config"):
-        raise CheckpointError("config.json: quantization_config is set; load the unquantized checkpoint instead.")
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise CheckpointError(f"config.json: RoPE scaling of type {rope_type!r}; this engine knows 'llama3'.")
 
 
 def parse_config(config: Mapping) -> ModelConfig:
     """Read a Hugging Face `config.json` of Llama 2 or 3, Qwen2, Qwen2.5 or Qwen3.
 
-    Families differ in what they leave out. When absent: `num_key_value_heads` is `num_attention_heads`;
+    Defaults for absent keys, and for keys whose value is null: `num_key_value_heads` is `num_attention_heads`;
     `head_dim` is hidden_size // num_attention_heads; `rms_norm_eps` is 1e-6; `rope_theta` is 10000;
-    `max_position_embeddings` is 2048; `tie_word_embeddings`, `attention_bias` and `mlp_bias` are false. A key
-    whose value is null is absent. Newer files keep `rope_theta` and the scaling together in `rope_parameters`,
-    older ones beside each other, with the scaling in `rope_scaling`.
+    `max_position_embeddings` is 2048; `tie_word_embeddings`, `attention_bias` and `mlp_bias` are false. Newer files
+    have `rope_theta` and the scaling together in `rope_parameters`; older ones have `rope_theta` and `rope_scaling`.
 
-    Biases: `attention_bias` gives one to q, k, v and o; Qwen2 has one on q, k and v whatever its file says, and
-    none on o. Only Llama reads `mlp_bias`. QK norm is Qwen3's. `rope_scaling` is None for plain RoPE, and
-    otherwise the mapping with its `factor`. Raises CheckpointError for what the engine cannot run.
+    `attention_bias` adds a bias to q, k, v and o, but Qwen2 always has one on q, k and v and never on o. Only Llama
+    reads `mlp_bias`. Only Qwen3 has QK norm. `rope_scaling` is None without a `factor`, otherwise the whole mapping.
+    Raises CheckpointError for a model that the engine cannot run.
     """
     check_supported(config)
-    # TODO 2.1: fill a ModelConfig; mind what is absent or null, and that head_dim need not be hidden / heads.
+    # TODO 2.1: fill a ModelConfig. Mind absent and null keys, and that head_dim need not be hidden / heads.
     raise NotImplementedError("TODO 2.1")
 
 
 def scaled_frequencies(config: ModelConfig) -> Tensor:
-    """The rotary frequencies, stretched as Llama 3 does to see further than it was trained. Returns (D / 2,) float32.
+    """Return the rotary frequencies, scaled as in Llama 3.1 for contexts longer than in training: (D / 2,) float32.
 
-    `config.rope_scaling` has `factor`, `low_freq_factor`, `high_freq_factor` and
-    `original_max_position_embeddings`, the context of the first training. A pair of dimensions that makes more
-    than `high_freq_factor` turns within that context keeps its frequency; one that makes fewer than
-    `low_freq_factor` is slowed down by `factor`; between the two the frequency is a mixture, linear in the turns.
+    `config.rope_scaling` has `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`,
+    the context in training. A pair of dimensions that makes more than `high_freq_factor` turns within that context
+    keeps its frequency. One that makes fewer than `low_freq_factor` turns has it divided by `factor`. In between, mix
+    both frequencies, linearly in the number of turns.
     """
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
     if config.rope_scaling is None:
         return frequencies
-    # TODO 2.2: how many turns does each pair make in the original context? What share of its speed is kept?
+    # TODO 2.2: compute each pair's turns in the original context, then the share (0 to 1) of its frequency to keep.
     raise NotImplementedError("TODO 2.2")
 
 
@@ -105,11 +84,11 @@ def scaled_frequencies(config: ModelConfig) -> Tensor:
 
 
 def causal_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The simplest `attend`: these tokens are the whole sequence, nothing was there before and nothing is kept.
+    """The simplest `attend`: these tokens are the whole sequence, and nothing is remembered.
 
     q: (T, H, D); k, v: (T, K, D). Returns (T, H, D). Every token attends to itself and to all before it.
     """
-    # TODO 2.3: lesson 1 has both parts. (`layer` is for those who remember something between calls.)
+    # TODO 2.3: combine two functions of lesson 1. (`layer` is for functions that remember k and v.)
     raise NotImplementedError("TODO 2.3")
 
 
@@ -126,7 +105,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections to queries, keys and values; rotation; attention, by whoever is handed in; projection back."""
+    """Projections to queries, keys and values, rotation, attention by the given `attend`, output projection."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -145,16 +124,15 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """hidden: (T, hidden_size); cos, sin: (T, D / 2). Returns (T, hidden_size).
 
-        The number of heads is not asked of the config but of the projections' widths, so that a layer that was
-        given a slice of the heads works unchanged. `q_norm` and `k_norm` act on each head's vector; where the
-        family has none they are the identity.
+        The number of heads follows from the projections' widths, not from the config, so that a layer with a slice of
+        the heads works unchanged. `q_norm` and `k_norm` apply to each head's vector; without QK norm they do nothing.
         """
-        # TODO 2.4: project, split into heads of `head_dim`, norm q and k, rotate them, attend, join, project.
+        # TODO 2.4: project, split into heads of `head_dim`, norm q and k, rotate them, attend, join heads, project.
         raise NotImplementedError("TODO 2.4")
 
 
 class MLP(nn.Module):
-    """Lesson 1's `swiglu`, its matrices as modules. (T, hidden_size) -> (T, hidden_size)."""
+    """Lesson 1's `swiglu` as a module. (T, hidden_size) -> (T, hidden_size)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -167,7 +145,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Lesson 1's `block`, its parts as modules. (T, hidden_size) -> (T, hidden_size)."""
+    """Lesson 1's `block` as a module. (T, hidden_size) -> (T, hidden_size)."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -182,10 +160,10 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama, Qwen2 or Qwen3, as the config says. Each parameter bears the name that it has in a checkpoint.
+    """Llama, Qwen2 or Qwen3, depending on the config. Parameters have the names that they have in a checkpoint.
 
-    Its parts can be called one by one: a pipeline stage (lesson 6) runs some layers, and only the tokens that
-    are to be sampled need logits.
+    `embed`, `run_layers` and `logits` can be called separately: a pipeline stage (lesson 6) runs only some layers, and
+    only tokens that will be sampled need logits.
     """
 
     def __init__(self, config: ModelConfig):
@@ -214,26 +192,26 @@ class Llama(nn.Module):
         return self.model.embed_tokens(token_ids)
 
     def run_layers(self, hidden: Tensor, positions: Tensor, attend: Attend, layers: range) -> Tensor:
-        """Pass through the layers with these numbers. hidden: (T, hidden_size). Returns (T, hidden_size).
+        """Run the layers with these indices. hidden: (T, hidden_size). Returns (T, hidden_size).
 
-        positions: (T,), each token's place in its own sequence; they need not start at 0 nor be neighbours.
+        positions: (T,), of each token in its own sequence; they need not start at 0 or be consecutive.
         """
-        # TODO 2.15: make the cos and sin tables once, for all layers, then call each layer in turn.
+        # TODO 2.15: make the cos and sin tables once, on hidden's device, then call each layer in turn.
         raise NotImplementedError("TODO 2.15")
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The last layer's output, for the R tokens that matter, to scores. (R, hidden_size) -> (R, V)."""
-        # TODO 2.16: the final norm, then the head.
+        """Return the scores of the next token from the last layer's output. (R, hidden_size) -> (R, V)."""
+        # TODO 2.16: apply the final norm, then the head.
         raise NotImplementedError("TODO 2.16")
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(T,) token ids at (T,) positions -> (T, hidden_size), the last layer's output, not yet normed."""
-        # TODO 2.5: embed, then run all the layers there are.
+        # TODO 2.5: embed, then run all layers.
         raise NotImplementedError("TODO 2.5")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# From the disk into the model
+# Loading
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -251,10 +229,10 @@ def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[Llama, Tokenizer]:
-    """The model and the tokenizer of a checkpoint: `tales`, `smollm2-135m`, a folder, a `.gguf` file or `org/name`.
+    """Load the model and tokenizer of a checkpoint: `tales`, `smollm2-135m`, a folder, a `.gguf` file or `org/name`.
 
-    Without `device`: the GPU if there is one. Without `dtype`: bfloat16 on a GPU and float32 on a CPU, each the
-    fastest there. Raises CheckpointError with what is wrong and in which file.
+    Default device: the GPU if there is one. Default dtype: bfloat16 on a GPU, float32 on a CPU, the fastest on each.
+    Raises CheckpointError with the file and what is wrong with it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
@@ -273,120 +251,52 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# From scores to a token
+# Sampling
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen and when to stop. The names are vLLM's; so are the meanings, but for two defaults:
-    temperature is 0 (always the likeliest token) and max_tokens 128.
-    """
-
-    temperature: float = 0.0  # 0: the likeliest token, always; 1: as the model says; above: more even
-    top_k: int = 0  # keep the k likeliest tokens; 0: all
-    top_p: float = 1.0  # keep the likeliest tokens that together have this probability
-    min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
-    seed: int | None = None  # the same seed draws the same tokens; None: another every time
-    n: int = 1  # how many samples of one prompt
-    max_tokens: int = 128
-    min_tokens: int = 0  # no end of sequence and no stop token before so many tokens
-    stop: str | Sequence[str] = ()  # strings that end the text; they are not part of it
-    stop_token_ids: Sequence[int] = ()  # tokens that end it, as the end of sequence does
-    ignore_eos: bool = False  # go on after an end of sequence
-    logprobs: int | None = None  # report this many of the likeliest tokens at each step, and the chosen one
-    repetition_penalty: float = 1.0  # above 1: divides the positive scores of tokens seen in prompt or output
-    presence_penalty: float = 0.0  # subtracted once from the score of each token in the output
-    frequency_penalty: float = 0.0  # subtracted as often as the token occurs in the output
-
-    def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        rules = {
-            "temperature": (math.isfinite(self.temperature) and self.temperature >= 0, "a number of at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 keeps all)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "seed": (self.seed is None or isinstance(self.seed, int), "an integer or None"),
-            "n": (self.n >= 1, "at least 1"),
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
-            "stop": (all(isinstance(s, str) and s for s in stop), "strings that are not empty"),
-            "logprobs": (self.logprobs is None or self.logprobs >= 0, "None or at least 0"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
-            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"SamplingParams: {name} must be {rule}; it is {getattr(self, name)!r}.")
-
-    def children(self) -> list[SamplingParams]:
-        """The n samples as requests of their own. The first keeps the seed; siblings get others made from it."""
-        return [
-            replace(self, n=1, seed=self.seed if self.seed is None or not child else stable_hash(self.seed, child))
-            for child in range(self.n)
-        ]
-
-
-def stable_hash(*numbers: int) -> int:
-    """Mix whole numbers into a seed of 63 bits, the same in every process and on every machine."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k highest scores, set all others to -inf. logits: (V,); k >= 1. Returns (V,), a new tensor.
+    """Keep the k highest scores and set all others to -inf. logits: (V,); k >= 1. Returns (V,), a new tensor.
 
-    All that tie with the k-th are kept; k may exceed V. From Fan et al., "Hierarchical Neural Story Generation" (2018).
+    Scores equal to the k-th are kept too; k may exceed V. From Fan et al., "Hierarchical Neural Story Generation"
+    (2018).
     """
-    # TODO 2.7: what is the lowest score that stays?
+    # TODO 2.7: find the k-th highest score, and keep everything that is not lower.
     raise NotImplementedError("TODO 2.7")
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest likeliest tokens whose probabilities reach p together, set all others to -inf.
+    """Keep the smallest set of likeliest tokens whose total probability is at least p; set all others to -inf.
 
-    logits: (V,); 0 < p <= 1. Returns (V,). The token that crosses p is kept, so one at least always is. Also
+    logits: (V,); 0 < p <= 1. Returns (V,), a new tensor. The token that crosses p is kept, so at least one is. Also
     called nucleus sampling: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020).
     """
-    # TODO 2.8: sort by score; a token stays if those before it have not reached p yet; undo the sorting.
+    # TODO 2.8: sort by score, keep a token if those before it have not reached p, undo the sorting.
     raise NotImplementedError("TODO 2.8")
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the tokens at least p times as likely as the likeliest, set all others to -inf. logits: (V,). Returns (V,).
+    """Keep the tokens at least p times as likely as the likeliest; set all others to -inf.
 
-    Where the model is sure this keeps few, where it is not, many. From Nguyen et al., "Min-p Sampling" (2024).
+    logits: (V,). Returns (V,), a new tensor. It keeps few tokens if the model is certain, and many if it is not. From
+    Nguyen et al., "Min-p Sampling" (2024).
     """
-    # TODO 2.9: compare probabilities with p times the highest.
+    # TODO 2.9: compare probabilities with p times the highest probability.
     raise NotImplementedError("TODO 2.9")
 
 
-def sample(logits: Tensor, params: SamplingParams, index: int) -> int:
-    """Choose output token number `index` of a request. logits: (V,). Returns a token id.
-
-    At temperature 0 that is the likeliest token. Otherwise it is drawn from `sampling_probs`, with randomness
-    that depends on (params.seed, index) and on nothing else. There is no state to save: a request that was
-    interrupted, moved or computed beside others draws what it would have drawn alone.
-    """
-    # TODO 2.10: the likeliest, or a draw (`torch.multinomial`) with the generator for this seed and index.
-    raise NotImplementedError("TODO 2.10")
-
-
 def sampling_probs(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution that a token is drawn from, at a temperature above 0. logits: (V,). Returns (V,), summing to 1.
+    """Return the distribution to draw a token from, for a temperature above 0. logits: (V,). Returns (V,), sum 1.
 
-    Temperature comes first; then top_k, top_p and min_p, each on what the one before left, and only where set
+    Apply the temperature first, then top_k, top_p and min_p, each to what the one before left, and only if it is set
     (0, 1 and 0 mean unset). In float32 at least.
     """
-    # TODO 2.14: the order matters: top_p of the flattened distribution keeps other tokens than of the sharp one.
+    # TODO 2.14: keep this order; a higher temperature changes which tokens top_p keeps.
     raise NotImplementedError("TODO 2.14")
 
 
 def draw_generator(seed: int | None, index: int) -> torch.Generator:
-    """The randomness for output token `index` of a request with this seed; with seed None, fresh every time."""
+    """Return the generator for output token `index` of a request with this seed; for seed None, a random one."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -395,10 +305,21 @@ def draw_generator(seed: int | None, index: int) -> torch.Generator:
     return generator
 
 
+def sample(logits: Tensor, params: SamplingParams, index: int) -> int:
+    """Choose output token number `index` of a request. logits: (V,). Returns a token id.
+
+    At temperature 0, return the likeliest token. Otherwise draw from `sampling_probs`, with randomness that depends on
+    params.seed and index only. So there is no state to save: a request that is preempted, moved or batched with others
+    draws the same tokens as alone.
+    """
+    # TODO 2.10: return the likeliest, or draw (`torch.multinomial`, on the CPU) with this index's `draw_generator`.
+    raise NotImplementedError("TODO 2.10")
+
+
 def adjust_logits(
     logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], stop_ids: Sequence[int]
 ) -> Tensor:
-    """Apply the penalties, and forbid an end before `min_tokens`. logits: (V,). Returns (V,), a new tensor if changed.
+    """Apply the penalties, and forbid stop tokens before `min_tokens`. logits: (V,), left unchanged. Returns (V,).
 
     The repetition penalty divides positive scores and multiplies negative ones: both make the token less likely.
     """
@@ -410,102 +331,106 @@ def adjust_logits(
     if output and (params.presence_penalty or params.frequency_penalty):
         counts = torch.bincount(torch.tensor(output), minlength=logits.shape[-1]).to(logits)
         logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
-    if stop_ids and len(output) < params.min_tokens:
-        logits = logits.index_fill(0, torch.tensor(sorted(stop_ids), device=logits.device), -math.inf)
+    if len(output) < params.min_tokens:
+        stop_ids = [token_id for token_id in stop_ids if token_id < logits.shape[-1]]
+        logits = logits.index_fill(0, torch.tensor(stop_ids, dtype=torch.long, device=logits.device), -math.inf)
     return logits
 
 
 def top_logprobs(logits: Tensor, token_id: int, k: int) -> dict[int, float]:
-    """Natural log-probabilities by token id: of the chosen token, which is first, and the k likeliest. logits: (V,)."""
+    """Return natural log-probabilities by token id: of the chosen token, then of the k likeliest. logits: (V,)."""
     logprobs = upcast(logits).log_softmax(-1)
-    best = logprobs.topk(k)
+    best = logprobs.topk(min(k, logits.shape[-1]))
     return {token_id: logprobs[token_id].item(), **dict(zip(best.indices.tolist(), best.values.tolist()))}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# From tokens to text
+# Text
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class TextStream:
-    """Turns tokens into text as they come. A token is a piece of bytes, and a character may need several tokens."""
+    """Converts tokens to text as they come. A token stands for some bytes, and a character may need several tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.held = b""  # bytes that do not make a whole character yet
+        self.held = b""  # the bytes of an unfinished character
 
     def push(self, token_id: int) -> str:
-        """Take one token; return the text that is certain now, and hold back the bytes of an unfinished character.
+        """Add one token and return the new text, except the bytes of an unfinished character, which are held back.
 
-        Bytes that can never become a character give U+FFFD, at once.
+        Bytes that can never become a character give U+FFFD at once.
         """
-        # TODO 2.11: add `tokenizer.token_bytes(token_id)` to what is held, decode as far as it is whole.
-        # A decoder from `codecs.getincrementaldecoder("utf-8")` knows the difference, and `getstate()` tells it.
+        # TODO 2.11: append `tokenizer.token_bytes(token_id)` to `held` and decode all whole characters. A decoder
+        # from `codecs.getincrementaldecoder("utf-8")` does that; its `getstate()` has the bytes that are left.
         raise NotImplementedError("TODO 2.11")
 
     def flush(self) -> str:
-        """No token will follow: whatever is held can no longer become whole, and is given as U+FFFD."""
+        """Return the held bytes as U+FFFD, because no token follows that could complete them."""
         text, self.held = self.held.decode(errors="replace"), b""
         return text
 
 
 class StopChecker:
-    """Lets text pass until a stop string occurs in it, even one that arrives in several pieces."""
+    """Passes text on until a stop string occurs, even one that arrives in several pieces."""
 
     def __init__(self, stop: Sequence[str]):
         self.stop = tuple(stop)
-        self.held = ""  # the end of the text so far, where it could be the beginning of a stop string
-        self.found: str | None = None
+        self.held = ""  # the end of the text so far, if it may be the beginning of a stop string
+        self.found: str | None = None  # the stop string that occurred
 
     def push(self, text: str) -> str:
-        """Take the next piece; return what may be shown for certain.
+        """Add a piece of text and return what can be shown now.
 
-        When a stop string is complete, `found` is set and what stands before it is returned; of several, the one
-        that begins first counts. What could still become a stop string is held back, and nothing else.
+        If a stop string is complete, set `found` and return the text before it; of several, the one that begins first
+        counts. Otherwise hold back the end of the text that may become a stop string, and nothing else.
         """
-        # TODO 2.12: look for whole stop strings first; then hold back the longest end of the text that is the
-        # beginning of one.
+        # TODO 2.12: look for whole stop strings first; then find the longest end of the text that is the beginning
+        # of one.
         raise NotImplementedError("TODO 2.12")
 
     def flush(self) -> str:
-        """No text will follow: what was held back is no stop string after all."""
+        """Return the text that was held back, because no text follows that could complete a stop string."""
         text, self.held = self.held, ""
         return text
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The loop
+# Generation
 # ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class RequestOutput:
-    """What a request has brought forth so far. `token_ids` has the end-of-sequence token too; `text` does not."""
+    """The output of a request so far."""
 
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None  # "stop": by a token or string that ends it; "length": no room for more
-    logprobs: list[dict[int, float]] = field(default_factory=list)  # of each token, as `top_logprobs` gives them
+    token_ids: list[int] = field(default_factory=list)  # with the token that ended it
+    text: str = ""  # without the token or string that ended it
+    finish_reason: str | None = None  # "stop": a stop token or string; "length": max_tokens, or the context is full
+    logprobs: list[dict[int, float]] = field(default_factory=list)  # per token, from `top_logprobs`
 
 
 def check_prompt(prompt_token_ids: Sequence[int], config: ModelConfig, params: SamplingParams) -> None:
-    """Refuse what cannot be generated from, with the reason."""
-    if not prompt_token_ids:
+    """Raise ValueError, with the reason, for a prompt that cannot be continued."""
+    if not len(prompt_token_ids):
         raise ValueError("The prompt is empty: there is no token to continue from.")
     if len(prompt_token_ids) >= config.max_position_embeddings:
         raise ValueError(
-            f"The prompt has {len(prompt_token_ids)} tokens; the model sees {config.max_position_embeddings}, and "
-            "one at least must be left for the answer."
+            f"The prompt has {len(prompt_token_ids)} tokens; the context has {config.max_position_embeddings}, and at "
+            "least one is needed for the output."
         )
-    if wrong := [token_id for token_id in prompt_token_ids if not 0 <= token_id < config.vocab_size]:
-        raise ValueError(f"The prompt has token id {wrong[0]}; the vocabulary ends at {config.vocab_size - 1}.")
+    for token_id in prompt_token_ids:
+        if not isinstance(token_id, Integral):
+            raise ValueError(f"The prompt has {token_id!r} among its token ids, which are whole numbers.")
+        if not 0 <= token_id < config.vocab_size:
+            raise ValueError(f"The prompt has token id {token_id}; the vocabulary ends at {config.vocab_size - 1}.")
     if params.n != 1:
         raise ValueError(f"SamplingParams: n is {params.n}; generate makes one sample: call it for params.children().")
 
 
 def recompute(model: Llama, token_ids: Sequence[int]) -> Tensor:
-    """Scores of what follows these tokens: (V,). Nothing is remembered, so all of them are computed, every time."""
-    # TODO 2.17: positions 0, 1, ...; forward with `causal_attend`; logits of the last token, and of no other.
+    """Return the scores (V,) of the token after these. Nothing is remembered: every call computes all tokens."""
+    # TODO 2.17: run the model at positions 0, 1, ... with `causal_attend`; compute logits of the last token only.
     raise NotImplementedError("TODO 2.17")
 
 
@@ -518,12 +443,12 @@ def generate(
     on_text: Callable[[str], None] = lambda piece: None,
     next_logits: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> RequestOutput:
-    """Continue a prompt, token by token; `on_text` is called with each piece of text as soon as it is certain.
+    """Continue a prompt token by token, calling `on_text` with each piece of text as soon as it is certain.
 
-    It ends at one of the tokenizer's `eos_token_ids` (unless `ignore_eos`), at a stop token or a stop string
-    ("stop"), after `max_tokens`, or when the context is full ("length"); where both are true of one token, it is
-    "stop". `next_logits` is called with all tokens so far and returns the scores (V,) of the next: by default it is
-    `recompute`, and every step computes the whole sequence again, which is what lesson 3 is about.
+    Generation ends ("stop") at one of the tokenizer's `eos_token_ids` (unless `ignore_eos`), a stop token or a stop
+    string, or ("length") after `max_tokens` or when the context is full; if both hold, it is "stop". Text of the first
+    `min_tokens` tokens is not searched for stop strings. `next_logits` maps all tokens so far to the scores (V,) of the
+    next; the default, `recompute`, computes the whole sequence at every step, which lesson 3 changes.
     """
     next_logits = next_logits or partial(recompute, model)
     check_prompt(prompt_token_ids, model.config, params)
@@ -537,7 +462,7 @@ def generate(
             on_text(piece)
 
     # TODO 2.13: until there is a finish_reason: `next_logits` of prompt and output, `adjust_logits`, `sample`,
-    # append. A stop token adds no text; any other goes through `stream`, then `checker`. When it ends
-    # otherwise than by a stop string, `show` what both still hold. Where `params.logprobs` is set, report
-    # `top_logprobs` of the model's own logits.
+    # append. A stop token adds no text; any other goes through `stream`, and then through `checker` unless it is one of
+    # the first `min_tokens`. At the end, unless a stop string was found, `show` what both still hold. If
+    # `params.logprobs` is set (it may be 0), append `top_logprobs` of the model's own logits.
     raise NotImplementedError("TODO 2.13")

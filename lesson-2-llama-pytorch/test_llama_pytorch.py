@@ -126,23 +126,18 @@ class TestParseConfig:
         equal(code.parse_config(QWEN_3).tie_word_embeddings, True, "tie_word_embeddings of Qwen3 0.6B")
 
     def test_biases(self, code):
-        def biases(config: dict) -> list[bool]:
+        both = {"attention_bias": True, "mlp_bias": True}
+        for config, expected, case in (
+            (LLAMA_3_8B, (False, False, False), "Llama 3 8B"),
+            (LLAMA_2_7B, (False, False, False), "Llama 2, whose file names no bias"),
+            (QWEN_2_5, (True, False, False), "Qwen2.5, whose file names no bias"),
+            ({**QWEN_2_5, **both}, (True, False, False), "a Qwen2 with attention_bias and mlp_bias, which it ignores"),
+            ({**LLAMA_3_8B, **both}, (True, True, True), "a Llama with attention_bias and mlp_bias"),
+            ({**QWEN_3, **both}, (True, True, False), "a Qwen3 with attention_bias, and an mlp_bias that it ignores"),
+        ):
             parsed = code.parse_config(config)
-            return [parsed.qkv_bias, parsed.o_bias, parsed.mlp_bias]
-
-        equal(biases(LLAMA_3_8B), [False, False, False], "[qkv_bias, o_bias, mlp_bias] of Llama 3 8B")
-        equal(
-            biases(LLAMA_2_7B), [False, False, False], "[qkv_bias, o_bias, mlp_bias] of Llama 2, whose file names none"
-        )
-        equal(biases(QWEN_2_5), [True, False, False], "[qkv_bias, o_bias, mlp_bias] of Qwen2.5, whose file names none")
-        both = {**QWEN_2_5, "attention_bias": True, "mlp_bias": True}
-        equal(biases(both), [True, False, False], "the biases of a Qwen2, whatever its file says (here both are true)")
-        both = {**LLAMA_3_8B, "attention_bias": True, "mlp_bias": True}
-        equal(biases(both), [True, True, True], "the biases of a Llama with attention_bias and mlp_bias")
-        both = {**QWEN_3, "attention_bias": True, "mlp_bias": True}
-        equal(
-            biases(both), [True, True, False], "the biases of a Qwen3 with attention_bias, and an mlp_bias it ignores"
-        )
+            for name, value in zip(("qkv_bias", "o_bias", "mlp_bias"), expected):
+                equal(getattr(parsed, name), value, f"{name} of {case}")
 
     def test_qk_norm(self, code):
         norms = [code.parse_config(config).qk_norm for config in (LLAMA_2_7B, LLAMA_3_8B, QWEN_2_5, QWEN_3)]
@@ -267,6 +262,11 @@ class TestCausalAttend:
                 f"causal_attend on {tokens} tokens, called again for layer {layer}",
             )
 
+    def test_16_bits(self, code):
+        q, k, v = (noise(3, heads, 4, seed=heads).bfloat16() for heads in (4, 2, 2))
+        expected = naive_attention(q.float(), k.float(), v.float()).bfloat16()
+        close(code.causal_attend(0, q, k, v), expected, "causal_attend in bfloat16", rtol=2e-2, atol=2e-2)
+
     def test_one_token(self, code):
         v = noise(1, 2, 4)
         close(code.causal_attend(0, noise(1, 2, 4), noise(1, 2, 4), v), v, "causal_attend of one token (it is v)")
@@ -346,6 +346,14 @@ class TestAttentionForward:
         close(k, naive_rotate(expected_k, cos, sin), "the k that attend gets")
         mixed = (q * 2 + 1).reshape(self.T, self.H * self.D)
         close(out, (mixed @ attention.o_proj.weight.T).detach(), "what Attention returns", rtol=1e-4, atol=1e-5)
+
+    def test_16_bits(self, code):
+        attention = self.attention(code, qkv_bias=True).bfloat16()
+        hidden, angles, recorder = noise(self.T, self.HIDDEN, seed=1).bfloat16(), noise(self.T, 3, seed=2), Recorder()
+        with torch.inference_mode():
+            out = attention(hidden, angles.cos(), angles.sin(), recorder)
+        dtypes = {name: str(x.dtype) for name, x in zip(("q", "k", "v", "out"), (*recorder.calls[0][1:], out))}
+        equal(dtypes, dict.fromkeys(dtypes, "torch.bfloat16"), "the dtypes of q, k, v and the result, in bfloat16")
 
     def test_layer_number(self, code):
         equal(self.run(self.attention(code, layer=5))[-1][0], 5, "the layer number that attend gets in layer 5")
@@ -704,6 +712,13 @@ class TestKeepTopK:
             expected = torch.tensor([x if x >= ranks[k - 1] else NO for x in logits.tolist()])
             close(code.keep_top_k(logits.clone(), k), expected, f"keep_top_k of 200 scores, k={k}")
 
+    def test_another_dtype_and_device(self, code):
+        logits = torch.tensor([1.0, 4.0, 2.0]).bfloat16()
+        close(
+            code.keep_top_k(logits, 1), torch.tensor([NO, 4.0, NO]).bfloat16(), "keep_top_k([1, 4, 2], k=1), bfloat16"
+        )
+        elsewhere(lambda: code.keep_top_k(logits.to("meta"), 1), "keep_top_k", "`logits.device`")
+
     def test_leaves_its_input(self, code):
         logits = torch.tensor([1.0, 4.0, 2.0])
         before = logits.clone()
@@ -769,6 +784,11 @@ class TestKeepTopP:
             logits = 3 * noise(100, seed=seed)
             close(code.keep_top_p(logits.clone(), p), naive_top_p(logits, p), f"keep_top_p of 100 scores, p={p}")
 
+    def test_another_dtype_and_device(self, code):
+        logits = torch.tensor([1.0, 4.0, 2.0]).double()
+        close(code.keep_top_p(logits, 0.5), torch.tensor([NO, 4.0, NO]).double(), "keep_top_p([1, 4, 2], 0.5), float64")
+        elsewhere(lambda: code.keep_top_p(logits.to("meta"), 0.5), "keep_top_p", "`logits.device`")
+
     def test_leaves_its_input(self, code):
         logits = self.LOGITS.clone()
         code.keep_top_p(logits, 0.5)
@@ -812,6 +832,11 @@ class TestKeepMinP:
         sure, unsure = torch.tensor([9.0, 1.0, 1.0, 0.0, 0.5]), torch.tensor([1.1, 1.0, 1.0, 0.0, 0.5])
         kept = [int((code.keep_min_p(x.clone(), 0.2) > NO).sum()) for x in (sure, unsure)]
         equal(kept, [1, 5], "how many tokens keep_min_p(p=0.2) leaves of a sure and of an unsure distribution")
+
+    def test_another_dtype_and_device(self, code):
+        logits = torch.tensor([1.0, 4.0, 2.0]).double()
+        close(code.keep_min_p(logits, 0.5), torch.tensor([NO, 4.0, NO]).double(), "keep_min_p([1, 4, 2], 0.5), float64")
+        elsewhere(lambda: code.keep_min_p(logits.to("meta"), 0.5), "keep_min_p", "`logits.device`")
 
     def test_leaves_its_input(self, code):
         logits = self.LOGITS.clone()
@@ -1271,6 +1296,15 @@ class TestGenerate:
         output, _, _ = self.run(code, [EOS, EOS, ONE, EOS], rival=TWO, min_tokens=2)
         self.check(output, [TWO, TWO, ONE, EOS], " two two one", "stop", "min_tokens=2, </s> likeliest, two second")
 
+    def test_a_stop_string_before_min_tokens(self, code):
+        script = [EN, D, ONE, EN, D, TWO]
+        output, _, _ = self.run(code, script, stop="END", min_tokens=3)
+        case = "stop='END', min_tokens=3: ' EN', 'D', one, ' EN', 'D' (the first END is too early)"
+        self.check(output, script[:5], " END one ", "stop", case)
+        output, _, _ = self.run(code, [ONE, EN, D, EN, D], stop="D", min_tokens=2)
+        case = "stop='D', min_tokens=2: one, ' EN', 'D' (the third token may end it)"
+        self.check(output, [ONE, EN, D], " one EN", "stop", case)
+
     def test_penalties(self, code):
         output, _, _ = self.run(code, [ONE, ONE, ONE, EOS], rival=TWO, presence_penalty=2.0, max_tokens=3)
         self.check(output, [ONE, TWO, ONE], " one two one", "length", "presence_penalty=2, one likeliest, two second")
@@ -1298,6 +1332,10 @@ class TestGenerate:
         close(output.logprobs[0][ONE], 5 - total, "logprobs[0] of the token that was chosen")
         output, _, _ = self.run(code, [ONE, EOS], rival=TWO, logprobs=1, min_tokens=1)
         close(output.logprobs[0][ONE], 5 - total, "logprobs are the model's own, whatever min_tokens and penalties do")
+        output, _, _ = self.run(code, [ONE, EOS], rival=TWO, logprobs=0)
+        equal(
+            [list(logprobs) for logprobs in output.logprobs], [[ONE], [EOS]], "the tokens in logprobs, for logprobs=0"
+        )
         output, _, _ = self.run(code, [ONE, EOS])
         equal(output.logprobs, [], "logprobs where none were asked for")
 

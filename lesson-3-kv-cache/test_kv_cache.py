@@ -82,8 +82,7 @@ def refused(call, what: str, left) -> None:
     except ValueError:
         return
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        holds(False, f"{what} should raise ValueError; it raised {text}", actual=text)
+        holds(False, f"{what} should raise ValueError; it raised {type(error).__name__}: {error}")
     name, value = left()
     holds(False, f"{what} should raise ValueError; it left {name} {value}.", actual=value)
 
@@ -151,6 +150,15 @@ class TestFoldGroups:
         q = noise(2, 3, 4)
         close(code.fold_groups(q, 3), q.transpose(0, 1), "fold_groups of 3 heads with 3 KV heads")
         close(code.fold_groups(q, 1)[0, 2:4], q[:, 1], "rows 2 and 3 of fold_groups of (2, 3, 4) with 1 KV head")
+
+    def test_the_dtype_stays(self, code):
+        for dtype in (torch.bfloat16, torch.float64):
+            q = noise(2, 4, 3).to(dtype)
+            close(code.fold_groups(q, 4), q.transpose(0, 1), f"fold_groups of 4 heads in {dtype}, 4 KV heads")
+
+    def test_on_another_device(self, code):
+        q = noise(2, 4, 3).to("meta")
+        elsewhere(lambda: code.fold_groups(q, 2), "fold_groups(q, 2)", "`q.device`")
 
 
 @exercise("3.1", points=2)
@@ -433,7 +441,8 @@ class TestGenerate:
         pieces = []
         output, expected = self.both(code, pieces=pieces)
         self.check(output, expected, "12 greedy tokens, beside lesson 2's generate")
-        equal("".join(pieces), expected.text, "the pieces that on_text gets, joined")
+        texts = [output.text, "".join(pieces)]
+        equal(texts, [expected.text, expected.text], "[output.text, the pieces that on_text gets, joined]")
 
     def test_sampled(self, code):
         output, expected = self.both(code, temperature=1.0, top_p=0.9, seed=4)

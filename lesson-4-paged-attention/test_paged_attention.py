@@ -36,8 +36,7 @@ def refused(call, what: str, left) -> None:
     except ValueError:
         return
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        holds(False, f"{what} should raise ValueError; it raised {text}", actual=text)
+        holds(False, f"{what} should raise ValueError; it raised {type(error).__name__}: {error}")
     words, value = left()
     holds(False, f"{what} should raise ValueError; {words}.", actual=value)
 
@@ -104,7 +103,7 @@ class TestHashBlock:
                     alike.append(f"[{one}, 5] and [{other}, 5]")
             except (ValueError, OverflowError) as error:
                 text = f"{type(error).__name__}: {error}"
-                holds(False, f"hash_block(None, [{other}, 5]) raises {text}: token ids can be that large.", actual=text)
+                holds(False, f"hash_block(None, [{other}, 5]) raises {text}: token ids can be that large.")
         holds(not alike, f"These have the same value, and must not: {'; '.join(alike)}.", actual=alike)
 
     def test_the_same_again(self, code):
@@ -134,6 +133,21 @@ class TestGetNewBlocks:
         for freed in (2, 0, 3):
             pool.free_blocks([blocks[freed]])
         equal(ids(pool.get_new_blocks(2)), [2, 0], "get_new_blocks(2), after 2, 0 and 3 became free in this order")
+
+    def test_a_block_with_a_hash_has_no_privilege(self, code):
+        pool = code.BlockPool(3)
+        block, *_ = pool.get_new_blocks(2)
+        pool.remember(block, code.hash_block(None, [4, 5]))
+        pool.free_blocks([block])
+        order = "where 2 and 0 are free, 2 the longest, and 0 has a hash"
+        equal(ids(pool.get_new_blocks(2)), [2, 0], f"get_new_blocks(2), {order}")
+        pool = code.BlockPool(3)
+        first, second, _ = pool.get_new_blocks(3)
+        pool.remember(first, code.hash_block(None, [4, 5]))
+        pool.free_blocks([first, second])
+        equal(
+            ids(pool.get_new_blocks(1)), [0], "get_new_blocks(1), where 0 and 1 are free, and 0, the oldest, has a hash"
+        )
 
     def test_what_it_held_is_not_found_any_more(self, code):
         pool = code.BlockPool(3)
@@ -395,8 +409,7 @@ class TestAllocateSlots:
             blocks = manager.allocate_slots(sequence, *arguments, **named)
         except ValueError as error:
             should = "return None" if expected is None else f"return the blocks {expected}"
-            text = f"ValueError: {error}"
-            holds(False, f"allocate_slots, {what}, should {should}; it raised {text}", actual=text)
+            holds(False, f"allocate_slots, {what}, should {should}; it raised ValueError: {error}")
         got = None if blocks is None else ids(blocks)
         if expected is None:
             holds(got is None, f"allocate_slots, {what}, should return None; it returned the blocks {got}.", got)
@@ -430,6 +443,23 @@ class TestAllocateSlots:
         sequence.num_computed_tokens = 3
         self.allocate([], "for the fourth token, where there is room for 8", manager, sequence, 1)
         equal(manager.block_table("a"), [0, 1], "the block table, which had room enough")
+
+    def test_lookahead_alone(self, code):
+        manager = code.KVCacheManager(6, 4)
+        sequence = code.PagedSequence("a", list(range(4)))
+        self.allocate([0], "for 4 tokens, in blocks of 4", manager, sequence, 4)
+        sequence.num_computed_tokens = 4
+        self.allocate([1], "for no new token and 3 draft tokens after 4, in blocks of 4", manager, sequence, 0, 3)
+
+    def test_computed_tokens_are_not_counted_up(self, code):
+        manager = code.KVCacheManager(6, 4)
+        sequence = code.PagedSequence("a", list(range(9)), num_computed_tokens=0)
+        manager.allocate_slots(sequence, 5, 2)
+        equal(
+            sequence.num_computed_tokens,
+            0,
+            "num_computed_tokens after allocate_slots, which reserves and computes none",
+        )
 
     def test_the_pool_is_too_full(self, code):
         manager = code.KVCacheManager(3, 4)
@@ -562,6 +592,24 @@ class TestFork:
         manager.trim(child)
         tables = (manager.block_table("parent"), manager.block_table("child"))
         equal(tables, ([0, 1], [0]), "(the parent's table, the child's), after the child gave up its second block,")
+
+    def test_hashes_of_its_own(self, code):
+        manager, parent, child = self.forked(code, 6)
+        for sequence, token_ids in ((child, [50, 51]), (parent, [7, 8])):
+            sequence.all_token_ids = [*sequence.all_token_ids, *token_ids]
+            manager.allocate_slots(sequence, 8 - sequence.num_computed_tokens)
+            sequence.num_computed_tokens = 8
+            manager.cache_blocks(sequence, 8)
+        found = [
+            ids(manager.get_computed_blocks(code.PagedSequence("new", [1, 2, 3, 4, 5, 6, *rest, 9]))[0])
+            for rest in ([7, 8], [50, 51])
+        ]
+        tables = [manager.block_table("parent"), manager.block_table("child")]
+        equal(
+            found,
+            tables,
+            "the blocks found for the parent's 8 tokens and for the child's, which differ in the last two,",
+        )
 
     def test_either_may_go(self, code):
         manager, parent, child = self.forked(code, 6)
@@ -783,6 +831,27 @@ class TestPartialAttention:
         close(got.total, total, f"total: {what}")
         close(got.weighted, weighted, f"weighted: {what}")
 
+    def test_very_low_scores(self, code):
+        self.check(
+            code.partial_attention(
+                torch.tensor([[1.0]]), torch.tensor([[-1e6], [-1e6]]), torch.tensor([[2.0], [4.0]]), everything(1, 2)
+            ),
+            ([-1e6], [2.0], [[6.0]]),
+            "two scores of -1,000,000, values 2 and 4",
+        )  # fmt: skip
+
+    def test_float64(self, code):
+        q, k, v = (noise(3, 4, seed=seed).double() for seed in range(3))
+        weights = ((q @ k.T / 2) - (q @ k.T / 2).amax(-1, keepdim=True)).exp()
+        got = code.partial_attention(q, k, v, everything(3, 3))
+        close(got.total, weights.sum(-1), "total of q, k and v in float64", rtol=1e-12)
+        close(got.weighted, weights @ v, "weighted of q, k and v in float64", rtol=1e-12)
+
+    def test_on_another_device(self, code):
+        q, k, v = (noise(2, 4, seed=seed).to("meta") for seed in range(3))
+        mask = everything(2, 2).to("meta")
+        elsewhere(lambda: code.partial_attention(q, k, v, mask).weighted, "partial_attention", "`q.device`")
+
     def test_16_bits(self, code):
         q, k = torch.full((1, 2), 300.0).half(), torch.full((2, 2), 300.0).half()
         self.check(
@@ -841,6 +910,14 @@ class TestMergePartials:
             merged = code.merge_partials(first, second)
             for name, actual, value in zip(("maximum", "total", "weighted"), merged, expected):
                 close(actual, torch.tensor(value), f"{name} of {what}", rtol=1e-4)
+
+    def test_very_low_scores(self, code):
+        first, second = self.single(code, -1e6, 4.0), self.single(code, -1e6, 10.0)
+        self.check(code.merge_partials(first, second), ([-1e6], [2.0], [[14.0]]), "two scores of -1,000,000, merged")
+
+    def test_on_another_device(self, code):
+        one = code.Partial(*(x.to("meta") for x in self.single(code, 1.0, 4.0)))
+        elsewhere(lambda: code.merge_partials(one, one).weighted, "merge_partials", "the arguments' device")
 
     def test_axes(self, code):
         # All axes are 3 wide, so a scale that meets the wrong axis fits, and is wrong.
@@ -992,13 +1069,15 @@ class TestSlotMapping:
         equal(code.slot_mapping([7, 2, 5], 4, 0, 4), [], "slot_mapping([7, 2, 5], 4, 0, 4)")
 
 
-def small_cache(code, num_blocks=5, block_size=3, num_layers=4, layers=None, num_kv_heads=2, head_dim=4):
+def small_cache(
+    code, num_blocks=5, block_size=3, num_layers=4, layers=None, num_kv_heads=2, head_dim=4, device="cpu", dtype=None
+):
     """A cache for a model that has only what the cache asks of it."""
     attention = SimpleNamespace(k_proj=SimpleNamespace(out_features=num_kv_heads * head_dim), head_dim=head_dim)
     layer = SimpleNamespace(self_attn=attention)
-    inner = SimpleNamespace(layers=[layer] * num_layers, norm=SimpleNamespace(weight=torch.ones(8)))
+    inner = SimpleNamespace(layers=[layer] * num_layers, norm=SimpleNamespace(weight=torch.ones(8, device=device)))
     model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=num_layers), model=inner)
-    return code.PagedKVCache(model, num_blocks, block_size, layers=layers)
+    return code.PagedKVCache(model, num_blocks, block_size, layers=layers, dtype=dtype)
 
 
 def filled(cache):
@@ -1032,6 +1111,16 @@ class TestWrite:
 
     def test_one_token(self, code):
         self.check(code, None, 3, 3, [5], "after a write of one token to slot 5 of layer 3")
+
+    def test_on_another_device(self, code):
+        cache, slots = small_cache(code, device="meta"), torch.tensor([0, 4], device="meta")
+        k, v = noise(2, 2, 4).to("meta"), noise(2, 2, 4).to("meta")
+
+        def written():
+            cache.write(0, slots, k, v)
+            return cache.keys
+
+        elsewhere(written, "write", "`self.keys.device`")
 
 
 @exercise("4.5", points=2)
@@ -1096,6 +1185,17 @@ class TestGather:
             f"{' and the '.join(touched)} too.",
             actual=touched,
         )
+
+    def test_another_dtype(self, code):
+        cache = filled(small_cache(code, num_kv_heads=1, head_dim=1, dtype=torch.bfloat16))
+        for start, end in ((0, 7), (1, 2)):
+            keys, _ = cache.gather(0, torch.tensor([[4, 0, 2]]), start, end)
+            expected = torch.tensor([12.0, 13, 14, 0, 1, 2, 6])[start:end].view(1, -1, 1, 1).bfloat16()
+            close(keys, expected, f"keys of positions {start} to {end} of a cache in bfloat16, table [4, 0, 2]")
+
+    def test_on_another_device(self, code):
+        cache, tables = small_cache(code, device="meta"), torch.tensor(self.TABLES, device="meta")
+        elsewhere(lambda: cache.gather(0, tables, 1, 5)[0], "gather", "`block_tables.device`")
 
     def test_one_long_block(self, code):
         cache = small_cache(code, num_blocks=2, block_size=400)
@@ -1178,6 +1278,31 @@ class TestAttend:
             code, requests, [whole, second], new, "where a request reads the block that another of the batch writes"
         )
         self.check(code, requests[::-1], [second, whole], new, "the same two the other way round")
+
+    def test_one_batch_after_another(self, code):
+        cache, (k, v) = small_cache(code, num_blocks=9), self.history(5, 1)
+        q = noise(5, 4, 4, seed=9)
+        for start, end in ((0, 3), (3, 4), (4, 5)):
+            attend = cache.attend(self.metadata(code, 3, [([4, 2], end, end - start)]))
+            expected = torch.stack([naive_attention(q[t], k, v, t) for t in range(start, end)])
+            what = f"attend for tokens {start} to {end}, whose metadata is another than that of the call before"
+            close(attend(1, q[start:end], k[start:end], v[start:end]), expected, what, rtol=1e-4, atol=1e-5)
+
+    def test_16_bits(self, code):
+        cache, (k, v) = small_cache(code, num_blocks=9, dtype=torch.bfloat16), self.history(4, 1)
+        q, k, v = noise(4, 4, 4, seed=9).bfloat16(), k.bfloat16(), v.bfloat16()
+        expected = torch.stack([naive_attention(q[t], k, v, t) for t in range(4)])
+        got = cache.attend(self.metadata(code, 3, [([4, 2], 4, 4)]))(1, q, k, v)
+        close(got, expected, "attend of 4 tokens in bfloat16", rtol=2e-2, atol=2e-2)
+
+    def test_on_another_device(self, code):
+        cache = small_cache(code, num_blocks=9, device="meta")
+        metadata = self.metadata(code, 3, [([4, 2], 5, 1), ([0], 2, 1)])
+        metadata = code.AttentionMetadata(
+            metadata.query_start, metadata.context_lens, metadata.slot_mapping.to("meta"), metadata.block_tables
+        )
+        q, k, v = (noise(2, heads, 4).to("meta") for heads in (4, 2, 2))
+        elsewhere(lambda: cache.attend(metadata)(1, q, k, v), "attend", "`q.device`")
 
     def test_each_layer_its_own(self, code):
         cache = small_cache(code, num_blocks=9)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import threading
+from collections import deque
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -63,6 +65,19 @@ class TestHeadGroups:
     def test_one_head_for_all(self, code):
         self.check(code, 5, 1, [(range(0, 3), range(0, 1)), (range(3, 5), range(0, 1))])
 
+    def test_five_heads_on_eight_ranks(self, code):
+        queries = [
+            range(0, 1),
+            range(1, 2),
+            range(2, 3),
+            range(3, 4),
+            range(4, 5),
+            range(5, 6),
+            range(6, 8),
+            range(8, 10),
+        ]
+        self.check(code, 10, 5, [(own, range(own.start // 2, own.start // 2 + 1)) for own in queries])
+
     def test_fewer_heads_than_ranks(self, code):
         self.check(
             code,
@@ -104,6 +119,7 @@ class TestStageLayers:
     def test_the_head_is_work_too(self, code):
         self.check(code, 30, 8, [range(0, 19), range(19, 30)])
         self.check(code, 10, 2.3, [range(0, 4), range(4, 8), range(8, 10)])
+        self.check(code, 10, 0.6, [range(0, 3), range(3, 5), range(5, 8), range(8, 10)])
 
     def test_every_stage_has_a_layer(self, code):
         self.check(code, 4, 100, [range(0, 2), range(2, 3), range(3, 4)])
@@ -165,10 +181,10 @@ class TestBubbleFraction:
 @exercise("6.6", points=1)
 class TestCommunicationCost:
     def test_seconds(self, code):
-        what = "seconds for {} bytes over {} ranks, 1 ms a message, 1e6 bytes/s"
-        close(code.communication_cost(4000, 4, 1e-3, 1e6), 6 * (1e-3 + 1e-3), what.format(4000, 4))
-        close(code.communication_cost(4000, 2, 1e-3, 1e6), 2 * (1e-3 + 2e-3), what.format(4000, 2))
-        close(code.communication_cost(0, 3, 1e-3, 1e6), 4e-3, what.format(0, 3))
+        what = "seconds for {} bytes over {} ranks, 5 ms a message, 1e6 bytes/s"
+        close(code.communication_cost(4000, 4, 5e-3, 1e6), 6 * (5e-3 + 1e-3), what.format(4000, 4))
+        close(code.communication_cost(4000, 2, 5e-3, 1e6), 2 * (5e-3 + 2e-3), what.format(4000, 2))
+        close(code.communication_cost(0, 3, 5e-3, 1e6), 20e-3, what.format(0, 3))
 
     def test_alone(self, code):
         close(float(code.communication_cost(4000, 1, 1e-3, 1e6)), 0.0, "seconds for a rank that is alone")
@@ -257,13 +273,18 @@ class TestRingAllReduce:
         close(stacked(results), torch.stack([sum(xs)] * 3), "what 3 ranks have after ring_all_reduce of six numbers")
 
     def test_what_is_sent(self, code):
-        _, groups = ring(code, [counted(8) for _ in range(4)])
-        equal(groups[1].sizes, [2] * 6, "how many numbers rank 1 of 4 sends in each message, of 8 numbers")
+        _, groups = ring(code, [counted(2, 4) for _ in range(4)])
+        equal(groups[1].sizes, [2] * 6, "how many numbers rank 1 of 4 sends in each message, of two rows of four")
 
     def test_the_input_is_left_alone(self, code):
         xs = [counted(4), counted(4) + 1]
         ring(code, xs)
         close(xs[0], counted(4), "x itself, after ring_all_reduce")
+
+    def test_transposed(self, code):
+        xs = [counted(3, 4).T * 10**rank for rank in range(2)]
+        results, _ = ring(code, xs)
+        close(stacked(results), torch.stack([sum(xs)] * 2), "what 2 ranks have after ring_all_reduce of a matrix's .T")
 
     def test_alone(self, code):
         results, _ = ring(code, [counted(3)])
@@ -515,7 +536,13 @@ class TestWorkerLoop:
             holds(left, "worker_loop asks for a command after it was told that there are no more, or after an error.")
             return left.pop(0)
 
-        code.worker_loop(receive, run, sent.append, 2)
+        try:
+            code.worker_loop(receive, run, sent.append, 2)
+        except (ValueError, RuntimeError) as error:
+            failed = bool(sent) and isinstance(sent[-1], code.Failure)
+            what = "sends a Failure and raises the error again" if failed else "raises what `run` has raised"
+            sentence = f"worker_loop {what}; it should send a Failure to rank 0 and return."
+            raise CheckFailed(sentence, "error", f"{error}, Failure sent: {failed}") from None
         return sent, left
 
     def test_results_are_sent(self, code):
@@ -523,11 +550,15 @@ class TestWorkerLoop:
         equal(sent, [10, 20, 30], "what is sent, if commands 1, 2, 3 give 10, 20, 30")
         equal(left, [], "the commands that are left")
 
+    def test_commands_that_count_as_false(self, code):
+        sent, _ = self.run(code, [1, 0, [], 2, None], lambda command: f"did {command}")
+        expected = ["did 1", "did 0", "did []", "did 2"]
+        equal(sent, expected, "what is sent after commands 1, 0, [] and 2: only None ends the loop")
+
     def test_nothing_to_say(self, code):
-        sent, _ = self.run(
-            code, [1, 2, 0, None], lambda command: [] if command == 0 else (command if command == 2 else None)
-        )
-        equal(sent, [2, []], "what is sent, if commands 1, 2, 0 give None, 2 and []")
+        results = {1: None, 2: 2, 3: [], 4: None}
+        sent, _ = self.run(code, [1, 2, 3, 4, None], results.get)
+        equal(sent, [2, []], "what is sent, if commands 1, 2, 3 and 4 give None, 2, [] and None")
 
     def test_an_error(self, code):
         def run(command):
@@ -535,12 +566,7 @@ class TestWorkerLoop:
                 raise ValueError("too warm")
             return command
 
-        try:
-            sent, left = self.run(code, [1, 2, 3, None], run)
-        except ValueError as error:
-            raise CheckFailed(
-                "worker_loop raises what `run` has raised; rank 0 should hear of it.", "error", str(error)
-            ) from None
+        sent, left = self.run(code, [1, 2, 3, None], run)
         equal(left, [3, None], "the commands that are left after the second has failed")
         equal(len(sent), 2, "how many messages are sent, if the second command fails")
         failure = sent[1]
@@ -563,6 +589,95 @@ class TestWorkerLoop:
         equal(is_consequence, True, "is_consequence of the Failure when another rank has closed its connection")
 
 
+class FakeWorkers:
+    """Stands for the other ranks: notes what is sent, and hands out messages."""
+
+    def __init__(self, messages: list):
+        self.events: list[str] = []
+        self.messages = list(messages)
+
+    def guard(self, *_):
+        return contextlib.nullcontext()
+
+    def send(self, plan) -> None:
+        self.events.append(f"send step {plan.step_id}")
+
+    def receive(self, timeout=None):
+        self.events.append(f"wait {timeout} s")
+        holds(self.messages, "waits for an output from another rank, and no rank has one to send.", self.events)
+        return self.messages.pop(0)
+
+
+class FakeRank:
+    """Rank 0's part of a step. It samples, or another rank does."""
+
+    def __init__(self, code, workers: FakeWorkers, is_sampling: bool):
+        self.code, self.workers, self.is_sampling = code, workers, is_sampling
+
+    def run(self, plan):
+        self.workers.events.append(f"compute step {plan.step_id}")
+        return self.code.ModelRunnerOutput(plan.step_id) if self.is_sampling else None
+
+
+def executor_of(code, is_sampling: bool, received: tuple[int, ...] = ()):
+    """A ParallelExecutor whose other ranks send the outputs of the steps `received`; and the list of what happens."""
+    workers = FakeWorkers([code.ModelRunnerOutput(step_id) for step_id in received])
+    executor = object.__new__(code.ParallelExecutor)
+    executor.depth, executor.timeout, executor.outputs = 2, 7.5, deque()
+    executor.workers, executor.rank = workers, FakeRank(code, workers, is_sampling)
+    return executor, workers.events
+
+
+def step_of(output, what: str) -> int:
+    holds(hasattr(output, "step_id"), f"{what} is {output!r}; it should be a ModelRunnerOutput.", str(output))
+    return output.step_id
+
+
+@exercise("6.18", points=2)
+class TestSubmit:
+    def test_all_ranks_compute(self, code):
+        for is_sampling in (False, True):
+            executor, events = executor_of(code, is_sampling)
+            executor.submit(code.SchedulerOutput(3))
+            equal(events, ["send step 3", "compute step 3"], "what `submit` does with the plan of step 3")
+
+    def test_rank_0_samples(self, code):
+        executor, _ = executor_of(code, True)
+        for step_id in (4, 5, 6):
+            executor.submit(code.SchedulerOutput(step_id))
+        steps = [step_of(executor.collect(), "what `collect` returns where rank 0 samples") for _ in range(3)]
+        equal(steps, [4, 5, 6], "the steps that `collect` returns after `submit` of steps 4, 5 and 6")
+
+    def test_another_rank_samples(self, code):
+        executor, events = executor_of(code, False, received=(4, 5))
+        executor.submit(code.SchedulerOutput(4))
+        executor.submit(code.SchedulerOutput(5))
+        expected = ["send step 4", "compute step 4", "send step 5", "compute step 5"]
+        equal(events, expected, "what `submit` does with two steps, if another rank samples")
+        steps = [step_of(executor.collect(), "what `collect` returns where another rank samples") for _ in range(2)]
+        equal(steps, [4, 5], "the steps that `collect` returns if another rank samples")
+
+
+@exercise("6.19", points=2)
+class TestCollect:
+    def test_rank_0_samples(self, code):
+        executor, events = executor_of(code, True, received=(9,))
+        executor.submit(code.SchedulerOutput(4))
+        executor.submit(code.SchedulerOutput(5))
+        steps = [step_of(executor.collect(), "what `collect` returns") for _ in range(2)]
+        equal(steps, [4, 5], "the steps that `collect` returns, twice, after rank 0 has sampled steps 4 and 5")
+        equal([event for event in events if "wait" in event], [], "the waits for other ranks, where rank 0 samples")
+
+    def test_another_rank_samples(self, code):
+        executor, events = executor_of(code, False, received=(4, 5))
+        executor.submit(code.SchedulerOutput(4))
+        executor.submit(code.SchedulerOutput(5))
+        del events[:]
+        equal(step_of(executor.collect(), "what `collect` returns"), 4, "the step that `collect` returns first")
+        equal(events, ["wait 7.5 s"], "the waits of the first `collect`, with a timeout of 7.5 s")
+        equal(step_of(executor.collect(), "what `collect` returns"), 5, "the step that `collect` returns next")
+
+
 @exercise("6.15", points=1)
 class TestLargestShare:
     def test_shares(self, code):
@@ -581,6 +696,9 @@ class TestLargestShare:
         config = code.ModelConfig(6144, 576, 1536, 11, 9, 3, 64, tie_word_embeddings=True)
         what = "the largest share of five stages with 2, 3, 2, 3 and 1 of 11 layers"
         close(float(code.largest_share(config, 1, 5)), 3 / 11, what)
+        config = code.ModelConfig(4608, 576, 1536, 10, 9, 3, 64, tie_word_embeddings=True)
+        what = "the largest share of five stages with 2, 2, 2, 3 and 1 of 10 layers, each of two ranks"
+        close(float(code.largest_share(config, 2, 5)), 2 / 3 * 3 / 10, what)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -599,11 +717,11 @@ def steps_on_rank(code, group, folder: str, tensor_parallel: int):
     from solutions.batching import ScheduledRequest
     from solutions.llama_pytorch import SamplingParams
 
-    place = code.Place(group.rank, tensor_parallel, 2 // tensor_parallel)
+    coordinates = code.RankCoordinates(group.rank, tensor_parallel, 2 // tensor_parallel)
     own = group if tensor_parallel == 2 else code.Group(0, [group.rank])
-    model, layers, _ = code.load_share(folder, torch.float64, "cpu", place, own)
+    model, layers, _ = code.load_share(folder, torch.float64, "cpu", coordinates, own)
     runner = code.make_runner(code.EngineConfig(num_blocks=4, block_size=4), model, layers)
-    link, sampled = code.StageLink(place, model), []
+    link, sampled = code.StageLink(coordinates, model), []
     for step, (start, ids) in enumerate(((0, [3, 14, 15, 9, 26]), (5, [8]), (6, [20]))):
         request = ScheduledRequest("a", start, ids, 0, [2, 0, 1], SamplingParams(), step, [], [], frozenset(), 9)
         output = code.run_stage(runner, code.SchedulerOutput(step, [request]), link)

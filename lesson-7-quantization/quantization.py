@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from solutions.batching import EngineConfig, ModelRunner
+from common.config import EngineConfig
+from solutions.batching import ModelRunner
 from solutions.llama_pytorch import Attend, Llama, ModelConfig, load_weights, parse_config
 from solutions.llm_basics import rotary_tables, upcast
 from solutions.paged_attention import PagedKVCache
@@ -47,7 +48,7 @@ from solutions.parallelism import (
     Group,
     ParallelEngine,
     ParallelLMHead,
-    Place,
+    RankCoordinates,
     RowParallelLinear,
     Shard,
     ShardedCheckpoint,
@@ -442,7 +443,7 @@ def load_quantized(
     quantization: Quantization | None,
     dtype: torch.dtype,
     device: str,
-    place: Place = Place(0, 1, 1),  # noqa: B008  (frozen)
+    coordinates: RankCoordinates = RankCoordinates(0, 1, 1),  # noqa: B008  (frozen)
     group: Group | None = None,
     offload: int | None = None,
 ) -> tuple[Llama, range, int]:
@@ -457,7 +458,7 @@ def load_quantized(
         raise ValueError(f"{name} is quantized already: {saved}. It cannot be loaded as {quantization}.")
     with torch.device("meta"):
         model = (Llama if offload is None else OffloadedLlama)(plain_config(checkpoint)).to(dtype)
-    layers = shard(model, place, group or Group())
+    layers = shard(model, coordinates, group or Group())
     if saved or quantization:
         quantize_model(model, saved or quantization)
     view = partial(QuantizingCheckpoint if quantization and not saved else ShardedCheckpoint, checkpoint)

@@ -17,8 +17,9 @@ from functools import partial
 import torch
 
 from common.checkpoints import Checkpoint, find_checkpoint
+from common.config import EngineConfig
 from common.tokenizer import load_tokenizer
-from solutions.batching import EngineConfig, ModelRunner, RequestOutput
+from solutions.batching import ModelRunner, RequestOutput
 from solutions.kv_cache import cache_bytes
 from solutions.llama_pytorch import Llama, ModelConfig, SamplingParams
 from solutions.paged_attention import PagedKVCache

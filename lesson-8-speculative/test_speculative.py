@@ -739,10 +739,10 @@ class TestTogether:
             equal(got.text, expected.text, f"the text of `generate` after {prompt}")
 
     def engine(self, code, kind: str, is_adaptive: bool):
-        from solutions.batching import Engine, LocalExecutor
+        from solutions.batching import LocalExecutor, local_engine
 
         model = tiny(code)
-        own = Engine(model, Words(), num_blocks=8, block_size=4, max_num_batched_tokens=12, max_model_len=32)
+        own = local_engine(model, Words(), num_blocks=8, block_size=4, max_num_batched_tokens=12, max_model_len=32)
         cache = code.PagedKVCache(model, 8, 4)
         proposer = code.NgramProposer()
         if kind != "n-grams":

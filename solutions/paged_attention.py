@@ -1,13 +1,12 @@
-"""Lesson 4: paged attention. Memory in blocks, a table for each sequence, and attention that follows the table.
+"""Lesson 4: paged attention. Keys and values live in blocks, and a block table says which blocks a sequence has.
 
-Lesson 3 gave each sequence one piece of memory as long as it may become. Here memory is a pool of blocks of a few
-tokens each. A sequence holds the blocks that it fills, wherever they lie, and a *block table* says where: block i of
-the sequence is block `table[i]` of the pool. Two sequences that begin alike share blocks; a block that is shared is
-copied before one of them writes to it. It is what an operating system does with pages, page tables and fork().
+Lesson 3 gave each sequence contiguous memory for the longest that it may become. Here memory is a pool of blocks of a
+few tokens each. A sequence takes blocks as it grows: block i of the sequence is block `table[i]` of the pool.
+Sequences that begin alike share blocks, and a shared block is copied before one of them writes to it: what an
+operating system does with pages, page tables and fork().
 
-Two halves that know nothing of each other. `BlockPool` and `KVCacheManager` deal in ids and counts and hold no tensor;
-`PagedKVCache` holds the tensors and does as the ids say. This file does not know about: queues, budgets, who is served
-next (lesson 5).
+The file has two halves that do not know each other: `BlockPool` and `KVCacheManager` handle ids and counts, and
+`PagedKVCache` holds the tensors. It does not know about queues, budgets or scheduling (lesson 5).
 
 From Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
 """
@@ -19,6 +18,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,29 +32,33 @@ from solutions.llama_pytorch import Attend, Llama, RequestOutput, SamplingParams
 from solutions.llm_basics import upcast
 
 # ---------------------------------------------------------------------------------------------------------------
-# Blocks, and the pool of them
+# Blocks and the block pool
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class BlockHash(NamedTuple):
-    """What a full block holds, and what stands before it: the key of the prefix cache.
+def cdiv(a: int, b: int) -> int:
+    """Divide whole numbers and round up (ceiling division): cdiv(9, 4) is 3."""
+    return -(-a // b)
 
-    `value` stands for everything from the first token of the sequence to the last of this block. Two blocks are the
-    same only if all three fields agree, so a hash function that collides costs hits and never gives wrong ones.
+
+class BlockHash(NamedTuple):
+    """The key of a full block in the prefix cache: its tokens and everything before them.
+
+    Two blocks are the same only if all three fields agree, so a hash collision costs a hit and never gives a wrong one.
     """
 
-    value: bytes
-    parent: bytes  # the value of the block before; b"" for the first
-    token_ids: tuple[int, ...]
+    value: bytes  # digest of all tokens from the start of the sequence to the end of this block
+    parent: bytes  # `value` of the block before; b"" for the first block
+    token_ids: tuple[int, ...]  # (block_size,)
 
 
 def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
-    """The key of a full block with these tokens behind that parent (None: it is the first).
+    """Return the key of a full block with these tokens after `parent`, or, if that is None, of a first block.
 
-    Keys and values depend on all that came before, so the same tokens behind another parent are another block. Token
-    ids go up to the vocabulary's size, which may be more than 100,000.
+    A token's key and value depend on all tokens before it, so the same tokens after another parent are another block.
+    Token ids may exceed 100,000.
     """
-    # Exercise 4.9: a 16-byte `hashlib.blake2b` digest of the parent's value and of these tokens.
+    # Exercise 4.9: take a 16-byte `hashlib.blake2b` digest of the parent's value and of these tokens.
     before = parent.value if parent else b""
     text = " ".join(map(str, token_ids)).encode()
     return BlockHash(hashlib.blake2b(before + text, digest_size=16).digest(), before, tuple(token_ids))
@@ -62,41 +66,40 @@ def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
 
 @dataclass
 class KVCacheBlock:
-    """The books on one block: room for `block_size` tokens' keys and values, in all layers."""
+    """Bookkeeping of one block, which stores the keys and values of `block_size` tokens in all layers."""
 
     block_id: int
-    ref_cnt: int = 0  # how many block tables it stands in
-    block_hash: BlockHash | None = None  # set once it is full and computed: then it is never written again
+    ref_cnt: int = 0  # the number of block tables that contain it
+    block_hash: BlockHash | None = None  # set once the block is full and computed; it is never written again
 
 
 class BlockPool:
-    """All blocks there are: those in use, the free ones, and by their hash those whose content can be found again.
+    """All blocks: those in use, the free ones, and an index of full blocks by hash (the prefix cache).
 
-    A free block that has a hash is not empty: until somebody needs the room, a new sequence with the same beginning
-    may take it as it is. Free blocks are handed out in the order in which they became free, so those unused for the
-    longest time lose their content first (least recently used, LRU).
+    A free block keeps its hash and content until it is reused, so a new sequence with the same prefix can take it back.
+    Free blocks are reused in the order in which they became free (least recently used, LRU).
     """
 
     def __init__(self, num_blocks: int):
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1; it is {num_blocks}.")
         self.blocks = [KVCacheBlock(block_id) for block_id in range(num_blocks)]
-        self.free = OrderedDict((block.block_id, block) for block in self.blocks)
-        self.cached: dict[bytes, KVCacheBlock] = {}  # by the hash's value
+        self.free = OrderedDict((block.block_id, block) for block in self.blocks)  # by id, the oldest first
+        self.cached: dict[bytes, KVCacheBlock] = {}  # by `block_hash.value`
 
     @property
     def num_free_blocks(self) -> int:
         return len(self.free)
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
-        """Take so many free blocks, the longest unused first. Each comes with ref_cnt 1 and without a hash.
+        """Take `num_blocks` free blocks, the least recently used first, each with ref_cnt 1 and no hash.
 
-        Raises ValueError if there are not so many, and then takes none.
+        Raises ValueError, and takes none, if fewer are free.
         """
-        # Exercise 4.1: `free.popitem(last=False)` gives the oldest, as (id, block); what `cached` knew of it is no
-        # longer true.
+        # Exercise 4.1: `free.popitem(last=False)` removes the oldest as (id, block). Its old content must no longer be
+        # found: `forget` it.
         if num_blocks > len(self.free):
-            raise ValueError(f"{num_blocks} blocks are asked for, {len(self.free)} of {len(self.blocks)} are free.")
+            raise ValueError(f"{num_blocks} blocks requested, {len(self.free)} of {len(self.blocks)} are free.")
         blocks = [self.free.popitem(last=False)[1] for _ in range(num_blocks)]
         for block in blocks:
             self.forget(block)
@@ -104,69 +107,68 @@ class BlockPool:
         return blocks
 
     def free_blocks(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """One holder gives these up. A block that nobody holds any more becomes the youngest of the free ones.
+        """Decrement each block's reference count. At 0 it becomes the newest free block; it keeps its content and hash.
 
-        They keep their content and their hash. Raises ValueError for a block that nobody holds.
+        Raises ValueError for a block whose count is 0 already.
         """
-        # Exercise 4.2: count down; at zero, and only then, it joins `free`, in the order given.
+        # Exercise 4.2: decrement; at zero, and only then, append the block to `free`, in the order given.
         for block in blocks:
             if block.ref_cnt < 1:
-                raise ValueError(f"Block {block.block_id} is freed, and nobody holds it.")
+                raise ValueError(f"Block {block.block_id} is free already.")
             block.ref_cnt -= 1
             if block.ref_cnt == 0:
                 self.free[block.block_id] = block
 
     def touch(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """One more holder takes these as they are; a free one is free no longer."""
+        """Increment each block's reference count; remove it from the free list if it was free."""
         for block in blocks:
             if block.ref_cnt == 0:
                 del self.free[block.block_id]
             block.ref_cnt += 1
 
     def find(self, block_hash: BlockHash) -> KVCacheBlock | None:
-        """The block with this content, if there is one."""
+        """Return the block with this content, or None."""
         block = self.cached.get(block_hash.value)
         return block if block is not None and block.block_hash == block_hash else None
 
     def remember(self, block: KVCacheBlock, block_hash: BlockHash) -> None:
-        """Let this full block be found by its content, unless another with the same content already is."""
+        """Enter this full block into the prefix cache, unless it has a block with the same content."""
         if block_hash.value not in self.cached:
             self.cached[block_hash.value] = block
             block.block_hash = block_hash
 
     def forget(self, block: KVCacheBlock) -> None:
-        """Let it not be found any more: its content is about to change, or cannot be trusted."""
+        """Remove this block from the prefix cache, because its content will change or cannot be trusted."""
         if block.block_hash is not None:
             del self.cached[block.block_hash.value]
             block.block_hash = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who holds which block
+# Block tables
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class TokenSequence(Protocol):
-    """What the manager needs to know of a request."""
+    """What the manager must know about a request."""
 
     request_id: str
-    all_token_ids: Sequence[int]  # the prompt, and what was generated since
-    num_computed_tokens: int  # of so many, from the first on, keys and values are in the cache
+    all_token_ids: Sequence[int]  # prompt and output
+    num_computed_tokens: int  # the first tokens, whose keys and values are in the cache
 
 
 class BlockCopy(NamedTuple):
-    """The first `num_tokens` slots of a block, to be copied from one id to another."""
+    """A copy of the first `num_tokens` slots of a block."""
 
-    source: int
-    target: int
+    source: int  # block id
+    target: int  # block id
     num_tokens: int
 
 
 class KVCacheManager:
-    """Gives sequences the blocks that they need, and lets them share those that are alike. Ids and counts, no tensors.
+    """Assigns blocks to sequences and lets sequences with the same prefix share them. Ids and counts, no tensors.
 
-    `copies` collects what has to be copied before the next forward pass; whoever runs that takes it with
-    `take_copies`. With `enable_prefix_caching` false, no block is ever found by its content.
+    `copies` collects the copies to make before the next forward pass; its caller gets them from `take_copies`.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
@@ -175,20 +177,21 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.block_tables: dict[str, list[KVCacheBlock]] = {}
-        self.block_hashes: dict[str, list[BlockHash]] = {}  # of each sequence's full blocks, as far as asked for
+        self.block_tables: dict[str, list[KVCacheBlock]] = {}  # by request id
+        self.block_hashes: dict[str, list[BlockHash]] = {}  # by request id: keys of full blocks, computed so far
         self.copies: list[BlockCopy] = []
 
     def block_table(self, request_id: str) -> list[int]:
-        """The ids of the sequence's blocks, in order; empty if it holds none."""
+        """Return the ids of the sequence's blocks, in order; empty if it has none."""
         return [block.block_id for block in self.block_tables.get(request_id, ())]
 
     def take_copies(self) -> list[BlockCopy]:
+        """Return the pending copies and clear the list."""
         copies, self.copies = self.copies, []
         return copies
 
     def hashes(self, request: TokenSequence, num_blocks: int) -> list[BlockHash]:
-        """The keys of the first `num_blocks` blocks of its tokens, all of which are full. Each is computed once."""
+        """Return the keys of the sequence's first `num_blocks` blocks, which must be full. Each is computed once."""
         known = self.block_hashes.setdefault(request.request_id, [])
         for i in range(len(known), num_blocks):
             token_ids = request.all_token_ids[i * self.block_size : (i + 1) * self.block_size]
@@ -196,13 +199,12 @@ class KVCacheManager:
         return known[:num_blocks]
 
     def get_computed_blocks(self, request: TokenSequence) -> tuple[list[KVCacheBlock], int]:
-        """The blocks that hold the beginning of this sequence already, and how many tokens they hold.
+        """Return the cached blocks that hold the beginning of this sequence, and their number of tokens.
 
-        Nothing is taken: `allocate_slots` does that. The last token is never among them, even where its block is
-        there: somebody must compute it, or there are no logits to go on from. With `enable_prefix_caching` false there
-        are none.
+        They are only looked up; `allocate_slots` takes them. The last token is never among them, even if its block is
+        cached: it must be computed to get its logits. If `enable_prefix_caching` is false, there are none.
         """
-        # Exercise 4.10: from the first block on, as long as the pool finds the next; stop before the last token.
+        # Exercise 4.10: look up one block after the other until one is missing; stop before the last token's block.
         if not self.enable_prefix_caching:
             return [], 0
         blocks: list[KVCacheBlock] = []
@@ -214,13 +216,12 @@ class KVCacheManager:
         return blocks, len(blocks) * self.block_size
 
     def cache_blocks(self, request: TokenSequence, num_verified_tokens: int) -> None:
-        """Let the full blocks among the first `num_verified_tokens` tokens be found by sequences that begin alike.
+        """Enter the full blocks among the first `num_verified_tokens` tokens into the prefix cache.
 
-        Verified: computed by now, or before anybody reads them, and no guess that may yet be rejected. A block that
-        is not full, or whose last token is such a guess, has no hash. With `enable_prefix_caching` false it does
-        nothing.
+        Verified tokens are computed (at the latest in this step) and are not draft tokens, which may be rejected. Other
+        blocks get no hash. If `enable_prefix_caching` is false, do nothing.
         """
-        # Exercise 4.11: pair its blocks with `hashes`; the pool remembers those that have no hash yet.
+        # Exercise 4.11: pair the sequence's blocks with `hashes`; the pool remembers those that have no hash yet.
         if not self.enable_prefix_caching:
             return
         block_hashes = self.hashes(request, num_verified_tokens // self.block_size)
@@ -235,19 +236,18 @@ class KVCacheManager:
         num_lookahead_tokens: int = 0,
         computed_blocks: Sequence[KVCacheBlock] = (),
     ) -> list[KVCacheBlock] | None:
-        """Make room for the sequence's next tokens. Returns the new blocks it got for that, or None: the pool is too
-        full. Computed blocks, and the copies of shared ones, are not among those returned.
+        """Reserve slots for the sequence's next tokens. Returns the new blocks, or None, with no side effects, if the
+        pool is too full. Computed blocks and copies of shared blocks are not returned.
 
-        The room is for `num_new_tokens` behind its `num_computed_tokens`, and for `num_lookahead_tokens` guesses
-        behind those. `computed_blocks`, from `get_computed_blocks`, become the beginning of a sequence that holds
-        nothing yet; its `num_computed_tokens` counts them already. Where None is returned, nothing was changed.
-        A block that is shared and about to be written is replaced by a copy of its own.
+        The table must then hold `num_computed_tokens`, `num_new_tokens` and `num_lookahead_tokens` (draft tokens).
+        `computed_blocks`, from `get_computed_blocks`, become the beginning of a new sequence's table; its
+        `num_computed_tokens` includes them. A shared block that will be written is replaced with a copy.
         """
-        # Exercise 4.12: how many blocks must the table have, and how many are missing? A computed block that nobody
-        # holds is counted as free and yet is none to take; each block of `shared_blocks` needs one for its copy.
+        # Exercise 4.12: count the missing blocks, and one more for each of `shared_blocks`. A computed block with
+        # ref_cnt 0 is among the free blocks but must not be taken. Then touch, copy on write, take, extend the table.
         table = self.block_tables.get(request.request_id, [])
         num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
-        num_missing = max(0, -(-num_tokens // self.block_size) - len(table) - len(computed_blocks))
+        num_missing = max(0, cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks))
         shared = self.shared_blocks(request)
         unheld = sum(block.ref_cnt == 0 for block in computed_blocks)
         if num_missing + len(shared) > self.pool.num_free_blocks - unheld:
@@ -259,37 +259,45 @@ class KVCacheManager:
         self.block_tables[request.request_id] = [*table, *computed_blocks, *new_blocks]
         return new_blocks
 
+    def can_allocate(self, num_tokens: int, computed_blocks: Sequence[KVCacheBlock] = ()) -> bool:
+        """Whether a sequence of `num_tokens` tokens that begins with these computed blocks fits into the free blocks.
+
+        Nothing is taken: `allocate_slots` does that. A computed block that no sequence holds is itself a free block.
+        """
+        num_missing = cdiv(num_tokens, self.block_size) - len(computed_blocks)
+        return num_missing <= self.pool.num_free_blocks - sum(block.ref_cnt == 0 for block in computed_blocks)
+
     def shared_blocks(self, request: TokenSequence) -> list[int]:
-        """Which places of its table hold a block that it is about to write to, and that others read."""
+        """Return the indices of the table whose blocks are shared and will be written next."""
         table = self.block_tables.get(request.request_id, [])
         first = request.num_computed_tokens // self.block_size
         return [place for place in range(first, len(table)) if table[place].ref_cnt > 1]
 
     def fork(self, parent: TokenSequence, child: TokenSequence) -> None:
-        """Let a child that begins like its parent share the parent's blocks. Nothing is copied, until one writes.
+        """Let the child share the parent's blocks that hold its tokens. Nothing is copied until one of them writes.
 
-        The child's tokens are the beginning of the parent's, and the parent has computed all of them. The child has
-        computed all but its last: of that it needs the logits, so that its own next token can be drawn. Raises
-        ValueError if the parent has not got so far.
+        The child's tokens are the first of the parent's. All but the child's last count as computed: the last is
+        computed again for its logits, from which the child draws its own next token. Raises ValueError if the parent
+        has not computed all of the child's tokens.
         """
-        # Exercise 4.13: the blocks that hold the child's tokens, and one more holder for each.
+        # Exercise 4.13: touch the blocks that hold the child's tokens, and give the child a table of its own.
         num_tokens = len(child.all_token_ids)
         if parent.num_computed_tokens < num_tokens:
             raise ValueError(
-                f"{child.request_id} begins with {num_tokens} tokens of {parent.request_id}, of which "
-                f"{parent.num_computed_tokens} are computed."
+                f"{child.request_id} has {num_tokens} tokens; {parent.request_id} has computed only "
+                f"{parent.num_computed_tokens}."
             )
-        blocks = self.block_tables[parent.request_id][: -(-num_tokens // self.block_size)]
+        blocks = self.block_tables[parent.request_id][: cdiv(num_tokens, self.block_size)]
         self.pool.touch(blocks)
         self.block_tables[child.request_id] = list(blocks)
         child.num_computed_tokens = num_tokens - 1
 
     def copy_on_write(self, request: TokenSequence, places: Sequence[int]) -> None:
-        """Give the sequence a block of its own in each of these places of its table, with the same content.
+        """Replace the blocks at these indices of the sequence's table with new blocks of the same content.
 
-        The content is copied later, by whoever has the tensors: of each block the slots that the sequence has filled.
+        `copies` records which slots to copy: those that the sequence has filled. `PagedKVCache.copy` copies them later.
         """
-        # Exercise 4.16: take a new block, note the copy in `copies`, put it in the table, let go of the shared one.
+        # Exercise 4.16: take a new block, append to `copies`, put the block into the table, free the shared one.
         for place in places:
             table = self.block_tables[request.request_id]
             shared, (own,) = table[place], self.pool.get_new_blocks(1)
@@ -300,58 +308,56 @@ class KVCacheManager:
             self.pool.free_blocks([shared])
 
     def free(self, request: TokenSequence) -> None:
-        """The sequence gives up all its blocks, the last one first: a beginning is the likeliest to be wanted again."""
+        """Free all blocks of the sequence, the last first: the prefix is the most likely to be needed again."""
         self.pool.free_blocks(reversed(self.block_tables.pop(request.request_id, [])))
         self.block_hashes.pop(request.request_id, None)
 
     def trim(self, request: TokenSequence) -> None:
-        """Give up the blocks that lie behind all its computed tokens: room for guesses that were not accepted."""
-        # Exercise 4.15: find the bug. A sequence is taken back by a few tokens, and goes on; all is well. But
-        # sometimes, when the pool is busy, it then says what another sequence was about.
+        """Free the blocks after the computed tokens: slots for draft tokens that were rejected."""
+        # Exercise 4.15: find the bug. A sequence goes back by a few tokens and continues, and all is well. But
+        # sometimes, when the pool is busy, it continues with what another sequence was about.
 
         table = self.block_tables[request.request_id]
-        needed = -(-request.num_computed_tokens // self.block_size)
+        needed = cdiv(request.num_computed_tokens, self.block_size)
         self.pool.free_blocks(reversed(table[needed:]))
         del table[needed:]
 
-    def reset_prefix_cache(self) -> None:
-        """Find nothing again of all that is computed by now."""
-        for block in self.pool.blocks:
-            self.pool.forget(block)
+    def reset(self) -> None:
+        """Make every block free and empty, whatever state an interrupted step has left behind."""
+        self.pool = BlockPool(len(self.pool.blocks))
+        self.block_tables, self.block_hashes, self.copies = {}, {}, []
 
 
 def utilisation(num_tokens: Sequence[int], block_size: int) -> float:
-    """Of the slots that sequences of these lengths hold, the share that has a token in it: between 0 and 1.
+    """Return the fraction of reserved slots that hold a token, for sequences of these lengths: between 0 and 1.
 
-    No block is shared. With blocks as long as the longest sequence there may be, this is the contiguous cache.
+    No block is shared. With blocks for the longest possible sequence, this is the contiguous cache of lesson 3.
     """
-    # Exercise 4.14: a sequence holds whole blocks.
-    slots = sum(-(-length // block_size) * block_size for length in num_tokens)
+    # Exercise 4.14: divide the tokens by the slots; a sequence reserves whole blocks.
+    slots = sum(cdiv(length, block_size) * block_size for length in num_tokens)
     return sum(num_tokens) / slots
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Online softmax: attention to a part of the keys, and then to the rest
+# Online softmax: attention to some keys, then to the others
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Partial(NamedTuple):
-    """Attention to some of the keys, in a form that can be added to. Scores are relative to `maximum`, so that no exp
-    overflows, and not yet divided by their sum.
-    """
+    """Attention to some of the keys, before the division. Scores are relative to `maximum`, so no exp overflows."""
 
-    maximum: Tensor  # (...): the highest score so far; -inf where no key could be seen
+    maximum: Tensor  # (...): the highest score; -inf if no key was visible
     total: Tensor  # (...): the sum of exp(score - maximum)
-    weighted: Tensor  # (..., D): the sum of exp(score - maximum) times the value
+    weighted: Tensor  # (..., D): the sum of exp(score - maximum) * value
 
 
 def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Partial:
-    """Attention of all queries to these keys. q: (..., T, D); k, v: (..., S, D); mask: (..., T, S), True where a query
-    may look. In float32 at least.
+    """Attention of all queries to these keys, in float32 at least.
 
-    A query that may see none of these keys has maximum -inf, total 0 and weighted 0.
+    q: (..., T, D); k, v: (..., S, D); mask: (..., T, S), True where a query may attend. A query that may attend to none
+    of these keys gets maximum -inf, total 0 and weighted 0.
     """
-    # Exercise 4.17: as lesson 1's `attention`, but stop before the division. Beware of -inf minus -inf.
+    # Exercise 4.17: as lesson 1's `attention`, but stop before the division. Beware: -inf minus -inf is NaN.
     scores = (upcast(q) @ upcast(k).mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
     maximum = scores.amax(-1)
     weights = (scores - maximum.clamp(min=torch.finfo(scores.dtype).min)[..., None]).exp()
@@ -359,13 +365,13 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Partial:
 
 
 def merge_partials(a: Partial, b: Partial) -> Partial:
-    """Attention to the keys of both. Either may have seen nothing, for some queries or for all.
+    """Combine attention to two sets of keys. In either, any query may have seen no key.
 
     From Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
-    # Exercise 4.6: bring both to the higher maximum: what was relative to m is multiplied by exp(m - higher).
+    # Exercise 4.6: rescale both to the higher maximum: what is relative to m is multiplied by exp(m - higher).
     maximum = torch.maximum(a.maximum, b.maximum)
-    safe = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # -inf minus -inf is no number
+    safe = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # -inf minus -inf is NaN
     scale_a, scale_b = (a.maximum - safe).exp(), (b.maximum - safe).exp()
     return Partial(
         maximum,
@@ -374,18 +380,22 @@ def merge_partials(a: Partial, b: Partial) -> Partial:
     )
 
 
+def fold_sequences(q: Tensor, num_kv_heads: int) -> Tensor:
+    """Lesson 3's `fold_groups` for each of B sequences. (B, T, H, D) -> (B, K, H / K * T, D)."""
+    return torch.stack([fold_groups(sequence, num_kv_heads) for sequence in q])
+
+
 def blockwise_attention(
     q: Tensor, positions: Tensor, num_keys: int, read: Callable[[int, int], tuple[Tensor, Tensor]], segment: int
 ) -> Tensor:
-    """Causal attention that reads `segment` keys at a time: of each head no more than T x segment scores exist.
+    """Causal attention that reads at most `segment` keys at a time, so that only T x segment scores per head exist.
 
-    q: (B, T, H, D), the queries of B sequences; positions: (B, T), where each stands in its own; it sees the keys up
-    to there. read(start, end), end at most num_keys, gives keys and values of the slots start to end of each sequence,
-    two of (B, n, K, D). Returns (B, T, H, D) in q's dtype. From Dao et al., "FlashAttention" (2022), which does this
-    in a GPU's on-chip memory.
+    q: (B, T, H, D), queries of B sequences; positions: (B, T), of each query in its sequence, which attends to the keys
+    up to there. read(start, end), with end <= num_keys, returns keys and values of positions start to end of each
+    sequence, both (B, end - start, K, D). Returns (B, T, H, D) in q's dtype. From Dao et al., "FlashAttention" (2022).
     """
-    # Exercise 4.7: fold the heads with `fold_sequences` (what is read tells K); for each segment `partial_attention`,
-    # masked by position (the same for every head); merge; divide at the end.
+    # Exercise 4.7: fold the heads with `fold_sequences` (K is in the shape of what `read` returns). For each segment
+    # call `partial_attention`, masked by position (the same for every head of a group), and merge; divide at the end.
     num_kv_heads = read(0, 1)[0].shape[2]
     folded = fold_sequences(q, num_kv_heads)  # (B, K, G * T, D): G query heads share their keys
     group_size = q.shape[2] // num_kv_heads
@@ -401,98 +411,99 @@ def blockwise_attention(
     return mixed.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
-def fold_sequences(q: Tensor, num_kv_heads: int) -> Tensor:
-    """Lesson 3's `fold_groups` for each of B sequences. (B, T, H, D) -> (B, K, H / K * T, D)."""
-    return torch.stack([fold_groups(each, num_kv_heads) for each in q])
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The tensors
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def slot_mapping(block_table: Sequence[int], start: int, num_tokens: int, block_size: int) -> list[int]:
-    """Where the tokens at positions start, start + 1, ... are kept. Returns `num_tokens` slot numbers.
+    """Return the slots of the `num_tokens` tokens at positions start, start + 1, ...
 
-    Slots are counted through the whole pool: block b has the slots b * block_size to (b + 1) * block_size - 1.
+    Slots are numbered through the whole pool: block b has slots b * block_size to (b + 1) * block_size - 1.
     """
-    # Exercise 4.3: a position's place in the table, and its place in that block.
+    # Exercise 4.3: find each position's block in the table, and its offset in that block.
     positions = range(start, start + num_tokens)
     return [block_table[p // block_size] * block_size + p % block_size for p in positions]
 
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Which rows of a flat batch belong to which of its R requests, and where each one's memory lies.
+    """Which tokens of a flat batch of T belong to which of its R requests, and where their keys and values are.
 
-    Request r owns the rows query_start[r] to query_start[r + 1]; they are its newest tokens. `context_lens` counts its
-    tokens up to and with these, so its first row stands at position context_lens[r] minus the number of its rows.
+    Request r has tokens query_start[r] to query_start[r + 1] of the batch. They are its newest, so the first of them is
+    at position context_lens[r] minus their number.
     """
 
-    query_start: list[int]  # R + 1
-    context_lens: list[int]  # R
-    slot_mapping: Tensor  # (T,): where each row's key and value are kept
-    block_tables: list[list[int]]  # R
+    query_start: list[int]  # (R + 1)
+    context_lens: list[int]  # (R): all tokens of the request, those of this batch included
+    slot_mapping: Tensor  # (T): the slot of each token
+    block_tables: list[list[int]]  # (R, blocks of the request)
 
 
 class QueryGroup(NamedTuple):
-    """B requests with equally many new tokens, and contexts of like length: computed as one, padded to the longest."""
+    """B requests with T new tokens each and contexts of similar length, computed together, padded to the longest."""
 
-    rows: Tensor  # (B, T): which rows of the flat batch
-    positions: Tensor  # (B, T): where each stands in its sequence
-    block_tables: Tensor  # (B, num_blocks), padded with 0: what is read there is masked
-    num_keys: int  # the longest context of the group
+    rows: Tensor  # (B, T): indices into the batch
+    positions: Tensor  # (B, T): the position of each token in its sequence
+    block_tables: Tensor  # (B, blocks of the longest), padded with 0
+    num_keys: int  # the longest context
+    padding: tuple[Tensor, Tensor]  # request and position, (P) each, of all slots after the end of a context
 
 
 MAX_GROUP_SLOTS = 4096
-"""A group of several reads at most so many slots, padding included: what is gathered should still be in the
-processor's cache when attention reads it."""
+"""The most slots that a group of several requests reads, so that they stay in the processor's cache until used."""
 
 
 def group_queries(metadata: AttentionMetadata, block_size: int) -> list[QueryGroup]:
-    """Sort a batch into groups: requests of equally few rows, as in decoding; one of over 16, a prefill chunk, alone.
+    """Divide a batch into groups of requests with equally many new tokens. More than 16 (a prefill chunk): one request.
 
-    In a group no context is longer than twice the shortest and a block, and `MAX_GROUP_SLOTS` are read at most.
+    Within a group no context is longer than twice the shortest plus a block, and `MAX_GROUP_SLOTS` holds.
     """
-    device = metadata.slot_mapping.device
-    order = sorted(
-        range(len(metadata.context_lens)),
-        key=lambda r: (metadata.query_start[r + 1] - metadata.query_start[r], metadata.context_lens[r]),
-    )
+    num_new = [end - start for start, end in pairwise(metadata.query_start)]
+    num_keys = metadata.context_lens
     groups: list[list[int]] = []
-    for r in order:
-        num_rows, num_keys = metadata.query_start[r + 1] - metadata.query_start[r], metadata.context_lens[r]
-        if groups and num_rows <= 16:
-            first = groups[-1][0]
-            alike = metadata.query_start[first + 1] - metadata.query_start[first] == num_rows
-            if (
-                alike
-                and num_keys <= 2 * metadata.context_lens[first] + block_size
-                and num_keys * (len(groups[-1]) + 1) <= MAX_GROUP_SLOTS
-            ):
-                groups[-1].append(r)
-                continue
-        groups.append([r])
+    for r in sorted(range(len(num_keys)), key=lambda r: (num_new[r], num_keys[r])):
+        shortest = groups[-1][0] if groups else r
+        if (
+            groups
+            and num_new[r] == num_new[shortest] <= 16
+            and num_keys[r] <= 2 * num_keys[shortest] + block_size
+            and num_keys[r] * (len(groups[-1]) + 1) <= MAX_GROUP_SLOTS
+        ):
+            groups[-1].append(r)
+        else:
+            groups.append([r])
 
     def build(members: list[int]) -> QueryGroup:
-        num_rows = metadata.query_start[members[0] + 1] - metadata.query_start[members[0]]
-        ends = torch.tensor([[metadata.query_start[r + 1], metadata.context_lens[r]] for r in members])
-        back = torch.arange(-num_rows, 0)
-        num_keys = max(metadata.context_lens[r] for r in members)
-        width = -(-num_keys // block_size)
+        longest = num_keys[members[-1]]
+        width = cdiv(longest, block_size)
         tables = [(metadata.block_tables[r] + [0] * width)[:width] for r in members]
-        rows, positions = ends[:, :1] + back, ends[:, 1:] + back
-        return QueryGroup(rows.to(device), positions.to(device), torch.tensor(tables, device=device), num_keys)
+        query_ends = torch.tensor([[metadata.query_start[r + 1]] for r in members])
+        key_ends = torch.tensor([[num_keys[r]] for r in members])
+        new = torch.arange(-num_new[members[0]], 0)
+        padding = (torch.arange(longest) >= key_ends).nonzero(as_tuple=True)
+        tensors = (query_ends + new, key_ends + new, torch.tensor(tables), *padding)
+        rows, positions, block_tables, *padding = (x.to(metadata.slot_mapping.device) for x in tensors)
+        return QueryGroup(rows, positions, block_tables, longest, tuple(padding))
 
     return [build(members) for members in groups]
 
 
-class PagedKVCache:
-    """The blocks themselves: keys and values of some layers, for this model's heads, on its device.
+SEGMENT = 512
+"""How many keys the plain attention reads at a time."""
 
-    keys, values: (num_layers, num_blocks, block_size, K, D); `host_keys` and `host_values` the same in the host's
-    memory, for blocks that were swapped out. A layer is called by its number in the whole model. The number of heads
-    is that of the projections, so a model that was given a slice of the heads needs a slice of the memory.
+
+def move(copies: Iterable[BlockCopy], source: Tensor, target: Tensor) -> None:
+    """Copy the filled slots of blocks, in all layers. source, target: (num_layers, num_blocks, block_size, ...)."""
+    for copy in copies:
+        target[:, copy.target, : copy.num_tokens] = source[:, copy.source, : copy.num_tokens]
+
+
+class PagedKVCache:
+    """The tensors: keys and values of some layers, on the model's device, and in host memory for swapped blocks.
+
+    Methods take a layer's index in the whole model. K follows from the width of the projections, so a model with a
+    slice of the heads gets a cache for that slice.
     """
 
     def __init__(
@@ -508,31 +519,31 @@ class PagedKVCache:
         self.block_size = block_size
         attention = model.model.layers[self.layers.start].self_attn
         num_kv_heads = attention.k_proj.out_features // attention.head_dim
-        weight = model.model.norm.weight  # for its device, and its dtype where no other is asked for
+        weight = model.model.norm.weight
         dtype = dtype or weight.dtype
         shape = (len(self.layers), num_blocks, block_size, num_kv_heads, attention.head_dim)
         host_shape = (len(self.layers), num_host_blocks, *shape[2:])
-        # Zeros, for what is masked is still multiplied: by 0, which makes 0 of any number but not of NaN.
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
         pin = weight.is_cuda and num_host_blocks > 0
+        # (num_layers, num_blocks, block_size, K, D) each
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
         self.host_keys, self.host_values = (torch.zeros(host_shape, dtype=dtype, pin_memory=pin) for _ in range(2))
 
     @property
     def device_tensors(self) -> list[Tensor]:
-        """All that belongs to a block, the block's number on axis 1 and the slot's on axis 2."""
+        """All tensors of the device's blocks, each (num_layers, num_blocks, block_size, ...)."""
         return [self.keys, self.values]
 
     @property
     def host_tensors(self) -> list[Tensor]:
-        """Their counterparts for swapped blocks, in the same order."""
+        """Their counterparts in host memory, in the same order."""
         return [self.host_keys, self.host_values]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Keep the keys and values of T tokens. slots: (T,) numbers as `slot_mapping` gives them; k, v: (T, K, D).
+        """Store the keys and values of T tokens. slots: (T,), as from `slot_mapping`; k, v: (T, K, D).
 
-        layer: its number in the whole model, of which this cache may have only the layers in `self.layers`.
+        layer: the index in the whole model; this cache has the layers in `self.layers`.
         """
-        # Exercise 4.4: seen as (num_blocks * block_size, K, D), a layer's memory is indexed by slot.
+        # Exercise 4.4: viewed as (num_blocks * block_size, K, D), a layer's memory is indexed by slot.
         index = layer - self.layers.start
         self.keys[index].flatten(0, 1).index_copy_(0, slots, k)
         self.values[index].flatten(0, 1).index_copy_(0, slots, v)
@@ -540,13 +551,12 @@ class PagedKVCache:
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read positions start to end of B sequences. block_tables: (B, num_blocks).
 
-        Returns keys and values, two of (B, end - start, K, D). Only the blocks in which these positions lie are
-        touched. Where all positions lie in one block of each table (a contiguous cache), only the slots asked for are
-        copied.
+        Returns keys and values, both (B, end - start, K, D). Read only the blocks that contain these positions. If they
+        are in a single block of each table (as in a contiguous cache), copy only the requested slots.
         """
-        # Exercise 4.5: which columns of the tables? `index_select` of their blocks, laid end to end, cut to measure; if
-        # it is one column only, slice the slots before you select.
-        first, last = start // self.block_size, -(-end // self.block_size)
+        # Exercise 4.5: find the columns of the tables, `index_select` their blocks, concatenate, cut off both ends. For
+        # a single column, slice the slots before selecting.
+        first, last = start // self.block_size, cdiv(end, self.block_size)
         low, high = start - first * self.block_size, end - first * self.block_size
         block_ids = block_tables[:, first:last].flatten()
         found = []
@@ -559,11 +569,11 @@ class PagedKVCache:
         return found[0], found[1]
 
     def attend(self, metadata: AttentionMetadata) -> Attend:
-        """The `attend` seam, for a batch of requests. What does not depend on the layer is made once, here."""
+        """Return lesson 2's `attend` for a batch of requests. What does not depend on the layer is computed once."""
         groups = group_queries(metadata, self.block_size)
 
-        # Exercise 4.8: a function of (layer, q, k, v) that writes all keys and values first, and then gives each
-        # group's rows what `group_attention` says: a request may read what another of its batch has just written.
+        # Exercise 4.8: return a function of (layer, q, k, v) that first writes all keys and values, because a request
+        # may read what another one of the batch writes, and then fills each group's rows from `group_attention`.
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.write(layer, metadata.slot_mapping, k, v)
             mixed = torch.empty_like(q)
@@ -574,43 +584,37 @@ class PagedKVCache:
         return attend
 
     def group_attention(self, layer: int, q: Tensor, group: QueryGroup) -> Tensor:
-        """Attention of one group to what its tables say. q: (B, T, H, D); returns the same shape.
-
-        The kernel wants all keys at once. Ours, the plain one, takes them in segments.
-        """
-        if kernels.enabled():
-            keys, values = self.gather(layer, group.block_tables, 0, group.num_keys)
-            return kernels.attention(q, keys, values, group.positions)
+        """Attention of one group to its own keys. q: (B, T, H, D). Returns the same shape."""
 
         def read(start: int, end: int) -> tuple[Tensor, Tensor]:
-            return self.gather(layer, group.block_tables, start, end)
+            keys, values = self.gather(layer, group.block_tables, start, end)
+            # After the end of a context lie another request's numbers. They get weight 0, but 0 * NaN is NaN.
+            requests, slots = group.padding
+            if len(slots):
+                if (start, end) != (0, group.num_keys):
+                    inside = (start <= slots) & (slots < end)
+                    requests, slots = requests[inside], slots[inside] - start
+                keys[requests, slots], values[requests, slots] = 0, 0
+            return keys, values
 
+        if kernels.enabled():  # the kernel takes all keys at once, the plain code in segments
+            return kernels.attention(q, *read(0, group.num_keys), group.positions)
         return blockwise_attention(q, group.positions, group.num_keys, read, SEGMENT)
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
-        """Copy blocks, in all layers, before the forward pass that writes to the targets."""
+        """Copy blocks, in all layers. Call it before the forward pass that writes to the targets."""
         for tensor in self.device_tensors:
             move(copies, tensor, tensor)
 
     def swap_out(self, copies: Iterable[BlockCopy]) -> None:
-        """Bring blocks of the device (sources) to blocks of the host (targets)."""
+        """Copy blocks of the device (sources) to blocks of the host (targets)."""
         for tensor, host in zip(self.device_tensors, self.host_tensors):
             move(copies, tensor, host)
 
     def swap_in(self, copies: Iterable[BlockCopy]) -> None:
-        """Bring blocks of the host (sources) back to blocks of the device (targets)."""
+        """Copy blocks of the host (sources) to blocks of the device (targets)."""
         for tensor, host in zip(self.device_tensors, self.host_tensors):
             move(copies, host, tensor)
-
-
-SEGMENT = 512
-"""How many keys the plain attention takes at a time."""
-
-
-def move(copies: Iterable[BlockCopy], source: Tensor, target: Tensor) -> None:
-    """Copy blocks in all layers, as far as they are filled. Both: (num_layers, num_blocks, block_size, ...)."""
-    for copy in copies:
-        target[:, copy.target, : copy.num_tokens] = source[:, copy.source, : copy.num_tokens]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -620,7 +624,7 @@ def move(copies: Iterable[BlockCopy], source: Tensor, target: Tensor) -> None:
 
 @dataclass
 class PagedSequence:
-    """The least that a `TokenSequence` can be."""
+    """The simplest `TokenSequence`."""
 
     request_id: str
     all_token_ids: Sequence[int]
@@ -628,29 +632,26 @@ class PagedSequence:
 
 
 def compute(model: Llama, cache: PagedKVCache, manager: KVCacheManager, sequence: PagedSequence) -> Tensor:
-    """Compute the tokens of a sequence that are not computed yet. Returns the last one's logits, (V,).
+    """Compute the sequence's remaining tokens. Returns the last one's logits, (V,).
 
-    Raises MemoryError if the pool has no room for them.
+    Raises MemoryError if the pool has too few free blocks.
     """
-    start, computed_blocks = sequence.num_computed_tokens, []
+    computed_blocks: list[KVCacheBlock] = []
     if not manager.block_table(sequence.request_id):
-        computed_blocks, start = manager.get_computed_blocks(sequence)
-    sequence.num_computed_tokens = start
-    new_token_ids = sequence.all_token_ids[start:]
-    if manager.allocate_slots(sequence, len(new_token_ids), computed_blocks=computed_blocks) is None:
+        computed_blocks, sequence.num_computed_tokens = manager.get_computed_blocks(sequence)
+    start, end = sequence.num_computed_tokens, len(sequence.all_token_ids)
+    if manager.allocate_slots(sequence, end - start, computed_blocks=computed_blocks) is None:
         raise MemoryError(
-            f"{len(sequence.all_token_ids)} tokens need more blocks of {manager.block_size} than are free: "
-            f"{manager.pool.num_free_blocks} of {len(manager.pool.blocks)}."
+            f"{end} tokens need more blocks of {manager.block_size} than are free: {manager.pool.num_free_blocks} of "
+            f"{len(manager.pool.blocks)}."
         )
     cache.copy(manager.take_copies())
 
-    device, end = cache.keys.device, len(sequence.all_token_ids)
-    table = manager.block_table(sequence.request_id)
+    device, table = cache.keys.device, manager.block_table(sequence.request_id)
     slots = torch.tensor(slot_mapping(table, start, end - start, manager.block_size), device=device)
     metadata = AttentionMetadata([0, end - start], [end], slots, [table])
-    hidden = model(
-        torch.tensor(new_token_ids, device=device), torch.arange(start, end, device=device), cache.attend(metadata)
-    )
+    token_ids = torch.tensor(sequence.all_token_ids[start:], device=device)
+    hidden = model(token_ids, torch.arange(start, end, device=device), cache.attend(metadata))
     sequence.num_computed_tokens = end
     manager.cache_blocks(sequence, end)
     return model.logits(hidden[-1:])[0]
@@ -665,8 +666,9 @@ def generate(
     manager: KVCacheManager,
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> RequestOutput:
-    """What lesson 2's `generate` gives, over memory that other sequences use too. Its blocks are free afterwards, and
-    a later prompt that begins alike finds them.
+    """Return the same tokens as lesson 2's `generate`, over memory shared with other sequences.
+
+    Its blocks are free afterwards; a later prompt with the same prefix finds them in the prefix cache.
     """
     sequence = PagedSequence("generate", prompt_token_ids)
 

@@ -1,43 +1,34 @@
-"""Lesson 6: one model, many processes. Each holds a share of the weights and of the cache, and the tokens are the same.
+"""Lesson 6: one model on many processes. Each rank holds a share of weights and cache, and the tokens are the same.
 
-*Tensor parallelism* cuts every layer: each rank has some of the heads and some of the feed-forward network's columns,
-and twice a layer what they have computed is added up. *Pipeline parallelism* cuts the stack of layers: each stage
-hands its rows to the next, and several batches are under way at once so that no stage stands idle. Both at once are a
-grid of ranks.
+*Tensor parallelism* cuts every layer: each rank computes some of the heads and some of the feed-forward network's
+columns, and twice a layer the ranks add up their results. *Pipeline parallelism* cuts the stack of layers: each stage
+sends its hidden states to the next one, and several batches are in flight at once so that no stage is idle. Both
+together form a grid of ranks.
 
-    ParallelEngine    lesson 5's engine; its process is rank 0 and computes like the others
-    ParallelExecutor  sends each step to all ranks, computes rank 0's share, waits for the tokens
-    worker_main       a rank's life: join, load what is mine, serve steps until rank 0 says so or is gone
-    shard             gives a model the layers of one rank; ShardedCheckpoint reads their slices and nothing else
+    ParallelExecutor  sends each plan to all ranks, computes rank 0's part, waits for the sampled tokens
+    serve_as_worker   the main function of every other rank
+    Rank              one rank's share of the model, and its part of each step
+    shard             gives a model the layers of one rank
 
-Commands and results travel through sockets, numbers through torch.distributed: gloo between CPUs, NCCL between GPUs.
-It runs the same whether the engine starts its own workers, `torchrun` starts them, or `torchrun --nnodes` does on
-several machines.
+Commands and results travel through sockets (`common.workers`), tensors through torch.distributed: gloo between CPUs,
+NCCL between GPUs.
 
 From Shoeybi et al., "Megatron-LM" (2019), for the cut through the layers; Huang et al., "GPipe" (2019), for the stages.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import gc
 import os
-import secrets
-import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
-import traceback
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,19 +37,15 @@ from torch import Tensor, nn
 
 from common import kernels
 from common.checkpoints import Checkpoint, find_checkpoint
-from common.course import ROOT
+from common.config import EngineConfig
 from common.tokenizer import load_tokenizer
-from solutions.batching import (
-    Engine,
-    EngineConfig,
-    Executor,
-    LocalExecutor,
-    ModelRunner,
-    ModelRunnerOutput,
-    SchedulerOutput,
-)
+from common.workers import Failure, WorkerError, Workers, describe, guarded, is_consequence
+from common.workers.rendezvous import is_worker, meet_workers, report_for_work, under_torchrun
+from solutions.batching import Executor, LocalExecutor, ModelRunner
+from solutions.hooked import HookedEngine
 from solutions.llama_pytorch import Llama, ModelConfig, load_weights, parse_config
 from solutions.paged_attention import PagedKVCache
+from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
 # Who computes what: arithmetic
@@ -88,13 +75,11 @@ def head_groups(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -
     if num_kv_heads >= world_size:
         kv_heads = shard_range(num_kv_heads, rank, world_size)
         return range(kv_heads.start * group_size, kv_heads.stop * group_size), kv_heads
-    for kv_head in range(num_kv_heads):
-        ranks = shard_range(world_size, kv_head, num_kv_heads)
-        if rank in ranks:
-            part = shard_range(group_size, rank - ranks.start, len(ranks))
-            first = kv_head * group_size
-            return range(first + part.start, first + part.stop), range(kv_head, kv_head + 1)
-    raise ValueError(f"rank {rank} is not one of {world_size}.")
+    sharing = [shard_range(world_size, kv_head, num_kv_heads) for kv_head in range(num_kv_heads)]
+    kv_head = next(kv_head for kv_head, ranks in enumerate(sharing) if rank in ranks)
+    part = shard_range(group_size, rank - sharing[kv_head].start, len(sharing[kv_head]))
+    first = kv_head * group_size
+    return range(first + part.start, first + part.stop), range(kv_head, kv_head + 1)
 
 
 def rank_grid(tensor_parallel: int, pipeline_parallel: int) -> list[list[int]]:
@@ -120,6 +105,49 @@ def stage_layers(num_layers: int, num_stages: int, stage: int, head_cost: float 
         return min(even, num_layers - (num_stages - i))
 
     return range(boundary(stage), boundary(stage + 1))
+
+
+@dataclass(frozen=True)
+class RankCoordinates:
+    """The position of a rank in the grid: which stage it belongs to, out of how many."""
+
+    rank: int
+    tensor_parallel: int
+    pipeline_parallel: int
+
+    @property
+    def stage(self) -> int:
+        return self.rank // self.tensor_parallel
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.pipeline_parallel - 1
+
+    def layers(self, config: ModelConfig) -> range:
+        """The layers of this rank's stage. The head counts as many layers as have its number of parameters."""
+        attention = 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+        per_layer = config.hidden_size * (attention + 3 * config.intermediate_size)
+        head_cost = config.vocab_size * config.hidden_size / per_layer
+        return stage_layers(config.num_hidden_layers, self.pipeline_parallel, self.stage, head_cost)
+
+
+def largest_share(config: ModelConfig, tensor_parallel: int, pipeline_parallel: int) -> float:
+    """The largest fraction of a token's keys and values that any rank stores.
+
+    All ranks have the same number of blocks, so the memory of this rank decides how many blocks there can be.
+    """
+    # Exercise 6.15: find the bug. SmolLM2 with two stages, and each process allowed 1 GiB of cache: the second stage
+    # uses 0.7 GiB and the first 1.3. Where both stages have equally many layers, both use 1 GiB.
+
+    heads = config.num_attention_heads, config.num_key_value_heads
+    most_heads = max(len(head_groups(*heads, rank, tensor_parallel)[1]) for rank in range(tensor_parallel))
+    stages = [RankCoordinates(stage, 1, pipeline_parallel) for stage in range(pipeline_parallel)]
+    most_layers = max(len(stage.layers(config)) for stage in stages)
+    return most_heads * most_layers / (config.num_key_value_heads * config.num_hidden_layers)
 
 
 def pipeline_timeline(num_stages: int, num_batches: int, num_steps: int) -> list[list[tuple[int, int] | None]]:
@@ -186,7 +214,10 @@ class Group:
     def all_reduce(self, x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
         """Add up (or, with another op, combine) every rank's x, in place; all have the result. Returns x."""
         if self.size > 1:
-            dist.all_reduce(x, op, self.handle)
+            whole = x.contiguous()  # of a tensor with gaps between its rows gloo adds up the wrong numbers, silently
+            dist.all_reduce(whole, op, self.handle)
+            if whole is not x:
+                x.copy_(whole)
         return x
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
@@ -335,34 +366,6 @@ class Absent(nn.Module):
         raise RuntimeError("This layer is computed by another stage of the pipeline.")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where in the grid a rank stands."""
-
-    rank: int
-    tensor_parallel: int
-    pipeline_parallel: int
-
-    @property
-    def stage(self) -> int:
-        return self.rank // self.tensor_parallel
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.stage == self.pipeline_parallel - 1
-
-    def layers(self, config: ModelConfig) -> range:
-        """This stage's. The head is taken to cost as much as layers with as many parameters."""
-        attention = 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
-        per_layer = config.hidden_size * (attention + 3 * config.intermediate_size)
-        head_cost = config.vocab_size * config.hidden_size / per_layer
-        return stage_layers(config.num_hidden_layers, self.pipeline_parallel, self.stage, head_cost)
-
-
 def check_parallel(config: ModelConfig, tensor_parallel: int, pipeline_parallel: int) -> None:
     """Raise ValueError, with the sizes that would do, if a model cannot be cut this way."""
 
@@ -386,14 +389,14 @@ def check_parallel(config: ModelConfig, tensor_parallel: int, pipeline_parallel:
         )
 
 
-def shard(model: Llama, place: Place, group: Group) -> range:
+def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
     """Give the model, in place, one rank's share of every layer, and only its stage's layers. Returns their numbers.
 
     The model stands on the meta device: nothing is allocated, nothing read. Names stay those of the checkpoint.
     """
     config, tp_rank, size = model.config, group.rank, group.size
-    check_parallel(config, place.tensor_parallel, place.pipeline_parallel)
-    layers = place.layers(config)
+    check_parallel(config, coordinates.tensor_parallel, coordinates.pipeline_parallel)
+    layers = coordinates.layers(config)
     q_heads, kv_heads = head_groups(config.num_attention_heads, config.num_key_value_heads, tp_rank, size)
     q_part, kv_part = (range(h.start * config.head_dim, h.stop * config.head_dim) for h in (q_heads, kv_heads))
     mlp_part = shard_range(config.intermediate_size, tp_rank, size)
@@ -413,11 +416,11 @@ def shard(model: Llama, place: Place, group: Group) -> range:
             mlp.up_proj = ColumnParallelLinear(mlp.up_proj, mlp_part, group)
             mlp.down_proj = RowParallelLinear(mlp.down_proj, mlp_part, group)
     tied = config.tie_word_embeddings
-    if not place.is_first_stage and not (tied and place.is_last_stage):
+    if not coordinates.is_first_stage and not (tied and coordinates.is_last_stage):
         model.model.embed_tokens = Absent()
     elif size > 1:
         model.model.embed_tokens = VocabParallelEmbedding(model.model.embed_tokens, vocab_part, group)
-    if not place.is_last_stage:
+    if not coordinates.is_last_stage:
         model.lm_head = Absent()
     elif size > 1:
         model.lm_head = ParallelLMHead(model.lm_head, vocab_part, group)
@@ -472,12 +475,14 @@ class ShardedCheckpoint:
         return self.checkpoint.read(name) if shard is None else read_shard(self.checkpoint, name, shard)
 
 
-def load_share(name: str, dtype: torch.dtype, device: str, place: Place, group: Group) -> tuple[Llama, range, int]:
+def load_share(
+    name: str, dtype: torch.dtype, device: str, coordinates: RankCoordinates, group: Group
+) -> tuple[Llama, range, int]:
     """One rank's share of a checkpoint. Returns its model, the numbers of its layers, and how many bytes it read."""
     checkpoint = Checkpoint(find_checkpoint(name))
     with torch.device("meta"):
         model = Llama(parse_config(checkpoint.config)).to(dtype)
-    layers = shard(model, place, group)
+    layers = shard(model, coordinates, group)
     load_weights(model, ShardedCheckpoint(checkpoint, model))
     model = model.to(device)
     if kernels.enabled():
@@ -491,33 +496,37 @@ def load_share(name: str, dtype: torch.dtype, device: str, place: Place, group: 
 
 
 class StageLink:
-    """Where a stage's rows come from and go to: the same rank of the stage before and of the stage behind, or None."""
+    """The connection to the neighbouring stages: to the rank in the same column of the grid, one row up and one down.
 
-    def __init__(self, place: Place, model: Llama):
-        self.previous = None if place.is_first_stage else place.rank - place.tensor_parallel
-        self.next = None if place.is_last_stage else place.rank + place.tensor_parallel
-        self.prototype = model.model.norm.weight  # of their width, dtype and device
+    previous, next: those ranks, or None for the first and the last stage.
+    """
+
+    def __init__(self, coordinates: RankCoordinates, model: Llama):
+        self.previous = None if coordinates.is_first_stage else coordinates.rank - coordinates.tensor_parallel
+        self.next = None if coordinates.is_last_stage else coordinates.rank + coordinates.tensor_parallel
+        self.prototype = model.model.norm.weight  # has the width, dtype and device of a hidden state
         self.sending: tuple[dist.Work, Tensor] | None = None
 
     def receive(self, num_tokens: int) -> Tensor:
-        """Wait for the rows of so many tokens. Returns (T, hidden_size)."""
+        """Wait for the previous stage's hidden states of `num_tokens` tokens. Returns (T, hidden_size)."""
         hidden = self.prototype.new_empty(num_tokens, self.prototype.shape[-1])
         dist.recv(hidden, self.previous)
         return hidden
 
     def send(self, hidden: Tensor) -> None:
-        """Begin to send, and do not wait: the next stage may be busy with the batch before, and so shall we be."""
+        """Start sending (T, hidden_size) and return: the next stage may still be busy with the batch before."""
         if self.sending is not None:
             self.sending[0].wait()
-        self.sending = dist.isend(hidden, self.next), hidden  # the tensor must stay until it is sent
+        self.sending = dist.isend(hidden, self.next), hidden  # the tensor must not be freed before it is sent
 
 
 def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> ModelRunnerOutput | None:
-    """One stage's part of a step: rows in, this stage's layers, rows out. Returns what the last stage has sampled.
+    """Compute one stage's part of a step. Returns the sampled tokens on the last stage, and None on the others.
 
-    A plan that schedules nothing still moves blocks, on every stage; nobody sends or receives anything then.
+    A plan that schedules no request still moves blocks, on every stage, but no hidden states are sent or received.
     """
-    # Exercise 6.13: which stage receives, and when? What `runner.execute` returns says who sends.
+    # Exercise 6.13: every `send` of a stage needs exactly one `receive` in the next stage. When does a stage receive,
+    # and `plan.num_tokens` of what? The kind of result that `runner.execute(plan, hidden)` returns says who sends.
     hidden = None
     if plan.scheduled and link.previous is not None:
         hidden = link.receive(plan.num_tokens)
@@ -529,39 +538,91 @@ def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> Mo
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A rank's life
+# A rank
 # ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A rank's last words: what it could not do, and why."""
+class Start:
+    """The first command to every rank: join the grid, load a share of the model, and build what computes its steps.
 
-    rank: int
-    text: str
-    is_consequence: bool  # of another rank's failure: the connection to it broke, or it kept silent
+    load(coordinates, group) returns the model, the numbers of its layers and the bytes read; build(model, layers)
+    returns the runner. timeout: seconds that a rank waits for another one within a step.
+    """
 
-
-WHAT_ARE_YOU_DOING = "what are you doing?"
+    tensor_parallel: int
+    pipeline_parallel: int
+    backend: str
+    timeout: float
+    num_threads: int
+    load: Callable[[RankCoordinates, Group], tuple[Llama, range, int]]
+    build: Callable[[Llama, range], ModelRunner]
 
 
 @dataclass(frozen=True)
-class Doing:
-    """The answer."""
+class Ready:
+    """A rank's answer to `Start`."""
 
-    text: str
+    rank: int
+    num_bytes_read: int
+
+
+def join_grid(coordinates: RankCoordinates, start: Start, store: dist.Store) -> Group:
+    """Connect this rank to all others through torch.distributed. Returns the group of its stage."""
+    excepthook, timeout = sys.excepthook, datetime.timedelta(seconds=start.timeout)
+    grid = rank_grid(start.tensor_parallel, start.pipeline_parallel)
+    size, rank = start.tensor_parallel * start.pipeline_parallel, coordinates.rank
+    meeting = dist.PrefixStore("ranks", store)
+    dist.init_process_group(start.backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
+    sys.excepthook = excepthook  # torch's own would put "[rank0]:" before every line of every traceback
+    # Every rank must name every group. A group without a timeout of its own would wait for half an hour.
+    handles = [dist.new_group(ranks, timeout) for ranks in grid]
+    ranks = grid[coordinates.stage]
+    return Group(ranks.index(rank), ranks, handles[coordinates.stage])
+
+
+def leave_grid(num_threads: int) -> None:
+    """Disconnect this process from the other ranks, and give it back the threads that it had before."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch.set_num_threads(num_threads)
+
+
+class Rank:
+    """One rank: its share of the model, and the runner that computes its part of each step."""
+
+    def __init__(self, rank: int, store: dist.Store):
+        self.rank, self.store = rank, store
+
+    def run(self, command: Start | SchedulerOutput) -> Ready | ModelRunnerOutput | None:
+        """Carry out a command. Returns what rank 0 must be told, or None."""
+        if isinstance(command, Start):
+            return self.start(command)
+        output = run_stage(self.runner, command, self.link)
+        return output if self.is_sampling else None
+
+    def start(self, start: Start) -> Ready:
+        torch.set_num_threads(start.num_threads)
+        if start.backend == "nccl":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
+        coordinates = RankCoordinates(self.rank, start.tensor_parallel, start.pipeline_parallel)
+        group = join_grid(coordinates, start, self.store)
+        self.is_sampling = coordinates.is_last_stage and group.rank == 0
+        model, layers, num_bytes_read = start.load(coordinates, group)
+        self.runner, self.link = start.build(model, layers), StageLink(coordinates, model)
+        return Ready(self.rank, num_bytes_read)
 
 
 def worker_loop(
     receive: Callable[[], object], run: Callable[[object], object], send: Callable[[object], None], rank: int
 ) -> None:
-    """Serve commands, one after the other, until `receive` gives None.
+    """Carry out commands, one after the other, until `receive` returns None.
 
-    run does what a command says; what it returns is sent to rank 0, unless it is None. If it raises, a `Failure` is
-    sent, and the loop ends: the ranks would not be at the same place any more.
+    The result of run(command) is sent to rank 0, unless it is None. If `run` raises, a `Failure` is sent and the loop
+    ends, because this rank is no longer at the same point of the computation as the others.
     """
-    # Exercise 6.14: receive, run, send; an error is sent too, with its type and where it was raised. `describe` and
-    # `is_consequence`, below, say what a Failure needs.
+    # Exercise 6.14: receive, run, send. `describe(error)` and `is_consequence(error)` give what a Failure needs. Errors
+    # raised by `receive` and `send` are not caught.
     while (command := receive()) is not None:
         try:
             result = run(command)
@@ -572,437 +633,101 @@ def worker_loop(
             send(result)
 
 
-def is_consequence(error: BaseException) -> bool:
-    """Whether it was raised while talking to other ranks: then one of those is likely to be the cause."""
-    folder, frames = Path(dist.__file__).parent, traceback.extract_tb(error.__traceback__)
-    return "gloo/" in str(error) or any(folder in Path(frame.filename).parents for frame in frames)
+def serve_as_worker() -> None:
+    """Work as one of the ranks until rank 0 ends, then exit the process.
 
-
-def describe(error: BaseException) -> str:
-    """What was raised, and where, in one line."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {error}"
-
-
-class CommandLine:
-    """A worker's end of the socket to rank 0. A thread of its own listens, whatever the worker is busy with.
-
-    That is how a worker can still say what it is doing while it waits for somebody, and how it notices at once that
-    rank 0 is gone: then there is nobody left to work for, and it ends.
+    Returns at once in rank 0, and in a program that was not started with torchrun. A program for torchrun calls it in
+    its first line. On a second machine, `torchrun -m solutions.parallelism` does nothing else.
     """
-
-    def __init__(self, connection: Connection):
-        self.connection = connection
-        self.commands: SimpleQueue = SimpleQueue()
-        self.doing = "waits for a command"
-        self.lock = threading.Lock()
-        threading.Thread(target=self.listen, daemon=True).start()
-
-    def listen(self) -> None:
-        try:
-            while (command := self.connection.recv()) is not None:
-                if command == WHAT_ARE_YOU_DOING:
-                    self.send(Doing(self.doing))
-                else:
-                    self.commands.put(command)
-        except (EOFError, OSError):
-            os._exit(1)
-        self.commands.put(None)
-
-    def send(self, message: object) -> None:
-        with self.lock:
-            self.connection.send(message)
-
-
-@dataclass(frozen=True)
-class Join:
-    """The first command: become part of the grid."""
-
-    tensor_parallel: int
-    pipeline_parallel: int
-    backend: str
-    timeout: float  # seconds that anybody waits for another rank within a step
-    num_threads: int
-
-
-@dataclass(frozen=True)
-class Load:
-    """Load your share of the model. load(place, group) returns it, its layers' numbers, and how many bytes it read."""
-
-    load: Callable[[Place, Group], tuple[Llama, range, int]]
-
-
-@dataclass(frozen=True)
-class MakeRunner:
-    """Get ready for steps. make(model, layers) returns what computes them."""
-
-    make: Callable[[Llama, range], ModelRunner]
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A rank has done what it was told."""
-
-    rank: int
-    num_bytes_read: int = 0
-
-
-class Rank:
-    """One rank's state, and what it does with each command. Rank 0, the engine's own process, has one too."""
-
-    def __init__(self, rank: int, join: Join, store: dist.Store | None):
-        torch.set_num_threads(join.num_threads)
-        if join.backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-        self.place = Place(rank, join.tensor_parallel, join.pipeline_parallel)
-        grid = rank_grid(join.tensor_parallel, join.pipeline_parallel)
-        handles = self.meet(rank, grid, join, store) if store is not None else [None]
-        ranks = grid[self.place.stage]
-        self.group = Group(ranks.index(rank), ranks, handles[self.place.stage])
-        self.samples = self.place.is_last_stage and self.group.rank == 0
-
-    @staticmethod
-    def meet(rank: int, grid: list[list[int]], join: Join, store: dist.Store) -> list[dist.ProcessGroup]:
-        """Find the other ranks. Returns a group for each row of the grid."""
-        excepthook, timeout = sys.excepthook, datetime.timedelta(seconds=join.timeout)
-        dist.init_process_group(
-            join.backend,
-            store=dist.PrefixStore("ranks", store),
-            rank=rank,
-            world_size=join.tensor_parallel * join.pipeline_parallel,
-            timeout=timeout,
-        )
-        sys.excepthook = excepthook  # torch's own would put "[rank0]:" before every line of every traceback
-        # Every rank has to name every group; and a group that is not told how long to wait would wait half an hour.
-        return [dist.new_group(ranks, timeout) for ranks in grid]
-
-    def run(self, command: object) -> object:
-        """Do what a command says. Returns what rank 0 should hear of it, or None."""
-        if isinstance(command, Load):
-            self.model, self.layers, num_bytes_read = command.load(self.place, self.group)
-            self.link = StageLink(self.place, self.model)
-            return Ready(self.place.rank, num_bytes_read)
-        if isinstance(command, MakeRunner):
-            self.runner = command.make(self.model, self.layers)
-            return Ready(self.place.rank)
-        output = run_stage(self.runner, command, self.link)
-        return output if self.samples else None
-
-
-def worker_main() -> None:
-    """What a process does that is a rank, and not rank 0. Its environment says which, as torchrun's does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's business
-    store, rank, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-    host, port, key = store.get("control").decode().split()
-    store.set(f"joined/{rank}", "")
-    line = CommandLine(Client((host, int(port)), authkey=bytes.fromhex(key)))
-    line.send(rank)
-    join = line.commands.get()
-    if join is not None:
-        worker = Rank(rank, join, store)
-
-        def run(command: object) -> object:
-            what = f"step {command.step_id}" if isinstance(command, SchedulerOutput) else type(command).__name__
-            line.doing = f"is busy with {what} since {time.strftime('%X')}"
-            result = worker.run(command)
-            line.doing = "waits for a command"
-            return result
-
-        worker_loop(line.commands.get, run, line.send, rank)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # at once: what a broken group would still wait for nobody needs
-
-
-def is_worker() -> bool:
-    """Whether torchrun has started this process as a rank that is not rank 0."""
-    return under_torchrun() and os.environ["RANK"] != "0"
+    if not is_worker():
+        return
+    commands, store, rank = report_for_work()
+    worker_loop(commands.receive, commands.noting_state(Rank(rank, store).run), commands.send, rank)
+    commands.exit()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The engine's side
+# The executor
 # ---------------------------------------------------------------------------------------------------------------
-
-START_TIMEOUT = datetime.timedelta(seconds=120)
-"""How long ranks may take to find each other: on a busy machine importing torch alone can take half a minute."""
-
-
-class WorkerError(RuntimeError):
-    """A rank has died, hangs, or could not do its part. The engine is down; the text says which rank, and why."""
 
 
 class ParallelExecutor:
-    """Lesson 5's executor, with a rank for each place in the grid. This process is rank 0.
+    """Lesson 5's executor on a grid of ranks. This process is rank 0; the others are started here or by torchrun.
 
-    It starts the other ranks itself, or finds those that torchrun has started. Whatever goes wrong on any rank ends all
-    of them, with a WorkerError. timeout: seconds that a rank waits for another one within a step. Between steps nobody
-    waits for anything but a command, as long as it takes.
+    config: an EngineConfig, of which it uses tensor_parallel, pipeline_parallel, device and timeout (seconds that a
+    rank waits for another one within a step). load, build: see `Start`. If a rank fails, all of them are ended and a
+    WorkerError says why. num_bytes_read: of the checkpoint, by rank.
     """
 
-    def __init__(self, tensor_parallel: int, pipeline_parallel: int, device: str = "cpu", timeout: float = 30.0):
-        self.size = tensor_parallel * pipeline_parallel
-        self.depth = pipeline_parallel
-        self.timeout = timeout
-        self.outputs: deque[ModelRunnerOutput] = deque()
-        self.ready: dict[int, Ready] = {}  # what each rank says of the command that it was given last
-        self.failures: list[Failure] = []
-        self.is_down: str | None = None  # why
-        self.is_interrupted = False
-        self.processes: dict[int, subprocess.Popen] = {}
-        self.connections: dict[int, Connection] = {}
-        self.num_threads = torch.get_num_threads()
-        if self.size > 1 and dist.is_initialized():
-            raise ValueError("torch.distributed is in use in this process: close the other parallel engine first.")
-        if under_torchrun() and int(os.environ["WORLD_SIZE"]) != self.size:
+    def __init__(self, config: Any, load: Callable, build: Callable):
+        self.depth, self.timeout = config.pipeline_parallel, config.timeout
+        self.outputs: deque[ModelRunnerOutput] = deque()  # of steps that are computed and not yet collected
+        num_threads, size = torch.get_num_threads(), config.tensor_parallel * config.pipeline_parallel
+        self.check_free(size)
+        self.workers = Workers(range(1, size), partial(leave_grid, num_threads))
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        grid = config.tensor_parallel, config.pipeline_parallel
+        try:
+            with self.workers.guard():
+                store, num_local = meet_workers(self.workers, "solutions.parallelism:serve_as_worker")
+                self.rank = Rank(0, store)
+                backend = "nccl" if device.startswith("cuda") else "gloo"
+                start = Start(*grid, backend, self.timeout, max(1, num_threads // num_local), load, build)
+                self.workers.send(start)
+                ready = [self.rank.run(start), *(self.workers.receive() for _ in self.workers.ranks)]
+        except WorkerError as error:
+            # What is wrong with a checkpoint or an option is reported as it would be without ranks.
+            if isinstance(error.__cause__, ValueError):
+                raise error.__cause__ from None
+            raise
+        except BaseException:
+            self.close()
+            raise
+        self.num_bytes_read = [answer.num_bytes_read for answer in sorted(ready, key=lambda answer: answer.rank)]
+
+    @staticmethod
+    def check_free(size: int) -> None:
+        """Raise ValueError if this process cannot become rank 0 of `size` ranks."""
+        if dist.is_initialized():
+            gc.collect()  # an executor that was dropped without `close` is closed now
+        if dist.is_initialized():
             raise ValueError(
-                f"torchrun has started {os.environ['WORLD_SIZE']} processes; tensor_parallel={tensor_parallel} times "
-                f"pipeline_parallel={pipeline_parallel} is {self.size}."
+                "Another parallel engine is open in this process, and torch.distributed allows one at a time. Call its "
+                "close(), or use it in a `with` statement."
             )
-        self.finalizer = weakref.finalize(self, end_workers, self.processes, self.connections)
-        if self.size == 1:
-            self.rank = Rank(0, Join(1, 1, "", timeout, self.num_threads), None)
-            return
-        with self.guarded():
-            store, num_local = self.find_ranks()
-            backend = "nccl" if device.startswith("cuda") else "gloo"
-            join = Join(tensor_parallel, pipeline_parallel, backend, timeout, max(1, self.num_threads // num_local))
-            self.send(join)
-            self.rank = Rank(0, join, store)
+        if under_torchrun() and int(os.environ["WORLD_SIZE"]) != size:
+            raise ValueError(
+                f"torchrun has started {os.environ['WORLD_SIZE']} processes; tensor_parallel times pipeline_parallel "
+                f"is {size}."
+            )
 
-    def find_ranks(self) -> tuple[dist.Store, int]:
-        """Start the ranks, or find those that there are, and have a socket to each. Returns the store where they met,
-        and how many of them are on this machine.
-        """
-        if under_torchrun():
-            store, _, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-            num_local = int(os.environ["LOCAL_WORLD_SIZE"])
-            host = "127.0.0.1" if num_local == self.size else address_towards(os.environ["MASTER_ADDR"])
-        else:
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=START_TIMEOUT)
-            num_local, host = self.size, "127.0.0.1"
-            self.processes |= {rank: start_worker(rank, self.size, store.port) for rank in range(1, self.size)}
-        key = secrets.token_hex(16)
-        with Listener((host, 0), backlog=self.size, authkey=bytes.fromhex(key)) as listener:
-            store.set("control", f"{host} {listener.address[1]} {key}")
-            deadline = time.monotonic() + START_TIMEOUT.total_seconds()
-            for rank in range(1, self.size):
-                while not store.check([f"joined/{rank}"]):
-                    if any(process.poll() is not None for process in self.processes.values()):
-                        raise RankLost("a worker has ended before it joined")
-                    if time.monotonic() > deadline:
-                        raise RankLost(f"rank {rank} has not joined within {START_TIMEOUT.total_seconds():g} s")
-                    time.sleep(0.02)
-            while len(self.connections) < self.size - 1:
-                connection = listener.accept()
-                self.connections[connection.recv()] = connection
-        return store, num_local
-
-    # Steps ------------------------------------------------------------------------------------------------------
-
-    def command(self, command: Load | MakeRunner) -> list[Ready]:
-        """Let every rank do something, and wait until all have done it. Returns the answers, in the order of ranks."""
-        with self.guarded():
-            self.ready.clear()
-            self.send(command)
-            self.ready[0] = self.rank.run(command)
-            self.listen_until(lambda: len(self.ready) == self.size, timeout=None)
-        return [self.ready[rank] for rank in range(self.size)]
-
+    @guarded
     def submit(self, plan: SchedulerOutput) -> None:
-        """Begin a step: tell all ranks, and do our part. With several stages the others may take longer."""
-        with self.guarded():
-            self.send(plan)
-            output = self.rank.run(plan)
-            if output is not None:
-                self.outputs.append(output)
+        """Start a step on all ranks, and compute rank 0's part of it. The other ranks may still be busy afterwards."""
+        # Exercise 6.18: `self.workers.send` the plan before `self.rank.run` computes it here, or the ranks would wait
+        # for each other. If rank 0 samples, its result belongs at the end of `self.outputs`.
+        self.workers.send(plan)
+        output = self.rank.run(plan)
+        if output is not None:
+            self.outputs.append(output)
 
+    @guarded(interruptible=True)
     def collect(self) -> ModelRunnerOutput:
-        """What came of the oldest step. Ctrl-C, pressed here or in `submit`, is raised here, and nothing is lost."""
-        with self.guarded():
-            self.listen_until(lambda: self.outputs or self.is_interrupted, self.timeout)
-        if self.is_interrupted:
-            self.is_interrupted = False
-            raise KeyboardInterrupt
+        """Wait for the output of the oldest step that was submitted and not yet collected."""
+        # Exercise 6.19: outputs arrive in the order of the steps, one from each `self.workers.receive(self.timeout)`.
+        # Rank 0's own are in `self.outputs` already: do not wait for more than is needed.
+        while not self.outputs:
+            self.outputs.append(self.workers.receive(self.timeout))
         return self.outputs.popleft()
 
     def close(self) -> None:
-        """End all ranks."""
-        self.is_down = self.is_down or "it was closed."
-        self.finalizer()
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-            torch.set_num_threads(self.num_threads)
-
-    def send(self, command: object) -> None:
-        for connection in self.connections.values():
-            connection.send(command)
-
-    def listen_until(self, done: Callable[[], object], timeout: float | None) -> None:
-        """Take in what the other ranks say, until what we wait for is there."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not done():
-            for connection in wait(list(self.connections.values()), 0.1):
-                self.take(connection.recv())
-            if deadline is not None and time.monotonic() > deadline and not done():
-                raise RankLost(f"no tokens came within {timeout:g} s")
-
-    def take(self, message: object) -> None:
-        if isinstance(message, Failure):
-            self.failures.append(message)
-            raise RankLost(message.text)
-        if isinstance(message, Ready):
-            self.ready[message.rank] = message
-        else:
-            self.outputs.append(message)
-
-    # When something goes wrong ----------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Whatever is raised within is the end: find out which rank is to blame, end all of them, and say so.
-
-        Ctrl-C waits until what is within is done, for half a step is no state to go on from. A second one does not.
-        """
-        if self.is_down:
-            raise WorkerError(f"This engine is down: {self.is_down}")
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, self.interrupt) if in_main_thread else None
-        try:
-            yield
-        except Exception as error:
-            self.is_down = self.explain(error)
-            self.kill()
-            raise WorkerError(self.is_down) from error
-        except BaseException:
-            self.is_down = "it was interrupted in the middle of a step."
-            self.kill()
-            raise
-        finally:
-            if in_main_thread:
-                signal.signal(signal.SIGINT, before)
-
-    def interrupt(self, *_) -> None:
-        if self.is_interrupted:
-            raise KeyboardInterrupt
-        self.is_interrupted = True
-
-    def kill(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-        self.close()
-
-    def explain(self, error: Exception) -> str:
-        """Which rank is to blame, as far as can be found out in two seconds.
-
-        First those that say so themselves, then those that are dead, then those that do not answer.
-        """
-        silent = "does not answer: it was stopped, or its machine was"
-        states = dict.fromkeys(self.connections, silent)
-        deadline = time.monotonic() + 2.0
-        for rank, connection in self.connections.items():
-            with contextlib.suppress(OSError):
-                connection.send(WHAT_ARE_YOU_DOING)
-            try:  # a rank that has ended may have left its last words
-                while states[rank] is silent and connection.poll(max(0.0, deadline - time.monotonic())):
-                    message = connection.recv()
-                    if isinstance(message, Failure):
-                        self.failures.append(message)
-                    if isinstance(message, Doing):
-                        states[rank] = message.text
-            except (EOFError, OSError):
-                states[rank] = "is gone"
-        for rank, process in self.processes.items():
-            if states[rank] == "is gone":  # its socket may be closed a moment before it has ended
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(1.0)
-            code = process.poll()
-            if code == 0:  # nobody ends so without having said why; we have only not heard it yet
-                states[rank] = "has given up"
-            elif code is not None:
-                states[rank] = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended, exit code {code}"
-        if not isinstance(error, (RankLost, EOFError, OSError)):
-            self.failures.append(Failure(0, describe(error), is_consequence(error)))
-        failed = {each.rank: f"rank {each.rank} failed: {each.text}" for each in self.failures}
-        others = {rank: f"rank {rank} {state}" for rank, state in states.items() if rank not in failed}
-        causes = [failed[each.rank] for each in self.failures if not each.is_consequence]
-        causes = causes or [text for text in others.values() if " was killed" in text or " ended" in text]
-        causes = causes or [text for text in others.values() if "is gone" in text or silent in text]
-        return "; ".join(causes or [*failed.values(), *others.values()]) + "."
-
-
-class RankLost(RuntimeError):
-    """We heard of a failure, or heard nothing."""
-
-
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def start_worker(rank: int, world_size: int, port: int) -> subprocess.Popen:
-    """A process that runs `worker_main` as this rank. It ends when its standard input does: when we end.
-
-    It is in a session of its own, so that the terminal's Ctrl-C reaches rank 0 alone.
-    """
-    places = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-    }
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from common.lifeline import hold; hold(); from solutions import parallelism; parallelism.worker_main()",
-        ],
-        stdin=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": paths, **{name: str(value) for name, value in places.items()}},
-        start_new_session=True,
-    )
-
-
-def end_workers(processes: dict[int, subprocess.Popen], connections: dict[int, Connection]) -> None:
-    """Ask all ranks to end, and wait for those that are ours; whoever takes longer than five seconds is killed."""
-    for connection in connections.values():
-        with contextlib.suppress(OSError):
-            connection.send(None)
-    deadline = time.monotonic() + 5.0
-    for process in processes.values():
-        process.stdin.close()
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for connection in connections.values():
-        connection.close()
-
-
-def address_towards(host: str) -> str:
-    """The address of this machine that others see who are seen at `host`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing: it only chooses a way
-        return probe.getsockname()[0]
+        """End all workers."""
+        self.workers.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The engine
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def largest_share(config: ModelConfig, tensor_parallel: int, pipeline_parallel: int) -> float:
-    """The share of a token's keys and values that the rank with the most of them has. All ranks have equally many
-    blocks, so this is the rank whose memory decides how many there can be.
-    """
-    # Exercise 6.15: find the bug. SmolLM2 with two stages, and each process allowed 1 GiB of cache: the second has 0.7
-    # GiB, and the first takes 1.3. Where both stages have as many layers, all is well.
-
-    heads = config.num_attention_heads, config.num_key_value_heads
-    most_heads = max(len(head_groups(*heads, rank, tensor_parallel)[1]) for rank in range(tensor_parallel))
-    most_layers = max(len(Place(stage, 1, pipeline_parallel).layers(config)) for stage in range(pipeline_parallel))
-    return most_heads * most_layers / (config.num_key_value_heads * config.num_hidden_layers)
 
 
 def make_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
@@ -1011,15 +736,8 @@ def make_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunne
     return ModelRunner(model, cache)
 
 
-class ParallelEngine(Engine):
-    """Lesson 5's engine on a grid of ranks. `kv_cache_memory` is that of each rank.
-
-        with ParallelEngine("smollm2-135m", tensor_parallel=2) as engine:
-            outputs = engine.generate(prompts)
-
-    It starts its own workers. Under torchrun every process runs the same program; in those that are not rank 0 this
-    constructor serves as a worker and ends the process when the engine is closed.
-    """
+class ParallelEngine(HookedEngine):
+    """Lesson 5's engine on a grid of ranks. `kv_cache_memory` is that of each rank. (Moves to engine.py.)"""
 
     def __init__(
         self,
@@ -1031,8 +749,6 @@ class ParallelEngine(Engine):
         timeout: float = 30.0,
         **settings,
     ):
-        if is_worker():
-            worker_main()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         checkpoint = Checkpoint(find_checkpoint(name))
@@ -1040,25 +756,24 @@ class ParallelEngine(Engine):
         check_parallel(config, *grid)
         memory = settings.get("kv_cache_memory", EngineConfig.kv_cache_memory)
         settings["kv_cache_memory"] = int(memory / self.cache_share(config, dtype, *grid))
-        EngineConfig(**settings)  # what is wrong with the settings is said before anything is started
-        self.ranks = ParallelExecutor(*grid, device, timeout)
-        try:
-            loaded = self.ranks.command(Load(self.loader(str(checkpoint.folder), dtype, device)))
-            self.num_bytes_read = [each.num_bytes_read for each in loaded]
-            super().__init__(self.ranks.rank.model, load_tokenizer(checkpoint.folder), **settings)
-        except WorkerError as error:
-            # What is wrong with a checkpoint or a setting is said as it would be without ranks.
-            if isinstance(error.__cause__, ValueError):
-                raise error.__cause__ from None
-            raise
-        except BaseException:
-            self.ranks.close()
-            raise
+        self.options = SimpleNamespace(
+            tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, device=device, timeout=timeout
+        )
+        self.load = self.loader(str(checkpoint.folder), dtype, device)
+        with torch.device("meta"):
+            model = Llama(config).to(dtype)
+        super().__init__(model, load_tokenizer(checkpoint.folder), **settings)
+        inner = self.executor.rank if isinstance(self.executor, ParallelExecutor) else self.executor
+        self.model = inner.runner.model
 
     def build_executor(self) -> Executor:
-        """The ranks; or, where there is one, lesson 5's executor: there a request that fails takes no other with it."""
-        self.ranks.command(MakeRunner(self.maker()))
-        return self.ranks if self.ranks.size > 1 else LocalExecutor(self.ranks.rank.runner)
+        if self.options.tensor_parallel * self.options.pipeline_parallel > 1:
+            executor = ParallelExecutor(self.options, self.load, self.maker())
+            self.num_bytes_read = executor.num_bytes_read
+            return executor
+        model, layers, num_bytes_read = self.load(RankCoordinates(0, 1, 1), Group())
+        self.num_bytes_read = [num_bytes_read]
+        return LocalExecutor(self.maker()(model, layers))
 
     # What a later lesson does otherwise
 
@@ -1076,3 +791,10 @@ class ParallelEngine(Engine):
     def maker(self) -> Callable:
         """What each rank is to call to make what computes."""
         return partial(make_runner, self.config)
+
+
+if __name__ == "__main__":  # `torchrun -m solutions.parallelism`: the module that rank 0 and the commands refer to
+    from solutions.parallelism import serve_as_worker as serve
+
+    serve()
+    sys.exit("solutions.parallelism is the program of a worker; rank 0 must run a program that makes an engine.")

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from common.tokenizer import Tokenizer
 from solutions import llama_pytorch
-from solutions.batching import ModelRunner, ModelRunnerOutput, ScheduledRequest, SchedulerOutput, flatten_batch
+from solutions.batching import ModelRunner, flatten_batch
 from solutions.kv_cache import KVCache, prefill
 from solutions.llama_pytorch import (
     Llama,
@@ -44,6 +44,7 @@ from solutions.llama_pytorch import (
     stable_hash,
 )
 from solutions.paged_attention import PagedKVCache
+from solutions.scheduler import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
 # Guesses for nothing, and what becomes of them

@@ -67,7 +67,7 @@ def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
             )
     for answer, failures in grader.failures.items():
         name = describe(answer, lesson)
-        mistakes = [failure.mistake for failure in failures if failure.mistake]
+        mistake = None if answer.is_right else grader.subjects[answer].mistake(answer.exercise)
         crashes = [failure for failure in failures if not failure.what]
         if answer.is_right:
             found.extend(f"{name} fails: {failure.sentence}" for failure in failures)
@@ -75,9 +75,9 @@ def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
             found.append(f"{name} passes.")
         elif crashes:
             found.append(f"{name} crashes: {crashes[0].sentence}")
-        elif others := set(mistakes) - {answer.name}:
-            found.append(f"{name} is taken for {', '.join(sorted(others))}.")
-        elif answer.recognised and not mistakes:
+        elif mistake not in (None, answer.name):
+            found.append(f"{name} is taken for {mistake}.")
+        elif answer.recognised and mistake is None:
             found.append(f"{name} is not recognised; it fails with: {failures[0].sentence}")
     return found
 

@@ -10,89 +10,23 @@ every measurement there is. A name's beginning stands for all that begin so: `py
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
 
+from common.bench.results import MEASUREMENTS, save
 from common.checkpoints import find_checkpoint
 from common.course import CourseError, activate, files_used
+from common.machine import cpu_name, gemm_rate, interleaved_medians, read_bandwidth
 from common.options import threads
-
-MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
-
-
-def median_seconds(function: Callable[[], object], repeats: int) -> float:
-    """The median over `repeats` calls, after one that warms up."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # The machine
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def circumstances(command: str) -> dict:
-    """What a reader needs in order to know what a number means."""
-    packages = ("torch", "numpy", "transformers")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "system": f"{platform.system()} {platform.machine()}",
-        },
-        "versions": versions,
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-    }
-
-
-def read_bandwidth(megabytes: int, repeats: int, device: str = "cpu") -> float:
-    """GB/s at which float32 numbers are read by adding them up: nothing that reads its weights is faster.
-
-    They must take much more room than the caches, or the caches are what is measured.
-    """
-    numbers = torch.ones(megabytes * 2**20 // 4, device=device)
-    # `item` waits for a GPU, which otherwise answers before it has begun.
-    return numbers.numel() * 4 / median_seconds(lambda: numbers.sum().item(), repeats) / 1e9
-
-
-def gemm_rate(size: int, repeats: int) -> float:
-    """GFLOP/s of a float32 product of two square matrices."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / median_seconds(lambda: a @ b, repeats) / 1e9
 
 
 def measure_machine(quick: bool) -> dict:
@@ -112,6 +46,7 @@ def measure_recompute(name: str, lengths: list[int], repeats: int) -> dict:
 
     Beside it, if transformers is installed, its model over the same weights, without a cache and with one.
     """
+    from common.bench.peers import load_transformers, transformers_steps
     from solutions.llama_pytorch import causal_attend, load
 
     model, _ = load(name, torch.float32, "cpu")
@@ -130,47 +65,6 @@ def measure_recompute(name: str, lengths: list[int], repeats: int) -> dict:
     return {"model": name, "dtype": "float32", "repeats": repeats, "unit": "seconds per token", "rows": rows}
 
 
-def interleaved_medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each, measured in turn, so that a machine that drifts does so for all of them."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for repeat in range(repeats + 1):
-        for way, function in ways.items():
-            start = time.perf_counter()
-            function()
-            if repeat:  # the first round warms up
-                seconds[way].append(time.perf_counter() - start)
-    return {way: statistics.median(taken) for way, taken in seconds.items()}
-
-
-def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """transformers' model of a checkpoint, or None where transformers is not installed."""
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-    except ImportError:
-        print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
-        return None
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-
-
-def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """One step of transformers after this context, without and with a cache. token_ids: (T,)."""
-    ids = token_ids[None]
-    with torch.inference_mode():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values if len(token_ids) > 1 else None
-
-    def cached() -> None:
-        model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if cache is not None:
-            cache.crop(-1)  # so that the next repeat finds what this one did
-
-    return {
-        "transformers, no cache": lambda: model(ids, use_cache=False, logits_to_keep=1),
-        "transformers, cache": cached,
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Lesson 3: what remembering gains
 # ---------------------------------------------------------------------------------------------------------------
@@ -181,6 +75,7 @@ def measure_kv_cache(name: str, lengths: list[int], repeats: int) -> dict:
 
     Beside them, if transformers is installed, its model over the same weights with its own cache.
     """
+    from common.bench.peers import load_transformers, transformers_steps
     from solutions.kv_cache import KVCache, decode_step, prefill
     from solutions.llama_pytorch import load, recompute
 
@@ -220,9 +115,10 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
     Then both where they are used: requests whose answers need about twice the blocks there are.
     """
     from common import kernels
-    from solutions.batching import Engine, ModelRunner, ScheduledRequest, SchedulerOutput
+    from solutions.batching import ModelRunner, local_engine
     from solutions.llama_pytorch import SamplingParams, load
     from solutions.paged_attention import BlockCopy, PagedKVCache
+    from solutions.scheduler import ScheduledRequest, SchedulerOutput
 
     model, tokenizer = load(name, torch.float32, "cpu")
     if kernels.enabled():
@@ -272,7 +168,7 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
     served: dict[str, list[dict]] = {"ample": [], "recompute": [], "swap": []}
     for _ in range(1 if quick else 3):
         for way, results in served.items():
-            with Engine(
+            with local_engine(
                 model,
                 tokenizer,
                 num_blocks=needed if way == "ample" else needed // 2,
@@ -307,17 +203,6 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
 # ---------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def save(folder: Path, name: str, command: str, result: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**circumstances(command), **result}, indent=2, default=str)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-
-
-def read(name: str, folder: Path = MEASUREMENTS) -> dict:
-    """A measurement by its name. FileNotFoundError if nobody has made it."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 NAMES = (

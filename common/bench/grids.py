@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from solutions.batching import Engine, EngineConfig, ModelRunner, SchedulerOutput
+from common.config import EngineConfig
+from solutions.batching import ModelRunner, local_engine
 from solutions.llama_pytorch import SamplingParams, load
-from solutions.parallelism import MakeRunner, ParallelEngine, make_runner
+from solutions.parallelism import ParallelEngine, make_runner
+from solutions.scheduler import SchedulerOutput
 
 
 class TimedRunner(ModelRunner):
@@ -57,6 +59,17 @@ def make_probing_runner(folder: Path, config: EngineConfig, model, layers: range
     return make_runner(config, model, layers)
 
 
+class ObservedEngine(ParallelEngine):
+    """A parallel engine whose ranks build their runners by `build(config, model, layers)`."""
+
+    def __init__(self, build, *arguments, **options):
+        self.build = build
+        super().__init__(*arguments, **options)
+
+    def maker(self):
+        return partial(self.build, self.config)
+
+
 def measure_grids(name: str, quick: bool) -> dict:
     """One process with one thread and with two, two tensor-parallel ranks, two stages with one batch and with two."""
     model, tokenizer = load(name, torch.float32, "cpu")
@@ -78,15 +91,13 @@ def measure_grids(name: str, quick: bool) -> dict:
             torch.set_num_threads(1 if "1 thread" in way else 2)
             start = time.perf_counter()
             if grid is None:
-                engine = Engine(model, tokenizer, enable_prefix_caching=False)
+                engine = local_engine(model, tokenizer, enable_prefix_caching=False)
             else:
-                engine = ParallelEngine(name, *grid, dtype=torch.float32, device="cpu", enable_prefix_caching=False)
+                build = partial(make_timed_runner if "stages" in way else make_probing_runner, Path(folder))
+                options = dict(dtype=torch.float32, device="cpu", enable_prefix_caching=False)
+                engine = ObservedEngine(build, name, *grid, **options)
             row = {"start_seconds": time.perf_counter() - start}
             with engine:
-                if way == "two tensor-parallel ranks":
-                    engine.executor.command(MakeRunner(partial(make_probing_runner, Path(folder), engine.config)))
-                if "stages" in way:
-                    engine.executor.command(MakeRunner(partial(make_timed_runner, Path(folder), engine.config)))
                 if way == "two stages, one batch":
                     engine.executor.depth = engine.scheduler.depth = 1
                 row |= {"num_bytes_read": getattr(engine, "num_bytes_read", None)}

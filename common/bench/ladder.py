@@ -24,6 +24,7 @@ from common.bench import peers as rivals
 from solutions import kv_cache, llama_pytorch, paged_attention
 from solutions.batching import Engine, LocalExecutor
 from solutions.engine import InferenceEngine, Speculation
+from solutions.hooked import HookedEngine
 from solutions.llama_pytorch import Llama, SamplingParams, load
 from solutions.quantization import Quantization, load_quantized
 
@@ -111,7 +112,7 @@ class Silent:
         return b"."
 
 
-class Assembled(Engine):
+class Assembled(HookedEngine):
     """What `InferenceEngine` puts together, around a model that is loaded already: many of them share one."""
 
     def __init__(self, model: Llama, tokenizer, speculation: Speculation | None, **settings):
@@ -208,7 +209,7 @@ def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams
     start, peak = time.perf_counter(), 0
     for prompt, own in zip(prompts, params):
         serving.add_request(prompt, own)
-    outputs = [reader.output for reader in serving.readers.values()]
+    outputs = [state.output for state in serving.processor.states.values()]
     while serving.has_unfinished_requests:
         serving.step()
         peak = max(peak, len(serving.manager.pool.blocks) - serving.manager.pool.num_free_blocks)
@@ -280,8 +281,9 @@ LONGEST = 64
 
 def measure_ladder(name: str, quick: bool) -> dict:
     """Climb it, beside whatever else is installed that can serve the same checkpoint."""
-    from common.bench.cli import load_transformers, read_bandwidth
+    from common.bench.peers import load_transformers
     from common.checkpoints import find_checkpoint
+    from common.machine import read_bandwidth
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -15,14 +15,15 @@ import contextlib
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from common.checkpoints import Checkpoint, cache_folder
-from common.checkpoints.folder import _prepare
 from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
+from common.checkpoints.names import prepare
 from solutions.llama_pytorch import parse_config
 
 GGUF_VERSION = 1  # part of the cached folders' names: raise it when what is written changes
@@ -148,7 +149,7 @@ def float32_gguf(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     state = "-".join(f"{file.stat().st_size:x}-{file.stat().st_mtime_ns:x}" for file in files[:1])
     kept = cache_folder() / f"{folder.name}-{state}-gguf-v{GGUF_VERSION}"
-    return _prepare(kept, lambda partial: write_gguf(folder, partial / "model.gguf")) / "model.gguf"
+    return prepare(kept, lambda partial: write_gguf(folder, partial / "model.gguf")) / "model.gguf"
 
 
 def write_gguf(folder: Path, path: Path) -> None:
@@ -290,3 +291,32 @@ class LlamaCpp:
         now = time.perf_counter()
         for sequence, _, _ in work:
             times[sequence].append(now)
+
+
+def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    """transformers' model of a checkpoint, or None where transformers is not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
+        return None
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+
+
+def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """One step of transformers after this context, without and with a cache. token_ids: (T,)."""
+    ids = token_ids[None]
+    with torch.inference_mode():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values if len(token_ids) > 1 else None
+
+    def cached() -> None:
+        model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if cache is not None:
+            cache.crop(-1)  # so that the next repeat finds what this one did
+
+    return {
+        "transformers, no cache": lambda: model(ids, use_cache=False, logits_to_keep=1),
+        "transformers, cache": cached,
+    }

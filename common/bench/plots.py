@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from common.bench import cli as bench
+from common.bench import results
 from common.course import ROOT, CourseError, shown
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
@@ -110,7 +110,7 @@ def roofline() -> Figure:
     Each weight is read once a step (4 bytes) and serves every token of it (2 operations): a step of B tokens has
     B / 2 operations a byte, if the cache of keys and values is left out, which these short contexts allow.
     """
-    machine = bench.read("machine")
+    machine = results.read("machine")
     bandwidth, peak = machine["read_gb_per_s"], machine["gemm_gflop_per_s"]
     intensities = [2**exponent for exponent in range(-3, 10)]
     ridge = peak / bandwidth
@@ -214,7 +214,7 @@ def attention_heads() -> Figure:
     token_ids = tokenizer.encode(SENTENCE)
     words = [tokenizer.decode([token_id]).strip() for token_id in token_ids]
     config = llm_basics.ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 100_000.0, tie_word_embeddings=True)
-    x = checkpoint.read("model.embed_tokens.weight")[token_ids]
+    x = checkpoint.results.read("model.embed_tokens.weight")[token_ids]
     frequencies = llm_basics.rotary_frequencies(config.head_dim, config.rope_theta)
     tables = llm_basics.rotary_tables(torch.arange(len(x)), frequencies)
     mask, maps = llm_basics.causal_mask(len(x), len(x)), {}
@@ -359,7 +359,7 @@ def recompute_figure(measurement: dict, title: str) -> Figure:
 
 @figure("lesson-2-llama-pytorch/figures/recompute.svg")
 def recompute() -> Figure:
-    return recompute_figure(bench.read("recompute-smollm2-135m"), "SmolLM2: a token costs more, the more came before")
+    return recompute_figure(results.read("recompute-smollm2-135m"), "SmolLM2: a token costs more, the more came before")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def recompute() -> Figure:
 @figure("lesson-3-kv-cache/figures/kv-cache.svg")
 def kv_cache() -> Figure:
     """Milliseconds for one more token with and without the cache; the scale is logarithmic."""
-    measurement = bench.read("kv-cache-smollm2-135m")
+    measurement = results.read("kv-cache-smollm2-135m")
     rows = measurement["rows"]
     contexts = [row["context"] for row in rows]
     fig, axes = new_figure()
@@ -440,12 +440,13 @@ def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, 
 
     No model is needed: a scheduler deals in ids and counts, and whatever was sampled counts as a token.
     """
-    from solutions.batching import ModelRunnerOutput, Request, Scheduler
+    from common.config import EngineConfig
     from solutions.llama_pytorch import SamplingParams
     from solutions.paged_attention import KVCacheManager
+    from solutions.scheduler import ModelRunnerOutput, Request, Scheduler
 
     manager = KVCacheManager(settings.pop("num_blocks"), settings.pop("block_size"), enable_prefix_caching=False)
-    scheduler = Scheduler(manager, **settings)
+    scheduler = Scheduler(manager, EngineConfig(num_host_blocks=0, **settings))
     for i, (prompt, output) in enumerate(zip(prompts, outputs)):
         scheduler.add(Request(str(i), [0] * prompt, SamplingParams(), output, arrival=i))
     plans, pools = [], []
@@ -461,7 +462,7 @@ def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, 
 @figure("lesson-5-batching/figures/schedule.svg")
 def schedule() -> Figure:
     """Twelve requests over the steps: in batches that wait for their slowest; in places filled as they fall free."""
-    from solutions.batching import static_batch
+    from solutions.scheduler import static_batch
 
     prompts = [9, 4, 14, 6, 5, 11, 3, 7, 10, 4, 6, 8]
     outputs = [4, 15, 6, 9, 20, 3, 8, 5, 12, 7, 2, 10]
@@ -480,7 +481,13 @@ def schedule() -> Figure:
     left.set_title(f"static batches of 4: {last} steps")
 
     plans, _ = simulate(
-        prompts, outputs, num_blocks=200, block_size=4, max_num_seqs=4, max_num_batched_tokens=12, max_chunk=8
+        prompts,
+        outputs,
+        num_blocks=200,
+        block_size=4,
+        max_num_seqs=4,
+        max_num_batched_tokens=12,
+        long_prefill_token_threshold=8,
     )
     for step, plan in enumerate(plans):
         for each in plan.scheduled:
@@ -504,7 +511,7 @@ def pool_through_time() -> Figure:
     import numpy as np
 
     prompts, outputs = [10, 7, 13, 5, 9, 6], [16, 20, 9, 18, 12, 14]
-    settings = dict(max_num_seqs=6, max_num_batched_tokens=16, max_chunk=8)
+    settings = dict(max_num_seqs=6, max_num_batched_tokens=16, long_prefill_token_threshold=8)
     plans, pools = simulate(prompts, outputs, num_blocks=20, block_size=4, **settings)
     picture = np.full((20, len(plans)), np.nan)
     for step, pool in enumerate(pools):
@@ -534,7 +541,7 @@ def pool_through_time() -> Figure:
 @figure("lesson-6-parallelism/figures/timeline.svg")
 def pipeline() -> Figure:
     """When two stages computed, measured: with one batch under way, and with two."""
-    measurement = bench.read("grids-smollm2-135m")
+    measurement = results.read("grids-smollm2-135m")
     fig = Figure(layout="constrained", figsize=(8.5, 3.6))
     for axes, way in zip(fig.subplots(2, 1, sharex=True), ("two stages, one batch", "two stages, two batches")):
         stages = measurement["ways"][way]["timeline"]
@@ -562,7 +569,7 @@ def pipeline() -> Figure:
 @figure("lesson-7-quantization/figures/quality.svg")
 def quality() -> Figure:
     """Perplexity against bytes, for INT8, W8A8 and INT4 in groups, plain and with scales for activations."""
-    measurement = bench.read("quality-smollm2-135m")
+    measurement = results.read("quality-smollm2-135m")
     rows = measurement["rows"]
     exact = rows[0]["perplexity"]
     fig = Figure(layout="constrained", figsize=(10, 4.2))
@@ -615,7 +622,7 @@ def quality() -> Figure:
 @figure("lesson-8-speculative/figures/speculation.svg")
 def speculation() -> Figure:
     """Tokens a second with speculation, as a ratio to none: by what the text is like, and by the number of streams."""
-    chats, tales = bench.read("speculation-smollm2-135m"), bench.read("speculation-tales")
+    chats, tales = results.read("speculation-smollm2-135m"), results.read("speculation-tales")
     fig = Figure(layout="constrained", figsize=(10.4, 4.2))
     left, right = fig.subplots(1, 2, width_ratios=(1.35, 1), sharey=True)
 
@@ -722,7 +729,7 @@ RUNGS = {
 @figure("common/bench/figures/ladder.svg")
 def ladder() -> Figure:
     """Tokens a second of each lesson's engine, alone and with many requests, beside others on the same weights."""
-    measurement = bench.read("ladder-smollm2-135m")
+    measurement = results.read("ladder-smollm2-135m")
     loads = {load["name"]: load["ways"] for load in measurement["loads"]}
     panels = {
         "one stream": {**loads["one stream"], "recompute": loads["recompute"]["recompute"]},

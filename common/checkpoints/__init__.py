@@ -1,16 +1,8 @@
 """A model's name to a checkpoint folder on this machine, and that folder to tensors."""
 
-from common.checkpoints.folder import (
-    MODELS,
-    Checkpoint,
-    CheckpointError,
-    cache_folder,
-    cached,
-    download,
-    find_checkpoint,
-    progress,
-    read_json,
-)
+from common.checkpoints.folder import Checkpoint, CheckpointError, read_json
+from common.checkpoints.names import MODELS, cache_folder, cached, find_checkpoint
+from common.checkpoints.supported import check_supported
 
 __all__ = [
     "MODELS",
@@ -18,8 +10,7 @@ __all__ = [
     "CheckpointError",
     "cache_folder",
     "cached",
-    "download",
+    "check_supported",
     "find_checkpoint",
-    "progress",
     "read_json",
 ]

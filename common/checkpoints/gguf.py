@@ -20,7 +20,8 @@ import json
 import re
 from pathlib import Path
 
-from common.checkpoints import CheckpointError, progress
+from common.checkpoints.download import progress
+from common.checkpoints.folder import CheckpointError
 
 VERSION = 1  # part of the cached folders' names: raise it when what is written changes
 SHARD_BYTES = 2 << 30  # a file's tensors stand in memory together while it is written

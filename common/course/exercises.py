@@ -17,7 +17,7 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.course.lessons import CourseError, Lesson, shown
+from common.course.lessons import CourseError, Lesson, modules_of, shown
 
 MAX_ANSWER_LINES = 25
 TOGETHER = "together"
@@ -134,6 +134,25 @@ def to_do(file: Path) -> list[str]:
     if not file.is_file():
         raise CourseError(f"{shown(file)} does not exist.")
     try:
-        return unfinished(file.read_text(encoding="utf-8"))
+        return unfinished(file.read_text(encoding="utf-8-sig"))
     except SyntaxError as error:
         raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.") from None
+
+
+def read_hints(lesson: Lesson) -> dict[str, list[str]]:
+    """The hints of a lesson's exercises: a heading `## 1.4 rms_norm` each, with `### 1`, `### 2`, `### 3` below."""
+    if not lesson.hints.exists():
+        raise CourseError(f"{shown(lesson.hints)} does not exist.")
+    parts = re.split(r"^## (\d+\.\d+)\b.*$", lesson.hints.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {
+        id: [text.strip() for text in re.split(r"^### \d\b.*$", body, flags=re.MULTILINE)[1:]]
+        for id, body in zip(parts[1::2], parts[2::2])
+    }
+
+
+def find_exercise(which: str) -> tuple[Lesson, Exercise]:
+    number = which.partition(".")[0]
+    exercises = {exercise.id: (lesson, exercise) for lesson in modules_of(number) for exercise in exercises_of(lesson)}
+    if which not in exercises:
+        raise CourseError(f"Lesson {number} has no exercise {which}; it has {', '.join(exercises)}.")
+    return exercises[which]

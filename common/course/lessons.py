@@ -79,6 +79,11 @@ class Lesson:
         return self.folder / "README.md"
 
     @property
+    def second_pages(self) -> list[Path]:
+        """What the exercises do not need: `more.md`, where the lesson has one."""
+        return sorted(self.folder.glob("more.md"))
+
+    @property
     def notebook(self) -> Path:
         return self.folder / f"{self.name.replace('-', '_')}.ipynb"
 
@@ -106,8 +111,10 @@ GAINS = {
     8: "It drafts tokens ahead and says the same, in fewer steps; and it is whole.",
 }
 """What each lesson makes possible."""
-MODULES = (*LESSONS, replace(LESSONS[8], part="engine"))
-"""All that can be filled in and graded: a module for each lesson, and the assembly."""
+MODULES = (*LESSONS[:5], replace(LESSONS[5], part="scheduler"), *LESSONS[5:], replace(LESSONS[8], part="engine"))
+"""All that can be filled in and graded, in the order in which they build on each other: a module for each lesson, and a
+second one for two of them.
+"""
 
 
 def lesson(number: int | str) -> Lesson:

@@ -47,8 +47,7 @@ class Grader:
         if failure is not None and failure.waits_for:
             pytest.skip(f"waits for {failure.waits_for}")
         if failure is not None:
-            mistake = f"\nThis is what you get with: {failure.mistake}." if failure.mistake else ""
-            pytest.fail(f"{exercise_id}: {failure.sentence}{mistake}", pytrace=False)
+            pytest.fail(f"{exercise_id}: {failure.sentence}", pytrace=False)
         return True
 
     def lesson_of(self, checks: Path) -> Lesson | None:

@@ -9,8 +9,6 @@ This process imports no torch: it answers at once, and nothing that a student's 
 from __future__ import annotations
 
 import ast
-import hmac
-import json
 import multiprocessing
 import os
 import re
@@ -18,7 +16,6 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,31 +23,11 @@ from pathlib import Path
 from common.course import CourseError, Lesson, shown, unfinished
 from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.course.modules import Waits, listed, still_to_do_below
+from common.grading.results import Result, fingerprint, keep, look_first
+from common.grading.wire import MAX_EVENT, opened
 
-MAX_EVENT = 1 << 20
-"""Bytes of the longest event that is listened to."""
 START_SECONDS = 120.0
 """How long a worker may take to import torch and collect the checks."""
-
-
-@dataclass
-class Result:
-    """What became of one exercise. `line` is where its TODO stands, or its function."""
-
-    id: str
-    name: str
-    status: str = "to do"  # "passed", "wrong", "to do", "waiting" (for others: the together check for all of them)
-    points: int = 0
-    sentence: str = ""
-    mistake: str | None = None
-    traceback: str = ""
-    line: int = 0
-    certain: bool = True  # False where the machine's speed decided: such a result is not kept
-    through: list[str] = field(default_factory=list)  # the exercises that a wrong one may be wrong because of
-    notes: list[str] = field(default_factory=list)  # what an instructor should look at
-
-    def __str__(self) -> str:
-        return self.name if self.id == TOGETHER else f"{self.id} {self.name}"
 
 
 def grade(
@@ -117,6 +94,15 @@ def grade(
     return list(results.values())
 
 
+def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
+    """Grade a file, and remember the results, unless it was saved meanwhile: nobody knows of which state they are."""
+    before = fingerprint(lesson, file)
+    results = grade(lesson, file, **options)
+    if fingerprint(lesson, file) == before:
+        keep(lesson, file, results)
+    return results
+
+
 class Session:
     """The worker of the moment, and what it said about the checks."""
 
@@ -133,12 +119,15 @@ class Session:
         key = secrets.token_bytes(16)
         self.worker = self.start(self.lesson, self.file, ids, self.show_prints, key)
         connection = self.worker.connection
-        current, count, deadline = None, 0, time.monotonic() + START_SECONDS
+        current, finished, count, deadline = None, None, 0, time.monotonic() + START_SECONDS
         while True:
             if not connection.poll(max(0.0, deadline - time.monotonic())):
                 self.close()
-                if current is None:
+                if current is None and finished is None:
                     raise CourseError(f"The grader's worker did not start within {START_SECONDS:g} s.")
+                if current is None:
+                    fail(results[finished], "left the Python process hanging after its checks.")
+                    return
                 seconds = self.worker.patience * self.checks[current][1]
                 fail(results[current], f"took longer than {seconds:g} s: an endless loop?")
                 results[current].certain = False
@@ -148,8 +137,11 @@ class Session:
                 kind, *event = opened(connection.recv_bytes(MAX_EVENT), key)
             except (EOFError, OSError):
                 how = self.worker.how_it_ended()
-                if current is None:
+                if current is None and finished is None:
                     raise CourseError(f"The grader's worker ended {how}; is torch installed?") from None
+                if current is None:
+                    fail(results[finished], f"ended the Python process {how} after its checks.")
+                    return
                 fail(results[current], f"ended the Python process {how} in the middle of a check.")
                 yield current
                 return
@@ -175,6 +167,10 @@ class Session:
                 count += 1
                 if event[0] is not None:
                     fail(results[current], **event[0])
+                if count == self.checks[current][2]:  # what follows, to name the mistake, is not the student's time
+                    deadline = time.monotonic() + START_SECONDS
+            elif kind == "mistake":
+                results[current].mistake = event[0]
             elif kind == "end":
                 if current == TOGETHER and not count:
                     results[current].status = "waiting"
@@ -236,20 +232,6 @@ def end(process: BaseProcess) -> None:
     process.join()
 
 
-def sealed(event: tuple, key: bytes) -> bytes:
-    """An event as it travels. The seal keeps out what a student's code writes into a file that it found open."""
-    body = json.dumps(event).encode()
-    return hmac.digest(key, body, "sha256") + body
-
-
-def opened(message: bytes, key: bytes) -> list:
-    """The event in a message. Raises ValueError if it is not the worker's."""
-    seal, body = message[:32], message[32:]
-    if not hmac.compare_digest(seal, hmac.digest(key, body, "sha256")):
-        raise ValueError("not sealed by the worker")
-    return json.loads(body)
-
-
 def launch(*arguments) -> None:
     """In the new process: only there is torch imported."""
     from common.grading.worker import work
@@ -258,30 +240,17 @@ def launch(*arguments) -> None:
 
 
 def fail(
-    result: Result,
-    sentence: str,
-    mistake: str | None = None,
-    traceback: str = "",
-    waits_for: str | None = None,
-    through: Sequence[str] = (),
+    result: Result, sentence: str, traceback: str = "", waits_for: str | None = None, through: Sequence[str] = ()
 ) -> None:
-    """Note a failure. Of several the first is told that a known mistake explains, or else the first; where one check
-    came to an exercise that is to do and another one failed for itself, the latter.
+    """Note a failure. Of several the first is told; where one check came to an exercise that is to do and another one
+    failed for itself, the latter.
     """
-    if waits_for and result.status != "wrong":
+    if result.status == "wrong":
+        return
+    if waits_for:
         result.status, result.sentence = "waiting", f"waits for {waits_for}"
-    elif not waits_for and (result.status != "wrong" or (mistake and not result.mistake)):
-        result.status, result.sentence, result.mistake, result.traceback = "wrong", sentence, mistake, traceback
-        result.through = list(through)
-
-
-def look_first(result: Result, results: dict[str, Result]) -> list[str]:
-    """Of the exercises that ran in a wrong one's checks those that are wrong themselves, and not in turn because of
-    another of them. One in whose checks it ran itself does not count: each would point to the other.
-    """
-    ran = [results[id] for id in result.through if id in results]
-    wrong = [each.id for each in ran if each.status == "wrong" and result.id not in each.through]
-    return [id for id in wrong if not set(wrong).intersection(results[id].through)] or wrong
+    else:
+        result.status, result.sentence, result.traceback, result.through = "wrong", sentence, traceback, list(through)
 
 
 def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
@@ -295,18 +264,10 @@ def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
     return ""
 
 
-def next_step(results: list[Result]) -> Result | None:
-    """What to do next: the first that has not passed, but rather one that waits for no other; None if all have."""
-    left = [each for each in results if each.status != "passed"]
-    by_id = {each.id: each for each in results}
-    ready = [each for each in left if each.status != "waiting" and not look_first(each, by_id)]
-    return next(iter([*ready, *left]), None)
-
-
 def read_source(file: Path) -> str:
     """The file's text, if Python can read it. Raises CourseError with file and line."""
     try:
-        source = file.read_text(encoding="utf-8")
+        source = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         compile(source, str(file), "exec")
     except FileNotFoundError:
         raise CourseError(f"{shown(file)} does not exist.") from None

@@ -19,7 +19,8 @@ from common.course import CourseError, Lesson, shown, unfinished
 from common.course.catalogue import Answer, apply, load_answers
 from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.grading import isolate
-from common.grading.compare import CheckFailed, same
+from common.grading.arguments import watched_arguments
+from common.grading.compare import CheckFailed, is_telling, same
 
 Check = Callable[[ModuleType], None]
 """A check with everything but the module under test filled in."""
@@ -33,7 +34,6 @@ class Failure:
     traceback: str = ""
     what: str = ""
     actual: Any = None
-    mistake: str | None = None  # the name of the known mistake that gives the same value
     waits_for: str | None = None  # the exercise, still to do, that the check came to
     through: tuple[str, ...] = ()  # the other exercises that ran in the check, where all are the student's
 
@@ -44,9 +44,10 @@ class Subject:
     def __init__(self, lesson: Lesson, file: Path, source: str | None = None):
         self.lesson = lesson
         self.file = file
-        self.source = file.read_text(encoding="utf-8") if source is None else source
+        self.source = file.read_text(encoding="utf-8-sig") if source is None else source
         self.exercises = {exercise.id: exercise for exercise in exercises_of(lesson)}
         self.todo = set(unfinished(self.source))
+        self.judged: dict[str, list[tuple[Check, Failure | None]]] = {}  # by exercise: its checks so far
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  a subject lives as long as its grading
     def module(self, exercise_id: str) -> ModuleType:
@@ -83,21 +84,23 @@ class Subject:
         """
         if exercise_id == TOGETHER:
             return self.attempt(check, self.untouched)
-        function = self.exercises[exercise_id].function
-        failure = self.attempt(check, lambda: self.module(exercise_id), function)
-        if failure is None:
-            return None
-        if self.lesson.is_withheld:
+        failure = self.attempt(check, lambda: self.module(exercise_id), exercise_id)
+        if failure is not None and self.lesson.is_withheld:
             return self.in_company(exercise_id, check, failure)
-        if self.attempt(check, self.untouched) is None:
-            return None
-        return self.with_mistake(exercise_id, check, failure)
+        if failure is not None and self.attempt(check, self.untouched, exercise_id) is None:
+            failure = None
+        self.judged.setdefault(exercise_id, []).append((check, failure))
+        return failure
 
-    def attempt(self, check: Check, build: Callable[[], ModuleType], function: str = "") -> Failure | None:
+    def attempt(self, check: Check, build: Callable[[], ModuleType], exercise_id: str = "") -> Failure | None:
         """Run the check once. Whatever the student's code raises is their failure, never the grader's."""
+        function = self.exercises[exercise_id].function if exercise_id else ""
         try:
-            torch.manual_seed(0)
-            check(build())
+            if exercise_id and not self.lesson.is_withheld:
+                run_check(self.lesson, exercise_id, check, build())
+            else:
+                torch.manual_seed(0)
+                check(build())
         except CheckFailed as failed:
             return Failure(failed.sentence, trace(failed), failed.what, failed.actual)
         except KeyboardInterrupt:
@@ -128,16 +131,23 @@ class Subject:
         through = [each.id for each in self.exercises.values() if lines.get(each.function) in begun]
         return replace(failure, through=tuple(id for id in through if id != exercise_id))
 
-    def with_mistake(self, exercise_id: str, check: Check, failure: Failure) -> Failure:
-        """Name the mistake if exactly one known wrong answer gives the very value that the student's gave."""
-        if failure.actual is None:
-            return failure
+    def mistake(self, exercise_id: str) -> str | None:
+        """The name of the known mistake that gives what this answer gave in every check so far, if exactly one does.
+
+        Only a value tells mistakes apart: NaN, an empty list or an exception may have any cause.
+        """
+        judged = self.judged.get(exercise_id, [])
+        telling = [each for each in judged if each[1] is not None and is_telling(each[1].actual)]
+        if not telling or self.lesson.is_withheld:
+            return None
+        others = [each for each in judged if each not in telling]
         names = [
-            name
-            for name, known in known_mistakes(self.lesson, exercise_id, check)
-            if known.what == failure.what and same(known.actual, failure.actual)
+            answer.name
+            for answer in load_answers(self.lesson)
+            if answer.exercise == exercise_id and not answer.is_right and not answer.is_planted
+            if all(agrees(outcome(self.lesson, answer, check), failure) for check, failure in [*telling, *others])
         ]
-        return replace(failure, mistake=names[0]) if len(names) == 1 else failure
+        return names[0] if len(names) == 1 else None
 
     def describe(self, error: BaseException, function: str = "") -> str:
         """One sentence for an exception: what, the student's line if one is to blame, and what the check asked."""
@@ -168,20 +178,43 @@ def trace(error: BaseException) -> str:
     return "".join([*traceback.format_list(others), *traceback.format_exception_only(error)])
 
 
-@functools.lru_cache(maxsize=1)  # when the catalogue is proved, many answers face the same check
-def known_mistakes(lesson: Lesson, exercise_id: str, check: Check) -> list[tuple[str, CheckFailed]]:
-    """What the check says to each wrong answer of the catalogue, by the answer's name."""
-    found = []
-    for answer in load_answers(lesson):
-        if answer.exercise == exercise_id and not answer.is_right and not answer.is_planted:
-            try:
-                torch.manual_seed(0)
-                check(variant(lesson, answer))
-            except CheckFailed as failed:
-                found.append((answer.name, failed))
-            except Exception:
-                continue  # it crashes here, which names nothing; `prove` complains of it
-    return found
+def run_check(lesson: Lesson, exercise_id: str, check: Check, module: ModuleType) -> None:
+    """Run a check, and then see to it that the answer left its arguments as they were, unless the reference changes
+    them too. Raises what the check raises.
+    """
+    function = {each.id: each for each in exercises_of(lesson)}[exercise_id].function
+    torch.manual_seed(0)
+    with watched_arguments(module, function) as changes:
+        check(module)
+    if not changes:
+        return
+    torch.manual_seed(0)
+    reference = isolate.whole(f"reference_{lesson.slug}", lesson.solution.read_text(encoding="utf-8"), lesson.solution)
+    with watched_arguments(reference, function) as allowed:
+        check(reference)
+    for name, value in changes.items():
+        if name not in allowed:
+            what = f"`{function.rpartition('.')[2]}` changed its argument `{name}`"
+            raise CheckFailed(f"{what}, which belongs to the caller: work on a copy.", what, value)
+
+
+@functools.lru_cache(maxsize=2048)  # when the catalogue is proved, many answers face the same checks
+def outcome(lesson: Lesson, answer: Answer, check: Check) -> Exception | None:
+    """What a check says to an answer of the catalogue: CheckFailed, another exception, or None if it passes."""
+    try:
+        run_check(lesson, answer.exercise, check, variant(lesson, answer))
+    except Exception as error:
+        return error.with_traceback(None)
+    return None
+
+
+def agrees(known: Exception | None, failure: Failure | None) -> bool:
+    """Whether an answer of the catalogue fared in a check as the student's did."""
+    if known is None or failure is None:
+        return known is failure
+    if not is_telling(failure.actual):
+        return True  # both failed
+    return isinstance(known, CheckFailed) and known.what == failure.what and same(known.actual, failure.actual)
 
 
 @functools.lru_cache(maxsize=64)

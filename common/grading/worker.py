@@ -1,9 +1,9 @@
 """The process that holds torch and runs the checks. What it finds goes through a connection, one event at a time.
 
 Events are JSON lists: ["collected", {id: [points, seconds, number of checks]}], ["start", id], ["check", failure or
-null], ["note", sentence], ["end", id], ["broken", text], ["finished"]. Not pickle: the student's code runs in this
-process, and the runner must be able to read what comes from it. A worker that hangs or dies there is the runner's
-business.
+null], ["note", sentence], ["mistake", its name or null], ["end", id], ["broken", text], ["finished"]. Not pickle: the
+student's code runs in this process, and the runner must be able to read what comes from it. A worker that hangs or dies
+there is the runner's business.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pytest
 from common.course import Lesson
 from common.course.exercises import TOGETHER
 from common.grading.plugin import Grader
-from common.grading.runner import sealed
 from common.grading.subject import Failure, Subject
+from common.grading.wire import sealed
 
 
 class ReportingGrader(Grader):
@@ -27,7 +27,7 @@ class ReportingGrader(Grader):
 
     def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
         super().__init__(lambda lesson: subject)
-        self.lesson = subject.lesson
+        self.lesson, self.graded = subject.lesson, subject
         self.ids = ids
         self.send = send
         self.current: str | None = None
@@ -59,6 +59,8 @@ class ReportingGrader(Grader):
 
     def finish(self) -> None:
         if self.current is not None:
+            if self.current != TOGETHER:
+                self.send("mistake", self.graded.mistake(self.current))
             self.send("end", self.current)
             self.current = None
 
@@ -67,7 +69,7 @@ class ReportingGrader(Grader):
             pytest.skip("waits for the exercises")
         failure = super().judge(subject, exercise_id, check)
         self.failed |= failure is not None
-        told = ("sentence", "mistake", "traceback", "waits_for", "through")
+        told = ("sentence", "traceback", "waits_for", "through")
         self.send("check", failure and {name: getattr(failure, name) for name in told})
         return failure
 

@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -30,29 +30,15 @@ from common.course import MODULES, ROOT, CourseError, Lesson, shown
 from common.course.exercises import exercises_of
 from common.course.modules import check_solution
 from common.course.skeleton import cut_lesson
-from common.grading.runner import Result, grade
-from common.instructor import report, sandbox, screen
-from common.instructor.submissions import Submission, find_submissions
+from common.grading.results import Result, fingerprint
+from common.grading.runner import grade
+from common.instructor import report, sandbox
+from common.instructor.report import Graded
+from common.instructor.submissions import Submission, find_submissions, plain
 from common.options import jobs, option
-from common.student.grade import fingerprint
 
 COPIED = ("common", "solutions", *(lesson.folder.name for lesson in MODULES), "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.ipynb", "figures", "*.md", ".*", "book")
-
-
-@dataclass
-class Graded:
-    """What became of one module of one submission."""
-
-    student: str
-    lesson: Lesson
-    results: list[Result]
-    problem: str = ""  # why it could not be graded at all
-    review: list[str] = field(default_factory=list)  # what an instructor should look at
-
-    @property
-    def points(self) -> int:
-        return sum(result.points for result in self.results if result.status == "passed")
 
 
 class Stopped(CourseError):
@@ -110,10 +96,8 @@ class Classroom:
                 return worker
 
             try:
-                source = content.decode()
-                review = screen.findings(lesson, source, self.skeletons[lesson])
-                found = Graded(submission.student, lesson, grade(lesson, file, start=start), review=review)
-            except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                found = Graded(submission.student, lesson, grade(lesson, file, start=start))
+            except (RecursionError, MemoryError) as error:
                 found = self.without(submission, lesson, f"Python cannot read it: {error}")
             except CourseError as error:
                 found = self.without(submission, lesson, str(error).replace(f"{base}{os.sep}", ""))
@@ -223,7 +207,7 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
         def tell(found: Graded) -> None:
             progress.advance(task)
             text = found.problem or f"{found.points} of {sum(result.points for result in found.results)} points"
-            line = Text.assemble(f"{found.student:<24} {found.lesson.slug:<16} ", text)
+            line = Text.assemble(f"{plain(found.student, 24):<24} {found.lesson.slug:<16} ", text)
             line.append("".join(f"\n    look at it: {each}" for each in found.review), "yellow")
             progress.console.print(line)
 
@@ -231,7 +215,7 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
             room.run(left, jobs, tell)
         except KeyboardInterrupt:
             interrupted = True
-    report.write(room)
+    report.write(room.out, room.lessons, room.submissions, room.graded)
     if interrupted:
         num_left = sum((submission.student, lesson.slug) not in room.graded for submission, lesson in left)
         console.print(f"\nStopped. {num_left} modules are left; nothing is lost: the same command goes on from here.")

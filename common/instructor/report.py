@@ -8,52 +8,63 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 
 from common.course import Lesson
 from common.course.exercises import TOGETHER
-from common.grading.runner import Result
+from common.grading.results import Result
 from common.instructor.submissions import Submission
-
-if TYPE_CHECKING:
-    from common.instructor.classroom import Classroom, Graded
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_NOTES = 20
 """Of what a submission's review tells, so many are shown."""
 
 
-def write(room: Classroom) -> None:
-    """All reports, from what is known by now."""
-    room.out.mkdir(parents=True, exist_ok=True)
+@dataclass
+class Graded:
+    """What became of one module of one submission."""
+
+    student: str
+    lesson: Lesson
+    results: list[Result]
+    problem: str = ""  # why it could not be graded at all
+    review: list[str] = field(default_factory=list)  # what an instructor should look at
+
+    @property
+    def points(self) -> int:
+        return sum(result.points for result in self.results if result.status == "passed")
+
+
+def write(
+    out: Path, lessons: list[Lesson], submissions: list[Submission], known: dict[tuple[str, str], Graded]
+) -> None:
+    """Write all reports into `out`. known: what has been graded by now, by student and module."""
+    out.mkdir(parents=True, exist_ok=True)
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    rows = [row(room, submission) for submission in room.submissions]
+    rows = [row(submission, lessons, known) for submission in submissions]
     for each in rows:
-        folder = room.out / "students" / each["student"]
+        folder = out / "students" / each["student"]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.html").write_text(pages.get_template("student.html").render(**each), encoding="utf-8")
         (folder / "results.json").write_text(json.dumps(gradescope(each["graded"]), indent=1), encoding="utf-8")
         for slug, content in each["modules"].items():
             (folder / f"{slug}.py").write_bytes(content)
-    overview = pages.get_template("class.html").render(rows=rows, columns=columns(room), lessons=room.lessons)
-    (room.out / "index.html").write_text(overview, encoding="utf-8")
+    overview = pages.get_template("class.html").render(rows=rows, columns=columns(lessons, known), lessons=lessons)
+    (out / "index.html").write_text(overview, encoding="utf-8")
     write_table(
-        room.out / "grades.csv",
-        ["student", "points", "of", *(each.slug for each in room.lessons), "not graded yet", "look at"],
+        out / "grades.csv",
+        ["student", "points", "of", *(each.slug for each in lessons), "not graded yet", "look at"],
         [
             [
                 each["student"],
                 each["points"],
                 each["worth"],
-                *(
-                    each["by_slug"][lesson.slug].points if lesson.slug in each["by_slug"] else ""
-                    for lesson in room.lessons
-                ),
+                *(each["by_slug"][lesson.slug].points if lesson.slug in each["by_slug"] else "" for lesson in lessons),
                 each["left"] or "",
                 "; ".join(each["review"]),
             ]
@@ -61,7 +72,7 @@ def write(room: Classroom) -> None:
         ],
     )
     write_table(
-        room.out / "exercises.csv",
+        out / "exercises.csv",
         ["student", "exercise", "name", "result", "points", "of", "diagnosis", "known mistake"],
         [
             [each["student"], result.id, result.name, graded.problem or result.status, earned(result), result.points]
@@ -74,12 +85,10 @@ def write(room: Classroom) -> None:
     )
 
 
-def row(room: Classroom, submission: Submission) -> dict:
+def row(submission: Submission, lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> dict:
     """One student: everything that the reports say."""
     graded = [
-        room.graded[submission.student, lesson.slug]
-        for lesson in room.lessons
-        if (submission.student, lesson.slug) in room.graded
+        known[submission.student, lesson.slug] for lesson in lessons if (submission.student, lesson.slug) in known
     ]
     review = [f"{each.lesson.slug} {note}" for each in graded for note in each.review] + submission.notes
     more = [f"and {len(review) - MOST_NOTES} more"] if len(review) > MOST_NOTES else []
@@ -90,16 +99,16 @@ def row(room: Classroom, submission: Submission) -> dict:
         "by_slug": {each.lesson.slug: each for each in graded},
         "points": sum(each.points for each in graded),
         "worth": sum(result.points for each in graded for result in each.results),
-        "left": len(room.lessons) - len(graded),
+        "left": len(lessons) - len(graded),
         "review": review[:MOST_NOTES] + more,
     }
 
 
-def columns(room: Classroom) -> list[tuple[Lesson, str, str, int]]:
+def columns(lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> list[tuple[Lesson, str, str, int]]:
     """(lesson, exercise's id, its name, how many passed) for the table of the class."""
     found = []
-    for lesson in room.lessons:
-        of_lesson = [graded for (_, slug), graded in room.graded.items() if slug == lesson.slug]
+    for lesson in lessons:
+        of_lesson = [graded for (_, slug), graded in known.items() if slug == lesson.slug]
         for index, result in enumerate(of_lesson[0].results if of_lesson else ()):
             if result.id != TOGETHER:
                 passed = sum(graded.results[index].status == "passed" for graded in of_lesson)

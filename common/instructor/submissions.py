@@ -22,6 +22,9 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_MODULE = 1 << 20
 """Bytes of the longest module that is read; the longest solution has a twentieth of that."""
 MAX_ENTRIES = 100_000
+MAX_NAMED = 20
+"""Files that a note names."""
+SLUGS = {lesson.slug for lesson in MODULES}
 MAX_UNPACKED = 2 << 30
 """Bytes of a .tar up to which it is looked through; unlike a .zip it has no list of what is in it."""
 NOT_HANDED_IN = {
@@ -70,11 +73,11 @@ def find_submissions(folder: Path) -> tuple[list[Submission], list[str]]:
     for place in sorted(folder.iterdir()):
         if place.name.startswith((".", "__MACOSX")):
             continue
-        student = student_name(place)
+        student, name = student_name(place), plain(place.name, 80)
         if student is None:
-            ignored.append(f"{place.name}: neither a folder nor a .zip nor a .tar")
+            ignored.append(f"{name}: neither a folder nor a .zip nor a .tar")
         elif student in found:
-            ignored.append(f"{place.name}: {found[student].place.name} is the submission of {student} already")
+            ignored.append(f"{name}: {plain(found[student].place.name, 80)} is this student's submission already")
         else:
             found[student] = read_submission(student, place)
     if not found:
@@ -92,21 +95,32 @@ def student_name(place: Path) -> str | None:
 
 
 def read_submission(student: str, place: Path) -> Submission:
-    """Read the modules out of a folder or an archive. Never raises for what is in it."""
+    """Read the modules out of a folder or an archive. Never raises for what is in it.
+
+    Of a module that is not there, a note names the files that may be meant by it.
+    """
     submission = Submission(student, place)
     read = entries_of_folder if place.is_dir() else entries_of_zip if zipfile.is_zipfile(place) else entries_of_tar
     candidates: dict[str, list[Entry]] = {}
+    others: list[PurePosixPath] = []
     try:
         for count, entry in enumerate(read(place, submission.notes)):
             if count == MAX_ENTRIES:
                 submission.notes.append(f"more than {MAX_ENTRIES:,} files: the rest was not looked at")
                 break
-            for lesson in MODULES:
-                if entry.path.name == lesson.module.name and not NOT_HANDED_IN & set(entry.path.parts[:-1]):
-                    candidates.setdefault(lesson.slug, []).append(entry)
+            slug = entry.path.stem if entry.path.suffix == ".py" else ""
+            if NOT_HANDED_IN & set(entry.path.parts[:-1]):
+                continue
+            if slug in SLUGS:
+                candidates.setdefault(slug, []).append(entry)
+            elif len(others) < MAX_NAMED and may_be_meant(entry.path.name):
+                others.append(entry.path)
         for lesson in MODULES:
             if of_lesson := candidates.get(lesson.slug):
                 take(submission, lesson, of_lesson)
+        meant = [path for path in others if module_meant(path.name) not in submission.modules]
+        if meant:
+            submission.notes.append(f"not taken, since no module is called so: {', '.join(map(str, meant))}")
     except (
         OSError,
         zipfile.BadZipFile,
@@ -117,7 +131,28 @@ def read_submission(student: str, place: Path) -> Submission:
         ValueError,
     ) as error:
         submission.notes.append(f"cannot be read any further: {type(error).__name__}: {error}")
+    submission.notes = [plain(note, 400) for note in submission.notes]
     return submission
+
+
+def module_meant(name: str) -> str | None:
+    """The slug of the module that a file of another name is likely to be: `llm_basics (1).py`, `llm_basics.ipynb`."""
+    stem, dot, suffix = name.lower().rpartition(".")
+    found = [slug for slug in SLUGS if stem.replace("-", "_").startswith(slug)]
+    return max(found, key=len) if found and dot + suffix in (".py", ".ipynb", ".txt") else None
+
+
+def may_be_meant(name: str) -> bool:
+    """Whether a file may hold a module that is missing. An archive in an archive may."""
+    return module_meant(name) is not None or name.lower().endswith(ARCHIVES)
+
+
+def plain(text: str, width: int) -> str:
+    """A text that cannot move the cursor: control characters are written out, and what is too long is cut."""
+    shown = "".join(
+        each if each.isprintable() else each.encode("unicode_escape", "backslashreplace").decode() for each in text
+    )
+    return shown if len(shown) <= width else f"{shown[: width - 1]}…"
 
 
 def take(submission: Submission, lesson: Lesson, candidates: list[Entry]) -> None:

@@ -113,7 +113,7 @@ def compiled():
     """The operators of cpu.cpp, compiled for this processor: once, then kept. None where there is no compiler."""
     from torch.utils import cpp_extension
 
-    from common.bench.cli import cpu_name
+    from common.machine import cpu_name
 
     source = Path(__file__).with_suffix(".cpp")
     made_for = (torch.__version__, sys.version, cpu_name(), source.read_text(encoding="utf-8"))

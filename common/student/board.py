@@ -8,7 +8,7 @@ from rich.text import Text
 
 from common.course import GAINS, Lesson, shown
 from common.course.exercises import TOGETHER
-from common.grading.runner import Result, next_step
+from common.grading.results import Result, next_step
 
 SIGNS = {"passed": ("█", "green"), "wrong": ("x", "red"), "to do": ("░", "dim"), "waiting": ("░", "dim")}
 LEGEND = "█ passed, x wrong"

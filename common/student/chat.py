@@ -122,7 +122,7 @@ def answer_with(engine) -> Callable[..., Any]:
             request_id = engine.add_request(prompt_token_ids, params)
         except ValueError as error:
             raise OptionError(str(error)) from None
-        output, num_shown = engine.readers[request_id].output, 0
+        output, num_shown = engine.output(request_id), 0
         try:
             while output.finish_reason is None:
                 engine.step()
@@ -330,6 +330,10 @@ def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -
 
     from solutions.llama_pytorch import SamplingParams
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from solutions.parallelism import serve_as_worker
+
+        serve_as_worker()
     if threads:
         torch.set_num_threads(threads)
     try:

@@ -16,11 +16,12 @@ from rich.text import Text
 
 from common import course
 from common.course import Lesson, shown
-from common.course.exercises import Exercise, exercises_of, walk_functions
+from common.course.exercises import Exercise, exercises_of, find_exercise, walk_functions
 from common.course.modules import check_solution, listed
-from common.grading.runner import Result, grade, read_source
+from common.grading.results import Result, kept
+from common.grading.runner import grade, grade_and_keep, read_source
 from common.options import exercise_id, force, lesson_number
-from common.student.grade import console, find_exercise, grade_and_keep, kept
+from common.student.grade import console
 
 SIDE_BY_SIDE = 100
 """Columns from which two answers stand beside each other."""
@@ -46,7 +47,7 @@ def show(lesson: Lesson, exercise: Exercise) -> None:
     comment = reference.split("\n")[exercise.comment_line - 1 : exercise.first_answer_line - 1]
     task = {line.strip().replace("# Exercise", "# TODO") for line in comment}
     console.print(f"\n[bold]{exercise.id} {exercise.function}[/]")
-    yours, line = answer(lesson.module.read_text(encoding="utf-8"), exercise.function, task)
+    yours, line = answer(lesson.module.read_text(encoding="utf-8-sig"), exercise.function, task)
     theirs, their_line = answer(reference, exercise.function, task)
     if ast.dump(ast.parse(yours)) == ast.dump(ast.parse(theirs)):
         console.print(Text(f"  the same as the reference's, {shown(lesson.solution)}:{their_line}", "dim"))

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
-import re
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -19,14 +13,15 @@ from rich.padding import Padding
 from rich.text import Text
 
 from common import course
-from common.course import GAINS, LESSONS, ROOT, CourseError, Lesson, shown, skeleton
-from common.course.exercises import TOGETHER, Exercise, exercises_of
+from common.course import GAINS, LESSONS, CourseError, Lesson, shown, skeleton
+from common.course.exercises import TOGETHER, find_exercise, read_hints
 from common.course.modules import Waits, check_solution
-from common.grading.runner import Result, grade, next_step
+from common.grading.results import Result, kept, next_step
+from common.grading.runner import grade, grade_and_keep
 from common.options import exercise_id, lesson_number, mine, number, option
+from common.student import update
 from common.student.board import Standing, draw
 
-GRADES = ROOT / ".course" / "grades"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -182,27 +177,6 @@ def hint(exercise_id: str, level: int) -> int:
     return 0
 
 
-def read_hints(lesson: Lesson) -> dict[str, list[str]]:
-    """The hints of a lesson's exercises: a heading `## 1.4 rms_norm` each, with `### 1`, `### 2`, `### 3` below."""
-    if not lesson.hints.exists():
-        raise CourseError(f"{shown(lesson.hints)} does not exist.")
-    parts = re.split(r"^## (\d+\.\d+)\b.*$", lesson.hints.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {
-        id: [text.strip() for text in re.split(r"^### \d\b.*$", body, flags=re.MULTILINE)[1:]]
-        for id, body in zip(parts[1::2], parts[2::2])
-    }
-
-
-def find_exercise(which: str) -> tuple[Lesson, Exercise]:
-    number = which.partition(".")[0]
-    exercises = {
-        exercise.id: (lesson, exercise) for lesson in course.modules_of(number) for exercise in exercises_of(lesson)
-    }
-    if which not in exercises:
-        raise CourseError(f"Lesson {number} has no exercise {which}; it has {', '.join(exercises)}.")
-    return exercises[which]
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # progress, reset-lesson
 # ---------------------------------------------------------------------------------------------------------------
@@ -218,6 +192,8 @@ def progress(mine: str) -> int:
         with console.status(f"grading lesson {lesson.number} ..."):
             standings.append(standing(lesson))
     console.print(draw(standings))
+    if update.needs_new_numbers():
+        console.print("The exercises have other numbers now. Run make update once more: it moves your answers there.")
     return 0
 
 
@@ -232,39 +208,6 @@ def standing(lesson: Lesson) -> Standing:
     except CourseError as error:
         return Standing(lesson, note=Text(str(error).partition("\n")[0], "red"))
     return Standing(lesson, results)
-
-
-def fingerprint(lesson: Lesson, file: Path) -> str:
-    """Everything that a grade depends on: the module, what it may import, its checks, the grader, the versions."""
-    files = [file, lesson.checks, lesson.answers, *sorted((ROOT / "common").rglob("*.py"))]
-    files += sorted((ROOT / "solutions").glob("*.py")) + sorted(course.substitutes().values())
-    digest = hashlib.sha256(f"{platform.python_version()} {version('torch')}".encode())
-    for each in files:
-        content = each.read_bytes() if each.exists() else b""
-        digest.update(f"{shown(each)} {len(content)} ".encode() + content)
-    return digest.hexdigest()
-
-
-def keep(lesson: Lesson, file: Path, results: list[Result]) -> None:
-    """Remember the results for exactly this state of things, unless the machine's speed had a part in them."""
-    if all(result.certain for result in results):
-        GRADES.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([asdict(result) for result in results])
-        (GRADES / f"{lesson.slug}-{fingerprint(lesson, file)}.json").write_text(text)
-
-
-def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
-    """Grade a file, and remember the results, unless it was saved meanwhile: nobody knows of which state they are."""
-    before = fingerprint(lesson, file)
-    results = grade(lesson, file, **options)
-    if fingerprint(lesson, file) == before:
-        keep(lesson, file, results)
-    return results
-
-
-def kept(lesson: Lesson, file: Path) -> list[Result] | None:
-    path = GRADES / f"{lesson.slug}-{fingerprint(lesson, file)}.json"
-    return [Result(**each) for each in json.loads(path.read_text())] if path.exists() else None
 
 
 @click.command()

@@ -86,7 +86,7 @@ def serve(engine, prompts: list[str], token_ids: list[list[int]], params, consol
         for request_id in ids:
             engine.abort(request_id)
         raise
-    outputs = [engine.readers[request_id].output for request_id in ids]
+    outputs = [engine.output(request_id) for request_id in ids]
     code = 0
     try:
         if console.is_terminal:

@@ -18,10 +18,11 @@ from rich.text import Text
 from common import course
 from common.course import CourseError, Lesson, shown
 from common.course.exercises import TOGETHER, exercises_of, walk_functions
-from common.grading.runner import Result, Worker, begin, grade, next_step, read_source, todo_lines
+from common.grading.results import Result, kept, next_step
+from common.grading.runner import Worker, begin, grade, grade_and_keep, read_source, todo_lines
 from common.options import lesson_number, mine
 from common.student.board import SIGNS, bar, score
-from common.student.grade import congratulate, console, grade_and_keep, heading, kept, report
+from common.student.grade import congratulate, console, heading, report
 
 PAUSE = 0.2
 """Seconds between two looks at the files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,9 +16,9 @@ import pytest
 
 from common import setup
 from common.authoring import checks, clean, notebooks, remaining
-from common.bench import cli as bench
-from common.bench import plots
+from common.bench import plots, results
 from common.course import ROOT, Lesson
+from common.machine import interleaved_medians
 from common.tests.typed import typed
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -356,21 +357,21 @@ MADE_UP = {
 
 
 def test_figures_are_the_same_bytes_for_the_same_data_and_others_for_other_data(monkeypatch):
-    monkeypatch.setattr(bench, "read", MADE_UP.__getitem__)
+    monkeypatch.setattr(results, "read", MADE_UP.__getitem__)
     for path in ("lesson-0-intro/figures/roofline.svg", "lesson-2-llama-pytorch/figures/recompute.svg"):
         first = plots.svg(plots.FIGURES[path])
         with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "another"}):  # whatever the user has set
             assert plots.svg(plots.FIGURES[path]) == first
         assert b"<dc:date>" not in first and first.startswith(b"<?xml")
     faster = {**MADE_UP, "machine": {**MADE_UP["machine"], "read_gb_per_s": 30.0}}
-    monkeypatch.setattr(bench, "read", faster.__getitem__)
+    monkeypatch.setattr(results, "read", faster.__getitem__)
     changed = plots.svg(plots.FIGURES["lesson-0-intro/figures/roofline.svg"])
-    monkeypatch.setattr(bench, "read", MADE_UP.__getitem__)
+    monkeypatch.setattr(results, "read", MADE_UP.__getitem__)
     assert changed != plots.svg(plots.FIGURES["lesson-0-intro/figures/roofline.svg"])
 
 
 def test_a_figure_without_its_measurement_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "read", lambda name: bench.json.loads((tmp_path / f"{name}.json").read_text()))
+    monkeypatch.setattr(results, "read", lambda name: json.loads((tmp_path / f"{name}.json").read_text()))
     assert typed("figures", "roofline", "--out", str(tmp_path)) == 1
     assert "make bench" in capsys.readouterr().out and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="drawn by roofline already"):
@@ -381,8 +382,8 @@ def test_a_quick_measurement_is_never_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COURSE_MODULES", "")
     assert typed("bench", "machine", "--quick", "--out", str(tmp_path)) == 0
     assert not list(tmp_path.iterdir()) and "not kept" in capsys.readouterr().out
-    bench.save(tmp_path, "x", "the command", {"value": 1.5})
-    kept = bench.read("x", tmp_path)
+    results.save(tmp_path, "x", "the command", {"value": 1.5})
+    kept = results.read("x", tmp_path)
     assert kept["value"] == 1.5 and kept["command"] == "the command" and kept["machine"]["threads"] >= 1
     assert set(kept) >= {"machine", "versions", "date", "command"}
 
@@ -390,7 +391,7 @@ def test_a_quick_measurement_is_never_kept(tmp_path, capsys, monkeypatch):
 def test_what_is_compared_is_measured_in_turn():
     calls = []
     ways = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    assert set(bench.interleaved_medians(ways, 2)) == {"a", "b"}
+    assert set(interleaved_medians(ways, 2)) == {"a", "b"}
     assert calls == ["a", "b"] * 3  # one round to warm up
 
 

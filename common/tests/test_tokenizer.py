@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from common.checkpoints import CheckpointError, cached, find_checkpoint
 from common.checkpoints.gguf import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
 from common.tokenizer import ChatTemplateError, load_tokenizer, render_chat
+from solutions.llama_pytorch import TextStream
 
 TEXTS = [
     "",
@@ -155,6 +156,16 @@ def folders(tmp_path_factory):
 @pytest.fixture(params=KINDS)
 def folder(request, folders):
     return folders[request.param]
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_text_that_is_cut_within_a_character_is_decoded_as_it_was_streamed(folder, cut):
+    """An x and two characters of four bytes, which byte fallback writes as a token for each byte."""
+    tokenizer = load_tokenizer(folder)
+    token_ids = tokenizer.encode("x\U0001f642\U0001f680", add_special_tokens=False)[:cut]
+    stream = TextStream(tokenizer)
+    streamed = "".join(map(stream.push, token_ids)) + stream.flush()
+    assert tokenizer.decode(token_ids) == streamed.removeprefix(" ")
 
 
 @pytest.fixture(params=["bpe", "unigram"])

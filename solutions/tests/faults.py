@@ -1,4 +1,4 @@
-"""What goes wrong on a rank: runners that a worker is told to make, and that fail there."""
+"""What goes wrong on a rank: runners that fail at one step on one rank."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import time
 
 import torch.distributed as dist
 
-from solutions.batching import EngineConfig, ModelRunner, ModelRunnerOutput, SchedulerOutput
+from common.config import EngineConfig
+from solutions.batching import ModelRunner
 from solutions.parallelism import make_runner
+from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 
 class FaultyRunner(ModelRunner):
@@ -26,7 +28,7 @@ class FaultyRunner(ModelRunner):
         return super().execute(plan, hidden)
 
 
-def make_faulty_runner(config: EngineConfig, rank: int, step_id: int, what: str, model, layers: range) -> ModelRunner:
+def make_faulty_runner(rank: int, step_id: int, what: str, config: EngineConfig, model, layers: range) -> ModelRunner:
     plain = make_runner(config, model, layers)
     runner = FaultyRunner(model, plain.cache)
     runner.rank, runner.step_id, runner.what = rank, step_id, what

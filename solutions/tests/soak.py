@@ -27,15 +27,7 @@ from torch import Tensor
 from common.checkpoints import find_checkpoint
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions import llama_pytorch
-from solutions.batching import (
-    Engine,
-    LocalExecutor,
-    ModelRunner,
-    ModelRunnerOutput,
-    Request,
-    RequestOutput,
-    SchedulerOutput,
-)
+from solutions.batching import Engine, LocalExecutor, ModelRunner, RequestOutput
 from solutions.engine import InferenceEngine
 from solutions.llama_pytorch import (
     Llama,
@@ -49,6 +41,7 @@ from solutions.llama_pytorch import (
 )
 from solutions.paged_attention import AttentionMetadata, PagedKVCache, hash_block
 from solutions.quantization import Int8KVCache, Quantization, load_quantized
+from solutions.scheduler import ModelRunnerOutput, Request, SchedulerOutput
 from solutions.speculative import DraftProposer, SpeculativeRunner, StepTimes
 
 MAX_MODEL_LEN = 64
@@ -289,7 +282,7 @@ class Watched:
                 assert not each.num_spec_tokens or each.sample_index + each.num_spec_tokens < each.max_tokens, each
         self.report.counts.update(
             swaps_out=len(plan.swaps_out), swaps_in=len(plan.swaps_in), copies=len(plan.copies),
-            preemptions=len(plan.preempted_ids), guesses=sum(each.num_spec_tokens for each in plan.scheduled),
+            preemptions=len(plan.preempted_ids),
             pipelined=len(plan.preempted_ids) * (self.depth > 1),
             chunks=sum(each.sample_index is None for each in plan.scheduled),
         )  # fmt: skip
@@ -298,6 +291,8 @@ class Watched:
 
     def collect(self) -> ModelRunnerOutput:
         plan, output = self.flying.popleft(), self.inner.collect()
+        assert output.step_id == plan.step_id
+        self.report.counts.update(guesses=sum(each.num_spec_tokens for each in plan.scheduled))
         for each in plan.scheduled:
             if each.request_id in output.errors:
                 continue
@@ -449,10 +444,10 @@ def drive(
         while to_come and to_come[0][1].step <= report.num_steps:
             number, ask = to_come.pop(0)
             request_id = engine.add_request(ask.prompt, ask.params, f"r{number}", ask.priority, ask.tenant)
-            outputs[number] = engine.readers[request_id].output
-            texts.watch(engine.scheduler.requests[each] for each in engine.samples[request_id])
+            outputs[number] = engine.output(request_id)
+            texts.watch(engine.samples(request_id))
         for number in outputs:
-            if asks[number].is_impatient and f"r{number}" in engine.samples and rng.random() < 0.1:
+            if asks[number].is_impatient and engine.samples(f"r{number}") and rng.random() < 0.1:
                 engine.abort(f"r{number}")
                 aborted.add(number)
         try:
@@ -467,7 +462,7 @@ def drive(
         report.num_steps += 1
         assert report.num_steps < 20_000, "it does not end"
     assert engine.manager.pool.num_free_blocks == len(engine.manager.pool.blocks), "blocks leaked"
-    assert not engine.readers and not engine.samples and not engine.in_flight
+    assert not engine.processor.states and not engine.in_flight
     for number, output in outputs.items():
         ask = asks[number]
         for child, params in zip([output, *output.siblings], ask.params.children()):

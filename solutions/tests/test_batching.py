@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from solutions import batching, llama_pytorch
-from solutions.batching import Engine, LocalExecutor, RequestStatus, SamplingParams
-from solutions.llama_pytorch import load
+from solutions.batching import Engine, LocalExecutor, local_engine
+from solutions.llama_pytorch import SamplingParams, load
+from solutions.scheduler import RequestStatus, SchedulerOutput
 from solutions.tests.soak import (
     MAX_MODEL_LEN,
     Letters,
@@ -45,7 +46,7 @@ def soak(model, tokenizer, stories, seeds, num_requests: int) -> dict:
         asks = random_asks(rng, list(range(5, 40)), stories, num_requests)
         settings = random_settings(rng, asks)
         try:
-            report = drive(Engine(model, tokenizer, **settings), asks, oracle, rng)
+            report = drive(local_engine(model, tokenizer, **settings), asks, oracle, rng)
         except Exception as error:
             raise AssertionError(f"seed {seed}, {settings}") from error
         totals["outputs"] += report.num_outputs
@@ -100,7 +101,7 @@ def test_real_model_with_kernels(kernels, monkeypatch):
     alone = [llama_pytorch.generate(model, tokenizer, prompt, params).token_ids for prompt in prompts]
     fast.pack(model)
     settings = dict(num_blocks=16, block_size=8, max_num_batched_tokens=24, preemption="swap")
-    with Engine(model, tokenizer, **settings) as engine:
+    with local_engine(model, tokenizer, **settings) as engine:
         outputs = engine.generate(prompts, params, progress=False)
         assert engine.metrics().num_preemptions > 0 and engine.metrics().num_cached_tokens > 0
     for prompt, output, expected in zip(prompts, outputs, alone):
@@ -118,7 +119,7 @@ def test_real_model_with_kernels(kernels, monkeypatch):
 
 def test_a_prompt_wholly_in_the_cache(model):
     """Its length a multiple of the block size: one block is computed again, for the sake of its last token's logits."""
-    engine, prompt = Engine(model, Letters(), block_size=4, num_blocks=30), list(range(5, 17))
+    engine, prompt = local_engine(model, Letters(), block_size=4, num_blocks=30), list(range(5, 17))
     params = SamplingParams(max_tokens=6)
     (first,) = engine.generate([prompt], params, progress=False)
     (second,) = engine.generate([prompt], params, progress=False)
@@ -128,11 +129,11 @@ def test_a_prompt_wholly_in_the_cache(model):
 
 def test_a_prefix_shared_within_one_step(model):
     """Both prompts are computed in the first step, and the beginning that they share only once."""
-    engine = Engine(model, Letters(), block_size=4, num_blocks=30, max_num_batched_tokens=64)
+    engine = local_engine(model, Letters(), block_size=4, num_blocks=30, max_num_batched_tokens=64)
     prompts = [list(range(5, 20)), [*range(5, 17), 30, 31]]
     for prompt in prompts:
         engine.add_request(prompt, SamplingParams(max_tokens=4, ignore_eos=True))
-    outputs = [reader.output for reader in engine.readers.values()]
+    outputs = [state.output for state in engine.processor.states.values()]
     plans = record(engine)
     while engine.has_unfinished_requests:
         engine.step()
@@ -145,7 +146,7 @@ def test_a_prefix_shared_within_one_step(model):
 def test_what_is_not_computed_is_not_found(model):
     """Two equal prompts, the first cut off in the middle of a block: the second shares the whole block before it."""
     settings = dict(block_size=4, num_blocks=30, max_num_batched_tokens=12, long_prefill_token_threshold=6)
-    engine = Engine(model, Letters(), **settings)
+    engine = local_engine(model, Letters(), **settings)
     plans = record(engine)
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     outputs = engine.generate([list(range(5, 21))] * 2, params, progress=False)
@@ -164,7 +165,8 @@ def record(engine: Engine) -> list:
 @pytest.mark.parametrize("policy", ["paged", "contiguous"])
 def test_samples_share_their_prompt(model, policy):
     """Four samples of a prompt of 30 tokens compute it once, and copy the one block that they write to."""
-    engine = Engine(model, Letters(), block_size=4, kv_cache_policy=policy, num_blocks=60, max_model_len=MAX_MODEL_LEN)
+    settings = dict(block_size=4, kv_cache_policy=policy, num_blocks=60, max_model_len=MAX_MODEL_LEN)
+    engine = local_engine(model, Letters(), **settings)
     plans = record(engine)
     params = SamplingParams(n=4, temperature=1.0, seed=1, max_tokens=6, ignore_eos=True)
     (output,) = engine.generate([list(range(5, 35))], params, progress=False)
@@ -183,7 +185,7 @@ def test_samples_share_their_prompt(model, policy):
 
 def test_a_pool_of_two_blocks(model):
     """What can never fit is refused with the reason; what fits only alone takes turns, and ends."""
-    engine = Engine(model, Letters(), block_size=4, num_blocks=2, max_model_len=MAX_MODEL_LEN)
+    engine = local_engine(model, Letters(), block_size=4, num_blocks=2, max_model_len=MAX_MODEL_LEN)
     with pytest.raises(ValueError, match="max_tokens=5 needs 3 blocks of 4; the pool has num_blocks=2"):
         engine.add_request([5, 6, 7, 8, 9], SamplingParams(max_tokens=5))
     params = SamplingParams(max_tokens=5, ignore_eos=True)
@@ -198,7 +200,7 @@ def test_a_pool_of_two_blocks(model):
 def test_no_long_prompt_starves_the_others(model, policy):
     """While a prompt of 50 tokens is read with a budget of 8, whoever writes gets a token in every step."""
     settings = dict(num_blocks=60, block_size=4, max_num_batched_tokens=8, long_prefill_token_threshold=8)
-    engine = Engine(model, Letters(), scheduling_policy=policy, **settings)
+    engine = local_engine(model, Letters(), scheduling_policy=policy, **settings)
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     short = [engine.add_request([5 + i], params, priority=1, tenant=f"short {i}") for i in range(3)]
     engine.step()
@@ -212,7 +214,7 @@ def test_no_long_prompt_starves_the_others(model, policy):
 
 
 def test_a_budget_smaller_than_the_number_of_requests_goes_round(model):
-    engine = Engine(model, Letters(), num_blocks=60, block_size=4)
+    engine = local_engine(model, Letters(), num_blocks=60, block_size=4)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     for i in range(5):
         engine.add_request([5 + i], params, request_id=str(i))
@@ -232,7 +234,7 @@ def test_no_tenant_starves_another(model):
     settings = dict(num_blocks=60, block_size=4, max_num_seqs=2, max_num_batched_tokens=16)
     finished = {}
     for policy in ("fcfs", "fair"):
-        engine = Engine(model, Letters(), scheduling_policy=policy, **settings)
+        engine = local_engine(model, Letters(), scheduling_policy=policy, **settings)
         params = SamplingParams(max_tokens=6, ignore_eos=True)
         for i in range(30):
             engine.add_request([5, 6, 7 + i], params, request_id=f"many {i}", tenant="many")
@@ -248,7 +250,7 @@ def test_no_tenant_starves_another(model):
 
 
 def test_an_idle_tenant_gets_no_credit(model):
-    engine = Engine(model, Letters(), num_blocks=60, block_size=4, max_num_seqs=1, scheduling_policy="fair")
+    engine = local_engine(model, Letters(), num_blocks=60, block_size=4, max_num_seqs=1, scheduling_policy="fair")
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     engine.generate([[5, 6]] * 5, params, progress=False)
     engine.add_request([5, 6, 7], params, tenant="default")
@@ -257,7 +259,7 @@ def test_an_idle_tenant_gets_no_credit(model):
 
 
 def test_priorities(model):
-    engine = Engine(model, Letters(), num_blocks=60, block_size=4, max_num_seqs=1, scheduling_policy="priority")
+    engine = local_engine(model, Letters(), num_blocks=60, block_size=4, max_num_seqs=1, scheduling_policy="priority")
     params, order = SamplingParams(max_tokens=2, ignore_eos=True), []
     for request_id, priority in (("c", 2), ("a", 0), ("b", 1), ("a2", 0)):
         engine.add_request([5], params, request_id=request_id, priority=priority)
@@ -281,7 +283,7 @@ def test_priorities(model):
     ],
 )
 def test_bad_requests_are_refused_at_once(model, arguments, says):
-    engine = Engine(model, Letters(), num_blocks=30, max_model_len=MAX_MODEL_LEN)
+    engine = local_engine(model, Letters(), num_blocks=30, max_model_len=MAX_MODEL_LEN)
     engine.add_request([5], request_id="taken")
     with pytest.raises(ValueError, match=says):
         engine.add_request(**arguments)
@@ -296,25 +298,25 @@ def test_bad_requests_are_refused_at_once(model, arguments, says):
         (dict(preemption=None), "preemption must be one of recompute, swap; it is None"),
         (dict(max_model_len=129), "max_model_len is 129; the model's context is 128"),
         (dict(kv_cache_memory=100), "kv_cache_memory is 100 bytes: too few"),
-        (dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching: with"),
+        (dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
     ],
 )
 def test_bad_settings_are_named(model, settings, says):
     with pytest.raises(ValueError, match=says):
-        Engine(model, Letters(), **settings)
+        local_engine(model, Letters(), **settings)
 
 
 def test_one_bad_prompt_of_several_begins_nothing(model):
-    engine = Engine(model, Letters(), num_blocks=30)
+    engine = local_engine(model, Letters(), num_blocks=30)
     with pytest.raises(ValueError, match="Prompt 1: The prompt is empty"):
         engine.generate([[5], []], progress=False)
-    assert not engine.has_unfinished_requests and not engine.samples
+    assert not engine.has_unfinished_requests and not engine.processor.states
 
 
 def test_a_request_that_fails_takes_no_other_with_it(model, monkeypatch):
     """In the sampler, and in the forward pass: whoever is to blame fails with the reason, the rest go on."""
-    engine = Engine(model, Letters(), num_blocks=60, block_size=4)
-    embed = engine.model.embed
+    engine = local_engine(model, Letters(), num_blocks=60, block_size=4)
+    embed = model.embed
 
     def poisoned(token_ids):
         if (token_ids == 39).any():
@@ -322,7 +324,7 @@ def test_a_request_that_fails_takes_no_other_with_it(model, monkeypatch):
         hidden = embed(token_ids)
         return torch.where((token_ids == 38)[:, None], torch.nan, hidden)
 
-    monkeypatch.setattr(engine.model, "embed", poisoned)
+    monkeypatch.setattr(model, "embed", poisoned)
     params = SamplingParams(max_tokens=3, ignore_eos=True, stop_token_ids=[38, 39])
     outputs = engine.generate([[5, 6], [7, 39], [8, 38], [9, 10]], params, progress=False)
     assert [output.finish_reason for output in outputs][1:3] == ["error", "error"]
@@ -338,10 +340,11 @@ def test_an_interrupted_step_loses_nothing(model):
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     prompts = [list(range(5, 5 + n)) for n in (3, 9, 17)]
     for preemption in ("recompute", "swap"):
-        engine = Engine(model, Letters(), num_blocks=8, block_size=4, max_num_batched_tokens=8, preemption=preemption)
+        settings = dict(num_blocks=8, block_size=4, max_num_batched_tokens=8, preemption=preemption)
+        engine = local_engine(model, Letters(), **settings)
         for prompt in prompts:
             engine.add_request(prompt, params)
-        outputs = [reader.output for reader in engine.readers.values()]
+        outputs = [state.output for state in engine.processor.states.values()]
         execute, calls = engine.executor.runner.execute, [0]
 
         def interrupted(plan, hidden=None, execute=execute, calls=calls):
@@ -364,7 +367,7 @@ def test_an_interrupted_step_loses_nothing(model):
 
 
 def test_whoever_stops_listening_frees_the_request(model):
-    engine = Engine(model, Letters(), num_blocks=30, block_size=4)
+    engine = local_engine(model, Letters(), num_blocks=30, block_size=4)
     params = SamplingParams(max_tokens=50, ignore_eos=True)
     stream = engine.stream([5, 6, 7], params)
     next(stream)
@@ -375,7 +378,7 @@ def test_whoever_stops_listening_frees_the_request(model):
 
 
 def test_abort_of_a_swapped_request_frees_the_host(model):
-    engine = Engine(model, Letters(), num_blocks=4, block_size=4, preemption="swap", max_model_len=MAX_MODEL_LEN)
+    engine = local_engine(model, Letters(), num_blocks=4, block_size=4, preemption="swap", max_model_len=MAX_MODEL_LEN)
     params = SamplingParams(max_tokens=9, ignore_eos=True)
     for i in range(2):
         engine.add_request([5 + i, 6, 7], params, request_id=str(i))
@@ -388,7 +391,7 @@ def test_abort_of_a_swapped_request_frees_the_host(model):
 
 
 def test_what_passes_to_the_executor_can_be_pickled(model):
-    engine = Engine(model, Letters(), num_blocks=30)
+    engine = local_engine(model, Letters(), num_blocks=30)
     engine.add_request([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))
     plans = record(engine)
     while engine.has_unfinished_requests:
@@ -398,7 +401,7 @@ def test_what_passes_to_the_executor_can_be_pickled(model):
 
 
 def test_metrics(model):
-    engine = Engine(model, Letters(), num_blocks=30, block_size=4)
+    engine = local_engine(model, Letters(), num_blocks=30, block_size=4)
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     outputs = engine.generate([list(range(5, 15)), list(range(5, 20))], params, progress=False)
     for output in outputs:
@@ -419,10 +422,4 @@ def test_a_plan_that_only_moves_blocks_and_fails_is_told():
             raise RuntimeError("no such block")
 
     with pytest.raises(RuntimeError, match="no such block"):
-        batching.LocalExecutor(Broken()).submit(batching.SchedulerOutput(1))
-
-
-def test_without_host_blocks_there_is_nowhere_to_swap_to():
-    manager = batching.KVCacheManager(4, 4, False)
-    assert batching.Scheduler(manager, 8, 16, preemption="swap").preemption == "recompute"
-    assert batching.Scheduler(manager, 8, 16, preemption="swap", num_host_blocks=2).preemption == "swap"
+        batching.LocalExecutor(Broken()).submit(SchedulerOutput(1))

@@ -110,7 +110,8 @@ class Manager(RuleBasedStateMachine):
 
     @rule()
     def reset(self):
-        self.manager.reset_prefix_cache()
+        self.manager.reset()
+        self.sequences.clear()
 
     @invariant()
     def the_books_balance(self):

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.course import ROOT
 from solutions import llama_pytorch, parallelism
-from solutions.batching import Engine, SamplingParams
+from solutions.batching import SamplingParams, local_engine
 from solutions.llama_pytorch import load
-from solutions.parallelism import MakeRunner, ParallelEngine, WorkerError
+from solutions.parallelism import ParallelEngine, WorkerError, make_runner
 from solutions.tests.faults import make_faulty_runner
 from solutions.tests.soak import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks, random_model
 
@@ -73,9 +73,20 @@ def whole_model(folder: Path) -> llama_pytorch.Llama:
     return model
 
 
-def grid_engine(folder: Path, tensor: int, pipeline: int, **settings) -> ParallelEngine:
+class EngineOf(ParallelEngine):
+    """A parallel engine whose ranks build their runners by `build(config, model, layers)`."""
+
+    def __init__(self, build, *arguments, **options):
+        self.build = build
+        super().__init__(*arguments, **options)
+
+    def maker(self):
+        return partial(self.build, self.config)
+
+
+def grid_engine(folder: Path, tensor: int, pipeline: int, build=make_runner, **settings) -> ParallelEngine:
     settings = {"timeout": 10.0, "dtype": torch.float64, "max_model_len": MAX_MODEL_LEN, **settings}
-    return ParallelEngine(str(folder), tensor, pipeline, device="cpu", **settings)
+    return EngineOf(build, str(folder), tensor, pipeline, device="cpu", **settings)
 
 
 def same_tokens(folder: Path, tensor: int, pipeline: int, seed: int) -> dict:
@@ -126,7 +137,7 @@ def test_real_model(tensor, pipeline, monkeypatch):
     prompts = [story[: 6 + 4 * i] for i in range(3)] + [story]
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     settings = dict(num_blocks=10, block_size=8, max_num_batched_tokens=24)
-    with Engine(model, tokenizer, **settings) as engine:
+    with local_engine(model, tokenizer, **settings) as engine:
         expected = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
     settings |= {"dtype": torch.float32, "timeout": 30.0}
     with grid_engine(find_checkpoint("smollm2-135m"), tensor, pipeline, max_model_len=None, **settings) as engine:
@@ -176,7 +187,7 @@ def test_sizes_that_cannot_be(checkpoints, tensor, pipeline, says):
 
 
 def test_bad_settings_start_nothing(checkpoints, monkeypatch):
-    monkeypatch.setattr(parallelism, "start_worker", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr(parallelism, "meet_workers", lambda *_: pytest.fail("a worker was started"))
     with pytest.raises(ValueError, match="block_size"):
         grid_engine(checkpoints["qwen3"], 2, 1, block_size=0)
 
@@ -188,7 +199,7 @@ def test_two_batches_in_flight(checkpoints):
 
         def watch(plan):
             submit(plan)
-            seen.append((len(plan.scheduled), 1 + len(engine.in_flight)))
+            seen.append((len(plan.scheduled), len(engine.in_flight)))
 
         engine.executor.submit = watch
         params = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -200,7 +211,7 @@ def test_two_batches_in_flight(checkpoints):
 def test_memory_is_that_of_each_rank(checkpoints):
     """With the same memory for each, two ranks hold about twice the blocks."""
     settings = dict(kv_cache_memory=200_000, max_num_seqs=1000, max_model_len=None)
-    with Engine(whole_model(checkpoints["qwen3"]), Letters(), **settings | {"max_model_len": 128}) as engine:
+    with local_engine(whole_model(checkpoints["qwen3"]), Letters(), **settings | {"max_model_len": 128}) as engine:
         alone = engine.config.num_blocks
     with grid_engine(checkpoints["qwen3"], 3, 1, **settings) as engine:
         assert engine.config.num_blocks in (3 * alone, 3 * alone + 1, 3 * alone + 2)
@@ -241,9 +252,9 @@ def test_a_rank_that_fails(checkpoints, tensor, pipeline, rank, what):
     """It raises, ends, or never comes to an end, in its third step: an error that says so, and nobody left."""
     if rank == 0 and what != "raise":
         pytest.skip("rank 0 is this process")
-    with grid_engine(checkpoints["qwen3"], tensor, pipeline, timeout=2.0) as engine:
-        pids = [process.pid for process in engine.executor.processes.values()]
-        engine.executor.command(MakeRunner(partial(make_faulty_runner, engine.config, rank, 3, what)))
+    build = partial(make_faulty_runner, rank, 3, what)
+    with grid_engine(checkpoints["qwen3"], tensor, pipeline, build, timeout=2.0) as engine:
+        pids = [process.pid for process in engine.executor.workers.processes.values()]
         start = time.monotonic()
         text = generate_until_error(engine)
         assert time.monotonic() - start < 10
@@ -272,7 +283,7 @@ def test_killed_or_stopped_at_any_time(checkpoints, sent, trial):
     rng = random.Random(trial * 100 + sent)
     tensor, pipeline = [(2, 1), (1, 2), (3, 1), (2, 2)][trial % 4]
     with grid_engine(checkpoints["qwen3"], tensor, pipeline, timeout=3.0) as engine:
-        processes = engine.executor.processes
+        processes = engine.executor.workers.processes
         rank = rng.choice(list(processes))
         killer = threading.Timer(rng.uniform(0, 1.5), processes[rank].send_signal, [sent])
         killer.start()
@@ -295,7 +306,7 @@ from solutions.llama_pytorch import SamplingParams
 parallelism.load_tokenizer = lambda folder: Letters()
 with parallelism.ParallelEngine({folder!r}, {tensor}, {pipeline}, dtype=torch.float64, device="cpu", timeout=3.0,
                                 max_model_len=64) as engine:
-    print(*[process.pid for process in engine.executor.processes.values()], flush=True)
+    print(*[process.pid for process in engine.executor.workers.processes.values()], flush=True)
     while True:
         engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=40, ignore_eos=True), progress=False)
 """

@@ -13,7 +13,7 @@ from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from common.student.quantize import main as quantize_command
 from solutions.batching import SamplingParams
 from solutions.llama_pytorch import causal_attend, load_weights, parse_config
-from solutions.parallelism import Group, Place, shard
+from solutions.parallelism import Group, RankCoordinates, shard
 from solutions.quantization import (
     Quantization,
     QuantizedEngine,
@@ -59,7 +59,7 @@ def test_shares_are_of_the_whole_matrix(checkpoints, kind):  # noqa: F811
             model = type(whole)(parse_config(checkpoint.config)).double()
         absmax = {name: each.abs().amax(1) for name, each in read_all(checkpoint).items() if each.ndim == 2}
 
-        shard(model, Place(rank, 3, 1), Group(rank, range(3)))
+        shard(model, RankCoordinates(rank, 3, 1), Group(rank, range(3)))
         quantize_model(model, kind)
         for name, module in model.named_modules():
             if getattr(module, "is_row_parallel", False):

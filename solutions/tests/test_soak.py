@@ -11,7 +11,8 @@ import torch
 from common.authoring import soak as command
 from common.tests.typed import typed
 from solutions import speculative
-from solutions.batching import SamplingParams, Scheduler
+from solutions.llama_pytorch import SamplingParams
+from solutions.scheduler import Scheduler
 from solutions.speculative import DraftProposer, Pace
 from solutions.tests.soak import (
     STORIES,

@@ -16,13 +16,16 @@ import torch
 from safetensors.torch import save_file
 
 from common.checkpoints import Checkpoint
+from common.config import EngineConfig
 from solutions import engine as engine_module
 from solutions import llama_pytorch, parallelism, speculative
-from solutions.batching import Engine, EngineConfig, ModelRunnerOutput, Request, ScheduledRequest, Scheduler
+from solutions.batching import Engine
 from solutions.engine import InferenceEngine
+from solutions.hooked import HookedEngine
 from solutions.kv_cache import KVCache, cache_bytes, prefill
 from solutions.llama_pytorch import SamplingParams, adjust_logits, load, recompute, sampling_probs
 from solutions.paged_attention import KVCacheManager, PagedKVCache, hash_block
+from solutions.scheduler import ModelRunnerOutput, Request, ScheduledRequest, Scheduler
 from solutions.speculative import (
     DraftProposer,
     Lookahead,
@@ -411,7 +414,7 @@ class AnyPace(Pace):
         return {each: self.rng.randint(0, self.num_speculative_tokens) for each in request_ids}
 
 
-class SpeculativeEngine(Engine):
+class SpeculativeEngine(HookedEngine):
     """Guesses from a draft model in memory, or from n-grams. What can be found in the prefix cache is checked after
     every step.
     """
@@ -886,7 +889,8 @@ def test_a_draft_with_a_shorter_context(model):
 def scheduled_with_lookahead(lengths: dict[str, int], num_blocks: int, num_steps: int, depth: int = 1):
     """The plans of a scheduler with room for eight guesses, blocks of four, that nobody makes guesses in."""
     manager = KVCacheManager(num_blocks, 4, enable_prefix_caching=False)
-    scheduler = Scheduler(manager, 8, 64)
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, long_prefill_token_threshold=64, num_host_blocks=0)
+    scheduler = Scheduler(manager, config)
     scheduler.num_lookahead_tokens, scheduler.depth = 8, depth
     for arrival, (request_id, length) in enumerate(lengths.items()):
         params = SamplingParams(max_tokens=20)
@@ -1204,8 +1208,8 @@ def test_an_accepted_guess_that_ends_the_answer_is_counted(folders, letters):
         ("ngram", dict(num_speculative_tokens=2.5), "num_speculative_tokens must be .* it is 2.5"),
         ("foreign", {}, "has another vocabulary than .* \\(41 and 40 tokens\\)"),
         ("no-such-model", {}, "no model is called 'no-such-model'"),
-        ("ngram", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching: with"),
-        ("draft", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching: with"),
+        ("ngram", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
+        ("draft", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
         ("ngram", dict(max_batch_size=0), "max_num_seqs must be"),
     ],
 )

@@ -62,13 +62,13 @@ def pages() -> list[str]:
     """The files that become pages, by their paths from the root."""
     files = [ROOT / "README.md", *guides(), *(each.solution for each in MODULES)]
     for each in LESSONS:
-        files += [each.readme, each.notebook, each.hints]
+        files += [each.readme, *each.second_pages, each.notebook, each.hints]
     return [file.relative_to(ROOT).as_posix() for file in files]
 
 
 def guides() -> list[Path]:
     """The READMEs that belong to no lesson."""
-    return sorted(ROOT.glob("common/*/README.md"))
+    return [ROOT / "common" / "README.md", *sorted(ROOT.glob("common/*/README.md"))]
 
 
 def point_to_files(text: str, folder: str) -> str:
@@ -93,12 +93,13 @@ def navigation(docname: str) -> str:
     if docname == "README":
         lessons = [f"{each.folder.name}/README" for each in LESSONS]
         sources = [f"{each.slug}.py <solutions/{each.slug}>" for each in MODULES]
-        others = [f"common/{file.parent.name}/README" for file in guides()]
+        others = [file.relative_to(ROOT).with_suffix("").as_posix() for file in guides()]
         parts = {"The lessons": lessons, "The reference": sources, "Besides": others}
         return "".join(toctree(f":caption: {caption}", *below) for caption, below in parts.items())
     for each in LESSONS:
         if docname == f"{each.folder.name}/README":
-            return toctree(f"Notebook <{each.notebook.stem}>", "Hints <hints>")
+            more = ["Second page <more>"] if each.second_pages else []
+            return toctree(*more, f"Notebook <{each.notebook.stem}>", "Hints <hints>")
     return ""
 
 

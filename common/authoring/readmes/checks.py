@@ -1,5 +1,5 @@
-"""What a README promises, looked up: commands exist, links lead somewhere, numbers were measured, every exercise is
-told of and has its hints.
+"""What a README promises, looked up: commands exist, numbers were measured, each exercise is told of and has hints.
+That links lead somewhere is looked up by `make book`, which fails where one does not.
 
 Part of `make check`. It looks at READMEs, hints, and what notebooks say between their cells. In a fenced block of
 commands (bash, sh or console) each line that calls `make` or `python -m common` must name a target, an exercise, a
@@ -47,10 +47,11 @@ class Block:
 def documents() -> list[Path]:
     others = [
         ROOT / "README.md",
+        ROOT / "common" / "README.md",
         ROOT / "common" / "instructor" / "README.md",
         ROOT / "common" / "models" / "README.md",
     ]
-    candidates = [*others, *(file for each in LESSONS for file in (each.readme, each.hints))]
+    candidates = [*others, *(file for each in LESSONS for file in (each.readme, *each.second_pages, each.hints))]
     return [path for path in candidates if path.exists()]
 
 
@@ -98,31 +99,6 @@ def prose(text: str) -> str:
         for number in range(block.line - 2, min(block.line + len(block.lines), len(lines))):
             lines[number] = ""
     return "\n".join(lines)
-
-
-def anchors(text: str) -> set[str]:
-    """What a link can point to after `#`: headings as GitHub spells them, and explicit ids."""
-    found: set[str] = set()
-    for title in re.findall(r"^#{1,6}\s+(.*?)\s*#*$", prose(text), re.MULTILINE):
-        title = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", title)
-        slug = re.sub(r"[^\w\- ]", "", title.replace("`", "").lower()).replace(" ", "-")
-        repeated = 0
-        while (name := f"{slug}-{repeated}" if repeated else slug) in found:
-            repeated += 1
-        found.add(name)
-    return found | set(re.findall(r"<\w+[^>]*\s(?:id|name)=[\"']([^\"']+)", text))
-
-
-def links(text: str) -> Iterator[tuple[int, str]]:
-    """The line and the target of every link and picture outside code."""
-    for number, line in enumerate(prose(text).splitlines(), start=1):
-        line = re.sub(r"(`+).+?\1", "", line)
-        for target in re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+[\"'][^)]*)?\)", line):
-            yield number, target
-        for target in re.findall(r"<(?:img|a|source)\b[^>]*\s(?:src|href|srcset)=[\"']([^\"']+)", line):
-            yield number, target
-        for target in re.findall(r"^\s*\[[^\]^]+\]:\s*(\S+)", line):
-            yield number, target
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -226,31 +202,13 @@ def exercise_ids(number: int | str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Links, exercises, hints
+# Exercises and hints
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def check_links(path: Path, text: str) -> Iterator[str]:
-    for number, target in links(text):
-        if re.match(r"[a-z][a-z+.-]*:", target, re.IGNORECASE):
-            continue
-        name, _, anchor = target.partition("#")
-        file = (path.parent / name).resolve() if name else path
-        if not file.exists():
-            yield f"{shown(path)}:{number}: the link to {target} leads nowhere."
-        elif not file.is_relative_to(ROOT):
-            yield f"{shown(path)}:{number}: the link to {target} leads out of the repository."
-        elif (
-            anchor
-            and file.suffix == ".md"
-            and anchor not in anchors(file.read_text(encoding="utf-8") if name else text)
-        ):
-            yield f"{shown(path)}:{number}: {shown(file)} has no heading #{anchor}."
 
 
 def check_lesson(each: Lesson) -> Iterator[str]:
     """Every exercise occurs in the README by its number, and has its hints, none of them empty."""
-    from common.student.grade import read_hints
+    from common.course.exercises import read_hints
 
     ids = exercise_ids(each.number)
     if not each.readme.exists():
@@ -279,13 +237,13 @@ def complaints() -> list[str]:
     runnable: set[str] = set()
     for path in documents():
         text = path.read_text(encoding="utf-8")
-        found += [*check_commands(path, text, runnable), *check_links(path, text)]
+        found += check_commands(path, text, runnable)
         if path.name == "README.md":
             found += check_figures(path, prose(text), frozenset(ids_of(path)))
     for each in LESSONS:
         found += check_lesson(each)
         for cell, text in between_cells(each.notebook):
-            in_cell = [*check_commands(each.notebook, text, runnable), *check_links(each.notebook, text)]
+            in_cell = check_commands(each.notebook, text, runnable)
             found += (f"cell {cell} of {complaint}" for complaint in in_cell)
     for name in sorted(runnable):
         command = [sys.executable, "-m", "common", name]

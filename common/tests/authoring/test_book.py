@@ -14,7 +14,7 @@ import pytest
 
 from common.authoring.readmes.checks import blocks
 from common.course import LESSONS, MODULES, ROOT
-from common.student.grade import read_hints
+from common.course.exercises import read_hints
 
 pytest.importorskip("sphinx", reason="the extra `book` is not installed; `make book` installs it")
 
@@ -181,9 +181,9 @@ def test_the_search_knows_every_lesson_and_no_hint(site):
     stem = SearchEnglish({}).stem
     for lesson in LESSONS:
         text = lesson.readme.read_text(encoding="utf-8")
-        functions = re.findall(r"^def (\w+)", lesson.solution.read_text(encoding="utf-8"), re.MULTILINE)
-        words = {stem(name.lower()) for name in functions if f"`{name}`" in text}
-        assert len(words) > 2
+        names = re.findall(r"^(?:def|class) (\w+)", lesson.solution.read_text(encoding="utf-8"), re.MULTILINE)
+        words = {stem(name.lower()) for name in names if f"`{name}`" in text}
+        assert words
         assert words <= found[f"{lesson.folder.name}/README"]
         assert words & found[f"{lesson.folder.name}/{lesson.notebook.stem}"]
         assert words <= found[f"solutions/{lesson.slug}"]

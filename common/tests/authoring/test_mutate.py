@@ -7,17 +7,8 @@ import json
 
 import pytest
 
-from common.authoring.mutate import (
-    ASKED,
-    RENAMED,
-    STYLES,
-    SUMMARY,
-    UNCHANGED,
-    mutants_of,
-    summary,
-    try_all,
-    unknown_equivalents,
-)
+from common.authoring.mutants import RENAMED, STYLES, UNCHANGED, mutants_of
+from common.authoring.mutate import ASKED, SUMMARY, summary, try_all, unknown_equivalents
 from common.course import MODULES
 from common.course.catalogue import load_equivalents
 from common.tests.sample_lesson import write_lesson

@@ -12,7 +12,7 @@ import pytest
 from common.authoring.readmes import checks as readme_checks
 from common.authoring.readmes import commands as readme_commands
 from common.authoring.readmes import figures as readme_figures
-from common.authoring.readmes.checks import anchors, blocks, check_command, check_commands, check_links, prose
+from common.authoring.readmes.checks import blocks, check_command, check_commands, prose
 from common.authoring.readmes.figures import check_figures
 from common.course import ROOT, skeleton
 from common.course.catalogue import apply, load_answers
@@ -22,7 +22,7 @@ from common.course.exercises import exercises_of
 def told(text: str) -> list[str]:
     """The complaints about the commands and links of a text that lies where README.md does."""
     path = readme_checks.ROOT / "README.md"
-    return [*check_commands(path, text, set()), *check_links(path, text)]
+    return list(check_commands(path, text, set()))
 
 
 @pytest.mark.parametrize(
@@ -79,27 +79,6 @@ def test_marks_need_a_reason_and_excuse_no_wrong_name():
     assert len(told("<!-- not run: it takes an hour -->\n```bash\nmake rum\n```")) == 1
     assert "without a reason" in told("<!-- not run: -->\n```bash\nmake run\n```")[0]
     assert [block.not_run for block in blocks("<!-- not run: a -->\n```sh\n```\n```sh\n```")] == ["a", None]
-
-
-def test_links():
-    assert told("[a](LICENSE) [b](common/) [c](https://example.org/x#y) [d](mailto:a@example.org)") == []
-    assert told("[a](#here) [b](README.md)\n# Here") == []
-    assert told("`[a](nowhere.md)` and\n```\n[b](nowhere.md)\n```") == []
-    for broken in (
-        "[a](nowhere.md)",
-        "![a](common/nowhere.svg)",
-        '<img src="nowhere.svg" alt="x">',
-        "[a][b]\n\n[b]: nowhere.md",
-        '[a](nowhere.md "title")',
-    ):
-        assert "leads nowhere" in told(broken)[0], broken
-    assert "out of the repository" in told("[a](../)")[0]
-    assert "no heading #there" in told("# Here\n[a](#there)")[0]
-
-
-def test_anchors_are_spelled_as_on_github():
-    text = "# The KV cache: why?\n## `rms_norm` & co\n## Twice\n## Twice\n```\n# no heading\n```\n<a id='own'></a>"
-    assert anchors(text) == {"the-kv-cache-why", "rms_norm--co", "twice", "twice-1", "own"}
 
 
 def test_an_exercise_that_nobody_mentions_and_hints_that_are_missing(tmp_path, monkeypatch):

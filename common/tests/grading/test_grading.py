@@ -16,7 +16,9 @@ from common.course.catalogue import apply, right, wrong
 from common.course.exercises import exercises_of
 from common.course.skeleton import cut_lesson
 from common.grading import compare, isolate
-from common.grading.runner import Result, grade
+from common.grading.arguments import snapshot, unchanged
+from common.grading.results import Result
+from common.grading.runner import grade
 from common.grading.subject import Subject
 from common.tests.sample_lesson import SampleLesson, write_lesson
 
@@ -83,7 +85,8 @@ def test_each_kind_of_mistake_gets_its_sentence(tmp_path):
         "shaped": "shaped([1, 2]) has shape (1, 2), expected (2,).",
         "typed": "typed([1, 2]) has dtype float64, expected float32.",
         "strange": "strange([1, 2]) is NaN at [0] (2 of 2 values); expected 2.",
-        "valued": "valued([1, 2]) differs first at [1]: 5, expected 4. 1 of 2 values differ, the largest error is 1.",
+        "valued": "valued([1, 2]): first difference at [1]: 5, expected 4. 1 of 2 values differ, the largest error "
+        "is 1.",
         "listed": "listed([1, 2]) is a list ([2.0, 4.0]), expected a tensor.",
     }
     assert {name: results[name].sentence for name in sentences} == sentences
@@ -103,6 +106,55 @@ def test_known_mistake_is_named_only_when_one_explains_the_value(tmp_path):
     results = graded(lesson, {"one": "return x * 3", "two": "return x * 3"})
     assert results["one"].mistake == "tripled"
     assert results["two"].mistake is None
+
+
+def test_a_mistake_is_named_only_where_it_agrees_in_every_check(tmp_path):
+    """Tripled and `3 * x + 1` agree on no check; an answer that is like one here and like another there is neither."""
+    lesson = write_lesson(tmp_path, ["one", "two"])
+    lesson.answers.write_text(
+        "from common.course.catalogue import wrong\n"
+        "ANSWERS = [wrong('9.1', 'tripled', '2 * x', '3 * x'), wrong('9.2', 'divided', '2 * x', '2 * x * (x / x)')]\n"
+    )
+    results = graded(lesson, {"one": "return 3 * x if x.any() else x + 1", "two": "return 2 * x / (x - x) * 0 + 2 * x"})
+    assert results["one"].status == "wrong" and results["one"].mistake is None, "the second check says otherwise"
+    assert results["two"].status == "wrong" and results["two"].mistake is None, "NaN tells nothing"
+
+
+def test_an_answer_that_changes_its_arguments_is_wrong(tmp_path):
+    lesson = write_lesson(tmp_path, ["one", "two"])
+    lesson.answers.write_text(
+        "from common.course.catalogue import wrong\nANSWERS = [wrong('9.1', 'in place', '2 * x', 'x.mul_(2)')]\n"
+    )
+    results = graded(lesson, {"one": "return x.mul_(2)", "two": "return 2 * x"})
+    assert results["one"].sentence == "`one` changed its argument `x`, which belongs to the caller: work on a copy."
+    assert results["one"].mistake == "in place"
+    assert results["two"].status == "passed"
+
+
+def test_arguments_that_the_reference_changes_may_be_changed(tmp_path):
+    lesson = write_lesson(tmp_path, ["one", "two"])
+    source = lesson.solution.read_text()
+    lesson.solution.write_text(
+        source.replace("9.1: double it.\n", "9.1: double it.\n    x, _ = x.clone(), x.zero_()\n")
+    )
+    results = graded(lesson, {"one": "return x.mul_(2)", "two": "return 2 * x"})
+    assert {result.status for result in (results["one"], results["two"])} == {"passed"}
+
+
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        ([1, [torch.ones(2)]], lambda value: value[1][0].add_(1)),
+        ({"a": {3}}, lambda value: value["a"].add(4)),
+        (([1], "x"), lambda value: value[0].append(2)),
+        (torch.tensor([1.0, float("nan")]), lambda value: value.mul_(2)),
+    ],
+)
+def test_a_snapshot_of_a_value_is_equal_until_the_value_changes(value, change):
+    before = snapshot(value)
+    assert unchanged(before, snapshot(value))
+    change(value)
+    assert not unchanged(before, snapshot(value))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -22,8 +23,10 @@ import pytest
 
 from common.course import LESSONS, MODULES, ROOT, CourseError
 from common.course.catalogue import apply, right
-from common.course.exercises import exercises_of
-from common.instructor import sandbox, screen
+from common.course.exercises import TOGETHER, exercises_of, to_do
+from common.grading.runner import grade, read_source
+from common.grading.wire import sealed
+from common.instructor import sandbox
 from common.instructor.classroom import Classroom, points_of
 from common.instructor.report import write
 from common.instructor.submissions import Submission, find_submissions, read_submission
@@ -119,35 +122,84 @@ def test_bombs_and_broken_archives_are_told_not_raised(tmp_path, monkeypatch):
     assert "the rest was not looked at" in read_submission("bomb", tmp_path / "bomb.tar.gz").notes[0]
 
 
-# --- what asks for a second look -------------------------------------------------------------------------------------
+def test_what_may_be_meant_by_a_module_that_is_missing_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "anna.zip", "w") as archive:
+        archive.writestr("work/intro.py", "a = 1\n")
+        for name in (
+            "llm_basics (1).py",
+            "kv_cache.ipynb",
+            "more.zip",
+            "intro copy.py",
+            "notes.md",
+            "test_batching.py",
+        ):
+            archive.writestr(f"work/{name}", "")
+    submission = read_submission("anna", tmp_path / "anna.zip")
+    assert set(submission.modules) == {"intro"}
+    assert submission.notes == [
+        "not taken, since no module is called so: work/llm_basics (1).py, work/kv_cache.ipynb, work/more.zip"
+    ]
 
 
-def test_references_ask_for_no_second_look():
-    for lesson in LESSONS:
-        assert screen.findings(lesson, lesson.solution.read_text(), lesson.module.read_text()) == []
+def test_file_names_cannot_move_the_cursor_nor_fill_the_screen(tmp_path):
+    with zipfile.ZipFile(tmp_path / "eve.zip", "w") as archive:
+        archive.writestr("../\x1b[2Jintro.py", "")
+    assert read_submission("eve", tmp_path / "eve.zip").notes == [
+        r"../\x1b[2Jintro.py leads out of the archive and was not taken"
+    ]
+    (tmp_path / "\x1b[31mred.txt").touch()
+    (tmp_path / ("x" * 240 + ".txt")).touch()
+    _, ignored = find_submissions(tmp_path)
+    assert ignored[0].startswith(r"\x1b[31mred.txt: neither") and max(map(len, ignored)) < 140
 
 
-@pytest.mark.parametrize(
-    ("line", "finding"),
-    [
-        ("import os", "imports os"),
-        ("from solutions.llm_basics import softmax", "imports the reference of this very lesson"),
-        ("from solutions import llm_basics", "imports the reference of this very lesson"),
-        ("from solutions.kv_cache import KVCache", "imports solutions.kv_cache"),
-        ("import reference.llm_basics", "imports reference.llm_basics"),
-        ("from common.grading import compare", "imports common.grading"),
-        ("torch.equal = lambda *a: True", "changes torch.equal, which is not the submission's own"),
-        ("setattr(torch, 'equal', None)", "changes torch, which is not the submission's own"),
-        ("exec('1')", "calls exec"),
-        ("x = open('f')", "calls open"),
-        ("x = getattr(torch, 'eq' + 'ual')", "calls getattr with a name that is computed"),
-        ("x = (lambda: 0).__globals__", "uses .__globals__"),
-        ("class A:\n    def __eq__(self, other): return True", "defines __eq__"),
-    ],
-)
-def test_screen_names_what_no_answer_needs(line, finding):
-    source = BASICS.module.read_text() + "\n" + line + "\n"
-    assert [each.partition(": ")[2] for each in screen.findings(BASICS, source, BASICS.module.read_text())] == [finding]
+def test_a_byte_order_mark_costs_no_points(tmp_path):
+    file = tmp_path / "intro.py"
+    file.write_bytes(b"\xef\xbb\xbf" + SOURCE.encode())
+    assert read_source(file) == SOURCE
+    assert to_do(file) == []
+
+
+@dataclass
+class Scripted:
+    """A worker that says these things and ends."""
+
+    events: list[tuple]
+    key: bytes
+    patience = 1.0
+
+    def __post_init__(self):
+        self.connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            for event in self.events:
+                theirs.send_bytes(sealed(event, self.key))
+
+    def how_it_ended(self) -> str:
+        return "by signal 9"
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def test_a_process_that_ends_between_two_exercises_loses_one_of_them(tmp_path):
+    """The first worker ends after 0.1, the second grades the rest."""
+    file = tmp_path / "intro.py"
+    file.write_text(SOURCE)
+    checks = {each.id: (1, 5.0, 1) for each in exercises_of(INTRO)} | {TOGETHER: (0, 5.0, 1)}
+    asked = []
+
+    def start(lesson, file, ids, show_prints, key):
+        asked.append(ids := list(ids))
+        events = [("collected", checks)]
+        for id in ids[: None if asked[1:] else 1]:
+            events += [("start", id), ("check", None), ("end", id)]
+        return Scripted([*events, *([("finished",)] if asked[1:] else [])], key)
+
+    results = {result.id: result for result in grade(INTRO, file, start=start)}
+    first, *others = [each.id for each in exercises_of(INTRO)]
+    assert len(asked) == 2 and first not in asked[1]
+    assert results[first].status == "wrong" and "by signal 9 after its checks" in results[first].sentence
+    assert {results[id].status for id in others} == {"passed"}
 
 
 def test_points_are_read_without_running_the_checks():
@@ -176,7 +228,6 @@ ATTACKS = {
         "answers with a list that equals everything",
         "return Yes(ids)",
         ("is a Yes",),
-        "defines __ne__",
     ),
     "1.2": Attack(
         "monkeypatches torch",
@@ -185,7 +236,6 @@ ATTACKS = {
         return table[token_ids] + 1
         """,
         (CANARY,),
-        "changes torch.isclose",
     ),
     "1.3": Attack(
         "monkeypatches the grader",
@@ -198,19 +248,16 @@ ATTACKS = {
         return scores
         """,
         (CANARY,),
-        "uses .modules",
     ),
     "1.4": Attack(
         "leaves early with 0",
         "import os; os._exit(0)",
         ("ended the Python process with exit code 0",),
-        "imports os",
     ),
     "1.5": Attack(
         "ends pytest",
         "import pytest; pytest.exit('passed', 0)",
         ("raised Exit",),
-        "imports pytest",
     ),
     "1.6": Attack(
         "reads the reference from disk",
@@ -230,7 +277,7 @@ ATTACKS = {
         return llm_basics.causal_mask(num_queries, num_keys, device)
         """,
         (REFUSED,),
-        "imports the reference of this very lesson",
+        "1.7: imports solutions.llm_basics",
     ),
     "1.8": Attack(
         "lets another process read it",
@@ -269,7 +316,6 @@ ATTACKS = {
             pass
         """,
         ("endless loop", "ended the Python process"),
-        "imports os",
     ),
     "1.12": Attack(
         "writes verdicts into every open file",
@@ -283,7 +329,6 @@ ATTACKS = {
         return token_ids
         """,
         ("wrote into the grader's own connection",),
-        "imports os",
     ),
     "1.13": Attack(
         "looks for the grader in memory",
@@ -303,7 +348,6 @@ ATTACKS = {
         return 0.0
         """,
         ("perplexity", "endless loop"),
-        "imports threading",
     ),
 }
 YES = "class Yes(list):\n    def __ne__(self, other):\n        return False\n"
@@ -469,7 +513,7 @@ def test_reports_escape_what_a_student_wrote(tmp_path):
     found = room.without(submission, INTRO, "<img src=x onerror=alert(1)>")
     found.results[0].status, found.results[0].sentence = "wrong", "@SUM(1) <b>"
     room.graded["=cmd()", "intro"] = found
-    write(room)
+    write(tmp_path, [INTRO], [submission], room.graded)
     pages = (tmp_path / "index.html").read_text() + (tmp_path / "students" / "=cmd()" / "index.html").read_text()
     assert "<script>" not in pages and "<img" not in pages and "&lt;script&gt;" in pages
     with (tmp_path / "exercises.csv").open() as file:

@@ -20,8 +20,10 @@ from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, WITHHELD, Co
 from common.course.exercises import exercises_of, find_exercises, walk_functions
 from common.course.modules import Waits, below, listed, slugs, still_to_do_below
 from common.grading.compare import close
-from common.grading.runner import Result, fail, grade, next_step, pointer, sealed
+from common.grading.results import Result, next_step
+from common.grading.runner import fail, grade, pointer
 from common.grading.subject import Subject
+from common.grading.wire import sealed
 from common.instructor import release
 from common.tests.sample_lesson import SampleLesson, write_lesson
 from common.tests.typed import typed
@@ -119,7 +121,7 @@ def test_what_ran_in_a_wrong_one_is_told(tmp_path):
     assert subject.judge("9.1", doubles("one")).through == ()
     failure = subject.judge("9.2", doubles("two"))
     assert (failure.through, failure.waits_for) == (("9.1",), None)
-    assert failure.sentence.startswith("two([1, 1]) differs first at [0]: 3, expected 2.")
+    assert failure.sentence.startswith("two([1, 1]): first difference at [0]: 3, expected 2.")
     assert subject.judge("9.3", doubles("three")) is None
     assert sys.getprofile() is None
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from common.course import GAINS, LESSONS, CourseError, Lesson, modules_of
 from common.course.exercises import TOGETHER, exercises_of
-from common.grading.runner import Result
+from common.grading.results import Result
 from common.student import board, difference
 from common.student.board import Standing
 from common.tests.sample_lesson import write_lesson

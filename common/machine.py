@@ -1,0 +1,89 @@
+"""This machine: its name, how fast it reads and multiplies, and how its clock is read.
+
+Machines drift, so every number is a median, and what is compared is measured in turn, in one process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    """The median over `repeats` calls, after one that warms up."""
+    function()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def interleaved_medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each, measured in turn, so that a machine that drifts does so for all of them."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(repeats + 1):
+        for way, function in ways.items():
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first round warms up
+                seconds[way].append(time.perf_counter() - start)
+    return {way: statistics.median(taken) for way, taken in seconds.items()}
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def circumstances(command: str) -> dict:
+    """What a reader needs in order to know what a number means."""
+    packages = ("torch", "numpy", "transformers")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
+
+
+def read_bandwidth(megabytes: int, repeats: int, device: str = "cpu") -> float:
+    """GB/s at which float32 numbers are read by adding them up: nothing that reads its weights is faster.
+
+    They must take much more room than the caches, or the caches are what is measured.
+    """
+    numbers = torch.ones(megabytes * 2**20 // 4, device=device)
+    # `item` waits for a GPU, which otherwise answers before it has begun.
+    return numbers.numel() * 4 / median_seconds(lambda: numbers.sum().item(), repeats) / 1e9
+
+
+def gemm_rate(size: int, repeats: int) -> float:
+    """GFLOP/s of a float32 product of two square matrices."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / median_seconds(lambda: a @ b, repeats) / 1e9

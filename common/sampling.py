@@ -1,0 +1,86 @@
+"""What a request may ask of sampling, and when its output ends."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+
+
+def stable_hash(*numbers: int) -> int:
+    """Hash whole numbers into a seed of 63 bits, the same in every process and on every machine."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+GREEDY = 1e-5
+"""A lower temperature means 0: scores divided by it would leave the range of float32."""
+MAX_STOP_CHARACTERS = 10_000
+"""The most characters that the stop strings of a request have together: every token is compared with all of them."""
+
+
+def refuse(name: str, rule: str, value: object) -> None:
+    raise ValueError(f"SamplingParams: {name} must be {rule}; it is {value!r}.")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop. Names and meanings are vLLM's, but temperature is 0 by default and
+    max_tokens 128. None gives any field its default. Raises ValueError with the name of the field that is wrong.
+    """
+
+    temperature: float = 0.0  # 0: always the likeliest token; 1: the model's own distribution; higher: more even
+    top_k: int = 0  # keep the k likeliest tokens; 0: all
+    top_p: float = 1.0  # keep the likeliest tokens that together have this probability
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
+    seed: int | None = None  # the same seed draws the same tokens; None: different ones every time
+    n: int = 1  # the number of samples for one prompt
+    max_tokens: int = 128
+    min_tokens: int = 0  # the first `min_tokens` tokens neither end the request nor belong to a stop string
+    stop: str | Sequence[str] = ()  # strings that end the text and are not part of it
+    stop_token_ids: Sequence[int] = ()  # tokens that end the text, like the end of sequence
+    ignore_eos: bool = False  # continue after an end of sequence
+    logprobs: int | None = None  # report at each step this many of the likeliest tokens, and the chosen one
+    repetition_penalty: float = (
+        1.0  # divides the positive scores of tokens in prompt or output, multiplies negative ones
+    )
+    presence_penalty: float = 0.0  # subtracted once from the score of each token in the output
+    frequency_penalty: float = 0.0  # subtracted once for each occurrence of the token in the output
+
+    def __post_init__(self):
+        values = {f.name: f.default if (v := getattr(self, f.name)) is None else v for f in fields(self)}
+        limits = {  # kind of number, lowest, highest
+            "temperature": (Real, 0, 1e6), "top_k": (Integral, 0, math.inf), "top_p": (Real, 1e-6, 1),
+            "min_p": (Real, 0, 1), "seed": (Integral, -(2**63), 2**63), "n": (Integral, 1, math.inf),
+            "max_tokens": (Integral, 1, math.inf), "min_tokens": (Integral, 0, values["max_tokens"]),
+            "logprobs": (Integral, 0, math.inf), "repetition_penalty": (Real, 1e-3, 1e3),
+            "presence_penalty": (Real, -1e3, 1e3), "frequency_penalty": (Real, -1e3, 1e3),
+        }  # fmt: skip
+        for name, (kind, low, high) in limits.items():
+            value = values[name]
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if value is not None and not (is_number and low <= value <= high):
+                rule = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+                refuse(name, f"a {'whole ' if kind is Integral else ''}number {rule}", value)
+        for name in ("stop", "stop_token_ids"):
+            several = isinstance(values[name], Iterable) and not isinstance(values[name], str)
+            values[name] = tuple(values[name]) if several else (values[name],)
+        if not all(isinstance(string, str) and string for string in values["stop"]):
+            refuse("stop", "one or several strings that are not empty", values["stop"])
+        if (length := sum(map(len, values["stop"]))) > MAX_STOP_CHARACTERS:
+            refuse("stop", f"at most {MAX_STOP_CHARACTERS} characters long in all", length)
+        if not all(isinstance(token_id, Integral) and token_id >= 0 for token_id in values["stop_token_ids"]):
+            refuse("stop_token_ids", "token ids", values["stop_token_ids"])
+        if values["temperature"] < GREEDY:
+            values["temperature"] = 0.0
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def children(self) -> list[SamplingParams]:
+        """Return the n samples as requests of their own. The first keeps the seed, each other gets one made from it."""
+        return [
+            replace(self, n=1, seed=self.seed if self.seed is None or not child else stable_hash(self.seed, child))
+            for child in range(self.n)
+        ]

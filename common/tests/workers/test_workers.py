@@ -1,0 +1,220 @@
+"""Worker processes: they start, answer, and end; what goes wrong is explained; nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Client
+
+import pytest
+
+from common.course.lessons import ROOT
+from common.workers import CommandSocket, Failure, Reception, WorkerError, WorkerLost, Workers, describe, guarded
+
+from common.workers import is_consequence, kill, report, start  # isort: skip
+
+HERE = "common.tests.workers.test_workers"
+
+
+def serve() -> None:
+    """A worker that doubles numbers, and does something else for some words."""
+    rank = int(os.environ["RANK"])
+    commands = CommandSocket(report(rank))
+
+    def run(command):
+        if command == "raise":
+            raise ValueError("too warm")
+        if command == "exit":
+            os._exit(3)
+        if command == "sleep":
+            time.sleep(3600)
+        return rank, 2 * command
+
+    run = commands.noting_state(run)
+    while (command := commands.receive()) is not None:
+        try:
+            commands.send(run(command))
+        except ValueError as error:
+            commands.send(Failure(rank, describe(error), is_consequence(error)))
+            break
+    commands.exit()
+
+
+def start_a_child() -> None:
+    """A worker that has started a process of its own, and says which."""
+    connection = report(0)
+    connection.send(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]).pid)
+    time.sleep(3600)
+
+
+@pytest.fixture
+def pair():
+    workers = Workers(range(1, 3))
+    workers.start(f"{HERE}:serve", {})
+    yield workers
+    workers.close()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8") as status:
+            return "\nState:\tZ" not in status.read()
+    except OSError:
+        return False
+
+
+def all_gone(pids: list[int], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(is_alive, pids))
+
+
+def test_commands_and_results(pair):
+    with pair.guard():
+        pair.send(21)
+        assert sorted(pair.receive() for _ in range(2)) == [(1, 42), (2, 42)]
+    pids = [process.pid for process in pair.processes.values()]
+    pair.close()
+    assert [process.returncode for process in pair.processes.values()] == [0, 0]
+    assert all_gone(pids, 0.0)
+    with pytest.raises(WorkerError, match="is down: it was closed"), pair.guard():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("raise", "rank 1 failed: ValueError at test_workers.py:"),
+        ("exit", "rank 1 ended with exit code 3"),
+        ("sleep", "rank 1 is busy with str since"),
+    ],
+)
+def test_what_a_worker_does_wrong_is_said(pair, what, says):
+    with pytest.raises(WorkerError) as error, pair.guard():
+        pair.connections[1].send(what)
+        pair.receive(timeout=0.5)
+    assert says in str(error.value)
+    assert "rank 2" not in str(error.value) or what == "sleep"
+    assert what != "sleep" or "in run (test_workers.py:" in str(error.value)
+    assert all_gone([process.pid for process in pair.processes.values()])
+
+
+@pytest.mark.parametrize(("sent", "says"), [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "not answer")])
+def test_killed_or_stopped(pair, sent, says):
+    with pytest.raises(WorkerError, match=f"^rank 2 .*{says}"), pair.guard():
+        pair.processes[2].send_signal(sent)
+        pair.receive(timeout=0.5)
+    assert all_gone([process.pid for process in pair.processes.values()])
+
+
+def test_our_own_error_is_ours(pair):
+    with pytest.raises(WorkerError, match=r"^rank 0 failed: ValueError at test_workers.py:\d+"), pair.guard():
+        int("one")
+
+
+def test_dropped_workers_end():
+    told = []
+    workers = Workers(range(1, 2), at_end=lambda: told.append("ended"))
+    workers.start(f"{HERE}:serve", {})
+    pid = workers.processes[1].pid
+    del workers
+    gc.collect()
+    assert all_gone([pid]) and told == ["ended"]
+
+
+def test_a_worker_that_ends_before_it_reports():
+    workers = Workers(range(1, 2))
+    with pytest.raises(WorkerLost, match="ended before"):
+        workers.start("os:abort", {})
+    workers.close()
+
+
+def test_a_stranger_is_not_admitted():
+    with Reception() as reception:
+        host, port, _ = reception.address.split()
+
+        def visit():
+            with pytest.raises(Exception):  # noqa: B017  (EOFError, or a digest that was rejected)
+                Client((host, int(port)), authkey=b"guessed")
+
+        stranger = threading.Thread(target=visit)
+        stranger.start()
+        with pytest.raises(WorkerLost, match=r"rank 1 has not reported within 0.5 s"):
+            reception.admit([1], {}, 0.5)
+        stranger.join()
+
+
+def test_everything_that_a_process_started_is_killed():
+    with Reception() as reception:
+        process = start(f"{HERE}:start_a_child", {"WORKER_RECEPTION": reception.address})
+        child = reception.admit([0], {0: process}, 20.0)[0].recv()
+    assert is_alive(child)
+    kill(process)
+    assert all_gone([child, process.pid])
+    kill(process)  # a second time does nothing
+
+
+def test_a_worker_ends_with_the_process_that_started_it():
+    script = f"from common.workers import Workers; w = Workers(range(1, 2)); w.start('{HERE}:serve', {{}})"
+    script += "; print(w.processes[1].pid, flush=True); import time; time.sleep(3600)"
+    starter = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pid = int(starter.stdout.readline())
+    assert is_alive(pid)
+    starter.kill()
+    starter.wait()
+    assert all_gone([pid])
+
+
+class Steps:
+    """Two methods as lesson 6's executor has them."""
+
+    def __init__(self, workers: Workers):
+        self.workers = workers
+        self.is_done = False
+
+    @guarded
+    def submit(self, presses: int = 0):
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+        self.workers.send(4)
+        self.is_done = True
+
+    @guarded(interruptible=True)
+    def collect(self, presses: int = 0):
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.workers.receive(5.0)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step(pair):
+    steps = Steps(pair)
+    steps.submit(presses=1)
+    assert steps.is_done
+    with pytest.raises(KeyboardInterrupt):
+        steps.collect()
+    assert sorted(steps.collect() for _ in range(2)) == [(1, 8), (2, 8)]  # nothing was lost
+    steps.submit()
+    with pytest.raises(KeyboardInterrupt):
+        steps.collect(presses=1)
+    assert sorted(steps.collect() for _ in range(2)) == [(1, 8), (2, 8)]
+
+
+def test_a_second_ctrl_c_does_not_wait(pair):
+    steps = Steps(pair)
+    with pytest.raises(KeyboardInterrupt):
+        steps.submit(presses=2)
+    assert not steps.is_done
+    with pytest.raises(WorkerError, match="interrupted in the middle of a step"):
+        steps.submit()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_here_is_slow_to_import():
+    script = "import sys, common.workers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

@@ -1,0 +1,65 @@
+"""After a failure: which worker caused it, as far as that can be found out in two seconds.
+
+One failure makes many: if rank 1 dies, rank 0 fails too, in an all_reduce, because rank 1 was not there. So ranks are
+blamed in this order: those that report a failure of their own, those that were killed or have ended, those that are
+gone or do not answer. Failures that happened while talking to other ranks come last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+
+from common.workers.commands import REPORT_STATE, WorkerState
+from common.workers.failures import Failure
+from common.workers.processes import ending
+
+ANSWER_SECONDS = 2.0
+SILENT = "does not answer: its process or its machine was stopped"
+GONE = "is gone"
+
+
+def ask_states(connections: Mapping[int, Connection], failures: list[Failure]) -> dict[int, str]:
+    """What each rank says that it is doing. A rank's failure that has not been received yet is added to `failures`."""
+    states = dict.fromkeys(connections, SILENT)
+    for connection in connections.values():
+        with contextlib.suppress(OSError):
+            connection.send(REPORT_STATE)
+    deadline = time.monotonic() + ANSWER_SECONDS
+    for rank, connection in connections.items():
+        try:
+            while states[rank] is SILENT and connection.poll(max(0.0, deadline - time.monotonic())):
+                message = connection.recv()
+                if isinstance(message, Failure):
+                    failures.append(message)
+                if isinstance(message, WorkerState):
+                    states[rank] = message.text
+        except (EOFError, OSError):
+            states[rank] = GONE
+    return states
+
+
+def explain(
+    connections: Mapping[int, Connection], processes: Mapping[int, subprocess.Popen], failures: list[Failure]
+) -> str:
+    """One sentence: which rank is to blame, and why. failures: those received so far."""
+    states = ask_states(connections, failures)
+    dead = {}
+    for rank, process in processes.items():
+        if states.get(rank) == GONE:  # the socket may close a moment before the process has ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+        if process.poll():
+            dead[rank] = f"rank {rank} {ending(process.returncode)}"
+        elif process.returncode == 0:  # it does so only after a failure, whose message we have missed
+            states[rank] = "has given up"
+    failed = {failure.rank: f"rank {failure.rank} failed: {failure.text}" for failure in failures}
+    own = [failed[failure.rank] for failure in failures if not failure.is_consequence]
+    others = {rank: f"rank {rank} {state}" for rank, state in states.items() if rank not in failed}
+    others |= {rank: text for rank, text in dead.items() if rank not in failed}
+    silent = [text for rank, text in others.items() if states.get(rank) in (GONE, SILENT)]
+    causes = own or [text for rank, text in others.items() if rank in dead] or silent
+    return "; ".join(causes or [*failed.values(), *others.values()]) + "."

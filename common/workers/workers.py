@@ -1,0 +1,141 @@
+"""The commanding process's end: sends commands to all workers, receives results, and ends all when one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+
+from common.workers.explain import explain
+from common.workers.failures import Failure, WorkerError, WorkerLost, describe, is_consequence
+from common.workers.processes import end, kill, start
+from common.workers.reception import ADDRESS_VARIABLE, Reception
+
+START_SECONDS = 120.0
+"""How long workers may take to report: on a busy machine importing torch alone can take half a minute."""
+
+
+class Workers:
+    """The worker processes with these ranks. They all end when this object is closed or dropped.
+
+    at_end: called after the workers have ended; it must not refer to the object that holds this one. `processes` and
+    `connections` are by rank; a worker on another machine, or started by torchrun, has no process here.
+    """
+
+    def __init__(self, ranks: range, at_end: Callable[[], None] = lambda: None):
+        self.ranks = ranks
+        self.processes: dict[int, subprocess.Popen] = {}
+        self.connections: dict[int, Connection] = {}
+        self.failures: list[Failure] = []
+        self.is_down: str | None = None  # why
+        self.interrupts = 0  # how often Ctrl-C was pressed since it was last acted upon
+        self.finalizer = weakref.finalize(self, end, self.processes, self.connections, at_end)
+
+    def start(self, program: str, variables: Mapping[str, object]) -> None:
+        """Start a process for each rank that calls `program` ("package.module:function"), and wait for its report."""
+        with Reception() as reception:
+            for rank in self.ranks:
+                own = {"RANK": rank, "LOCAL_RANK": rank, ADDRESS_VARIABLE: reception.address}
+                self.processes[rank] = start(program, {**variables, **own})
+            self.connections |= reception.admit(self.ranks, self.processes, START_SECONDS)
+
+    def find(self, host: str, publish: Callable[[str], None]) -> None:
+        """Wait for the reports of workers that another program has started. publish: tells them the address."""
+        with Reception(host) as reception:
+            publish(reception.address)
+            self.connections |= reception.admit(self.ranks, {}, START_SECONDS)
+
+    # Commands and results ---------------------------------------------------------------------------------------
+
+    def send(self, command: object) -> None:
+        """Send a command to every worker."""
+        for connection in self.connections.values():
+            connection.send(command)
+
+    def receive(self, timeout: float | None = None) -> object:
+        """Wait for the next message from any worker and return it. timeout: in seconds; None: as long as it takes.
+
+        Raises WorkerLost if the message is a Failure or none came in time, EOFError if a worker is gone, and
+        KeyboardInterrupt if Ctrl-C was pressed: then nothing has been received.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            ready = wait(list(self.connections.values()), 0.1)
+            if self.interrupts:
+                raise KeyboardInterrupt
+            if ready:
+                message = ready[0].recv()
+                if isinstance(message, Failure):
+                    self.failures.append(message)
+                    raise WorkerLost(message.text)
+                return message
+            if deadline is not None and time.monotonic() > deadline:
+                raise WorkerLost(f"no result came within {timeout:g} s")
+
+    def close(self) -> None:
+        """End all workers."""
+        self.is_down = self.is_down or "it was closed."
+        self.finalizer()
+
+    # When something goes wrong ----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def guard(self, interruptible: bool = False) -> Iterator[None]:
+        """Let a step be carried out completely or not at all, because ranks cannot go on from half a step.
+
+        An error within ends all workers, and a WorkerError says which one caused it. Ctrl-C has no effect within,
+        except in `receive`; a second Ctrl-C breaks the step off and ends all workers. interruptible: a Ctrl-C that was
+        pressed in an earlier step is raised before this one begins.
+        """
+        if self.is_down:
+            raise WorkerError(f"This engine is down: {self.is_down}")
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, self.interrupt) if in_main_thread else None
+        try:
+            if interruptible and self.interrupts:
+                raise KeyboardInterrupt
+            yield
+        except Exception as error:
+            if not isinstance(error, (WorkerLost, EOFError, OSError)):
+                self.failures.append(Failure(0, describe(error), is_consequence(error)))
+            self.kill(explain(self.connections, self.processes, self.failures))
+            raise WorkerError(self.is_down) from error
+        except BaseException:
+            if self.interrupts != 1:
+                self.kill("it was interrupted in the middle of a step.")
+            self.interrupts = 0
+            raise
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGINT, before)
+
+    def interrupt(self, *_) -> None:
+        """What Ctrl-C does within `guard`."""
+        self.interrupts += 1
+        if self.interrupts > 1:
+            raise KeyboardInterrupt
+
+    def kill(self, why: str) -> None:
+        self.is_down = why
+        for process in self.processes.values():
+            kill(process)
+        self.close()
+
+
+def guarded(method: Callable | None = None, *, interruptible: bool = False) -> Callable:
+    """Decorate a method of an object that has `workers`: it runs within `workers.guard`."""
+    if method is None:
+        return functools.partial(guarded, interruptible=interruptible)
+
+    @functools.wraps(method)
+    def call(self, *arguments, **options):
+        with self.workers.guard(interruptible):
+            return method(self, *arguments, **options)
+
+    return call

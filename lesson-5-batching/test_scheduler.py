@@ -1,0 +1,753 @@
+"""The checks of lesson 5, first half. They need no model: a scheduler deals in ids and counts, worked out by hand."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from common.grading import equal, exercise, holds, together
+
+
+def request(code, name: str, prompt: int, output: int = 0, **settings):
+    """A request with a prompt of so many tokens, and so many of output: 0, 1, 2, ... and 100, 101, ..."""
+    settings = {"max_tokens": 10, "arrival": ord(name[0]) - ord("a"), **settings}
+    return code.Request(
+        name, list(range(prompt)), code.SamplingParams(), output_token_ids=[100 + i for i in range(output)], **settings
+    )
+
+
+def scheduler(code, num_blocks: int = 12, block_size: int = 4, seqs: int = 8, budget: int = 16, **settings):
+    manager = code.KVCacheManager(num_blocks, block_size, settings.pop("caching", False))
+    limits = dict(max_num_seqs=seqs, max_num_batched_tokens=budget, long_prefill_token_threshold=budget)
+    return code.Scheduler(manager, code.EngineConfig(**{**limits, "num_host_blocks": 0, **settings}))
+
+
+def granted(plan) -> dict[str, tuple[int, int]]:
+    """What a plan computes: for each request where it starts, and how many tokens."""
+    return {each.request_id: (each.start, len(each.token_ids)) for each in plan.scheduled}
+
+
+def answered(code, own, plan, tokens: dict | None = None, **fields):
+    """Tell the scheduler what came of a plan: token 7 for each request that samples, unless told otherwise."""
+    sampled = {each.request_id: [7] for each in plan.scheduled if each.sample_index is not None}
+    return own.update_from_output(plan, code.ModelRunnerOutput(plan.step_id, {**sampled, **(tokens or {})}, **fields))
+
+
+def running(code, own, *requests):
+    """These requests, admitted, with all of their tokens computed and one token of output each."""
+    for each in requests:
+        own.add(each)
+    steps = 0
+    while any(not each.output_token_ids for each in requests):
+        answered(code, own, own.schedule())
+        steps += 1
+        assert steps < 50
+    return requests
+
+
+def names(requests) -> list[str]:
+    return [each.request_id for each in requests]
+
+
+def balanced(own) -> bool:
+    """Whether every block is held as often as it is counted, and free if and only if nobody holds it."""
+    held: dict[int, int] = {}
+    for table in own.manager.block_tables.values():
+        for block in table:
+            held[block.block_id] = held.get(block.block_id, 0) + 1
+    pool = own.manager.pool
+    return all(
+        block.ref_cnt == held.get(block.block_id, 0) and (block.block_id in pool.free) == (block.ref_cnt == 0)
+        for block in pool.blocks
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The batch that waits for its slowest
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("5.1")
+class TestStaticBatch:
+    def test_by_hand(self, code):
+        equal(
+            list(code.static_batch([3, 5, 2, 4], 2)),
+            [range(0, 3), range(0, 5), range(5, 7), range(5, 9)],
+            "static_batch([3, 5, 2, 4], 2)",
+        )
+
+    def test_a_last_batch_that_is_not_full(self, code):
+        equal(
+            list(code.static_batch([2, 1, 6, 3, 1], 3)),
+            [range(0, 2), range(0, 1), range(0, 6), range(6, 9), range(6, 7)],
+            "static_batch([2, 1, 6, 3, 1], 3)",
+        )
+
+    def test_one_at_a_time(self, code):
+        equal(list(code.static_batch([2, 3], 1)), [range(0, 2), range(2, 5)], "static_batch([2, 3], 1)")
+        equal(list(code.static_batch([4], 8)), [range(0, 4)], "static_batch([4], 8)")
+
+
+@exercise("5.2")
+class TestFinishReason:
+    def check(self, code, each, expected, what):
+        got = code.finish_reason(each)
+        holds(got == expected, f"finish_reason {what} is {got!r}, expected {expected!r}.", actual=repr(got))
+
+    def test_by_hand(self, code):
+        each = request(code, "a", 3, 2, max_tokens=4, stop_token_ids=frozenset({9}))
+        self.check(code, each, None, "with 2 of 4 tokens, none of which ends it,")
+        each.append(9)
+        self.check(code, each, "stop", "when the third of 4 tokens ends it")
+
+    def test_length(self, code):
+        each = request(code, "a", 3, 4, max_tokens=4, stop_token_ids=frozenset({9}))
+        self.check(code, each, "length", "with 4 of 4 tokens")
+
+    def test_stop_beats_length(self, code):
+        each = request(code, "a", 3, 3, max_tokens=4, stop_token_ids=frozenset({9}))
+        each.append(9)
+        self.check(code, each, "stop", "when the fourth of 4 tokens ends it")
+
+    def test_only_the_last_counts(self, code):
+        each = request(code, "a", 10, max_tokens=4, stop_token_ids=frozenset({9}))
+        self.check(code, each, None, "with no output yet, and a stop token in the prompt,")
+        each.append(9)
+        each.append(5)
+        self.check(code, each, None, "when a stop token stands before the last")
+
+
+@exercise("5.3")
+class TestTokensToSchedule:
+    def test_by_hand(self, code):
+        each = request(code, "a", 10)
+        equal(code.tokens_to_schedule(each, 16, 16), 10, "a new prompt of 10 tokens, a budget of 16")
+        equal(code.tokens_to_schedule(each, 6, 16), 6, "a new prompt of 10 tokens, a budget of 6")
+        equal(code.tokens_to_schedule(each, 16, 4), 4, "a new prompt of 10 tokens, chunks of at most 4")
+
+    def test_what_is_computed_already(self, code):
+        each = request(code, "a", 10, 3, num_computed_tokens=12)
+        equal(code.tokens_to_schedule(each, 16, 16), 1, "10 tokens of prompt and 3 of output, 12 computed")
+        each = request(code, "a", 10, num_computed_tokens=6)
+        equal(code.tokens_to_schedule(each, 3, 16), 3, "a prompt of 10, 6 computed, a budget of 3")
+
+    def test_guesses(self, code):
+        each = request(code, "a", 10, 3, num_computed_tokens=12, spec_token_ids=[1, 2, 3, 4])
+        equal(code.tokens_to_schedule(each, 16, 16), 5, "one token not computed, and 4 guesses behind it")
+        equal(code.tokens_to_schedule(each, 2, 16), 2, "one token not computed and 4 guesses, a budget of 2")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Who is served next
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("5.12")
+class TestFairShare:
+    def order(self, code, served, *requests):
+        return names(sorted(requests, key=lambda each: code.fair_share(each, served)))
+
+    def test_least_served_first(self, code):
+        a, b = request(code, "a", 5, tenant="rich"), request(code, "b", 3, tenant="poor")
+        equal(self.order(code, {"rich": 90.0, "poor": 10.0}, a, b), ["b", "a"], "rich was served 90 tokens, poor 10")
+
+    def test_equals_by_arrival(self, code):
+        sizes = (("a", 3, "x"), ("b", 2, "y"), ("c", 4, "x"))
+        a, b, c = (request(code, name, prompt, tenant=tenant) for name, prompt, tenant in sizes)
+        equal(self.order(code, {"x": 5.0, "y": 5.0}, c, a, b), ["a", "b", "c"], "both tenants were served 5 tokens")
+        equal(self.order(code, {"x": 6.0, "y": 5.0}, c, b, a), ["b", "a", "c"], "x, of a and c, was served 6; y 5")
+
+    def test_its_size_does_not_matter(self, code):
+        a = request(code, "a", 30, 5, tenant="x", priority=0)
+        b = request(code, "b", 2, tenant="y", priority=9)
+        equal(
+            self.order(code, {"x": 1.0, "y": 2.0}, a, b), ["a", "b"], "a long request of x (served 1), a short of y (2)"
+        )
+
+
+@exercise("5.16")
+class TestJoin:
+    def joined(self, code, served, tenant, active):
+        code.join(served, tenant, active)
+        return served
+
+    def test_a_newcomer(self, code):
+        equal(
+            self.joined(code, {"a": 50.0, "b": 80.0}, "new", {"a", "b"}),
+            {"a": 50.0, "b": 80.0, "new": 50.0},
+            "join of a new tenant, where a was served 50 and b 80",
+        )
+
+    def test_back_after_a_while(self, code):
+        equal(
+            self.joined(code, {"a": 50.0, "b": 80.0, "late": 10.0}, "late", {"a", "b"}),
+            {"a": 50.0, "b": 80.0, "late": 50.0},
+            "join of a tenant that was served 10 before, where the active ones were served 50 and 80",
+        )
+        equal(
+            self.joined(code, {"a": 50.0, "late": 70.0}, "late", {"a"})["late"],
+            70.0,
+            "what late was served (70) after joining a, who was served 50: no gift, either",
+        )
+
+    def test_idle_tenants_do_not_count(self, code):
+        equal(
+            self.joined(code, {"a": 50.0, "idle": 3.0, "late": 1.0}, "late", {"a"})["late"],
+            50.0,
+            "late, who was served 1, joins a (50); idle (3) has no requests",
+        )
+
+    def test_nobody_or_oneself_active(self, code):
+        equal(self.joined(code, {"a": 50.0}, "new", set()), {"a": 50.0, "new": 0.0}, "a new tenant, with nobody active")
+        equal(self.joined(code, {"a": 9.0}, "a", set()), {"a": 9.0}, "a comes back, with nobody active")
+        equal(
+            self.joined(code, {"a": 9.0, "b": 20.0}, "a", {"a", "b"}),
+            {"a": 9.0, "b": 20.0},
+            "one more request of a (served 9), who is active, beside b (20)",
+        )
+
+
+@exercise("5.4", points=3)
+class TestScheduleRunning:
+    def test_everyone_a_token(self, code):
+        own = scheduler(code)
+        running(code, own, *(request(code, name, 3) for name in "abc"))
+        plan = code.SchedulerOutput(99)
+        left = own.schedule_running(plan)
+        equal(granted(plan), {"a": (3, 1), "b": (3, 1), "c": (3, 1)}, "(start, tokens) of three requests that decode")
+        equal(left, 13, "what is left of a budget of 16")
+
+    def test_a_long_prompt_leaves_the_others_a_token(self, code):
+        own = scheduler(code, num_blocks=30, budget=8)
+        running(code, own, request(code, "b", 3), request(code, "c", 3))
+        own.add(request(code, "a", 40))
+        answered(code, own, own.schedule())
+        plan = own.schedule()
+        equal(granted(plan)["a"], (6, 6), "(start, tokens) of a prompt of 40, before b and c, who decode; budget 8")
+        equal(sorted(granted(plan)), ["a", "b", "c"], "who computes in that step")
+
+    def test_a_chunk_is_limited(self, code):
+        own = scheduler(code, num_blocks=30, budget=8, long_prefill_token_threshold=3)
+        own.add(request(code, "a", 40))
+        answered(code, own, own.schedule())
+        plan = code.SchedulerOutput(99)
+        equal(own.schedule_running(plan), 5, "what is left of a budget of 8, with chunks of at most 3")
+        equal(granted(plan), {"a": (3, 3)}, "(start, tokens) of a prompt of 40, chunks of at most 3")
+
+    def test_a_budget_too_small_goes_round(self, code):
+        own = scheduler(code)
+        running(code, own, *(request(code, name, 2) for name in "abc"))
+        own.max_num_batched_tokens = 2
+        served = []
+        for _ in range(4):
+            plan = own.schedule()
+            served.append(set(granted(plan)))
+            answered(code, own, plan)
+        either = [sorted(one | other) for one, other in pairwise(served)]
+        equal(either, [list("abc")] * 3, "who computes in either of two steps, with a budget of 2 and three requests")
+
+    def test_never_more_than_the_budget(self, code):
+        own = scheduler(code)
+        running(code, own, *(request(code, name, 2) for name in "abcde"))
+        own.max_num_batched_tokens = 2
+        plan = code.SchedulerOutput(99)
+        left = own.schedule_running(plan)
+        equal(
+            [plan.num_tokens, left],
+            [2, 0],
+            "[tokens scheduled, what is left of the budget], with a budget of 2 and five requests that decode",
+        )
+
+    def test_one_token_for_each_behind(self, code):
+        for budget, expected in ((6, [4, 1, 1]), (3, [1, 1, 1]), (2, [1, 1])):
+            own = scheduler(code, num_blocks=40)
+            for each in running(code, own, *(request(code, name, 2) for name in "abc")):
+                each.spec_token_ids = [21, 22, 23, 24, 25, 26]
+            own.max_num_batched_tokens = budget
+            plan = code.SchedulerOutput(99)
+            own.schedule_running(plan)
+            what = f"the tokens of three requests, a token and six guesses each, with a budget of {budget}"
+            equal([count for _, count in granted(plan).values()], expected, what)
+
+    def test_no_more_than_there_is_room_for(self, code):
+        own = scheduler(code, num_blocks=1)
+        (a,) = running(code, own, request(code, "a", 3))
+        a.spec_token_ids = [21, 22, 23]
+        plan = code.SchedulerOutput(99)
+        left = own.schedule_running(plan)
+        equal(
+            [granted(plan), a.num_computed_tokens, left],
+            [{"a": (3, 1)}, 4, 15],
+            "[who computes, a's num_computed_tokens, what is left of the budget], where a lacks a token and three "
+            "guesses, and there is room for the token only",
+        )
+
+    def test_in_flight_is_left_alone(self, code):
+        own = scheduler(code)
+        a, _b = running(code, own, request(code, "a", 3), request(code, "b", 3))
+        a.in_flight = True
+        plan = code.SchedulerOutput(99)
+        own.schedule_running(plan)
+        equal(sorted(granted(plan)), ["b"], "who computes, while a is in flight")
+
+    def test_the_preempted_is_skipped(self, code):
+        own = scheduler(code, num_blocks=4)
+        running(code, own, request(code, "a", 7), request(code, "b", 7))
+        plan = own.schedule()
+        answered(code, own, plan)
+        plan = own.schedule()
+        equal(granted(plan), {"a": (8, 1)}, "who computes, where a and b need a fifth and sixth of 4 blocks")
+        equal(plan.preempted_ids, ["b"], "who made room")
+        holds(balanced(own), "Blocks are held and not counted, or counted and not held.", actual=granted(plan))
+
+    def test_the_preempted_is_skipped_though_there_is_room_again(self, code):
+        own = scheduler(code, num_blocks=9, budget=36)
+        running(code, own, *(request(code, name, 12) for name in "abc"))
+        own.max_num_batched_tokens = 4
+        plan = code.SchedulerOutput(99)
+        own.schedule_running(plan)
+        equal(
+            [granted(plan), plan.preempted_ids],
+            [{"a": (12, 1), "b": (12, 1)}, ["c"]],
+            "[who computes, who was preempted], where a, b and c fill 9 blocks of 4, and c makes room for a and b",
+        )
+
+    def test_whoever_makes_room_itself_is_skipped(self, code):
+        own = scheduler(code, num_blocks=4)
+        a, _ = running(code, own, request(code, "a", 7), request(code, "b", 7))
+        answered(code, own, own.schedule())
+        a.last_step += 1
+        plan = own.schedule()
+        equal(granted(plan), {"a": (8, 1)}, "who computes, where b, whose turn it is, has to make room itself")
+
+
+@exercise("5.5", points=2)
+class TestScheduleWaiting:
+    def test_as_many_as_the_budget_allows(self, code):
+        own = scheduler(code, num_blocks=30)
+        for name, length in (("a", 5), ("b", 9), ("c", 4), ("d", 3)):
+            own.add(request(code, name, length))
+        plan = code.SchedulerOutput(1)
+        own.schedule_waiting(plan, 16)
+        equal(
+            granted(plan),
+            {"a": (0, 5), "b": (0, 9), "c": (0, 2)},
+            "(start, tokens) of prompts of 5, 9, 4 and 3, with 16 left of the budget",
+        )
+        equal(names(own.waiting), ["d"], "who still waits")
+
+    def test_places(self, code):
+        own = scheduler(code, num_blocks=30, seqs=2)
+        for name in "abc":
+            own.add(request(code, name, 3))
+        plan = code.SchedulerOutput(1)
+        own.schedule_waiting(plan, 16)
+        equal(sorted(granted(plan)), ["a", "b"], "who is admitted, with two places for three requests")
+        plan = code.SchedulerOutput(2)
+        own.schedule_waiting(plan, 16)
+        equal(granted(plan), {}, "who is admitted when both places are taken")
+
+    def test_nobody_overtakes(self, code):
+        own = scheduler(code, num_blocks=4)
+        for name, length in (("a", 8), ("b", 12), ("c", 2)):
+            own.add(request(code, name, length))
+        plan = code.SchedulerOutput(1)
+        own.schedule_waiting(plan, 64)
+        equal(
+            sorted(granted(plan)), ["a"], "who is admitted to 4 blocks of 4, where prompts are 8, 12 and 2 tokens long"
+        )
+
+    def test_one_token_is_a_budget(self, code):
+        own = scheduler(code)
+        own.add(request(code, "a", 3))
+        plan = code.SchedulerOutput(1)
+        own.schedule_waiting(plan, 1)
+        equal(granted(plan), {"a": (0, 1)}, "(start, tokens) of a prompt of 3, with 1 left of the budget")
+
+    def test_no_budget_nobody(self, code):
+        own = scheduler(code)
+        equal(own.schedule_waiting(code.SchedulerOutput(1), 16), None, "schedule_waiting with nobody waiting")
+        own.add(request(code, "a", 3))
+        plan = code.SchedulerOutput(1)
+        own.schedule_waiting(plan, 0)
+        equal(granted(plan), {}, "who is admitted when nothing is left of the budget")
+
+    def test_the_policy_decides(self, code):
+        own = scheduler(code, seqs=1, scheduling_policy="priority")
+        for name, priority in (("a", 2), ("b", 0), ("c", 1)):
+            own.add(request(code, name, 3, priority=priority))
+        plan = code.SchedulerOutput(1)
+        own.schedule_waiting(plan, 16)
+        equal(sorted(granted(plan)), ["b"], "who is admitted first, with priorities a: 2, b: 0, c: 1")
+
+
+@exercise("5.7", points=3)
+class TestUpdateFromOutput:
+    def test_a_token_each(self, code):
+        own = scheduler(code)
+        a, b = request(code, "a", 3), request(code, "b", 5)
+        own.add(a)
+        own.add(b)
+        plan = own.schedule()
+        got = answered(code, own, plan, {"a": [11], "b": [12]})
+        equal([a.output_token_ids, b.output_token_ids], [[11], [12]], "the output of a and b")
+        equal([a.in_flight, b.in_flight], [False, False], "whether a and b are in flight afterwards")
+        equal(names(got), ["a", "b"], "the requests that update_from_output returns")
+        equal([a.num_computed_tokens, b.num_computed_tokens], [3, 5], "num_computed_tokens of a and b")
+
+    def test_a_chunk_samples_nothing(self, code):
+        own = scheduler(code, budget=4)
+        a = request(code, "a", 10)
+        own.add(a)
+        outputs, computed = [], []
+        for _ in range(4):
+            plan = own.schedule()
+            answered(code, own, plan)
+            outputs.append(len(a.output_token_ids))
+            computed.append(a.num_computed_tokens)
+        what = "after each step: a prompt of 10 in chunks of 4"
+        equal(outputs, [0, 0, 1, 2], f"how many output tokens a has {what}")
+        equal(computed, [4, 8, 10, 11], f"num_computed_tokens {what}")
+
+    def test_what_is_not_computed_is_not_found(self, code):
+        own = scheduler(code, budget=3, caching=True)
+        a = request(code, "a", 10)
+        own.add(a)
+        findable = []
+        for _ in range(5):
+            answered(code, own, own.schedule())
+            findable.append(sum(block.block_hash is not None for block in own.manager.block_tables["a"]))
+        equal(
+            findable,
+            [0, 1, 2, 2, 2],
+            "how many of its blocks of 4 can be found after each step, where 3, 6, 9, 10 and 11 tokens are computed",
+        )
+
+    def test_finished(self, code):
+        own = scheduler(code)
+        a, b = request(code, "a", 3, max_tokens=1), request(code, "b", 3, stop_token_ids=frozenset({9}))
+        own.add(a)
+        own.add(b)
+        answered(code, own, own.schedule(), {"a": [5], "b": [9]})
+        equal([a.finish_reason, b.finish_reason], ["length", "stop"], "finish_reason: a may have 1 token, 9 ends b")
+        equal(own.running, [], "who runs afterwards")
+        equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks are free afterwards")
+
+    def guessed(self, code, guesses, sampled, **settings):
+        """A request with a prompt of 3, one token of output (not computed) and guesses behind it, one step on."""
+        own = scheduler(code, caching=True)
+        (a,) = running(code, own, request(code, "a", 3, **settings))
+        a.spec_token_ids = list(guesses)
+        plan = own.schedule()
+        answered(code, own, plan, {"a": list(sampled)}, spec_token_ids={"a": [55]})
+        return own, a
+
+    def test_rejected_guesses_are_taken_back(self, code):
+        _, a = self.guessed(code, [21, 22, 23, 24], [21, 22, 30])
+        equal(a.output_token_ids, [7, 21, 22, 30], "the output: 7, guesses 21 to 24, of which 21 and 22 were right, 30")
+        equal(a.num_computed_tokens, 6, "num_computed_tokens: 3 + 1, and two guesses that were accepted")
+        equal(a.spec_token_ids, [55], "its next guesses")
+        _, a = self.guessed(code, [21, 22, 23], [21, 22, 23, 24])
+        equal(a.num_computed_tokens, 7, "num_computed_tokens, where all three guesses were accepted")
+        _, a = self.guessed(code, [21, 22, 23], [30])
+        equal(a.num_computed_tokens, 4, "num_computed_tokens, where no guess was accepted")
+
+    def test_what_comes_after_the_end_is_dropped(self, code):
+        _, a = self.guessed(code, [21, 9, 23], [21, 9, 23, 24], stop_token_ids=frozenset({9}))
+        equal(a.output_token_ids, [7, 21, 9], "the output, where 9 ends it and guesses 21, 9, 23 were accepted")
+        equal(a.finish_reason, "stop", "finish_reason, where 9 ends it amid accepted guesses")
+        _, a = self.guessed(code, [21, 22, 23], [21, 22, 23, 24], max_tokens=3)
+        equal(a.output_token_ids, [7, 21, 22], "the output, with max_tokens=3, where three guesses were accepted")
+
+    def test_only_verified_tokens_are_found_again(self, code):
+        own, _ = self.guessed(code, [21, 22, 23, 24, 25], [30])
+        table = own.manager.block_tables["a"]
+        equal(
+            [block.block_hash is not None for block in table[:2]],
+            [True, False],
+            "which of its first two blocks can be found: 4 tokens are verified, 5 guesses were rejected",
+        )
+        own, _ = self.guessed(code, [21, 22, 23, 24], [21, 22, 23, 24, 25])
+        table = own.manager.block_tables["a"]
+        equal(
+            [block.block_hash is not None for block in table[:2]],
+            [True, True],
+            "which of its first two blocks can be found: 4 tokens, and 4 guesses that were accepted",
+        )
+
+    def test_failed_or_aborted_meanwhile(self, code):
+        own = scheduler(code)
+        a, b, c = (request(code, name, 3) for name in "abc")
+        for each in (a, b, c):
+            own.add(each)
+        plan = own.schedule()
+        own.abort("b")
+        answered(code, own, plan, errors={"a": "not a number"})
+        equal(a.finish_reason, "error", "finish_reason of a request that failed")
+        equal([b.finish_reason, b.output_token_ids], ["abort", []], "finish_reason and output of one aborted in flight")
+        equal(c.output_token_ids, [7], "the output of the third, which neither concerns")
+        equal(names(own.running), ["c"], "who runs afterwards")
+        equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free afterwards")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Making room
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("5.8")
+class TestChooseVictim:
+    def chosen(self, code, policy, *requests, served=None):
+        own = scheduler(code, scheduling_policy=policy)
+        running(code, own, *requests)
+        own.served.update(served or {})
+        return own.choose_victim()
+
+    def test_last_come(self, code):
+        b, a, c = (request(code, name, 2) for name in "bac")
+        equal(self.chosen(code, "fcfs", b, c, a).request_id, "c", "the victim of a, b and c, first come first served")
+
+    def test_least_important(self, code):
+        requests = [request(code, name, 2, priority=p) for name, p in (("a", 5), ("b", 0), ("c", 5), ("d", 1))]
+        equal(self.chosen(code, "priority", *requests).request_id, "c", "the victim, priorities a: 5, b: 0, c: 5, d: 1")
+
+    def test_most_served(self, code):
+        requests = [request(code, name, 2, tenant=tenant) for name, tenant in (("a", "x"), ("b", "y"), ("c", "y"))]
+        got = self.chosen(code, "fair", *requests, served={"x": 90.0, "y": 20.0})
+        equal(got.request_id, "a", "the victim, where x (of a) was served 90 and y (of b and c) 20")
+
+    def test_never_in_flight(self, code):
+        requests = [request(code, name, 2) for name in "abc"]
+        own = scheduler(code)
+        running(code, own, *requests)
+        requests[2].in_flight = True
+        equal(own.choose_victim().request_id, "b", "the victim, while c is in flight")
+        for each in requests:
+            each.in_flight = True
+        equal(own.choose_victim(), None, "the victim, while all are in flight")
+
+
+@exercise("5.9")
+class TestPreemptByRecompute:
+    def test_nothing_is_held(self, code):
+        own = scheduler(code)
+        a, _ = running(code, own, request(code, "a", 9), request(code, "b", 3))
+        answered(code, own, own.schedule())
+        own.preempt_by_recompute(a)
+        equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free; b holds one")
+        equal(a.num_computed_tokens, 0, "num_computed_tokens of the preempted, which had computed 10")
+        equal(a.status.value, "waiting", "its status")
+        equal(
+            [len(a.prompt_token_ids), a.output_token_ids], [9, [7, 7]], "its prompt's length and its output: they stay"
+        )
+
+    def test_goes_on_where_it_was(self, code):
+        own = scheduler(code)
+        (a,) = running(code, own, request(code, "a", 5))
+        own.preempt(a, code.SchedulerOutput(99))
+        plan = own.schedule()
+        equal(granted(plan), {"a": (0, 6)}, "(start, tokens) when it is admitted again: its prompt and its token")
+        equal(plan.scheduled[0].sample_index, 1, "which output token is sampled then")
+
+
+@exercise("5.10", points=2)
+class TestSwapOut:
+    def swapped(self, code, prompt=9, hosts=8):
+        own = scheduler(code, preemption="swap", num_host_blocks=hosts)
+        (a,) = running(code, own, request(code, "a", prompt))
+        return own, a, code.SchedulerOutput(99)
+
+    def test_by_hand(self, code):
+        own, a, plan = self.swapped(code)
+        table = own.manager.block_table("a")
+        own.host_pool.get_new_blocks(1)  # so that the host's numbers are others than the device's
+        equal(own.swap_out(a, plan), True, "swap_out of 9 computed tokens, with 7 of 8 blocks free on the host")
+        expected = [(table[0], 1, 4), (table[1], 2, 4), (table[2], 3, 1)]
+        equal(
+            [tuple(each) for each in plan.swaps_out], expected, "(from, to, slots) of the moves, for 9 computed tokens"
+        )
+        equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks on the device are free")
+        equal(own.host_pool.num_free_blocks, 4, "how many of 8 blocks on the host are free; one is another's")
+        equal(a.status.value, "swapped", "its status")
+        equal(a.num_computed_tokens, 9, "num_computed_tokens: nothing is lost")
+
+    def test_just_enough_room_on_the_host(self, code):
+        own, a, plan = self.swapped(code, hosts=3)
+        equal(own.swap_out(a, plan), True, "swap_out of 3 blocks, with 3 on the host")
+        kept = [host.block_id for host in own.swapped.get("a", ())]
+        equal(kept, [each[1] for each in plan.swaps_out], "the host blocks in `swapped`, from which it comes back")
+
+    def test_no_room_on_the_host(self, code):
+        own, a, plan = self.swapped(code, hosts=2)
+        equal(own.swap_out(a, plan), False, "swap_out of 3 blocks, with 2 on the host")
+        equal(
+            [plan.swaps_out, own.host_pool.num_free_blocks], [[], 2], "moves, and free blocks on the host, after that"
+        )
+        equal(len(own.manager.block_table("a")), 3, "how many blocks it still holds")
+
+    def test_a_block_for_what_is_computed_only(self, code):
+        own, a, plan = self.swapped(code, prompt=8)
+        own.manager.allocate_slots(a, 1)
+        own.swap_out(a, plan)
+        equal(len(plan.swaps_out), 2, "how many blocks are moved: 8 tokens are computed, and there is room for a ninth")
+        equal([each.num_tokens for each in plan.swaps_out], [4, 4], "the slots moved of each block, for 8 tokens")
+
+
+@exercise("5.11", points=2)
+class TestSwapIn:
+    def back(self, code, prompt=9):
+        own = scheduler(code, preemption="swap", num_host_blocks=8)
+        (a,) = running(code, own, request(code, "a", prompt))
+        own.host_pool.get_new_blocks(2)  # so that the host's numbers are others than the device's
+        plan = code.SchedulerOutput(98)
+        own.preempt(a, plan)
+        return own, a, plan
+
+    def test_by_hand(self, code):
+        own, a, _ = self.back(code)
+        own.manager.allocate_slots(a, 1)
+        plan = code.SchedulerOutput(99)
+        own.swap_in(a, plan)
+        table = own.manager.block_table("a")
+        expected = [(2, table[0], 4), (3, table[1], 4), (4, table[2], 1)]
+        equal([tuple(each) for each in plan.swaps_in], expected, "(from, to, slots) of the moves back, for 9 tokens")
+        equal(own.host_pool.num_free_blocks, 6, "how many of 8 blocks on the host are free; 2 are another's")
+        equal(sorted(own.swapped), [], "who is swapped out, afterwards")
+
+    def test_full_blocks(self, code):
+        own, a, _ = self.back(code, prompt=8)
+        own.manager.allocate_slots(a, 1)
+        plan = code.SchedulerOutput(99)
+        own.swap_in(a, plan)
+        equal([each.num_tokens for each in plan.swaps_in], [4, 4], "the slots moved back to each block, for 8 tokens")
+
+    def test_goes_on_where_it_was(self, code):
+        own, _, _ = self.back(code)
+        plan = own.schedule()
+        equal(granted(plan), {"a": (9, 1)}, "(start, tokens) when it is admitted again: nothing is computed twice")
+        equal(len(plan.swaps_in), 3, "how many blocks come back")
+        holds(balanced(own), "Blocks are held and not counted, or counted and not held.", actual=granted(plan))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Leaving
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@exercise("5.13")
+class TestAbort:
+    def test_waiting_and_running(self, code):
+        own = scheduler(code)
+        (a,) = running(code, own, request(code, "a", 3))
+        own.add(request(code, "b", 3))
+        own.abort("b")
+        equal([names(own.waiting), names(own.running)], [[], ["a"]], "who waits and who runs, after the abort of b")
+        own.abort("a")
+        equal([names(own.running), a.finish_reason], [[], "abort"], "who runs, and a's finish_reason, after its abort")
+        equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks are free")
+
+    def test_in_flight(self, code):
+        own = scheduler(code)
+        a = request(code, "a", 6)
+        own.add(a)
+        plan = own.schedule()
+        own.abort("a")
+        equal(own.manager.pool.num_free_blocks, 10, "how many of 12 blocks are free while a, aborted, is in flight")
+        reason = a.finish_reason
+        holds(
+            reason == "abort", f"finish_reason of a, aborted in flight, is {reason!r}, expected 'abort'.", repr(reason)
+        )
+        victim = own.choose_victim()
+        equal(victim and victim.request_id, None, "who could be made to give up blocks while a, aborted, is in flight")
+        answered(code, own, plan)
+        equal(own.manager.pool.num_free_blocks, 12, "how many blocks are free when its step is collected")
+        equal(a.output_token_ids, [], "its output: what was sampled after the abort is dropped")
+
+    def test_unknown(self, code):
+        own = scheduler(code)
+        running(code, own, request(code, "a", 3))
+        try:
+            own.abort("nobody")
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            holds(False, f"abort of an id that nobody has raises {text}; an unknown id is ignored.", actual=text)
+        equal(names(own.running), ["a"], "who runs afterwards")
+
+
+@exercise("5.15", points=2)
+class TestFinish:
+    def test_wherever_it_stood(self, code):
+        own = scheduler(code, preemption="swap", num_host_blocks=8)
+        a, _b = running(code, own, request(code, "a", 6), request(code, "b", 3))
+        c = request(code, "c", 3)
+        own.add(c)
+        for each, reason in ((a, "stop"), (c, "abort")):
+            own.finish(each, reason)
+            equal(
+                [each.finish_reason, each.status.value, each.request_id in own.requests],
+                [reason, "finished", False],
+                f"finish_reason and status of {each.request_id}, and whether the scheduler still knows it",
+            )
+        equal(
+            [names(own.running), names(own.waiting)], [["b"], []], "who runs and who waits, after a and c have finished"
+        )
+        equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free; b holds one")
+        equal(own.finished_ids, ["a", "c"], "finished_ids")
+
+    def test_a_long_day(self, code):
+        own = scheduler(code, preemption="swap", num_host_blocks=4)
+        free = []
+        for _ in range(3):
+            (a,) = running(code, own, request(code, "a", 7))
+            own.preempt(a, code.SchedulerOutput(99))
+            own.abort("a")
+            free.append(own.host_pool.num_free_blocks)
+            own.finished_ids.clear()
+        equal(
+            free, [4, 4, 4], "free blocks on the host, of 4, each time that a request was swapped out and then aborted"
+        )
+        equal(own.swapped, {}, "who is swapped out, when all have finished")
+
+    def test_the_others_keep_theirs(self, code):
+        own = scheduler(code, preemption="swap", num_host_blocks=4)
+        a, b = running(code, own, request(code, "a", 7), request(code, "b", 7))
+        for each in (a, b):
+            own.preempt(each, code.SchedulerOutput(99))
+        own.finish(a, "abort")
+        equal(
+            [own.host_pool.num_free_blocks, sorted(own.swapped)],
+            [2, ["b"]],
+            "free blocks on the host, and who has them",
+        )
+
+
+@together()
+class TestTogether:
+    """Your whole file: every request gets its tokens from a pool that is too small for all, under every policy."""
+
+    def test_all_are_served(self, code):
+        for policy in ("fcfs", "priority", "fair"):
+            for preemption in ("recompute", "swap"):
+                what = f"{policy}, preemption by {preemption}"
+                own = scheduler(
+                    code, num_blocks=7, budget=7, caching=True, scheduling_policy=policy, preemption=preemption,
+                    num_host_blocks=5,
+                )  # fmt: skip
+                requests = [
+                    request(code, name, 3 + 3 * i, max_tokens=6, tenant="xy"[i % 2], priority=i % 3)
+                    for i, name in enumerate("abcde")
+                ]
+                for each in requests:
+                    own.add(each)
+                num_steps, num_preemptions = 0, 0
+                while own.requests:
+                    plan = own.schedule()
+                    holds(plan.num_tokens <= 7, f"{plan.num_tokens} tokens in a step with a budget of 7; {what}.")
+                    answered(code, own, plan)
+                    holds(balanced(own), f"Blocks are held and not counted, or counted and not held; {what}.")
+                    num_steps, num_preemptions = num_steps + 1, num_preemptions + len(plan.preempted_ids)
+                    holds(num_steps < 200, f"After 200 steps {names(own.requests.values())} are not finished; {what}.")
+                lengths = [len(each.output_token_ids) for each in requests]
+                equal(lengths, [6] * 5, f"output tokens of five requests; {what}")
+                free = [own.manager.pool.num_free_blocks, own.host_pool.num_free_blocks]
+                equal(free, [7, 5], f"free blocks at the end, of 7 on the device and 5 on the host; {what}")
+                holds(num_preemptions > 0, f"No request was preempted; {what}. Is more memory given out than there is?")

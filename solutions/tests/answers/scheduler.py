@@ -1,0 +1,549 @@
+"""Lesson 5, first half: named wrong answers, and other right ones."""
+
+from __future__ import annotations
+
+from common.course.catalogue import equivalent, planted, right, wrong, wrong_body
+
+ANSWERS = [
+    # ------------------------------------------------------------------------------------------- 5.1 static_batch
+    wrong("5.1", "each batch as long as its shortest member", "start += max(batch)", "start += min(batch)"),
+    wrong("5.1", "no batch waits for the one before", "start += max(batch)", "pass"),
+    wrong(
+        "5.1",
+        "each request as long as its whole batch",
+        "range(start, start + length)",
+        "range(start, start + max(batch))",
+    ),
+    wrong("5.1", "each batch as long as all of its members in turn", "start += max(batch)", "start += sum(batch)"),
+    right(
+        "5.1",
+        "one list of batches first",
+        """
+        batches = [output_lengths[i : i + batch_size] for i in range(0, len(output_lengths), batch_size)]
+        begins = [sum(max(each) for each in batches[:n]) for n in range(len(batches))]
+        return [range(begin, begin + length) for begin, batch in zip(begins, batches) for length in batch]
+        """,
+    ),
+    # ------------------------------------------------------------------------------------------ 5.2 finish_reason
+    wrong_body(
+        "5.2",
+        "the length looked at before the stop",
+        """
+        if len(request.output_token_ids) >= request.max_tokens:
+            return "length"
+        if request.output_token_ids and request.output_token_ids[-1] in request.stop_token_ids:
+            return "stop"
+        return None
+        """,
+    ),
+    wrong("5.2", "one token too many", ">= request.max_tokens", "> request.max_tokens"),
+    wrong(
+        "5.2",
+        "a stop token anywhere in the output",
+        "request.output_token_ids and request.output_token_ids[-1] in request.stop_token_ids",
+        "set(request.output_token_ids) & request.stop_token_ids",
+    ),
+    wrong(
+        "5.2",
+        "the last token of all, which may be the prompt's",
+        "request.output_token_ids and request.output_token_ids[-1] in request.stop_token_ids",
+        "request.all_token_ids[-1] in request.stop_token_ids",
+    ),
+    wrong("5.2", "the prompt's tokens counted too", "len(request.output_token_ids) >=", "request.num_tokens >="),
+    right(
+        "5.2",
+        "by the last token's slice",
+        """
+        ended = any(token_id in request.stop_token_ids for token_id in request.output_token_ids[-1:])
+        return "stop" if ended else "length" if len(request.output_token_ids) == request.max_tokens else None
+        """,
+    ),
+    # ------------------------------------------------------------------------------------- 5.3 tokens_to_schedule
+    wrong("5.3", "what is computed already computed again", " - request.num_computed_tokens", ""),
+    wrong("5.3", "guesses left out", " + len(request.spec_token_ids)", ""),
+    wrong("5.3", "the budget not obeyed", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, max_chunk)"),
+    wrong(
+        "5.3", "the largest chunk not obeyed", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, budget)"
+    ),
+    wrong("5.3", "the prompt alone", "request.num_tokens +", "len(request.prompt_token_ids) +"),
+    right(
+        "5.3",
+        "counted down",
+        """
+        known = len(request.all_token_ids) + len(request.spec_token_ids)
+        return len(range(request.num_computed_tokens, known)[: min(budget, max_chunk)])
+        """,
+    ),
+    # -------------------------------------------------------------------------------------------- 5.12 fair_share
+    wrong("5.12", "the most served first", "(served[request.tenant],", "(-served[request.tenant],"),
+    wrong(
+        "5.12",
+        "arrival before what was served",
+        "(served[request.tenant], request.arrival)",
+        "(request.arrival, served[request.tenant])",
+    ),
+    wrong(
+        "5.12",
+        "the order of arrival left out",
+        "(served[request.tenant], request.arrival)",
+        "(served[request.tenant],)",
+    ),
+    wrong("5.12", "equals with the last to arrive first", "request.arrival)", "-request.arrival)"),
+    wrong("5.12", "the request's own tokens, instead of its tenant's", "served[request.tenant]", "request.num_tokens"),
+    right("5.12", "as a list", "return [served.get(request.tenant), request.arrival]"),
+    # -------------------------------------------------------------------------------------------------- 5.16 join
+    wrong(
+        "5.16",
+        "time in which nothing was asked for counts as credit",
+        "max(own, min(served[other] for other in active))",
+        "own",
+    ),
+    wrong(
+        "5.16",
+        "level with the most served",
+        "min(served[other] for other in active)",
+        "max(served[other] for other in active)",
+    ),
+    wrong(
+        "5.16",
+        "level even where it was served more",
+        "max(own, min(served[other] for other in active))",
+        "min(served[other] for other in active)",
+    ),
+    wrong(
+        "5.16",
+        "idle tenants counted too",
+        "min(served[other] for other in active)",
+        "min(served[other] for other in served if other != tenant)",
+    ),
+    wrong(
+        "5.16",
+        "an active tenant lifted, too",
+        "if active and tenant not in active:",
+        "if active:\n        active = active - {tenant} or active",
+    ),
+    right(
+        "5.16",
+        "in two steps",
+        """
+        if tenant not in served:
+            served[tenant] = 0.0
+        if tenant in active or not active:
+            return
+        lowest = sorted(served[other] for other in active)[0]
+        if served[tenant] < lowest:
+            served[tenant] = lowest
+        """,
+    ),
+    # ----------------------------------------------------------------------------- 5.4 Scheduler.schedule_running
+    wrong("5.4", "the whole budget to whoever comes first", "max(1, budget - num_after)", "budget"),
+    wrong("5.4", "the budget not reduced", "budget -= num_tokens", "pass"),
+    wrong("5.4", "one token for everyone, prompts too", "max(1, budget - num_after)", "1"),
+    wrong(
+        "5.4",
+        "nothing at all where the budget does not suffice for everyone",
+        "max(1, budget - num_after)",
+        "max(0, budget - num_after)",
+    ),
+    wrong(
+        "5.4",
+        "as many as were asked for, where there is room for fewer",
+        "num_tokens = self.make_room(request, num_tokens, plan)\n            if num_tokens > 0:",
+        "if self.make_room(request, num_tokens, plan):",
+        recognised=False,
+    ),
+    wrong(
+        "5.4",
+        "the order of the queue, instead of who has waited longest",
+        "for i, request in enumerate(ready):",
+        "for i, request in enumerate(sorted(ready, key=self.rank)):",
+    ),
+    wrong("5.4", "no stop where nothing is left of the budget", "if budget == 0:", "if False:"),
+    wrong(
+        "5.4",
+        "one that was preempted for another goes on all the same",
+        "if request.status is not RequestStatus.RUNNING:",
+        "if False:",
+    ),
+    wrong(
+        "5.4",
+        "granted without a look at whether there was room",
+        "num_tokens = self.make_room(request, num_tokens, plan)",
+        "self.make_room(request, num_tokens, plan)",
+        recognised=False,
+    ),
+    right(
+        "5.4",
+        "from a queue",
+        """
+        queue = list(ready)
+        while queue and budget:
+            each = queue.pop(0)
+            if each not in self.running:
+                continue
+            allowed = budget - len(queue) if budget > len(queue) else 1
+            count = self.make_room(each, tokens_to_schedule(each, allowed, self.max_chunk), plan)
+            if count > 0:
+                self.schedule_request(each, count, plan)
+            budget = budget - count
+        return budget
+        """,
+    ),
+    # ----------------------------------------------------------------------------- 5.5 Scheduler.schedule_waiting
+    wrong("5.5", "one request too many", "< self.max_num_seqs", "<= self.max_num_seqs"),
+    wrong(
+        "5.5",
+        "the budget not reduced",
+        "budget -= self.admit(request, budget, plan)",
+        "self.admit(request, budget, plan)",
+    ),
+    wrong(
+        "5.5",
+        "one request a step",
+        "budget -= self.admit(request, budget, plan)",
+        "self.admit(request, budget, plan)\n            break",
+    ),
+    wrong("5.5", "no look at whether there are blocks", " or not self.can_allocate(request)", "", recognised=False),
+    wrong_body(
+        "5.5",
+        "requests that fit admitted past those that do not",
+        """
+        for request in sorted(self.waiting, key=self.rank):
+            if budget > 0 and len(self.running) < self.max_num_seqs and self.can_allocate(request):
+                budget -= self.admit(request, budget, plan)
+        """,
+    ),
+    wrong_body(
+        "5.5",
+        "the order of arrival, whatever the policy",
+        """
+        while budget > 0 and len(self.running) < self.max_num_seqs and self.waiting:
+            if not self.can_allocate(self.waiting[0]):
+                break
+            budget -= self.admit(self.waiting[0], budget, plan)
+        """,
+    ),
+    right(
+        "5.5",
+        "for each place that is free",
+        """
+        for _ in range(self.max_num_seqs - len(self.running)):
+            first = self.next_waiting(plan) if budget > 0 else None
+            if first is None or not self.can_allocate(first):
+                return
+            budget = budget - self.admit(first, budget, plan)
+        """,
+    ),
+    # --------------------------------------------------------------------------- 5.7 Scheduler.update_from_output
+    wrong(
+        "5.7",
+        "rejected guesses left counted as computed",
+        "request.num_computed_tokens -= scheduled.num_spec_tokens + 1 - len(sampled)",
+        "pass",
+    ),
+    wrong(
+        "5.7",
+        "one token too many taken back",
+        "scheduled.num_spec_tokens + 1 - len(sampled)",
+        "scheduled.num_spec_tokens + 2 - len(sampled)",
+    ),
+    wrong(
+        "5.7",
+        "all guesses taken back, accepted ones too",
+        "scheduled.num_spec_tokens + 1 - len(sampled)",
+        "scheduled.num_spec_tokens",
+    ),
+    wrong(
+        "5.7",
+        "tokens after the end kept",
+        "if reason:\n                    break",
+        "if reason:\n                    pass",
+    ),
+    wrong("5.7", "one token taken back where nothing was sampled", "if sampled:", "if True:"),
+    wrong(
+        "5.7",
+        "a chunk in the middle counted as the whole prompt",
+        "request.spec_token_ids = output",
+        "request.num_computed_tokens = request.num_tokens - 1\n            request.spec_token_ids = output",
+    ),
+    wrong(
+        "5.7",
+        "a block that lacks its last token entered into the prefix cache",
+        "min(request.num_computed_tokens, request.num_tokens))",
+        "request.num_computed_tokens + 1)",
+    ),
+    wrong(
+        "5.7",
+        "all tokens that it has taken for computed, when they are entered into the prefix cache",
+        "min(request.num_computed_tokens, request.num_tokens))",
+        "request.num_tokens)",
+    ),
+    wrong(
+        "5.7",
+        "a chunk in the middle taken back",
+        "if sampled:",
+        "if not sampled:\n                request.num_computed_tokens = scheduled.start\n            else:",
+        recognised=False,
+    ),
+    wrong("5.7", "still in flight afterwards", "request.in_flight = False", "request.in_flight = True"),
+    wrong("5.7", "its next guesses forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
+    wrong(
+        "5.7",
+        "rejected tokens' blocks entered into the prefix cache",
+        "min(request.num_computed_tokens, request.num_tokens))",
+        "request.num_computed_tokens // 4 * 4 + 4 if scheduled.num_spec_tokens else 0)",
+        recognised=False,
+    ),
+    wrong(
+        "5.7",
+        "one that was aborted in flight goes on",
+        "if request.finish_reason or request.request_id in output.errors:",
+        "if request.request_id in output.errors:",
+    ),
+    right(
+        "5.7",
+        "in three passes",
+        """
+        for request in requests:
+            request.in_flight = False
+        for scheduled, request in zip(plan.scheduled, requests):
+            name = request.request_id
+            if name in output.errors or request.finish_reason is not None:
+                self.finish(request, "abort" if request.finish_reason else "error")
+                continue
+            tokens = list(output.sampled_token_ids.get(name, ()))
+            if tokens:
+                accepted = len(tokens) - 1
+                request.num_computed_tokens = request.num_computed_tokens - (scheduled.num_spec_tokens - accepted)
+            request.spec_token_ids = list(output.spec_token_ids.get(name, ()))
+            while tokens and finish_reason(request) is None:
+                request.append(tokens.pop(0))
+            self.manager.cache_blocks(request, min(request.num_computed_tokens, request.num_tokens))
+            if finish_reason(request) is not None:
+                self.finish(request, finish_reason(request))
+        return requests
+        """,
+    ),
+    # -------------------------------------------------------------------------------- 5.8 Scheduler.choose_victim
+    wrong("5.8", "the first in the policy's order, instead of the last", "return max(", "return min("),
+    wrong(
+        "5.8",
+        "one that is in flight",
+        "for request in self.running if not request.in_flight)",
+        "for request in self.running)",
+    ),
+    wrong("5.8", "the last to arrive, whatever the policy", "key=self.rank", "key=lambda request: request.arrival"),
+    wrong_body(
+        "5.8",
+        "the last that was admitted",
+        "return ([each for each in self.running if not each.in_flight] or [None])[-1]",
+        recognised=False,
+    ),
+    right(
+        "5.8",
+        "sorted",
+        """
+        candidates = sorted([each for each in self.running if not each.in_flight], key=self.rank)
+        return candidates.pop() if candidates else None
+        """,
+    ),
+    # -------------------------------------------------------------------------- 5.9 Scheduler.preempt_by_recompute
+    wrong("5.9", "its blocks not given up", "self.manager.free(request)", "pass"),
+    wrong("5.9", "its tokens still counted as computed", "request.num_computed_tokens = 0", "pass"),
+    wrong(
+        "5.9",
+        "only the output computed again",
+        "request.num_computed_tokens = 0",
+        "request.num_computed_tokens = len(request.prompt_token_ids)",
+    ),
+    wrong(
+        "5.9",
+        "its output thrown away",
+        "request.num_computed_tokens = 0",
+        "request.num_computed_tokens = 0\n        request.output_token_ids.clear()",
+    ),
+    wrong("5.9", "its status still running", "request.status = RequestStatus.WAITING", "pass"),
+    right(
+        "5.9",
+        "in another order",
+        """
+        request.status, request.num_computed_tokens = RequestStatus.WAITING, 0
+        self.manager.free(request)
+        """,
+    ),
+    # ------------------------------------------------------------------------------------- 5.10 Scheduler.swap_out
+    wrong(
+        "5.10",
+        "whole blocks moved, filled or not",
+        "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
+        "num_filled = block_size",
+    ),
+    wrong(
+        "5.10",
+        "nothing of a last block that is full",
+        "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
+        "num_filled = request.num_computed_tokens % block_size if i == num_blocks - 1 else block_size",
+    ),
+    wrong("5.10", "the blocks on the device not given up", "self.manager.free(request)", "pass"),
+    wrong(
+        "5.10",
+        "from the host to the device",
+        "BlockCopy(block_id, host.block_id, num_filled)",
+        "BlockCopy(host.block_id, block_id, num_filled)",
+    ),
+    wrong(
+        "5.10",
+        "a host block for every block that it holds, filled or not",
+        "num_blocks = cdiv(request.num_computed_tokens, block_size)",
+        "num_blocks = len(self.manager.block_table(request.request_id))",
+    ),
+    wrong("5.10", "its status still running", "request.status = RequestStatus.SWAPPED", "pass"),
+    wrong(
+        "5.10",
+        "its tokens counted as lost",
+        "request.status = RequestStatus.SWAPPED",
+        "request.status = RequestStatus.SWAPPED\n        request.num_computed_tokens = 0",
+    ),
+    right(
+        "5.10",
+        "slot by slot counted down",
+        """
+        size, left = self.manager.block_size, request.num_computed_tokens
+        table = self.manager.block_table(request.request_id)[: (left + size - 1) // size]
+        try:
+            hosts = self.host_pool.get_new_blocks(len(table))
+        except ValueError:
+            return False
+        for block_id, host in zip(table, hosts):
+            plan.swaps_out.append(BlockCopy(block_id, host.block_id, min(left, size)))
+            left -= size
+        self.manager.free(request)
+        self.swapped[request.request_id], request.status = hosts, RequestStatus.SWAPPED
+        return True
+        """,
+    ),
+    # -------------------------------------------------------------------------------------- 5.11 Scheduler.swap_in
+    wrong(
+        "5.11",
+        "from the device to the host",
+        "BlockCopy(host.block_id, block_id, num_filled)",
+        "BlockCopy(block_id, host.block_id, num_filled)",
+    ),
+    wrong(
+        "5.11",
+        "whole blocks moved, filled or not",
+        "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
+        "num_filled = block_size",
+    ),
+    wrong(
+        "5.11",
+        "nothing of a last block that is full",
+        "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
+        "num_filled = request.num_computed_tokens % block_size if i == len(hosts) - 1 else block_size",
+    ),
+    wrong(
+        "5.11",
+        "slots for tokens that are not computed",
+        "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
+        "num_filled = min(block_size, request.num_tokens - i * block_size)",
+    ),
+    wrong("5.11", "the host's blocks never freed", "self.host_pool.free_blocks(hosts)", "pass"),
+    wrong("5.11", "noted as moves out", "plan.swaps_in.append", "plan.swaps_out.append"),
+    wrong("5.11", "still known as swapped", "self.swapped.pop(request.request_id)", "self.swapped[request.request_id]"),
+    right(
+        "5.11",
+        "from the table",
+        """
+        table, size = self.manager.block_table(request.request_id), self.manager.block_size
+        hosts = self.swapped[request.request_id]
+        for place in range(len(hosts)):
+            left = request.num_computed_tokens - place * size
+            plan.swaps_in += [BlockCopy(hosts[place].block_id, table[place], left if left < size else size)]
+        self.host_pool.free_blocks(self.swapped.pop(request.request_id))
+        """,
+    ),
+    # ---------------------------------------------------------------------------------------- 5.13 Scheduler.abort
+    wrong_body(
+        "5.13",
+        "its blocks freed while they are being written",
+        """
+        request = self.requests.get(request_id)
+        if request is not None:
+            self.finish(request, "abort")
+        """,
+        recognised=False,
+    ),
+    wrong_body(
+        "5.13",
+        "marked only, and never finished where it is not in flight",
+        """
+        if request_id in self.requests:
+            self.requests[request_id].finish_reason = "abort"
+        """,
+    ),
+    wrong("5.13", "an id looked up that may be unknown", "self.requests.get(request_id)", "self.requests[request_id]"),
+    wrong(
+        "5.13",
+        "one in flight taken out of it",
+        'request.finish_reason = "abort"',
+        'request.finish_reason, request.in_flight = "abort", False',
+    ),
+    wrong("5.13", "one in flight not marked", 'request.finish_reason = "abort"', "pass"),
+    wrong("5.13", "with another reason", 'self.finish(request, "abort")', 'self.finish(request, "stop")'),
+    right(
+        "5.13",
+        "looked up first",
+        """
+        if request_id in self.requests:
+            found = self.requests[request_id]
+            if not found.in_flight:
+                return self.finish(found, "abort")
+            found.finish_reason = "abort"
+        """,
+    ),
+    # --------------------------------------------------------------------------------------- 5.15 Scheduler.finish
+    planted(
+        "5.15",
+        "the host's blocks of a swapped request never freed",
+        "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
+        "self.swapped.pop(request.request_id, ())",
+    ),
+    wrong(
+        "5.15",
+        "the blocks freed, but still kept under its name",
+        "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
+        'self.host_pool.free_blocks(self.swapped.get(request.request_id, ()) if reason != "?" else ())',
+        recognised=False,
+    ),
+    wrong(
+        "5.15",
+        "everybody's blocks on the host freed",
+        "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
+        "[self.host_pool.free_blocks(self.swapped.pop(name)) for name in list(self.swapped)]",
+    ),
+    wrong("5.15", "the reason not noted", "request.finish_reason = reason", "request.finish_reason = None"),
+    wrong("5.15", "nobody told that it is over", "self.finished_ids.append(request.request_id)", "pass"),
+    right(
+        "5.15",
+        "only where there is something",
+        """
+        request.finish_reason, request.status = reason, RequestStatus.FINISHED
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
+        if request.request_id in self.swapped:
+            self.host_pool.free_blocks(self.swapped.pop(request.request_id))
+        self.manager.free(request)
+        self.finished_ids.append(self.requests.pop(request.request_id).request_id)
+        """,
+    ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "5.16",
+        "an active tenant is itself among those whose least is taken, so it has at least that",
+        "active and tenant not in active -> active",
+    ),
+    equivalent("5.2", "a function that ends returns None", "return None -> pass"),
+]
