@@ -25,12 +25,12 @@ from solutions.llama_pytorch import Llama, ModelConfig, SamplingParams
 from solutions.paged_attention import PagedKVCache
 from solutions.parallelism import Group
 from solutions.quantization import Int8KVCache, Quantization, QuantizedEngine, load_quantized, plain_config
-from solutions.speculative import DraftProposer, NgramProposer, Pace, SpeculativeRunner
+from solutions.speculative import AdaptiveSpeculation, DraftProposer, NgramProposer, SpeculativeRunner
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """How guesses are made."""
+    """How draft tokens are made."""
 
     draft: str | None = None  # the draft model's folder; None: n-grams of the text itself
     num_speculative_tokens: int = 8  # at most, for a request in a step
@@ -51,7 +51,7 @@ def check_draft(draft: Checkpoint, target: Checkpoint) -> None:
     if sizes[0] != sizes[1] or pieces[0] != pieces[1]:
         raise ValueError(
             f"speculative: {draft.folder.name} has another vocabulary than {target.folder.name} ({sizes[0]} and "
-            f"{sizes[1]} tokens); a draft guesses token ids, and they must mean the same to both."
+            f"{sizes[1]} tokens); a draft proposes token ids, and they must mean the same to both."
         )
 
 
@@ -64,7 +64,7 @@ class InferenceEngine(QuantizedEngine):
     """Every option of every lesson, in any combination that makes sense; one that makes none is refused with a reason.
 
     model: a name, a folder, a `.gguf` file or `org/name`. max_batch_size: requests that run at once. speculative: None,
-    "ngram", or a draft model by name or folder. num_speculative_tokens: the most guesses for a request in a step; how
+    "ngram", or a draft model by name or folder. num_speculative_tokens: at most, for a request in a step; how
     many are made depends on what they bring and what they cost, unless adaptive_speculation is False: only then does a
     seed, with a draft and a temperature, give the same text again. Further settings are those of `QuantizedEngine`
     (group_size, kv_cache_dtype, offload, ...), `ParallelEngine` and `EngineConfig`.
@@ -89,7 +89,9 @@ class InferenceEngine(QuantizedEngine):
             most = Speculation.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
             self.speculation = Speculation(draft, most, adaptive_speculation)
         elif num_speculative_tokens is not None:
-            raise ValueError('num_speculative_tokens: nobody guesses; set speculative="ngram", or name a draft model.')
+            raise ValueError(
+                'num_speculative_tokens: nothing is proposed; set speculative="ngram", or name a draft model.'
+            )
         super().__init__(
             model,
             quantization,
@@ -130,14 +132,14 @@ class InferenceEngine(QuantizedEngine):
     ) -> ModelRunner:
         """What computes one rank's part of each step: its blocks, and its runner. Each rank calls it, for its layers.
 
-        Guesses are made and verified where tokens are sampled, and nowhere else: on all other ranks, and where nobody
-        guesses, the runner is lesson 5's and no draft is loaded.
+        Draft tokens are made and verified where tokens are sampled, and nowhere else: on all other ranks, and without
+        speculation, the runner is lesson 5's and no draft is loaded.
         """
 
         def blocks_for(owner: Llama, kind: type[PagedKVCache], own_layers: range) -> PagedKVCache:
             return kind(owner, config.num_blocks, config.block_size, config.num_host_blocks or 0, own_layers)
 
-        # TODO 8.9: the blocks, in eight bits if they are asked for; then, where guesses are made: n-grams, or
+        # TODO 8.9: the blocks, in eight bits if they are asked for; then, where draft tokens are made: n-grams, or
         # `load_draft` with blocks of its own; and the runner around it all.
         raise NotImplementedError("TODO 8.9")
 

@@ -1,18 +1,17 @@
-"""Lesson 8: speculative decoding. Guess the next tokens cheaply, verify all in one pass, keep those that are right.
+"""Lesson 8: speculative decoding. Propose the next tokens cheaply, verify them all in one step, keep the correct ones.
 
-A decoding step of one stream reads every weight to compute one row. With guesses behind the newest token it computes a
-few rows with the same read, and each row says what comes after its token: as long as that is the next guess, several
-tokens have come of one step. A wrong guess costs its row and nothing else. What is kept is what would have been
-generated anyway, token for token where guesses are only compared, in distribution where they are drawn.
+A decoding step of one request reads every weight to compute one token. With draft tokens after the newest token, the
+same read computes several positions, and the logits of each say what comes after it. As long as that is the next draft
+token, one step yields several tokens; a rejected draft token only costs the computation of its position. The output is
+the same: token for token where draft tokens are only compared, in distribution where they were sampled.
 
-    propose_ngram       guesses from the text itself: what came after these words before?
-    DraftProposer       guesses from a smaller model, with blocks of its own under the same ids
-    rejection_sample    keeps drawn guesses such that the outcome is distributed as the model says
-    Pace                how many guesses are worth making, measured while it runs; none, where it does not pay
-    SpeculativeRunner   lesson 5's runner, which verifies where it would sample, and proposes after it
+    propose_ngram        draft tokens from the text itself: what followed these tokens before?
+    DraftProposer        draft tokens from a smaller model, with a cache of its own under the target's block ids
+    rejection_sample     accepts sampled draft tokens such that the output is distributed as the target says
+    AdaptiveSpeculation  decides, from measurements, how many draft tokens are worth proposing
+    SpeculativeRunner    lesson 5's runner; it verifies where lesson 5 samples, and proposes afterwards
 
-In the engine rollback needs no code: the scheduler moves `num_computed_tokens` back (lesson 5), and what lies behind it
-is not read.
+Rollback needs no code here: the scheduler moves `num_computed_tokens` back, and attention reads nothing beyond it.
 
 From Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), and Chen et al.,
 "Accelerating Large Language Model Decoding with Speculative Sampling" (2023); Saxena, "Prompt Lookup Decoding" (2023).
@@ -21,10 +20,10 @@ From Leviathan et al., "Fast Inference from Transformers via Speculative Decodin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,48 +32,39 @@ from common.tokenizer import Tokenizer
 from solutions import llama_pytorch
 from solutions.batching import ModelRunner, flatten_batch
 from solutions.kv_cache import KVCache, prefill
-from solutions.llama_pytorch import (
-    Llama,
-    RequestOutput,
-    SamplingParams,
-    adjust_logits,
-    draw_generator,
-    sample,
-    sampling_probs,
-    stable_hash,
-)
+from solutions.llama_pytorch import Llama, RequestOutput, SamplingParams, adjust_logits, sample, sampling_probs
 from solutions.paged_attention import PagedKVCache
 from solutions.scheduler import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
-# Guesses for nothing, and what becomes of them
+# Draft tokens from the text, and their verification
 # ---------------------------------------------------------------------------------------------------------------
 
 MAX_NGRAM, MIN_NGRAM = 4, 2
-"""The most and the fewest tokens at the end of a text that are looked up in it."""
+"""The longest and the shortest n-gram at the end of a text that is looked up in it."""
 
 
 def propose_ngram(
     token_ids: Sequence[int], num_tokens: int, max_ngram: int = MAX_NGRAM, min_ngram: int = MIN_NGRAM
 ) -> list[int]:
-    """Guess the next `num_tokens` tokens: what followed when the text last ended as it ends now.
+    """Propose `num_tokens` draft tokens: those that followed when the text last ended as it ends now.
 
-    The last `max_ngram` tokens are looked for earlier in the text, then fewer, down to `min_ngram`; of several places
-    the latest counts. What followed there is copied, and the copy may run into itself: after a b a b, the guess is
-    a b a b a ... Returns `num_tokens` tokens, or none if the text has never ended so.
+    The last `max_ngram` tokens are looked up earlier in the text, then fewer, down to `min_ngram`; of several matches
+    the latest wins. The tokens after the match are copied, and the copy may run into itself: after a b a b, the draft
+    is a b a b a ... Returns `num_tokens` token ids, or an empty list if there is no match.
     """
-    # TODO 8.1: from the longest n-gram to the shortest; from the latest place to the first; then copy.
+    # TODO 8.1: search from the longest n-gram to the shortest and from the latest match to the earliest; then copy.
     raise NotImplementedError("TODO 8.1")
 
 
-def verify_greedy(chosen: Iterable[int], guesses: Sequence[int]) -> list[int]:
-    """What comes of a pass over guesses: the tokens that the model has chosen, up to the first that was not guessed.
+def verify_greedy(chosen: Iterable[int], draft_token_ids: Sequence[int]) -> list[int]:
+    """Returns the tokens that one step yields: the model's choices up to the first that differs from its draft token.
 
-    chosen: what the model chooses after the newest token, after the first guess, after the second, ...: one more than
-    there are guesses; it is asked only as far as needed. A choice behind a wrong guess was made after tokens that are
-    not in the text, and says nothing. Returns 1 to len(guesses) + 1 tokens, all of them the model's own.
+    chosen: what the model chooses after the newest token, after the first draft token, after the second, and so on, one
+    more than there are draft tokens. Choosing takes time, so only as many are consumed as are needed. A choice after a
+    wrong draft token was made for a text that is not this one. Returns 1 to len(draft_token_ids) + 1 of the choices.
     """
-    # TODO 8.2: take each choice; go on to the next only if it is what was guessed.
+    # TODO 8.2: append each choice; continue only while it equals its draft token.
     raise NotImplementedError("TODO 8.2")
 
 
@@ -84,38 +74,38 @@ def verify_greedy(chosen: Iterable[int], guesses: Sequence[int]) -> list[int]:
 
 
 class Lookahead:
-    """Answers lesson 2's loop, which asks what comes after these tokens, from rows that were computed for guesses.
+    """Serves `next_logits` of lesson 2's loop from logits that were computed for draft tokens.
 
-    The loop does not know. It chooses a token by its own rules; if that was guessed, the row behind it is there.
+    The loop is unchanged. It samples a token by its own rules; if that is the draft token, its logits are there.
     """
 
     def __init__(self, model: Llama, capacity: int, propose: Callable[[Sequence[int]], list[int]]):
         self.model = model
         self.propose = propose
         self.cache = KVCache(model, capacity)
-        self.cached_token_ids: list[int] = []  # what stands in the cache: the text, and guesses behind it
-        self.rows: dict[int, Tensor] = {}  # after so many of them: the logits (V,) of what comes next
+        self.cached_token_ids: list[int] = []  # the tokens in the cache: the text, then draft tokens
+        self.rows: dict[int, Tensor] = {}  # length of a text -> logits (V,) of its next token
         self.num_passes = 0
 
     def commit(self, token_ids: Sequence[int]) -> Tensor | None:
-        """The text has become one token longer. Returns the logits (V,) of what comes after it, if they are there.
+        """Returns the logits (V,) after this text, which is one token longer than before, if they were computed.
 
-        They are if the new token is what was guessed. If it is not, or if there was no guess for it, the result is
-        None, and the cache holds the text without its new token: rejected guesses are taken back. On the first call
-        the text is the prompt, and the cache is empty.
+        They were if the new token equals its draft token. Otherwise returns None and removes the rejected draft tokens:
+        the cache then holds the text without its new token. In the first call the text is the prompt, and the cache is
+        empty.
         """
-        # TODO 8.6: compare the text with as much of `cached_token_ids`; take back both these and the cache.
+        # TODO 8.6: compare the text with the cached tokens; truncate `cached_token_ids` and the cache alike.
         raise NotImplementedError("TODO 8.6")
 
     def next_logits(self, token_ids: Sequence[int]) -> Tensor:
-        """The logits (V,) of what comes after these tokens; where they must be computed, guesses are computed too."""
+        """Returns the logits (V,) after these tokens; a forward pass, if one is needed, includes draft tokens."""
         row = self.commit(token_ids)
         if row is not None:
             return row
         if len(token_ids) - self.cache.num_tokens > 1:
             prefill(self.model, self.cache, token_ids[self.cache.num_tokens : -1])
-        guesses = self.propose(token_ids)[: self.cache.keys.shape[2] - len(token_ids)]
-        self.cached_token_ids = [*token_ids, *guesses]
+        draft_token_ids = self.propose(token_ids)[: self.cache.keys.shape[2] - len(token_ids)]
+        self.cached_token_ids = [*token_ids, *draft_token_ids]
         positions = torch.arange(len(token_ids) - 1, len(self.cached_token_ids), device=self.cache.keys.device)
         new = torch.tensor(self.cached_token_ids[len(token_ids) - 1 :], device=positions.device)
         logits = self.model.logits(self.model(new, positions, self.cache.attend))
@@ -132,7 +122,7 @@ def generate(
     on_text: Callable[[str], None] = lambda piece: None,
     num_speculative_tokens: int = 4,
 ) -> RequestOutput:
-    """What lesson 2's `generate` gives, token for token, in fewer passes wherever the text repeats itself."""
+    """Returns what lesson 2's `generate` returns, in fewer forward passes wherever the text repeats itself."""
     llama_pytorch.check_prompt(prompt_token_ids, model.config, params)
     capacity = min(len(prompt_token_ids) + params.max_tokens, model.config.max_position_embeddings)
     lookahead = Lookahead(model, capacity, partial(propose_ngram, num_tokens=num_speculative_tokens))
@@ -140,370 +130,308 @@ def generate(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Guesses that were drawn
+# Draft tokens that were sampled
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Proposal(NamedTuple):
-    """Guesses for one request."""
-
-    token_ids: list[int]
-    probs: Tensor | None = None  # (k, V), what each was drawn from; None: they were not drawn
-
-
 def accept_or_recover(target: Tensor, draft: Tensor, token_id: int, generator: torch.Generator) -> tuple[bool, int]:
-    """Keep a token that was drawn from `draft`, or draw another, so that the outcome is distributed as `target`.
+    """Accept a token that was sampled from `draft`, or replace it, such that the result is distributed as `target`.
 
-    target, draft: (V,), probabilities. The token is kept with probability target / draft, or surely where the target
-    likes it better. What is missing then, of each token, is by how much the target likes it better than the draft:
-    that is what the other one is drawn from. Rounding may leave nothing missing: then, too, a token must come that the
-    target may say. Returns whether it was kept, and the token.
+    target, draft: (V,), probabilities. The token is accepted with probability min(1, target / draft). A replacement is
+    sampled in proportion to max(0, target - draft), which is what each token still lacks. Rounding may leave this zero
+    everywhere; the replacement is then sampled from `target`. Returns (whether it was accepted, the token id).
     """
-    # TODO 8.3: `torch.rand` first; then, if it was not kept, `torch.multinomial`, both with this generator.
+    # TODO 8.3: call `torch.rand` first; if the token is rejected, `torch.multinomial`; both with this generator.
     raise NotImplementedError("TODO 8.3")
 
 
-def rejection_sample(target: Tensor, proposal: Proposal, generator: Callable[[int], torch.Generator]) -> list[int]:
-    """Tokens that are distributed as if each were drawn from the target, made of guesses drawn from a draft.
+def rejection_sample(
+    target: Tensor, draft: Tensor, draft_token_ids: Sequence[int], generator: Callable[[int], torch.Generator]
+) -> list[int]:
+    """Turn draft tokens into tokens that are distributed as if each had been sampled from the target.
 
-    target: (k + 1, V), the model's probabilities after the newest token and after each guess. proposal: k guesses, with
-    the probabilities (k, V) that they were drawn from. generator(i): the randomness for the i-th token. The first guess
-    that is not kept is replaced, and ends the run; if all are kept, one more token is drawn: the bonus. Returns 1 to
-    k + 1 tokens. From Leviathan et al. (2023) and Chen et al. (2023).
+    target: (k + 1, V), the model's probabilities after the newest token and after each of the k draft tokens. draft:
+    (k, V), the probabilities that these were sampled from. generator(i): the randomness of the i-th token. The first
+    rejected draft token is replaced, and nothing follows it; if all are accepted, a bonus token is sampled from the
+    last row. Returns 1 to k + 1 token ids. From Leviathan et al. (2023) and Chen et al. (2023).
     """
-    # TODO 8.4: a chain of `accept_or_recover`, and its end.
+    # TODO 8.4: call `accept_or_recover` for one draft token after the other; then sample the bonus token.
     raise NotImplementedError("TODO 8.4")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Does it pay?
+# How many draft tokens?
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def expected_tokens(rate: float, num_guesses: int) -> float:
-    """How many tokens a pass over so many guesses brings, on average. rate: how likely a guess is right, if all before
-    it in its run were; between 0 and 1.
+def expected_tokens(rate: float, num_draft_tokens: int) -> float:
+    """Returns the mean number of tokens that a step with this many draft tokens yields, including the one that every
+    step yields. rate: the probability, 0 to 1, that a draft token is accepted if all before it were.
 
-    The one token that every pass brings is counted. From Leviathan et al. (2023), equation 1.
+    From Leviathan et al. (2023), equation 1.
     """
-    # TODO 8.7: with which probability are the first i guesses right, all of them?
+    # TODO 8.7: add up, for each i, the probability that the first i draft tokens are all accepted.
     raise NotImplementedError("TODO 8.7")
 
 
 def choose_k(rate: float, seconds: Sequence[float]) -> int:
-    """How many guesses to make. seconds[k]: what a step with k guesses takes, making them included. rate: as above.
+    """Returns the number k of draft tokens that gives the most tokens per second; the smallest of equals.
 
-    Returns the k that brings the most tokens a second; of equals the smallest. 0: speculation does not pay.
+    rate: as above. seconds[k]: duration of a step with k draft tokens, from k = 0; proposing them is included.
     """
-    # TODO 8.8: `expected_tokens` over time, for each k there is.
+    # TODO 8.8: divide `expected_tokens` by the duration, for each k.
     raise NotImplementedError("TODO 8.8")
 
 
 MEMORY = 0.9
-"""How much of what was seen of guesses is still counted, one guess later: about the last ten count."""
+"""The weight of an observation after one more draft token was observed: about the last ten count."""
 
 
 @dataclass
 class Acceptance:
-    """How likely a guess is right, if all before it in its run were. It begins with an opinion, worth two guesses."""
+    """Estimates how likely a draft token is accepted if all before it were. It starts with one of two accepted."""
 
-    right: float = 1.0
+    accepted: float = 1.0  # both are sums in which newer observations weigh more
     tried: float = 2.0
 
     @property
     def rate(self) -> float:
-        return self.right / self.tried
+        return self.accepted / self.tried
 
-    def observe(self, num_guesses: int, num_accepted: int) -> None:
-        """So many guesses were made in a run, and the first so many of them were right. Newer ones weigh more: each
-        guess that is counted takes the weight of all runs before down by `MEMORY`.
+    def observe(self, num_draft_tokens: int, num_accepted: int) -> None:
+        """Record that the first `num_accepted` of this many draft tokens were accepted. Each draft token that counts
+        as tried multiplies the weight of everything observed before by `MEMORY`.
         """
-        # TODO 8.11: find the bug. With up to five guesses a step, each right three times in four, the engine takes
-        # guesses for right only about every second time, and makes too few. With one guess a step all is well.
+        # TODO 8.11: find the bug. With up to five draft tokens a step, each accepted three times in four, the
+        # engine believes in an acceptance of about one half, and proposes too few. With one a step, all is well.
         raise NotImplementedError("TODO 8.11")  # take this line out, then find the one mistake below and mend it
 
-        tried = num_guesses
-        kept = MEMORY**tried
-        self.right = self.right * kept + num_accepted
-        self.tried = self.tried * kept + tried
+        tried = num_draft_tokens
+        weight = MEMORY**tried
+        self.accepted = self.accepted * weight + num_accepted
+        self.tried = self.tried * weight + tried
 
 
-class StepTimes:
-    """What a step takes, as a fixed part and a part for each row, fitted to the steps so far; newer ones weigh more."""
+class AdaptiveSpeculation:
+    """Chooses the number of draft tokens of each request, from acceptance and from how long steps take.
 
-    FORGETTING = 0.95  # a step's weight, one step later
-    ROW_SHARE = 0.05  # what a row is believed to take of the fixed part, until steps have shown it
-
-    def __init__(self):
-        # Sums over the steps. The first, of hardly any weight, is made up: a row in a second.
-        self.weight = self.rows = self.seconds = self.rows_rows = self.rows_seconds = 1e-15
-
-    def observe(self, num_rows: int, seconds: float) -> None:
-        terms = {"weight": 1, "rows": num_rows, "seconds": seconds}
-        terms |= {"rows_rows": num_rows**2, "rows_seconds": num_rows * seconds}
-        for name, term in terms.items():
-            setattr(self, name, getattr(self, name) * self.FORGETTING + term)
-
-    def __call__(self, num_rows: float) -> float:
-        """Seconds that a step of so many rows is going to take."""
-        mean_rows, mean_seconds = self.rows / self.weight, self.seconds / self.weight
-        believed = mean_seconds * self.ROW_SHARE / (1 + self.ROW_SHARE * mean_rows)
-        spread = self.rows_rows - self.rows * mean_rows
-        shown = self.rows_seconds - self.seconds * mean_rows
-        # As if one step, one row off the mean, had shown `believed`.
-        slope = max(0.0, (shown + believed) / (spread + 1))
-        # Never less than one row takes, however few there are.
-        return max(mean_seconds + slope * (num_rows - mean_rows), slope)
-
-
-class Pace:
-    """Decides how many guesses each request makes, from what became of those before and from what steps took.
-
-    A request for which no number pays makes none. Every `PROBE_EVERY` steps all of these make two, in the same step, to
-    see whether that has changed.
+    A step without draft tokens takes `plain_seconds`, a moving average for each number of requests; a draft token adds
+    `added_seconds / num_added` to it, proposing it included. Now and then all requests propose none, or a few where
+    none pays, so that both are known anew.
     """
 
-    PROBE_EVERY = 16
-    PROBE_TOKENS = 2
+    REST_EVERY = 32  # steps
+    PROBE_TOKENS, PROBE_EVERY, PROBE_SHARE = 3, 16, 0.03  # at least 16 steps apart, at most 3 % of the time
 
     def __init__(self, num_speculative_tokens: int, is_adaptive: bool = True):
         self.num_speculative_tokens = num_speculative_tokens
         self.is_adaptive = is_adaptive
-        self.overall = Acceptance()
-        self.acceptances: dict[str, Acceptance] = {}
-        self.coverage = 1.0  # of the requests that may guess, the share that has a guess; newer steps weigh more
-        self.step_seconds, self.draft_seconds = StepTimes(), StepTimes()
-        self.num_steps = 0
+        self.acceptances: dict[str, Acceptance] = defaultdict(Acceptance)  # by request id
+        self.plain_seconds: dict[int, float] = {}  # by number of requests
+        self.added_seconds = self.num_added = 0.0  # sums in which newer steps weigh more
+        self.num_steps = self.steps_since_probe = 0
 
-    def observe(self, request_id: str, num_guesses: int, num_accepted: int) -> None:
-        """What became of a request's guesses."""
-        self.overall.observe(num_guesses, num_accepted)
-        self.of(request_id).observe(num_guesses, num_accepted)
-
-    def of(self, request_id: str) -> Acceptance:
-        """A request's own; a new one begins with what the others have shown."""
-        rate = self.overall.rate
-        return self.acceptances.setdefault(request_id, Acceptance(2 * rate, 2))
+    def observe_step(self, num_requests: int, num_draft_tokens: int, seconds: float) -> None:
+        """Record how long a step of decoding requests has taken, with the time to propose its draft tokens."""
+        plain = self.plain_seconds.get(num_requests, seconds)
+        if num_draft_tokens == 0:
+            self.plain_seconds[num_requests] = 0.8 * plain + 0.2 * seconds
+        elif num_requests in self.plain_seconds:
+            self.added_seconds = 0.9 * self.added_seconds + seconds - plain
+            self.num_added = 0.9 * self.num_added + num_draft_tokens
 
     def forget(self, request_id: str) -> None:
         self.acceptances.pop(request_id, None)
 
-    def observe_coverage(self, num_asked: int, num_guessing: int) -> None:
-        self.coverage = MEMORY * self.coverage + (1 - MEMORY) * num_guessing / num_asked
-
-    def limits(self, request_ids: Sequence[str], num_rows: int) -> dict[str, int]:
-        """How many guesses each of these is to make for its next step, which without guesses has so many rows."""
-        self.num_steps += 1
-        most = self.num_speculative_tokens
+    def limits(self, request_ids: Sequence[str]) -> list[int]:
+        """Returns how many draft tokens each of these requests, which share the next step, may have in it."""
+        num_requests, most = len(request_ids), self.num_speculative_tokens
+        plain, probe = self.plain_seconds.get(num_requests), min(self.PROBE_TOKENS, most)
+        self.num_steps, self.steps_since_probe = self.num_steps + 1, self.steps_since_probe + 1
         if not self.is_adaptive:
-            return dict.fromkeys(request_ids, most)
-        least = min(self.PROBE_TOKENS, most) if self.num_steps % self.PROBE_EVERY == 0 else 0
-        seconds = self.seconds(len(request_ids), num_rows)
-        return {each: max(least, choose_k(self.of(each).rate, seconds)) for each in request_ids}
-
-    def seconds(self, num_requests: int, num_rows: int) -> list[float]:
-        """A request's share of a step, in seconds, for each number of guesses k. The step without guesses is shared by
-        all; what k guesses add is shared by those likely to have some, who are all taken to make k.
-        """
-        num_guessing = max(1.0, self.coverage * num_requests)
-        plain = self.step_seconds(num_rows)
-        shares = [plain / num_requests]
-        for k in range(1, self.num_speculative_tokens + 1):
-            more = self.step_seconds(num_rows + k * num_guessing) - plain
-            if self.draft_seconds.weight >= 1:  # a draft was timed at least once
-                more += self.draft_seconds(k)
-            shares.append(shares[0] + more / num_guessing)
-        return shares
+            return [most] * num_requests
+        if plain is None or self.num_steps % self.REST_EVERY == 0:
+            return [0] * num_requests
+        if self.num_added == 0:
+            return [probe] * num_requests
+        added = max(0.0, self.added_seconds / self.num_added)
+        seconds = [plain / num_requests + k * added for k in range(most + 1)]
+        interval = max(self.PROBE_EVERY, probe * added / seconds[0] / self.PROBE_SHARE)
+        least = probe if self.steps_since_probe >= interval else 0
+        self.steps_since_probe = 0 if least else self.steps_since_probe
+        rates = [self.acceptances[request_id].rate for request_id in request_ids]
+        mean = sum(rates) / num_requests  # each rate is known from a few tokens only: half of it is the mean
+        return [max(least, choose_k((rate + mean) / 2, seconds)) for rate in rates]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who guesses
+# Proposers
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Proposer(Protocol):
-    """Makes guesses. It sees every step before it is computed, and is asked after it."""
+@dataclass
+class Draft:
+    """A request, and the draft tokens proposed for its next step."""
 
-    def follow(self, plan: SchedulerOutput) -> None:
-        """A step is about to be computed: blocks move, and some requests are gone."""
+    request: ScheduledRequest
+    token_ids: list[int]  # the request's text, those just sampled included; then its draft tokens
+    limit: int  # of draft tokens
+    draft_token_ids: list[int] = field(default_factory=list)
+    probs: list[Tensor] = field(default_factory=list)  # (V,) for each: what it was sampled from; empty: it was not
 
-    def propose(
-        self, scheduled: Sequence[ScheduledRequest], sampled: Mapping[str, list[int]], limits: Mapping[str, int]
-    ) -> dict[str, Proposal]:
-        """Guesses for requests that have just been given the tokens `sampled`. limits: how many at most for each."""
+    def append(self, token_id: int, probs: Tensor | None = None) -> None:
+        self.token_ids.append(token_id)
+        self.draft_token_ids.append(token_id)
+        self.probs += [] if probs is None else [probs]
 
 
 class NgramProposer:
-    """Guesses from each request's own text, prompt and output."""
+    """Proposes tokens from each request's own text, prompt and output."""
 
     def follow(self, plan: SchedulerOutput) -> None:
-        pass
+        """Called before a step is computed; there is nothing to keep up with."""
 
-    def propose(
-        self, scheduled: Sequence[ScheduledRequest], sampled: Mapping[str, list[int]], limits: Mapping[str, int]
-    ) -> dict[str, Proposal]:
-        return {
-            each.request_id: Proposal(propose_ngram(text_of(each, sampled), limits[each.request_id]))
-            for each in scheduled
-            if limits[each.request_id] > 0
-        }
+    def propose(self, drafts: Sequence[Draft]) -> None:
+        """Append up to `limit` draft tokens to each draft."""
+        for draft in drafts:
+            for token_id in propose_ngram(draft.token_ids, draft.limit):
+                draft.append(token_id)
 
 
-def text_of(each: ScheduledRequest, sampled: Mapping[str, list[int]]) -> list[int]:
-    """All tokens of a request, those included that the step has just brought."""
-    return [*each.prompt_token_ids, *each.output_token_ids, *sampled[each.request_id]]
+DRAFT_SEED = -1
+"""Mixed into a request's seed, so that a draft token and its verification never use the same random numbers."""
 
 
 class DraftProposer:
-    """Guesses from a smaller model with the same vocabulary.
+    """Proposes tokens with a smaller model that has the target's vocabulary.
 
-    It keeps its keys and values in a cache of its own, under the block ids of the target: what the scheduler decides
-    about blocks is done in both. It is behind the target: the newest tokens, and whatever was computed while it was
-    not asked, it computes when it is asked. A prompt that its target found in the prefix cache it reads all the same,
-    for nobody promises that a draft has ever read it. Were anything stale all the same, guesses would be bad, and
-    tokens would not.
+    Its keys and values are in a cache of its own, under the target's block ids: every copy and swap of the scheduler
+    happens in both. The draft model computes a request's tokens when it proposes for it, and catches up then; also on a
+    prompt that the target found in the prefix cache, which the draft may never have seen. A wrong entry in the draft's
+    cache would cost acceptance, never correctness.
     """
 
     def __init__(self, model: Llama, cache: PagedKVCache):
         self.model = model
         self.cache = cache
-        self.num_computed: dict[str, int] = {}  # of each request's tokens: so many are in the draft's cache
+        self.num_computed: dict[str, int] = {}  # by request id: how many of its tokens are in the draft's cache
 
     def follow(self, plan: SchedulerOutput) -> None:
-        """Move the draft's blocks too. What a request's target has taken back is taken back here."""
+        """Move the draft's blocks as the target's, and take back what the target has taken back."""
         self.cache.swap_out(plan.swaps_out)
         self.cache.swap_in(plan.swaps_in)
         self.cache.copy(plan.copies)
         for request_id in plan.finished_ids:
             self.num_computed.pop(request_id, None)
-        for each in plan.scheduled:
-            self.num_computed[each.request_id] = min(self.num_computed.get(each.request_id, 0), each.start)
+        for request in plan.scheduled:
+            id = request.request_id
+            self.num_computed[id] = min(self.num_computed.get(id, 0), request.start)
 
-    def propose(
-        self, scheduled: Sequence[ScheduledRequest], sampled: Mapping[str, list[int]], limits: Mapping[str, int]
-    ) -> dict[str, Proposal]:
-        """Let the draft model continue each request by up to `limits` tokens, all requests together in each pass.
+    def propose(self, drafts: Sequence[Draft]) -> None:
+        """Append draft tokens to each draft: `limit`, or as many as fit into its blocks and the draft model's context.
 
-        In the first pass a request computes all that the draft lacks of it, in each later one its newest guess. The
-        last guess is never computed. Returns a proposal for each request with a limit above 0.
+        Each forward pass adds one token to every draft that still needs one. In the first pass a draft computes all
+        tokens that this cache lacks, later only its newest token; its last token is never computed, and needs no slot.
         """
-        # TODO 8.5: pass after pass, as long as anybody lacks guesses: `logits` of what is not computed, and `draw`
-        # from each row. Note in `num_computed` what is; stay within `room`.
+        # TODO 8.5: lower each limit to what fits; while drafts lack tokens, compute their `logits`, note in
+        # `num_computed` what is in the cache now, and append what `draw` returns for each row.
         raise NotImplementedError("TODO 8.5")
 
-    def room(self, each: ScheduledRequest, num_tokens: int) -> int:
-        """How many guesses there are slots for behind so many tokens, and positions that the draft knows."""
-        slots = len(each.block_table) * self.cache.block_size
-        return min(slots, self.model.config.max_position_embeddings) - num_tokens + 1
-
-    def logits(self, requests: Sequence[ScheduledRequest], new_token_ids: Sequence[list[int]]) -> Tensor:
-        """Compute tokens that follow those in the draft's cache. Returns the logits (R, V) of what comes after each."""
-        work = [
-            replace(each, start=self.num_computed[each.request_id], token_ids=token_ids, num_spec_tokens=0)
-            for each, token_ids in zip(requests, new_token_ids)
-        ]
+    def logits(self, drafts: Sequence[Draft], new_token_ids: Sequence[list[int]]) -> Tensor:
+        """Compute tokens that follow those in this cache. Returns the logits (R, V) after the last one of each."""
+        work = []
+        for draft, token_ids in zip(drafts, new_token_ids):
+            start = self.num_computed[draft.request.request_id]
+            work.append(replace(draft.request, start=start, token_ids=token_ids, num_spec_tokens=0))
         batch = flatten_batch(work, self.cache.block_size, self.cache.keys.device)
         hidden = self.model(batch.token_ids, batch.positions, self.cache.attend(batch.metadata))
         return self.model.logits(hidden[batch.logit_rows])
 
-    def draw(self, each: ScheduledRequest, logits: Tensor, new_token_ids: list[int]) -> tuple[int, Tensor | None]:
-        """A guess, by the request's own rules, and what it was drawn from (V,); None: it was not drawn.
-
-        new_token_ids: what has come since `output_token_ids`, the tokens just sampled and the guesses behind them. Its
-        randomness is not that of its verification, and depends on the seed and the place alone.
+    def draw(self, draft: Draft, logits: Tensor) -> tuple[int, Tensor | None]:
+        """Returns the next draft token and the distribution (V,) it was sampled from, by the request's own sampling
+        parameters; at temperature 0 the likeliest token, and None.
         """
-        output = [*each.output_token_ids, *new_token_ids]
-        adjusted = adjust_logits(logits, each.params, each.prompt_token_ids, output, each.stop_token_ids)
-        if each.params.temperature == 0:
+        request, params = draft.request, draft.request.params
+        output = draft.token_ids[len(request.prompt_token_ids) :]
+        adjusted = adjust_logits(logits, params, request.prompt_token_ids, output, request.stop_token_ids)
+        if params.temperature == 0:
             return int(adjusted.argmax()), None
-        probs = sampling_probs(adjusted, each.params).cpu()
-        seed = None if each.params.seed is None else stable_hash(each.params.seed, DRAFT)
-        return int(torch.multinomial(probs, 1, generator=draw_generator(seed, len(output)))), probs
-
-
-DRAFT = -1
-"""Tells a draft's seed from those of samples and their siblings."""
+        probs = sampling_probs(adjusted, params).cpu()
+        seed = None if params.seed is None else llama_pytorch.stable_hash(params.seed, DRAFT_SEED)
+        return int(torch.multinomial(probs, 1, generator=llama_pytorch.draw_generator(seed, len(output)))), probs
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # In the engine
 # ---------------------------------------------------------------------------------------------------------------
 
+Proposer = NgramProposer | DraftProposer
+
 
 class SpeculativeRunner(ModelRunner):
-    """Lesson 5's runner, on the rank that samples: it verifies the guesses of a step, and makes those for the next."""
+    """Lesson 5's runner on the rank that samples: verifies the draft tokens of a step, and proposes for the next."""
 
-    def __init__(self, model: Llama, cache: PagedKVCache, proposer: Proposer, pace: Pace):
+    def __init__(self, model: Llama, cache: PagedKVCache, proposer: Proposer, adaptive: AdaptiveSpeculation):
         super().__init__(model, cache)
         self.proposer = proposer
-        self.pace = pace
-        self.proposals: dict[str, Proposal] = {}
+        self.adaptive = adaptive
+        self.drafts: dict[str, Draft] = {}  # by request id, until they are verified
+        self.draft_seconds = 0.0  # spent on proposing them
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput, hidden: Tensor | None = None) -> ModelRunnerOutput:
         for request_id in plan.finished_ids:
-            self.proposals.pop(request_id, None)
-            self.pace.forget(request_id)
+            self.drafts.pop(request_id, None)
+            self.adaptive.forget(request_id)
         self.proposer.follow(plan)
+        is_decoding = all(len(request.token_ids) == request.num_spec_tokens + 1 for request in plan.scheduled)
         start = time.perf_counter()
         output = super().execute(plan, hidden)
-        if plan.scheduled and all(is_decoding(each) for each in plan.scheduled):
-            self.pace.step_seconds.observe(plan.num_tokens, time.perf_counter() - start)
+        computed = time.perf_counter()
+        if plan.scheduled and is_decoding:  # nothing of a prompt
+            num_draft_tokens = sum(request.num_spec_tokens for request in plan.scheduled)
+            self.adaptive.observe_step(len(plan.scheduled), num_draft_tokens, computed - start + self.draft_seconds)
         self.propose(plan, output)
+        self.draft_seconds = time.perf_counter() - computed if is_decoding else 0.0
         return output
 
-    def choose(self, each: ScheduledRequest, logits: Tensor) -> list[int]:
-        """Verify a request's guesses. logits: (k + 1, V); returns 1 to k + 1 tokens."""
-        tokens = self.verify(each, logits)
-        if each.num_spec_tokens:
-            self.pace.observe(each.request_id, each.num_spec_tokens, len(tokens) - 1)
-        return tokens
+    def choose(self, request: ScheduledRequest, logits: Tensor) -> list[int]:
+        """Verify a request's k draft tokens. logits: (k + 1, V). Returns 1 to k + 1 tokens.
 
-    def verify(self, each: ScheduledRequest, logits: Tensor) -> list[int]:
-        """The tokens that guesses and rows agree upon, and one more.
-
-        Each row is adjusted as if the guesses before it were in the text: where one is not, nobody asks for the row.
+        Row i is adjusted as if the first i draft tokens were output; if one of them is rejected, the row is not used.
         """
-        guesses = each.token_ids[len(each.token_ids) - each.num_spec_tokens :]
+        params, k, draft = request.params, request.num_spec_tokens, self.drafts.pop(request.request_id, None)
+        draft_token_ids = request.token_ids[len(request.token_ids) - k :]
 
         def adjusted(i: int) -> Tensor:
-            output = each.output_token_ids + guesses[:i]
-            return adjust_logits(logits[i], each.params, each.prompt_token_ids, output, each.stop_token_ids)
+            output = request.output_token_ids + draft_token_ids[:i]
+            return adjust_logits(logits[i], params, request.prompt_token_ids, output, request.stop_token_ids)
 
-        proposed, probs = self.proposals.pop(each.request_id, Proposal([]))
-        if guesses and probs is not None and proposed[: len(guesses)] == guesses:
-            target = torch.stack([sampling_probs(adjusted(i), each.params) for i in range(len(logits))]).cpu()
-            drawn = Proposal(guesses, probs)
-            return rejection_sample(target, drawn, lambda i: draw_generator(each.params.seed, each.sample_index + i))
-        # A guess that was not drawn is right if it is what is sampled anyway, at any temperature.
-        chosen = (sample(adjusted(i), each.params, each.sample_index + i) for i in range(len(logits)))
-        return verify_greedy(chosen, guesses)
+        if k and draft and draft.probs and draft.draft_token_ids[:k] == draft_token_ids:
+            target = torch.stack([sampling_probs(adjusted(i), params) for i in range(k + 1)]).cpu()
+            generator = lambda i: llama_pytorch.draw_generator(params.seed, request.sample_index + i)  # noqa: E731
+            tokens = rejection_sample(target, torch.stack(draft.probs), draft_token_ids, generator)
+        else:  # a draft token that was not sampled is correct if lesson 2 samples it there, at any temperature
+            chosen = (sample(adjusted(i), params, request.sample_index + i) for i in range(k + 1))
+            tokens = verify_greedy(chosen, draft_token_ids)
+        if k:
+            self.adaptive.acceptances[request.request_id].observe(k, len(tokens) - 1)
+        return tokens
 
     def propose(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> None:
-        """Guesses for all that go on after this step."""
-        sampled = output.sampled_token_ids
-        left = {
-            each.request_id: each.max_tokens - each.sample_index - len(sampled[each.request_id])
-            for each in plan.scheduled
-            if each.request_id in sampled and not each.stop_token_ids.intersection(sampled[each.request_id])
-        }
-        going = [each for each in plan.scheduled if left.get(each.request_id, 0) > 1]  # the last token needs no guess
-        if not going:
-            return
-        num_rows = plan.num_tokens - sum(each.num_spec_tokens for each in plan.scheduled)
-        limits = self.pace.limits([each.request_id for each in going], num_rows)
-        limits = {id: min(limit, left[id] - 1) for id, limit in limits.items()}
-        start = time.perf_counter()
-        proposals = self.proposer.propose(going, sampled, limits)
-        longest, num_asked = max(limits.values()), sum(limit > 0 for limit in limits.values())
-        if num_asked:
-            self.pace.observe_coverage(num_asked, sum(bool(each.token_ids) for each in proposals.values()))
-        if longest and all(is_decoding(each) for each in going):  # a draft that reads a prompt takes longer
-            self.pace.draft_seconds.observe(longest, time.perf_counter() - start)
-        self.proposals |= proposals
-        output.spec_token_ids = {id: proposal.token_ids for id, proposal in proposals.items() if proposal.token_ids}
-
-
-def is_decoding(each: ScheduledRequest) -> bool:
-    """Whether it computes its newest token and guesses, and nothing of a prompt."""
-    return len(each.token_ids) == each.num_spec_tokens + 1
+        """Add draft tokens to `output` for the requests that continue after this step."""
+        drafts = []
+        for request in plan.scheduled:
+            new = output.sampled_token_ids.get(request.request_id, [])
+            num_left = request.max_tokens - len(request.output_token_ids) - len(new)
+            if new and num_left > 1 and not request.stop_token_ids.intersection(new):
+                text = [*request.prompt_token_ids, *request.output_token_ids, *new]
+                drafts.append(Draft(request, text, num_left - 1))  # the last token needs no draft
+        limits = self.adaptive.limits([draft.request.request_id for draft in drafts]) if drafts else []
+        for draft, limit in zip(drafts, limits):
+            draft.limit = min(draft.limit, limit)
+        drafts = [draft for draft in drafts if draft.limit > 0]
+        self.proposer.propose(drafts)
+        proposed = {draft.request.request_id: draft for draft in drafts if draft.draft_token_ids}
+        self.drafts |= proposed
+        output.spec_token_ids = {id: draft.draft_token_ids for id, draft in proposed.items()}

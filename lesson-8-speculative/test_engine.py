@@ -106,25 +106,27 @@ class TestBuild:
     def kind(self, code, runner) -> str:
         return "SpeculativeRunner" if isinstance(runner, code.SpeculativeRunner) else "ModelRunner"
 
-    def guessing(self, code, runner):
-        """The runner's proposer; the runner must be one that guesses."""
+    def speculative(self, code, runner):
+        """The runner's proposer; the runner must be one that draft tokens."""
         name = self.kind(code, runner)
-        holds(name == "SpeculativeRunner", f"build made a {name}, where guesses are made on this rank.", actual=name)
+        holds(
+            name == "SpeculativeRunner", f"build made a {name}, where draft tokens are made on this rank.", actual=name
+        )
         return runner.proposer
 
     def blocks(self, code, cache) -> str:
         return "Int8KVCache" if isinstance(cache, code.Int8KVCache) else type(cache).__name__
 
-    def test_nobody_guesses(self, code):
+    def test_nobody_draft_tokens(self, code):
         runner = self.build(code)
-        equal(self.kind(code, runner), "ModelRunner", "the runner, where nobody guesses,")
+        equal(self.kind(code, runner), "ModelRunner", "the runner, where nothing is proposed,")
         equal(self.blocks(code, runner.cache), "PagedKVCache", "the blocks, where none in eight bits are asked for,")
         what = "(layers, blocks, slots, heads, numbers) of the blocks: 2 layers, num_blocks=7, block_size=4"
         equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), what)
         equal(runner.cache.host_keys.shape[1], 5, "how many blocks there are on the host, with num_host_blocks=5")
 
     def test_blocks_in_eight_bits(self, code):
-        for speculation, what in ((None, "nobody guesses"), (code.Speculation(), "n-grams guess")):
+        for speculation, what in ((None, "nothing is proposed"), (code.Speculation(), "n-grams draft token")):
             got = self.blocks(code, self.build(code, speculation, "int8").cache)
             equal(got, "Int8KVCache", f"the blocks, with kv_cache_dtype int8, where {what},")
 
@@ -135,25 +137,27 @@ class TestBuild:
 
     def test_ngrams(self, code):
         runner = self.build(code, code.Speculation(num_speculative_tokens=3))
-        got = type(self.guessing(code, runner)).__name__
-        equal(got, "NgramProposer", "who guesses, where no draft is named,")
-        equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), "the shape of the target's blocks, where n-grams guess,")
+        got = type(self.speculative(code, runner)).__name__
+        equal(got, "NgramProposer", "what proposes, where no draft is named,")
+        equal(
+            tuple(runner.cache.keys.shape),
+            (2, 7, 4, 2, 4),
+            "the shape of the target's blocks, where n-grams draft token,",
+        )
 
     def test_as_many_as_are_asked_for(self, code):
         for number, is_adaptive in ((3, True), (8, False)):
             runner = self.build(code, code.Speculation(None, number, is_adaptive))
-            self.guessing(code, runner)
-            got = [runner.pace.num_speculative_tokens, runner.pace.is_adaptive]
-            what = (
-                f"the runner's pace, of Speculation(None, {number}, {is_adaptive}): [guesses at most, is it adaptive]"
-            )
+            self.speculative(code, runner)
+            got = [runner.adaptive.num_speculative_tokens, runner.adaptive.is_adaptive]
+            what = f"the runner's `adaptive`, of Speculation(None, {number}, {is_adaptive}): [at most, is it adaptive]"
             equal(got, [number, is_adaptive], what)
 
     def test_a_draft(self, code):
         for kind in ("auto", "int8"):
             runner = self.build(code, code.Speculation(draft_folder().name), kind)
-            proposer, where = self.guessing(code, runner), f"with a draft and kv_cache_dtype {kind}"
-            equal(type(proposer).__name__, "DraftProposer", f"who guesses, {where},")
+            proposer, where = self.speculative(code, runner), f"with a draft and kv_cache_dtype {kind}"
+            equal(type(proposer).__name__, "DraftProposer", f"what proposes, {where},")
             holds(proposer.cache is not runner.cache, f"Both models write to the same blocks, {where}.", actual="same")
             equal(self.blocks(code, proposer.cache), "PagedKVCache", f"the draft's blocks, {where},")
             what = f"(layers, blocks, slots, heads, numbers) of the draft's blocks, {where}: 3 layers, 1 head of 6"
@@ -184,23 +188,23 @@ class TestBuild:
             expected = {**dict.fromkeys(places, "ModelRunner"), "last stage, rank 0": "SpeculativeRunner"}
             for place in places:
                 sentence = (
-                    f"In the {place}, the runner is a {got[place]}; expected a {expected[place]} (guesses: {who})."
+                    f"In the {place}, the runner is a {got[place]}; expected a {expected[place]} (draft tokens: {who})."
                 )
                 holds(got[place] == expected[place], sentence, actual=list(got.values()))
 
-    def test_the_draft_is_loaded_only_where_it_guesses(self, code):
+    def test_the_draft_is_loaded_only_where_it_draft_tokens(self, code):
         nowhere = code.Speculation(str(Path(draft_folder().name) / "not here"))
         for place, layers, rank in (("first stage", range(0, 1), 0), ("last stage, rank 1", range(2), 1)):
             try:
                 self.build(code, nowhere, layers=layers, rank=rank)
             except ValueError as error:
-                sentence = f"In the {place}, nobody guesses, and yet build loads the draft (which is not there)."
+                sentence = f"In the {place}, nothing is proposed, and yet build loads the draft (which is not there)."
                 holds(False, sentence, actual=type(error).__name__)
 
     def test_last_of_two_stages(self, code):
         runner = self.build(code, code.Speculation(), layers=range(1, 2))
-        self.guessing(code, runner)
-        equal(runner.cache.layers, range(1, 2), "the layers of the last stage's blocks, where n-grams guess,")
+        self.speculative(code, runner)
+        equal(runner.cache.layers, range(1, 2), "the layers of the last stage's blocks, where n-grams draft token,")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,12 +275,12 @@ class TestChat:
 
 @together(seconds=120)
 class TestTogether:
-    """Your whole file: whoever guesses, and whatever is quantized, the tokens are those without guesses."""
+    """Your whole file: whatever proposes, and whatever is quantized, the tokens are those without draft tokens."""
 
     PROMPTS = ("The owl said", '"Is it you?" said Moss. "It is me," said Fern. "Is it you?" said Moss. "It is')
 
     def told(self, code, **settings) -> tuple[list[list[int]], int]:
-        """The tokens of each answer, and how many guesses were made."""
+        """The tokens of each answer, and how many draft tokens were made."""
         params = code.SamplingParams(max_tokens=12, ignore_eos=True)
         with storyteller(code, num_blocks=14, block_size=4, max_model_len=48, **settings) as own:
             outputs = own.generate(self.PROMPTS, params, progress=False)
@@ -287,7 +291,7 @@ class TestTogether:
         for settings in ({}, {"quantization": "int8", "kv_cache_dtype": "int8"}):
             expected, _ = self.told(code, **settings)
             for who in ("ngram", "tales-draft"):
-                got, num_guesses = self.told(code, speculative=who, adaptive_speculation=False, **settings)
+                got, num_draft_tokens = self.told(code, speculative=who, adaptive_speculation=False, **settings)
                 what = f"speculative={who!r}" + "".join(f", {name}={value!r}" for name, value in settings.items())
-                equal(got, expected, f"the tokens of two answers, with {what}, against those without guesses,")
-                holds(num_guesses > 0, f"Nobody guessed, with {what}.")
+                equal(got, expected, f"the tokens of two answers, with {what}, against those without draft tokens,")
+                holds(num_draft_tokens > 0, f"Nothing was proposed, with {what}.")

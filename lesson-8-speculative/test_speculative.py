@@ -28,7 +28,7 @@ def answer(code, what: str, call: Callable):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Guesses for nothing, and what becomes of them
+# Draft tokens from the text, and their verification
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -84,18 +84,18 @@ class TestProposeNgram:
 
 @exercise("8.2")
 class TestVerifyGreedy:
-    def check(self, code, chosen: list[int], guesses: list[int], expected: list[int]) -> None:
-        got = code.verify_greedy(iter(chosen), guesses)
-        equal(got, expected, f"verify_greedy, where the model chooses {chosen} and {guesses} was guessed,")
+    def check(self, code, chosen: list[int], drafts: list[int], expected: list[int]) -> None:
+        got = code.verify_greedy(iter(chosen), drafts)
+        equal(got, expected, f"verify_greedy, where the model chooses {chosen} and {drafts} was proposed,")
 
-    def test_the_first_wrong_guess_ends_it(self, code):
+    def test_the_first_wrong_draft_token_ends_it(self, code):
         self.check(code, [11, 12, 13, 14], [11, 7, 13], [11, 12])
         self.check(code, [11, 12, 13, 14], [7, 12, 13], [11])
 
     def test_all_right_and_one_more(self, code):
         self.check(code, [11, 12, 13, 14], [11, 12, 13], [11, 12, 13, 14])
 
-    def test_no_guesses(self, code):
+    def test_no_draft_tokens(self, code):
         self.check(code, [11], [], [11])
 
     def test_token_0(self, code):
@@ -103,10 +103,10 @@ class TestVerifyGreedy:
         self.check(code, [5, 0, 3], [0, 0], [5])
 
     def test_asked_only_as_far_as_needed(self, code):
-        for chosen, guesses, expected in (([11, 12, 13, 14], [11, 7, 13], [11, 12]), ([11, 12, 13], [7, 8], [11])):
+        for chosen, drafts, expected in (([11, 12, 13, 14], [11, 7, 13], [11, 12]), ([11, 12, 13], [7, 8], [11])):
             asked = []
-            got = code.verify_greedy((asked.append(each) or each for each in chosen), guesses)
-            what = f"(tokens, choices asked for), where the model would choose {chosen} and {guesses} was guessed,"
+            got = code.verify_greedy((asked.append(each) or each for each in chosen), drafts)
+            what = f"(tokens, choices asked for), where the model would choose {chosen} and {drafts} was proposed,"
             equal((got, asked), (expected, expected), what)
 
 
@@ -133,22 +133,22 @@ PROMPT = [3, 14, 15, 9, 2, 6]
 
 @exercise("8.6", points=3)
 class TestLookaheadCommit:
-    def lookahead(self, code, guesses: list[int]):
-        """One that has computed the prompt, with these guesses behind it."""
-        own = code.Lookahead(tiny(code), 40, lambda token_ids: list(guesses))
+    def lookahead(self, code, drafts: list[int]):
+        """One that has computed the prompt, with these draft tokens behind it."""
+        own = code.Lookahead(tiny(code), 40, lambda token_ids: list(drafts))
         answer(code, "next_logits, on the first call, which asks commit,", lambda: own.next_logits(list(PROMPT)))
         return own
 
-    def check(self, code, guesses: list[int], text: list[int], what: str) -> None:
-        """Text that goes on as guessed: its row is there."""
-        own = self.lookahead(code, guesses)
+    def check(self, code, drafts: list[int], text: list[int], what: str) -> None:
+        """Text that goes on as proposed: its row is there."""
+        own = self.lookahead(code, drafts)
         got = answer(code, f"commit, {what},", lambda: own.commit(text))
         holds(got is not None, f"commit returned None {what}: the row is there.", actual="None")
         close(got, code.llama_pytorch.recompute(tiny(code), text), f"the logits that commit returns {what},")
 
-    def refused(self, code, guesses: list[int], text: list[int], kept: list[int], what: str) -> None:
-        """Text of which the last token was not guessed: no row, and nothing behind what is kept."""
-        own = self.lookahead(code, guesses)
+    def refused(self, code, drafts: list[int], text: list[int], kept: list[int], what: str) -> None:
+        """Text of which the last token was not proposed: no row, and nothing behind what is kept."""
+        own = self.lookahead(code, drafts)
         got = answer(code, f"commit, {what},", lambda: own.commit(text))
         holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
         equal(own.cache.num_tokens, len(kept), f"how many tokens the cache holds {what},")
@@ -161,51 +161,53 @@ class TestLookaheadCommit:
         holds(got is None, f"commit returned something {what}; there is no row yet.", actual=got)
         equal(own.cache.num_tokens, 0, f"how many tokens the cache holds, {what},")
 
-    def test_as_guessed(self, code):
-        self.check(code, [21, 22, 23], [*PROMPT, 21], "where 21, 22, 23 were guessed and 21 has come")
+    def test_as_proposed(self, code):
+        self.check(code, [21, 22, 23], [*PROMPT, 21], "where 21, 22, 23 were proposed and 21 has come")
 
-    def test_all_as_guessed(self, code):
+    def test_all_as_proposed(self, code):
         own = self.lookahead(code, [21, 22, 23])
         for i, text in enumerate(([*PROMPT, 21], [*PROMPT, 21, 22], [*PROMPT, 21, 22, 23])):
             got = own.commit(text)
-            what = f"where 21, 22, 23 were guessed and the first {i + 1} of them have come"
+            what = f"where 21, 22, 23 were proposed and the first {i + 1} of them have come"
             holds(got is not None, f"commit returned None {what}: the row is there.", actual="None")
             close(got, code.llama_pytorch.recompute(tiny(code), text), f"the logits that commit returns {what},")
         equal(
-            own.cache.num_tokens, 9, "how many tokens the cache holds, where three guesses behind 6 tokens have come,"
+            own.cache.num_tokens,
+            9,
+            "how many tokens the cache holds, where three draft tokens behind 6 tokens have come,",
         )
 
-    def test_not_as_guessed(self, code):
-        what = "where 21, 22, 23 were guessed and 7 has come"
+    def test_not_as_proposed(self, code):
+        what = "where 21, 22, 23 were proposed and 7 has come"
         self.refused(code, [21, 22, 23], [*PROMPT, 7], PROMPT, what)
 
-    def test_the_second_is_not_as_guessed(self, code):
+    def test_the_second_is_not_as_proposed(self, code):
         own = self.lookahead(code, [21, 22, 23])
         own.commit([*PROMPT, 21])
         got = own.commit([*PROMPT, 21, 7])
-        what = "where 21, 22, 23 were guessed and 21, 7 has come"
+        what = "where 21, 22, 23 were proposed and 21, 7 has come"
         holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
         equal(own.cache.num_tokens, 7, f"how many tokens the cache holds {what},")
         equal(list(own.cached_token_ids), [*PROMPT, 21], f"cached_token_ids {what},")
 
     def test_the_same_token_in_another_place(self, code):
-        what = "where 21, 22, 23 were guessed and 22 has come first"
+        what = "where 21, 22, 23 were proposed and 22 has come first"
         self.refused(code, [21, 22, 23], [*PROMPT, 22], PROMPT, what)
 
-    def test_no_guess_for_it(self, code):
-        self.refused(code, [], [*PROMPT, 7], PROMPT, "where nothing was guessed and 7 has come")
+    def test_no_draft_token_for_it(self, code):
+        self.refused(code, [], [*PROMPT, 7], PROMPT, "where nothing was proposed and 7 has come")
 
-    def test_one_more_than_was_guessed(self, code):
+    def test_one_more_than_was_proposed(self, code):
         own = self.lookahead(code, [21, 22])
         for text in ([*PROMPT, 21], [*PROMPT, 21, 22]):
             own.commit(text)
         got = own.commit([*PROMPT, 21, 22, 7])
-        what = "where both guesses, 21 and 22, have come and then 7"
+        what = "where both draft tokens, 21 and 22, have come and then 7"
         holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
         equal(own.cache.num_tokens, 8, f"how many tokens the cache holds {what},")
 
     def test_the_same_logits_in_fewer_passes(self, code):
-        """A whole text, token by token, with guesses that are right twice, then wrong."""
+        """A whole text, token by token, with draft tokens that are right twice, then wrong."""
         text = [*PROMPT, 8, 1, 28, 4, 11, 19, 5, 5, 27, 10]
 
         def propose(token_ids):
@@ -214,19 +216,19 @@ class TestLookaheadCommit:
 
         own = code.Lookahead(tiny(code), 40, propose)
         for length in range(len(PROMPT), len(text)):
-            what = f"the logits after {length} tokens, where of each four guesses two are right,"
+            what = f"the logits after {length} tokens, where of each four draft tokens two are right,"
             got = answer(code, what, lambda known=text[:length]: own.next_logits(known))
             close(got, code.llama_pytorch.recompute(own.model, text[:length]), what)
-        equal(own.num_passes, 4, "how many passes 10 tokens take, where of each four guesses two are right,")
+        equal(own.num_passes, 4, "how many passes 10 tokens take, where of each four draft tokens two are right,")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Guesses that were drawn
+# Draft tokens that were sampled
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def drawn(code, target: list[float], draft: list[float], token_id: int, number: int) -> list[tuple[bool, int]]:
-    """What comes of a guess, for so many seeds."""
+    """What comes of a draft token, for so many seeds."""
     tensors = torch.tensor(target), torch.tensor(draft)
     found = []
     what = f"accept_or_recover, with target {target}, draft {draft}, token {token_id},"
@@ -247,12 +249,12 @@ def drawn(code, target: list[float], draft: list[float], token_id: int, number: 
 class TestAcceptOrRecover:
     def outcomes(self, code, target, draft, token_id, expected, why: str) -> None:
         got = sorted(set(drawn(code, target, draft, token_id, 150)))
-        what = f"what may come of token {token_id}, as (kept, token), target {target}, draft {draft} ({why}),"
+        what = f"what may come of token {token_id}, as (accepted, token), target {target}, draft {draft} ({why}),"
         equal(got, expected, what)
 
     def test_what_may_come_of_it(self, code):
-        """Each token has its part: the guess, one that both like as well, the missing one, one for the draft alone."""
-        why = "0.1 / 0.5 of the time it is kept; else only 2 is missing"
+        """The four kinds: the draft token, one as likely in both, the one that is lacking, one of the draft alone."""
+        why = "0.1 / 0.5 of the time it is accepted; else only 2 is lacking"
         self.outcomes(code, [0.1, 0.3, 0.6, 0.0], [0.5, 0.3, 0.1, 0.1], 0, [(False, 2), (True, 0)], why)
 
     def test_kept_where_the_target_likes_it_better(self, code):
@@ -281,7 +283,7 @@ class TestAcceptOrRecover:
         )
 
     def test_nothing_is_missing(self, code):
-        """The target does not quite sum to 1: the guess may be turned down where no other token lacks anything."""
+        """The target does not quite sum to 1: it may be rejected though no other token lacks anything."""
         target, draft = [0.3, 0.3, 0.3, 0.0], [0.4, 0.3, 0.3, 0.0]
         tokens = sorted({token for _, token in drawn(code, target, draft, 0, 100)})
         what = f"target {target}, draft {draft}: rounding has left nothing missing"
@@ -308,13 +310,13 @@ class TestAcceptOrRecover:
         close(shares, torch.tensor([0.0, 0.3, 0.3, 0.1]) / 0.7, what, atol=0.08)
 
     def test_distributed_as_the_target(self, code):
-        """Every token that the draft may guess, as often as it guesses it."""
+        """Every token that the draft may propose, as often as it proposes it."""
         target, draft = [0.4, 0.3, 0.05, 0.25], [0.1, 0.4, 0.4, 0.1]
         shares = torch.zeros(4)
         for token_id, probability in enumerate(draft):
             for _, token in drawn(code, target, draft, token_id, 300):
                 shares[token] += probability / 300
-        what = f"how often each token comes in all, of guesses from draft {draft}, target {target},"
+        what = f"how often each token comes in all, of draft tokens from draft {draft}, target {target},"
         close(shares, torch.tensor(target), what, atol=0.08)
 
 
@@ -325,67 +327,85 @@ def sure(*token_ids: int) -> torch.Tensor:
 
 @exercise("8.4", points=3, seconds=30)
 class TestRejectionSample:
-    def sampled(self, code, target, proposal, seed: int = 0) -> list[int]:
-        return code.rejection_sample(target, proposal, lambda i: code.draw_generator(seed, i))
+    def sampled(self, code, target, draft, draft_token_ids: list[int], seed: int = 0) -> list[int]:
+        def generator(i: int) -> torch.Generator:
+            return code.llama_pytorch.draw_generator(seed, i)
+
+        what = f"rejection_sample, with draft tokens {draft_token_ids},"
+        return answer(code, what, lambda: code.rejection_sample(target, draft, draft_token_ids, generator))
 
     def test_all_kept_and_the_bonus(self, code):
-        got = self.sampled(code, sure(1, 2, 3, 4), code.Proposal([1, 2, 3], sure(1, 2, 3)))
-        equal(got, [1, 2, 3, 4], "guesses 1, 2, 3, where target and draft are sure of them, and the target of 4 then,")
+        got = self.sampled(code, sure(1, 2, 3, 4), sure(1, 2, 3), [1, 2, 3])
+        equal(
+            got,
+            [1, 2, 3, 4],
+            "draft tokens 1, 2, 3, where target and draft are sure of them, and the target of 4 then,",
+        )
 
     def test_the_first_that_is_not_kept_ends_it(self, code):
-        got = self.sampled(code, sure(1, 4, 3, 2), code.Proposal([1, 2, 3], sure(1, 2, 3)))
-        equal(got, [1, 4], "guesses 1, 2, 3, where the target is sure of 1, 4, 3, 2,")
-        got = self.sampled(code, sure(4, 2, 3, 1), code.Proposal([1, 2, 3], sure(1, 2, 3)))
-        equal(got, [4], "guesses 1, 2, 3, where the target is sure of 4, 2, 3, 1,")
-        got = self.sampled(code, sure(1, 2, 0, 4), code.Proposal([1, 2, 3], sure(1, 2, 3)))
-        equal(got, [1, 2, 0], "guesses 1, 2, 3, where the target is sure of 1, 2, 0, 4,")
+        got = self.sampled(code, sure(1, 4, 3, 2), sure(1, 2, 3), [1, 2, 3])
+        equal(got, [1, 4], "draft tokens 1, 2, 3, where the target is sure of 1, 4, 3, 2,")
+        got = self.sampled(code, sure(4, 2, 3, 1), sure(1, 2, 3), [1, 2, 3])
+        equal(got, [4], "draft tokens 1, 2, 3, where the target is sure of 4, 2, 3, 1,")
+        got = self.sampled(code, sure(1, 2, 0, 4), sure(1, 2, 3), [1, 2, 3])
+        equal(got, [1, 2, 0], "draft tokens 1, 2, 3, where the target is sure of 1, 2, 0, 4,")
 
-    def test_no_guesses(self, code):
-        got = self.sampled(code, sure(3), code.Proposal([], torch.empty(0, 5)))
-        equal(got, [3], "no guesses, where the target is sure of 3,")
+    def test_no_draft_tokens(self, code):
+        got = self.sampled(code, sure(3), torch.empty(0, 5), [])
+        equal(got, [3], "no draft tokens, where the target is sure of 3,")
 
     def test_the_draft_of_the_same_place(self, code):
-        """The draft has no doubt about the second guess; of the first it had many."""
+        """The draft has no doubt about the second draft token; of the first it had many."""
         target = torch.stack([torch.full((5,), 0.2), torch.tensor([0.0, 0.0, 0.2, 0.8, 0.0]), sure(4)[0]])
-        proposal = code.Proposal([1, 2], torch.stack([torch.tensor([0.1, 0.2, 0.4, 0.1, 0.2]), sure(2)[0]]))
-        kept = sum(self.sampled(code, target, proposal, seed) == [1, 2, 4] for seed in range(200))
-        what = "how often the second guess is kept of 200 draws, where it has 0.2 in the target and 1 in the draft,"
+        draft = torch.stack([torch.tensor([0.1, 0.2, 0.4, 0.1, 0.2]), sure(2)[0]])
+        kept = sum(self.sampled(code, target, draft, [1, 2], seed) == [1, 2, 4] for seed in range(200))
+        what = (
+            "how often the second draft token is kept of 200 draws, where it has 0.2 in the target and 1 in the draft,"
+        )
         close(kept / 200, 0.2, what, atol=0.12)
 
     def test_the_bonus_is_drawn(self, code):
         target = torch.stack([sure(1)[0], torch.tensor([0.0, 0.0, 0.6, 0.4, 0.0])])
-        proposal = code.Proposal([1], sure(1))
-        got = sorted({tuple(self.sampled(code, target, proposal, seed)) for seed in range(60)})
+        got = sorted({tuple(self.sampled(code, target, sure(1), [1], seed)) for seed in range(60)})
         equal(
-            got, [(1, 2), (1, 3)], "what comes of guess 1 in 60 draws, where then the target has 0.6 for 2, 0.4 for 3,"
+            got,
+            [(1, 2), (1, 3)],
+            "what comes of draft token 1 in 60 draws, where then the target has 0.6 for 2, 0.4 for 3,",
         )
+
+    def test_the_bonus_is_distributed_as_the_last_row(self, code):
+        target = torch.stack([sure(1)[0], torch.tensor([0.0, 0.0, 0.6, 0.4, 0.0])])
+        draft = torch.tensor([[0.0, 0.5, 0.5, 0.0, 0.0]])
+        count = sum(self.sampled(code, target, draft, [1], seed) == [1, 2] for seed in range(200))
+        what = "how often the bonus is 2 in 200 draws, where the last row of the target has 0.6 for 2 and 0.4 for 3,"
+        close(count / 200, 0.6, what, atol=0.12)
 
     def test_each_place_has_its_own_randomness(self, code):
         asked = []
 
         def generator(i: int) -> torch.Generator:
             asked.append(i)
-            return code.draw_generator(0, i)
+            return code.llama_pytorch.draw_generator(0, i)
 
-        got = code.rejection_sample(sure(1, 2, 3, 4), code.Proposal([1, 2, 3], sure(1, 2, 3)), generator)
-        what = "(tokens, what `generator` was called with), where three guesses are kept and a bonus is drawn,"
+        got = code.rejection_sample(sure(1, 2, 3, 4), sure(1, 2, 3), [1, 2, 3], generator)
+        what = "(tokens, what `generator` was called with), where three draft tokens are kept and a bonus is drawn,"
         equal((got, asked), ([1, 2, 3, 4], [0, 1, 2, 3]), what)
 
     def test_distributed_as_the_target(self, code):
         """Pairs of tokens in which each depends on the one before; the draft has other ideas."""
         first, then = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([[0.1, 0.6, 0.3], [0.7, 0.1, 0.2], [0.3, 0.3, 0.4]])
-        guess, next_guess = (
+        first_draft, next_draft = (
             torch.tensor([0.2, 0.3, 0.5]),
             torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.1, 0.2, 0.7]]),
         )
         shares = torch.zeros(3, 3)
         for one in range(3):
             for two in range(3):
-                weight = guess[one] * next_guess[one, two] / 150
+                weight = first_draft[one] * next_draft[one, two] / 150
                 target = torch.stack([first, then[one], then[two]])
-                proposal = code.Proposal([one, two], torch.stack([guess, next_guess[one]]))
+                draft = torch.stack([first_draft, next_draft[one]])
                 for seed in range(150):
-                    tokens = self.sampled(code, target, proposal, 1000 * (3 * one + two) + seed)
+                    tokens = self.sampled(code, target, draft, [one, two], 1000 * (3 * one + two) + seed)
                     holds(tokens, "rejection_sample returned no token at all; each run brings one at least.", actual=[])
                     if len(tokens) > 1:
                         shares[tokens[0], tokens[1]] += weight
@@ -395,7 +415,7 @@ class TestRejectionSample:
         close(
             shares,
             expected,
-            "how often each pair of tokens comes, of guesses from a draft with other ideas,",
+            "how often each pair of tokens comes, of draft tokens from a draft with other ideas,",
             atol=0.07,
         )
 
@@ -407,15 +427,15 @@ class TestRejectionSample:
 
 @exercise("8.7")
 class TestExpectedTokens:
-    def check(self, code, rate: float, num_guesses: int, expected: float) -> None:
-        what = f"expected_tokens({rate}, {num_guesses})"
-        close(answer(code, what, lambda: code.expected_tokens(rate, num_guesses)), expected, what)
+    def check(self, code, rate: float, num_draft_tokens: int, expected: float) -> None:
+        what = f"expected_tokens({rate}, {num_draft_tokens})"
+        close(answer(code, what, lambda: code.expected_tokens(rate, num_draft_tokens)), expected, what)
 
     def test_by_hand(self, code):
         self.check(code, 0.5, 2, 1.75)
         self.check(code, 0.8, 4, 3.3616)
 
-    def test_no_guesses(self, code):
+    def test_no_draft_tokens(self, code):
         self.check(code, 0.7, 0, 1.0)
 
     def test_never_and_always_right(self, code):
@@ -424,7 +444,7 @@ class TestExpectedTokens:
         self.check(code, 1.0, 0, 1.0)
 
     def test_by_enumeration(self, code):
-        """Each of eight runs of three guesses, right or wrong, and what it brings."""
+        """Each of eight runs of three draft tokens, right or wrong, and what it brings."""
         rate, total = 0.6, 0.0
         for run in range(8):
             is_right = [bool(run >> i & 1) for i in range(3)]
@@ -450,7 +470,7 @@ class TestChooseK:
         self.check(code, 0.5, [10.0, 30.0, 9.0, 9.5, 10.0, 12.0], 3, why)
 
     def test_none_where_it_does_not_pay(self, code):
-        self.check(code, 0.0, [10.0, 10.5, 11.0], 0, "no guess is ever right")
+        self.check(code, 0.0, [10.0, 10.5, 11.0], 0, "no draft token is ever right")
         self.check(code, 0.2, [10.0, 13.0, 16.0], 0, "0.1, 0.092 and 0.078 tokens a second")
 
     def test_of_equals_the_smallest(self, code):
@@ -458,7 +478,7 @@ class TestChooseK:
         self.check(code, 1.0, [1.0, 2.0, 3.0, 4.0], 0, "a token a second, whatever k is")
         self.check(code, 1.0, [8.0, 2.0, 3.0], 1, "0.125 tokens a second, then 1, then 1")
 
-    def test_a_step_that_is_slow_with_few_guesses(self, code):
+    def test_a_step_that_is_slow_with_few_draft_tokens(self, code):
         self.check(code, 1.0, [1.0, 8.0, 2.0], 2, "1, 0.25 and 1.5 tokens a second")
 
     def test_one_choice(self, code):
@@ -469,14 +489,14 @@ class TestChooseK:
 class TestAcceptanceObserve:
     def check(self, code, runs: list[tuple[int, int]], right: float, tried: float) -> None:
         own = code.Acceptance()
-        for num_guesses, num_accepted in runs:
-            own.observe(num_guesses, num_accepted)
+        for num_draft_tokens, num_accepted in runs:
+            own.observe(num_draft_tokens, num_accepted)
         what = "the rate (it begins at 1 / 2) after " + ", then ".join(
-            f"{accepted} of {guesses} right" for guesses, accepted in runs
+            f"{accepted} of {drafts} right" for drafts, accepted in runs
         )
         close(own.rate, right / tried, what)
 
-    def test_one_guess_a_step(self, code):
+    def test_one_draft_token_a_step(self, code):
         self.check(code, [(1, 1)], 1 * 0.9 + 1, 2 * 0.9 + 1)
         self.check(code, [(1, 0)], 1 * 0.9, 2 * 0.9 + 1)
 
@@ -493,11 +513,11 @@ class TestAcceptanceObserve:
     def test_newer_ones_weigh_more(self, code):
         self.check(code, [(2, 2), (3, 1)], 0.9**4 + 2 * 0.9**2 + 1, 2 * 0.9**4 + 2 * 0.9**2 + 2)
 
-    def test_no_guesses(self, code):
+    def test_no_draft_tokens(self, code):
         self.check(code, [(0, 0)], 1, 2)
 
     def test_a_long_run(self, code):
-        """Runs of four guesses, each of which is right 3 times in 4."""
+        """Runs of four draft tokens, each of which is right 3 times in 4."""
         own, generator = code.Acceptance(), torch.Generator().manual_seed(0)
         rates = []
         for step in range(600):
@@ -508,13 +528,13 @@ class TestAcceptanceObserve:
         close(
             mean,
             0.75,
-            "the mean rate over 500 steps with four guesses each, where each is right 3 times in 4,",
+            "the mean rate over 500 steps with four draft tokens each, where each is right 3 times in 4,",
             atol=0.1,
         )
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who guesses
+# What proposes
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -537,20 +557,21 @@ class Drafting:
         self.model.register_forward_pre_hook(lambda module, arguments: self.passes.append(len(arguments[0])))
 
     def propose(self, requests, sampled: dict[str, list[int]], limits: dict[str, int], why: str = ""):
-        """A step of these requests has brought `sampled`. What is guessed then?"""
+        """These requests' step has yielded `sampled`. Returns the drafts by request id."""
         self.passes.clear()
+        drafts = [
+            self.code.Draft(each, [*each.prompt_token_ids, *each.output_token_ids, *sampled[id]], limits[id])
+            for each in requests
+            for id in [each.request_id]
+        ]
         what = f"propose, with limits {limits}{why or f' and {sampled} just sampled,'}"
         with torch.inference_mode():
             self.proposer.follow(self.code.SchedulerOutput(1, list(requests)))
-            got = answer(self.code, what, lambda: self.proposer.propose(requests, sampled, limits))
-        holds(
-            isinstance(got, dict) and all(isinstance(each, self.code.Proposal) for each in got.values()),
-            f"propose returned {got!r}, expected a dictionary: for each request's id its Proposal.",
-        )
-        return got
+            answer(self.code, what, lambda: self.proposer.propose(drafts))
+        return {draft.request.request_id: draft for draft in drafts}
 
     def tokens(self, got) -> dict[str, list[int]]:
-        return {id: list(each.token_ids) for id, each in sorted(got.items())}
+        return {id: list(draft.draft_token_ids) for id, draft in sorted(got.items())}
 
     def logits(self, text: list[int]) -> torch.Tensor:
         """What the draft says after a text, without any cache."""
@@ -573,9 +594,13 @@ class TestDraftProposerPropose:
     def test_one_request(self, code):
         own = Drafting(code)
         got = own.propose([scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7])], {"a": [17]}, {"a": 3})
-        equal(own.tokens(got), {"a": own.continued([*PROMPT, 17], 3)}, "three guesses for a, which has been given 17,")
-        equal(got["a"].probs, None, "the probabilities of guesses that were not drawn (temperature 0)")
-        what = "how many tokens each pass computes (6 of the prompt and the new one, then a guess, then another)"
+        equal(
+            own.tokens(got),
+            {"a": own.continued([*PROMPT, 17], 3)},
+            "three draft tokens for a, which has been given 17,",
+        )
+        equal(got["a"].probs, [], "the distributions of draft tokens that were not sampled (temperature 0)")
+        what = "how many tokens each pass computes (6 of the prompt and the new one, then a draft token, then another)"
         equal(own.passes, [7, 1, 1], what)
 
     def test_two_requests(self, code):
@@ -583,7 +608,7 @@ class TestDraftProposerPropose:
         requests = [scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7]), scheduled(code, "b", 0, LONG, 9, [1, 0, 9, 3])]
         got = own.propose(requests, {"a": [17], "b": [8]}, {"a": 3, "b": 3})
         expected = {"a": own.continued([*PROMPT, 17], 3), "b": own.continued([*LONG, 8], 3)}
-        equal(own.tokens(got), expected, "three guesses for each of two requests")
+        equal(own.tokens(got), expected, "three draft tokens for each of two requests")
         equal(own.passes, [17, 2, 2], "how many tokens each pass computes, of two requests with 7 and 10 tokens,")
 
     def test_each_has_its_limit(self, code):
@@ -594,38 +619,40 @@ class TestDraftProposerPropose:
             scheduled(code, "c", 0, LONG[:4], 4, [10, 11]),
         ]
         got = own.propose(requests, {"a": [17], "b": [8], "c": [20]}, {"a": 1, "b": 3, "c": 0})
-        expected = {"a": own.continued([*PROMPT, 17], 1), "b": own.continued([*LONG, 8], 3)}
-        equal(own.tokens(got), expected, "the guesses, with limits a: 1, b: 3, c: 0,")
-        equal(own.passes, [17, 1, 1], "how many tokens each pass computes, of a (7 tokens, 1 guess) and b (10, 3),")
+        expected = {"a": own.continued([*PROMPT, 17], 1), "b": own.continued([*LONG, 8], 3), "c": []}
+        equal(own.tokens(got), expected, "the draft tokens, with limits a: 1, b: 3, c: 0,")
+        equal(
+            own.passes, [17, 1, 1], "how many tokens each pass computes, of a (7 tokens, 1 draft token) and b (10, 3),"
+        )
 
-    def test_nobody_may_guess(self, code):
+    def test_no_draft_tokens_allowed(self, code):
         own = Drafting(code)
         got = own.propose([scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7])], {"a": [17]}, {"a": 0})
-        equal(own.tokens(got), {}, "the guesses with a limit of 0")
+        equal(own.tokens(got), {"a": []}, "the draft tokens with a limit of 0")
         equal(own.passes, [], "how many tokens each pass computes then")
 
     def after_a_step(self, code, sampled: list[int], number: int = 2):
-        """Three guesses were made behind 17; the step that verifies them brings `sampled`."""
+        """Three draft tokens were made behind 17; the step that verifies them brings `sampled`."""
         own = Drafting(code)
         table = [5, 2, 7, 8]
         first = own.propose([scheduled(code, "a", 0, PROMPT, 6, table)], {"a": [17]}, {"a": 3})
-        guesses = first["a"].token_ids
-        sampled = [guesses[i] if token is None else token for i, token in enumerate(sampled)]
+        drafts = first["a"].draft_token_ids
+        sampled = [drafts[i] if token is None else token for i, token in enumerate(sampled)]
         got = own.propose([scheduled(code, "a", 6, [*PROMPT, 17], 6, table)], {"a": sampled}, {"a": number})
         return own, own.tokens(got), {"a": own.continued([*PROMPT, 17, *sampled], number)}
 
-    def test_after_guesses_that_were_right(self, code):
+    def test_after_draft_tokens_that_were_right(self, code):
         own, got, expected = self.after_a_step(code, [None, None, None, 12])
-        equal(got, expected, "two guesses, after three were right and a fourth token came with them,")
+        equal(got, expected, "two draft tokens, after three were right and a fourth token came with them,")
         holds(
             own.passes in ([5, 1], [4, 1], [2, 1]),
             f"The passes compute {own.passes} tokens: the draft has most of the text in its cache. Is that noted?",
             actual=list(own.passes),
         )
 
-    def test_after_guesses_that_were_wrong(self, code):
+    def test_after_draft_tokens_that_were_wrong(self, code):
         own, got, expected = self.after_a_step(code, [12])
-        equal(got, expected, "two guesses, after three were wrong,")
+        equal(got, expected, "two draft tokens, after three were wrong,")
         holds(
             own.passes in ([2, 1], [1, 1]),
             f"The passes compute {own.passes} tokens: the draft has most of the text in its cache. Is that noted?",
@@ -634,7 +661,7 @@ class TestDraftProposerPropose:
 
     def test_after_one_of_three_was_right(self, code):
         _, got, expected = self.after_a_step(code, [None, 12])
-        equal(got, expected, "two guesses, after one of three was right,")
+        equal(got, expected, "two draft tokens, after one of three was right,")
 
     def test_not_asked_for_a_while(self, code):
         own, table = Drafting(code), [5, 2, 7, 8]
@@ -642,58 +669,66 @@ class TestDraftProposerPropose:
         own.propose([scheduled(code, "a", 6, [*PROMPT, 17], 6, table)], {"a": [19]}, {"a": 0})
         got = own.propose([scheduled(code, "a", 7, [*PROMPT, 17, 19], 6, table)], {"a": [1]}, {"a": 2})
         expected = own.continued([*PROMPT, 17, 19, 1], 2)
-        equal(own.tokens(got), {"a": expected}, "two guesses for a request that made none in the two steps before")
+        equal(own.tokens(got), {"a": expected}, "two draft tokens for a request that made none in the two steps before")
 
     def within(self, own, table: list[int], why: str) -> int:
-        """How many guesses are made of a limit of 5, behind 7 tokens."""
+        """How many draft tokens are made of a limit of 5, behind 7 tokens."""
         request = scheduled(own.code, "a", 0, PROMPT, 6, table)
         got = own.propose([request], {"a": [17]}, {"a": 5}, f" and {why}, should make fewer; it")
-        return len(own.tokens(got).get("a", []))
+        return len(own.tokens(got)["a"])
 
     def test_no_more_than_there_are_slots_for(self, code):
-        why = "one slot left in two blocks of 4 (the last guess needs none)"
-        equal(self.within(Drafting(code), [5, 2], why), 2, f"how many guesses are made, with {why},")
+        why = "one slot left in two blocks of 4 (the last draft token needs none)"
+        equal(self.within(Drafting(code), [5, 2], why), 2, f"how many draft tokens are made, with {why},")
 
     def test_no_more_than_there_are_positions_for(self, code):
-        why = "two of the draft's 9 positions left (the last guess needs none)"
+        why = "two of the draft's 9 positions left (the last draft token needs none)"
         got = self.within(Drafting(code, positions=9), [5, 2, 7, 8], why)
-        equal(got, 3, f"how many guesses are made, with {why},")
+        equal(got, 3, f"how many draft tokens are made, with {why},")
 
     def test_no_room_at_all(self, code):
         why = "more tokens than the draft has positions"
-        equal(self.within(Drafting(code, positions=6), [5, 2, 7, 8], why), 0, f"how many guesses are made, with {why},")
+        equal(
+            self.within(Drafting(code, positions=6), [5, 2, 7, 8], why),
+            0,
+            f"how many draft tokens are made, with {why},",
+        )
 
-    def test_drawn(self, code):
+    def test_sampled(self, code):
         own = Drafting(code)
         text, params = [*PROMPT, 17], dict(temperature=0.8, top_k=12, seed=11)
         got = own.propose([scheduled(code, "a", 0, PROMPT, 4, [5, 2, 7], **params)], {"a": [17]}, {"a": 3})["a"]
-        rows, guesses = [], []
+        rows, drafts = [], []
         for place in range(3):
             rows.append(code.sampling_probs(own.logits(text), code.SamplingParams(**params)))
-            seed = code.stable_hash(11, code.DRAFT)
-            guesses.append(int(torch.multinomial(rows[-1], 1, generator=code.draw_generator(seed, 3 + place))))
-            text.append(guesses[-1])
-        what = "three guesses at temperature 0.8, for places 3, 4 and 5 of the output: `draw` is told what is new, "
-        equal(list(got.token_ids), guesses, what + "17, then also the first guess, then also the second; this")
-        sentence = "The guesses were drawn, at temperature 0.8; the proposal has no probabilities with them."
-        holds(got.probs is not None, sentence, actual="None")
-        close(got.probs, torch.stack(rows), "the probabilities (k, V) that three guesses were drawn from")
+            seed = code.llama_pytorch.stable_hash(11, code.DRAFT_SEED)
+            generator = code.llama_pytorch.draw_generator(seed, 3 + place)
+            drafts.append(int(torch.multinomial(rows[-1], 1, generator=generator)))
+            text.append(drafts[-1])
+        what = "three draft tokens at temperature 0.8, for positions 3, 4 and 5 of the output,"
+        equal(list(got.draft_token_ids), drafts, what)
+        equal(len(got.probs), 3, "how many distributions a draft has with three tokens sampled at temperature 0.8")
+        close(
+            torch.stack(got.probs),
+            torch.stack(rows),
+            "the distributions (V,) that three draft tokens were sampled from",
+        )
 
-    def test_some_drawn_and_some_not(self, code):
+    def test_some_sampled_and_some_not(self, code):
         own = Drafting(code)
         requests = [
             scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7], temperature=1.0, seed=3),
             scheduled(code, "b", 0, LONG, 9, [1, 0, 9, 3]),
         ]
         got = own.propose(requests, {"a": [17], "b": [8]}, {"a": 2, "b": 3})
-        equal(own.tokens(got)["b"], own.continued([*LONG, 8], 3), "b's guesses, at temperature 0, beside a, at 1,")
-        holds(got["a"].probs is not None, "a's guesses were drawn; the proposal has no probabilities.", actual="None")
-        equal(got["b"].probs, None, "the probabilities of b's guesses, at temperature 0, beside a, at 1,")
-        expected = torch.stack([own.logits([*PROMPT, 17, *got["a"].token_ids[:i]]).softmax(-1) for i in range(2)])
-        close(got["a"].probs, expected, "the probabilities of a's guesses, at temperature 1")
+        equal(own.tokens(got)["b"], own.continued([*LONG, 8], 3), "b's draft tokens, at temperature 0, beside a, at 1,")
+        equal(got["b"].probs, [], "the distributions of b's draft tokens, at temperature 0, beside a, at 1,")
+        equal(len(got["a"].probs), 2, "how many distributions a has with two draft tokens sampled at temperature 1,")
+        expected = [own.logits([*PROMPT, 17, *got["a"].draft_token_ids[:i]]).softmax(-1) for i in range(2)]
+        close(torch.stack(got["a"].probs), torch.stack(expected), "the distributions of a's draft tokens")
 
     def test_penalties_know_of_what_has_just_come(self, code):
-        """What has come in the output is less likely: the sampled token, and each guess for those behind it."""
+        """What has come in the output is less likely: the sampled token, and each draft token for those behind it."""
         own = Drafting(code)
         text = [*PROMPT, *own.continued(PROMPT, 2)]
         sampled = text[6:]
@@ -702,7 +737,7 @@ class TestDraftProposerPropose:
             text.append(int((own.logits(text) - 1.5 * counts - 2.0 * (counts > 0)).argmax()))
         request = scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7], presence_penalty=2.0, frequency_penalty=1.5)
         got = own.propose([request], {"a": sampled}, {"a": 4})
-        what = f"four guesses behind {sampled}, with a presence_penalty of 2 and a frequency_penalty of 1.5,"
+        what = f"four draft tokens behind {sampled}, with a presence_penalty of 2 and a frequency_penalty of 1.5,"
         equal(own.tokens(got), {"a": text[8:]}, what)
 
 
@@ -724,7 +759,7 @@ class Words:
 
 @together(seconds=120)
 class TestTogether:
-    """Your whole file: the same tokens as without guesses, alone and in an engine with hardly enough blocks."""
+    """Your whole file: the same tokens as without draft tokens, alone and in an engine with hardly enough blocks."""
 
     def prompts(self) -> list[list[int]]:
         return [[1 + (i * j) % 7 for j in range(1, 4 + 3 * i)] for i in range(1, 6)]
@@ -749,7 +784,9 @@ class TestTogether:
             draft = model if kind == "the model itself" else tiny(code, 5, 1)
             proposer = code.DraftProposer(draft, code.PagedKVCache(draft, 8, 4))
             own.scheduler.num_lookahead_tokens = 3
-        own.executor = LocalExecutor(code.SpeculativeRunner(model, cache, proposer, code.Pace(3, is_adaptive)))
+        own.executor = LocalExecutor(
+            code.SpeculativeRunner(model, cache, proposer, code.AdaptiveSpeculation(3, is_adaptive))
+        )
         return own
 
     def test_in_an_engine(self, code):
@@ -765,14 +802,18 @@ class TestTogether:
             own = self.engine(code, kind, False)
             outputs = own.generate(prompts, params, progress=False)
             got = [output.token_ids for output in outputs]
-            equal(got, expected, f"the tokens of five requests in eight blocks, guesses from {kind}")
+            equal(got, expected, f"the tokens of five requests in eight blocks, draft tokens from {kind}")
             equal(own.manager.pool.num_free_blocks, 8, "how many of 8 blocks are free when all have finished")
-            holds(own.metrics().num_draft_tokens > 0, f"Nobody guessed, though there were guesses from {kind}.")
+            holds(
+                own.metrics().num_draft_tokens > 0, f"Nothing was proposed, though there were draft tokens from {kind}."
+            )
         rate = own.metrics().acceptance_rate
-        holds(rate > 0.9, f"Of the guesses of the very same model {rate:.0%} were accepted; all but a few should be.")
+        holds(
+            rate > 0.9, f"Of the draft tokens of the very same model {rate:.0%} were accepted; all but a few should be."
+        )
 
     def test_drawn(self, code):
-        """Guesses that are not drawn change no draw; of one's own guesses, drawn, nearly all are accepted."""
+        """Draft tokens that are not drawn change no draw; of one's own draft tokens, drawn, nearly all are accepted."""
         prompts = self.prompts()
         params = [code.SamplingParams(max_tokens=8, temperature=0.7, seed=i, ignore_eos=True) for i in range(5)]
         expected = [
@@ -780,11 +821,12 @@ class TestTogether:
             for prompt, each in zip(prompts, params)
         ]
         got = [each.token_ids for each in self.engine(code, "n-grams", True).generate(prompts, params, progress=False)]
-        equal(got, expected, "the tokens of five requests at temperature 0.7, guesses from n-grams")
+        equal(got, expected, "the tokens of five requests at temperature 0.7, draft tokens from n-grams")
         own = self.engine(code, "the model itself", True)
         outputs = own.generate(prompts, params, progress=False)
         equal([len(output.token_ids) for output in outputs], [8] * 5, "how many tokens each of five requests gets")
         rate = own.metrics().acceptance_rate
         holds(
-            rate > 0.9, f"Of the drawn guesses of the very same model {rate:.0%} were accepted; nearly all should be."
+            rate > 0.9,
+            f"Of the sampled draft tokens of the very same model {rate:.0%} were accepted; nearly all should be.",
         )

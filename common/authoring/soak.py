@@ -2,7 +2,7 @@
 
     make soak MINUTES=10
 
-Each run has a number, from which all of it follows: a model, who guesses and how many, the size of the pool, who makes
+Each run has a number, from which all of it follows: a model, its draft tokens, the size of the pool, who makes
 room and how, what the requests ask for and who loses patience. One in twenty goes over two processes. After every step
 the books are checked. Tokens that were drawn with a draft's help are others than without; that they are as likely is
 judged over all runs, at the end. The first run that fails ends it, with the command that does that run again.
@@ -39,13 +39,13 @@ COUNTED = {
     "swaps_in": ("blocks swapped in", 60),
     "aborted": ("requests aborted", 20),
     "interrupts": ("steps interrupted", 60),
-    "guesses": ("guesses", 20),
+    "drafts": ("drafts", 20),
     "accepted": ("  accepted", 20),
     "rejected": ("  rejected", 20),
     "drawn": ("tokens drawn with a draft's help", 20),
     "runs with n-grams": ("runs with n-grams", 20),
     "runs with a draft": ("runs with a draft model", 20),
-    "runs, adaptive": ("runs with as many guesses as pay", 20),
+    "runs, adaptive": ("runs with as many draft tokens as pay", 20),
     "runs with tales": ("runs with tales", 20),
     "runs over processes": ("runs over two processes", 20),
     "runs, contiguous": ("runs with a contiguous cache", 60),
@@ -80,7 +80,7 @@ class Soak:
         return time.monotonic() - self.start
 
     def execute(self, run: Run) -> None:
-        with_whom = f", guesses: {run.guesser}" if run.guesser else ""
+        with_whom = f", draft tokens: {run.proposer_name}" if run.proposer_name else ""
         self.doing = f"run {run.seed}: {run.model}{with_whom}" + (" over two processes" if run.grid != (1, 1) else "")
         self.total.add(run.execute(self.models))
 
@@ -89,7 +89,7 @@ class Soak:
         return (
             f"{counts['runs']} runs, {total.num_outputs} answers, {total.num_steps} steps; "
             f"{counts['preemptions']} preemptions, {counts['swaps_out'] + counts['swaps_in']} blocks swapped, "
-            f"{counts['aborted']} aborted; guesses: {counts['accepted']} right, {counts['rejected']} wrong"
+            f"{counts['aborted']} aborted; draft tokens: {counts['accepted']} right, {counts['rejected']} wrong"
         )
 
     def render(self) -> Group:
@@ -115,7 +115,7 @@ class Soak:
             table.add_row(f"{self.total.num_steps if name == 'steps' else counts[name]:,}", label)
         if own := counts["own_accepted"] + counts["own_rejected"]:
             share = counts["own_accepted"] / own
-            table.add_row(f"{share:.1%}", "of a draft's guesses accepted where it is the target itself")
+            table.add_row(f"{share:.1%}", "of a draft's draft tokens accepted where it is the target itself")
         return table
 
 

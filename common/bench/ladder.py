@@ -219,7 +219,7 @@ def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams
     metrics, totals = [output.metrics for output in outputs], serving.metrics()
     more = {"slots_per_token": totals.slots_per_token, "num_steps": totals.num_steps}
     if totals.num_draft_tokens:
-        more |= {"num_guesses": totals.num_draft_tokens, "acceptance_rate": totals.acceptance_rate}
+        more |= {"num_draft_tokens": totals.num_draft_tokens, "acceptance_rate": totals.acceptance_rate}
     slots, size = peak * serving.config.block_size, serving.model.model.norm.weight.element_size()
     return Run(
         seconds,
@@ -417,7 +417,7 @@ def row(load: Load, done: list[Run], ties: int) -> dict:
 def show(results: list[dict]) -> None:
     """The ladder as a table; ratios are to transformers, where it was measured."""
     table = Table(box=None, header_style="dim", padding=(0, 1))
-    for column in ("", "tokens/s", "x", "first token", "a token", "GB/s", "weights", "cache", "guesses right"):
+    for column in ("", "tokens/s", "x", "first token", "a token", "GB/s", "weights", "cache", "draft tokens right"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for result in results:
         table.add_row(f"[bold]{result['name']}[/]")

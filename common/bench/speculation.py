@@ -90,7 +90,7 @@ class Case:
     prompts: list[list[int]]
     params: list[SamplingParams]
     is_repetitive: bool | None = None  # whether the answers repeat their prompts; None: not chosen so
-    fixed: tuple[int, ...] = ()  # numbers of guesses that are also measured unadapted
+    fixed: tuple[int, ...] = ()  # numbers of draft tokens that are also measured unadapted
     rounds: int = 3
 
 
@@ -251,7 +251,7 @@ def row(done: list[Run], without: list[Run], ties: int) -> dict:
     """What is told of one way's runs. without: those of no speculation, round for round."""
     ratios = [each.tokens_per_second / other.tokens_per_second for each, other in zip(done, without)]
     num_tokens = sum(map(len, done[0].tokens))
-    num_guesses, rate = (done[0].more.get(key, 0) for key in ("num_guesses", "acceptance_rate"))
+    num_draft_tokens, rate = (done[0].more.get(key, 0) for key in ("num_draft_tokens", "acceptance_rate"))
     return {
         "tokens_per_second": statistics.median(each.tokens_per_second for each in done),
         "rounds": [each.tokens_per_second for each in done],
@@ -260,17 +260,17 @@ def row(done: list[Run], without: list[Run], ties: int) -> dict:
         "time_to_first_token": statistics.median(statistics.mean(each.first_token) for each in done),
         "time_per_output_token": statistics.median(statistics.mean(each.per_token or [0.0]) for each in done),
         "num_steps": done[0].more["num_steps"],
-        "num_guesses": num_guesses,
-        "acceptance_rate": rate if num_guesses else None,
-        # Each step brings a request one token, and what was guessed right.
-        "tokens_per_step": num_tokens / (num_tokens - round(rate * num_guesses)),
+        "num_draft_tokens": num_draft_tokens,
+        "acceptance_rate": rate if num_draft_tokens else None,
+        # Each step brings a request one token, and what was proposed right.
+        "tokens_per_step": num_tokens / (num_tokens - round(rate * num_draft_tokens)),
         "near_ties": ties,
     }
 
 
 def show(rows: list[dict]) -> None:
     table = Table(box=None, header_style="dim", padding=(0, 1))
-    for column in ("", "tokens/s", "x", "guesses", "right", "tokens/step", "near-ties"):
+    for column in ("", "tokens/s", "x", "drafts", "right", "tokens/step", "near-ties"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for each in rows:
         table.add_row(f"[bold]{each['num_streams']} x {each['name']}[/]")
@@ -280,7 +280,7 @@ def show(rows: list[dict]) -> None:
                 "  " + way,
                 f"{told['tokens_per_second']:.1f}",
                 f"{told['ratio']:.2f}",
-                str(told["num_guesses"]),
+                str(told["num_draft_tokens"]),
                 "" if rate is None else f"{rate:.0%}",
                 f"{told['tokens_per_step']:.2f}",
                 str(told["near_ties"]),

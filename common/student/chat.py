@@ -44,7 +44,7 @@ class Reply:
     seconds: float
     seconds_to_text: float | None
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    num_draft_tokens: int = 0  # guesses that were verified
+    num_draft_tokens: int = 0  # draft tokens that were verified
     num_accepted_tokens: int = 0  # and were right
 
     def summary(self) -> str:
@@ -59,7 +59,7 @@ class Reply:
         if self.num_cached_tokens:
             parts.append(f"{self.num_cached_tokens} of the prompt's tokens were in the cache")
         if self.num_draft_tokens:
-            parts.append(f"{self.num_accepted_tokens} of {self.num_draft_tokens} guesses were right")
+            parts.append(f"{self.num_accepted_tokens} of {self.num_draft_tokens} draft tokens were right")
         if self.finish_reason == "length":
             parts.append("cut off at the length limit")
         return ", ".join(parts)

@@ -146,5 +146,5 @@ def report(engine, outputs: list) -> Group:
         f"{totals.num_preemptions} preemptions",
     ]
     if totals.num_draft_tokens:
-        words.append(f"{totals.num_accepted_tokens} of {totals.num_draft_tokens} guesses right")
+        words.append(f"{totals.num_accepted_tokens} of {totals.num_draft_tokens} draft tokens right")
     return Group(Text(""), table, Text(note, "dim"), Text(""), Text(", ".join(words) + "."))

@@ -42,7 +42,7 @@ from solutions.llama_pytorch import (
 from solutions.paged_attention import AttentionMetadata, PagedKVCache, hash_block
 from solutions.quantization import Int8KVCache, Quantization, load_quantized
 from solutions.scheduler import ModelRunnerOutput, Request, SchedulerOutput
-from solutions.speculative import DraftProposer, SpeculativeRunner, StepTimes
+from solutions.speculative import AdaptiveSpeculation, DraftProposer, SpeculativeRunner
 
 MAX_MODEL_LEN = 64
 END = 3
@@ -85,9 +85,9 @@ class Pipelined(LocalExecutor):
 
 
 class GuessingRunner(ModelRunner):
-    """Makes guesses, few of them right, and verifies them: a guess is accepted if it is what is sampled anyway.
+    """Makes draft tokens, few of them right, and verifies them: a draft token is accepted if it is sampled anyway.
 
-    The reference's sampling depends on the seed and the index alone, so this changes no token, and every rejected guess
+    The reference's sampling depends on the seed and the index alone, so this changes no token, and every rejected one
     has left its key and value in some block.
     """
 
@@ -102,7 +102,7 @@ class GuessingRunner(ModelRunner):
                 continue
             rows = logits[start : start + each.num_spec_tokens + 1]
             start += len(rows)
-            guesses = each.token_ids[len(each.token_ids) - each.num_spec_tokens :]
+            drafts = each.token_ids[len(each.token_ids) - each.num_spec_tokens :]
             tokens: list[int] = []
             for i, row in enumerate(rows):
                 so_far = each.output_token_ids + tokens
@@ -111,7 +111,7 @@ class GuessingRunner(ModelRunner):
                 if each.params.logprobs is not None:
                     entry = top_logprobs(row, tokens[-1], each.params.logprobs)
                     output.logprobs.setdefault(each.request_id, []).append(entry)
-                if i < len(guesses) and guesses[i] != tokens[-1]:
+                if i < len(drafts) and drafts[i] != tokens[-1]:
                     break
             output.sampled_token_ids[each.request_id] = tokens
             likely = rows[-1].topk(3).indices.tolist()
@@ -263,9 +263,9 @@ class Watched:
     must ever answer.
     """
 
-    def __init__(self, inner: LocalExecutor, report: Report, budget: int, most_guesses: int | None = None):
+    def __init__(self, inner: LocalExecutor, report: Report, budget: int, max_draft_tokens: int | None = None):
         self.inner, self.report, self.budget, self.depth = inner, report, budget, inner.depth
-        self.most_guesses = most_guesses  # for a request in a step; None: whoever guesses knows no measure
+        self.max_draft_tokens = max_draft_tokens  # for a request in a step; None: whatever proposes knows no measure
         self.flying: deque[SchedulerOutput] = deque()
 
     def submit(self, plan: SchedulerOutput) -> None:
@@ -276,9 +276,9 @@ class Watched:
             "preempted in the step in which it was scheduled, or in flight"
         )
         assert plan.num_tokens <= self.budget
-        if self.most_guesses is not None:
+        if self.max_draft_tokens is not None:
             for each in plan.scheduled:
-                assert each.num_spec_tokens <= self.most_guesses
+                assert each.num_spec_tokens <= self.max_draft_tokens
                 assert not each.num_spec_tokens or each.sample_index + each.num_spec_tokens < each.max_tokens, each
         self.report.counts.update(
             swaps_out=len(plan.swaps_out), swaps_in=len(plan.swaps_in), copies=len(plan.copies),
@@ -292,7 +292,7 @@ class Watched:
     def collect(self) -> ModelRunnerOutput:
         plan, output = self.flying.popleft(), self.inner.collect()
         assert output.step_id == plan.step_id
-        self.report.counts.update(guesses=sum(each.num_spec_tokens for each in plan.scheduled))
+        self.report.counts.update(drafts=sum(each.num_spec_tokens for each in plan.scheduled))
         for each in plan.scheduled:
             if each.request_id in output.errors:
                 continue
@@ -341,7 +341,7 @@ class Texts:
         self.growing += [(request, []) for request in requests]
 
     def check(self, engine: Engine) -> None:
-        """Nobody finds what was only guessed, and whoever holds a block that can be found has computed that text."""
+        """Nobody finds what was only proposed, and whoever holds a block that can be found has computed that text."""
         size = self.block_size
         for request, hashes in self.growing:
             while (len(hashes) + 1) * size <= request.num_tokens:
@@ -376,26 +376,28 @@ class Texts:
                 value = block.block_hash.parent
 
 
-def check_guesser(engine: Engine, runner: SpeculativeRunner) -> None:
+def check_drafts(engine: Engine, runner: SpeculativeRunner) -> None:
     """What is kept outside the scheduler: nothing of requests that are gone, and no draft beyond its text."""
     scheduler, proposer = engine.scheduler, runner.proposer
     known = {*scheduler.requests, *scheduler.finished_ids}  # of these the next step will tell
-    kept = {"proposals": runner.proposals, "acceptances": runner.pace.acceptances}
+    kept = {"drafts": runner.drafts, "acceptances": runner.adaptive.acceptances}
     if isinstance(proposer, DraftProposer):
-        kept["draft tokens"] = proposer.num_computed
+        kept["computed counts"] = proposer.num_computed
     for what, each in kept.items():
         assert set(each) <= known, f"{what} of requests that are gone: {set(each) - known}"
-    for token_ids, probs in runner.proposals.values():
-        assert len(token_ids) <= runner.pace.num_speculative_tokens
-        if probs is not None:
+    for draft in runner.drafts.values():
+        token_ids = draft.draft_token_ids
+        assert len(token_ids) <= draft.limit <= runner.adaptive.num_speculative_tokens
+        if draft.probs:
+            probs = torch.stack(draft.probs)
             assert len(probs) == len(token_ids) and torch.allclose(probs.sum(-1), torch.ones(len(probs)).to(probs))
-            assert probs[range(len(probs)), token_ids].gt(0).all(), "a guess that cannot have been drawn"
+            assert probs[range(len(probs)), token_ids].gt(0).all(), "a draft token that cannot have been drawn"
     if isinstance(proposer, DraftProposer):
         for request in scheduler.running:
             if not request.in_flight:
-                proposal = runner.proposals.get(request.request_id)
-                end = request.num_tokens + max(0, len(proposal.token_ids) - 1 if proposal else 0)
-                assert proposer.num_computed[request.request_id] <= end, "the draft is ahead of its own guesses"
+                draft = runner.drafts.get(request.request_id)
+                end = request.num_tokens + max(0, len(draft.draft_token_ids) - 1 if draft else 0)
+                assert proposer.num_computed[request.request_id] <= end, "the draft is ahead of its own draft tokens"
 
 
 def watch_draft(proposer: DraftProposer) -> None:
@@ -425,15 +427,15 @@ def drive(
     """
     report, original, before = Report(), engine.executor, engine.metrics()
     executor, runner = original, getattr(getattr(original, "rank", original), "runner", None)
-    is_guessing, has_draft = isinstance(runner, SpeculativeRunner), getattr(engine, "has_draft", False)
+    is_draft_tokening, has_draft = isinstance(runner, SpeculativeRunner), getattr(engine, "has_draft", False)
     if isinstance(executor, LocalExecutor):
-        if rng.random() < 0.4 and not is_guessing:
+        if rng.random() < 0.4 and not is_draft_tokening:
             runner = GuessingRunner(runner.model, runner.cache, rng)
         executor = Pipelined(runner, rng.choice([2, 3])) if rng.random() < 0.4 else LocalExecutor(runner)
         engine.scheduler.depth = rng.choice([1, executor.depth])
         if may_be_interrupted and executor.depth == 1 and rng.random() < 0.5:
             interrupt_at_times(runner, rng)
-    if is_guessing and has_draft:
+    if is_draft_tokening and has_draft:
         watch_draft(runner.proposer)
     speculation = getattr(engine, "speculation", None)
     most = speculation.num_speculative_tokens if speculation else None
@@ -457,8 +459,8 @@ def drive(
             engine.executor.flying.clear()
         check_books(engine)
         texts.check(engine)
-        if is_guessing:
-            check_guesser(engine, runner)
+        if is_draft_tokening:
+            check_drafts(engine, runner)
         report.num_steps += 1
         assert report.num_steps < 20_000, "it does not end"
     assert engine.manager.pool.num_free_blocks == len(engine.manager.pool.blocks), "blocks leaked"
@@ -467,7 +469,7 @@ def drive(
         ask = asks[number]
         for child, params in zip([output, *output.siblings], ask.params.children()):
             if has_draft and params.temperature > 0:
-                draft = runner.proposer.model if is_guessing else None  # with stages it is in another process
+                draft = runner.proposer.model if is_draft_tokening else None  # with stages it is in another process
                 places = judge(child, oracle, ask.prompt, params, number in aborted, rng, draft)
                 report.places += places
                 report.counts["drawn"] += len(places)
@@ -479,7 +481,7 @@ def drive(
     if isinstance(original, LocalExecutor) and type(runner.cache) is (oracle.cache or PagedKVCache):
         texts.check_contents(engine, runner.cache, oracle)
     after = engine.metrics()
-    assert after.num_draft_tokens - before.num_draft_tokens == report.counts["guesses"]
+    assert after.num_draft_tokens - before.num_draft_tokens == report.counts["drafts"]
     assert after.num_accepted_tokens - before.num_accepted_tokens <= report.counts["accepted"]
     report.counts.update(cached=after.num_cached_tokens - before.num_cached_tokens, aborted=len(aborted))
     engine.executor = original
@@ -561,7 +563,7 @@ def place_of(token: int, probs: Tensor, draft: Tensor, rng: random.Random) -> fl
 
     Of tokens that were drawn from what they should be drawn from, the places are spread evenly, whatever the
     distributions were and however the line is ordered. Here those come first that the draft likes least, as measured by
-    what they should be: whatever favours its guesses shifts the places to the end.
+    what they should be: whatever favours its draft tokens shifts the places to the end.
     """
     assert probs[token] > 0, f"token {token} cannot have been drawn here"
     order = probs if draft is probs else probs / (draft + 1e-12)
@@ -642,23 +644,24 @@ class Models:
         return self.oracles[key]
 
 
-class MadeUpTimes(StepTimes):
-    """What steps take, made up: how many guesses pay changes all the time, and is the same in each run."""
+class MadeUpTimes(AdaptiveSpeculation):
+    """Durations of steps are made up: the number of draft tokens that pays varies, and is the same in each run."""
 
-    def __init__(self, rng: random.Random):
-        super().__init__()
-        self.rng = rng
+    def __init__(self, num_speculative_tokens: int, is_adaptive: bool, seed: int):
+        super().__init__(num_speculative_tokens, is_adaptive)
+        self.rng = random.Random(seed)
 
-    def observe(self, num_rows: int, seconds: float) -> None:
-        super().observe(num_rows, self.rng.choice([0.01, 0.1]) + self.rng.choice([0.001, 0.1]) * num_rows)
+    def observe_step(self, num_requests: int, num_draft_tokens: int, seconds: float) -> None:
+        fixed, each = self.rng.choice([0.01, 0.1]), self.rng.choice([0.001, 0.1])
+        super().observe_step(num_requests, num_draft_tokens, fixed + each * (num_requests + num_draft_tokens))
 
 
 def with_made_up_times(seed: int, make: Callable[[Llama, range], ModelRunner], model: Llama, layers: range):
     """A rank's runner, independent of the clock."""
     runner = make(model, layers)
     if isinstance(runner, SpeculativeRunner):
-        rng = random.Random(seed)
-        runner.pace.step_seconds, runner.pace.draft_seconds = MadeUpTimes(rng), MadeUpTimes(rng)
+        before = runner.adaptive
+        runner.adaptive = MadeUpTimes(before.num_speculative_tokens, before.is_adaptive, seed)
     return runner
 
 
@@ -702,7 +705,7 @@ class Run:
 
     seed: int
     model: str = ""  # of FAMILIES, or "tales"
-    guesser: str | None = None  # None, "ngram", or a draft
+    speculative: str | None = None  # None, "ngram", or a draft
     grid: tuple[int, int] = (1, 1)
     rounds: tuple[tuple[Ask, ...], ...] = field(default=(), repr=False)
     settings: dict = field(default_factory=dict)
@@ -711,13 +714,13 @@ class Run:
     def number(cls, seed: int, models: Models) -> Run:
         rng, place = random.Random(seed), seed % EVERY
         if place == EVERY - 1 or place % 7 == 3:
-            model, guesser = "tales", rng.choice([None, "ngram", "ngram", "tales-draft", "tales-draft", "tales"])
+            model, speculative = "tales", rng.choice([None, "ngram", "ngram", "tales-draft", "tales-draft", "tales"])
             grid = rng.choice([(2, 1), (1, 2)]) if place == EVERY - 1 else (1, 1)
             stories = [models.tales_tokenizer.encode(text) for text in TALES]
             num_rounds, num_asks = (2 if grid != (1, 1) else 1), 7
         else:
             model, grid, stories = rng.choice(list(FAMILIES)), (1, 1), STORIES
-            guesser = rng.choice([None, "ngram", "ngram", "itself", "close", "close", "loose", "stranger"])
+            speculative = rng.choice([None, "ngram", "ngram", "itself", "close", "close", "loose", "stranger"])
             num_rounds, num_asks = 1, rng.randint(6, 20)
         vocabulary = sorted({token for story in stories for token in story})
         rounds = tuple(
@@ -739,10 +742,10 @@ class Run:
             settings["max_num_batched_tokens"] = max(8, settings["max_num_batched_tokens"])  # or it takes minutes
         settings["kv_cache_dtype"] = rng.choice(["auto", "auto", "int8"])
         settings["quantization"] = rng.choice([None] * 5 + [Quantization("int8"), Quantization("int4", 8)])
-        if guesser is not None:
+        if speculative is not None:
             settings["num_speculative_tokens"] = rng.randint(1, 6)
             settings["adaptive_speculation"] = rng.random() < 0.5
-        return cls(seed, model, guesser, grid, rounds, settings)
+        return cls(seed, model, speculative, grid, rounds, settings)
 
     @property
     def features(self) -> Counter:
@@ -751,8 +754,8 @@ class Run:
         flags = {
             "runs": True,
             "runs over processes": self.grid != (1, 1),
-            "runs with n-grams": self.guesser == "ngram",
-            "runs with a draft": self.guesser not in (None, "ngram"),
+            "runs with n-grams": self.speculative == "ngram",
+            "runs with a draft": self.speculative not in (None, "ngram"),
             "runs with tales": self.model == "tales",
             "runs, adaptive": settings.get("adaptive_speculation", False),
             "runs, contiguous": settings.get("kv_cache_policy") == "contiguous",
@@ -765,24 +768,30 @@ class Run:
         """Do it. Whatever is wrong is raised."""
         rng, report = random.Random(-self.seed - 1), Report(counts=self.features)
         oracle = models.oracle(self.model, self.settings["quantization"], self.settings["kv_cache_dtype"])
-        name, guesser = self.model, self.guesser
+        name, speculative = self.model, self.speculative
         with ExitStack() as stack:
             stack.enter_context(mock.patch.dict("os.environ", KERNELS="plain"))
             if self.model in FAMILIES:
                 name = models.folder(self.model)
-                guesser = guesser if guesser in (None, "ngram") else models.folder(self.model, guesser)
+                speculative = speculative if speculative in (None, "ngram") else models.folder(self.model, speculative)
                 for module in ("parallelism", "engine"):
                     letters = mock.patch(f"solutions.{module}.load_tokenizer", lambda folder: Letters())
                     stack.enter_context(letters)
             engine = stack.enter_context(
                 SoakedEngine(
-                    self.seed, name, *self.grid, speculative=guesser, dtype=torch.float64, device="cpu", **self.settings
+                    self.seed,
+                    name,
+                    *self.grid,
+                    speculative=speculative,
+                    dtype=torch.float64,
+                    device="cpu",
+                    **self.settings,
                 )
             )
             texts = Texts(engine.config.block_size)
             for asks in self.rounds:
                 report.add(drive(engine, list(asks), oracle, rng, texts, may_be_interrupted=self.grid == (1, 1)))
-        if guesser == name and self.settings["quantization"] is None and self.settings["kv_cache_dtype"] == "auto":
+        if speculative == name and self.settings["quantization"] is None and self.settings["kv_cache_dtype"] == "auto":
             report.counts.update(own_accepted=report.counts["accepted"], own_rejected=report.counts["rejected"])
         return report
 

@@ -93,7 +93,7 @@ TALES = Subject("tales", "tales-draft", TEXTS)
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Subject]:
-    """A random model; its draft is the same model with noise in its weights, so that some guesses are right."""
+    """A random model; its draft is the same model with noise in its weights, so that some draft tokens are right."""
     models = Models()
     requests = [(ids, params) for ids, (_, params) in zip(IDS, TEXTS)]
     yield Subject(models.folder("llama"), models.folder("llama", "close"), requests, Letters())
@@ -157,7 +157,7 @@ def run(cell: Cell, subject: Subject, dtype: torch.dtype):
 
 
 def keeps_its_draw(cell: Cell, params: SamplingParams) -> bool:
-    """Whether the very tokens are promised. Drawn guesses change the draw, and keep the distribution: that is tested
+    """Whether the very tokens are promised. Sampled draft tokens change them, and keep the distribution: that is tested
     where it can be counted, in test_speculative.py.
     """
     return params.temperature == 0 or cell[2] != "draft"
@@ -267,7 +267,7 @@ def test_everything_at_once(plain):
     ("settings", "says"),
     [
         (dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "there are no blocks to share"),
-        (dict(num_speculative_tokens=3), "nobody guesses"),
+        (dict(num_speculative_tokens=3), "nothing is proposed"),
         (dict(speculative="ngram", num_speculative_tokens=0), "num_speculative_tokens must be a whole number"),
         (dict(tensor_parallel=5), "tensor_parallel is 5"),
         (dict(pipeline_parallel=9), "pipeline_parallel is 9"),

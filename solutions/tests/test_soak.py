@@ -13,7 +13,7 @@ from common.tests.typed import typed
 from solutions import speculative
 from solutions.llama_pytorch import SamplingParams
 from solutions.scheduler import Scheduler
-from solutions.speculative import DraftProposer, Pace
+from solutions.speculative import AdaptiveSpeculation, DraftProposer
 from solutions.tests.soak import (
     STORIES,
     Ask,
@@ -44,15 +44,15 @@ def one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def tight(guesser: str, asks: list[Ask], **settings) -> Run:
-    """A pool in which hardly two requests have room, and four guesses for each in every step."""
+def tight(speculative: str, asks: list[Ask], **settings) -> Run:
+    """A pool in which hardly two requests have room, and four draft tokens for each in every step."""
     needed = -(-max(len(ask.prompt) + ask.params.max_tokens for ask in asks) // 4)
     settings = {
         "block_size": 4, "num_blocks": needed + 4, "preemption": "swap", "num_host_blocks": 40, "max_model_len": 64,
         "kv_cache_dtype": "auto", "quantization": None, "num_speculative_tokens": 4, "adaptive_speculation": False,
         **settings,
     }  # fmt: skip
-    return Run(0, "qwen3", guesser, rounds=(tuple(asks),), settings=settings)
+    return Run(0, "qwen3", speculative, rounds=(tuple(asks),), settings=settings)
 
 
 def greedy_asks(num: int = 8) -> list[Ask]:
@@ -85,18 +85,18 @@ def test_things_happen(models):
 
 @pytest.mark.parametrize("seed", [12, 13])
 def test_the_same_every_time(models, seed):
-    """Guesses are made in numbers that depend on what steps take; those times are made up."""
+    """Draft tokens are made in numbers that depend on what steps take; those times are made up."""
     assert run(seed, models) == run(seed, Models())
 
 
 def test_a_draft_that_is_the_target(models):
-    """Whatever happens to its blocks, all of its guesses are right."""
+    """Whatever happens to its blocks, all of its draft tokens are right."""
     counts = tight("itself", greedy_asks(), enable_prefix_caching=False).execute(models).counts
-    assert counts["swaps_in"] > 20 and counts["guesses"] > 40
+    assert counts["swaps_in"] > 20 and counts["drafts"] > 40
     assert counts["accepted"] > 40 and not counts["rejected"]
 
 
-def test_room_for_guesses_is_no_second_block(models):
+def test_room_for_draft_tokens_is_no_second_block(models):
     """With a contiguous cache a request near the end of its context asks for no room behind it."""
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     asks = [Ask([5 + i, *STORIES[0], *STORIES[0][:10]], params, 0, "a", 0, False) for i in range(4)]
@@ -124,7 +124,7 @@ def test_a_draft_that_does_not_move_its_blocks(models, monkeypatch):
 
 
 def test_a_draft_that_takes_nothing_back(models, monkeypatch):
-    """It believes to have computed the tokens, and has computed the guesses in their places."""
+    """It believes to have computed the tokens, and has computed the draft tokens in their places."""
 
     def follow(self, plan):
         for request_id in plan.finished_ids:
@@ -138,7 +138,7 @@ def test_a_draft_that_takes_nothing_back(models, monkeypatch):
 
 
 def test_a_scheduler_that_takes_nothing_back(models, monkeypatch):
-    """Rejected guesses count as computed: the token in their place never is."""
+    """Rejected draft tokens count as computed: the token in their place never is."""
     update = Scheduler.update_from_output
 
     def takes_nothing_back(self, plan, output):
@@ -154,17 +154,17 @@ def test_a_scheduler_that_takes_nothing_back(models, monkeypatch):
         tight("loose", greedy_asks()).execute(models)
 
 
-def test_guesses_that_can_be_found(models, monkeypatch):
-    """Blocks enter the prefix cache while their last tokens are guesses."""
+def test_draft_tokens_that_can_be_found(models, monkeypatch):
+    """Blocks enter the prefix cache while their last tokens are draft tokens."""
     grant = Scheduler.grant
 
     def too_soon(self, request, num_tokens, plan):
         grant(self, request, num_tokens, plan)
-        guessed = plan.scheduled[-1].token_ids[-plan.scheduled[-1].num_spec_tokens :]
+        proposed = plan.scheduled[-1].token_ids[-plan.scheduled[-1].num_spec_tokens :]
         if plan.scheduled[-1].num_spec_tokens:
-            request.all_token_ids += guessed
+            request.all_token_ids += proposed
             self.manager.cache_blocks(request, request.num_computed_tokens)
-            del request.all_token_ids[-len(guessed) :]
+            del request.all_token_ids[-len(proposed) :]
 
     monkeypatch.setattr(Scheduler, "grant", too_soon)
     with pytest.raises(AssertionError, match="nobody has verified"):
@@ -172,7 +172,7 @@ def test_guesses_that_can_be_found(models, monkeypatch):
 
 
 def test_a_request_that_is_never_forgotten(models, monkeypatch):
-    monkeypatch.setattr(Pace, "forget", lambda self, request_id: None)
+    monkeypatch.setattr(AdaptiveSpeculation, "forget", lambda self, request_id: None)
     with pytest.raises(AssertionError, match="acceptances of requests that are gone"):
         tight("loose", greedy_asks()).execute(models)
 
@@ -215,7 +215,7 @@ def test_places_are_spread_evenly():
 def test_the_command_tells_how_to_do_it_again(monkeypatch, capsys):
     assert typed("soak", "--minutes", "0", "--seed", "12") == 0
     assert "All answers are right." in capsys.readouterr().out
-    monkeypatch.setattr(Pace, "forget", lambda self, request_id: None)
+    monkeypatch.setattr(AdaptiveSpeculation, "forget", lambda self, request_id: None)
     assert typed("soak", "--minutes", "5", "--seed", "12") == 1
     said = capsys.readouterr().out
     assert "python -m common soak --only 12" in said and "requests that are gone" in said

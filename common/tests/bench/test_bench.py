@@ -13,7 +13,7 @@ import torch
 
 from common import kernels
 from common.bench import cli as bench
-from common.bench import ladder, plots, results
+from common.bench import ladder, plots, results, style
 from common.bench import peers as rivals
 from common.bench import speculation as speculation_bench
 from common.checkpoints import MODELS, Checkpoint
@@ -113,8 +113,8 @@ def test_bytes_read_in_a_second_are_those_of_the_steps_after_the_prompt():
     given = ladder.Load("one stream", [[1, 2]], [5])
     told = ladder.row(given, [make_run(9.0, [[3] * 5])], 0)
     assert told["read_gb_per_s"] == pytest.approx(800 * 4 / (0.1 * 4) / 1e9)  # four gaps, a step each
-    guessed = ladder.row(given, [make_run(9.0, [[3] * 5], num_steps=3)], 0)
-    assert guessed["read_gb_per_s"] == pytest.approx(800 * 2 / (0.1 * 4) / 1e9)  # two steps brought the four tokens
+    proposed = ladder.row(given, [make_run(9.0, [[3] * 5], num_steps=3)], 0)
+    assert proposed["read_gb_per_s"] == pytest.approx(800 * 2 / (0.1 * 4) / 1e9)  # two steps brought the four tokens
     assert told["tokens_per_second"] == 5 / 9 and told["weight_bytes"] == 1000
     assert "read_gb_per_s" not in ladder.row(
         replace(given, prompts=[[1], [2]], lengths=[5, 5]), [make_run(1.0, [[3] * 5] * 2)], 0
@@ -131,31 +131,32 @@ def test_a_packed_model_holds_its_table_twice_and_reads_it_once(tales):
     assert ladder.weights_of(packed) == (plain + table, plain)
 
 
-def test_ratios_are_those_of_pairs_and_tokens_a_step_count_what_was_guessed_right():
+def test_ratios_are_those_of_pairs_and_tokens_a_step_count_what_was_proposed_right():
     without = [make_run(seconds, [[1] * 12], num_steps=12) for seconds in (1.0, 2.0, 10.0)]
-    guessed = [
-        make_run(seconds, [[1] * 12], num_steps=4, num_guesses=16, acceptance_rate=0.5) for seconds in (0.5, 1.0, 9.0)
+    proposed = [
+        make_run(seconds, [[1] * 12], num_steps=4, num_draft_tokens=16, acceptance_rate=0.5)
+        for seconds in (0.5, 1.0, 9.0)
     ]
-    told = speculation_bench.row(guessed, without, 0)
+    told = speculation_bench.row(proposed, without, 0)
     assert told["ratios"] == pytest.approx([2, 2, 10 / 9]) and told["ratio"] == pytest.approx(2)
     assert told["tokens_per_step"] == 3 and told["acceptance_rate"] == 0.5
     alone = speculation_bench.row(without, without, 0)
     assert alone["ratio"] == 1 and alone["tokens_per_step"] == 1 and alone["acceptance_rate"] is None
 
 
-def test_the_assembled_engine_of_the_ladder_guesses_and_says_the_same(tales):
+def test_the_assembled_engine_of_the_ladder_draft_tokens_and_says_the_same(tales):
     model, tokenizer = tales
     prompts = [tokenizer.encode(text) for text in speculation_bench.BEGINNINGS[:2]]
     params = [SamplingParams(max_tokens=16)] * 2
     plain = speculation_bench.answer(model, tokenizer, None, prompts, params)
     for draft in (None, str(MODELS / "tales-draft")):
         speculation = Speculation(draft, 3, is_adaptive=False)
-        guessed = speculation_bench.answer(model, tokenizer, speculation, prompts, params)
+        proposed = speculation_bench.answer(model, tokenizer, speculation, prompts, params)
         given = ladder.Load("beginnings", prompts, [16, 16])
-        ladder.check_same(model, given, plain.tokens, guessed.tokens, "speculation")
-        assert draft is None or guessed.more["num_steps"] < plain.more["num_steps"]
-        assert draft is None or guessed.more["num_guesses"] > 0
-    assert "num_guesses" not in plain.more
+        ladder.check_same(model, given, plain.tokens, proposed.tokens, "speculation")
+        assert draft is None or proposed.more["num_steps"] < plain.more["num_steps"]
+        assert draft is None or proposed.more["num_draft_tokens"] > 0
+    assert "num_draft_tokens" not in plain.more
 
 
 # llama.cpp --------------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ MACHINE = {
 
 
 def spoken(name: str, num_streams: int, ratio: float, **more) -> dict:
-    told = {"ratio": ratio, "num_guesses": 40, "acceptance_rate": 0.75}
+    told = {"ratio": ratio, "num_draft_tokens": 40, "acceptance_rate": 0.75}
     ways = {"none": {**told, "ratio": 1.0}, "adaptive": told}
     return {"name": name, "num_streams": num_streams, "temperature": 0.0, "is_repetitive": None, "ways": ways, **more}
 
@@ -243,19 +244,19 @@ MADE_UP = {
 @pytest.mark.parametrize("path", ["common/bench/figures/ladder.svg", "lesson-8-speculative/figures/speculation.svg"])
 def test_the_figures_are_drawn_from_what_was_measured(path, monkeypatch):
     monkeypatch.setattr(results, "read", MADE_UP.__getitem__)
-    first = plots.svg(plots.FIGURES[path])
-    assert plots.svg(plots.FIGURES[path]) == first
+    first = style.svg(style.FIGURES[path])
+    assert style.svg(style.FIGURES[path]) == first
     other = copy.deepcopy(MADE_UP)
     other["ladder-smollm2-135m"]["loads"][3]["ways"]["llama.cpp"]["tokens_per_second"] = 150.0
     other["speculation-tales"]["cases"][-1]["ways"]["adaptive"]["acceptance_rate"] = 0.25
     monkeypatch.setattr(results, "read", other.__getitem__)
-    assert plots.svg(plots.FIGURES[path]) != first
+    assert style.svg(style.FIGURES[path]) != first
 
 
-def test_the_share_of_right_guesses_is_of_all_guesses():
+def test_the_share_of_right_draft_tokens_is_of_all_draft_tokens():
     few = spoken("few", 1, 1.0)
-    few["ways"]["adaptive"] = {"ratio": 1.0, "num_guesses": 0, "acceptance_rate": None}
-    assert plots.right_share([few]) == "no guesses"
+    few["ways"]["adaptive"] = {"ratio": 1.0, "num_draft_tokens": 0, "acceptance_rate": None}
+    assert plots.right_share([few]) == "no draft tokens"
     half = spoken("half", 1, 1.0)
-    half["ways"]["adaptive"] = {"ratio": 1.0, "num_guesses": 160, "acceptance_rate": 0.25}
+    half["ways"]["adaptive"] = {"ratio": 1.0, "num_draft_tokens": 160, "acceptance_rate": 0.25}
     assert plots.right_share([few, half, spoken("x", 1, 1.0)]) == "35% right of 200"

@@ -71,19 +71,19 @@ ANSWERS = [
     # ------------------------------------------------------------------------------------ 8.9 InferenceEngine.build
     wrong(
         "8.9",
-        "guesses on every rank",
+        "draft tokens on every rank",
         "if speculation is None or not is_sampling_rank(model, layers):",
         "if speculation is None:",
     ),
     wrong(
         "8.9",
-        "guesses where the last layer is, on all ranks of that stage",
+        "draft tokens where the last layer is, on all ranks of that stage",
         "not is_sampling_rank(model, layers)",
         "layers.stop < model.config.num_hidden_layers",
     ),
     wrong(
         "8.9",
-        "guesses on the first rank of every stage",
+        "draft tokens on the first rank of every stage",
         "not is_sampling_rank(model, layers)",
         "model.lm_head.group.rank != 0",
     ),
@@ -107,14 +107,14 @@ ANSWERS = [
     ),
     wrong(
         "8.9",
-        "blocks in eight bits only where nobody guesses",
+        "blocks in eight bits only where nothing is proposed",
         'if kv_cache_dtype == "int8" else PagedKVCache',
         'if kv_cache_dtype == "int8" and speculation is None else PagedKVCache',
     ),
     wrong("8.9", "n-grams, though a draft is named", "speculation.draft is not None", "False"),
     wrong_body(
         "8.9",
-        "the draft loaded on every rank, whoever guesses",
+        "the draft loaded on every rank, whatever proposes",
         """
         cache = blocks_for(model, Int8KVCache if kv_cache_dtype == "int8" else PagedKVCache, layers)
         proposer = NgramProposer()
@@ -123,8 +123,8 @@ ANSWERS = [
             proposer = DraftProposer(draft, blocks_for(draft, PagedKVCache, draft_layers))
         if speculation is None or not is_sampling_rank(model, layers):
             return ModelRunner(model, cache)
-        pace = Pace(speculation.num_speculative_tokens, speculation.is_adaptive)
-        return SpeculativeRunner(model, cache, proposer, pace)
+        adaptive = AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)
+        return SpeculativeRunner(model, cache, proposer, adaptive)
         """,
         recognised=False,
     ),
@@ -139,18 +139,18 @@ ANSWERS = [
     wrong(
         "8.9",
         "always adaptive",
-        "Pace(speculation.num_speculative_tokens, speculation.is_adaptive)",
-        "Pace(speculation.num_speculative_tokens)",
+        "AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)",
+        "AdaptiveSpeculation(speculation.num_speculative_tokens)",
     ),
     wrong(
         "8.9",
-        "five guesses at most, whatever is asked",
-        "Pace(speculation.num_speculative_tokens, speculation.is_adaptive)",
-        "Pace(5, speculation.is_adaptive)",
+        "five draft tokens at most, whatever is asked",
+        "AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)",
+        "AdaptiveSpeculation(5, speculation.is_adaptive)",
     ),
     right(
         "8.9",
-        "the plain runner first, and whoever guesses last",
+        "the plain runner first, and whatever proposes last",
         """
         quantized = kv_cache_dtype == "int8"
         cache = blocks_for(model, Int8KVCache, layers) if quantized else blocks_for(model, PagedKVCache, layers)
@@ -161,8 +161,8 @@ ANSWERS = [
             else:
                 draft, own_layers = load_draft(speculation.draft, target=model)
                 proposer = DraftProposer(draft, blocks_for(draft, PagedKVCache, own_layers))
-            pace = Pace(speculation.num_speculative_tokens, is_adaptive=speculation.is_adaptive)
-            runner = SpeculativeRunner(model, cache, proposer, pace)
+            adaptive = AdaptiveSpeculation(speculation.num_speculative_tokens, is_adaptive=speculation.is_adaptive)
+            runner = SpeculativeRunner(model, cache, proposer, adaptive)
         return runner
         """,
     ),
@@ -173,13 +173,13 @@ ANSWERS = [
         plain = make_quantized_runner(config, kv_cache_dtype, model, layers)
         if speculation is None or not is_sampling_rank(model, layers):
             return plain
-        guessing = NgramProposer()
+        proposing = NgramProposer()
         if speculation.draft:
             draft = load_draft(speculation.draft, model)[0]
             blocks = PagedKVCache(draft, config.num_blocks, config.block_size, config.num_host_blocks or 0)
-            guessing = DraftProposer(draft, blocks)
+            proposing = DraftProposer(draft, blocks)
         return SpeculativeRunner(
-            model, plain.cache, guessing, Pace(speculation.num_speculative_tokens, speculation.is_adaptive)
+            model, plain.cache, proposing, AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)
         )
         """,
         top="from solutions.quantization import make_quantized_runner",

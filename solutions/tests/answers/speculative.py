@@ -1,4 +1,4 @@
-"""Lesson 8, guesses and what becomes of them: named wrong answers, and other right ones."""
+"""Lesson 8, draft tokens and their verification: named wrong answers, and other right ones."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ANSWERS = [
         "in reversed(ends)",
         "in [end for end in reversed(ends) if end <= len(text) - n]",
     ),
-    wrong("8.1", "the text returned with the guesses", "return text[len(token_ids) :]", "return text"),
+    wrong("8.1", "the text returned with the draft tokens", "return text[len(token_ids) :]", "return text"),
     wrong(
         "8.1",
         "the text's last `num_tokens`, which are all of it where none are asked for",
@@ -118,49 +118,64 @@ ANSWERS = [
         """,
     ),
     # ------------------------------------------------------------------------------------------ 8.2 verify_greedy
-    wrong("8.2", "going on after a wrong guess", "break", "continue"),
+    wrong("8.2", "going on after a wrong draft token", "break", "continue"),
     wrong_body(
         "8.2",
-        "the model's own token dropped where the guess was wrong",
+        "the model's own token dropped where the draft token was wrong",
         """
         tokens = []
-        for token_id, guess in zip(chosen, [*guesses, None]):
-            if guess is not None and token_id != guess:
+        for token_id, draft in zip(chosen, [*draft_token_ids, None]):
+            if draft is not None and token_id != draft:
                 break
             tokens.append(token_id)
         return tokens
         """,
     ),
-    wrong("8.2", "no token after the last guess", "[*guesses, None]", "guesses"),
+    wrong("8.2", "no token after the last draft token", "[*draft_token_ids, None]", "draft_token_ids"),
     wrong(
         "8.2",
-        "the wrong guess itself, instead of what the model has chosen",
+        "the wrong draft token itself, instead of what the model has chosen",
         "tokens.append(token_id)",
-        "tokens.append(token_id if guess is None else guess)",
+        "tokens.append(token_id if draft is None else draft)",
     ),
     wrong_body(
         "8.2",
-        "all guesses counted that are right, also behind a wrong one",
+        "all draft tokens counted that are correct, also after a wrong one",
         """
         chosen = list(chosen)
-        right = sum(token_id == guess for token_id, guess in zip(chosen, guesses))
-        return chosen[: right + 1]
+        correct = sum(token_id == draft for token_id, draft in zip(chosen, draft_token_ids))
+        return chosen[: correct + 1]
         """,
     ),
     wrong(
         "8.2",
         "all choices made before the first is looked at",
-        "zip(chosen, [*guesses, None])",
-        "zip(list(chosen), [*guesses, None])",
+        "zip(chosen, [*draft_token_ids, None])",
+        "zip(list(chosen), [*draft_token_ids, None])",
+    ),
+    wrong_body(
+        "8.2",
+        "one choice more than is needed asked for, after a wrong draft token",
+        """
+        chosen, tokens = iter(chosen), []
+        token_id = next(chosen)
+        for draft in draft_token_ids:
+            tokens.append(token_id)
+            token_id, is_wrong = next(chosen), token_id != draft
+            if is_wrong:
+                return tokens
+        return [*tokens, token_id]
+        """,
+        recognised=False,
     ),
     right(
         "8.2",
         "asked with next",
         """
         choices, tokens = iter(chosen), []
-        for guess in guesses:
+        for draft in draft_token_ids:
             tokens.append(next(choices))
-            if tokens[-1] != guess:
+            if tokens[-1] != draft:
                 return tokens
         return [*tokens, next(choices)]
         """,
@@ -172,7 +187,7 @@ ANSWERS = [
         tokens = []
         for position, token_id in enumerate(chosen):
             tokens += [token_id]
-            if position == len(guesses) or guesses[position] != token_id:
+            if position == len(draft_token_ids) or draft_token_ids[position] != token_id:
                 return tokens
         """,
     ),
@@ -181,7 +196,7 @@ ANSWERS = [
     wrong("8.6", "`cached_token_ids` not taken back", "self.cached_token_ids = self.cached_token_ids[:kept]", "pass"),
     wrong(
         "8.6",
-        "the new token counted as computed where it was guessed wrong",
+        "the new token counted as computed where it was proposed wrong",
         "len(token_ids) - 1)",
         "len(token_ids))",
     ),
@@ -189,7 +204,7 @@ ANSWERS = [
     wrong("8.6", "everything taken back, the prompt too", "min(len(self.cached_token_ids), len(token_ids) - 1)", "0"),
     wrong(
         "8.6",
-        "any row of that length, whether the token was guessed or not",
+        "any row of that length, whether the token was proposed or not",
         "if self.cached_token_ids[: len(token_ids)] == list(token_ids):",
         "if len(token_ids) in self.rows and len(token_ids) <= len(self.cached_token_ids):",
     ),
@@ -201,7 +216,7 @@ ANSWERS = [
     ),
     wrong(
         "8.6",
-        "the row after the last guess, whichever guess has come",
+        "the row after the last draft token, whichever draft token has come",
         "self.rows[len(token_ids)]",
         "self.rows[max(self.rows)]",
     ),
@@ -254,20 +269,20 @@ ANSWERS = [
     ),
     wrong(
         "8.3",
-        "the other token drawn from all of the target, not from what is missing",
-        "weights = missing if missing.sum() > 0 else target",
+        "the other token drawn from all of the target, not from the residual",
+        "weights = residual if residual.sum() > 0 else target",
         "weights = target",
     ),
     wrong(
         "8.3",
-        "the other token drawn from the target without the guess",
-        "missing = (target - draft).clamp(min=0)",
-        "missing = target.index_fill(0, torch.tensor(token_id), 0.0)",
+        "the other token drawn from the target without the draft token",
+        "residual = (target - draft).clamp(min=0)",
+        "residual = target.index_fill(0, torch.tensor(token_id), 0.0)",
     ),
     wrong(
         "8.3",
         "the other token drawn from the draft",
-        "weights = missing if missing.sum() > 0 else target",
+        "weights = residual if residual.sum() > 0 else target",
         "weights = draft",
     ),
     wrong("8.3", "draft less target, instead of target less draft", "(target - draft)", "(draft - target)"),
@@ -279,7 +294,7 @@ ANSWERS = [
     ),
     wrong(
         "8.3",
-        "what is missing not cut off at 0",
+        "a residual that is not cut off at 0",
         "torch.multinomial(weights, 1, generator=generator)",
         "torch.multinomial(target - draft, 1, generator=generator)",
     ),
@@ -309,9 +324,9 @@ ANSWERS = [
     ),
     wrong(
         "8.3",
-        "no way out where nothing is missing",
-        "missing if missing.sum() > 0 else target",
-        "missing",
+        "no way out where the residual is 0",
+        "residual if residual.sum() > 0 else target",
+        "residual",
     ),
     wrong(
         "8.3",
@@ -327,9 +342,27 @@ ANSWERS = [
     ),
     wrong(
         "8.3",
-        "the guess returned, though it was not kept",
+        "the draft token returned, though it was not kept",
         "False, int(torch.multinomial(weights, 1, generator=generator))",
         "False, token_id",
+    ),
+    wrong(
+        "8.3",
+        "accepted with probability 1 - draft / target",
+        "chance * float(draft[token_id]) < float(target[token_id])",
+        "chance * float(target[token_id]) >= float(draft[token_id])",
+    ),
+    wrong(
+        "8.3",
+        "the likeliest token of the residual, instead of one that is sampled",
+        "int(torch.multinomial(weights, 1, generator=generator))",
+        "int(weights.argmax())",
+    ),
+    wrong(
+        "8.3",
+        "the square of the residual",
+        "(target - draft).clamp(min=0)",
+        "(target - draft).clamp(min=0) ** 2",
     ),
     right(
         "8.3",
@@ -346,7 +379,7 @@ ANSWERS = [
     ),
     right(
         "8.3",
-        "what is missing as target less what they share",
+        "the residual as target less what they share",
         """
         keep = bool(torch.rand((), generator=generator) <= target[token_id].double() / draft[token_id].double())
         if not keep:
@@ -358,34 +391,34 @@ ANSWERS = [
     # --------------------------------------------------------------------------------------- 8.4 rejection_sample
     wrong(
         "8.4",
-        "no bonus where all guesses are kept",
+        "no bonus where all draft tokens are accepted",
         "return [*tokens, int(torch.multinomial(target[last], 1, generator=generator(last)))]",
         "return tokens or [int(torch.multinomial(target[last], 1, generator=generator(last)))]",
     ),
     wrong(
         "8.4",
-        "the bonus drawn from the row of the last guess",
+        "the bonus sampled from the row of the last draft token",
         "torch.multinomial(target[last], 1,",
         "torch.multinomial(target[max(0, last - 1)], 1,",
     ),
-    wrong("8.4", "going on after a guess that was not kept", "if not is_kept:", "if False:"),
+    wrong("8.4", "going on after a rejected draft token", "if not is_accepted:", "if False:"),
     wrong(
         "8.4",
-        "a bonus even where a guess was not kept",
+        "a bonus even where a draft token was rejected",
         "return tokens\n",
         "return [*tokens, int(torch.multinomial(target[i + 1], 1, generator=generator(i + 1)))]\n",
     ),
     wrong(
         "8.4",
-        "nothing in place of the guess that was not kept",
-        "        tokens.append(token_id)\n        if not is_kept:\n            return tokens",
-        "        if not is_kept:\n            return tokens\n        tokens.append(token_id)",
+        "nothing in place of the rejected draft token",
+        "        tokens.append(token_id)\n        if not is_accepted:\n            return tokens",
+        "        if not is_accepted:\n            return tokens\n        tokens.append(token_id)",
     ),
     wrong(
         "8.4",
         "the same randomness for every token",
-        "proposal.probs[i], guess, generator(i))",
-        "proposal.probs[i], guess, generator(0))",
+        "draft[i], token_id, generator(i))",
+        "draft[i], token_id, generator(0))",
     ),
     wrong(
         "8.4",
@@ -395,41 +428,53 @@ ANSWERS = [
     ),
     wrong(
         "8.4",
-        "another token drawn from the target where a guess is not kept, not the one that replaces it",
-        "        tokens.append(token_id)\n        if not is_kept:\n            return tokens",
-        "        if not is_kept:\n"
+        "another token sampled from the target where a draft token is rejected, not its replacement",
+        "        tokens.append(token_id)\n        if not is_accepted:\n            return tokens",
+        "        if not is_accepted:\n"
         "            return [*tokens, int(torch.multinomial(target[i], 1, generator=generator(i)))]\n"
         "        tokens.append(token_id)",
     ),
     wrong(
         "8.4",
-        "the likeliest token for the bonus, instead of one that is drawn",
+        "the likeliest token for the bonus, instead of one that is sampled",
         "int(torch.multinomial(target[last], 1, generator=generator(last)))",
         "int(torch.multinomial(target[last].pow(1000).clamp(min=1e-30), 1, generator=generator(last)))",
     ),
     wrong(
         "8.4",
         "target and draft exchanged",
-        "target[i], proposal.probs[i], guess",
-        "proposal.probs[i], target[i], guess",
+        "accept_or_recover(target[i], draft[i],",
+        "accept_or_recover(draft[i], target[i],",
     ),
-    wrong("8.4", "the draft's first row for every guess", "proposal.probs[i]", "proposal.probs[0]"),
+    wrong("8.4", "the draft's first row for every draft token", "draft[i], token_id", "draft[0], token_id"),
     wrong(
         "8.4",
-        "the target's row behind the guess, not the one before it",
+        "the target's row after the draft token, not the one before it",
         "accept_or_recover(target[i],",
         "accept_or_recover(target[i + 1],",
     ),
+    wrong(
+        "8.4",
+        "the bonus from the residual of the last row, as if a draft token had been rejected",
+        "torch.multinomial(target[last], 1,",
+        "torch.multinomial((target[last] - draft[-1]).clamp(min=0) if last else target[last], 1,",
+    ),
+    wrong(
+        "8.4",
+        "the bonus with the generator of the last draft token",
+        "generator=generator(last)",
+        "generator=generator(max(0, last - 1))",
+    ),
     right(
         "8.4",
-        "until one is not kept",
+        "until one is rejected",
         """
-        tokens, k = [], len(proposal.token_ids)
+        tokens, k = [], len(draft_token_ids)
         while len(tokens) < k:
             i = len(tokens)
-            kept, token = accept_or_recover(target[i], proposal.probs[i], proposal.token_ids[i], generator(i))
+            accepted, token = accept_or_recover(target[i], draft[i], draft_token_ids[i], generator(i))
             tokens.append(token)
-            if not kept:
+            if not accepted:
                 break
         else:
             tokens.append(torch.multinomial(target[k], 1, generator=generator(k)).item())
@@ -441,58 +486,69 @@ ANSWERS = [
         "recursive",
         """
         def follow(i):
-            if i == len(proposal.token_ids):
+            if i == len(draft_token_ids):
                 return [int(torch.multinomial(target[-1], 1, generator=generator(i)))]
-            kept, token = accept_or_recover(target[i], proposal.probs[i], proposal.token_ids[i], generator(i))
-            return [token] + (follow(i + 1) if kept else [])
+            accepted, token = accept_or_recover(target[i], draft[i], draft_token_ids[i], generator(i))
+            return [token] + (follow(i + 1) if accepted else [])
 
         return follow(0)
         """,
     ),
     # ---------------------------------------------------------------------------------------- 8.7 expected_tokens
-    wrong("8.7", "the token that every pass brings forgotten", "range(num_guesses + 1)", "range(1, num_guesses + 1)"),
-    wrong("8.7", "the last guess forgotten", "range(num_guesses + 1)", "range(max(1, num_guesses))"),
-    wrong("8.7", "one guess too many", "range(num_guesses + 1)", "range(num_guesses + 2)"),
     wrong(
         "8.7",
-        "guesses counted behind wrong ones too",
-        "sum(rate**i for i in range(num_guesses + 1))",
-        "1 + rate * num_guesses",
+        "the token that every pass brings forgotten",
+        "range(num_draft_tokens + 1)",
+        "range(1, num_draft_tokens + 1)",
+    ),
+    wrong("8.7", "the last draft token forgotten", "range(num_draft_tokens + 1)", "range(max(1, num_draft_tokens))"),
+    wrong("8.7", "one draft token too many", "range(num_draft_tokens + 1)", "range(num_draft_tokens + 2)"),
+    wrong(
+        "8.7",
+        "draft tokens counted behind wrong ones too",
+        "sum(rate**i for i in range(num_draft_tokens + 1))",
+        "1 + rate * num_draft_tokens",
     ),
     wrong(
         "8.7",
-        "the token that every pass brings forgotten where all guesses are right",
-        "sum(rate**i for i in range(num_guesses + 1))",
-        "float(num_guesses) if rate == 1 else (1 - rate ** (num_guesses + 1)) / (1 - rate)",
+        "the token that every pass brings forgotten where all draft tokens are right",
+        "sum(rate**i for i in range(num_draft_tokens + 1))",
+        "float(num_draft_tokens) if rate == 1 else (1 - rate ** (num_draft_tokens + 1)) / (1 - rate)",
         recognised=False,
     ),
     wrong(
         "8.7",
-        "the closed sum, which divides by 0 where every guess is right",
-        "sum(rate**i for i in range(num_guesses + 1))",
-        "(1 - rate ** (num_guesses + 1)) / (1 - rate)",
+        "the closed sum, which divides by 0 where every draft token is right",
+        "sum(rate**i for i in range(num_draft_tokens + 1))",
+        "(1 - rate ** (num_draft_tokens + 1)) / (1 - rate)",
     ),
     wrong(
         "8.7",
-        "all or nothing: the guesses counted only if all are right",
-        "sum(rate**i for i in range(num_guesses + 1))",
-        "1 + num_guesses * rate**num_guesses",
+        "all or nothing: the draft tokens counted only if all are right",
+        "sum(rate**i for i in range(num_draft_tokens + 1))",
+        "1 + num_draft_tokens * rate**num_draft_tokens",
+    ),
+    wrong(
+        "8.7",
+        "the mean number of draft tokens until the first wrong one, without an end",
+        "sum(rate**i for i in range(num_draft_tokens + 1))",
+        "min(num_draft_tokens + 1, 1 / (1 - rate) if rate < 1 else num_draft_tokens + 1)",
     ),
     right(
         "8.7",
         "the geometric sum, closed",
         """
         if rate == 1:
-            return num_guesses + 1.0
-        return (1 - rate ** (num_guesses + 1)) / (1 - rate)
+            return num_draft_tokens + 1.0
+        return (1 - rate ** (num_draft_tokens + 1)) / (1 - rate)
         """,
     ),
     right(
         "8.7",
-        "from the last guess to the first",
+        "from the last draft token to the first",
         """
         expected = 1.0
-        for _ in range(num_guesses):
+        for _ in range(num_draft_tokens):
             expected = 1 + rate * expected
         return expected
         """,
@@ -511,11 +567,11 @@ ANSWERS = [
         "key=lambda k: expected_tokens(rate, k) / seconds[k]",
         "key=lambda k: (expected_tokens(rate, k) / seconds[k], k)",
     ),
-    wrong("8.8", "one guess at least", "range(len(seconds))", "range(min(1, len(seconds) - 1), len(seconds))"),
+    wrong("8.8", "one draft token at least", "range(len(seconds))", "range(min(1, len(seconds) - 1), len(seconds))"),
     wrong("8.8", "the most seconds a token", "max(range", "min(range"),
     wrong(
         "8.8",
-        "the guesses alone counted, without the token that every step brings",
+        "the draft tokens alone counted, without the token that every step brings",
         "expected_tokens(rate, k) / seconds[k]",
         "(expected_tokens(rate, k) - 1) / seconds[k]",
     ),
@@ -531,6 +587,14 @@ ANSWERS = [
         return k
         """,
     ),
+    wrong(
+        "8.8",
+        "tokens per second weighed against the step without draft tokens, in the same time",
+        "expected_tokens(rate, k) / seconds[k]",
+        "expected_tokens(rate, k) - seconds[k] / seconds[0]",
+        recognised=False,
+    ),
+    wrong("8.8", "the largest k never tried", "range(len(seconds))", "range(max(1, len(seconds) - 1))"),
     right(
         "8.8",
         "one after the other",
@@ -554,36 +618,42 @@ ANSWERS = [
     # ------------------------------------------------------------------------------------ 8.11 Acceptance.observe
     planted(
         "8.11",
-        "guesses behind the first wrong one counted as tried",
-        "num_accepted + (num_accepted < num_guesses)  # what lies behind a wrong guess was not tried",
-        "num_guesses",
+        "draft tokens after the first rejected one counted as tried",
+        "num_accepted + (num_accepted < num_draft_tokens)  # those after a rejected one were not tried",
+        "num_draft_tokens",
     ),
     wrong(
         "8.11",
-        "the wrong guess not counted as tried",
-        "num_accepted + (num_accepted < num_guesses)",
+        "the rejected draft token not counted as tried",
+        "num_accepted + (num_accepted < num_draft_tokens)",
         "num_accepted",
     ),
     wrong(
         "8.11",
-        "a wrong guess counted where there was none",
-        "num_accepted + (num_accepted < num_guesses)",
+        "a rejected draft token counted where there was none",
+        "num_accepted + (num_accepted < num_draft_tokens)",
         "num_accepted + 1",
     ),
-    wrong("8.11", "older guesses forgotten once a run, not once a guess", "MEMORY**tried", "MEMORY"),
+    wrong("8.11", "older draft tokens forgotten once a step, not once a draft token", "MEMORY**tried", "MEMORY"),
     wrong(
         "8.11",
-        "older guesses forgotten for those, too, that were not tried",
+        "older draft tokens forgotten for those, too, that were not tried",
         "MEMORY**tried",
-        "MEMORY**num_guesses",
+        "MEMORY**num_draft_tokens",
     ),
     wrong("8.11", "nothing forgotten", "MEMORY**tried", "1.0"),
+    wrong(
+        "8.11",
+        "the new draft tokens weighed down with the old ones",
+        "self.accepted * weight + num_accepted",
+        "(self.accepted + num_accepted) * weight",
+    ),
     right(
         "8.11",
         "by a conditional",
         """
-        tried = num_guesses if num_accepted == num_guesses else num_accepted + 1
-        self.right = num_accepted + MEMORY**tried * self.right
+        tried = num_draft_tokens if num_accepted == num_draft_tokens else num_accepted + 1
+        self.accepted = num_accepted + MEMORY**tried * self.accepted
         self.tried = tried + MEMORY**tried * self.tried
         """,
     ),
@@ -591,158 +661,174 @@ ANSWERS = [
         "8.11",
         "the smaller of the two",
         """
-        tried = min(num_accepted + 1, num_guesses)
+        tried = min(num_accepted + 1, num_draft_tokens)
         for _ in range(tried):
-            self.right, self.tried = self.right * MEMORY, self.tried * MEMORY
-        self.right += num_accepted
+            self.accepted, self.tried = self.accepted * MEMORY, self.tried * MEMORY
+        self.accepted += num_accepted
         self.tried += tried
         """,
     ),
     # ---------------------------------------------------------------------------------- 8.5 DraftProposer.propose
     wrong(
         "8.5",
-        "only the newest token computed, whatever else the draft lacks",
-        "texts[each.request_id][self.num_computed[each.request_id] :]",
-        "texts[each.request_id][-1:]",
+        "only the newest token computed, whatever else the cache lacks",
+        "draft.token_ids[self.num_computed[draft.request.request_id] :]",
+        "draft.token_ids[-1:]",
     ),
     wrong(
         "8.5",
         "everything computed again, pass after pass: `num_computed` not moved on",
-        "self.num_computed[id] = len(texts[id])",
+        "self.num_computed[draft.request.request_id] = len(draft.token_ids)",
         "pass",
     ),
     wrong(
         "8.5",
-        "the newest guess taken for computed, one pass too early",
-        "self.num_computed[id] = len(texts[id])",
-        "self.num_computed[id] = len(texts[id]) + 1",
+        "`num_computed` noted after the draft token is appended",
+        "                self.num_computed[draft.request.request_id] = len(draft.token_ids)\n"
+        "                draft.append(*self.draw(draft, row))",
+        "                draft.append(*self.draw(draft, row))\n"
+        "                self.num_computed[draft.request.request_id] = len(draft.token_ids)",
     ),
     wrong(
         "8.5",
-        "as many guesses for everyone as for whoever makes most",
-        "< limits[each.request_id]]",
-        "< max(limits.values())]",
+        "as many draft tokens for every request as for the one with the most",
+        "< draft.limit]",
+        "< max(each.limit for each in drafts)]",
     ),
     wrong(
         "8.5",
-        "limits not obeyed beyond 0: always as much as there is room for",
-        "min(limits[id], self.room(each, len(texts[id])))",
-        "min(limits[id] and 99, self.room(each, len(texts[id])))",
-    ),
-    wrong("8.5", "`room` not asked", "min(limits[id], self.room(each, len(texts[id])))", "limits[id]"),
-    wrong(
-        "8.5",
-        "no guess for which the last token would not have a slot, though it needs none",
-        "self.room(each, len(texts[id])))",
-        "self.room(each, len(texts[id])) - 1)",
+        "the fewest draft tokens for every request",
+        "< draft.limit]",
+        "< min(each.limit for each in drafts)]",
     ),
     wrong(
         "8.5",
-        "a guess for requests that may make none",
-        "if limits[each.request_id] > 0]",
-        "if limits[each.request_id] >= 0]",
+        "limits ignored unless they are 0: always as many as fit",
+        "draft.limit = min(draft.limit, capacity)",
+        "draft.limit = min(draft.limit and 99, capacity)",
     ),
     wrong(
         "8.5",
-        "requests mixed up: the rows given out in another order",
-        "zip(going, self.logits(going, lacking))",
-        "zip(going, self.logits(going, lacking).flip(0))",
+        "limits that stay as they are, whatever fits",
+        "draft.limit = min(draft.limit, capacity)",
+        "pass",
+        recognised=False,
     ),
     wrong(
         "8.5",
-        "the probabilities left out of the proposal",
-        "torch.stack(probs[id]) if probs[id] else None",
-        "None",
+        "a slot for the last draft token, which needs none",
+        "+ 1 - len(draft.token_ids)",
+        "- len(draft.token_ids)",
+    ),
+    wrong(
+        "8.5", "one draft token too many", "+ 1 - len(draft.token_ids)", "+ 2 - len(draft.token_ids)", recognised=False
     ),
     wrong(
         "8.5",
-        "the probabilities of the first guess for all of them",
-        "torch.stack(probs[id]) if probs[id] else None",
-        "torch.stack(probs[id][:1] * len(probs[id])) if probs[id] else None",
+        "the draft model's context forgotten",
+        "min(num_slots, self.model.config.max_position_embeddings)",
+        "num_slots",
+        recognised=False,
     ),
-    wrong("8.5", "`draw` not told of the guesses before", "sampled[id] + guesses[id])", "sampled[id])"),
-    wrong("8.5", "`draw` not told what has just been sampled", "sampled[id] + guesses[id])", "guesses[id])"),
     wrong(
         "8.5",
-        "the sampled tokens left out of the text",
-        "text_of(each, sampled) for each in scheduled",
-        "text_of(each, {each.request_id: []}) for each in scheduled",
+        "the request's blocks forgotten",
+        "min(num_slots, self.model.config.max_position_embeddings)",
+        "self.model.config.max_position_embeddings",
+        recognised=False,
+    ),
+    wrong(
+        "8.5",
+        "a draft token for requests that may have none",
+        "< draft.limit]",
+        "< max(1, draft.limit)]",
+    ),
+    wrong("8.5", "one pass too many", "< draft.limit]", "<= draft.limit]"),
+    wrong(
+        "8.5",
+        "requests mixed up: the rows in another order",
+        "self.logits(unfinished, new))",
+        "self.logits(unfinished, new).flip(0))",
+    ),
+    wrong(
+        "8.5",
+        "the distributions left out",
+        "draft.append(*self.draw(draft, row))",
+        "draft.append(self.draw(draft, row)[0])",
+    ),
+    wrong(
+        "8.5",
+        "the likeliest token, instead of what `draw` returns",
+        "draft.append(*self.draw(draft, row))",
+        "draft.append(int(row.argmax()), self.draw(draft, row)[1])",
     ),
     wrong_body(
         "8.5",
         "one request after the other, instead of all in each pass",
         """
-        proposals = {}
-        for each in scheduled:
-            id, text, guesses, probs = each.request_id, text_of(each, sampled), [], []
-            for _ in range(min(limits[id], self.room(each, len(text)))):
-                row = self.logits([each], [text[self.num_computed[id] :]])[0]
-                self.num_computed[id] = len(text)
-                token_id, drawn_from = self.draw(each, row, sampled[id] + guesses)
-                guesses.append(token_id)
-                text.append(token_id)
-                probs += [] if drawn_from is None else [drawn_from]
-            if guesses:
-                proposals[id] = Proposal(guesses, torch.stack(probs) if probs else None)
-        return proposals
+        for draft in drafts:
+            num_slots = len(draft.request.block_table) * self.cache.block_size
+            capacity = min(num_slots, self.model.config.max_position_embeddings) + 1 - len(draft.token_ids)
+            draft.limit = min(draft.limit, capacity)
+            while len(draft.draft_token_ids) < draft.limit:
+                row = self.logits([draft], [draft.token_ids[self.num_computed[draft.request.request_id] :]])[0]
+                self.num_computed[draft.request.request_id] = len(draft.token_ids)
+                draft.append(*self.draw(draft, row))
         """,
+    ),
+    wrong_body(
+        "8.5",
+        "each pass ends when the first request has all its draft tokens",
+        """
+        for draft in drafts:
+            num_slots = len(draft.request.block_table) * self.cache.block_size
+            capacity = min(num_slots, self.model.config.max_position_embeddings) + 1 - len(draft.token_ids)
+            draft.limit = min(draft.limit, capacity)
+        drafts = [draft for draft in drafts if draft.limit > 0]
+        while drafts and all(len(draft.draft_token_ids) < draft.limit for draft in drafts):
+            new = [draft.token_ids[self.num_computed[draft.request.request_id] :] for draft in drafts]
+            for draft, row in zip(drafts, self.logits(drafts, new)):
+                self.num_computed[draft.request.request_id] = len(draft.token_ids)
+                draft.append(*self.draw(draft, row))
+        """,
+        recognised=False,
     ),
     right(
         "8.5",
-        "a small class for each request, and a loop with a fixed number of passes",
+        "a fixed number of passes",
         """
-        drafts = []
-        for each in scheduled:
-            text = text_of(each, sampled)
-            drafts.append(Draft(each, text, min(limits[each.request_id], self.room(each, len(text)))))
+        context = self.model.config.max_position_embeddings
+        for draft in drafts:
+            fits = min(len(draft.request.block_table) * self.cache.block_size, context) - len(draft.token_ids) + 1
+            draft.limit = max(0, min(draft.limit, fits))
         for number in range(max((draft.limit for draft in drafts), default=0)):
             active = [draft for draft in drafts if draft.limit > number]
-            new = [draft.text[self.num_computed[draft.request.request_id] :] for draft in active]
-            rows = self.logits([draft.request for draft in active], new)
+            new = [draft.token_ids[self.num_computed[draft.request.request_id] :] for draft in active]
+            rows = self.logits(active, new)
             for i, draft in enumerate(active):
-                name = draft.request.request_id
-                self.num_computed[name] += len(new[i])
-                known = draft.text[len(draft.request.prompt_token_ids) + len(draft.request.output_token_ids) :]
-                token, probs = self.draw(draft.request, rows[i], known)
-                draft.text.append(token)
-                draft.probs.append(probs)
-        return {
-            draft.request.request_id: Proposal(
-                draft.text[-draft.limit :], None if draft.probs[0] is None else torch.stack(draft.probs)
-            )
-            for draft in drafts
-            if draft.limit > 0
-        }
-        """,
-        top="""
-        class Draft:
-            def __init__(self, request, text, limit):
-                self.request, self.text, self.limit, self.probs = request, text, limit, []
+                self.num_computed[draft.request.request_id] += len(new[i])
+                token, probs = self.draw(draft, rows[i])
+                draft.append(token, probs)
         """,
     ),
     right(
         "8.5",
         "each request's newest tokens kept apart from what it has",
         """
-        new, left, found = {}, {}, {}
-        for each in scheduled:
-            name, text = each.request_id, text_of(each, sampled)
-            left[name] = min(limits[name], self.room(each, len(text)))
-            new[name] = text[self.num_computed.get(name, 0) :]
-        while active := [each for each in scheduled if left[each.request_id] > 0]:
-            rows = self.logits(active, [new[each.request_id] for each in active])
-            for each, row in zip(active, rows.unbind()):
-                name = each.request_id
-                ids, probs = found.setdefault(name, ([], []))
+        new, left = {}, {}
+        for draft in drafts:
+            name, size = draft.request.request_id, self.cache.block_size
+            num_slots = min(size * len(draft.request.block_table), self.model.config.max_position_embeddings)
+            left[name] = min(draft.limit, num_slots + 1 - len(draft.token_ids))
+            new[name] = draft.token_ids[self.num_computed.get(name, 0) :]
+        while active := [draft for draft in drafts if left[draft.request.request_id] > 0]:
+            rows = self.logits(active, [new[draft.request.request_id] for draft in active])
+            for draft, row in zip(active, rows.unbind()):
+                name = draft.request.request_id
                 self.num_computed[name] += len(new[name])
-                guess, drawn_from = self.draw(each, row, [*sampled[name], *ids])
-                ids.append(guess)
-                probs.append(drawn_from)
-                new[name], left[name] = [guess], left[name] - 1
-        return {
-            name: Proposal(ids, torch.stack(probs) if all(row is not None for row in probs) else None)
-            for name, (ids, probs) in found.items()
-        }
+                token_id, probs = self.draw(draft, row)
+                draft.append(token_id, probs)
+                new[name], left[name] = [token_id], left[name] - 1
         """,
     ),
 ]
@@ -784,5 +870,5 @@ EQUIVALENT = [
         "chance * float(draft[token_id]) < float(target[token_id]) -> chance * float(draft[token_id]) <= "
         "float(target[token_id])",
     ),
-    equivalent("8.3", "a mean is above 0 where the sum is", "missing.sum() -> missing.mean()"),
+    equivalent("8.3", "a mean is above 0 where the sum is", "residual.sum() -> residual.mean()"),
 ]
