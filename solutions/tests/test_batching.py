@@ -10,11 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from solutions import batching, llama_pytorch
-from solutions.batching import Engine, LocalExecutor, local_engine
-from solutions.llama_pytorch import SamplingParams, load
-from solutions.scheduler import RequestStatus, SchedulerOutput
-from solutions.tests.soak import (
+from common.authoring.soak.load import (
     MAX_MODEL_LEN,
     Letters,
     Oracle,
@@ -24,6 +20,10 @@ from solutions.tests.soak import (
     random_model,
     random_settings,
 )
+from solutions import batching, llama_pytorch
+from solutions.batching import Engine, LocalExecutor, local_engine
+from solutions.llama_pytorch import SamplingParams, load
+from solutions.scheduler import RequestStatus, SchedulerOutput
 
 
 @pytest.fixture(autouse=True)
