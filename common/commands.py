@@ -77,7 +77,7 @@ GROUPS = {
         ),
         Command("figures", "", "bench.plots:figures", "draw the READMEs' figures"),
         Command("bench", "", "bench.cli:bench", "measure this machine and the engine on it"),
-        Command("soak", "", "authoring.soak.command:soak_command", "random load on the whole engine, all answers compared"),
+        Command("soak", "", "authoring.soak.command:soak_command", "random load on the engine, all answers compared"),
         Command("clean", "", "authoring.clean:main", "remove caches; .venv, the model and your work stay", None),
         Command("help", "", None, "this list", None),
     ),

@@ -80,7 +80,7 @@ class Soak:
         return time.monotonic() - self.start
 
     def execute(self, run: Run) -> None:
-        with_whom = f", draft tokens: {run.proposer_name}" if run.proposer_name else ""
+        with_whom = f", draft tokens: {run.speculative}" if run.speculative else ""
         self.doing = f"run {run.seed}: {run.model}{with_whom}" + (" over two processes" if run.grid != (1, 1) else "")
         self.total.add(run.execute(self.models))
 
