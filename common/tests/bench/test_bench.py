@@ -11,7 +11,6 @@ import numpy
 import pytest
 import torch
 
-from common import kernels
 from common.bench import cli as bench
 from common.bench import ladder, plots, results, style
 from common.bench import peers as rivals
@@ -20,7 +19,7 @@ from common.checkpoints import MODELS, Checkpoint
 from common.checkpoints import gguf as gguf_convert
 from common.tests.typed import typed
 from solutions.engine import Speculation
-from solutions.llama_pytorch import SamplingParams, load
+from solutions.llama_pytorch import SamplingParams, load, use_kernels
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +120,14 @@ def test_bytes_read_in_a_second_are_those_of_the_steps_after_the_prompt():
     )
 
 
-def test_a_packed_model_holds_its_table_twice_and_reads_it_once(tales):
+def test_a_packed_model_holds_its_table_once(tales, monkeypatch):
+    monkeypatch.setenv("KERNELS", "fast")
     model, _ = tales
     plain = sum(parameter.nbytes for parameter in model.parameters())
     assert ladder.weights_of(model) == (plain, plain)
     packed, _ = load("tales", torch.float32, "cpu")
-    kernels.pack(packed)
-    table = packed.model.embed_tokens.weight.nbytes
-    assert ladder.weights_of(packed) == (plain + table, plain)
+    use_kernels(packed)
+    assert ladder.weights_of(packed) == (plain, plain)
 
 
 def test_ratios_are_those_of_pairs_and_tokens_a_step_count_what_was_proposed_right():
