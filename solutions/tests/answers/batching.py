@@ -20,7 +20,7 @@ ANSWERS = [
     ),
     wrong(
         "5.6",
-        "logits of the last row alone, without the guesses'",
+        "logits of the last row alone, without the draft tokens'",
         "len(token_ids) - request.num_spec_tokens - 1",
         "len(token_ids) - 1",
     ),
