@@ -94,7 +94,7 @@ def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:
     course.substitutes()  # the grader looks once into all solutions for what is withheld: now, and not later
     getframe = sys._getframe
     earlier = MODULES[: MODULES.index(lesson) + 1]
-    starts_none = not any("subprocess" in each.solution.read_text(encoding="utf-8") for each in earlier)
+    starts_none = not any("common.workers" in each.solution.read_text(encoding="utf-8") for each in earlier)
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":
