@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from common.checkpoints import cache_folder
 
 ROWS_HINT = 32
-"""The number of rows for which oneDNN chooses its order. Its choice for 8 rows or more is as good for 1 row and for 256;
-its choice for a single row takes half as long again with 4 rows."""
+"""The number of rows for which oneDNN chooses its order. Its choice for 8 rows or more is as good for 1 row and for
+256; its choice for a single row takes half as long again with 4 rows."""
 
 QUERY_BLOCK = 128
 """Queries of a prefill chunk that are computed at a time: the first ones have fewer keys than the last."""
@@ -351,9 +351,9 @@ def held_bytes(model: nn.Module) -> int:
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Attention of B requests, T queries of each, over keys and values that were gathered and padded to one length.
 
-    q: (B, T, H, D); k, v: (B, S, K, D), with K dividing H; positions: (B, T) integers, 0 to S - 1. Returns (B, T, H, D).
-    Query head h attends to key/value head h // (H / K). Key s of a request is seen from position s on, so padding at
-    its end is not seen. It must be finite nevertheless: NaN in a new tensor times a weight of 0 is NaN.
+    q: (B, T, H, D); k, v: (B, S, K, D), with K dividing H; positions: (B, T) integers, 0 to S - 1. Query head h
+    attends to key/value head h // (H / K). Key s of a request is seen from position s on, so padding at its end is not
+    seen. It must be finite nevertheless: NaN in a new tensor times a weight of 0 is NaN. Returns (B, T, H, D).
     """
     batch, num_queries, num_heads, head_dim = q.shape
     if num_queries > QUERY_BLOCK:
