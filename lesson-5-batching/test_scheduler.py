@@ -10,9 +10,8 @@ from common.grading import equal, exercise, holds, together
 def request(code, name: str, prompt: int, output: int = 0, **settings):
     """A request with a prompt of so many tokens, and so many of output: 0, 1, 2, ... and 100, 101, ..."""
     settings = {"max_tokens": 10, "arrival": ord(name[0]) - ord("a"), **settings}
-    return code.Request(
-        name, list(range(prompt)), code.SamplingParams(), output_token_ids=[100 + i for i in range(output)], **settings
-    )
+    params = code.SamplingParams(max_tokens=settings.pop("asked_for", settings["max_tokens"]))
+    return code.Request(name, list(range(prompt)), params, output_token_ids=list(range(100, 100 + output)), **settings)
 
 
 def scheduler(code, num_blocks: int = 12, block_size: int = 4, seqs: int = 8, budget: int = 16, **settings):
@@ -33,14 +32,20 @@ def answered(code, own, plan, tokens: dict | None = None, **fields):
 
 
 def running(code, own, *requests):
-    """These requests, admitted, with all of their tokens computed and one token of output each."""
+    """These requests, admitted, with the prompt computed and one token of output each, which is not computed yet."""
     for each in requests:
         own.add(each)
     steps = 0
     while any(not each.output_token_ids for each in requests):
         answered(code, own, own.schedule())
         steps += 1
-        assert steps < 50
+        without = [each.request_id for each in requests if not each.output_token_ids]
+        holds(
+            steps < 50,
+            f"After 50 steps {without} still have no output: `schedule_waiting` (5.5), `schedule_running` (5.4) or "
+            "`update_from_output` (5.7) leaves them out.",
+            actual=without,
+        )
     return requests
 
 
@@ -86,6 +91,13 @@ class TestStaticBatch:
         equal(list(code.static_batch([2, 3], 1)), [range(0, 2), range(2, 5)], "static_batch([2, 3], 1)")
         equal(list(code.static_batch([4], 8)), [range(0, 4)], "static_batch([4], 8)")
 
+    def test_a_batch_whose_last_member_is_short(self, code):
+        equal(
+            list(code.static_batch([3, 5, 4, 2], 3)),
+            [range(0, 3), range(0, 5), range(0, 4), range(5, 7)],
+            "static_batch([3, 5, 4, 2], 3)",
+        )
+
 
 @exercise("5.2")
 class TestFinishReason:
@@ -115,6 +127,10 @@ class TestFinishReason:
         each.append(5)
         self.check(code, each, None, "when a stop token stands before the last")
 
+    def test_its_own_limit(self, code):
+        each = request(code, "a", 3, 6, max_tokens=5, asked_for=128)  # the context has no space for 128
+        self.check(code, each, "length", "with 6 tokens, where request.max_tokens is 5 and sampling_params allow 128,")
+
 
 @exercise("5.3")
 class TestTokensToSchedule:
@@ -134,6 +150,13 @@ class TestTokensToSchedule:
         each = request(code, "a", 10, 3, num_computed_tokens=12, spec_token_ids=[1, 2, 3, 4])
         equal(code.tokens_to_schedule(each, 16, 16), 5, "one token not computed, and 4 guesses behind it")
         equal(code.tokens_to_schedule(each, 2, 16), 2, "one token not computed and 4 guesses, a budget of 2")
+
+    def test_what_was_found_in_the_cache_is_computed(self, code):
+        each = request(code, "a", 12, num_computed_tokens=9, num_cached_tokens=8)
+        equal(code.tokens_to_schedule(each, 16, 16), 3, "a prompt of 12, of which 8 were cached and 9 are computed")
+
+    def test_no_budget(self, code):
+        equal(code.tokens_to_schedule(request(code, "a", 10), 0, 16), 0, "a new prompt of 10 tokens, a budget of 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -162,6 +185,14 @@ class TestFairShare:
         equal(
             self.order(code, {"x": 1.0, "y": 2.0}, a, b), ["a", "b"], "a long request of x (served 1), a short of y (2)"
         )
+
+    def test_neither_names_nor_priorities(self, code):
+        sizes = (("b", 0, 7), ("c", 1, 9), ("a", 2, 8))
+        first, second, third = (
+            request(code, name, 3, tenant="x", arrival=arrival, priority=priority) for name, arrival, priority in sizes
+        )
+        what = "three requests of one tenant, in order of arrival b, c, a, with priorities 7, 9, 8"
+        equal(self.order(code, {"x": 1.0}, third, second, first), ["b", "c", "a"], what)
 
 
 @exercise("5.16")
@@ -319,6 +350,42 @@ class TestScheduleRunning:
         plan = own.schedule()
         equal(granted(plan), {"a": (8, 1)}, "who computes, where b, whose turn it is, has to make room itself")
 
+    def test_a_long_prompt_in_the_middle(self, code):
+        own = scheduler(code, num_blocks=30)
+        _, b, _ = running(code, own, *(request(code, name, 3) for name in "abc"))
+        own.max_num_batched_tokens = 8
+        b.spec_token_ids = [21, 22, 23, 24, 25, 26, 27, 28]
+        plan = code.SchedulerOutput(99)
+        own.schedule_running(plan)
+        expected = {"a": (3, 1), "b": (3, 6), "c": (3, 1)}
+        equal(granted(plan), expected, "(start, tokens) of a and c, who lack 1 token, and b, who lacks 9; budget 8")
+
+    def test_one_in_flight_needs_no_token(self, code):
+        own = scheduler(code, num_blocks=30)
+        a, b, _ = running(code, own, *(request(code, name, 3) for name in "abc"))
+        own.max_num_batched_tokens = 8
+        a.in_flight = True
+        b.spec_token_ids = [21, 22, 23, 24, 25, 26, 27, 28]
+        plan = code.SchedulerOutput(99)
+        own.schedule_running(plan)
+        expected = {"b": (3, 7), "c": (3, 1)}
+        equal(granted(plan), expected, "(start, tokens) of b, who lacks 9, and c, while a is in flight; budget 8")
+
+    def test_the_one_after_the_preempted_goes_on(self, code):
+        own = scheduler(code, num_blocks=6, budget=32, scheduling_policy="priority")
+        _, _, c = running(
+            code, own, *(request(code, name, 7, priority=priority) for name, priority in (("a", 0), ("b", 5), ("c", 1)))
+        )
+        answered(code, own, own.schedule())
+        c.last_step += 1  # so that it is b's turn before c's
+        plan = code.SchedulerOutput(99)
+        own.schedule_running(plan)
+        equal(
+            [granted(plan), plan.preempted_ids],
+            [{"a": (8, 1), "c": (8, 1)}, ["b"]],
+            "[scheduled, preempted], where a, b and c take turns in this order, and b is preempted for a",
+        )
+
 
 @exercise("5.5", points=2)
 class TestScheduleWaiting:
@@ -378,6 +445,15 @@ class TestScheduleWaiting:
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 16)
         equal(sorted(granted(plan)), ["b"], "who is admitted first, with priorities a: 2, b: 0, c: 1")
+
+    def test_chunks_below_the_budget(self, code):
+        own = scheduler(code, num_blocks=30, long_prefill_token_threshold=4)
+        for name, length in (("a", 3), ("b", 9), ("c", 9)):
+            own.add(request(code, name, length))
+        plan = code.SchedulerOutput(1)
+        own.schedule_waiting(plan, 16)
+        expected = {"a": (0, 3), "b": (0, 4), "c": (0, 4)}
+        equal(granted(plan), expected, "(start, tokens) of prompts of 3, 9 and 9, chunks of at most 4, a budget of 16")
 
 
 @exercise("5.7", points=3)
@@ -488,6 +564,26 @@ class TestUpdateFromOutput:
         equal(names(own.running), ["c"], "who runs afterwards")
         equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free afterwards")
 
+    def test_those_that_finish_are_returned(self, code):
+        own = scheduler(code)
+        a, b = request(code, "b", 3, max_tokens=1), request(code, "a", 3)
+        own.add(a)
+        own.add(b)
+        got = answered(code, own, own.schedule())
+        equal(sorted(names(got or [])), ["a", "b"], "the requests returned, of which b finishes with this step")
+
+    def test_draft_tokens_are_used_once(self, code):
+        own = scheduler(code)
+        (a,) = running(code, own, request(code, "a", 3))
+        a.spec_token_ids = [21, 22]
+        answered(code, own, own.schedule(), {"a": [30]})
+        equal(a.spec_token_ids, [], "spec_token_ids after a step that proposes no new draft tokens")
+
+    def test_a_block_cut_off_by_the_end_is_not_found(self, code):
+        own, a = self.guessed(code, [21, 22, 23, 24, 25], [21, 9, 23, 24, 25, 26], stop_token_ids=frozenset({9}))
+        equal(a.output_token_ids, [7, 21, 9], "the output, where 9 ends it and all draft tokens were accepted")
+        equal(len(own.manager.pool.cached), 1, "how many blocks of 4 can be found by content, where 3 + 3 tokens stay")
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Making room
@@ -500,30 +596,47 @@ class TestChooseVictim:
         own = scheduler(code, scheduling_policy=policy)
         running(code, own, *requests)
         own.served.update(served or {})
-        return own.choose_victim()
+        victim = own.choose_victim()
+        return victim and victim.request_id
 
     def test_last_come(self, code):
         b, a, c = (request(code, name, 2) for name in "bac")
-        equal(self.chosen(code, "fcfs", b, c, a).request_id, "c", "the victim of a, b and c, first come first served")
+        equal(self.chosen(code, "fcfs", b, c, a), "c", "the victim of a, b and c, first come first served")
 
     def test_least_important(self, code):
         requests = [request(code, name, 2, priority=p) for name, p in (("a", 5), ("b", 0), ("c", 5), ("d", 1))]
-        equal(self.chosen(code, "priority", *requests).request_id, "c", "the victim, priorities a: 5, b: 0, c: 5, d: 1")
+        equal(self.chosen(code, "priority", *requests), "c", "the victim, priorities a: 5, b: 0, c: 5, d: 1")
 
     def test_most_served(self, code):
         requests = [request(code, name, 2, tenant=tenant) for name, tenant in (("a", "x"), ("b", "y"), ("c", "y"))]
         got = self.chosen(code, "fair", *requests, served={"x": 90.0, "y": 20.0})
-        equal(got.request_id, "a", "the victim, where x (of a) was served 90 and y (of b and c) 20")
+        equal(got, "a", "the victim, where x (of a) was served 90 and y (of b and c) 20")
 
     def test_never_in_flight(self, code):
         requests = [request(code, name, 2) for name in "abc"]
         own = scheduler(code)
         running(code, own, *requests)
         requests[2].in_flight = True
-        equal(own.choose_victim().request_id, "b", "the victim, while c is in flight")
+        victim = own.choose_victim()
+        equal(victim and victim.request_id, "b", "the victim, while c is in flight")
         for each in requests:
             each.in_flight = True
         equal(own.choose_victim(), None, "the victim, while all are in flight")
+
+    def test_the_only_one(self, code):
+        equal(self.chosen(code, "fcfs", request(code, "a", 2)), "a", "the victim, where only a runs")
+
+    def test_the_last_of_the_samples(self, code):
+        a = request(code, "a", 2)
+        samples = [request(code, f"a{child}", 2, child=child) for child in (2, 1)]
+        equal(self.chosen(code, "fcfs", samples[0], a, samples[1]), "a2", "the victim of three samples of one prompt")
+
+    def test_one_that_runs(self, code):
+        own = scheduler(code, seqs=2)
+        running(code, own, request(code, "a", 2), request(code, "b", 2))
+        own.add(request(code, "c", 2))
+        victim = own.choose_victim()
+        equal(victim and victim.request_id, "b", "the victim, where a and b run and c waits")
 
 
 @exercise("5.9")
@@ -547,6 +660,16 @@ class TestPreemptByRecompute:
         plan = own.schedule()
         equal(granted(plan), {"a": (0, 6)}, "(start, tokens) when it is admitted again: its prompt and its token")
         equal(plan.scheduled[0].sample_index, 1, "which output token is sampled then")
+
+    def test_the_rest_is_done_by_preempt(self, code):
+        own = scheduler(code)
+        a, _ = running(code, own, request(code, "a", 5), request(code, "b", 3))
+        own.preempt(a, code.SchedulerOutput(99))
+        equal(
+            [names(own.running), names(own.waiting), a.num_preemptions],
+            [["b"], ["a"], 1],
+            "[running, waiting, a's num_preemptions] after `preempt`, which calls preempt_by_recompute last",
+        )
 
 
 @exercise("5.10", points=2)
@@ -590,6 +713,27 @@ class TestSwapOut:
         own.swap_out(a, plan)
         equal(len(plan.swaps_out), 2, "how many blocks are moved: 8 tokens are computed, and there is room for a ninth")
         equal([each.num_tokens for each in plan.swaps_out], [4, 4], "the slots moved of each block, for 8 tokens")
+
+    def test_shared_blocks(self, code):
+        own = scheduler(code, preemption="swap", num_host_blocks=8, caching=True)
+        _, b = running(code, own, request(code, "a", 9), request(code, "b", 9))
+        equal(
+            own.manager.block_table("a")[:2], own.manager.block_table("b")[:2], "the first blocks of two equal prompts"
+        )
+        plan = code.SchedulerOutput(99)
+        equal(own.swap_out(b, plan), True, "swap_out of b, who shares two of its three blocks with a")
+        equal([each.num_tokens for each in plan.swaps_out], [4, 4, 1], "the slots moved of b's blocks, shared or not")
+        holds(balanced(own), "Blocks are held and not counted, or counted and not held.", actual=granted(plan))
+        equal(own.manager.pool.num_free_blocks, 9, "how many of 12 blocks are free: a holds three")
+
+    def test_the_rest_is_done_by_preempt(self, code):
+        own, a, plan = self.swapped(code)
+        own.preempt(a, plan)
+        equal(
+            [names(own.running), names(own.waiting), a.num_preemptions],
+            [[], ["a"], 1],
+            "[running, waiting, a's num_preemptions] after `preempt`, which calls swap_out last",
+        )
 
 
 @exercise("5.11", points=2)
@@ -635,13 +779,20 @@ class TestSwapIn:
 
 @exercise("5.13")
 class TestAbort:
+    def abort(self, own, request_id: str, what: str) -> None:
+        try:
+            own.abort(request_id)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            holds(False, f"abort of {what} raises {text}.", actual=text)
+
     def test_waiting_and_running(self, code):
         own = scheduler(code)
         (a,) = running(code, own, request(code, "a", 3))
         own.add(request(code, "b", 3))
-        own.abort("b")
+        self.abort(own, "b", "b, who waits")
         equal([names(own.waiting), names(own.running)], [[], ["a"]], "who waits and who runs, after the abort of b")
-        own.abort("a")
+        self.abort(own, "a", "a, who runs")
         equal([names(own.running), a.finish_reason], [[], "abort"], "who runs, and a's finish_reason, after its abort")
         equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks are free")
 
@@ -650,7 +801,7 @@ class TestAbort:
         a = request(code, "a", 6)
         own.add(a)
         plan = own.schedule()
-        own.abort("a")
+        self.abort(own, "a", "a, who is in flight")
         equal(own.manager.pool.num_free_blocks, 10, "how many of 12 blocks are free while a, aborted, is in flight")
         reason = a.finish_reason
         holds(
@@ -665,12 +816,16 @@ class TestAbort:
     def test_unknown(self, code):
         own = scheduler(code)
         running(code, own, request(code, "a", 3))
-        try:
-            own.abort("nobody")
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            holds(False, f"abort of an id that nobody has raises {text}; an unknown id is ignored.", actual=text)
+        self.abort(own, "nobody", "an id that no request has, which is to be ignored,")
         equal(names(own.running), ["a"], "who runs afterwards")
+
+    def test_its_samples_go_on(self, code):
+        own = scheduler(code)
+        a = request(code, "a", 3)
+        others = [request(code, f"a/{child}", 3, arrival=0, parent=a, child=child) for child in (1, 2)]
+        running(code, own, a, *others)
+        self.abort(own, "a", "a, the first of three samples")
+        equal(names(own.running), ["a/1", "a/2"], "the running requests after the abort of the first of three samples")
 
 
 @exercise("5.15", points=2)

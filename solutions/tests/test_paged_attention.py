@@ -13,11 +13,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from common.authoring.soak.load import Letters, random_model
 from solutions.llama_pytorch import SamplingParams
 from solutions.llama_pytorch import generate as generate_alone
 from solutions.paged_attention import AttentionMetadata, KVCacheManager, PagedKVCache, PagedSequence, generate
 from solutions.quantization import Int8KVCache
-from solutions.tests.soak import Letters, random_model
 
 BLOCK = 3
 STORIES = ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 5, 6, 20, 21, 22, 23, 24, 25], [4, 5, 6] * 4)

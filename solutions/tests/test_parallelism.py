@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks, random_model
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.course import ROOT
 from solutions import llama_pytorch, parallelism
@@ -25,7 +26,6 @@ from solutions.batching import SamplingParams, local_engine
 from solutions.llama_pytorch import load
 from solutions.parallelism import ParallelEngine, WorkerError, make_runner
 from solutions.tests.faults import make_faulty_runner
-from solutions.tests.soak import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks, random_model
 
 STORIES = [list(range(5, 30)), [*range(5, 15), *range(30, 40)], [7] * 20]
 FAMILIES = {
@@ -301,7 +301,7 @@ import sys, threading
 sys.path.insert(0, {root!r})
 import torch
 from solutions import parallelism
-from solutions.tests.soak import Letters
+from common.authoring.soak.load import Letters
 from solutions.llama_pytorch import SamplingParams
 parallelism.load_tokenizer = lambda folder: Letters()
 with parallelism.ParallelEngine({folder!r}, {tensor}, {pipeline}, dtype=torch.float64, device="cpu", timeout=3.0,

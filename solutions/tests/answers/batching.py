@@ -43,6 +43,13 @@ ANSWERS = [
         "slot_mapping(request.block_table, 0,",
     ),
     wrong("5.6", "query_start without the 0 at its beginning", "[], [], [], [], [0], []", "[], [], [], [], [], []"),
+    wrong(
+        "5.6",
+        "context_lens without the draft tokens",
+        "context_lens.append(end)",
+        "context_lens.append(end - request.num_spec_tokens)",
+    ),
+    wrong("5.6", "the device forgotten", "dtype=torch.long, device=device)", "dtype=torch.long)"),
     right(
         "5.6",
         "with tensors",
@@ -93,7 +100,21 @@ ANSWERS = [
         "5.14", "logprobs not handed on", "self.report(request, result)", "self.report(request, ModelRunnerOutput(0))"
     ),
     wrong("5.14", "nothing returned", "return outputs", "return []"),
-    wrong("5.14", "not counted", "self.count(plan, result, outputs, time.perf_counter() - start)", "pass"),
+    wrong(
+        "5.14",
+        "not counted",
+        "self.totals.observe(self.scheduler, plan, result, outputs, time.perf_counter() - start)",
+        "pass",
+    ),
+    wrong("5.14", "the newest step collected first", "self.in_flight.popleft()", "self.in_flight.pop()"),
+    wrong(
+        "5.14",
+        "the time of first scheduling not noted, as `self.submit` does",
+        "self.submit(plan)",
+        "self.in_flight.append(plan)\n            self.executor.submit(plan)",
+    ),
+    wrong("5.14", "no seconds counted", "time.perf_counter() - start)", "0.0)"),
+    wrong("5.14", "a step that only moves blocks dropped", "if plan.is_empty:", "if not plan.scheduled:"),
     right(
         "5.14",
         "filled first",
@@ -112,7 +133,7 @@ ANSWERS = [
         result, outputs = self.collect(oldest), []
         for request in self.scheduler.update_from_output(oldest, result):
             outputs.append(self.report(request, result))
-        self.count(oldest, result, outputs, time.perf_counter() - start)
+        self.totals.observe(self.scheduler, oldest, result, outputs, time.perf_counter() - start)
         return outputs
         """,
     ),

@@ -15,6 +15,7 @@ ANSWERS = [
         "range(start, start + max(batch))",
     ),
     wrong("5.1", "each batch as long as all of its members in turn", "start += max(batch)", "start += sum(batch)"),
+    wrong("5.1", "each batch as long as its last member", "start += max(batch)", "start += batch[-1]"),
     right(
         "5.1",
         "one list of batches first",
@@ -50,6 +51,12 @@ ANSWERS = [
         "request.all_token_ids[-1] in request.stop_token_ids",
     ),
     wrong("5.2", "the prompt's tokens counted too", "len(request.output_token_ids) >=", "request.num_tokens >="),
+    wrong(
+        "5.2",
+        "the limit of sampling_params, not the request's",
+        ">= request.max_tokens",
+        ">= request.sampling_params.max_tokens",
+    ),
     right(
         "5.2",
         "by the last token's slice",
@@ -66,6 +73,18 @@ ANSWERS = [
         "5.3", "the largest chunk not obeyed", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, budget)"
     ),
     wrong("5.3", "the prompt alone", "request.num_tokens +", "len(request.prompt_token_ids) +"),
+    wrong(
+        "5.3",
+        "cached tokens subtracted a second time",
+        "- request.num_computed_tokens",
+        "- request.num_computed_tokens - request.num_cached_tokens",
+    ),
+    wrong(
+        "5.3",
+        "a token even where nothing is left of the budget",
+        "min(num_uncomputed, budget, max_chunk)",
+        "max(1, min(num_uncomputed, budget, max_chunk))",
+    ),
     right(
         "5.3",
         "counted down",
@@ -90,6 +109,8 @@ ANSWERS = [
     ),
     wrong("5.12", "equals with the last to arrive first", "request.arrival)", "-request.arrival)"),
     wrong("5.12", "the request's own tokens, instead of its tenant's", "served[request.tenant]", "request.num_tokens"),
+    wrong("5.12", "equals by their ids, instead of arrival", "request.arrival)", "request.request_id)"),
+    wrong("5.12", "priority before arrival", "request.arrival)", "request.priority, request.arrival)"),
     right("5.12", "as a list", "return [served.get(request.tenant), request.arrival]"),
     # -------------------------------------------------------------------------------------------------- 5.16 join
     wrong(
@@ -172,6 +193,8 @@ ANSWERS = [
         "self.make_room(request, num_tokens, plan)",
         recognised=False,
     ),
+    wrong("5.4", "no request after the preempted one goes on", "continue", "break"),
+    wrong("5.4", "a token left for requests in flight, too", "len(ready) - i - 1", "len(self.running) - i - 1"),
     right(
         "5.4",
         "from a queue",
@@ -222,6 +245,13 @@ ANSWERS = [
                 break
             budget -= self.admit(self.waiting[0], budget, plan)
         """,
+    ),
+    wrong(
+        "5.5",
+        "no request admitted after one that got a full chunk",
+        "budget -= self.admit(request, budget, plan)",
+        "num_tokens = self.admit(request, budget, plan)\n            budget -= num_tokens\n"
+        "            if num_tokens == self.max_chunk:\n                break",
     ),
     right(
         "5.5",
@@ -300,6 +330,24 @@ ANSWERS = [
         "if request.finish_reason or request.request_id in output.errors:",
         "if request.request_id in output.errors:",
     ),
+    wrong(
+        "5.7",
+        "those that finish not returned",
+        "return requests",
+        "return [request for request in requests if request.status is not RequestStatus.FINISHED]",
+    ),
+    wrong(
+        "5.7",
+        "draft tokens verified a second time",
+        "output.spec_token_ids.get(request.request_id, [])",
+        "output.spec_token_ids.get(request.request_id, request.spec_token_ids)",
+    ),
+    wrong(
+        "5.7",
+        "a block entered into the prefix cache that tokens after the end have filled",
+        "min(request.num_computed_tokens, request.num_tokens))",
+        "request.num_computed_tokens)",
+    ),
     right(
         "5.7",
         "in three passes",
@@ -339,6 +387,21 @@ ANSWERS = [
         "return ([each for each in self.running if not each.in_flight] or [None])[-1]",
         recognised=False,
     ),
+    wrong(
+        "5.8",
+        "the samples of one prompt in no order",
+        "key=self.rank",
+        "key=lambda request: self.policy(request, self.served)",
+    ),
+    wrong("5.8", "waiting requests, too", "in self.running if", "in [*self.running, *self.waiting] if"),
+    wrong_body(
+        "5.8",
+        "never the only one",
+        """
+        candidates = [request for request in self.running if not request.in_flight]
+        return max(candidates, key=self.rank) if len(candidates) > 1 else None
+        """,
+    ),
     right(
         "5.8",
         "sorted",
@@ -363,6 +426,18 @@ ANSWERS = [
         "request.num_computed_tokens = 0\n        request.output_token_ids.clear()",
     ),
     wrong("5.9", "its status still running", "request.status = RequestStatus.WAITING", "pass"),
+    wrong(
+        "5.9",
+        "appended to `waiting`, which `preempt` does",
+        "request.status = RequestStatus.WAITING",
+        "request.status = RequestStatus.WAITING\n        self.waiting.append(request)",
+    ),
+    wrong(
+        "5.9",
+        "the preemption counted a second time",
+        "request.status = RequestStatus.WAITING",
+        "request.status = RequestStatus.WAITING\n        request.num_preemptions += 1",
+    ),
     right(
         "5.9",
         "in another order",
@@ -403,6 +478,26 @@ ANSWERS = [
         "its tokens counted as lost",
         "request.status = RequestStatus.SWAPPED",
         "request.status = RequestStatus.SWAPPED\n        request.num_computed_tokens = 0",
+    ),
+    wrong(
+        "5.10",
+        "the preemption counted a second time",
+        "request.status = RequestStatus.SWAPPED",
+        "request.status = RequestStatus.SWAPPED\n        request.num_preemptions += 1",
+    ),
+    wrong(
+        "5.10",
+        "refused where a block is shared",
+        "if num_blocks > self.host_pool.num_free_blocks:",
+        "blocks = self.manager.block_tables[request.request_id]\n"
+        "        if num_blocks > self.host_pool.num_free_blocks or any(block.ref_cnt > 1 for block in blocks):",
+    ),
+    wrong(
+        "5.10",
+        "shared blocks not given up",
+        "self.manager.free(request)",
+        "table = self.manager.block_tables.pop(request.request_id)\n"
+        "        self.manager.pool.free_blocks([block for block in table if block.ref_cnt == 1])",
     ),
     right(
         "5.10",
@@ -490,6 +585,12 @@ ANSWERS = [
     ),
     wrong("5.13", "one in flight not marked", 'request.finish_reason = "abort"', "pass"),
     wrong("5.13", "with another reason", 'self.finish(request, "abort")', 'self.finish(request, "stop")'),
+    wrong(
+        "5.13",
+        "its other samples ended, too",
+        'self.finish(request, "abort")',
+        '[self.finish(other, "abort") for other in list(self.requests.values()) if other.arrival == request.arrival]',
+    ),
     right(
         "5.13",
         "looked up first",
