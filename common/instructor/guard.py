@@ -1,12 +1,16 @@
 """The sandbox's inner side: a worker that watches over itself while it runs a submission.
 
-    python -m common.instructor.guard FD      started by `common.instructor.sandbox`, nobody else
+    python -m common.instructor.guard FD      started by `common.instructor.sandbox` only
 
-Three things beyond the worker of `make test-lesson-N`. Limits on memory, files and processes. An audit hook (PEP 578),
-which cannot be taken off again, refuses the submission's code the files that hold answers and checks, and a look at
-the grader's own frames. And canaries: beside every submission's answer that passes, a known wrong answer faces the
-same checks in the same process; where that passes too, the checks have been tampered with and the exercise counts as
-wrong. Nothing inside one process is proof against everything: what was refused is told, for a person to look at.
+Three things are added to the worker of `make test-lesson-N`.
+
+- Limits on memory, files and processes.
+- An audit hook (PEP 578), which cannot be removed, refuses what an answer does not need: to read the files that hold
+  answers and checks, to start processes, to look at the grader's own frames.
+- Canaries. When an answer passes, a known wrong answer is given to the same checks in the same process. If that passes
+  too, the checks have been changed, and the exercise counts as wrong.
+
+No process can be made proof against code that runs in it, so what was refused is noted for the instructor to look at.
 """
 
 from __future__ import annotations
