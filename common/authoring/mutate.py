@@ -13,7 +13,6 @@ pass. Right answers that go about it in another way stand in the catalogue.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -32,6 +32,7 @@ from common.course.catalogue import load_equivalents
 from common.course.exercises import exercises_of
 from common.course.modules import check_solution
 from common.grading.runner import START_SECONDS, begin, end
+from common.options import jobs, lesson_number
 
 SUMMARY = ROOT / "common" / "bench" / "measurements" / "mutants.json"
 ASKED = 0.95
@@ -238,30 +239,35 @@ def mutate(lesson: Lesson, only: str | None, jobs: int, console: Console) -> dic
     return found
 
 
-def main(argv: list[str]) -> int:
-    command, *rest = argv
-    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n\n")[0])
-    if command == "mutate-lesson":
-        parser.add_argument("lesson", metavar="N")
-    parser.add_argument("--exercise", metavar="N.M", help="only this one")
-    parser.add_argument("--jobs", type=int, default=int(os.environ.get("JOBS") or os.cpu_count() or 1))
-    arguments = parser.parse_args(rest)
+@click.command()
+@lesson_number
+@click.option("--exercise", metavar="N.M", help="only this one")
+@jobs
+def mutate_lesson(lesson_number: int, exercise: str | None, jobs: int) -> int:
+    """Try a lesson's checks on every small change of its answers."""
+    return mutate_modules(modules_of(lesson_number), exercise, jobs)
+
+
+@click.command()
+@jobs
+def mutate_all(jobs: int) -> int:
+    """Try the checks of every lesson on every small change of its answers."""
+    return mutate_modules(list(MODULES), None, jobs)
+
+
+def mutate_modules(modules: list[Lesson], exercise: str | None, jobs: int) -> int:
+    """Returns 1 if too small a share of a module's mutants is caught. Whole modules are written to the summary."""
     console = Console(highlight=False, soft_wrap=True)
-    modules = modules_of(arguments.lesson) if command == "mutate-lesson" else list(MODULES)
     failed = False
-    try:
-        for lesson in modules:
-            if arguments.exercise and arguments.exercise not in {each.id for each in exercises_of(lesson)}:
-                continue
-            check_solution(lesson)
-            found = mutate(lesson, arguments.exercise, arguments.jobs, console)
-            failed |= found["caught_share"] < ASKED
-            if not arguments.exercise:
-                known = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else {}
-                known[lesson.slug] = found
-                ordered = {each.slug: known[each.slug] for each in MODULES if each.slug in known}
-                SUMMARY.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    except CourseError as error:
-        console.print(str(error), style="red")
-        return 2
+    for lesson in modules:
+        if exercise and exercise not in {each.id for each in exercises_of(lesson)}:
+            continue
+        check_solution(lesson)
+        found = mutate(lesson, exercise, jobs, console)
+        failed |= found["caught_share"] < ASKED
+        if not exercise:
+            known = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else {}
+            known[lesson.slug] = found
+            ordered = {each.slug: known[each.slug] for each in MODULES if each.slug in known}
+            SUMMARY.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     return int(failed)

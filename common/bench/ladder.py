@@ -25,7 +25,7 @@ from solutions import kv_cache, llama_pytorch, paged_attention
 from solutions.batching import Engine, LocalExecutor
 from solutions.engine import InferenceEngine, Speculation
 from solutions.hooked import HookedEngine
-from solutions.llama_pytorch import Llama, SamplingParams, load
+from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
 from solutions.quantization import Quantization, load_quantized
 
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -78,13 +78,10 @@ def stamped(request_times: list[float], start: float) -> tuple[float, list[float
 
 
 def weights_of(model: Llama) -> tuple[int, int]:
-    """Bytes of weights that stand in memory, and how many of them a step reads.
-
-    A packed head leaves the table of a tied embedding beside it, for look-up: of that a step reads a few rows.
+    """Bytes of weights that stand in memory, and how many of them a step reads: of a table that is not the head as
+    well it reads a few rows.
     """
-    packed = sum(4 * each.weight.numel() for each in model.modules() if isinstance(each, kernels.PackedLinear))
-    held = packed + sum(parameter.nbytes for parameter in model.parameters())
-    table = model.model.embed_tokens.weight
+    held, table = kernels.held_bytes(model), model.model.embed_tokens.weight
     return held, held if model.lm_head.weight is table else held - table.nbytes
 
 
@@ -290,14 +287,14 @@ def measure_ladder(name: str, quick: bool) -> dict:
     bandwidth = read_bandwidth(*(16, 3) if quick else (1024, 9), device=device)
     print(f"reads {bandwidth:.1f} GB/s", flush=True)
     model, _ = load(name, dtype, device)
-    packed, _ = load(name, dtype, device)
-    kernels.pack(packed)
     kinds = {"INT8": Quantization("int8"), "INT4": Quantization("int4")}
     skipped: dict[str, str] = {}
     before = os.environ.get("KERNELS")
     results = []
     try:
         os.environ["KERNELS"] = "fast"  # whoever loads packs
+        packed, _ = load(name, dtype, device)
+        use_kernels(packed)
         quantized = {each: load_quantized(name, kind, dtype, device)[0] for each, kind in kinds.items()}
         theirs = load_transformers(find_checkpoint(name), dtype, device)
         if theirs is None:

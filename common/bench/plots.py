@@ -6,10 +6,10 @@ lessons 0 to 4 are in `plots_model.py`.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 
+import click
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -368,17 +368,19 @@ def ladder() -> Figure:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common figures", description=__doc__.partition("\n")[0])
-    parser.add_argument("part", nargs="?", default="", help="draw only those with this in their path")
-    parser.add_argument("--out", type=Path, default=ROOT, help="draw below this folder, and not in the lessons")
-    settings = parser.parse_args(argv)
-    chosen = {path: draw for path, draw in FIGURES.items() if settings.part in path}
+@click.command()
+@click.argument("part", default="")
+@click.option(
+    "--out", type=Path, default=ROOT, help="draw below this folder, and not in the lessons", show_default=False
+)
+def figures(part: str, out: Path) -> int:
+    """Draw the figures of the READMEs, or only those with PART in their path."""
+    chosen = {path: draw for path, draw in FIGURES.items() if part in path}
     if not chosen:
-        raise SystemExit(f"No figure has {settings.part!r} in its path; there are {', '.join(FIGURES)}.")
+        raise CourseError(f"No figure has {part!r} in its path; there are {', '.join(FIGURES)}.")
     failed = False
     for path, draw in chosen.items():
-        target = settings.out / path
+        target = out / path
         try:
             content = svg(draw)
         except (FileNotFoundError, CourseError) as error:

@@ -17,11 +17,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import kernels
 from common.bench.ladder import Assembled, Load, Run, check_same, serve
 from common.checkpoints import find_checkpoint
 from solutions.engine import Speculation
-from solutions.llama_pytorch import Llama, SamplingParams, load
+from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
 from solutions.speculative import propose_ngram
 
 NOTICE = (
@@ -146,7 +145,7 @@ def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
     os.environ["KERNELS"] = "fast"
     try:
         model, tokenizer = load(name, dtype, device)
-        kernels.pack(model)
+        use_kernels(model)
         folder = None if draft is None else str(find_checkpoint(draft))
         plain, _ = load(name, dtype, device)  # for near-ties
         cases = chat_cases(tokenizer, quick) if draft is None else tale_cases(tokenizer, quick)

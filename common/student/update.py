@@ -12,7 +12,6 @@ Standard library only, so that it works in whatever state the course's packages 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -382,12 +381,9 @@ def report(
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common update", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--from", dest="source", default=os.environ.get("FROM", ""), metavar="DOWNLOAD", help="a zip, a tar or a folder"
-    )
+    """`python -m common update [DOWNLOAD]`; `make` passes the download, a zip, a tar or a folder, as FROM."""
     try:
-        update(parser.parse_args(argv).source)
+        update(argv[0] if argv else os.environ.get("FROM", ""))
     except CourseError as error:
         print(error, file=sys.stderr)
         return 2

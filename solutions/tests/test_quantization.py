@@ -13,19 +13,18 @@ from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, ra
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from common.student.quantize import main as quantize_command
 from solutions.batching import SamplingParams
-from solutions.llama_pytorch import causal_attend, load_weights, parse_config
+from solutions.llama_pytorch import causal_attend, layers_of, load_weights, parse_config
 from solutions.parallelism import Group, RankCoordinates, shard
 from solutions.quantization import (
     Quantization,
     QuantizedEngine,
-    QuantizingCheckpoint,
     dequantize_int4,
     int8_matmul,
     load_quantized,
     pack_int4,
+    quantize,
     quantize_int4,
     quantize_int8,
-    quantize_model,
     save_quantized,
     unpack_int4,
     weight_bytes,
@@ -59,25 +58,21 @@ def test_shares_are_of_the_whole_matrix(checkpoints, kind):  # noqa: F811
             model = type(whole)(parse_config(checkpoint.config)).double()
         absmax = {name: each.abs().amax(1) for name, each in read_all(checkpoint).items() if each.ndim == 2}
 
+        quantize(model, kind)
         shard(model, RankCoordinates(rank, 3, 1), Group(rank, range(3)))
-        quantize_model(model, kind)
-        for name, module in model.named_modules():
-            if getattr(module, "is_row_parallel", False):
-                module.group = knowing(absmax[f"{name}.weight"])
-        load_weights(model, QuantizingCheckpoint(checkpoint, model))
-        shards = {
-            f"{name}.{tensor}": each
-            for name, module in model.named_modules()
-            for tensor, each in getattr(module, "shards", {}).items()
-        }
-        for name, mine in model.named_parameters():
-            theirs = numbers[name]
-            if name in shards:
-                part = shards[name].part
-                stop = min(part.stop, theirs.shape[shards[name].axis])
-                theirs = theirs.narrow(shards[name].axis, part.start, stop - part.start)
-                mine = mine.narrow(shards[name].axis, 0, stop - part.start)
-            assert torch.equal(mine, theirs), f"rank {rank}, {name}"
+        layers = {path: layer for path, layer in layers_of(model).items() if hasattr(layer, "method")}
+        for path, layer in layers.items():
+            if len(layer.columns) < layer.shape[1]:
+                layer.group = knowing(absmax[f"{path}.weight"])
+        load_weights(model, checkpoint)
+        for path, layer in layers.items():
+            for name, part in layer.method.parts(layer.rows, layer.columns).items():
+                mine, theirs = getattr(layer, name), numbers.get(f"{path}.{name}")
+                if path == "lm_head":
+                    continue  # tied
+                theirs = theirs[tuple(slice(axis.start, axis.stop) for axis in part)]
+                mine = mine[tuple(slice(size) for size in theirs.shape)]
+                assert torch.equal(mine, theirs), f"rank {rank}, {path}.{name}"
 
 
 def knowing(absmax: torch.Tensor) -> Group:
@@ -247,7 +242,7 @@ def test_kernels_leave_other_dtypes_alone(kind, monkeypatch):
     """They compute in float32; a model in float64 keeps its plain layers."""
     monkeypatch.setenv("KERNELS", "fast")
     model, _, _ = load_quantized("tales", kind, torch.float64, "cpu")
-    assert not any(isinstance(module, kernels.CompiledLinear) for module in model.modules())
+    assert not any(kernels.has_kernel(layer) for layer in layers_of(model).values() if hasattr(layer, "method"))
     with torch.inference_mode():
         assert model.logits(model(torch.arange(5, 9), torch.arange(4), causal_attend)).dtype == torch.float64
 
@@ -265,7 +260,8 @@ def test_packed_quantized_model(kind, monkeypatch):
         one, other = (each.logits(each(ids, positions, causal_attend)) for each in (packed, model))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     if kernels.compiled() is not None:
-        assert any(isinstance(module, kernels.CompiledLinear) for module in packed.modules())
+        products = [module for module in packed.modules() if hasattr(module, "method")]
+        assert all(kernels.has_kernel(module) for module in products if module is not packed.model.embed_tokens)
 
 
 @pytest.mark.parametrize("options", [["--kind", "int8"], ["--kind", "int4", "--symmetric", "--activation-aware"]])
