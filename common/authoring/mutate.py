@@ -31,8 +31,9 @@ from common.course import MODULES, ROOT, CourseError, Lesson, modules_of, shown
 from common.course.catalogue import load_equivalents
 from common.course.exercises import exercises_of
 from common.course.modules import check_solution
-from common.grading.runner import START_SECONDS, begin, end
+from common.grading.runner import START_SECONDS
 from common.options import jobs, lesson_number
+from common.workers import call, kill
 
 SUMMARY = ROOT / "common" / "bench" / "measurements" / "mutants.json"
 ASKED = 0.95
@@ -55,7 +56,6 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
 
     Sends (index, None) when it turns to a mutant, (index, why) when one is caught, and None at the end.
     """
-    os.setsid()
     os.environ["KERNELS"] = "plain"
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -133,7 +133,7 @@ class Trial:
 
     def start(self) -> None:
         self.mutants, self.current, self.last_word = list(self.left), None, time.monotonic()
-        self.process, self.connection = begin(work, self.lesson, self.mutants)
+        self.process, self.connection = call("common.authoring.mutate:work", self.lesson, self.mutants)
 
     def step(self) -> bool:
         """Take in what the worker has said. Returns whether there is more to come."""
@@ -142,7 +142,7 @@ class Trial:
                 self.last_word = time.monotonic()
                 event = self.connection.recv()
                 if event is None:
-                    end(self.process)
+                    kill(self.process)
                     return False
                 self.current = self.mutants[event[0]]
                 if event[1] is not None:
@@ -158,7 +158,7 @@ class Trial:
         self.left = [each for each in self.left if each is not self.current]
 
     def blame(self, why: str) -> None:
-        end(self.process)
+        kill(self.process)
         if self.current is None:
             raise CourseError(f"The worker for {shown(self.lesson.checks)} did not come to its first mutant.")
         self.catch(why)
@@ -180,7 +180,7 @@ def try_all(
             time.sleep(0.05)
     finally:
         for trial in running:
-            end(trial.process)
+            kill(trial.process)
     caught = [each for trial in trials for each in trial.caught]
     return caught, [each for trial in trials for each in trial.left]
 

@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from common.course import Lesson
+from common.workers import kill
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 SETTINGS = (
@@ -168,16 +168,12 @@ class SandboxedWorker:
             family = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             family = []
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        kill(self.process)
         for each in family:
             try:
                 each.kill()
             except psutil.NoSuchProcess:
                 pass
-        self.process.wait()
 
     def how_it_ended(self) -> str:
         try:

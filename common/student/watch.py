@@ -19,10 +19,11 @@ from common import course
 from common.course import CourseError, Lesson, shown
 from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.grading.results import Result, kept, next_step
-from common.grading.runner import Worker, begin, grade, grade_and_keep, read_source, todo_lines
+from common.grading.runner import Worker, grade, grade_and_keep, read_source, todo_lines
 from common.options import lesson_number, mine
 from common.student.board import SIGNS, bar, score
 from common.student.grade import congratulate, console, heading, report
+from common.workers import call
 
 PAUSE = 0.2
 """Seconds between two looks at the files."""
@@ -83,7 +84,7 @@ class Spare(Worker):
     """A worker that is started before it is known what it is to run, and can be given that once, as `Worker` is."""
 
     def __init__(self):
-        self.process, self.connection = begin(wait_for_work)
+        self.process, self.connection = call("common.student.watch:wait_for_work")
         self.is_used = False
 
     def __call__(self, *what) -> Worker:
