@@ -122,6 +122,8 @@ class ModelRunner:
                     output.logprobs[request.request_id] = likely
             except (ValueError, RuntimeError) as error:
                 output.errors[request.request_id] = str(error)
+            except Exception as error:  # whatever it is, it must not end the requests beside it
+                output.errors[request.request_id] = f"{type(error).__name__}: {error}"
             else:
                 output.sampled_token_ids[request.request_id] = tokens
 

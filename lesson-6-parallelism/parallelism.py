@@ -622,7 +622,7 @@ class ParallelExecutor:
         # for each other. If rank 0 samples, its result belongs at the end of `self.outputs`.
         raise NotImplementedError("TODO 6.18")
 
-    @guarded(interruptible=True)
+    @guarded
     def collect(self) -> ModelRunnerOutput:
         """Wait for the output of the oldest step that was submitted and not yet collected."""
         # TODO 6.19: outputs arrive in the order of the steps, one from each `self.workers.receive(self.timeout)`.

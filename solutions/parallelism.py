@@ -704,7 +704,7 @@ class ParallelExecutor:
         if output is not None:
             self.outputs.append(output)
 
-    @guarded(interruptible=True)
+    @guarded
     def collect(self) -> ModelRunnerOutput:
         """Wait for the output of the oldest step that was submitted and not yet collected."""
         # Exercise 6.19: outputs arrive in the order of the steps, one from each `self.workers.receive(self.timeout)`.

@@ -6,19 +6,22 @@ the model, the cache, the scheduler and the engine are the student's own.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from common.course import CourseError, activate, files_used, parse_mine, substitutes
+import click
 
-DEFAULT_MODEL = "smollm2-135m"
+from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from common.config import EngineConfig
+from common.course import CourseError, activate, files_used, parse_mine, substitutes
+from common.options import ENGINE_FIELDS, engine_options, mine, number, option, threads
+
 HELP = """\
 /reset         forget the conversation
 /system TEXT   tell the model who it is, and start again; without TEXT: show what it was told
@@ -26,7 +29,7 @@ HELP = """\
 /quit          leave; so does Ctrl-D. Ctrl-C stops an answer."""
 
 
-class OptionError(ValueError):
+class OptionError(CourseError):
     """A wrong option or prompt; the text says what to change."""
 
 
@@ -219,7 +222,7 @@ def write(piece: str) -> None:
     sys.stdout.flush()
 
 
-def run(talker: Talker, prompt: str) -> int:
+def answer(talker: Talker, prompt: str) -> int:
     """One prompt, its answer as it comes."""
     if not prompt.strip():
         raise OptionError("The prompt is empty.")
@@ -235,7 +238,7 @@ def run(talker: Talker, prompt: str) -> int:
     return 130 if reply.finish_reason == "interrupted" else 0
 
 
-def chat(talker: Talker, system: str = "") -> int:
+def converse(talker: Talker, system: str = "") -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (importing it gives `input` line editing and history)
     story = None if talker.has_template else Story(talker)
@@ -290,87 +293,37 @@ def take_turn(talker: Talker, conversation: Conversation | Story, line: str) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Options
+# The commands
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def options(argv: list[str]) -> argparse.Namespace:
-    """Flags, and for what is not given, the variables as `make` passes them."""
-    command, *rest = argv
-    variable = os.environ.get
-    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=variable("MODEL") or DEFAULT_MODEL, help="a name, a folder, a .gguf file")
-    if command == "run":
-        parser.add_argument("--prompt", default=variable("PROMPT") or None)
-    else:
-        parser.add_argument("--system", default="", help="who the model is told to be")
-    length, temperature, top_p = (96, 0.0, 1.0) if command == "run" else (256, 0.6, 0.9)
-    parser.add_argument("--max-tokens", type=int, default=length, help=f"of an answer; default {length}")
-    parser.add_argument("--temperature", type=float, default=temperature, help=f"default {temperature}")
-    parser.add_argument("--top-p", type=float, default=top_p, help=f"default {top_p}")
-    parser.add_argument("--seed", type=int, default=None, help="the same seed, the same answers")
-    for flag, kind, what in (
-        ("--num-blocks", int, "of the cache, each for 16 tokens; default: what fits into 1 GiB"),
-        ("--max-batched-tokens", int, "computed in one step; default 256"),
-        ("--policy", str, "fcfs, priority or fair"),
-        ("--preemption", str, "recompute or swap"),
-    ):
-        parser.add_argument(flag, type=kind, default=None, help=what)
-    for flag, name, what in (
-        ("--tensor-parallel", "TP", "processes that share every layer"),
-        ("--pipeline-parallel", "PP", "stages of layers, each with processes of its own"),
-    ):
-        parser.add_argument(flag, type=int, default=variable(name) or 1, help=f"{what}; default 1")
-    parser.add_argument(
-        "--quantization", default=variable("QUANT") or None, metavar="KIND", help="int8, w8a8 or int4; default: none"
-    )
-    parser.add_argument("--group-size", type=int, default=variable("GROUP") or 64, help="of int4; default 64")
-    parser.add_argument(
-        "--kv-cache-dtype", default=variable("KV") or "auto", metavar="KIND", help="int8; default: auto"
-    )
-    parser.add_argument(
-        "--offload", type=int, default=variable("OFFLOAD") or None, metavar="MB", help="of weights that stay in memory"
-    )
-    parser.add_argument(
-        "--speculative", default=variable("SPEC") or None, metavar="WHO", help="draft tokens: ngram, or a draft model"
-    )
-    parser.add_argument(
-        "--num-speculative-tokens", type=int, default=None, help="draft tokens in a step at most; default 8"
-    )
-    parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
-    parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
-    parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))
-    return parser.parse_args(rest)
-
-
-def engine_for(name: str, mine: str, options: dict, fewer: dict, drafts: dict):
+def engine_for(options: dict, mine: str):
     """The assembled engine; or, where earlier lessons are the student's, the engine of the last lesson that is needed
-    for these options: what they have not come to has no part in it.
+    for these options, since later ones may not be written yet.
     """
-    fewer["offload"] = fewer["offload"] and fewer["offload"] * 10**6
     numbers = [each.number for each in parse_mine(mine)]
-    if not numbers or 8 in numbers or set(drafts.values()) != {None}:
+    if not numbers or 8 in numbers or "speculative" in options:
         from solutions.engine import InferenceEngine
 
-        return InferenceEngine(name, **options, **fewer, **drafts)
+        return InferenceEngine(**options)
+    name = options.pop("model", EngineConfig.model)
     is_quantized = "quantization_config" in Checkpoint(find_checkpoint(name)).config
-    if is_quantized or fewer["quantization"] or fewer["offload"] or fewer["kv_cache_dtype"] != "auto":
+    if is_quantized or options.keys() & {"quantization", "offload", "kv_cache_dtype"}:
         from solutions.quantization import QuantizedEngine
 
-        return QuantizedEngine(name, **fewer, **options)
-    if {options["tensor_parallel"], options["pipeline_parallel"]} != {1} or "TORCHELASTIC_RUN_ID" in os.environ:
+        return QuantizedEngine(name, **options)
+    if options.keys() & {"tensor_parallel", "pipeline_parallel"} or "TORCHELASTIC_RUN_ID" in os.environ:
         from solutions.parallelism import ParallelEngine
 
         return ParallelEngine(name, **options)
     from solutions.batching import load_engine
 
-    del options["tensor_parallel"], options["pipeline_parallel"]
     return load_engine(name, **options)
 
 
-def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
-    """A talker, and the engine behind it."""
-    activate(settings.mine)  # before anything of `solutions` is imported: it decides which files that means
+def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -> tuple[Talker, Any]:
+    """A talker, and the engine behind it. options: EngineConfig's; sampling: SamplingParams'."""
+    activate(mine)  # before anything of `solutions` is imported: it decides which files that means
     if substitutes() and not os.environ.get("KERNELS"):
         os.environ["KERNELS"] = "plain"  # so that the student's code is what runs
     import torch
@@ -381,32 +334,18 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
         from solutions.parallelism import serve_as_worker
 
         serve_as_worker()
-    if settings.threads:
-        if not settings.threads.isdigit() or settings.threads == "0":
-            raise OptionError(f"THREADS is {settings.threads!r}; it must be a whole number of at least 1.")
-        torch.set_num_threads(int(settings.threads))
+    if threads:
+        torch.set_num_threads(threads)
     try:
-        params = SamplingParams(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-            max_tokens=settings.max_tokens,
-        )
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    names = {"num_blocks": "num_blocks", "max_batched_tokens": "max_num_batched_tokens"}
-    names |= {"policy": "scheduling_policy", "preemption": "preemption"}
-    options = {name: getattr(settings, flag) for flag, name in names.items() if getattr(settings, flag) is not None}
-    options |= {name: getattr(settings, name) for name in ("tensor_parallel", "pipeline_parallel")}
-    fewer = {name: getattr(settings, name) for name in ("quantization", "group_size", "kv_cache_dtype", "offload")}
-    drafts = {name: getattr(settings, name) for name in ("speculative", "num_speculative_tokens")}
-    try:
-        engine = engine_for(settings.model, settings.mine, options, fewer, drafts)
+        params = SamplingParams(**sampling)
+        EngineConfig(**options)
+        chosen = {name: options[name] for name, each in ENGINE_FIELDS.items() if options[name] != each.default}
+        engine = engine_for(chosen, mine)
     except CheckpointError:
         raise
     except ValueError as error:
         raise OptionError(str(error)) from None
-    return Talker(settings.model, engine.model, engine.tokenizer, answer_with(engine), params), engine
+    return Talker(options["model"], engine.model, engine.tokenizer, answer_with(engine), params), engine
 
 
 def run_many(talker: Talker, engine) -> int:
@@ -422,26 +361,62 @@ def run_many(talker: Talker, engine) -> int:
         raise OptionError(str(error)) from None
 
 
-def main(argv: list[str]) -> int:
-    settings = options(argv)
+def speaker(length: int, temperature: float, top_p: float) -> Callable:
+    """The options of a command in which a model speaks, with these defaults for sampling."""
+
+    def decorate(function: Callable) -> Callable:
+        for each in (
+            option("--verbose", "VERBOSE", is_flag=True, help="show the traceback of an error"),
+            threads,
+            engine_options,
+            mine(),
+            click.option("--seed", type=int, help="the same seed, the same answers"),
+            click.option("--top-p", type=float, default=top_p),
+            click.option("--temperature", type=float, default=temperature),
+            click.option("--max-tokens", type=number(), default=length, help="of an answer"),
+        ):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+@click.command("run")
+@option("--prompt", "PROMPT", help="what is asked; default: eight prompts at once")
+@speaker(length=96, temperature=0.0, top_p=1.0)
+def run_command(prompt: str | None, **settings) -> int:
+    """The engine answers: eight prompts at once, or the one that is given."""
+    return speak(settings, run_many if prompt is None else lambda talker, engine: answer(talker, prompt))
+
+
+@click.command("chat")
+@click.option("--system", default="", help="who the model is told to be")
+@speaker(length=256, temperature=0.6, top_p=0.9)
+def chat_command(system: str, **settings) -> int:
+    """A conversation with a model."""
+    return speak(settings, lambda talker, engine: converse(talker, system))
+
+
+def speak(settings: dict[str, Any], act: Callable[[Talker, Any], int]) -> int:
+    """Load what the settings ask for, and let it act."""
     for stream in (sys.stdin, sys.stdout):  # the model speaks all of Unicode, whatever the terminal was set to
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    sampling = {name: settings.pop(name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+    rest = {name: settings.pop(name) for name in ("mine", "threads")}
+    is_verbose = settings.pop("verbose")
     try:
-        talker, engine = load_talker(settings)
+        talker, engine = load_talker(settings, sampling, **rest)
         with engine:
-            if argv[0] == "chat":
-                return chat(talker, settings.system)
-            return run_many(talker, engine) if settings.prompt is None else run(talker, settings.prompt)
-    except (CheckpointError, CourseError, OptionError) as error:
-        if settings.verbose:
-            raise
-        print(error, file=sys.stderr)
-        return 2
+            return act(talker, engine)
+    except (CheckpointError, CourseError):
+        if is_verbose:
+            traceback.print_exc()
+        raise
     except RuntimeError as error:
         from solutions.parallelism import WorkerError
 
-        if settings.verbose or not isinstance(error, WorkerError):
+        if is_verbose or not isinstance(error, WorkerError):
             raise
         print(error, file=sys.stderr)
         return 1

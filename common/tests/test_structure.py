@@ -10,6 +10,7 @@ import ast
 import io
 import re
 import tokenize
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -49,7 +50,6 @@ def imports() -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def contract() -> dict:
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml")
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"][0]
 
 
