@@ -104,7 +104,7 @@ def schedule() -> Figure:
     left.set_ylabel("request")
     left.set_yticks(range(len(prompts)))
     left.invert_yaxis()
-    for color, text, y in ((ORANGE, "reads its prompt", 0.92), (BLUE, "writes", 0.85), ("#9AA0A6", "waits", 0.78)):
+    for color, text, y in ((ORANGE, "computes its prompt", 0.92), (BLUE, "decodes", 0.85), ("#9AA0A6", "waits", 0.78)):
         left.text(0.62, y, "■ " + text, color=color, transform=left.transAxes, fontsize=9)
     return fig
 
@@ -127,7 +127,7 @@ def pool_through_time() -> Figure:
     for step, plan in enumerate(plans):
         for name in plan.preempted_ids:
             axes.plot(step, -1.1, "v", color=colors(int(name)), clip_on=False)
-    axes.text(-0.4, -1.7, "▼ makes room for others", color=GREY, fontsize=9)
+    axes.text(-0.4, -1.7, "▼ is preempted", color=GREY, fontsize=9)
     for request in range(6):
         axes.text(1.01, 0.95 - 0.11 * request, f"■ request {request}", color=colors(request), transform=axes.transAxes)
     axes.set_xlabel("step")
