@@ -4,8 +4,8 @@ Later lessons use this model without editing it. Two seams make that possible:
 
 - `attend(layer, q, k, v)` is an argument of every call. The model computes queries, keys and values, and `attend`
   decides what to remember of them. Here nothing is remembered; later lessons pass other functions.
-- A linear layer is a module with the name that its weight has in the checkpoint. Later lessons swap it
-  (for a slice of it, for one in eight bits) before the weights are read.
+- A linear layer has the name that its weight has in the checkpoint, and a `method` that stores the weight and
+  multiplies by it. Lesson 6 cuts the layer and lesson 7 changes the method, both before the weights are read.
 
 This file does not know about caches, batches of requests or other processes.
 """
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError, check_supported, find_checkpoint
 from common.sampling import SamplingParams, stable_hash
 from common.tokenizer import Tokenizer, load_tokenizer
@@ -92,7 +93,28 @@ def causal_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     raise NotImplementedError("TODO 2.3")
 
 
-class RMSNorm(nn.Module):
+class Layer(nn.Module):
+    """A module with tensors of its own, which it reads from a checkpoint by itself."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that this layer needs from a checkpoint: name in this layer -> shape in the checkpoint."""
+        return {name: tuple(tensor.shape) for name, tensor in self.named_parameters(recurse=False)}
+
+    def load(self, read: Callable[..., Tensor]) -> None:
+        """Replace every tensor by the checkpoint's.
+
+        `read(name)` returns a tensor in the checkpoint's dtype; `read(name, *part)` the part of it that lies in these
+        ranges, one for each axis.
+        """
+        for name in self.shapes():
+            self.put(name, read(name))
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Set one tensor, in the dtype that the layer has for it."""
+        setattr(self, name, nn.Parameter(tensor.to(getattr(self, name).dtype), requires_grad=False))
+
+
+class RMSNorm(Layer):
     """`rms_norm` with its weight. (..., size) -> (..., size)."""
 
     def __init__(self, size: int, eps: float):
@@ -102,6 +124,80 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class LinearMethod:
+    """How a linear layer stores its matrix and multiplies by it: here in floats. Lesson 7 has methods with fewer bits.
+
+    The tensors belong to the layer, so that their names are those of the checkpoint. After vLLM's `LinearMethodBase`.
+    """
+
+    def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
+        """Where a checkpoint stores these rows and columns of the matrix: tensor name -> a range for each axis."""
+        return {"weight": (rows, columns)}
+
+    def create_weights(self, layer: Layer, like: Tensor) -> None:
+        """Give the layer its tensors, with any values. like: a tensor of the dtype and device that the layer has."""
+        bound = len(layer.columns) ** -0.5
+        weight = torch.empty(len(layer.rows), len(layer.columns), dtype=like.dtype, device=like.device)
+        layer.weight = nn.Parameter(weight.uniform_(-bound, bound))
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """The tensors that the layer needs from a checkpoint for its matrix, with their shapes there."""
+        parts = self.parts(*(range(size) for size in layer.shape))
+        return {name: tuple(len(axis) for axis in part) for name, part in parts.items()}
+
+    def load(self, layer: Layer, read: Callable[..., Tensor]) -> None:
+        """Read the layer's rows and columns from a checkpoint, as `Layer.load` says."""
+        for name, part in self.parts(layer.rows, layer.columns).items():
+            layer.put(name, read(name, *part))
+
+    def apply(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply by the matrix and add the bias. x: (T, in_features). Returns (T, out_features)."""
+        return F.linear(x, layer.weight, bias)
+
+    def embed(self, layer: Layer, token_ids: Tensor) -> Tensor:
+        """Look up rows of the matrix. token_ids: (T,). Returns (T, in_features)."""
+        return F.embedding(token_ids, layer.weight)
+
+    def process_weights_after_loading(self, layer: Layer) -> None:
+        """Rearrange the loaded tensors for this processor, where a kernel is faster that way."""
+        kernels.pack_floats(layer)
+
+
+class Linear(Layer):
+    """A linear layer, whose `method` stores the matrix and multiplies by it. (T, in_features) -> (T, out_features).
+
+    shape: of the matrix in the checkpoint. rows, columns: the part of it that this layer has; all, until lesson 6.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.shape = (out_features, in_features)
+        self.rows, self.columns = range(out_features), range(in_features)
+        self.method = LinearMethod()
+        self.method.create_weights(self, like=torch.empty(0))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = self.method.shapes(self)
+        return shapes if self.bias is None else {**shapes, "bias": self.shape[:1]}
+
+    def load(self, read: Callable[..., Tensor]) -> None:
+        self.method.load(self, read)
+        if self.bias is not None:
+            self.put("bias", read("bias", self.rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.method.apply(self, x, self.bias)
+
+
+class Embedding(Linear):
+    """A matrix of which rows are looked up, instead of multiplied by. (T,) token ids -> (T, in_features)."""
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.method.embed(self, token_ids)
 
 
 class Attention(nn.Module):
@@ -114,10 +210,10 @@ class Attention(nn.Module):
         q_width, kv_width = (
             heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.o_bias)
+        self.q_proj = Linear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = Linear(q_width, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -136,9 +232,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -170,12 +266,10 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.Module()
-        # As `nn.Embedding(...)` would be; but that imports torch's compiler first, for seconds, on the meta device.
-        table = torch.randn(config.vocab_size, config.hidden_size)
-        self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.model.embed_tokens = Embedding(config.hidden_size, config.vocab_size)
         self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         # Neither a parameter nor a buffer: `model.to(torch.bfloat16)` must leave it in float32, and building the
         # model on the meta device must leave it real.
@@ -183,9 +277,10 @@ class Llama(nn.Module):
             self.frequencies = scaled_frequencies(config)
 
     def tie_weights(self) -> None:
-        """Where the config ties them, the head's matrix is the embedding table: one tensor, two uses."""
+        """If the config says so, the output head shares the embedding table: the same tensors, used twice."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            for name, tensor in self.model.embed_tokens.named_parameters(recurse=False):
+                setattr(self.lm_head, name, tensor)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(T,) token ids -> (T, hidden_size)."""
@@ -215,17 +310,40 @@ class Llama(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
-    """Give every parameter its tensor, in the dtype that the parameter has; the model may stand on the meta device.
+def layers_of(module: nn.Module) -> dict[str, Layer]:
+    """All layers of a tree of modules that have tensors, by their names in it."""
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, Layer)}
 
-    Each name is accounted for. CheckpointError names the tensors that the model needs and the checkpoint lacks,
-    those that the checkpoint has and the model does not know, and the first whose shape differs, with both
-    shapes and its file. Two kinds of tensor may be there and are skipped: `lm_head.weight` where the head is
-    tied, and the `...rotary_emb.inv_freq` that old Llama checkpoints carry.
+
+def reader(checkpoint: Checkpoint, path: str) -> Callable[..., Tensor]:
+    """The `read` that `Layer.load` calls, for the layer with this name in the checkpoint."""
+
+    def read(name: str, *part: range) -> Tensor:
+        index = tuple(slice(axis.start, axis.stop) for axis in part)
+        return checkpoint.read(f"{path}.{name}", index or ...)
+
+    return read
+
+
+def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
+    """Let every layer read its tensors from a checkpoint. The model may stand on the meta device.
+
+    A tied head is not read: it shares the embedding table. The checkpoint's own `lm_head.weight` is ignored then, and
+    so are the `...rotary_emb.inv_freq` of old Llama checkpoints.
+
+    Raises CheckpointError, before anything is read, with the names of all tensors that the model needs and the
+    checkpoint lacks, or that the checkpoint has and the model does not know; or with the name, both shapes and the
+    file of the first tensor whose shape is not what its layer expects.
     """
-    # TODO 2.6: compare names, then shapes, then read one tensor at a time and put it in its parameter's
-    # place, as `nn.Parameter(..., requires_grad=False)`; tie the head at the end.
+    # TODO 2.6: collect the `shapes()` of all `layers_of(model)` under their full names. Compare names, then shapes.
+    # Then let each layer `load` with its `reader`, and tie the head at the end.
     raise NotImplementedError("TODO 2.6")
+
+
+def use_kernels(model: Llama) -> None:
+    """Swap parts of a loaded model for faster ones that compute the same, unless KERNELS=plain is set."""
+    if kernels.enabled():
+        kernels.pack(model, linear=Linear, attention=Attention, mlp=MLP, norm=RMSNorm)
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[Llama, Tokenizer]:

@@ -605,6 +605,26 @@ class TestLoadWeights:
             found = {str(parameter.dtype) for parameter in model.parameters()}
             equal(sorted(found), [str(wanted)], f"dtypes where the file has {file} and the model was built in {wanted}")
 
+    def test_each_layer_reads_what_it_needs(self, code):
+        """A layer of which half is elsewhere, as in lesson 6: it expects the whole matrix, and reads two rows of it."""
+        model, tensors, name = self.model(code, device="meta"), self.tensors(code), "model.layers.1.self_attn.k_proj"
+
+        class Half(code.Layer):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.empty(2, 6, device="meta"))
+
+            def shapes(self):
+                return {"weight": (4, 6)}
+
+            def load(self, read):
+                self.put("weight", read("weight", range(1, 3), range(6)))
+
+        model.model.layers[1].self_attn.k_proj = half = Half()
+        said = what_it_says(lambda: code.load_weights(model, FakeCheckpoint(tensors)))
+        equal(said, "no CheckpointError", f"loading where {name} needs (4, 6) and keeps rows 1 and 2")
+        close(half.weight.detach(), tensors[f"{name}.weight"][1:3], f"{name}, which keeps rows 1 and 2 of its matrix")
+
     def test_one_at_a_time(self, code):
         _, checkpoint = self.loaded(code, self.tensors(code, dtype=torch.float16), device="meta")
         holds(
@@ -617,6 +637,8 @@ class TestLoadWeights:
     def test_tied(self, code):
         changes = {"tie_word_embeddings": True}
         tensors = self.tensors(code, **changes)
+        said = what_it_says(lambda: self.loaded(code, tensors, **changes))
+        equal(said, "no CheckpointError", "loading a tied model whose file has no lm_head.weight")
         model, _ = self.loaded(code, tensors, device="meta", **changes)
         self.none_on_meta(model)
         close(model.model.embed_tokens.weight.detach(), tensors["model.embed_tokens.weight"], "the embedding, tied")

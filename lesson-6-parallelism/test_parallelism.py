@@ -303,21 +303,37 @@ WEIGHT, BIAS, X = counted(5, 6), torch.tensor([1.0, -2.0, 4.0, 8.0, -16.0]), cou
 PARTS = (range(0, 4), range(4, 6))
 
 
-def plain_linear(has_bias: bool) -> nn.Linear:
-    layer = nn.Linear(6, 5, bias=has_bias).requires_grad_(False)
-    layer.weight.copy_(WEIGHT)
-    if has_bias:
-        layer.bias.copy_(BIAS)
+def filled(layer, weight: torch.Tensor, bias: torch.Tensor | None = None):
+    """The layer, with its rows and columns of this matrix, and its part of the bias."""
+    layer.weight.data.copy_(weight[layer.rows.start : layer.rows.stop, layer.columns.start : layer.columns.stop])
+    if bias is not None:
+        layer.bias.data.copy_(bias[layer.rows.start : layer.rows.stop])
+    return layer
+
+
+class Doubling:
+    """Another way to store a matrix: halved. What multiplies by it doubles."""
+
+    def __init__(self, plain):
+        self.plain = plain
+
+    def apply(self, layer, x, bias=None):
+        y = 2 * self.plain.apply(layer, x)
+        return y if bias is None else y + bias
+
+    def embed(self, layer, token_ids):
+        return 2 * self.plain.embed(layer, token_ids)
+
+
+def halved(layer):
+    layer.weight.data.mul_(0.5)
+    layer.method = Doubling(layer.method)
     return layer
 
 
 def column_on_rank(code, group, has_bias: bool, parts):
-    part = parts[group.rank]
-    layer = code.ColumnParallelLinear(plain_linear(has_bias), part, group)
-    layer.weight.data.copy_(WEIGHT[part.start : part.stop])
-    if has_bias:
-        layer.bias.data.copy_(BIAS[part.start : part.stop])
-    return layer(X)
+    layer = code.ColumnParallelLinear(code.Linear(6, 5, has_bias), parts[group.rank], group)
+    return filled(layer, WEIGHT, BIAS if has_bias else None)(X)
 
 
 @exercise("6.8", points=1, seconds=ON_RANKS)
@@ -330,14 +346,16 @@ class TestColumnParallelLinear:
                 what = f"the outputs of rank {rank}, which has outputs {part.start} to {part.stop - 1} of 5"
                 close(result, expected[:, part.start : part.stop], what + ("" if has_bias else ", without a bias"))
 
+    def test_by_the_layers_method(self, code):
+        layer = code.ColumnParallelLinear(code.Linear(6, 5, True), range(1, 4), code.Group())
+        expected = F.linear(X, WEIGHT, BIAS)[:, 1:4]
+        close(halved(filled(layer, WEIGHT, BIAS))(X), expected, "the outputs of a layer that stores its matrix halved")
+
 
 def row_on_rank(code, group, has_bias: bool):
     part = PARTS[group.rank]
-    layer = code.RowParallelLinear(plain_linear(has_bias), part, group)
-    layer.weight.data.copy_(WEIGHT[:, part.start : part.stop])
-    if has_bias:
-        layer.bias.data.copy_(BIAS)
-    return layer(X[:, part.start : part.stop].contiguous())
+    layer = code.RowParallelLinear(code.Linear(6, 5, has_bias), part, group)
+    return filled(layer, WEIGHT, BIAS if has_bias else None)(X[:, part.start : part.stop].contiguous())
 
 
 @exercise("6.9", points=2, seconds=ON_RANKS)
@@ -350,16 +368,17 @@ class TestRowParallelLinear:
         for rank, result in enumerate(on_ranks(code, row_on_rank, True)):
             close(result, F.linear(X, WEIGHT, BIAS), f"the output of rank {rank} of 2, with a bias")
 
+    def test_by_the_layers_method(self, code):
+        layer = halved(filled(code.RowParallelLinear(code.Linear(6, 5), range(6), code.Group()), WEIGHT))
+        close(layer(X), F.linear(X, WEIGHT), "the output of a layer that stores its matrix halved")
+
 
 TABLE = counted(8, 3)
 ROWS = (range(0, 4), range(4, 8))
 
 
 def embedding_on_rank(code, group, token_ids):
-    part = ROWS[group.rank]
-    table = code.VocabParallelEmbedding(nn.Embedding(8, 3), part, group)
-    table.weight.data.copy_(TABLE[part.start : part.stop])
-    return table(token_ids)
+    return filled(code.VocabParallelEmbedding(code.Linear(3, 8), ROWS[group.rank], group), TABLE)(token_ids)
 
 
 @exercise("6.10", points=2, seconds=ON_RANKS)
@@ -374,11 +393,14 @@ class TestVocabParallelEmbedding:
         for rank, result in enumerate(on_ranks(code, embedding_on_rank, token_ids)):
             close(result, TABLE[token_ids], f"the row of token 6 on rank {rank}; rank 1 has rows 4 to 7")
 
+    def test_by_the_layers_method(self, code):
+        table = code.VocabParallelEmbedding(code.Linear(3, 8), range(4, 8), code.Group())
+        token_ids = torch.tensor([5, 4, 7])
+        close(halved(filled(table, TABLE))(token_ids), TABLE[token_ids], "rows of a table that is stored halved")
+
 
 def head_on_rank(code, group, num_rows: int, vocab_size: int):
-    part = ROWS[group.rank]
-    head = code.ParallelLMHead(nn.Linear(3, vocab_size, bias=False), part, group)
-    head.weight.data.copy_(TABLE[part.start : part.stop])
+    head = filled(code.ParallelLMHead(code.Linear(3, vocab_size), ROWS[group.rank], group), TABLE)
     return head(counted(num_rows, 3))
 
 
@@ -401,6 +423,11 @@ class TestParallelLMHead:
     def test_padding_is_no_token(self, code):
         self.check(code, 2, 7)
 
+    def test_by_the_layers_method(self, code):
+        head = code.ParallelLMHead(code.Linear(3, 8), range(8), code.Group())
+        x = counted(2, 3)
+        close(halved(filled(head, TABLE))(x), F.linear(x, TABLE), "the scores of a head that stores its matrix halved")
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reading, stages, workers
@@ -415,37 +442,140 @@ def checkpoint_of(folder: str, **tensors: torch.Tensor) -> Checkpoint:
 
 @exercise("6.12", points=2)
 class TestReadShard:
-    def check(self, code, name: str, shard, expected: torch.Tensor, num_read: int, what: str) -> None:
+    def check(self, code, name: str, part, expected: torch.Tensor, num_read: int, what: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             matrix = counted(6, 4)
             checkpoint = checkpoint_of(folder, matrix=matrix, half=matrix.bfloat16(), vector=counted(6))
-            found = code.read_shard(checkpoint, name, shard)
+
+            def read(*ranges: range) -> torch.Tensor:
+                beyond = any(axis.stop > size for axis, size in zip(ranges, checkpoint.shape(name)))
+                holds(not beyond, f"of a tensor of shape {checkpoint.shape(name)} it reads {ranges}.", str(ranges))
+                index = tuple(slice(axis.start, axis.stop) for axis in ranges)
+                return checkpoint.read(name, index or ...)
+
+            found = code.read_shard(read, checkpoint.shape(name), part)
             close(found, expected, what)
             num_bytes = expected.element_size() * num_read
             equal(checkpoint.num_bytes_read, num_bytes, f"how many bytes were read for {what}")
             checkpoint._open.clear()
 
     def test_rows(self, code):
-        self.check(code, "matrix", code.Shard(0, range(2, 5)), counted(6, 4)[2:5], 12, "rows 2 to 4 of six")
+        self.check(code, "matrix", (range(2, 5), range(4)), counted(6, 4)[2:5], 12, "rows 2 to 4 of six")
 
     def test_columns(self, code):
-        self.check(code, "matrix", code.Shard(1, range(1, 3)), counted(6, 4)[:, 1:3], 12, "columns 1 and 2 of four")
+        self.check(code, "matrix", (range(6), range(1, 3)), counted(6, 4)[:, 1:3], 12, "columns 1 and 2 of four")
         expected = torch.cat([counted(6, 4)[:, 3:], torch.zeros(6, 2)], dim=1)
-        self.check(code, "matrix", code.Shard(1, range(3, 6)), expected, 6, "columns 3 to 5, of which there is one")
+        self.check(code, "matrix", (range(6), range(3, 6)), expected, 6, "columns 3 to 5, of which there is one")
 
     def test_a_vector(self, code):
-        self.check(code, "vector", code.Shard(0, range(4, 6)), counted(6)[4:], 2, "places 4 and 5 of a vector of six")
+        self.check(code, "vector", (range(4, 6),), counted(6)[4:], 2, "places 4 and 5 of a vector of six")
 
     def test_padding(self, code):
         expected = torch.cat([counted(6, 4)[4:], torch.zeros(2, 4)])
-        self.check(code, "matrix", code.Shard(0, range(4, 8)), expected, 8, "rows 4 to 7, of which there are two")
+        self.check(code, "matrix", (range(4, 8), range(4)), expected, 8, "rows 4 to 7, of which there are two")
 
     def test_padding_has_the_files_dtype(self, code):
         expected = torch.cat([counted(6, 4)[4:], torch.zeros(2, 4)]).bfloat16()
-        self.check(code, "half", code.Shard(0, range(4, 8)), expected, 8, "rows 4 to 7 of six, in bfloat16")
+        self.check(code, "half", (range(4, 8), range(4)), expected, 8, "rows 4 to 7 of six, in bfloat16")
 
     def test_nothing_but_padding(self, code):
-        self.check(code, "matrix", code.Shard(0, range(8, 10)), torch.zeros(2, 4), 0, "rows 8 and 9 of six")
+        self.check(code, "matrix", (range(8, 10), range(4)), torch.zeros(2, 4), 0, "rows 8 and 9 of six")
+
+
+def sharded(code, rank: int, tensor_parallel: int, pipeline_parallel: int, **changes):
+    """A rank's model on the meta device, and the numbers of its layers. Four query heads of two channels in two groups,
+    seven channels in the MLP, eleven tokens, three layers."""
+    config = dict(
+        vocab_size=11, hidden_size=6, intermediate_size=7, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=2, qkv_bias=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = code.Llama(code.ModelConfig(**{**config, **changes}))
+    group = code.Group(rank % tensor_parallel, range(tensor_parallel))
+    return model, code.shard(model, code.RankCoordinates(rank, tensor_parallel, pipeline_parallel), group)
+
+
+def parts_of(module: nn.Module) -> dict[str, str]:
+    """What each layer with a matrix is: its class, and which rows and columns it has."""
+
+    def describe(layer: nn.Module) -> str:
+        rows, columns = layer.rows, layer.columns
+        return f"{type(layer).__name__}, {rows.start} to {rows.stop - 1} by {columns.start} to {columns.stop - 1}"
+
+    return {name: describe(layer) for name, layer in module.named_modules() if hasattr(layer, "rows")}
+
+
+@exercise("6.17", points=4)
+class TestShard:
+    def test_the_layers_of_a_block(self, code):
+        widths = {0: ("0 to 3", "0 to 1", "0 to 3"), 1: ("4 to 7", "2 to 3", "4 to 6")}
+        for rank, (queries, keys, channels) in widths.items():
+            model, _ = sharded(code, rank, 2, 1)
+            expected = {
+                "self_attn.q_proj": f"ColumnParallelLinear, {queries} by 0 to 5",
+                "self_attn.k_proj": f"ColumnParallelLinear, {keys} by 0 to 5",
+                "self_attn.v_proj": f"ColumnParallelLinear, {keys} by 0 to 5",
+                "self_attn.o_proj": f"RowParallelLinear, 0 to 5 by {queries}",
+                "mlp.gate_proj": f"ColumnParallelLinear, {channels} by 0 to 5",
+                "mlp.up_proj": f"ColumnParallelLinear, {channels} by 0 to 5",
+                "mlp.down_proj": f"RowParallelLinear, 0 to 5 by {channels}",
+            }
+            for number in (0, 2):
+                what = f"the linear layers of block {number} on rank {rank} of 2, rows by columns,"
+                equal(parts_of(model.model.layers[number]), expected, what)
+
+    def test_the_table_and_the_head(self, code):
+        for rank, rows in ((0, "0 to 5"), (1, "6 to 11")):
+            model, _ = sharded(code, rank, 2, 1)
+            found = [parts_of(each)[""] for each in (model.model.embed_tokens, model.lm_head)]
+            expected = [f"VocabParallelEmbedding, {rows} by 0 to 5", f"ParallelLMHead, {rows} by 0 to 5"]
+            equal(found, expected, f"the table and the head on rank {rank} of 2, for 11 tokens,")
+
+    def test_a_tied_model_has_one_table(self, code):
+        model, _ = sharded(code, 1, 2, 1, tie_word_embeddings=True)
+        is_shared = model.lm_head.weight is model.model.embed_tokens.weight
+        equal(is_shared, True, "whether a rank's head has the table's own tensor, in a tied model")
+
+    def test_stages(self, code):
+        for is_tied, table_on_last in ((False, "Absent"), (True, "Embedding")):
+            expected = {
+                0: [range(0, 1), "Block", "Absent", "Absent", "Embedding", "Absent"],
+                1: [range(1, 2), "Absent", "Block", "Absent", "Absent", "Absent"],
+                2: [range(2, 3), "Absent", "Absent", "Block", table_on_last, "Linear"],
+            }
+            for rank in range(3):
+                model, layers = sharded(code, rank, 1, 3, tie_word_embeddings=is_tied, intermediate_size=70)
+                modules = [*model.model.layers, model.model.embed_tokens, model.lm_head]
+                found = [layers, *(type(module).__name__ for module in modules)]
+                what = f"layers, kinds of the three blocks, table and head on stage {rank} of 3, tied: {is_tied},"
+                equal(found, expected[rank], what)
+
+    def test_stages_of_two_ranks(self, code):
+        model, _ = sharded(code, 3, 2, 2)
+        found = [type(module).__name__ for module in (model.model.layers[0], model.model.embed_tokens, model.lm_head)]
+        equal(found, ["Absent", "Absent", "ParallelLMHead"], "block 0, table and head on rank 3 of a grid of 2 by 2")
+        query = parts_of(model.model.layers[2]).get("self_attn.q_proj")
+        equal(query, "ColumnParallelLinear, 4 to 7 by 0 to 5", "q_proj of block 2 on rank 3 of a grid of 2 by 2")
+
+    def test_alone(self, code):
+        model, layers = sharded(code, 0, 1, 1)
+        equal(layers, range(3), "the layers of a rank that is alone")
+        kinds = {part.partition(",")[0] for part in parts_of(model).values()}
+        equal(sorted(kinds), ["Embedding", "Linear"], "the kinds of layers of a rank that is alone")
+
+    def test_every_tensor_of_the_checkpoint_is_known(self, code):
+        """Every rank expects the same names and shapes in the checkpoint, whichever part of it it reads."""
+        expected = None
+        for rank in range(4):
+            model, _ = sharded(code, rank, 2, 2)
+            shapes = {
+                f"{path}.{name}": shape
+                for path, layer in model.named_modules()
+                if hasattr(layer, "shapes")
+                for name, shape in layer.shapes().items()
+            }
+            expected = expected or shapes
+            equal(shapes, expected, f"names and shapes that rank {rank} expects in the checkpoint")
 
 
 class FakeLink:
@@ -714,13 +844,19 @@ CONFIG = dict(
 
 def steps_on_rank(code, group, folder: str, tensor_parallel: int):
     """Two steps of one request, its tokens given. Returns what was sampled here."""
-    from solutions.batching import ScheduledRequest
-    from solutions.llama_pytorch import SamplingParams
+    from solutions.batching import ModelRunner
+    from solutions.llama_pytorch import SamplingParams, load_weights, parse_config
+    from solutions.paged_attention import PagedKVCache
+    from solutions.scheduler import ScheduledRequest
 
     coordinates = code.RankCoordinates(group.rank, tensor_parallel, 2 // tensor_parallel)
     own = group if tensor_parallel == 2 else code.Group(0, [group.rank])
-    model, layers, _ = code.load_share(folder, torch.float64, "cpu", coordinates, own)
-    runner = code.make_runner(code.EngineConfig(num_blocks=4, block_size=4), model, layers)
+    checkpoint = Checkpoint(Path(folder))
+    with torch.device("meta"):
+        model = code.Llama(parse_config(checkpoint.config)).double()
+    layers = code.shard(model, coordinates, own)
+    load_weights(model, checkpoint)
+    runner = ModelRunner(model, PagedKVCache(model, 4, 4, layers=layers))
     link, sampled = code.StageLink(coordinates, model), []
     for step, (start, ids) in enumerate(((0, [3, 14, 15, 9, 26]), (5, [8]), (6, [20]))):
         request = ScheduledRequest("a", start, ids, 0, [2, 0, 1], SamplingParams(), step, [], [], frozenset(), 9)
@@ -745,8 +881,10 @@ class TestTogether:
     def test_the_same_tokens(self, code):
         from safetensors.torch import load_file
 
+        from solutions.llama_pytorch import parse_config
+
         torch.manual_seed(0)
-        model = code.Llama(code.parse_config(CONFIG))
+        model = code.Llama(parse_config(CONFIG))
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
         tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
@@ -754,7 +892,7 @@ class TestTogether:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             save_file(tensors, Path(folder, "model.safetensors"))
             Path(folder, "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-            whole = code.Llama(code.parse_config(CONFIG)).double()
+            whole = code.Llama(parse_config(CONFIG)).double()
             whole.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
             expected = whole.logits(whole(ids, torch.arange(7), attend_to_all)).argmax(-1)[4:].tolist()
             tokens = [[token] for token in expected]

@@ -17,18 +17,15 @@ from common.checkpoints import Checkpoint
 from common.grading import close, equal, exercise, holds, together
 
 
-def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None).requires_grad_(False)
-    layer.weight.copy_(weight)
-    if bias is not None:
-        layer.bias.copy_(bias)
-    return layer
+def quantized(code, method, weight: torch.Tensor, columns: range | None = None):
+    """A layer with this method, that has read a matrix of floats; or some of its columns, as a rank has them."""
+    layer = code.Linear(weight.shape[1], weight.shape[0]).to(weight.dtype).requires_grad_(False)
+    if columns is not None:
+        from solutions.parallelism import Group, RowParallelLinear
 
-
-def filled(layer, weight: torch.Tensor):
-    """A quantized layer with the tensors that the reference makes of this weight."""
-    for name, tensor in layer.quantized(weight).items():
-        setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+        layer = RowParallelLinear(layer, columns, Group())
+    code.set_method(layer, method)
+    layer.load(lambda name, *part: weight[tuple(slice(axis.start, axis.stop) for axis in part)])
     return layer
 
 
@@ -68,6 +65,12 @@ class TestQuantizeInt8:
         close(scale, torch.tensor([0.1]), "the scale of [3, -1], part of a row whose largest magnitude is 12.7")
         close(numbers, torch.tensor([[30, -10]], dtype=torch.int8), "the numbers of [3, -1] in that row")
 
+    def test_a_scale_that_is_too_small_to_tell_from_0(self, code):
+        numbers, scale = code.quantize_int8(torch.tensor([[1e-6, 0.0]]).half())
+        what = "of [1e-6, 0] in float16, which cannot tell 1e-6 / 127 from 0"
+        close(scale, torch.ones(1).half(), f"the scale {what}")
+        close(numbers, torch.zeros(1, 2, dtype=torch.int8), f"the numbers {what}")
+
     def test_error_is_half_a_step(self, code):
         weight = spread(6, 40)
         numbers, scale = code.quantize_int8(weight)
@@ -94,31 +97,31 @@ class TestQuantizeActivations:
 
 
 @exercise("7.2", points=2)
-class TestInt8Linear:
+class TestInt8Method:
     def test_product(self, code):
         weight, x = spread(5, 8), spread(3, 8) + 0.5
-        layer = filled(code.Int8Linear(linear(weight)), weight)
+        layer = quantized(code, code.Int8Method(), weight)
         numbers, scale = layer.weight, layer.weight_scale
         expected = x @ (numbers.float() * scale[:, None]).T
-        close(layer.product(x), expected, "product(x), of five outputs and eight inputs", rtol=1e-4, atol=1e-5)
-        close(layer.product(x[:1]), expected[:1], "product(x) of one token", rtol=1e-4, atol=1e-5)
+        close(layer(x), expected, "layer(x), of five outputs and eight inputs", rtol=1e-4, atol=1e-5)
+        close(layer(x[:1]), expected[:1], "layer(x) of one token", rtol=1e-4, atol=1e-5)
 
     def test_in_the_dtype_of_x(self, code):
         weight, x = spread(4, 4).double(), spread(2, 4).double()
-        layer = filled(code.Int8Linear(linear(weight).double()), weight)
+        layer = quantized(code, code.Int8Method(), weight)
         expected = x @ (layer.weight.double() * layer.weight_scale[:, None]).T
-        close(layer.product(x), expected, "product(x) in float64", rtol=1e-9, atol=1e-9)
+        close(layer(x), expected, "layer(x) in float64", rtol=1e-9, atol=1e-9)
 
     def test_the_weight_is_left_alone(self, code):
         weight = spread(4, 4)
-        layer = filled(code.Int8Linear(linear(weight)), weight)
+        layer = quantized(code, code.Int8Method(), weight)
         before = layer.weight.clone()
-        layer.product(spread(2, 4))
-        close(layer.weight, before, "the layer's numbers, after product")
+        layer(spread(2, 4))
+        close(layer.weight, before, "the layer's numbers, after a product")
 
 
 @exercise("7.4", points=3)
-class TestW8A8Linear:
+class TestW8A8Method:
     def expected(self, layer, x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
         scale = absmax / 127
         numbers = (x / scale[:, None]).round()
@@ -126,15 +129,23 @@ class TestW8A8Linear:
 
     def test_product(self, code):
         weight, x = spread(5, 12), spread(4, 12) * torch.tensor([[0.01], [1.0], [30.0], [2.0]])
-        layer = filled(code.W8A8Linear(linear(weight)), weight)
+        layer = quantized(code, code.W8A8Method(), weight)
         expected = self.expected(layer, x, x.abs().amax(1))
-        close(layer.product(x), expected, "product(x) of four tokens of very different size", rtol=1e-4, atol=1e-6)
+        close(layer(x), expected, "layer(x) of four tokens of very different size", rtol=1e-4, atol=1e-6)
 
     def test_sums_need_more_than_eight_bits(self, code):
         weight = torch.ones(2, 2000)
-        layer = filled(code.W8A8Linear(linear(weight)), weight)
-        got = layer.product(torch.ones(1, 2000))
-        close(got, torch.full((1, 2), 2000.0), "product of 2,000 ones with 2,000 weights of one", rtol=1e-4)
+        layer = quantized(code, code.W8A8Method(), weight)
+        got = layer(torch.ones(1, 2000))
+        close(got, torch.full((1, 2), 2000.0), "the product of 2,000 ones with 2,000 weights of one", rtol=1e-4)
+
+    def test_sums_that_float16_cannot_hold(self, code):
+        """2,000 products of 127 x 127 are 32 million; float16 ends at 65,504. What they stand for is 2,000."""
+        layer = quantized(code, code.W8A8Method(), torch.ones(2, 2000).half())
+        got = layer(torch.ones(1, 2000).half())
+        equal(str(got.dtype), "torch.float16", "the dtype of layer(x), where x is in float16")
+        what = "the product of 2,000 ones with 2,000 weights of one, in float16"
+        close(got, torch.full((1, 2), 2000.0).half(), what, rtol=2e-3)
 
     def test_ranks_scale_a_token_alike(self, code):
         """Another rank has the larger part of the token: the group says so."""
@@ -143,12 +154,12 @@ class TestW8A8Linear:
             def all_reduce(self, x, op=None):
                 return torch.full_like(x, 12.7) if op == torch.distributed.ReduceOp.MAX else x
 
-        weight, x = spread(3, 4), torch.tensor([[1.0, -0.31, 0.5, 0.02]])
-        layer = filled(code.W8A8Linear(code.RowParallelLinear(linear(weight), range(4), code.Group())), weight)
+        weight, x = spread(3, 8), torch.tensor([[1.0, -0.31, 0.5, 0.02]])
+        layer = quantized(code, code.W8A8Method(), weight, columns=range(4))
         layer.group = Other()
         expected = self.expected(layer, x, torch.tensor([12.7]))
-        what = "product(x), where another rank's part of the token has a magnitude of 12.7"
-        close(layer.product(x), expected, what, rtol=1e-4, atol=1e-6)
+        what = "layer(x), where another rank's part of the token has a magnitude of 12.7"
+        close(layer(x), expected, what, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,6 +248,13 @@ class TestQuantizeInt4:
         close(scale, torch.tensor([[0.5], [1.0], [1.0]]).half(), f"the scales {what}")
         close(numbers, torch.tensor([[15, 15], [1, 1], [8, 8]], dtype=torch.uint8), f"the numbers {what}")
 
+    def test_a_scale_that_float16_rounds_to_0(self, code):
+        for symmetric, expected in ((False, 0), (True, 8)):
+            numbers, scale, _ = code.quantize_int4(torch.tensor([[1e-9, 3e-9]]), 2, symmetric)
+            what = f"of [1e-9, 3e-9] {'symmetric' if symmetric else 'asymmetric'}, smaller than float16 can tell from 0"
+            close(scale, torch.ones(1, 1).half(), f"the scale {what}")
+            close(numbers, torch.full((1, 2), expected, dtype=torch.uint8), f"the numbers {what}")
+
     def test_chosen_for_the_rounded_scale(self, code):
         """float16 has 11 bits: the scale that is kept is not quite the one that was computed."""
         weight = torch.linspace(40011.3, 40311.3, 64).view(1, 64)
@@ -268,15 +286,15 @@ class TestDequantizeInt4:
 
 
 @exercise("7.8", points=2)
-class TestInt4Linear:
+class TestInt4Method:
     def check(self, code, columns: int, group_size: int, symmetric: bool, dtype=torch.float32) -> None:
         weight, x = spread(5, columns).to(dtype), (spread(3, columns) + 0.3).to(dtype)
-        layer = filled(code.Int4Linear(linear(weight).to(dtype), group_size, symmetric), weight)
+        layer = quantized(code, code.Int4Method(group_size, symmetric), weight)
         numbers, scale, minimum = code.quantize_int4(weight, group_size, symmetric)
         wide = [each.to(dtype).repeat_interleave(group_size, 1)[:, :columns] for each in (scale, minimum)]
         expected = x @ (numbers * wide[0] + wide[1]).T
         kind = f"groups of {group_size}, {'symmetric' if symmetric else 'asymmetric'}, {columns} inputs"
-        close(layer.product(x), expected, f"product(x): {kind}", rtol=1e-4, atol=1e-4)
+        close(layer(x), expected, f"layer(x): {kind}", rtol=1e-4, atol=1e-4)
 
     def test_groups(self, code):
         self.check(code, 16, 4, False)
@@ -288,24 +306,16 @@ class TestInt4Linear:
 
     def test_in_the_dtype_of_x(self, code):
         self.check(code, 8, 4, False, torch.float64)
-        layer = filled(code.Int4Linear(linear(spread(5, 8)), 4, False), spread(5, 8))
-        got = layer.product(torch.ones(1, 8).bfloat16())
-        holds(got.dtype == torch.bfloat16, f"product of x in bfloat16 is in {got.dtype}.", str(got.dtype))
+        layer = quantized(code, code.Int4Method(4, False), spread(5, 8))
+        got = layer(torch.ones(1, 8).bfloat16())
+        holds(got.dtype == torch.bfloat16, f"layer(x) of x in bfloat16 is in {got.dtype}.", str(got.dtype))
 
     def test_share_that_begins_within_a_group(self, code):
-        weight, x = spread(5, 8), spread(3, 6) + 0.3
-        whole = filled(code.Int4Linear(linear(weight), 4, False), weight)
-        share = code.Int4Linear(linear(weight[:, 2:]), 4, False)
-        share.first_column = 2
-        filled(share, weight)
-        expected = whole.product(F.pad(x, (2, 0)))
-        close(
-            share.product(x),
-            expected,
-            "product(x) of a rank whose columns begin at 2, groups of 4",
-            rtol=1e-4,
-            atol=1e-4,
-        )
+        weight, x = spread(5, 12), spread(3, 6) + 0.3
+        whole = quantized(code, code.Int4Method(4, False), weight)
+        share = quantized(code, code.Int4Method(4, False), weight, columns=range(6, 12))
+        what = "layer(x) of a rank whose columns begin at 6, groups of 4"
+        close(share(x), whole(F.pad(x, (6, 0))), what, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -315,50 +325,59 @@ class TestInt4Linear:
 
 @exercise("7.9", points=2)
 class TestQuantize:
-    def tree(self) -> nn.Module:
-        root = nn.Module()
-        root.layers = nn.ModuleList([nn.Module() for _ in range(2)])
-        for layer in root.layers:
-            layer.inner = nn.Module()
-            layer.inner.q_proj = nn.Linear(4, 4)
-            layer.inner.norm = nn.LayerNorm(4)
-            layer.down_proj = nn.Linear(4, 2, bias=False)
-        root.table = nn.Embedding(3, 4)
-        return root
+    def model(self, code, **changes):
+        config = dict(
+            vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=4, qkv_bias=True, qk_norm=True,
+        )  # fmt: skip
+        with torch.device("meta"):
+            return code.Llama(code.ModelConfig(**{**config, **changes}))
 
-    def kinds(self, root: nn.Module) -> dict[str, str]:
-        return {name: type(each).__name__ for name, each in root.named_modules() if not list(each.children())}
+    def methods(self, model) -> dict[str, str]:
+        layers = ((name, module) for name, module in model.named_modules() if hasattr(module, "method"))
+        return {name: type(layer.method).__name__ for name, layer in layers}
+
+    def expected(self, kind: str, head: str, table: str) -> dict[str, str]:
+        names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+        layers = {f"model.layers.{number}.{name}": kind for number in (0, 1) for name in names}
+        return {"model.embed_tokens": table, **layers, "lm_head": head}
 
     def test_every_linear_layer(self, code):
-        for kind, name in (("int8", "Int8Linear"), ("w8a8", "W8A8Linear"), ("int4", "Int4Linear")):
-            root = self.tree()
-            code.quantize(root, code.Quantization(kind, 2))
-            expected = {}
-            for layer in (0, 1):
-                expected[f"layers.{layer}.inner.q_proj"] = name
-                expected[f"layers.{layer}.inner.norm"] = "LayerNorm"
-                expected[f"layers.{layer}.down_proj"] = name
-            expected["table"] = "Embedding"
-            equal(self.kinds(root), expected, f"the kinds of modules after quantize(..., {kind!r})")
+        for kind, name in (("int8", "Int8Method"), ("w8a8", "W8A8Method"), ("int4", "Int4Method")):
+            model = self.model(code)
+            code.quantize(model, code.Quantization(kind, 2))
+            expected = self.expected(name, "Int8Method", "LinearMethod")
+            equal(self.methods(model), expected, f"each layer's method after quantize(..., {kind!r})")
 
-    def test_names_stay(self, code):
-        root = self.tree()
-        code.quantize(root, code.Quantization("int8"))
-        names = sorted(name for name, _ in root.layers[0].named_parameters())
-        expected = ["down_proj.weight", "down_proj.weight_scale", "inner.norm.bias", "inner.norm.weight"]
-        expected += ["inner.q_proj.bias", "inner.q_proj.weight", "inner.q_proj.weight_scale"]
-        equal(names, sorted(expected), "the names of a layer's tensors after quantize")
+    def test_a_tied_model_has_one_table(self, code):
+        model = self.model(code, tie_word_embeddings=True)
+        code.quantize(model, code.Quantization("int4", 2))
+        expected = self.expected("Int4Method", "Int8Method", "Int8Method")
+        equal(self.methods(model), expected, "each layer's method after quantize(..., 'int4') of a tied model")
+        table, head = model.model.embed_tokens, model.lm_head
+        shared = [getattr(head, name, None) is getattr(table, name) for name in ("weight", "weight_scale")]
+        equal(shared, [True, True], "whether the head's weight and weight_scale are the table's")
 
-    def test_what_is_not_exactly_linear_stays(self, code):
-        class Special(nn.Linear):
-            pass
+    def test_tensors(self, code):
+        model = self.model(code)
+        code.quantize(model, code.Quantization("int4", 2, True))
+        tensors = {name: str(tensor.dtype) for name, tensor in model.model.layers[0].self_attn.named_parameters()}
+        weights = [f"{name}_proj" for name in "qkvo"]
+        expected = {f"{name}.weight": "torch.uint8" for name in weights}
+        expected |= {f"{name}.weight_scale": "torch.float16" for name in weights}
+        expected |= {f"{name}.bias": "torch.float32" for name in weights[:3]}
+        expected |= {f"{name}_norm.weight": "torch.float32" for name in "qk"}
+        equal(tensors, expected, "the names and dtypes of a layer's tensors after quantize(..., 'int4', symmetric)")
 
-        root = nn.Module()
-        root.special, root.plain = Special(2, 2), nn.Linear(2, 2)
-        code.quantize(root, code.Quantization("int8"))
-        code.quantize(root, code.Quantization("int4", 2))
-        expected = {"special": "Special", "plain": "Int8Linear"}
-        equal(self.kinds(root), expected, "a subclass of nn.Linear and an nn.Linear, after int8 and then int4")
+    def test_a_checkpoint_that_is_quantized_already(self, code):
+        for is_saved in (False, True):
+            model = self.model(code)
+            code.quantize(model, code.Quantization("int8"), is_saved)
+            layers = (model.model.layers[0].mlp.up_proj, model.lm_head)
+            found = [[type(layer.method).__name__, *sorted(layer.shapes())] for layer in layers]
+            expected = [["Int8Method", "weight", "weight_scale"] if is_saved else ["Int8Method", "weight"]] * 2
+            what = f"method and tensors to read of up_proj and the head after quantize(..., is_saved={is_saved})"
+            equal(found, expected, what)
 
 
 @exercise("7.10", points=4)
@@ -638,15 +657,15 @@ class TestTogether:
             exact = scores(code, plain, code.PagedKVCache(plain, 4, 4))
             for kind, limit in (("int8", 0.02), ("w8a8", 0.1), ("int4", 0.4)):
                 quantization = code.Quantization(kind, 4)
-                model, _, _ = code.load_quantized(name, quantization, torch.float32, "cpu")
+                model = code.load_quantized(name, quantization, torch.float32, "cpu")
                 got = scores(code, model, code.Int8KVCache(model, 4, 4))
                 distance = float(code.kl_divergence(exact, got))
                 holds(0 < distance < limit, f"with {kind} the predictions are {distance:.4f} nats away; below {limit}.")
                 code.save_quantized(model, quantization, folder, folder / kind)
-                again, _, _ = code.load_quantized(str(folder / kind), None, torch.float32, "cpu")
+                again = code.load_quantized(str(folder / kind), None, torch.float32, "cpu")
                 close(scores(code, again, code.Int8KVCache(again, 4, 4)), got, f"the scores of a saved {kind} model")
                 limit = code.weight_bytes(model) - 1
-                streamed, _, _ = code.load_quantized(name, quantization, torch.float32, "cpu", offload=limit)
+                streamed = code.load_quantized(name, quantization, torch.float32, "cpu", offload=limit)
                 what = f"the scores of a streamed {kind} model"
                 close(scores(code, streamed, code.Int8KVCache(streamed, 4, 4)), got, what)
                 Checkpoint(folder / kind)._open.clear()

@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common import kernels
 from common.config import EngineConfig
 from common.metrics import EngineMetrics, RequestMetrics
 from common.progress import progress_bar
@@ -39,6 +38,7 @@ from solutions.llama_pytorch import (
     load,
     sample,
     top_logprobs,
+    use_kernels,
 )
 from solutions.paged_attention import AttentionMetadata, KVCacheManager, PagedKVCache, cdiv, slot_mapping
 from solutions.scheduler import (
@@ -569,6 +569,5 @@ def load_engine(name: str, **options) -> Engine:
     """An engine for a checkpoint, named as for `load`, with kernels unless the environment says `KERNELS=plain`."""
     config = EngineConfig(model=name, **options)
     model, tokenizer = load(name, config.dtype, config.device)
-    if kernels.enabled():
-        kernels.pack(model)
+    use_kernels(model)
     return local_engine(model, tokenizer, model=name, **options)

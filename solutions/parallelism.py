@@ -26,25 +26,23 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import kernels
-from common.checkpoints import Checkpoint, find_checkpoint
-from common.config import EngineConfig
-from common.tokenizer import load_tokenizer
 from common.workers import Failure, WorkerError, Workers, describe, guarded, is_consequence
 from common.workers.rendezvous import is_worker, meet_workers, report_for_work, under_torchrun
-from solutions.batching import Executor, LocalExecutor, ModelRunner
-from solutions.hooked import HookedEngine
-from solutions.llama_pytorch import Llama, ModelConfig, load_weights, parse_config
-from solutions.paged_attention import PagedKVCache
+from solutions.batching import ModelRunner
+from solutions.llama_pytorch import (
+    Layer,
+    Linear,
+    Llama,
+    ModelConfig,
+    layers_of,
+)
+from solutions.paged_attention import cdiv
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -264,103 +262,121 @@ def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Which part of a tensor in the checkpoint is this rank's: `part` of the places along `axis`.
+def read_shard(read: Callable[..., Tensor], shape: Sequence[int], part: Sequence[range]) -> Tensor:
+    """Read a rank's part of a tensor from the checkpoint, and nothing else.
 
-    It may reach past the tensor's end: what lies there is padding, and 0.
+    shape: of the whole tensor. part: a range for each of its axes; one that reaches past the end of its axis asks for
+    padding there, which is 0. `read(*ranges)` returns what lies in ranges within the tensor, in the checkpoint's dtype;
+    that is the dtype of the result too.
     """
+    # Exercise 6.12: clip each range to its axis and read that; if anything is missing, lay it into a tensor of zeros.
+    inside = [range(min(axis.start, size), min(axis.stop, size)) for axis, size in zip(part, shape)]
+    found = read(*inside)
+    if inside == list(part):
+        return found
+    padded = found.new_zeros([len(axis) for axis in part])
+    padded[tuple(slice(len(axis)) for axis in inside)] = found
+    return padded
 
-    axis: int
-    part: range
+
+class ShardedLinear(Linear):
+    """What one rank has of a linear layer: some rows of its matrix, or some columns. `whole` is on the meta device."""
+
+    def __init__(self, whole: Linear, group: Group, rows: range | None = None, columns: range | None = None):
+        nn.Module.__init__(self)
+        self.group, self.shape, self.method = group, whole.shape, whole.method
+        self.rows, self.columns = rows or whole.rows, columns or whole.columns
+        self.out_features, self.in_features = len(self.rows), len(self.columns)
+        for name, part in self.method.parts(self.rows, self.columns).items():
+            tensor = getattr(whole, name).new_empty([len(axis) for axis in part])
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        bias = whole.bias
+        self.bias = None if bias is None else nn.Parameter(bias.new_empty(self.out_features), requires_grad=False)
+
+    def load(self, read: Callable[..., Tensor]) -> None:
+        shapes = self.shapes()
+        super().load(lambda name, *part: read_shard(partial(read, name), shapes[name], part))
 
 
-class ColumnParallelLinear(nn.Module):
-    """Some of a linear layer's outputs: rows `part` of its weight, and of its bias. (T, in) -> (T, len(part))."""
+class ColumnParallelLinear(ShardedLinear):
+    """Some of a linear layer's outputs: rows `part` of its matrix, and of its bias. (T, in) -> (T, len(part))."""
 
-    def __init__(self, plain: nn.Linear, part: range, group: Group):
-        super().__init__()
-        self.group = group
-        self.in_features, self.out_features = plain.in_features, len(part)
-        self.weight = nn.Parameter(plain.weight.new_empty(len(part), plain.in_features), requires_grad=False)
-        self.bias = None if plain.bias is None else nn.Parameter(plain.bias.new_empty(len(part)), requires_grad=False)
-        self.shards = {"weight": Shard(0, part), "bias": Shard(0, part)}
+    def __init__(self, whole: Linear, part: range, group: Group):
+        super().__init__(whole, group, rows=part)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (T, in), the same on every rank. Returns (T, out) of this rank."""
-        # Exercise 6.8: an output needs all of x and one row of the weight.
-        return F.linear(x, self.weight, self.bias)
+        """x: (T, in), the same on every rank. Returns (T, len(part)): this rank's outputs."""
+        # Exercise 6.8: multiply with `self.method.apply(self, x, bias)`. An output needs all of x, and one row.
+        return self.method.apply(self, x, self.bias)
 
 
-class RowParallelLinear(nn.Module):
-    """A linear layer of whose inputs every rank has some: columns `part` of its weight. (T, len(part)) -> (T, out).
+class RowParallelLinear(ShardedLinear):
+    """A linear layer of whose inputs each rank has some: columns `part` of its matrix. (T, len(part)) -> (T, out).
 
     The bias is whole on every rank.
     """
 
-    def __init__(self, plain: nn.Linear, part: range, group: Group):
-        super().__init__()
-        self.group = group
-        self.in_features, self.out_features = len(part), plain.out_features
-        self.whole_in_features = plain.in_features  # for lesson 7's groups
-        self.weight = nn.Parameter(plain.weight.new_empty(plain.out_features, len(part)), requires_grad=False)
-        self.bias = None if plain.bias is None else nn.Parameter(torch.empty_like(plain.bias), requires_grad=False)
-        self.shards = {"weight": Shard(1, part)}
+    def __init__(self, whole: Linear, part: range, group: Group):
+        super().__init__(whole, group, columns=part)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (T, in), of this rank. Returns (T, out), the same on every rank: the whole layer's output."""
-        # Exercise 6.9: what this rank's inputs contribute; the sum over the ranks; the bias.
-        total = self.group.all_reduce(F.linear(x, self.weight))
+        """x: (T, len(part)), this rank's inputs. Returns (T, out), the same on every rank: the whole layer's output."""
+        # Exercise 6.9: multiply with `self.method.apply(self, x)`, which is this rank's contribution; add up the
+        # contributions of all ranks; add the bias.
+        total = self.group.all_reduce(self.method.apply(self, x))
         return total if self.bias is None else total + self.bias
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(ShardedLinear):
     """Some rows of the embedding table: those of the token ids in `part`. (T,) -> (T, hidden_size)."""
 
-    def __init__(self, plain: nn.Embedding, part: range, group: Group):
-        super().__init__()
-        self.group = group
-        self.part = part
-        self.weight = nn.Parameter(plain.weight.new_empty(len(part), plain.embedding_dim), requires_grad=False)
-        self.shards = {"weight": Shard(0, part)}
+    def __init__(self, whole: Linear, part: range, group: Group):
+        super().__init__(whole, group, rows=part)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (T,), any of the whole vocabulary. Returns (T, hidden_size), the same on every rank."""
-        # Exercise 6.10: look up those that are ours; rows of zeros for the others; each token is somebody's.
-        ours = (token_ids >= self.part.start) & (token_ids < self.part.stop)
-        rows = F.embedding((token_ids - self.part.start).where(ours, 0), self.weight)
-        return self.group.all_reduce(rows.where(ours[:, None], 0))
+        # Exercise 6.10: look up the ids in `self.rows` with `self.method.embed(self, row)`, where row 0 is the first
+        # that this rank has. The others are rows of zeros here. Each token id belongs to exactly one rank.
+        ours = (token_ids >= self.rows.start) & (token_ids < self.rows.stop)
+        found = self.method.embed(self, (token_ids - self.rows.start).where(ours, 0))
+        return self.group.all_reduce(found.where(ours[:, None], 0))
 
 
-class ParallelLMHead(nn.Module):
-    """Some rows of the head: the scores of the token ids in `part`. (R, hidden_size) -> (R, V), on one rank.
+class ParallelLMHead(ShardedLinear):
+    """Some rows of the output head: the scores of the token ids in `part`. (R, hidden_size) -> (R, V), on one rank.
 
-    Every rank has equally many rows, so that the scores can be gathered; where the vocabulary does not divide, it is
-    padded at its end.
+    Each rank has the same number of rows, so that the scores can be gathered. Where the size of the vocabulary is not
+    divisible by the number of ranks, the last rows are padding.
     """
 
-    def __init__(self, plain: nn.Linear, part: range, group: Group):
-        super().__init__()
-        self.group = group
-        self.vocab_size = plain.out_features
-        self.weight = nn.Parameter(plain.weight.new_empty(len(part), plain.in_features), requires_grad=False)
-        self.shards = {"weight": Shard(0, part)}
+    def __init__(self, whole: Linear, part: range, group: Group):
+        super().__init__(whole, group, rows=part)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, hidden_size). Returns (R, V) on the group's first rank, which samples, and (0, V) on the others."""
-        # Exercise 6.11: our scores; gather; lay side by side; what belongs to no token must not be sampled.
-        parts = self.group.gather(F.linear(x, self.weight))
-        if parts is None:
-            return x.new_empty(0, self.vocab_size)
-        return torch.cat(parts, dim=-1)[:, : self.vocab_size]
+        # Exercise 6.11: compute this rank's scores with `self.method.apply`; gather them; lay them side by side; drop
+        # the padding, for V is `self.shape[0]`.
+        parts = self.group.gather(self.method.apply(self, x))
+        vocab_size = self.shape[0]
+        return x.new_empty(0, vocab_size) if parts is None else torch.cat(parts, dim=-1)[:, :vocab_size]
 
 
-class Absent(nn.Module):
-    """Stands where another stage has a layer."""
+class Absent(Layer):
+    """Takes the place of a module that is not in this process. It knows which tensors that needs, and reads none."""
 
-    def __init__(self):
+    def __init__(self, whole: nn.Module):
         super().__init__()
-        self.register_parameter("weight", None)  # `tie_weights` asks for it on every stage
+        self.absent = {
+            f"{path}.{name}".lstrip("."): shape
+            for path, layer in layers_of(whole).items()
+            for name, shape in layer.shapes().items()
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.absent
+
+    def load(self, read: Callable[..., Tensor]) -> None:
+        pass
 
     def forward(self, *inputs):
         raise RuntimeError("This layer is computed by another stage of the pipeline.")
@@ -389,105 +405,59 @@ def check_parallel(config: ModelConfig, tensor_parallel: int, pipeline_parallel:
         )
 
 
+SHARDED = (
+    ("self_attn", "q_proj", ColumnParallelLinear, "queries"),
+    ("self_attn", "k_proj", ColumnParallelLinear, "keys"),
+    ("self_attn", "v_proj", ColumnParallelLinear, "keys"),
+    ("self_attn", "o_proj", RowParallelLinear, "queries"),
+    ("mlp", "gate_proj", ColumnParallelLinear, "intermediate"),
+    ("mlp", "up_proj", ColumnParallelLinear, "intermediate"),
+    ("mlp", "down_proj", RowParallelLinear, "intermediate"),
+)
+"""The linear layers of a block: module, name in it, the class that takes its place, its part as in `rank_parts`."""
+
+
+def rank_parts(config: ModelConfig, group: Group) -> dict[str, range]:
+    """The channels that a rank has of each width of the model, and the token ids of which it has the rows."""
+    queries, keys = head_groups(config.num_attention_heads, config.num_key_value_heads, group.rank, group.size)
+    rows = cdiv(config.vocab_size, group.size)
+    return {
+        "queries": range(queries.start * config.head_dim, queries.stop * config.head_dim),
+        "keys": range(keys.start * config.head_dim, keys.stop * config.head_dim),
+        "intermediate": shard_range(config.intermediate_size, group.rank, group.size),
+        "vocabulary": range(group.rank * rows, (group.rank + 1) * rows),
+    }
+
+
 def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
-    """Give the model, in place, one rank's share of every layer, and only its stage's layers. Returns their numbers.
+    """Reduce a model, in place, to what one rank has of it. Returns the numbers of its layers.
 
-    The model stands on the meta device: nothing is allocated, nothing read. Names stay those of the checkpoint.
+    The model is on the meta device: nothing is allocated and nothing is read. Names stay those of the checkpoint.
+    What another stage has becomes `Absent`: its layers; the embedding, unless this stage is the first, or the last of
+    a tied model, whose head needs it; the head, unless this stage is the last.
     """
-    config, tp_rank, size = model.config, group.rank, group.size
-    check_parallel(config, coordinates.tensor_parallel, coordinates.pipeline_parallel)
-    layers = coordinates.layers(config)
-    q_heads, kv_heads = head_groups(config.num_attention_heads, config.num_key_value_heads, tp_rank, size)
-    q_part, kv_part = (range(h.start * config.head_dim, h.stop * config.head_dim) for h in (q_heads, kv_heads))
-    mlp_part = shard_range(config.intermediate_size, tp_rank, size)
-    rows = -(-config.vocab_size // size)
-    vocab_part = range(tp_rank * rows, (tp_rank + 1) * rows)
-
-    for number, layer in enumerate(model.model.layers):
+    check_parallel(model.config, coordinates.tensor_parallel, coordinates.pipeline_parallel)
+    layers, parts = coordinates.layers(model.config), rank_parts(model.config, group)
+    # Exercise 6.17: replace what is absent; where the group has more than one rank, replace the layers of `SHARDED`,
+    # the embedding and the head, each by its class, made of (layer, part, group). Tie the weights again at the end.
+    base, tied = model.model, model.config.tie_word_embeddings
+    for number, block in enumerate(base.layers):
         if number not in layers:
-            model.model.layers[number] = Absent()
-        elif size > 1:
-            attention, mlp = layer.self_attn, layer.mlp
-            attention.q_proj = ColumnParallelLinear(attention.q_proj, q_part, group)
-            attention.k_proj = ColumnParallelLinear(attention.k_proj, kv_part, group)
-            attention.v_proj = ColumnParallelLinear(attention.v_proj, kv_part, group)
-            attention.o_proj = RowParallelLinear(attention.o_proj, q_part, group)
-            mlp.gate_proj = ColumnParallelLinear(mlp.gate_proj, mlp_part, group)
-            mlp.up_proj = ColumnParallelLinear(mlp.up_proj, mlp_part, group)
-            mlp.down_proj = RowParallelLinear(mlp.down_proj, mlp_part, group)
-    tied = config.tie_word_embeddings
+            base.layers[number] = Absent(block)
+        elif group.size > 1:
+            for module, name, kind, part in SHARDED:
+                parent = getattr(block, module)
+                setattr(parent, name, kind(getattr(parent, name), parts[part], group))
     if not coordinates.is_first_stage and not (tied and coordinates.is_last_stage):
-        model.model.embed_tokens = Absent()
-    elif size > 1:
-        model.model.embed_tokens = VocabParallelEmbedding(model.model.embed_tokens, vocab_part, group)
+        base.embed_tokens = Absent(base.embed_tokens)
+    elif group.size > 1:
+        base.embed_tokens = VocabParallelEmbedding(base.embed_tokens, parts["vocabulary"], group)
     if not coordinates.is_last_stage:
-        model.lm_head = Absent()
-    elif size > 1:
-        model.lm_head = ParallelLMHead(model.lm_head, vocab_part, group)
-    if tied and not isinstance(model.model.embed_tokens, Absent):
-        model.tie_weights()
+        model.lm_head = Absent(model.lm_head)
+    elif group.size > 1:
+        model.lm_head = ParallelLMHead(model.lm_head, parts["vocabulary"], group)
+    model.tie_weights()
     return layers
-
-
-def read_shard(checkpoint: Checkpoint, name: str, shard: Shard) -> Tensor:
-    """Read a rank's part of a tensor, and nothing else, from the checkpoint. Padding is 0, in the file's dtype."""
-    # Exercise 6.12: `checkpoint.read(name, index)` reads what index names: a tuple of slices, one for each axis.
-    # `checkpoint.shape(name)` says how long each is: how much of `part` is there?
-    shape = checkpoint.shape(name)
-    start, stop = (min(end, shape[shard.axis]) for end in (shard.part.start, shard.part.stop))
-    index = tuple(slice(start, stop) if axis == shard.axis else slice(None) for axis in range(len(shape)))
-    found = checkpoint.read(name, index)
-    missing = list(shape)
-    missing[shard.axis] = len(shard.part) - (stop - start)
-    return torch.cat([found, found.new_zeros(missing)], dim=shard.axis) if missing[shard.axis] else found
-
-
-class ShardedCheckpoint:
-    """A checkpoint as one rank sees it: without the layers of other stages, and of each tensor its own part.
-
-    It answers what lesson 2's `load_weights` asks, so that this need not know of ranks.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, model: Llama):
-        self.checkpoint = checkpoint
-        self.folder = checkpoint.folder
-        self.absent = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Absent))
-        self.shards = {
-            f"{name}.{tensor}": shard
-            for name, module in model.named_modules()
-            for tensor, shard in getattr(module, "shards", {}).items()
-        }
-
-    def names(self) -> list[str]:
-        return [name for name in self.checkpoint.names() if not name.startswith(self.absent)]
-
-    def file(self, name: str) -> Path:
-        return self.checkpoint.file(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape, shard = list(self.checkpoint.shape(name)), self.shards.get(name)
-        if shard is not None:
-            shape[shard.axis] = len(shard.part)
-        return tuple(shape)
-
-    def read(self, name: str) -> Tensor:
-        shard = self.shards.get(name)
-        return self.checkpoint.read(name) if shard is None else read_shard(self.checkpoint, name, shard)
-
-
-def load_share(
-    name: str, dtype: torch.dtype, device: str, coordinates: RankCoordinates, group: Group
-) -> tuple[Llama, range, int]:
-    """One rank's share of a checkpoint. Returns its model, the numbers of its layers, and how many bytes it read."""
-    checkpoint = Checkpoint(find_checkpoint(name))
-    with torch.device("meta"):
-        model = Llama(parse_config(checkpoint.config)).to(dtype)
-    layers = shard(model, coordinates, group)
-    load_weights(model, ShardedCheckpoint(checkpoint, model))
-    model = model.to(device)
-    if kernels.enabled():
-        kernels.pack(model)
-    return model, layers, checkpoint.num_bytes_read
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -723,74 +693,6 @@ class ParallelExecutor:
     def close(self) -> None:
         """End all workers."""
         self.workers.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The engine
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def make_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
-    """What computes one rank's part of each step."""
-    cache = PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks or 0, layers)
-    return ModelRunner(model, cache)
-
-
-class ParallelEngine(HookedEngine):
-    """Lesson 5's engine on a grid of ranks. `kv_cache_memory` is that of each rank. (Moves to engine.py.)"""
-
-    def __init__(
-        self,
-        name: str,
-        tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
-        dtype: torch.dtype | None = None,
-        device: str | None = None,
-        timeout: float = 30.0,
-        **settings,
-    ):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        checkpoint = Checkpoint(find_checkpoint(name))
-        config, grid = self.read_config(checkpoint), (tensor_parallel, pipeline_parallel)
-        check_parallel(config, *grid)
-        memory = settings.get("kv_cache_memory", EngineConfig.kv_cache_memory)
-        settings["kv_cache_memory"] = int(memory / self.cache_share(config, dtype, *grid))
-        self.options = SimpleNamespace(
-            tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, device=device, timeout=timeout
-        )
-        self.load = self.loader(str(checkpoint.folder), dtype, device)
-        with torch.device("meta"):
-            model = Llama(config).to(dtype)
-        super().__init__(model, load_tokenizer(checkpoint.folder), **settings)
-        inner = self.executor.rank if isinstance(self.executor, ParallelExecutor) else self.executor
-        self.model = inner.runner.model
-
-    def build_executor(self) -> Executor:
-        if self.options.tensor_parallel * self.options.pipeline_parallel > 1:
-            executor = ParallelExecutor(self.options, self.load, self.maker())
-            self.num_bytes_read = executor.num_bytes_read
-            return executor
-        model, layers, num_bytes_read = self.load(RankCoordinates(0, 1, 1), Group())
-        self.num_bytes_read = [num_bytes_read]
-        return LocalExecutor(self.maker()(model, layers))
-
-    # What a later lesson does otherwise
-
-    def read_config(self, checkpoint: Checkpoint) -> ModelConfig:
-        return parse_config(checkpoint.config)
-
-    def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
-        """What a rank's keys and values take, of what those of a whole model take."""
-        return largest_share(config, *grid)
-
-    def loader(self, folder: str, dtype: torch.dtype, device: str) -> Callable:
-        """What each rank is to call to load its share."""
-        return partial(load_share, folder, dtype, device)
-
-    def maker(self) -> Callable:
-        """What each rank is to call to make what computes."""
-        return partial(make_runner, self.config)
 
 
 if __name__ == "__main__":  # `torchrun -m solutions.parallelism`: the module that rank 0 and the commands refer to

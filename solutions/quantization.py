@@ -1,18 +1,16 @@
 """Lesson 7: fewer bits. Weights in eight bits or four, activations in eight, keys and values in eight, layers on disk.
 
-Decoding reads every weight for every step, so a weight of a quarter the bytes is read in a quarter of the time, and a
-model of a quarter the bytes fits where it did not. What it costs is measured: perplexity, and the distance between two
-models' predictions.
+Decoding reads every weight in every step. A weight of a quarter of the bytes is read in a quarter of the time, and a
+model of a quarter of the bytes fits where the whole one did not. What this costs is measured: perplexity, and the
+distance between two models' predictions.
 
-    QuantizedLinear       a linear layer with another weight: Int8Linear, W8A8Linear, Int4Linear
-    quantize              walks the tree and swaps; the model still stands on the meta device
-    QuantizingCheckpoint  what `load_weights` reads from: each tensor is quantized as it is read
-    Int8KVCache           lesson 4's blocks, in eight bits
-    OffloadedLlama        layers that stay on disk until their turn
-    QuantizedEngine       lesson 6's engine with all of these
+    QuantizedMethod  how a linear layer stores fewer bits: Int8Method, W8A8Method, Int4Method
+    quantize         chooses a method for each layer of a model on the meta device
+    Int8KVCache      lesson 4's blocks, in eight bits
+    OffloadedLlama   a model some of whose layers stay on disk until they are needed
 
-A weight keeps its name; its scales stand beside it (`q_proj.weight`, `q_proj.weight_scale`), so a quantized model is a
-checkpoint like any other, and a rank reads its slices of it.
+A weight keeps its name, and its scales are stored beside it (`q_proj.weight`, `q_proj.weight_scale`). So a quantized
+model is a checkpoint like any other, and a rank reads its slices of it.
 
 From Dettmers et al., "LLM.int8()" (2022); Xiao et al., "SmoothQuant" (2023), for activations; Lin et al., "AWQ" (2024),
 for weights that are quantized with their inputs in mind; llama.cpp's Q4_0 and Q4_1, for groups of four bits.
@@ -23,7 +21,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,24 +35,21 @@ from torch import Tensor, nn
 
 from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from common.config import EngineConfig
-from solutions.batching import ModelRunner
-from solutions.llama_pytorch import Attend, Llama, ModelConfig, load_weights, parse_config
-from solutions.llm_basics import rotary_tables, upcast
-from solutions.paged_attention import PagedKVCache
-from solutions.parallelism import (
-    Absent,
-    ColumnParallelLinear,
-    Group,
-    ParallelEngine,
-    ParallelLMHead,
-    RankCoordinates,
-    RowParallelLinear,
-    Shard,
-    ShardedCheckpoint,
-    VocabParallelEmbedding,
-    shard,
+from solutions.llama_pytorch import (
+    Attend,
+    Linear,
+    LinearMethod,
+    Llama,
+    ModelConfig,
+    layers_of,
+    load_weights,
+    parse_config,
+    reader,
+    use_kernels,
 )
+from solutions.llm_basics import rotary_tables, upcast
+from solutions.paged_attention import PagedKVCache, cdiv
+from solutions.parallelism import Absent
 
 # ---------------------------------------------------------------------------------------------------------------
 # Eight bits
@@ -69,7 +64,8 @@ def quantize_int8(weight: Tensor, absmax: Tensor | None = None) -> tuple[Tensor,
     """
     # Exercise 7.1: the largest magnitude of a row becomes 127. -128 is not used, so that every number has its negative.
     absmax = weight.abs().amax(dim=1) if absmax is None else absmax
-    scale = torch.where(absmax > 0, absmax / 127, 1.0)
+    scale = absmax / 127
+    scale = torch.where(scale > 0, scale, 1.0)
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
@@ -94,88 +90,87 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-class QuantizedLinear(nn.Module):
-    """What quantized linear layers have in common: their size, their bias, and their share if there are ranks.
+def whole_row_absmax(layer: Linear, x: Tensor) -> Tensor:
+    """The largest magnitude in each row, over all ranks that have a part of the row. x: (rows, columns) -> (rows,).
 
-    plain: the layer that it takes the place of, on the meta device. Subclasses have a `product`, what `plain` would
-    compute without its bias, and a `quantized`, which makes their tensors out of a float weight: the part of it that
-    `float_shard` says. `shards`, as in lesson 6: which parts of its tensors a rank reads where a checkpoint has them.
+    x has the columns that the layer has of its matrix: it is a part of the matrix, or of the layer's inputs.
+    """
+    absmax = x.abs().amax(dim=1)
+    is_part = len(layer.columns) < layer.shape[1]
+    return layer.group.all_reduce(absmax, dist.ReduceOp.MAX) if is_part else absmax
+
+
+class QuantizedMethod(LinearMethod):
+    """What the methods of this lesson have in common.
+
+    is_saved: whether the checkpoint has what `save_quantized` wrote. Otherwise it has floats, and each matrix is
+    quantized as it is read. Subclasses say in `parts` and `dtypes` what they store, make it in `quantized` out of
+    floats, and multiply in `product`.
     """
 
-    def __init__(self, plain: nn.Module):
-        super().__init__()
-        self.out_features, self.in_features = plain.weight.shape
-        self.dtype = plain.weight.dtype  # of activations, bias and result
-        self.bias = getattr(plain, "bias", None)
-        self.is_row_parallel = isinstance(plain, RowParallelLinear)
-        self.group = getattr(plain, "group", Group())
-        self.vocab_size = plain.vocab_size if isinstance(plain, ParallelLMHead) else None
-        whole = Shard(1 if self.is_row_parallel else 0, range(plain.weight.shape[1 if self.is_row_parallel else 0]))
-        self.float_shard = getattr(plain, "shards", {}).get("weight", whole)
-        self.is_sharded = hasattr(plain, "shards")
-        self.shards = {"bias": plain.shards["bias"]} if "bias" in getattr(plain, "shards", {}) else {}
+    dtypes: Mapping[str, torch.dtype] = {"weight": torch.int8}  # others have the dtype of the activations
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (T, in). Returns (T, out), or what the layer of lesson 6 would return."""
-        y = self.product(x)
-        if self.is_row_parallel:
-            y = self.group.all_reduce(y)
-        if self.vocab_size is not None:
-            parts = self.group.gather(y)
-            y = x.new_empty(0, self.vocab_size) if parts is None else torch.cat(parts, -1)[:, : self.vocab_size]
-        return y if self.bias is None else y + self.bias
+    def __init__(self, is_saved: bool = False):
+        self.is_saved = is_saved
 
-    @property
-    def float_shape(self) -> tuple[int, int]:
-        """Of the weight that `quantized` wants."""
-        return self.out_features, len(self.float_shard.part) if self.is_row_parallel else self.in_features
+    def create_weights(self, layer: Linear, like: Tensor) -> None:
+        for name, part in self.parts(layer.rows, layer.columns).items():
+            dtype = self.dtypes.get(name, like.dtype)
+            empty = torch.empty([len(axis) for axis in part], dtype=dtype, device=like.device)
+            setattr(layer, name, nn.Parameter(empty, requires_grad=False))
 
-    def allocate(self, **tensors: tuple[tuple[int, ...], torch.dtype]) -> None:
-        """Make a place on the meta device for each of these, by name: its shape and dtype."""
-        for name, (shape, dtype) in tensors.items():
-            empty = torch.empty(shape, dtype=dtype, device="meta")
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    def shapes(self, layer: Linear) -> dict[str, tuple[int, ...]]:
+        return super().shapes(layer) if self.is_saved else {"weight": layer.shape}
 
-    def whole_row_absmax(self, x: Tensor) -> Tensor:
-        """The largest magnitude in each row, over all ranks that have a part of it. x: (rows, columns) -> (rows,)."""
-        absmax = x.abs().amax(dim=1)
-        return self.group.all_reduce(absmax, dist.ReduceOp.MAX) if self.is_row_parallel else absmax
+    def load(self, layer: Linear, read: Callable[..., Tensor]) -> None:
+        if self.is_saved:
+            super().load(layer, read)
+            return
+        for name, tensor in self.quantized(layer, partial(read, "weight")).items():
+            layer.put(name, tensor)
+
+    def apply(self, layer: Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = self.product(layer, x)
+        return y if bias is None else y + bias
 
 
-class Int8Linear(QuantizedLinear):
-    """A weight in eight bits, a scale for each output. Activations stay as they are."""
+class Int8Method(QuantizedMethod):
+    """The matrix in eight bits, with a scale for each output. Activations stay as they are."""
 
-    def __init__(self, plain: nn.Module):
-        super().__init__(plain)
-        self.allocate(
-            weight=((self.out_features, self.in_features), torch.int8),
-            weight_scale=((self.out_features,), self.dtype),
-        )
-        if self.is_sharded:
-            self.shards["weight"] = self.float_shard
-            if not self.is_row_parallel:
-                self.shards["weight_scale"] = self.float_shard
+    def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
+        return {"weight": (rows, columns), "weight_scale": (rows,)}
 
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        numbers, scale = quantize_int8(weight, self.whole_row_absmax(weight))
+    def quantized(self, layer: Linear, read: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """The layer's tensors. `read(rows, columns)` returns this part of the float matrix."""
+        weight = upcast(read(layer.rows, layer.columns))
+        numbers, scale = quantize_int8(weight, whole_row_absmax(layer, weight))
         return {"weight": numbers, "weight_scale": scale}
 
-    def product(self, x: Tensor) -> Tensor:
-        """x: (T, in). Returns (T, out): x times the weight that the numbers and scales stand for."""
+    def product(self, layer: Linear, x: Tensor) -> Tensor:
+        """x: (T, in). Returns (T, out): x times the matrix that the numbers and scales stand for."""
         # Exercise 7.2: a scale belongs to an output. So when is it cheapest to multiply by it?
-        return F.linear(x, self.weight.to(x.dtype)) * self.weight_scale
+        return F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale
+
+    def embed(self, layer: Linear, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, layer.weight) * layer.weight_scale[token_ids, None]
+
+    def process_weights_after_loading(self, layer: Linear) -> None:
+        kernels.pack_int8(layer)
 
 
-class W8A8Linear(Int8Linear):
-    """Weight and activations in eight bits: whole numbers are multiplied and added up, and scaled once at the end."""
+class W8A8Method(Int8Method):
+    """Matrix and activations in eight bits: whole numbers are multiplied and added up, and scaled once at the end."""
 
-    def product(self, x: Tensor) -> Tensor:
-        """x: (T, in). Returns (T, out). Ranks that have parts of the same tokens scale them alike."""
-        # Exercise 7.4: quantize the tokens with `whole_row_absmax`; `int8_matmul`; then each token's scale and each
-        # output's.
-        numbers, scale = quantize_activations(x, self.whole_row_absmax(x))
-        total = int8_matmul(numbers, self.weight)
-        return total.to(x.dtype) * scale[:, None] * self.weight_scale
+    def product(self, layer: Linear, x: Tensor) -> Tensor:
+        """x: (T, in). Returns (T, out) in x's dtype. Ranks that have parts of the same tokens scale them alike."""
+        # Exercise 7.4: quantize the tokens, with `whole_row_absmax(layer, x)`; multiply with `int8_matmul`; then apply
+        # each token's scale and each output's. Sums are far larger than float16 can hold: `upcast` the scales first.
+        numbers, scale = quantize_activations(x, whole_row_absmax(layer, x))
+        total = int8_matmul(numbers, layer.weight)
+        return (total * upcast(scale)[:, None] * upcast(layer.weight_scale)).to(x.dtype)
+
+    def process_weights_after_loading(self, layer: Linear) -> None:
+        """Nothing: torch has no fast product of whole numbers on a CPU."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -213,11 +208,8 @@ def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Ten
     out, columns = weight.shape
     missing = -columns % group_size
     groups = torch.cat([weight, weight[:, -1:].expand(out, missing)], dim=1).unflatten(1, (-1, group_size))
-    if symmetric:
-        scale = groups.abs().amax(-1) / 7
-    else:
-        scale = (groups.amax(-1) - groups.amin(-1)) / 15
-    scale = torch.where(scale > 0, scale, 1.0).half()
+    step = groups.abs().amax(-1) / 7 if symmetric else (groups.amax(-1) - groups.amin(-1)) / 15
+    scale = torch.where(step.half() > 0, step.half(), 1.0)
     minimum = -8 * scale if symmetric else groups.amin(-1).half()
     wide = scale[..., None].to(weight.dtype), minimum[..., None].to(weight.dtype)
     numbers = ((groups - wide[1]) / wide[0]).round().clamp(0, 15).to(torch.uint8)
@@ -241,84 +233,53 @@ def dequantize_int4(
     return numbers * scale[:, group_of] + minimum[:, group_of]
 
 
-class Int4Linear(QuantizedLinear):
-    """A weight in four bits, two numbers in a byte, with a scale (and a minimum) for each group of a row."""
+class Int4Method(QuantizedMethod):
+    """The matrix in four bits, two numbers in a byte, with a scale (and a minimum) for each group of a row."""
 
-    def __init__(self, plain: nn.Module, group_size: int, symmetric: bool):
-        super().__init__(plain)
+    dtypes = {"weight": torch.uint8, "weight_scale": torch.float16, "weight_minimum": torch.float16}
+
+    def __init__(self, group_size: int, symmetric: bool, is_saved: bool = False):
+        super().__init__(is_saved)
         self.group_size, self.symmetric = group_size, symmetric
-        part = self.float_shard.part if self.is_row_parallel else range(self.in_features)
-        if part.start % 2:
-            raise ValueError(f"int4 packs columns in pairs; this rank's share begins with column {part.start}.")
-        groups = range(part.start // group_size, -(-part.stop // group_size))
-        self.first_column = part.start % group_size
-        scales = (self.out_features, len(groups)), torch.float16
-        self.allocate(
-            weight=((self.out_features, -(-self.in_features // 2)), torch.uint8),
-            weight_scale=scales,
-            **({} if symmetric else {"weight_minimum": scales}),
-        )
-        if self.is_row_parallel:
-            # Whole groups are read, though the first and the last may be another rank's in part.
-            self.float_shard = Shard(
-                1, range(groups.start * group_size, min(groups.stop * group_size, plain.whole_in_features))
-            )
-            self.shards["weight"] = Shard(1, range(part.start // 2, -(-part.stop // 2)))
-            self.shards["weight_scale"] = self.shards["weight_minimum"] = Shard(1, groups)
-        elif self.is_sharded:
-            self.shards |= dict.fromkeys(("weight", "weight_scale", "weight_minimum"), self.float_shard)
 
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+    def groups(self, columns: range) -> range:
+        """The groups of which these columns are. The first and the last may be another rank's in part."""
+        return range(columns.start // self.group_size, cdiv(columns.stop, self.group_size))
+
+    def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
+        if columns.start % 2:
+            raise ValueError(f"int4 packs columns in pairs; this rank's columns begin with number {columns.start}.")
+        names = ["weight_scale"] if self.symmetric else ["weight_scale", "weight_minimum"]
+        pairs = range(columns.start // 2, cdiv(columns.stop, 2))
+        return {"weight": (rows, pairs), **dict.fromkeys(names, (rows, self.groups(columns)))}
+
+    def quantized(self, layer: Linear, read: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """The layer's tensors. `read(rows, columns)` returns this part of the float matrix: whole groups are read."""
+        groups, columns = self.groups(layer.columns), layer.columns
+        whole = range(groups.start * self.group_size, min(groups.stop * self.group_size, layer.shape[1]))
+        weight = upcast(read(layer.rows, whole))
         numbers, scale, minimum = quantize_int4(weight, self.group_size, self.symmetric)
-        numbers = numbers[:, self.first_column : self.first_column + self.in_features]
-        tensors = {"weight": pack_int4(F.pad(numbers, (0, self.in_features % 2))), "weight_scale": scale}
+        numbers = numbers[:, columns.start - whole.start : columns.stop - whole.start]
+        tensors = {"weight": pack_int4(F.pad(numbers, (0, len(columns) % 2))), "weight_scale": scale}
         return tensors if self.symmetric else {**tensors, "weight_minimum": minimum}
 
-    def product(self, x: Tensor) -> Tensor:
-        """x: (T, in). Returns (T, out): x times the weight that the bytes stand for."""
+    def product(self, layer: Linear, x: Tensor) -> Tensor:
+        """x: (T, in). Returns (T, out): x times the matrix that the bytes stand for."""
         # Exercise 7.8: unpack (an odd number of columns was padded with one more), `dequantize_int4`, in x's dtype.
-        numbers = unpack_int4(self.weight)[:, : self.in_features]
-        minimum = None if self.symmetric else self.weight_minimum.to(x.dtype)
-        weight = dequantize_int4(numbers, self.weight_scale.to(x.dtype), minimum, self.group_size, self.first_column)
+        # The layer's columns may begin within a group: its first column is number `layer.columns.start` of the matrix.
+        numbers = unpack_int4(layer.weight)[:, : layer.in_features]
+        minimum = None if self.symmetric else layer.weight_minimum.to(x.dtype)
+        first_column = layer.columns.start % self.group_size
+        weight = dequantize_int4(numbers, layer.weight_scale.to(x.dtype), minimum, self.group_size, first_column)
         return F.linear(x, weight)
+
+    def process_weights_after_loading(self, layer: Linear) -> None:
+        kernels.pack_int4(layer, self.group_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The tree
 # ---------------------------------------------------------------------------------------------------------------
-
-
-class Int8Embedding(nn.Module):
-    """An embedding table in eight bits, a scale for each token. Where it is the head as well, both use its numbers."""
-
-    def __init__(self, plain: nn.Embedding | VocabParallelEmbedding):
-        super().__init__()
-        self.group = getattr(plain, "group", Group())
-        self.part = getattr(plain, "part", range(plain.weight.shape[0]))
-        self.shards = (
-            {"weight": plain.shards["weight"], "weight_scale": plain.shards["weight"]}
-            if hasattr(plain, "shards")
-            else {}
-        )
-        self.weight = nn.Parameter(
-            torch.empty(plain.weight.shape, dtype=torch.int8, device="meta"), requires_grad=False
-        )
-        self.weight_scale = nn.Parameter(plain.weight.new_empty(len(plain.weight), device="meta"), requires_grad=False)
-
-    @property
-    def float_shape(self) -> tuple[int, int]:
-        return tuple(self.weight.shape)
-
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        numbers, scale = quantize_int8(weight)
-        return {"weight": numbers, "weight_scale": scale}
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """(T,) -> (T, hidden_size), on every rank."""
-        ours = (token_ids >= self.part.start) & (token_ids < self.part.stop)
-        rows = (token_ids - self.part.start).where(ours, 0)
-        found = F.embedding(rows, self.weight).to(self.weight_scale.dtype) * self.weight_scale[rows, None]
-        return self.group.all_reduce(found.where(ours[:, None], 0))
 
 
 @dataclass(frozen=True)
@@ -335,103 +296,36 @@ class Quantization:
         if not isinstance(self.group_size, int) or self.group_size < 2 or self.group_size % 2:
             raise ValueError(f"group_size must be an even number of at least 2; it is {self.group_size!r}.")
 
-    def layer(self, plain: nn.Module) -> QuantizedLinear:
-        """The layer that takes the place of a plain one."""
+    def method(self, is_saved: bool) -> LinearMethod:
+        """How the linear layers of a model's blocks store their matrices."""
         if self.kind == "int4":
-            return Int4Linear(plain, self.group_size, self.symmetric)
-        return {"int8": Int8Linear, "w8a8": W8A8Linear}[self.kind](plain)
+            return Int4Method(self.group_size, self.symmetric, is_saved)
+        return {"int8": Int8Method, "w8a8": W8A8Method}[self.kind](is_saved)
 
 
-LINEAR = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
+def set_method(layer: Linear, method: LinearMethod) -> None:
+    """Let a layer on the meta device store its matrix in another way."""
+    layer.method = method
+    method.create_weights(layer, like=layer.weight)
 
 
-def quantize(module: nn.Module, quantization: Quantization) -> None:
-    """Swap every linear layer in a tree of modules, in place, for its quantized kind. Norms and tables stay.
+def quantize(model: Llama, quantization: Quantization, is_saved: bool = False) -> None:
+    """Choose how a model on the meta device stores its matrices. is_saved: as in `QuantizedMethod`.
 
-    Only exactly these classes: a layer that is quantized already, or somebody's own, is left as it is.
+    The linear layers of its blocks get the quantization's method. The head always gets `Int8Method`: it has the last
+    word on every token, and is the most sensitive. An embedding table is left in floats, unless it is the head as well:
+    then there is one table, in eight bits, for both. Norms stay.
     """
-    # Exercise 7.9: `named_children`, `setattr`, and the children's children.
-    for name, child in list(module.named_children()):
-        if type(child) in LINEAR:
-            setattr(module, name, quantization.layer(child))
-        else:
-            quantize(child, quantization)
-
-
-def quantize_model(model: Llama, quantization: Quantization) -> None:
-    """Swap the linear layers of a model that stands on the meta device, and its head, which is always "int8".
-
-    The head has the last word on every token, and is the most sensitive. Where it is the embedding table as well, there
-    is one table, in eight bits, for both.
-    """
-    quantize(model.model.layers, quantization)
-    if type(model.lm_head) in (nn.Linear, ParallelLMHead):
-        model.lm_head = Int8Linear(model.lm_head)
-    if model.config.tie_word_embeddings and type(model.model.embed_tokens) in (nn.Embedding, VocabParallelEmbedding):
-        model.model.embed_tokens = Int8Embedding(model.model.embed_tokens)
-        model.tie_weights = partial(tie_quantized, model)
-        model.tie_weights()
-
-
-def tie_quantized(model: Llama) -> None:
-    """One table, two uses: its numbers and its scales. Where another stage has the head there are no scales to tie."""
-    model.lm_head.weight = model.model.embed_tokens.weight
-    if isinstance(model.lm_head, Int8Linear):
-        model.lm_head.weight_scale = model.model.embed_tokens.weight_scale
-
-
-class QuantizingCheckpoint:
-    """A float checkpoint as a quantized model sees it: every tensor is quantized as it is read, one at a time.
-
-    It answers what lesson 2's `load_weights` asks.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, model: Llama):
-        self.plain = ShardedCheckpoint(checkpoint, model)
-        self.folder = checkpoint.folder
-        self.layers = {name: each for name, each in model.named_modules() if hasattr(each, "quantized")}
-        self.waiting: dict[str, Tensor] = {}  # what was made of a weight, until it is asked for
-        for name, layer in self.layers.items():
-            if isinstance(layer, QuantizedLinear):
-                self.plain.shards.pop(f"{name}.weight", None)
-                if layer.is_sharded:
-                    self.plain.shards[f"{name}.weight"] = layer.float_shard
-
-    def parts(self, name: str) -> list[str]:
-        """What the model has instead of this tensor of the checkpoint."""
-        layer, _, attribute = name.rpartition(".")
-        if attribute != "weight" or layer not in self.layers:
-            return [name]
-        return [f"{layer}.{each}" for each, _ in self.layers[layer].named_parameters() if each != "bias"]
-
-    def names(self) -> list[str]:
-        return [part for name in self.plain.names() for part in self.parts(name)]
-
-    def source(self, name: str) -> str:
-        """The tensor of the checkpoint that this one is made of."""
-        layer, _, attribute = name.rpartition(".")
-        return f"{layer}.weight" if layer in self.layers and attribute != "bias" else name
-
-    def file(self, name: str) -> Path:
-        return self.plain.file(self.source(name))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        layer, _, attribute = name.rpartition(".")
-        found = self.plain.shape(self.source(name))
-        if self.parts(self.source(name)) == [name] or found != self.layers[layer].float_shape:
-            return found  # a weight of the wrong shape is shown as it is, and refused
-        return tuple(getattr(self.layers[layer], attribute).shape)
-
-    def read(self, name: str) -> Tensor:
-        layer = name.rpartition(".")[0]
-        if name not in self.waiting:
-            tensor = self.plain.read(self.source(name))
-            if self.source(name) == name and self.parts(name) == [name]:
-                return tensor  # it is not quantized
-            dtype = torch.promote_types(tensor.dtype, torch.float32)
-            made = self.layers[layer].quantized(tensor.to(dtype))
-            self.waiting |= {f"{layer}.{each}": value for each, value in made.items()}
-        return self.waiting.pop(name)
+    # Exercise 7.9: `layers_of(model.model.layers)` are the blocks' layers; linear ones have a `method`. `set_method`
+    # makes new tensors: what was tied before is to be tied again.
+    method, head_method = quantization.method(is_saved), Int8Method(is_saved)
+    for layer in layers_of(model.model.layers).values():
+        if hasattr(layer, "method"):
+            set_method(layer, method)
+    set_method(model.lm_head, head_method)
+    if model.config.tie_word_embeddings:
+        set_method(model.model.embed_tokens, head_method)
+    model.tie_weights()
 
 
 def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
@@ -459,66 +353,48 @@ def plain_config(checkpoint: Checkpoint) -> ModelConfig:
     return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
 
 
-def load_quantized(
-    name: str,
-    quantization: Quantization | None,
-    dtype: torch.dtype,
-    device: str,
-    coordinates: RankCoordinates = RankCoordinates(0, 1, 1),  # noqa: B008  (frozen)
-    group: Group | None = None,
-    offload: int | None = None,
-) -> tuple[Llama, range, int]:
-    """What lesson 6's `load_share` does, quantized on the way: the whole model never stands in memory.
+def quantize_for(model: Llama, checkpoint: Checkpoint, quantization: Quantization | None) -> None:
+    """Choose how a model on the meta device stores a checkpoint's matrices, whether they are quantized yet or not.
 
-    A checkpoint that is quantized already is read as it is, and `quantization` must be None or the same. offload: how
-    many bytes of weights may stand in memory; None: all.
+    A checkpoint that is quantized already is read as it is: `quantization` must be None or the same, or this raises
+    ValueError.
     """
-    checkpoint = Checkpoint(find_checkpoint(name))
     saved = quantization_of(checkpoint)
     if saved and quantization and saved != quantization:
-        raise ValueError(f"{name} is quantized already: {saved}. It cannot be loaded as {quantization}.")
+        raise ValueError(f"{checkpoint.folder} is quantized already: {saved}. It cannot be loaded as {quantization}.")
+    if saved or quantization:
+        quantize(model, saved or quantization, is_saved=saved is not None)
+
+
+def load_quantized(
+    name: str, quantization: Quantization | None, dtype: torch.dtype, device: str, offload: int | None = None
+) -> Llama:
+    """Load a model as lesson 2's `load` does, quantized on the way: the whole model never stands in memory.
+
+    offload: the largest number of bytes of weights that may stand in memory; None: all.
+    """
+    checkpoint = Checkpoint(find_checkpoint(name))
     with torch.device("meta"):
         model = (Llama if offload is None else OffloadedLlama)(plain_config(checkpoint)).to(dtype)
-    layers = shard(model, coordinates, group or Group())
-    if saved or quantization:
-        quantize_model(model, saved or quantization)
-    view = partial(QuantizingCheckpoint if quantization and not saved else ShardedCheckpoint, checkpoint)
+    quantize_for(model, checkpoint, quantization)
     if offload is None:
-        load_weights(model, view(model))
+        load_weights(model, checkpoint)
         model = model.to(device)
     else:
-        model.stream_from(view, offload)
-    if kernels.enabled():
-        kernels.pack(model)
-    return model, layers, checkpoint.num_bytes_read
-
-
-class LoadedCheckpoint:
-    """A model in memory, seen as a checkpoint."""
-
-    def __init__(self, model: Llama):
-        self.tensors = dict(model.named_parameters())
-        self.folder = Path("a model in memory")
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def file(self, name: str) -> Path:
-        return self.folder
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name].detach()
+        model.stream_from(checkpoint, range(model.config.num_hidden_layers), offload)
+    use_kernels(model)
+    return model
 
 
 def quantized_copy(model: Llama, quantization: Quantization) -> Llama:
     """A loaded, plain model, quantized; the model itself stays as it is."""
     with torch.device("meta"):
         copied = Llama(model.config).to(model.model.norm.weight.dtype)
-    quantize_model(copied, quantization)
-    load_weights(copied, QuantizingCheckpoint(LoadedCheckpoint(model), copied))
+    quantize(copied, quantization)
+    for path, layer in layers_of(copied).items():
+        original = model.get_submodule(path)
+        layer.load(lambda name, *part, original=original: getattr(original, name).detach())
+    copied.tie_weights()
     return copied
 
 
@@ -593,11 +469,11 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
 
     hidden = model.embed(torch.tensor(token_ids))
     positions = torch.arange(len(token_ids))
-    for number, layer in enumerate(model.model.layers):
-        attention, mlp = layer.self_attn, layer.mlp
+    for number, block in enumerate(model.model.layers):
+        attention, mlp = block.self_attn, block.mlp
         pairs = (
-            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
             (mlp.up_proj, (mlp.down_proj,)),
         )
         hooks = [readers[0].register_forward_pre_hook(note) for _, readers in pairs]
@@ -606,9 +482,9 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
             hook.remove()
         for maker, readers in pairs:
             factors = activation_aware_scales(inputs[readers[0]], [each.weight for each in readers], round_trip)
-            for reader in readers:
-                reader.weight.mul_(factors)
-            maker.weight.div_(factors[:, None] if isinstance(maker, nn.Linear) else factors)
+            for layer in readers:
+                layer.weight.mul_(factors)
+            maker.weight.div_(factors[:, None] if maker.weight.ndim == 2 else factors)
             if getattr(maker, "bias", None) is not None:
                 maker.bias.div_(factors)
         inputs.clear()
@@ -661,7 +537,7 @@ class Int8KVCache(PagedKVCache):
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read positions start to end of B sequences: two of (B, end - start, K, D), in the model's dtype."""
         # Exercise 7.15: which blocks, which slots? Lesson 4 had the numbers; the scales stand at the same places.
-        index, first, last = layer - self.layers.start, start // self.block_size, -(-end // self.block_size)
+        index, first, last = layer - self.layers.start, start // self.block_size, cdiv(end, self.block_size)
         low, high = start - first * self.block_size, end - first * self.block_size
         block_ids = block_tables[:, first:last].flatten()
         found = []
@@ -699,29 +575,29 @@ def stream_layers(numbers: Iterable[int], read: Callable[[int], nn.Module]) -> I
 class OffloadedLlama(Llama):
     """A model of which only the first layers stand in memory; the others are read from the disk at every step."""
 
-    def stream_from(self, view: Callable[[Llama], ShardedCheckpoint], limit: int) -> None:
-        """Read as many layers as may stand in memory, and whatever is no layer. limit: bytes of all weights.
+    def stream_from(self, checkpoint: Checkpoint, numbers: range, limit: int) -> None:
+        """Read as many layers as may stand in memory, and all that is no layer. limit: bytes of all weights.
 
-        Raises ValueError if there is no room for what must be there: all that is no layer, and two layers.
+        Raises ValueError if the limit is too small for what must be there: all that is no layer, and two layers.
         """
-        self.checkpoint, layers = view(self), self.model.layers  # a view of all layers; below, of what stays
-        present = [number for number, layer in enumerate(layers) if not isinstance(layer, Absent)]
-        sizes = {number: sum(tensor.nbytes for tensor in layers[number].parameters()) for number in present}
-        each = max(sizes.values())
+        self.checkpoint, layers = checkpoint, self.model.layers
+        sizes = {number: sum(tensor.nbytes for tensor in layers[number].parameters()) for number in numbers}
+        largest = max(sizes.values())
         rest = sum(tensor.nbytes for tensor in self.parameters()) - sum(sizes.values())
-        if limit < rest + 2 * each:
+        if limit < rest + 2 * largest:
             raise ValueError(
-                f"offload is {limit} bytes; this model needs {rest + 2 * each} at least: {rest} for all that is no "
-                f"layer, and twice {each} for a layer."
+                f"offload is {limit} bytes; this model needs {rest + 2 * largest} at least: {rest} for all that is no "
+                f"layer, and twice {largest} for a layer."
             )
-        # The layers that do not stay take turns in the room of two.
-        num_resident = len(present) if limit >= rest + len(present) * each else (limit - rest) // each - 2
-        self.prototypes = {number: layers[number] for number in present[num_resident:]}
-        for number in self.prototypes:
-            layers[number] = Absent()
-        load_weights(self, view(self))
+        # The layers that do not stay take turns in the space of two.
+        stays_whole = limit >= rest + len(sizes) * largest
+        num_resident = len(sizes) if stays_whole else (limit - rest) // largest - 2
+        self.prototypes = {number: layers[number] for number in numbers[num_resident:]}
         for number, prototype in self.prototypes.items():
-            layers[number] = prototype  # still on the meta device, for whoever wants to know its shapes
+            layers[number] = Absent(prototype)
+        load_weights(self, checkpoint)
+        for number, prototype in self.prototypes.items():
+            layers[number] = prototype  # still on the meta device: it tells its shapes
 
     def read_layer(self, number: int) -> nn.Module:
         """A layer, with its weights: from memory, or from the disk."""
@@ -730,13 +606,9 @@ class OffloadedLlama(Llama):
             return prototype
         groups = {id(module.group): module.group for module in prototype.modules() if hasattr(module, "group")}
         layer = copy.deepcopy(prototype, groups)  # on the meta device, so only shapes; groups are shared
-        for name, empty in prototype.named_parameters():
-            owner, _, attribute = name.rpartition(".")
-            tensor = self.checkpoint.read(f"model.layers.{number}.{name}").to(
-                self.model.norm.weight.device, empty.dtype
-            )
-            setattr(layer.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
-        return layer
+        for path, part in layers_of(layer).items():
+            part.load(reader(self.checkpoint, f"model.layers.{number}.{path}"))
+        return layer.to(self.model.norm.weight.device)
 
     def run_layers(self, hidden: Tensor, positions: Tensor, attend: Attend, layers: range) -> Tensor:
         cos, sin = rotary_tables(positions, self.frequencies.to(hidden.device))
@@ -760,55 +632,3 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     # Exercise 7.13: log-probabilities of both, `upcast` first; where p is nearly 0 so is its share.
     p, q = upcast(logits).log_softmax(-1), upcast(other_logits).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The engine
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def make_quantized_runner(config: EngineConfig, kv_cache_dtype: str, model: Llama, layers: range) -> ModelRunner:
-    """Lesson 6's `make_runner`, with blocks in eight bits if they are asked for."""
-    kind = Int8KVCache if kv_cache_dtype == "int8" else PagedKVCache
-    return ModelRunner(model, kind(model, config.num_blocks, config.block_size, config.num_host_blocks or 0, layers))
-
-
-class QuantizedEngine(ParallelEngine):
-    """Lesson 6's engine, with fewer bits.
-
-    quantization: None, "int8", "w8a8" or "int4" (with group_size and symmetric), or a `Quantization`. kv_cache_dtype:
-    "auto", as the model's, or "int8". offload: None, or how many bytes of weights may stand in memory.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        quantization: str | Quantization | None = None,
-        group_size: int = 64,
-        symmetric: bool = False,
-        kv_cache_dtype: str = "auto",
-        offload: int | None = None,
-        **settings,
-    ):
-        if isinstance(quantization, str):
-            quantization = Quantization(quantization, group_size, symmetric)
-        if kv_cache_dtype not in ("auto", "int8"):
-            raise ValueError(f"kv_cache_dtype must be one of auto, int8; it is {kv_cache_dtype!r}.")
-        if offload is not None and (not isinstance(offload, int) or offload < 1):
-            raise ValueError(f"offload must be a number of bytes; it is {offload!r}.")
-        self.quantization, self.kv_cache_dtype, self.offload = quantization, kv_cache_dtype, offload
-        super().__init__(name, **settings)
-
-    def read_config(self, checkpoint: Checkpoint) -> ModelConfig:
-        return plain_config(checkpoint)
-
-    def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
-        """In eight bits a slot's head takes head_dim bytes and a scale, instead of head_dim numbers."""
-        share, size = super().cache_share(config, dtype, *grid), dtype.itemsize
-        return share * (config.head_dim + size) / (config.head_dim * size) if self.kv_cache_dtype == "int8" else share
-
-    def loader(self, folder: str, dtype: torch.dtype, device: str) -> Callable:
-        return partial(load_quantized, folder, self.quantization, dtype, device, offload=self.offload)
-
-    def maker(self) -> Callable:
-        return partial(make_quantized_runner, self.config, self.kv_cache_dtype)

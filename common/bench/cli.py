@@ -114,15 +114,13 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
 
     Then both where they are used: requests whose answers need about twice the blocks there are.
     """
-    from common import kernels
     from solutions.batching import ModelRunner, local_engine
-    from solutions.llama_pytorch import SamplingParams, load
+    from solutions.llama_pytorch import SamplingParams, load, use_kernels
     from solutions.paged_attention import BlockCopy, PagedKVCache
     from solutions.scheduler import ScheduledRequest, SchedulerOutput
 
     model, tokenizer = load(name, torch.float32, "cpu")
-    if kernels.enabled():
-        kernels.pack(model)
+    use_kernels(model)
     block_size, chunk = 16, 256
     generator = torch.Generator().manual_seed(0)
     rows = []

@@ -1,27 +1,35 @@
 """Fast paths that compute what the lessons compute: packed weights, fused layers, attention over padded keys."""
 
 from common.kernels.cpu import (
-    CompiledLinear,
     FastNorm,
     FusedAttention,
+    FusedLinear,
     FusedMLP,
-    PackedLinear,
     attention,
     can_pack,
     compiled,
     enabled,
+    has_kernel,
+    held_bytes,
     pack,
+    pack_floats,
+    pack_int4,
+    pack_int8,
 )
 
 __all__ = [
-    "CompiledLinear",
     "FastNorm",
     "FusedAttention",
+    "FusedLinear",
     "FusedMLP",
-    "PackedLinear",
     "attention",
     "can_pack",
     "compiled",
     "enabled",
+    "has_kernel",
+    "held_bytes",
     "pack",
+    "pack_floats",
+    "pack_int4",
+    "pack_int8",
 ]

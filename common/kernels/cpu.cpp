@@ -18,6 +18,7 @@
 #endif
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -25,6 +26,17 @@ namespace {
 
 constexpr int64_t SOME_ROWS = 8;
 constexpr int64_t SLICE = 1024;  // outputs that are unpacked at a time where there are many rows
+constexpr int64_t BLOCK = 16;    // outputs in a block of a matrix of floats that is also looked up, as cpu.py says
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE = 12;  // floats in a register; rows of x whose sums fit into the registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE = 6;
+#else
+constexpr int LANES = 4, TILE = 6;
+#endif
+constexpr int64_t CHUNK = 96;  // rows of x that stay in the cache while a matrix is read
+typedef float vec __attribute__((vector_size(4 * LANES)));
 
 inline float wide(at::Half half) {
 #ifdef __F16C__
@@ -135,9 +147,47 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   return y;
 }
 
+// Rows of x times one block, whose outputs lie side by side for each k.
+template <int R>
+inline void times_block(const float* x, const float* block, float* y, int64_t K) {
+  vec sums[R][BLOCK / LANES] = {};
+  for (int64_t k = 0; k < K; ++k)
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < BLOCK / LANES; ++i) {
+        vec w;
+        std::memcpy(&w, block + k * BLOCK + i * LANES, sizeof w);
+        sums[r][i] += x[r * K + k] * w;
+      }
+  std::memcpy(y, sums, sizeof sums);
+}
+
+// weight: (blocks, K, 16), of which the last block may have outputs beyond N.
+at::Tensor blocked_linear(const at::Tensor& x, const at::Tensor& weight, int64_t N) {
+  const int64_t R = x.size(0), K = x.size(1);
+  at::Tensor y = at::empty({R, N}, x.options());
+  const float *in = x.data_ptr<float>(), *w = weight.data_ptr<float>();
+  float* out = y.data_ptr<float>();
+  for (int64_t first = 0; first < R; first += CHUNK)
+    at::parallel_for(0, weight.size(0), 16, [&](int64_t begin, int64_t end) {
+      float sums[TILE * BLOCK];
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t r = first, last = std::min(first + CHUNK, R), count; r < last; r += count) {
+          const float *rows = in + r * K, *block = w + b * K * BLOCK;
+          if (last - r >= TILE) times_block<TILE>(rows, block, sums, K), count = TILE;
+          else if (last - r >= 4) times_block<4>(rows, block, sums, K), count = 4;
+          else if (last - r >= 2) times_block<2>(rows, block, sums, K), count = 2;
+          else times_block<1>(rows, block, sums, K), count = 1;
+          const size_t bytes = std::min(BLOCK, N - b * BLOCK) * sizeof(float);
+          for (int64_t i = 0; i < count; ++i) std::memcpy(out + (r + i) * N + b * BLOCK, sums + i * BLOCK, bytes);
+        }
+    });
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(inference_course, library) {
+  library.def("blocked_linear(Tensor x, Tensor weight, int outputs) -> Tensor", &blocked_linear);
   library.def("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor", &int8_linear);
   library.def("int4_linear(Tensor x, Tensor weight, Tensor scale, Tensor? minimum, int group_size) -> Tensor",
               &int4_linear);

@@ -19,6 +19,7 @@ gradients.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import os
@@ -59,53 +60,108 @@ def enabled() -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Weights in the processor's own order
+# Products: what takes the place of a linear method's `apply`
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose matrix lies as oneDNN wants it. (..., in_features) -> (..., out_features).
-
-    `weight` still tells its shape (out_features, in_features), dtype and device, but its numbers cannot be read one
-    by one any more. It is no parameter: what is packed is never saved.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
-        self.bias = None if bias is None else bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+def use(layer: nn.Module, **functions: Callable) -> None:
+    """Give a layer another `apply` (or `embed`). Its method keeps all else; other layers keep theirs."""
+    layer.method = copy.copy(layer.method)
+    vars(layer.method).update(functions)
 
 
-def can_pack(*modules: nn.Module) -> bool:
-    """Whether all of these are plain linear layers, and each is where packing helps: in float32 on a CPU.
+def has_kernel(layer: nn.Module) -> bool:
+    return "apply" in vars(layer.method)
 
-    A subclass of `nn.Linear` is left alone: it is somebody's own, and does more than multiply.
-    """
+
+def can_pack() -> bool:
+    """Whether this torch has the two private operators that arrange a float32 matrix as oneDNN wants it."""
     operators = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(
-        type(module) is nn.Linear
-        and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32)
-        and all(hasattr(torch.ops.mkldnn, name) for name in operators)
-        for module in modules
-    )
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
-def fuse(projections: Sequence[nn.Module]) -> nn.Module:
-    """Several layers with the same input as one, their outputs side by side."""
-    biases = [projection.bias for projection in projections]
-    bias = None if biases[0] is None else torch.cat(biases)
-    if type(projections[0]) is nn.Linear:
-        return PackedLinear(torch.cat([projection.weight for projection in projections]), bias)
-    return CompiledLinear(projections, bias)
+def pack_floats(layer: nn.Module) -> None:
+    """Rearrange a layer's matrix of floats for oneDNN, if there is one.
+
+    `weight` keeps its shape (out_features, in_features), dtype and device, but its numbers cannot be read one by one
+    any more. It is no parameter: what is packed is never saved.
+    """
+    if can_pack() and not has_kernel(layer):
+        replace_weight(torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS_HINT), layer)
+        use(layer, apply=packed_product)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Weights of eight bits and four
-# ---------------------------------------------------------------------------------------------------------------
+def packed_product(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, bias, "none", [], "")
+
+
+def pack_int8(layer: nn.Module) -> None:
+    """Multiply by a layer's `weight` (out, in) int8 and `weight_scale` (out,) with the compiled kernel."""
+    if compiled() is not None:
+        use(layer, apply=int8_product)
+
+
+def int8_product(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = compiled().int8_linear(x.contiguous(), layer.weight, layer.weight_scale)
+    return y if bias is None else y.add_(bias)
+
+
+def pack_int4(layer: nn.Module, group_size: int) -> None:
+    """Multiply by a layer's `weight` (out, in / 2) uint8, `weight_scale` and, if it has one, `weight_minimum`
+    (out, groups) float16 with the compiled kernel. The layer begins with a whole group, and has whole bytes.
+    """
+    if layer.in_features % 2 == 0 and layer.columns.start % group_size == 0 and compiled() is not None:
+        use(layer, apply=functools.partial(int4_product, group_size))
+
+
+def int4_product(group_size: int, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    minimum = getattr(layer, "weight_minimum", None)
+    y = compiled().int4_linear(x.contiguous(), layer.weight, layer.weight_scale, minimum, group_size)
+    return y if bias is None else y.add_(bias)
+
+
+def share_table(table: nn.Module, head: nn.Module) -> None:
+    """Rearrange the embedding table of a tied model, which is looked up and multiplied by, once for both uses.
+
+    oneDNN's order allows no look-up, and a second copy of the largest matrix would be 113 MB of SmolLM2's 538. Rows in
+    blocks of sixteen, each block transposed, allow both, and the compiled kernel is no slower than oneDNN there.
+    """
+    if has_kernel(table):
+        return
+    if compiled() is None:
+        use(table)
+        use(head, apply=row_major_product)
+        return
+    weight = table.weight.detach()
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK))
+    blocks = padded.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
+    replace_weight(nn.Parameter(blocks, requires_grad=False), table, head)
+    use(table, apply=blocked_product, embed=blocked_rows)
+    head.method = table.method
+
+
+BLOCK = 16
+"""Rows in a block of a shared table, as cpu.cpp has it."""
+
+
+def blocked_product(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return compiled().blocked_linear(x.contiguous(), layer.weight, layer.out_features)
+
+
+def blocked_rows(layer: nn.Module, token_ids: Tensor) -> Tensor:
+    return layer.weight[token_ids // BLOCK, :, token_ids % BLOCK]
+
+
+def row_major_product(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Without a compiler: for a table of many rows this order of the two is faster than `F.linear`'s."""
+    return torch.mm(layer.weight, x.T).T
+
+
+def replace_weight(weight: Tensor, *layers: nn.Module) -> None:
+    """Let layers that have one weight in common have another one; the old one is freed."""
+    for layer in layers:
+        del layer.weight
+        layer.weight = weight
 
 
 @functools.cache
@@ -137,55 +193,32 @@ def compiled():
         return torch.ops.inference_course
     except Exception as error:  # no compiler, no ninja, a folder that cannot be written, a system it does not know, ...
         reason = str(error).strip().partition("\n")[0]
-        print(
-            f"Quantized layers run without kernels, slowly: they cannot be compiled here ({reason}).", file=sys.stderr
-        )
+        print(f"Some layers run without kernels, slowly: they cannot be compiled here ({reason}).", file=sys.stderr)
         return None
     finally:
         os.environ["PATH"] = before
 
 
 STALE_SECONDS = 300
-"""Nobody compiles for so long."""
+"""Compiling takes less than this: an older lock is that of a process that was killed."""
 
 
-class CompiledLinear(nn.Module):
-    """Lesson 7's `Int8Linear` or `Int4Linear`, one or several with the same input, with cpu.cpp's product."""
+class FusedLinear(nn.Module):
+    """Several linear layers with the same input as one: their tensors one below the other, outputs side by side."""
 
-    def __init__(self, plain: Sequence[nn.Module], bias: Tensor | None):
+    def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
-        first = plain[0]
-        self.in_features, self.out_features = first.in_features, sum(each.out_features for each in plain)
-        self.group_size = getattr(first, "group_size", None)
-        names = [name for name, _ in first.named_parameters(recurse=False) if name != "bias"]
-        for name in names:
-            tensors = [getattr(each, name) for each in plain]
-            whole = tensors[0] if len(tensors) == 1 else nn.Parameter(torch.cat(tensors), requires_grad=False)
-            self.register_parameter(name, whole)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        first = layers[0]
+        self.in_features, self.out_features = first.in_features, sum(layer.out_features for layer in layers)
+        self.shape = (self.out_features, self.in_features)
+        self.columns, self.method, self.bias = first.columns, first.method, None
+        for name, _ in first.named_parameters(recurse=False):
+            whole = torch.cat([getattr(layer, name) for layer in layers])
+            setattr(self, name, nn.Parameter(whole, requires_grad=False))
+        self.method.process_weights_after_loading(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        if self.group_size is None:
-            y = compiled().int8_linear(x, self.weight, self.weight_scale)
-        else:
-            minimum = getattr(self, "weight_minimum", None)
-            y = compiled().int4_linear(x, self.weight, self.weight_scale, minimum, self.group_size)
-        return y if self.bias is None else y.add_(self.bias)
-
-
-def can_compile(*modules: nn.Module) -> bool:
-    """Whether these are lesson 7's layers, all of one kind, whole (no rank's share), in memory, with float32 around."""
-    from solutions import quantization
-
-    first = type(modules[0])
-    return (
-        first in (quantization.Int8Linear, quantization.Int4Linear)
-        and all(type(each) is first and not each.is_sharded for each in modules)
-        and all((each.weight.device.type, each.dtype) == ("cpu", torch.float32) for each in modules)
-        and (first is quantization.Int8Linear or modules[0].in_features % 2 == 0)
-        and compiled() is not None
-    )
+        return self.method.apply(self, x, self.bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,7 +263,7 @@ class FusedAttention(nn.Module):
         self.num_heads, self.num_kv_heads, _ = (p.out_features // self.head_dim for p in projections)
         # Whoever wants to know how many heads there are asks for a projection's width.
         self.q_proj, self.k_proj, self.v_proj = (SimpleNamespace(out_features=p.out_features) for p in projections)
-        self.qkv_proj = fuse(projections)
+        self.qkv_proj = FusedLinear(projections)
         self.o_proj = plain.o_proj
         self.qk_norm = nn.Identity()
         if not isinstance(plain.q_norm, nn.Identity):
@@ -251,7 +284,7 @@ class FusedMLP(nn.Module):
 
     def __init__(self, plain: nn.Module):
         super().__init__()
-        self.gate_up_proj = fuse((plain.gate_proj, plain.up_proj))
+        self.gate_up_proj = FusedLinear((plain.gate_proj, plain.up_proj))
         self.down_proj = plain.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
@@ -259,43 +292,54 @@ class FusedMLP(nn.Module):
         return self.down_proj(F.silu(gate).mul_(up))
 
 
-def pack(model: nn.Module) -> None:
-    """Swap a loaded model's modules, in place, for faster ones that compute the same.
+def pack(model: nn.Module, linear: type, attention: type, mlp: type, norm: type) -> None:
+    """Rearrange a loaded model's weights, in place, and swap modules for faster ones that compute the same.
 
-    There is no way back: each plain weight is freed once it is packed, so that the model never stands in memory twice.
-    Only an embedding table that is the head as well stays, for look-up, beside its packed copy. What is not exactly
-    lesson 2's class or an `nn.Linear`, or not float32 on a CPU, stays as it is, so calling it again does nothing.
+    linear, attention, mlp, norm: lesson 2's classes. Attention and MLP are fused where their layers are exactly of
+    class `linear` and have one method; other linear layers are left to their method. There is no way back: each plain
+    weight is freed once it is packed. A model that is not in float32 on a CPU stays as it is, and so does one that
+    was packed already.
     """
-    from solutions.llama_pytorch import MLP, Attention, RMSNorm  # whoever's lesson 2 it is that runs here
+    sample = model.model.norm.weight
+    if (sample.device.type, sample.dtype) != ("cpu", torch.float32):
+        return
 
-    # A model without quantized layers needs no lesson 7.
-    QuantizedLinear = getattr(sys.modules.get("solutions.quantization"), "QuantizedLinear", ())
+    def can_fuse(*layers: nn.Module) -> bool:
+        return all(type(layer) is linear and type(layer.method) is type(layers[0].method) for layer in layers)
 
     def fast(module: nn.Module) -> nn.Module:
-        if type(module) is Attention and can_fuse(module.q_proj, module.k_proj, module.v_proj):
-            if {type(module.q_norm), type(module.k_norm)} in ({nn.Identity}, {RMSNorm}):
+        if type(module) is attention and can_fuse(module.q_proj, module.k_proj, module.v_proj):
+            if {type(module.q_norm), type(module.k_norm)} in ({nn.Identity}, {norm}):
                 return FusedAttention(module)
-        if type(module) is MLP and can_fuse(module.gate_proj, module.up_proj):
+        if type(module) is mlp and can_fuse(module.gate_proj, module.up_proj):
             return FusedMLP(module)
-        if type(module) is RMSNorm and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32):
-            return FastNorm(module.weight, module.eps)
-        if can_pack(module):
-            return PackedLinear(module.weight, module.bias)
-        if isinstance(module, QuantizedLinear) and can_compile(module):
-            return CompiledLinear([module], module.bias)
-        return module
-
-    def can_fuse(*projections: nn.Module) -> bool:
-        return can_pack(*projections) or (isinstance(projections[0], QuantizedLinear) and can_compile(*projections))
+        return FastNorm(module.weight, module.eps) if type(module) is norm else module
 
     def swap_children(parent: nn.Module) -> None:
-        for name in [name for name, _ in parent.named_children()]:
-            setattr(parent, name, fast(getattr(parent, name)))
+        for name, child in list(parent.named_children()):
+            if not any(parameter.is_meta for parameter in child.parameters()):  # a layer that stays on the disk
+                setattr(parent, name, fast(child))
             swap_children(getattr(parent, name))
 
+    table, head = model.model.embed_tokens, model.lm_head
     with torch.no_grad():
+        shared = getattr(table, "weight", None)
+        is_tied = shared is not None and hasattr(head, "method") and head.weight is shared
+        if is_tied and shared.dtype == torch.float32:
+            share_table(table, head)
         swap_children(model)
+        for module in model.modules():
+            if hasattr(module, "method") and module is not table and not (has_kernel(module) or module.weight.is_meta):
+                module.method.process_weights_after_loading(module)
     model.requires_grad_(False)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all weights of a model in memory, packed ones too; a shared one counts once."""
+    packed = [module.weight for module in model.modules() if getattr(module, "weight", None) is not None]
+    packed = [weight for weight in packed if weight.layout == torch._mkldnn]
+    parameters = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    return sum(weight.numel() * weight.element_size() for weight in [*packed, *parameters])
 
 
 # ---------------------------------------------------------------------------------------------------------------

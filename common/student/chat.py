@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from common.course import CourseError, activate, files_used, parse_mine, substitutes
+from common.checkpoints import CheckpointError
+from common.course import CourseError, activate, files_used, substitutes
+from common.course.modules import UnfinishedModule, listed
 
 DEFAULT_MODEL = "smollm2-135m"
 HELP = """\
@@ -64,10 +65,10 @@ class Reply:
 
 @dataclass
 class Talker:
-    """A loaded model that speaks. `generate` is called as lesson 2's; here an engine stands behind it."""
+    """A model that answers: `generate(prompt_token_ids, params, on_text)` is an engine's."""
 
     name: str
-    model: Any
+    config: Any  # the model's
     tokenizer: Any
     generate: Callable[..., Any]
     params: Any
@@ -75,7 +76,7 @@ class Talker:
     @property
     def context(self) -> int:
         """How many tokens the model can see, the prompt and its answer together."""
-        return self.model.config.max_position_embeddings
+        return self.config.max_position_embeddings
 
     @property
     def has_template(self) -> bool:
@@ -94,7 +95,7 @@ class Talker:
             on_text(piece)
 
         try:
-            output = self.generate(self.model, self.tokenizer, prompt_token_ids, self.params, show)
+            output = self.generate(prompt_token_ids, self.params, show)
             num_tokens, finish_reason = len(output.token_ids), output.finish_reason
             metrics = output.metrics
             counts = metrics.num_cached_tokens, metrics.num_draft_tokens, metrics.num_accepted_tokens
@@ -114,7 +115,7 @@ class Talker:
 def answer_with(engine) -> Callable[..., Any]:
     """A `generate` that asks the engine. Whatever ends it early, Ctrl-C too, the request's blocks are free again."""
 
-    def generate(model, tokenizer, prompt_token_ids: Sequence[int], params, on_text: Callable[[str], None]):
+    def generate(prompt_token_ids: Sequence[int], params, on_text: Callable[[str], None]):
         try:
             request_id = engine.add_request(prompt_token_ids, params)
         except ValueError as error:
@@ -320,14 +321,12 @@ def options(argv: list[str]) -> argparse.Namespace:
         ("--tensor-parallel", "TP", "processes that share every layer"),
         ("--pipeline-parallel", "PP", "stages of layers, each with processes of its own"),
     ):
-        parser.add_argument(flag, type=int, default=variable(name) or 1, help=f"{what}; default 1")
+        parser.add_argument(flag, type=int, default=variable(name) or None, help=f"{what}; default 1")
     parser.add_argument(
         "--quantization", default=variable("QUANT") or None, metavar="KIND", help="int8, w8a8 or int4; default: none"
     )
-    parser.add_argument("--group-size", type=int, default=variable("GROUP") or 64, help="of int4; default 64")
-    parser.add_argument(
-        "--kv-cache-dtype", default=variable("KV") or "auto", metavar="KIND", help="int8; default: auto"
-    )
+    parser.add_argument("--group-size", type=int, default=variable("GROUP") or None, help="of int4; default 64")
+    parser.add_argument("--kv-cache-dtype", default=variable("KV") or None, metavar="KIND", help="int8; default: auto")
     parser.add_argument(
         "--offload", type=int, default=variable("OFFLOAD") or None, metavar="MB", help="of weights that stay in memory"
     )
@@ -343,29 +342,25 @@ def options(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(rest)
 
 
-def engine_for(name: str, mine: str, options: dict, fewer: dict, drafts: dict):
-    """The assembled engine; or, where earlier lessons are the student's, the engine of the last lesson that is needed
-    for these options: what they have not come to has no part in it.
+LESSON_5 = ("num_blocks", "max_num_batched_tokens", "scheduling_policy", "preemption")
+"""Options that an engine of lesson 5 has, too."""
+
+
+def make_engine(name: str, options: dict) -> Any:
+    """The assembled engine; lesson 5's, in a copy of the course in which lesson 8 is withheld and not finished yet.
+
+    options: those that were given. Raises OptionError if one of them needs a later lesson that waits.
     """
-    fewer["offload"] = fewer["offload"] and fewer["offload"] * 10**6
-    numbers = [each.number for each in parse_mine(mine)]
-    if not numbers or 8 in numbers or set(drafts.values()) != {None}:
+    try:
         from solutions.engine import InferenceEngine
+    except UnfinishedModule as error:
+        if later := [option for option in options if option not in LESSON_5]:
+            raise OptionError(f"{listed(later)} cannot be used yet: {error}") from None
+        print(quiet(f"Lesson 5's engine answers; parallelism, quantization and speculation wait. {error}"))
+        from solutions.batching import load_engine
 
-        return InferenceEngine(name, **options, **fewer, **drafts)
-    is_quantized = "quantization_config" in Checkpoint(find_checkpoint(name)).config
-    if is_quantized or fewer["quantization"] or fewer["offload"] or fewer["kv_cache_dtype"] != "auto":
-        from solutions.quantization import QuantizedEngine
-
-        return QuantizedEngine(name, **fewer, **options)
-    if {options["tensor_parallel"], options["pipeline_parallel"]} != {1} or "TORCHELASTIC_RUN_ID" in os.environ:
-        from solutions.parallelism import ParallelEngine
-
-        return ParallelEngine(name, **options)
-    from solutions.batching import load_engine
-
-    del options["tensor_parallel"], options["pipeline_parallel"]
-    return load_engine(name, **options)
+        return load_engine(name, **options)
+    return InferenceEngine(name, **options)
 
 
 def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
@@ -394,19 +389,19 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
         )
     except ValueError as error:
         raise OptionError(str(error)) from None
-    names = {"num_blocks": "num_blocks", "max_batched_tokens": "max_num_batched_tokens"}
-    names |= {"policy": "scheduling_policy", "preemption": "preemption"}
+    names = dict(num_blocks="num_blocks", max_batched_tokens="max_num_batched_tokens", policy="scheduling_policy")
+    later = ("preemption", "tensor_parallel", "pipeline_parallel", "quantization", "group_size", "kv_cache_dtype")
+    names |= {name: name for name in (*later, "speculative", "num_speculative_tokens")}
     options = {name: getattr(settings, flag) for flag, name in names.items() if getattr(settings, flag) is not None}
-    options |= {name: getattr(settings, name) for name in ("tensor_parallel", "pipeline_parallel")}
-    fewer = {name: getattr(settings, name) for name in ("quantization", "group_size", "kv_cache_dtype", "offload")}
-    drafts = {name: getattr(settings, name) for name in ("speculative", "num_speculative_tokens")}
+    if settings.offload is not None:
+        options["offload"] = settings.offload * 10**6
     try:
-        engine = engine_for(settings.model, settings.mine, options, fewer, drafts)
+        engine = make_engine(settings.model, options)
     except CheckpointError:
         raise
     except ValueError as error:
         raise OptionError(str(error)) from None
-    return Talker(settings.model, engine.model, engine.tokenizer, answer_with(engine), params), engine
+    return Talker(settings.model, engine.config.model_config, engine.tokenizer, answer_with(engine), params), engine
 
 
 def run_many(talker: Talker, engine) -> int:

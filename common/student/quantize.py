@@ -73,7 +73,7 @@ def quantize(settings: argparse.Namespace) -> None:
             scale_for_activations(model, token_ids[half : half + length], kind, causal_attend)
             model = quantized_copy(model, kind)
     else:
-        model, _, _ = load_quantized(settings.model, kind, torch.float32, "cpu")
+        model = load_quantized(settings.model, kind, torch.float32, "cpu")
     save_quantized(model, kind, source, settings.out)
     before = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(

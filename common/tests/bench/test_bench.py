@@ -11,15 +11,13 @@ import numpy
 import pytest
 import torch
 
-from common import kernels
 from common.bench import cli as bench
 from common.bench import ladder, plots, results
 from common.bench import peers as rivals
 from common.bench import speculation as speculation_bench
 from common.checkpoints import MODELS, Checkpoint
 from common.checkpoints import gguf as gguf_convert
-from solutions.engine import Speculation
-from solutions.llama_pytorch import SamplingParams, load
+from solutions.llama_pytorch import SamplingParams, load, use_kernels
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +119,14 @@ def test_bytes_read_in_a_second_are_those_of_the_steps_after_the_prompt():
     )
 
 
-def test_a_packed_model_holds_its_table_twice_and_reads_it_once(tales):
+def test_a_packed_model_holds_its_table_once(tales, monkeypatch):
+    monkeypatch.setenv("KERNELS", "fast")
     model, _ = tales
     plain = sum(parameter.nbytes for parameter in model.parameters())
     assert ladder.weights_of(model) == (plain, plain)
     packed, _ = load("tales", torch.float32, "cpu")
-    kernels.pack(packed)
-    table = packed.model.embed_tokens.weight.nbytes
-    assert ladder.weights_of(packed) == (plain + table, plain)
+    use_kernels(packed)
+    assert ladder.weights_of(packed) == (plain, plain)
 
 
 def test_ratios_are_those_of_pairs_and_tokens_a_step_count_what_was_proposed_right():
@@ -148,9 +146,9 @@ def test_the_assembled_engine_of_the_ladder_draft_tokens_and_says_the_same(tales
     model, tokenizer = tales
     prompts = [tokenizer.encode(text) for text in speculation_bench.BEGINNINGS[:2]]
     params = [SamplingParams(max_tokens=16)] * 2
-    plain = speculation_bench.answer(model, tokenizer, None, prompts, params)
+    plain = speculation_bench.answer(model, tokenizer, {}, prompts, params)
     for draft in (None, str(MODELS / "tales-draft")):
-        speculation = Speculation(draft, 3, is_adaptive=False)
+        speculation = dict(speculative=draft or "ngram", num_speculative_tokens=3, adaptive_speculation=False)
         proposed = speculation_bench.answer(model, tokenizer, speculation, prompts, params)
         given = ladder.Load("beginnings", prompts, [16, 16])
         ladder.check_same(model, given, plain.tokens, proposed.tokens, "speculation")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from torch import nn
 
 from common import kernels
-from solutions.llama_pytorch import MLP, Attention, Llama, RMSNorm, causal_attend
+from solutions.llama_pytorch import MLP, Attention, Linear, Llama, RMSNorm, causal_attend, layers_of
 from solutions.llm_basics import ModelConfig
 
 SHAPES = {
@@ -29,9 +29,12 @@ FAMILIES = {
     "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
     "qwen3": {"qk_norm": True, "head_dim": 10},
 }
-PACKED = pytest.mark.skipif(
-    not kernels.can_pack(nn.Linear(1, 1)), reason="this build of torch has no oneDNN: nothing is packed"
-)
+PACKED = pytest.mark.skipif(not kernels.can_pack(), reason="this build of torch has no oneDNN: nothing is packed")
+COMPILED = pytest.mark.skipif(kernels.compiled() is None, reason="no C++ compiler here: there are no compiled kernels")
+
+
+def pack(model: Llama) -> None:
+    kernels.pack(model, linear=Linear, attention=Attention, mlp=MLP, norm=RMSNorm)
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> Llama:
@@ -46,6 +49,10 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Llama:
 def logits(model: Llama, num_tokens: int) -> torch.Tensor:
     token_ids = torch.arange(num_tokens) * 7 % SHAPES["vocab_size"]
     return model.logits(model(token_ids, torch.arange(num_tokens) + 3, causal_attend))
+
+
+def is_tied(model: Llama) -> bool:
+    return model.config.tie_word_embeddings
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -73,35 +80,51 @@ class TestPack:
     def test_computes_the_same(self, family, num_tokens):
         model = tiny(family)
         expected = logits(model, num_tokens)
-        kernels.pack(model)
+        pack(model)
         assert relative_error(logits(model, num_tokens), expected) < 1e-5
 
     @PACKED
+    @COMPILED
     @pytest.mark.parametrize("family", FAMILIES)
     def test_frees_what_it_packed(self, family):
         model = tiny(family)
+        held = kernels.held_bytes(model)
         plain = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
-        kernels.pack(model)
+        pack(model)
         gc.collect()
-        kept = {name for name, parameter in plain.items() if parameter() is not None}
-        assert kept == {"model.embed_tokens.weight"}
-        # What is left as numbers that can be read: the table, the norms, the biases.
-        matrices = [parameter for parameter in model.parameters() if parameter.numel() > 1000]
-        assert [m.numel() for m in matrices] == [SHAPES["vocab_size"] * SHAPES["hidden_size"]]
-        assert not any(type(module) is nn.Linear for module in model.modules())
+        kept = {name for name, parameter in plain.items() if parameter() is not None and not name.endswith("bias")}
+        assert kept == (set() if model.config.tie_word_embeddings else {"model.embed_tokens.weight"})
+        block = 16 * 4 * SHAPES["hidden_size"]  # the last block of a shared table may be filled up
+        norms = 4 * SHAPES["num_hidden_layers"] * 10 * 8 if model.config.qk_norm else 0  # a weight for each head
+        assert held <= kernels.held_bytes(model) < held + block + norms + 1
 
     @PACKED
     @pytest.mark.parametrize("family", FAMILIES)
     def test_every_layer_is_fused_into_four_products(self, family):
         model = tiny(family)
-        kernels.pack(model)
-        count = sum(isinstance(module, kernels.PackedLinear) for module in model.modules())
-        assert count == 4 * SHAPES["num_hidden_layers"] + 1
+        pack(model)
+        products = [module for module in model.modules() if hasattr(module, "method")]
+        assert sum(kernels.has_kernel(module) for module in products) == len(products) - (not is_tied(model))
+        assert len(products) == 4 * SHAPES["num_hidden_layers"] + 2
 
-    def test_what_others_ask_of_a_model_is_still_there(self):
+    @pytest.mark.parametrize("has_compiler", [True, False])
+    @pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 6, 7, 13, 100])
+    def test_a_shared_table_is_looked_up_and_multiplied_by(self, num_tokens, has_compiler, monkeypatch):
+        if not has_compiler:
+            monkeypatch.setattr("common.kernels.cpu.compiled", lambda: None)
         model = tiny("llama-tied")
         table = model.model.embed_tokens.weight.clone()
-        kernels.pack(model)
+        pack(model)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        ids = torch.arange(num_tokens) * 7 % len(table)
+        assert torch.equal(model.embed(ids), table[ids])
+        x = torch.randn(num_tokens, table.shape[1])
+        torch.testing.assert_close(model.lm_head(x), x @ table.T, rtol=1e-4, atol=1e-4)
+
+    def test_what_others_ask_of_a_model_is_still_there(self):
+        model = tiny("llama")
+        table = model.model.embed_tokens.weight.clone()
+        pack(model)
         attention = model.model.layers[1].self_attn
         assert (attention.layer, attention.head_dim, attention.k_proj.out_features) == (1, 16, 32)
         assert (attention.q_proj.out_features, attention.v_proj.out_features) == (96, 32)
@@ -113,15 +136,15 @@ class TestPack:
 
     def test_a_second_time_changes_nothing(self):
         model = tiny("qwen2")
-        kernels.pack(model)
+        pack(model)
         before = list(model.modules())
-        kernels.pack(model)
+        pack(model)
         after = list(model.modules())
         assert len(before) == len(after) and all(a is b for a, b in zip(before, after))
 
     def test_modules_of_others_are_left_alone(self):
-        class Halved(nn.Linear):
-            """Somebody's own layer, such as lessons 6 and 7 put in."""
+        class Halved(Linear):
+            """A layer of another class, such as those of lesson 6."""
 
             def forward(self, x):
                 return super().forward(x) / 2
@@ -132,12 +155,11 @@ class TestPack:
         layer.mlp.up_proj.__class__ = Halved
         theirs = (layer.self_attn, layer.mlp, layer.self_attn.k_proj, layer.mlp.up_proj)
         expected = logits(model, 5)
-        kernels.pack(model)
+        pack(model)
         assert (layer.self_attn, layer.mlp, layer.self_attn.k_proj, layer.mlp.up_proj) == theirs
         assert relative_error(logits(model, 5), expected) < 1e-5
-        if kernels.can_pack(nn.Linear(1, 1)):  # what stands beside them is packed nevertheless
-            assert isinstance(layer.self_attn.q_proj, kernels.PackedLinear)
-            assert isinstance(layer.mlp.down_proj, kernels.PackedLinear)
+        if kernels.can_pack():  # their products are packed nevertheless, but they are not fused with others
+            assert all(kernels.has_kernel(each) for each in layers_of(layer).values() if hasattr(each, "method"))
 
     def test_a_norm_of_others_keeps_its_layer_plain(self):
         class Doubled(RMSNorm):
@@ -147,14 +169,14 @@ class TestPack:
         model = tiny("qwen3")
         model.model.layers[0].self_attn.k_norm.__class__ = Doubled
         expected = logits(model, 5)
-        kernels.pack(model)
+        pack(model)
         assert relative_error(logits(model, 5), expected) < 1e-5
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     def test_other_dtypes_stay_exactly_as_they_are(self, dtype):
         model = tiny("qwen3", dtype)
         expected = logits(model, 2)
-        kernels.pack(model)
+        pack(model)
         assert torch.equal(logits(model, 2), expected)
         assert {type(m) for m in model.model.layers[0].children()} == {RMSNorm, Attention, MLP}
 
@@ -162,32 +184,41 @@ class TestPack:
         monkeypatch.setattr(torch.ops, "mkldnn", object())
         model = tiny("llama-tied")
         expected = logits(model, 3)
-        kernels.pack(model)
+        pack(model)
         assert relative_error(logits(model, 3), expected) < 1e-5
-        assert {type(m) for m in model.model.layers[0].children()} == {kernels.FastNorm, Attention, MLP}
+        assert kernels.FastNorm in {type(module) for module in model.model.layers[0].children()}
 
     def test_a_model_that_was_never_loaded(self):
         with torch.device("meta"):
             model = Llama(ModelConfig(**SHAPES))
-        kernels.pack(model)
-        assert type(model.lm_head) is nn.Linear
+        pack(model)
+        assert model.lm_head.weight.is_meta and not kernels.has_kernel(model.lm_head)
+
+
+def pair(in_features: int, out_features: int, bias: bool) -> tuple[Linear, Linear]:
+    """A layer, and a copy of it that is packed."""
+    linear = Linear(in_features, out_features, bias).requires_grad_(False)
+    if bias:
+        linear.bias.normal_()
+    packed = copy.deepcopy(linear)
+    packed.method.process_weights_after_loading(packed)
+    assert kernels.has_kernel(packed) and not kernels.has_kernel(linear)
+    return linear, packed
 
 
 @PACKED
-class TestPackedLinear:
+class TestPackFloats:
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("shape", [(7,), (1, 7), (5, 7), (2, 3, 7), (0, 7)])
     def test_any_leading_axes(self, shape, bias):
-        linear = nn.Linear(7, 5, bias=bias).requires_grad_(False)
-        packed = kernels.PackedLinear(linear.weight, linear.bias)
+        linear, packed = pair(7, 5, bias)
         x = torch.randn(shape)
         assert packed(x).shape == linear(x).shape
         torch.testing.assert_close(packed(x), linear(x))
         assert (packed.in_features, packed.out_features) == (7, 5)
 
     def test_an_input_that_does_not_lie_in_one_piece(self):
-        linear = nn.Linear(8, 5).requires_grad_(False)
-        packed = kernels.PackedLinear(linear.weight, linear.bias)
+        linear, packed = pair(8, 5, True)
         wide = torch.randn(6, 16)
         for x in (wide[:, ::2], wide[:, 8:], wide[:, :6].T.expand(2, 6, 6).reshape(2, 6, 6)[..., :1].expand(2, 6, 8)):
             torch.testing.assert_close(packed(x), linear(x))

@@ -243,8 +243,12 @@ ANSWERS = [
     wrong(
         "2.6",
         "missing tensors not noticed: the model keeps its random ones",
-        "sorted(wanted.keys() - set(present))",
-        "[]",
+        "if missing := sorted(wanted.keys() - present):\n"
+        "        raise CheckpointError(f\"{checkpoint.folder}: the model needs {', '.join(missing)}; "
+        'the checkpoint lacks them.")',
+        "wanted = {name: shape for name, shape in wanted.items() if name in present}\n"
+        "    layers = {path: layer for path, layer in layers.items() "
+        'if all(f"{path}.{name}" in wanted for name in layer.shapes())}',
     ),
     wrong(
         "2.6",
@@ -255,49 +259,19 @@ ANSWERS = [
     wrong(
         "2.6",
         "unknown tensors passed over in silence",
-        "raise CheckpointError(f\"{checkpoint.folder}: the model does not know {', '.join(unknown)}.\")",
-        "present = [name for name in present if name in wanted]",
+        "if unknown := sorted(present - wanted.keys()):",
+        "if unknown := []:",
     ),
-    wrong("2.6", "shapes not compared", "if found != expected:", "if False:"),
-    wrong("2.6", "the file's dtype kept, instead of the parameter's", ".to(wanted[name].dtype)", ""),
-    wrong("2.6", "the head not tied again after loading", "model.tie_weights()", "pass"),
+    wrong("2.6", "shapes not compared", "!= expected:", "is None:"),
     wrong(
         "2.6",
-        "a tied head read from the file, instead of being the embedding",
-        "model.tie_weights()",
-        'model.tie_weights()\n    if model.config.tie_word_embeddings and "lm_head.weight" in checkpoint.names():\n'
-        '        model.lm_head.weight = nn.Parameter(checkpoint.read("lm_head.weight"), requires_grad=False)',
+        "shapes compared with those of the parameters, instead of those that the layers expect in the checkpoint",
+        "for name, shape in layer.shapes().items()}",
+        "for name, shape in ((n, tuple(p.shape)) for n, p in layer.named_parameters(recurse=False))}",
     ),
-    wrong(
+    wrong_body(
         "2.6",
-        "a tied head that the file has too taken for an unknown tensor",
-        "if model.config.tie_word_embeddings:",
-        "if False:",
-    ),
-    wrong(
-        "2.6",
-        "the rotary buffers of old files taken for unknown tensors",
-        'if not name.endswith("rotary_emb.inv_freq")]',
-        "]",
-    ),
-    wrong(
-        "2.6",
-        "the whole checkpoint read before the first tensor is put in place",
-        'for name in present:\n        module, _, attribute = name.rpartition(".")\n'
-        "        tensor = checkpoint.read(name)",
-        "tensors = {name: checkpoint.read(name) for name in present}\n    for name in present:\n"
-        '        module, _, attribute = name.rpartition(".")\n        tensor = tensors[name]',
-    ),
-    wrong("2.6", "parameters that ask for gradients", ", requires_grad=False", ""),
-    wrong(
-        "2.6",
-        "values copied into parameters that stand on the meta device, where nothing can be stored",
-        "setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))",
-        "wanted[name].requires_grad_(False).data.copy_(tensor)",
-    ),
-    right(
-        "2.6",
-        "by load_state_dict, one tensor at a time",
+        "every parameter read whole, instead of by its layer",
         """
         parameters = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
         skipped = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -316,6 +290,66 @@ ANSWERS = [
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         model.requires_grad_(False)
+        """,
+    ),
+    wrong("2.6", "the head not tied again after loading", "model.tie_weights()", "pass"),
+    wrong(
+        "2.6",
+        "a tied head read from the file, instead of being the embedding",
+        "model.tie_weights()",
+        'model.tie_weights()\n    if model.config.tie_word_embeddings and "lm_head.weight" in checkpoint.names():\n'
+        '        model.lm_head.weight = nn.Parameter(checkpoint.read("lm_head.weight"), requires_grad=False)',
+    ),
+    wrong(
+        "2.6",
+        "a tied head that the file has too taken for an unknown tensor",
+        'present -= {"lm_head.weight"}',
+        "pass",
+    ),
+    wrong(
+        "2.6",
+        "a tied head asked for in the file",
+        'if not (is_tied and path == "lm_head")}',
+        "}",
+    ),
+    wrong(
+        "2.6",
+        "the rotary buffers of old files taken for unknown tensors",
+        'if not name.endswith("rotary_emb.inv_freq")}',
+        "}",
+    ),
+    wrong(
+        "2.6",
+        "the whole checkpoint read before the first tensor is put in place",
+        "for path, layer in layers.items():\n        layer.load(reader(checkpoint, path))",
+        "tensors = {name: checkpoint.read(name) for name in wanted}\n    for path, layer in layers.items():\n"
+        '        layer.load(lambda name, *part: tensors[f"{path}.{name}"]['
+        "tuple(slice(r.start, r.stop) for r in part) or ...])",
+    ),
+    right(
+        "2.6",
+        "layer by layer, with a set of what is left over",
+        """
+        left = {n for n in checkpoint.names() if "rotary_emb.inv_freq" not in n}
+        layers = layers_of(model)
+        if model.config.tie_word_embeddings:
+            left.discard("lm_head.weight")
+            del layers["lm_head"]
+        lacking = []
+        for path in layers:
+            for name, shape in layers[path].shapes().items():
+                full = path + "." + name
+                if full not in left:
+                    lacking.append(full)
+                elif tuple(checkpoint.shape(full)) != tuple(shape):
+                    raise CheckpointError(f"{full} in {checkpoint.file(full)}: {checkpoint.shape(full)}, not {shape}")
+                left.discard(full)
+        if lacking or left:
+            raise CheckpointError(f"{checkpoint.folder} lacks {lacking} and has, unknown to the model, {left}.")
+        for path in layers:
+            layers[path].load(reader(checkpoint, path))
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
         """,
     ),
     # ----------------------------------------------------------------------------------------------- 2.7 keep_top_k
@@ -807,19 +841,9 @@ EQUIVALENT = [
     equivalent(
         "2.6",
         "the order in which the error names several tensors is left open",
-        "sorted(wanted.keys() - set(present)) -> wanted.keys() - set(present)",
-        "sorted(set(present) - wanted.keys()) -> set(present) - wanted.keys()",
-    ),
-    equivalent(
-        "2.6",
-        "a dictionary's keys and any other collection have a difference, a set",
-        "set(present) -> present",
-        "set(present) -> present  #2",
-    ),
-    equivalent(
-        "2.6",
-        "a torch.Size is a tuple; the error says it in other words",
-        "tuple(wanted[name].shape) -> wanted[name].shape",
+        "sorted(wanted.keys() - present) -> wanted.keys() - present",
+        "sorted(present - wanted.keys()) -> present - wanted.keys()",
+        "sorted(wanted.items()) -> wanted.items()",
     ),
     equivalent("2.7", "one axis: -1 is 0", "logits.shape[-1] -> logits.shape[-0]"),
     equivalent(

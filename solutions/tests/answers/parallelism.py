@@ -292,22 +292,28 @@ ANSWERS = [
     wrong(
         "6.8",
         "the outputs added up over the ranks, though each rank has others",
-        "F.linear(x, self.weight, self.bias)",
-        "self.group.all_reduce(F.pad(F.linear(x, self.weight, self.bias), (0, 3 - self.out_features)))"
+        "self.method.apply(self, x, self.bias)",
+        "self.group.all_reduce(nn.functional.pad(self.method.apply(self, x, self.bias), (0, 3 - self.out_features)))"
         "[:, : self.out_features]",
     ),
-    wrong("6.8", "the bias left out", "F.linear(x, self.weight, self.bias)", "F.linear(x, self.weight)"),
+    wrong("6.8", "the bias left out", "self.method.apply(self, x, self.bias)", "self.method.apply(self, x)"),
     wrong(
         "6.8",
         "the bias divided by the number of ranks",
-        "F.linear(x, self.weight, self.bias)",
-        "F.linear(x, self.weight, None if self.bias is None else self.bias / self.group.size)",
+        "self.method.apply(self, x, self.bias)",
+        "self.method.apply(self, x, None if self.bias is None else self.bias / self.group.size)",
+    ),
+    wrong(
+        "6.8",
+        "multiplied by the stored weight, past the layer's method",
+        "self.method.apply(self, x, self.bias)",
+        "nn.functional.linear(x, self.weight, self.bias)",
     ),
     right(
         "6.8",
-        "by a product",
+        "the bias added afterwards",
         """
-        y = x @ self.weight.T
+        y = self.method.apply(self, x)
         return y if self.bias is None else y + self.bias
         """,
     ),
@@ -315,15 +321,15 @@ ANSWERS = [
     wrong(
         "6.9",
         "the bias added on each rank",
-        "total = self.group.all_reduce(F.linear(x, self.weight))\n"
+        "total = self.group.all_reduce(self.method.apply(self, x))\n"
         "        return total if self.bias is None else total + self.bias",
-        "return self.group.all_reduce(F.linear(x, self.weight, self.bias))",
+        "return self.group.all_reduce(self.method.apply(self, x, self.bias))",
     ),
     wrong(
         "6.9",
         "this rank's contribution alone: no all-reduce",
-        "self.group.all_reduce(F.linear(x, self.weight))",
-        "F.linear(x, self.weight)",
+        "self.group.all_reduce(self.method.apply(self, x))",
+        "self.method.apply(self, x)",
     ),
     wrong("6.9", "the bias left out", "total if self.bias is None else total + self.bias", "total"),
     wrong(
@@ -332,64 +338,89 @@ ANSWERS = [
         "return total if",
         "total = total / self.group.size\n        return total if",
     ),
+    wrong(
+        "6.9",
+        "multiplied by the stored weight, past the layer's method",
+        "self.method.apply(self, x)",
+        "nn.functional.linear(x, self.weight)",
+    ),
     right(
         "6.9",
         "the bias added by the first rank, before the sum",
         """
-        mine = x @ self.weight.mT
+        mine = self.method.apply(self, x)
         if self.bias is not None and self.group.rank == 0:
             mine = mine + self.bias
         return self.group.all_reduce(mine)
         """,
     ),
     # ------------------------------------------------------------------------ 6.10 VocabParallelEmbedding.forward
-    wrong("6.10", "rows of other ranks' tokens not made zero", "rows.where(ours[:, None], 0)", "rows"),
+    wrong("6.10", "rows of other ranks' tokens not made zero", "found.where(ours[:, None], 0)", "found"),
     wrong(
         "6.10",
         "no all-reduce: zeros for the other ranks' tokens",
-        "self.group.all_reduce(rows.where(ours[:, None], 0))",
-        "rows.where(ours[:, None], 0)",
+        "self.group.all_reduce(found.where(ours[:, None], 0))",
+        "found.where(ours[:, None], 0)",
     ),
     wrong(
         "6.10",
         "rows counted from 0 on every rank",
-        "(token_ids - self.part.start).where(ours, 0)",
-        "token_ids.where(ours, 0).clamp(max=len(self.part) - 1)",
+        "(token_ids - self.rows.start).where(ours, 0)",
+        "token_ids.where(ours, 0).clamp(max=len(self.rows) - 1)",
     ),
     wrong(
         "6.10",
         "the last of our rows taken for another rank's",
-        "token_ids < self.part.stop",
-        "token_ids < self.part.stop - 1",
+        "token_ids < self.rows.stop",
+        "token_ids < self.rows.stop - 1",
+    ),
+    wrong(
+        "6.10",
+        "looked up in the stored weight, past the layer's method",
+        "self.method.embed(self, (token_ids - self.rows.start).where(ours, 0))",
+        "self.weight[(token_ids - self.rows.start).where(ours, 0)]",
+    ),
+    wrong(
+        "6.10",
+        "ids clamped to the rows of this rank, and nothing made zero",
+        "found.where(ours[:, None], 0)",
+        "self.method.embed(self, (token_ids - self.rows.start).clamp(0, len(self.rows) - 1))",
     ),
     right(
         "6.10",
         "by a matrix of ones and zeros",
         """
-        ids = torch.arange(self.part.start, self.part.stop, device=token_ids.device)
-        return self.group.all_reduce((token_ids[:, None] == ids).to(self.weight.dtype) @ self.weight)
+        every = self.method.embed(self, torch.arange(len(self.rows), device=token_ids.device))
+        ids = torch.arange(self.rows.start, self.rows.stop, device=token_ids.device)
+        return self.group.all_reduce((token_ids[:, None] == ids).to(every.dtype) @ every)
         """,
     ),
     # -------------------------------------------------------------------------------- 6.11 ParallelLMHead.forward
-    wrong("6.11", "the padding kept", "[:, : self.vocab_size]", ""),
+    wrong("6.11", "the padding kept", "[:, :vocab_size]", ""),
     wrong("6.11", "the ranks' scores in reverse order", "torch.cat(parts, dim=-1)", "torch.cat(parts[::-1], dim=-1)"),
-    wrong("6.11", "the scores of one row only", "F.linear(x, self.weight)", "F.linear(x[-1:], self.weight)"),
+    wrong("6.11", "the scores of one row only", "self.method.apply(self, x)", "self.method.apply(self, x[-1:])"),
     wrong("6.11", "the ranks' scores one below the other", "torch.cat(parts, dim=-1)", "torch.cat(parts, dim=0)"),
     wrong(
         "6.11",
         "rows on the ranks that do not sample",
-        "x.new_empty(0, self.vocab_size)",
-        "x.new_zeros(len(x), self.vocab_size)",
+        "x.new_empty(0, vocab_size)",
+        "x.new_zeros(len(x), vocab_size)",
+    ),
+    wrong(
+        "6.11",
+        "multiplied by the stored weight, past the layer's method",
+        "self.method.apply(self, x)",
+        "nn.functional.linear(x, self.weight)",
     ),
     right(
         "6.11",
         "written into place",
         """
-        mine = x @ self.weight.T
+        mine, vocab_size = self.method.apply(self, x), self.shape[0]
         parts = self.group.gather(mine)
         if self.group.rank != 0:
-            return mine.new_zeros((0, self.vocab_size))
-        scores = mine.new_empty(len(x), self.vocab_size)
+            return mine.new_zeros((0, vocab_size))
+        scores = mine.new_empty(len(x), vocab_size)
         for i, part in enumerate(parts):
             first = i * part.shape[1]
             room = scores[:, first : first + part.shape[1]]
@@ -397,48 +428,122 @@ ANSWERS = [
         return scores
         """,
     ),
+    # ------------------------------------------------------------------------------------------------ 6.17 shard
+    wrong("6.17", "every layer kept on every stage", "if number not in layers:", "if False:"),
+    wrong(
+        "6.17",
+        "the first block cut, and no other",
+        "elif group.size > 1:\n            for module",
+        "elif group.size > 1 and number == layers.start:\n            for module",
+    ),
+    wrong(
+        "6.17",
+        "every layer given the channels of the queries",
+        "kind(getattr(parent, name), parts[part], group)",
+        'kind(getattr(parent, name), parts["queries"], group)',
+        recognised=False,
+    ),
+    wrong(
+        "6.17",
+        "the embedding kept on the first stage only, though the head of a tied model is this table",
+        "if not coordinates.is_first_stage and not (tied and coordinates.is_last_stage):",
+        "if not coordinates.is_first_stage:",
+    ),
+    wrong(
+        "6.17",
+        "the embedding kept on the last stage, tied or not",
+        "not (tied and coordinates.is_last_stage)",
+        "not coordinates.is_last_stage",
+    ),
+    wrong("6.17", "the head kept on every stage", "if not coordinates.is_last_stage:", "if False:"),
+    wrong("6.17", "a table of its own for the head: not tied again", "    model.tie_weights()\n", ""),
+    wrong(
+        "6.17",
+        "the table whole on every rank",
+        'VocabParallelEmbedding(base.embed_tokens, parts["vocabulary"], group)',
+        "base.embed_tokens",
+    ),
+    wrong(
+        "6.17",
+        "layers cut although the rank is alone",
+        "        elif group.size > 1:\n            for",
+        "        else:\n            for",
+    ),
+    wrong("6.17", "all layers' numbers returned", "return layers", "return range(model.config.num_hidden_layers)"),
+    right(
+        "6.17",
+        "what is kept decided first",
+        """
+        keeps_head = coordinates.is_last_stage
+        keeps_table = coordinates.is_first_stage or (keeps_head and model.config.tie_word_embeddings)
+        if not keeps_head:
+            model.lm_head = Absent(model.lm_head)
+        if not keeps_table:
+            model.model.embed_tokens = Absent(model.model.embed_tokens)
+        for number in set(range(model.config.num_hidden_layers)) - set(layers):
+            model.model.layers[number] = Absent(model.model.layers[number])
+        if group.size > 1:
+            for number in layers:
+                for module, name, kind, part in SHARDED:
+                    path = f"model.layers.{number}.{module}"
+                    whole = model.get_submodule(f"{path}.{name}")
+                    setattr(model.get_submodule(path), name, kind(whole, parts[part], group))
+            if keeps_head:
+                model.lm_head = ParallelLMHead(model.lm_head, parts["vocabulary"], group)
+            if keeps_table:
+                table = VocabParallelEmbedding(model.model.embed_tokens, parts["vocabulary"], group)
+                model.model.embed_tokens = table
+        model.tie_weights()
+        return layers
+        """,
+    ),
     # -------------------------------------------------------------------------------------------- 6.12 read_shard
     wrong(
         "6.12",
         "the whole tensor read, and cut afterwards",
-        "found = checkpoint.read(name, index)",
-        "found = checkpoint.read(name)[index]",
+        "found = read(*inside)",
+        "found = read(*(range(size) for size in shape))[tuple(slice(r.start, r.stop) for r in inside)]",
     ),
-    wrong("6.12", "no padding", "if missing[shard.axis] else found", "if False else found"),
+    wrong("6.12", "no padding", "if inside == list(part):", "if True:"),
     wrong(
         "6.12",
-        "padding always below, whatever the axis",
-        "torch.cat([found, found.new_zeros(missing)], dim=shard.axis)",
-        "F.pad(found, (0, 0, 0, missing[shard.axis]))",
+        "padding that is not of the checkpoint's dtype",
+        "found.new_zeros([len(axis) for axis in part])",
+        "torch.zeros([len(axis) for axis in part])",
     ),
-    wrong("6.12", "padding that is not of the file's dtype", "found.new_zeros(missing)", "torch.zeros(missing)"),
     wrong(
         "6.12",
         "padding in front",
-        "torch.cat([found, found.new_zeros(missing)], dim=shard.axis)",
-        "torch.cat([found.new_zeros(missing), found], dim=shard.axis)",
+        "padded[tuple(slice(len(axis)) for axis in inside)]",
+        "padded[tuple(slice(len(axis) - len(found_axis), None) for axis, found_axis in zip(part, inside))]",
     ),
     wrong(
         "6.12",
-        "always rows, whatever the axis",
-        "slice(start, stop) if axis == shard.axis else slice(None)",
-        "slice(start, stop) if axis == 0 else slice(None)",
-        recognised=False,
+        "padding of ones",
+        "found.new_zeros",
+        "found.new_ones",
+    ),
+    wrong(
+        "6.12",
+        "ranges that begin at 0, however long they are",
+        "range(min(axis.start, size), min(axis.stop, size))",
+        "range(min(len(axis), size))",
     ),
     right(
         "6.12",
-        "into a tensor of zeros",
+        "what is missing joined on, axis by axis",
         """
-        shape = list(checkpoint.shape(name))
-        length = shape[shard.axis]
-        first, last = min(shard.part.start, length), min(shard.part.stop, length)
-        index = [slice(None)] * len(shape)
-        index[shard.axis] = slice(first, last)
-        found = checkpoint.read(name, tuple(index))
-        shape[shard.axis] = len(shard.part)
-        whole = found.new_zeros(shape)
-        whole.narrow(shard.axis, 0, last - first).copy_(found)
-        return whole
+        inside = []
+        for axis, size in zip(part, shape):
+            inside.append(range(min(axis[0], size), min(axis[-1] + 1, size)))
+        found = read(*inside)
+        for number, axis in enumerate(part):
+            missing = len(axis) - found.shape[number]
+            if missing:
+                size = list(found.shape)
+                size[number] = missing
+                found = torch.cat([found, found.new_zeros(size)], dim=number)
+        return found
         """,
     ),
     # --------------------------------------------------------------------------------------------- 6.13 run_stage
@@ -592,15 +697,9 @@ EQUIVALENT = [
     equivalent(
         "6.10",
         "rows looked up for others' tokens become 0, whichever they are",
-        "(token_ids - self.part.start).where(ours, 0) -> (token_ids - self.part.start).where(ours, 1)",
+        "(token_ids - self.rows.start).where(ours, 0) -> (token_ids - self.rows.start).where(ours, 1)",
     ),
-    equivalent(
-        "6.12",
-        "joining nothing to it, or not joining, is the same",
-        "torch.cat([found, found.new_zeros(missing)], dim=shard.axis) if missing[shard.axis] else found -> "
-        "torch.cat([found, found.new_zeros(missing)], dim=shard.axis)",
-        "missing[shard.axis] -> missing[shard.axis - 1]  #2",
-    ),
+    equivalent("6.12", "laying it into zeros, or not, is the same", "if inside == list(part): -> if False:"),
     equivalent(
         "6.2",
         "with as many heads as ranks either case gives each rank its own",
