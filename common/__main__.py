@@ -113,7 +113,7 @@ COMMANDS = (
     Command(
         "soak",
         "",
-        "common.authoring.soak",
+        "common.authoring.soak.command",
         "",
         "MINUTES SEED MINE",
         "random load on the whole engine, all answers compared",

@@ -1355,9 +1355,8 @@ class TestGenerate:
         output, _, _ = self.run(code, [ONE, EOS], rival=TWO, logprobs=1, min_tokens=1)
         close(output.logprobs[0][ONE], 5 - total, "logprobs are the model's own, whatever min_tokens and penalties do")
         output, _, _ = self.run(code, [ONE, EOS], rival=TWO, logprobs=0)
-        equal(
-            [list(logprobs) for logprobs in output.logprobs], [[ONE], [EOS]], "the tokens in logprobs, for logprobs=0"
-        )
+        reported = [len(output.logprobs), *map(list, output.logprobs)]
+        equal(reported, [2, [ONE], [EOS]], "[entries, tokens in the first, tokens in the second], for logprobs=0")
         output, _, _ = self.run(code, [ONE, EOS])
         equal(output.logprobs, [], "logprobs where none were asked for")
 

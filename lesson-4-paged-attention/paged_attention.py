@@ -483,8 +483,8 @@ class PagedKVCache:
         """Return lesson 2's `attend` for a batch of requests. What does not depend on the layer is computed once."""
         groups = group_queries(metadata, self.block_size)
 
-        # TODO 4.8: return a function of (layer, q, k, v) that first writes all keys and values, because a request
-        # may read what another one of the batch writes, and then fills each group's rows from `group_attention`.
+        # TODO 4.8: return a function of (layer, q, k, v). It first writes all keys and values, because a request
+        # may read what another one of the batch writes. Then it fills each group's rows from `group_attention`.
         raise NotImplementedError("TODO 4.8")
 
     def group_attention(self, layer: int, q: Tensor, group: QueryGroup) -> Tensor:

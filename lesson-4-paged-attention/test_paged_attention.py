@@ -601,7 +601,7 @@ class TestFork:
             sequence.num_computed_tokens = 8
             manager.cache_blocks(sequence, 8)
         found = [
-            ids(manager.get_computed_blocks(code.PagedSequence("new", [1, 2, 3, 4, 5, 6, *rest, 9]))[0])
+            ids(manager.get_computed_blocks(code.PagedSequence(f"new {rest}", [1, 2, 3, 4, 5, 6, *rest, 9]))[0])
             for rest in ([7, 8], [50, 51])
         ]
         tables = [manager.block_table("parent"), manager.block_table("child")]

@@ -254,7 +254,9 @@ class OutputProcessor:
     def push(self, state: RequestState, token_id: int) -> None:
         state.output.token_ids.append(token_id)
         if token_id not in state.request.stop_token_ids:
-            state.output.text += state.checker.push(state.stream.push(token_id))
+            text = state.stream.push(token_id)
+            may_stop = len(state.output.token_ids) > state.request.sampling_params.min_tokens
+            state.output.text += state.checker.push(text) if may_stop else text
 
     def rewind(self) -> list[Request]:
         """A step was interrupted at an unknown line: return to what the outputs say. Returns the unfinished requests.

@@ -503,7 +503,7 @@ def sample(logits: Tensor, params: SamplingParams, index: int) -> int:
 def adjust_logits(
     logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], stop_ids: Sequence[int]
 ) -> Tensor:
-    """Apply the penalties, and forbid stop tokens before `min_tokens`. logits: (V,), left unchanged. Returns (V,).
+    """Apply the penalties, and forbid stop tokens before `min_tokens`. logits: (V,), left unchanged. Returns new ones.
 
     The repetition penalty divides positive scores and multiplies negative ones: both make the token less likely.
     """

@@ -16,8 +16,10 @@ from torch import Tensor
 
 @contextmanager
 def watched_arguments(module: ModuleType, function: str) -> Iterator[dict[str, Any]]:
-    """Yields a dictionary that gets, by its name, the new value of each argument that a call of `function` (a qualified
-    name) changed in place: tensors and collections, not objects with a state of their own, such as `self`.
+    """Yields a dictionary that gets the new value, by its name, of each argument that a call of `function` changes.
+
+    function: a qualified name. Only tensors, collections and frozen dataclasses are watched, not objects with a state
+    of their own, such as `self`.
     """
     changes: dict[str, Any] = {}
     *classes, name = function.split(".")

@@ -184,7 +184,7 @@ def dtype(value: Tensor) -> str:
 
 
 def index(mask: Tensor) -> str:
-    """The index of the first True, as one would write it behind the tensor's name."""
+    """The index of the first True, as one would write it after the tensor's name."""
     return "[" + ", ".join(map(str, mask.nonzero()[0].tolist())) + "]"
 
 

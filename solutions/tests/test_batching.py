@@ -10,11 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from solutions import batching, llama_pytorch
-from solutions.batching import Engine, LocalExecutor, local_engine
-from solutions.llama_pytorch import SamplingParams, load
-from solutions.scheduler import RequestStatus, SchedulerOutput
-from solutions.tests.soak import (
+from common.authoring.soak.load import (
     MAX_MODEL_LEN,
     Letters,
     Oracle,
@@ -24,6 +20,10 @@ from solutions.tests.soak import (
     random_model,
     random_settings,
 )
+from solutions import batching, llama_pytorch
+from solutions.batching import Engine, LocalExecutor, local_engine
+from solutions.llama_pytorch import SamplingParams, load
+from solutions.scheduler import RequestStatus, SchedulerOutput
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +181,36 @@ def test_samples_share_their_prompt(model, policy):
 # ---------------------------------------------------------------------------------------------------------------
 # Nobody starves
 # ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", ["plain", "fast"])
+def test_nan_in_one_request_reaches_no_other(kernels, monkeypatch):
+    """One token's embedding is NaN. Its request fails; those that come after use its blocks, and are right."""
+    monkeypatch.setenv("KERNELS", kernels)
+    model, params = random_model(), SamplingParams(max_tokens=5, ignore_eos=True)
+    prompts = [[5, 6, 8, 9, 10], list(range(7, 20))]  # of like length: computed together, the first one padded
+    expected = [Oracle(model, Letters())(prompt, params).token_ids for prompt in prompts]
+    model.model.embed_tokens.weight.data[1] = float("nan")
+    engine = local_engine(model, Letters(), block_size=4, num_blocks=16, max_model_len=MAX_MODEL_LEN)
+    (broken,) = engine.generate([[1, *range(7, 40)]], params, progress=False)
+    assert broken.finish_reason == "error"
+    assert [output.token_ids for output in engine.generate(prompts, params, progress=False)] == expected
+    mixed = engine.generate([[1, 7, 8], *prompts], params, progress=False)
+    assert [output.finish_reason for output in mixed] == ["error", "length", "length"]
+    assert [output.token_ids for output in mixed[1:]] == expected
+
+
+def test_a_stop_string_waits_for_min_tokens(model):
+    """As in lesson 2: the text of the first `min_tokens` tokens is not searched."""
+    prompt = [5, 6, 7]
+    text = Oracle(model, Letters())(prompt, SamplingParams(max_tokens=8, ignore_eos=True)).text
+    for min_tokens in range(8):
+        params = SamplingParams(max_tokens=8, ignore_eos=True, stop=[text[0], text[4]], min_tokens=min_tokens)
+        engine = local_engine(model, Letters(), block_size=4, num_blocks=16, max_model_len=MAX_MODEL_LEN)
+        (output,) = engine.generate([prompt], params, progress=False)
+        expected = Oracle(model, Letters())(prompt, params)
+        assert (output.token_ids, output.text) == (expected.token_ids, expected.text)
+        assert len(output.token_ids) > min_tokens
 
 
 def test_a_pool_of_two_blocks(model):

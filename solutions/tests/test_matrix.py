@@ -15,13 +15,13 @@ from itertools import combinations, product
 import pytest
 import torch
 
+from common.authoring.soak.load import Letters, Models
 from common.checkpoints import find_checkpoint
 from common.tokenizer import load_tokenizer
 from solutions import engine, llama_pytorch
 from solutions.engine import InferenceEngine
 from solutions.llama_pytorch import Llama, SamplingParams, recompute
 from solutions.quantization import Quantization, load_quantized
-from solutions.tests.soak import Letters, Models
 
 AXES = {
     "memory": ("contiguous", "paged", "paged, prefixes cached"),

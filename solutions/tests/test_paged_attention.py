@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 pytest.importorskip("hypothesis")
 
@@ -12,10 +13,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from common.authoring.soak.load import Letters, random_model
 from solutions.llama_pytorch import SamplingParams
 from solutions.llama_pytorch import generate as generate_alone
-from solutions.paged_attention import KVCacheManager, PagedKVCache, PagedSequence, generate
-from solutions.tests.soak import Letters, random_model
+from solutions.paged_attention import AttentionMetadata, KVCacheManager, PagedKVCache, PagedSequence, generate
+from solutions.quantization import Int8KVCache
 
 BLOCK = 3
 STORIES = ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 5, 6, 20, 21, 22, 23, 24, 25], [4, 5, 6] * 4)
@@ -152,3 +154,38 @@ def test_the_same_tokens_as_lesson_2(block_size, caching, monkeypatch):
             assert generate(model, Letters(), prompt, params, cache, manager) == alone
             assert manager.pool.num_free_blocks == num_blocks
     assert bool(manager.pool.cached) == (caching and block_size < 128)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "fast"])
+@pytest.mark.parametrize("kind", [PagedKVCache, Int8KVCache])
+@pytest.mark.parametrize("lengths", [(3, 10), (1, 600, 700)])
+def test_what_another_request_left_in_memory_is_not_read(kernels, kind, lengths, monkeypatch):
+    """Padded block tables point to block 0, and a last block has old slots: here all of this is NaN."""
+    monkeypatch.setenv("KERNELS", kernels)
+    model, block_size = random_model(), 4
+    attention = model.model.layers[0].self_attn
+    generator, heads, size = torch.Generator().manual_seed(0), attention.q_proj.out_features, attention.head_dim
+    tables, answers = [], []
+    for length in lengths:
+        first = 1 + sum(map(len, tables))
+        tables.append(list(range(first, first + -(-length // block_size))))
+    q, k, v = (
+        torch.randn(sum(lengths), width // size, size, generator=generator).double()
+        for width in (heads, attention.k_proj.out_features, attention.k_proj.out_features)
+    )
+    for garbage in (0.0, float("nan")):
+        cache = kind(model, 1 + sum(map(len, tables)), block_size)
+        for tensor in cache.device_tensors:
+            if tensor.is_floating_point():
+                tensor.fill_(garbage)
+        start, last = 0, []
+        for table, length in zip(tables, lengths):
+            slots = torch.tensor([table[p // block_size] * block_size + p % block_size for p in range(length)])
+            cache.write(0, slots[:-1], k[start : start + length - 1], v[start : start + length - 1])
+            start += length
+            last.append((start - 1, slots[-1:]))
+        rows = torch.tensor([row for row, _ in last])
+        slots = torch.cat([slot for _, slot in last])
+        metadata = AttentionMetadata(list(range(len(lengths) + 1)), list(lengths), slots, tables)
+        answers.append(cache.attend(metadata)(0, q[rows], k[rows], v[rows]))
+    assert torch.equal(*answers)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks, random_model
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.config import EngineConfig
 from common.course import ROOT
@@ -28,7 +29,6 @@ from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import load
 from solutions.parallelism import WorkerError
 from solutions.tests.faults import make_faulty_runner
-from solutions.tests.soak import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks, random_model
 
 STORIES = [list(range(5, 30)), [*range(5, 15), *range(30, 40)], [7] * 20]
 FAMILIES = {
@@ -297,7 +297,7 @@ import sys, threading
 sys.path.insert(0, {root!r})
 import torch
 from solutions import engine
-from solutions.tests.soak import Letters
+from common.authoring.soak.load import Letters
 from solutions.llama_pytorch import SamplingParams
 engine.load_tokenizer = lambda folder: Letters()
 with engine.InferenceEngine({folder!r}, tensor_parallel={tensor}, pipeline_parallel={pipeline}, dtype=torch.float64,

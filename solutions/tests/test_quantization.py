@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from common import kernels
+from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, options_of, random_asks
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from common.student.quantize import main as quantize_command
 from solutions.batching import SamplingParams
@@ -28,7 +29,6 @@ from solutions.quantization import (
     unpack_int4,
     weight_bytes,
 )
-from solutions.tests.soak import MAX_MODEL_LEN, Letters, Oracle, drive, options_of, random_asks
 from solutions.tests.test_parallelism import STORIES, checkpoints, plain  # noqa: F401  (fixtures)
 
 KINDS = [Quantization("int8"), Quantization("w8a8"), Quantization("int4", 8), Quantization("int4", 6, True)]

@@ -8,12 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.authoring import soak as command
-from solutions import speculative
-from solutions.llama_pytorch import SamplingParams
-from solutions.scheduler import Scheduler
-from solutions.speculative import AdaptiveSpeculation, DraftProposer
-from solutions.tests.soak import (
+from common.authoring.soak import command
+from common.authoring.soak.load import (
     STORIES,
     Ask,
     Models,
@@ -25,6 +21,10 @@ from solutions.tests.soak import (
     random_asks,
     run,
 )
+from solutions import speculative
+from solutions.llama_pytorch import SamplingParams
+from solutions.scheduler import Scheduler
+from solutions.speculative import AdaptiveSpeculation, DraftProposer
 
 pytestmark = pytest.mark.slow
 

@@ -16,6 +16,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.authoring.soak.load import (
+    MAX_MODEL_LEN,
+    Letters,
+    Oracle,
+    Pipelined,
+    check_books,
+    drive,
+    random_asks,
+    random_model,
+    random_settings,
+)
 from common.checkpoints import Checkpoint
 from common.config import EngineConfig
 from solutions import engine as engine_module
@@ -38,17 +49,6 @@ from solutions.speculative import (
     generate,
     propose_ngram,
     rejection_sample,
-)
-from solutions.tests.soak import (
-    MAX_MODEL_LEN,
-    Letters,
-    Oracle,
-    Pipelined,
-    check_books,
-    drive,
-    random_asks,
-    random_model,
-    random_settings,
 )
 
 STORIES = [list(range(5, 30)), [*range(5, 15), *range(30, 40)], [7] * 20]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.bench import cli as bench
-from common.bench import ladder, plots, results
+from common.bench import ladder, plots, results, style
 from common.bench import peers as rivals
 from common.bench import speculation as speculation_bench
 from common.checkpoints import MODELS, Checkpoint
@@ -242,13 +242,13 @@ MADE_UP = {
 @pytest.mark.parametrize("path", ["common/bench/figures/ladder.svg", "lesson-8-speculative/figures/speculation.svg"])
 def test_the_figures_are_drawn_from_what_was_measured(path, monkeypatch):
     monkeypatch.setattr(results, "read", MADE_UP.__getitem__)
-    first = plots.svg(plots.FIGURES[path])
-    assert plots.svg(plots.FIGURES[path]) == first
+    first = style.svg(style.FIGURES[path])
+    assert style.svg(style.FIGURES[path]) == first
     other = copy.deepcopy(MADE_UP)
     other["ladder-smollm2-135m"]["loads"][3]["ways"]["llama.cpp"]["tokens_per_second"] = 150.0
     other["speculation-tales"]["cases"][-1]["ways"]["adaptive"]["acceptance_rate"] = 0.25
     monkeypatch.setattr(results, "read", other.__getitem__)
-    assert plots.svg(plots.FIGURES[path]) != first
+    assert style.svg(style.FIGURES[path]) != first
 
 
 def test_the_share_of_right_draft_tokens_is_of_all_draft_tokens():

@@ -27,7 +27,7 @@ from rich.text import Text
 from common.course import CourseError, activate, files_used
 
 if TYPE_CHECKING:
-    from solutions.tests.soak import Models, Report, Run
+    from common.authoring.soak.load import Models, Report, Run
 
 COUNTED = {
     "steps": ("steps", 0),
@@ -126,7 +126,7 @@ def clock(seconds: float) -> str:
 
 def verdict(total: Report) -> list[str]:
     """What is wrong with all runs together, each of which was right."""
-    from solutions.tests.soak import evenness
+    from common.authoring.soak.load import evenness
 
     wrong = [f"nothing happened: {', '.join(missed)}"] if (missed := missing(total.counts)) else []
     if len(total.places) >= 200 and (likely := evenness(total.places)) < UNLIKELY:
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
     print(files_used(), flush=True)
     import torch
 
-    from solutions.tests.soak import Models, Report, Run
+    from common.authoring.soak.load import Models, Report, Run
 
     torch.set_num_threads(1)  # of tiny models more would only wait for each other
     console, total = Console(), Report()

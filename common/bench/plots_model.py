@@ -1,0 +1,356 @@
+"""The figures of lessons 0 to 4: one model, one request, its memory."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+
+from common.bench import results
+from common.bench.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    figure,
+    label_end,
+    new_figure,
+    source_line,
+)
+from common.course import CourseError
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 0: the roofline
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-0-intro/figures/roofline.svg")
+def roofline() -> Figure:
+    """The two ceilings of the measured machine, and where SmolLM2 in float32 stands under them.
+
+    Each weight is read once a step (4 bytes) and serves every token of it (2 operations): a step of B tokens has
+    B / 2 operations a byte, if the cache of keys and values is left out, which these short contexts allow.
+    """
+    machine = results.read("machine")
+    bandwidth, peak = machine["read_gb_per_s"], machine["gemm_gflop_per_s"]
+    intensities = [2**exponent for exponent in range(-3, 10)]
+    ridge = peak / bandwidth
+    line = sorted([*intensities, ridge])
+    fig, axes = new_figure()
+    axes.plot(line, [min(peak, bandwidth * x) for x in line], color=BLUE)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=10)
+    axes.set_ylim(bandwidth / 16, peak * 3)
+    axes.set_xlim(line[0], line[-1])
+    axes.set_xlabel("arithmetic intensity: operations for each byte read")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title("Decoding one stream is bound by memory, prefill by arithmetic")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.set_xticks(intensities[::2])
+    label_end(axes, line[0], bandwidth * line[0] * 7, f"memory: {bandwidth:.0f} GB/s", BLUE)
+    label_end(axes, line[-1], peak, f"arithmetic: {peak:.0f} GFLOP/s", BLUE, dx=-4, dy=12)
+    axes.axvline(ridge, color=GREY, linewidth=1, linestyle=":")
+    label_end(axes, ridge, bandwidth / 11, f"they meet at {ridge:.1f}", GREY)
+    points = (
+        ("decode, 1 stream", 1, VERMILION, 8, -4),
+        ("decode, 8 streams", 8, ORANGE, 8, -10),
+        ("decode, 64 streams", 64, GREEN, 0, -14),
+        ("prefill, 512 tokens", 512, PURPLE, -1, -28),
+    )
+    for name, tokens, color, dx, dy in points:
+        intensity = tokens / 2
+        ceiling = min(peak, bandwidth * intensity)
+        axes.plot([intensity], [ceiling], "o", color=color)
+        label_end(axes, intensity, ceiling, name, color, dx=dx, dy=dy)
+    source_line(fig, machine)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 1: rotary embedding, three attention heads, where the parameters are
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-1-llm-basics/figures/rotary.svg")
+def rotary() -> Figure:
+    """Left: the hands of a head's clocks at the first positions. Right: a rotated query times rotated keys."""
+    import torch
+
+    from solutions.llm_basics import apply_rotary, rotary_frequencies, rotary_tables
+
+    fig = Figure(layout="constrained", figsize=(11, 3.8))
+    clocks, products = fig.subplots(1, 2, width_ratios=(1.1, 1))
+    shades = matplotlib.colormaps["viridis"]([0.0, 0.17, 0.34, 0.51, 0.68, 0.85])
+    for pair, frequency in enumerate(rotary_frequencies(8, 100.0).tolist()):
+        x = 2.6 * pair
+        clocks.add_patch(Circle((x, 0), 1, fill=False, color="0.7"))
+        for position, shade in enumerate(shades):
+            dx, dy = math.cos(position * frequency), math.sin(position * frequency)
+            clocks.plot([x, x + dx], [0, dy], color=shade)
+            if pair == 0:
+                clocks.text(x + 1.22 * dx, 1.22 * dy, position, color=shade, ha="center", va="center")
+        clocks.text(x, -1.75, f"pair {pair}\n{frequency:.2f} rad a token", ha="center", va="center", fontsize=8)
+    clocks.set(xlim=(-1.5, 9.3), ylim=(-2.3, 1.6), aspect="equal")
+    clocks.set_title("Four pairs of a head: hands at positions 0 to 5")
+    clocks.axis("off")
+
+    q, k = torch.randn(2, 1, 1, 64, generator=torch.Generator().manual_seed(3))
+    frequencies = rotary_frequencies(64, 10_000.0)
+
+    def turned(x, positions):
+        return apply_rotary(x.expand(len(positions), 1, 64), *rotary_tables(positions, frequencies))[:, 0]
+
+    distances = torch.arange(101)
+    for start, style, color in ((100, "-", SKY), (1000, "--", VERMILION), (5000, ":", "black")):
+        scores = turned(k, start - distances) @ turned(q, torch.tensor([start]))[0]
+        products.plot(distances, scores, style, color=color, label=f"query at position {start}")
+    products.set(xlabel="how many tokens the key lies behind the query", ylabel="dot product of the two")
+    products.set_title("One query and one key (D = 64), rotated")
+    products.legend(frameon=False)
+    return fig
+
+
+SENTENCE = "Anna gave the book to Ben because Anna had finished it. Ben gave the book back to"
+
+
+@figure("lesson-1-llm-basics/figures/attention.svg")
+def attention_heads() -> Figure:
+    """Three heads of SmolLM2, reading a sentence in which something happens twice."""
+    import torch
+
+    from common.checkpoints import Checkpoint, cached
+    from common.tokenizer import load_tokenizer
+    from solutions import llm_basics
+
+    heads = {
+        (18, 8): "layer 18, head 8\nrests on the first token",
+        (11, 1): "layer 11, head 1\nlooks one token back",
+        (17, 5): "layer 17, head 5\nlooks for what came next, last time",
+    }
+    folder = cached("smollm2-135m")
+    if folder is None:
+        raise CourseError("SmolLM2 is not on this machine; `make run` fetches it")
+    checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
+    token_ids = tokenizer.encode(SENTENCE)
+    words = [tokenizer.decode([token_id]).strip() for token_id in token_ids]
+    config = llm_basics.ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 100_000.0, tie_word_embeddings=True)
+    x = checkpoint.read("model.embed_tokens.weight")[token_ids]
+    frequencies = llm_basics.rotary_frequencies(config.head_dim, config.rope_theta)
+    tables = llm_basics.rotary_tables(torch.arange(len(x)), frequencies)
+    mask, maps = llm_basics.causal_mask(len(x), len(x)), {}
+    for number in range(max(layer for layer, _ in heads) + 1):
+        prefix = f"model.layers.{number}."
+        names = [name for name in checkpoint.names() if name.startswith(prefix)]
+        weights = {name.removeprefix(prefix): checkpoint.read(name) for name in names}
+        normed = llm_basics.rms_norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
+        projected = (normed @ weights[f"self_attn.{name}_proj.weight"].T for name in "qk")
+        q, k = (llm_basics.apply_rotary(each.unflatten(1, (-1, 64)), *tables) for each in projected)
+        for _, head in (each for each in heads if each[0] == number):
+            scores = q[:, head] @ k[:, head // 3].T / math.sqrt(config.head_dim)
+            maps[number, head] = llm_basics.softmax(scores.masked_fill(~mask, -math.inf))
+        x = llm_basics.block(x, weights, config, *tables)
+
+    fig = Figure(layout="constrained", figsize=(12.5, 4.9))
+    all_axes = fig.subplots(1, 3, sharey=True)
+    for axes, (which, title) in zip(all_axes, heads.items()):
+        image = axes.imshow(maps[which], cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(title)
+        axes.set_xticks(range(len(words)), words, rotation=90, fontsize=9)
+        axes.set_yticks(range(len(words)), words, fontsize=9)
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.set_xlabel("key: looked at")
+    all_axes[0].set_ylabel("query: looks")
+    fig.colorbar(image, ax=all_axes, shrink=0.7, label="weight")
+    return fig
+
+
+@figure("lesson-1-llm-basics/figures/parameters.svg")
+def where_parameters_are() -> Figure:
+    """Shares of embedding, attention and feed-forward network in real models' parameters."""
+    from dataclasses import replace
+
+    from solutions.llm_basics import ModelConfig, count_parameters
+
+    models = {
+        "SmolLM2-135M": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True),
+        "Qwen3-0.6B": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128, tie_word_embeddings=True, qk_norm=True),
+        "Llama-2-7B": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128),
+        "Llama-3-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128),
+    }
+    fig, axes = new_figure(figsize=(8, 2.9))
+    colors = {"embedding and head": BLUE, "attention": VERMILION, "feed-forward": GREEN}
+    for row, config in enumerate(models.values()):
+        total = count_parameters(config)
+        # A part's share is what the count loses when that part shrinks to nothing.
+        without = {
+            "embedding and head": replace(config, vocab_size=0),
+            "attention": replace(config, num_attention_heads=0, num_key_value_heads=0),
+            "feed-forward": replace(config, intermediate_size=0),
+        }
+        left = 0.0
+        for part, rest in without.items():
+            share = 100 * (total - count_parameters(rest)) / total
+            axes.barh(row, share, left=left, color=colors[part], label=part if row == 0 else None, height=0.7)
+            axes.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center", color="white", fontsize=9)
+            left += share
+        axes.text(101, row, f"{total / 1e6:,.0f} M" if total < 1e9 else f"{total / 1e9:.2f} B", va="center")
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="share of the parameters (the norms have less than 0.1 %)")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False)
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    return fig
+
+
+@figure("lesson-0-intro/figures/ceilings.svg")
+def ceilings() -> Figure:
+    """What batching can give Llama 2 7B on an H100, by arithmetic, for three lengths of context."""
+    from solutions import intro
+
+    shape = intro.LLAMA_2_7B
+    model_bytes = intro.weight_bytes(intro.flops_per_token(shape, 0) // 2, 16)
+    batches = [2**exponent for exponent in range(12)]
+    fig, axes = new_figure()
+    for context, color in ((1, BLUE), (1024, ORANGE), (4096, VERMILION)):
+        cache_bytes = intro.kv_cache_bytes(
+            shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, context, bytes_per_number=2
+        )
+        limits = intro.H100.bandwidth, intro.H100.peak_flops
+        token_flops = intro.flops_per_token(shape, context)
+        speeds = [intro.decode_ceiling(token_flops, model_bytes, cache_bytes, batch, *limits) for batch in batches]
+        axes.plot(batches, speeds, color=color)
+        name = "no context" if context == 1 else f"{context} tokens of context"
+        label_end(axes, batches[-1], speeds[-1], name, color)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=10)
+    axes.set_xticks(batches[::2], [str(batch) for batch in batches[::2]])
+    axes.minorticks_off()
+    axes.set_xlim(1, batches[-1] * 24)
+    axes.set_xlabel("requests in the batch")
+    axes.set_ylabel("tokens/s of all requests together, at most")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.set_title("Batching is nearly free, until the caches are what is read")
+    fig.supxlabel(
+        "By arithmetic: Llama 2 7B, 16 bits, one H100 SXM (3.35 TB/s, 989 TFLOP/s), if its memory were large enough",
+        fontsize=7,
+        color=GREY,
+        x=0.01,
+        ha="left",
+    )
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 2: seconds per token without a memory
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def recompute_figure(measurement: dict, title: str) -> Figure:
+    """Seconds for the next token against the tokens before it, for each way that was measured."""
+    ways = {
+        "recompute": ("ours: all again", VERMILION),
+        "transformers, no cache": ("transformers, no cache", ORANGE),
+        "transformers, cache": ("transformers, with its cache", BLUE),
+    }
+    rows = measurement["rows"]
+    contexts = [row["context"] for row in rows]
+    fig, axes = new_figure()
+    lines = [(name, color, [1e3 * row[way] for row in rows]) for way, (name, color) in ways.items() if way in rows[0]]
+    top = max(max(values) for _, _, values in lines)
+    ends: list[float] = []
+    for name, color, values in sorted(lines, key=lambda line: line[2][-1]):
+        axes.plot(contexts, values, "o-", color=color)
+        # Labels of lines that end side by side are pushed apart by a line of text.
+        height = max(values[-1], ends[-1] + top / 15) if ends else values[-1]
+        ends.append(height)
+        axes.annotate(name, (contexts[-1], height), (8, 0), textcoords="offset points", color=color, va="center")
+    axes.set_xlim(0, contexts[-1] * 1.45)
+    axes.set_xticks([x for x in contexts if x >= contexts[-1] / 8])
+    axes.set_ylim(0, top * 1.12)
+    axes.set_xlabel("tokens before it")
+    axes.set_ylabel("milliseconds for one more token")
+    axes.set_title(title)
+    source_line(fig, measurement)
+    return fig
+
+
+@figure("lesson-2-llama-pytorch/figures/recompute.svg")
+def recompute() -> Figure:
+    return recompute_figure(results.read("recompute-smollm2-135m"), "SmolLM2: a token costs more, the more came before")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 3: with a memory
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-3-kv-cache/figures/kv-cache.svg")
+def kv_cache() -> Figure:
+    """Milliseconds for one more token with and without the cache; the scale is logarithmic."""
+    measurement = results.read("kv-cache-smollm2-135m")
+    rows = measurement["rows"]
+    contexts = [row["context"] for row in rows]
+    fig, axes = new_figure()
+    for way, name, color, dy in (
+        ("recompute", "lesson 2: all again", VERMILION, 0),
+        ("cache", "lesson 3: the cache", BLUE, 8),
+        ("transformers, cache", "transformers' cache", GREY, -8),
+    ):
+        if way in rows[0]:
+            values = [1e3 * row[way] for row in rows]
+            axes.plot(contexts, values, "o-", color=color)
+            label_end(axes, contexts[-1], values[-1], name, color, dx=8, dy=dy)
+    axes.set_yscale("log", base=10)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.set_ylim(30, 2_000)
+    axes.set_xlim(0, contexts[-1] * 1.4)
+    axes.set_xticks([x for x in contexts if x >= contexts[-1] / 8])
+    axes.set_xlabel("tokens before it")
+    axes.set_ylabel("milliseconds for one more token")
+    axes.set_title("SmolLM2: with a cache a token costs the same, whatever came before")
+    source_line(fig, measurement)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lesson 4: what blocks waste
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@figure("lesson-4-paged-attention/figures/utilisation.svg")
+def utilisation_by_block_size() -> Figure:
+    """The share of held slots that has a token in it, for block sizes from 1 to the whole context."""
+    import random
+
+    from solutions.paged_attention import utilisation
+
+    rng = random.Random(0)
+    lengths = {
+        "chats: 20 to 2,000 tokens": ([rng.randint(20, 2000) for _ in range(200)], BLUE),
+        "short questions: 5 to 60 tokens": ([rng.randint(5, 60) for _ in range(200)], ORANGE),
+    }
+    sizes = [2**i for i in range(14)]
+    fig, axes = new_figure()
+    for name, (sample, color) in lengths.items():
+        shares = [100 * utilisation(sample, size) for size in sizes]
+        axes.plot(sizes, shares, "o-", color=color)
+        place = (24, 106) if color == BLUE else (1, 46)
+        axes.text(*place, name, color=color)
+    axes.axvline(16, color=GREY, linewidth=1, linestyle=":")
+    axes.text(17, 3, "16, the default", color=GREY, fontsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 16, 256, 8192], ["1", "16", "256", "8,192:\none block a sequence"])
+    axes.set_ylim(0, 112)
+    axes.set_xlabel("tokens in a block")
+    axes.set_ylabel("% of held slots with a token in them")
+    axes.set_title("What a sequence reserves, and what it fills")
+    return fig

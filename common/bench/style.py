@@ -1,0 +1,95 @@
+"""How every figure looks, and where each is registered.
+
+White ground, so that a figure reads the same on a light and on a dark page; colours that a colour-blind reader can tell
+apart (Okabe and Ito's palette); lines named where they end, not in a legend. The same data gives the same bytes, so a
+figure that changed is a figure whose data changed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#5F6368",
+)
+STYLE = {
+    "svg.hashsalt": "inference-course",
+    "svg.fonttype": "path",  # looks alike wherever it is opened
+    "font.family": "DejaVu Sans",  # the one font that matplotlib brings along
+    "font.size": 10,
+    "figure.figsize": (7.2, 4.2),
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": "#202124",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "grid.color": "#E8EAED",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+FIGURES: dict[str, Callable[[], Figure]] = {}
+"""Where a figure lies in the repository -> the function that draws it."""
+
+
+def figure(path: str) -> Callable[[Callable[[], Figure]], Callable[[], Figure]]:
+    """Register a function that draws the figure at this path."""
+
+    def register(draw: Callable[[], Figure]) -> Callable[[], Figure]:
+        if path in FIGURES:
+            raise ValueError(f"{path} is drawn by {FIGURES[path].__name__} already.")
+        FIGURES[path] = draw
+        return draw
+
+    return register
+
+
+def new_figure(**settings) -> tuple[Figure, matplotlib.axes.Axes]:
+    """A figure with one set of axes. It belongs to nobody's `pyplot` state, so there is none to clean up."""
+    fig = Figure(layout="constrained", **settings)
+    return fig, fig.subplots()
+
+
+def label_end(axes, x: float, y: float, text: str, color: str, dx: int = 6, dy: int = 0) -> None:
+    """Name a line at its end, in its colour. dx, dy: in points, away from the end."""
+    side = "left" if dx >= 0 else "right"
+    axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", color=color, va="center", ha=side)
+
+
+def source_line(fig: Figure, measurement: dict) -> None:
+    """Below the figure, small: the machine, the versions, the day and the command of a measurement."""
+    machine, versions = measurement["machine"], measurement["versions"]
+    text = (
+        f"{machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}; {measurement['date']}; "
+        f"{measurement['command']}"
+    )
+    fig.supxlabel(text, fontsize=7, color=GREY, x=0.01, ha="left")
+
+
+def svg(draw: Callable[[], Figure]) -> bytes:
+    """The figure as SVG: the same bytes for the same data."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": "Agg"}):
+        draw().savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return b"".join(line.rstrip() + b"\n" for line in buffer.getvalue().splitlines())
