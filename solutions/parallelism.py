@@ -23,31 +23,23 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.checkpoints import Checkpoint, find_checkpoint
-from common.config import EngineConfig
-from common.tokenizer import load_tokenizer
 from common.workers import Failure, describe, guarded, is_consequence
 from common.workers.rendezvous import is_worker, join_ranks, report_for_work, start_ranks
-from solutions.batching import Executor, LocalExecutor, ModelRunner
-from solutions.hooked import HookedEngine
+from solutions.batching import ModelRunner
 from solutions.llama_pytorch import (
     Layer,
     Linear,
     Llama,
     ModelConfig,
     layers_of,
-    load_weights,
-    parse_config,
-    use_kernels,
 )
-from solutions.paged_attention import PagedKVCache, cdiv
+from solutions.paged_attention import cdiv
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -466,20 +458,6 @@ def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
     return layers
 
 
-def load_share(
-    name: str, dtype: torch.dtype, device: str, coordinates: RankCoordinates, group: Group
-) -> tuple[Llama, range, int]:
-    """One rank's share of a checkpoint. Returns its model, the numbers of its layers, and how many bytes it read."""
-    checkpoint = Checkpoint(find_checkpoint(name))
-    with torch.device("meta"):
-        model = Llama(parse_config(checkpoint.config)).to(dtype)
-    layers = shard(model, coordinates, group)
-    load_weights(model, checkpoint)
-    model = model.to(device)
-    use_kernels(model)
-    return model, layers, checkpoint.num_bytes_read
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # A rank's part of a step
 # ---------------------------------------------------------------------------------------------------------------
@@ -651,74 +629,6 @@ class ParallelExecutor:
     def close(self) -> None:
         """End all workers."""
         self.workers.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The engine
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def make_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
-    """What computes one rank's part of each step."""
-    cache = PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks or 0, layers)
-    return ModelRunner(model, cache)
-
-
-class ParallelEngine(HookedEngine):
-    """Lesson 5's engine on a grid of ranks. `kv_cache_memory` is that of each rank. (Moves to engine.py.)"""
-
-    def __init__(
-        self,
-        name: str,
-        tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
-        dtype: torch.dtype | None = None,
-        device: str | None = None,
-        timeout: float = 30.0,
-        **settings,
-    ):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        checkpoint = Checkpoint(find_checkpoint(name))
-        config, grid = self.read_config(checkpoint), (tensor_parallel, pipeline_parallel)
-        check_parallel(config, *grid)
-        memory = settings.get("kv_cache_memory", EngineConfig.kv_cache_memory)
-        settings["kv_cache_memory"] = int(memory / self.cache_share(config, dtype, *grid))
-        self.options = SimpleNamespace(
-            tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, device=device, timeout=timeout
-        )
-        self.load = self.loader(str(checkpoint.folder), dtype, device)
-        with torch.device("meta"):
-            model = Llama(config).to(dtype)
-        super().__init__(model, load_tokenizer(checkpoint.folder), **settings)
-        inner = self.executor.rank if isinstance(self.executor, ParallelExecutor) else self.executor
-        self.model = inner.runner.model
-
-    def build_executor(self) -> Executor:
-        if self.options.tensor_parallel * self.options.pipeline_parallel > 1:
-            executor = ParallelExecutor(self.options, self.load, self.maker())
-            self.num_bytes_read = executor.num_bytes_read
-            return executor
-        model, layers, num_bytes_read = self.load(RankCoordinates(0, 1, 1), Group())
-        self.num_bytes_read = [num_bytes_read]
-        return LocalExecutor(self.maker()(model, layers))
-
-    # What a later lesson does otherwise
-
-    def read_config(self, checkpoint: Checkpoint) -> ModelConfig:
-        return parse_config(checkpoint.config)
-
-    def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
-        """What a rank's keys and values take, of what those of a whole model take."""
-        return largest_share(config, *grid)
-
-    def loader(self, folder: str, dtype: torch.dtype, device: str) -> Callable:
-        """What each rank is to call to load its share."""
-        return partial(load_share, folder, dtype, device)
-
-    def maker(self) -> Callable:
-        """What each rank is to call to make what computes."""
-        return partial(make_runner, self.config)
 
 
 if __name__ == "__main__":  # `torchrun -m solutions.parallelism`: the module that rank 0 and the commands refer to
