@@ -13,7 +13,7 @@ import math
 import random
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.checkpoints import find_checkpoint
+from common.config import EngineConfig
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions import llama_pytorch
 from solutions.batching import Engine, LocalExecutor, ModelRunner, RequestOutput
-from solutions.engine import InferenceEngine
+from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import (
     Llama,
     SamplingParams,
@@ -427,18 +428,17 @@ def drive(
     """
     report, original, before = Report(), engine.executor, engine.metrics()
     executor, runner = original, getattr(getattr(original, "rank", original), "runner", None)
-    is_draft_tokening, has_draft = isinstance(runner, SpeculativeRunner), getattr(engine, "has_draft", False)
+    is_speculative, has_draft = isinstance(runner, SpeculativeRunner), engine.config.draft is not None
     if isinstance(executor, LocalExecutor):
-        if rng.random() < 0.4 and not is_draft_tokening:
+        if rng.random() < 0.4 and not is_speculative:
             runner = GuessingRunner(runner.model, runner.cache, rng)
         executor = Pipelined(runner, rng.choice([2, 3])) if rng.random() < 0.4 else LocalExecutor(runner)
         engine.scheduler.depth = rng.choice([1, executor.depth])
         if may_be_interrupted and executor.depth == 1 and rng.random() < 0.5:
             interrupt_at_times(runner, rng)
-    if is_draft_tokening and has_draft:
+    if is_speculative and has_draft:
         watch_draft(runner.proposer)
-    speculation = getattr(engine, "speculation", None)
-    most = speculation.num_speculative_tokens if speculation else None
+    most = (engine.config.num_speculative_tokens or 8) if engine.config.speculative else None
     engine.executor = Watched(executor, report, engine.config.max_num_batched_tokens, most)
     texts = texts or Texts(engine.config.block_size)
     to_come, outputs, aborted = sorted(enumerate(asks), key=lambda pair: pair[1].step), {}, set()
@@ -459,7 +459,7 @@ def drive(
             engine.executor.flying.clear()
         check_books(engine)
         texts.check(engine)
-        if is_draft_tokening:
+        if is_speculative:
             check_drafts(engine, runner)
         report.num_steps += 1
         assert report.num_steps < 20_000, "it does not end"
@@ -469,7 +469,7 @@ def drive(
         ask = asks[number]
         for child, params in zip([output, *output.siblings], ask.params.children()):
             if has_draft and params.temperature > 0:
-                draft = runner.proposer.model if is_draft_tokening else None  # with stages it is in another process
+                draft = runner.proposer.model if is_speculative else None  # with stages it is in another process
                 places = judge(child, oracle, ask.prompt, params, number in aborted, rng, draft)
                 report.places += places
                 report.counts["drawn"] += len(places)
@@ -638,7 +638,7 @@ class Models:
         key = name, quantization, kv_cache_dtype
         if key not in self.oracles:
             folder = self.folder(name) if name in FAMILIES else name
-            model, _, _ = load_quantized(folder, quantization, torch.float64, "cpu")
+            model = load_quantized(folder, quantization, torch.float64, "cpu")
             cache = Int8KVCache if kv_cache_dtype == "int8" else None
             self.oracles[key] = Oracle(model, self.tokenizer(name), cache)
         return self.oracles[key]
@@ -656,24 +656,27 @@ class MadeUpTimes(AdaptiveSpeculation):
         super().observe_step(num_requests, num_draft_tokens, fixed + each * (num_requests + num_draft_tokens))
 
 
-def with_made_up_times(seed: int, make: Callable[[Llama, range], ModelRunner], model: Llama, layers: range):
+def with_made_up_times(seed: int, config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
     """A rank's runner, independent of the clock."""
-    runner = make(model, layers)
+    runner = build_runner(config, model, layers)
     if isinstance(runner, SpeculativeRunner):
         before = runner.adaptive
         runner.adaptive = MadeUpTimes(before.num_speculative_tokens, before.is_adaptive, seed)
     return runner
 
 
-class SoakedEngine(InferenceEngine):
+def soaked_engine(seed: int, model: str, **options) -> Engine:
     """Lesson 8's engine, the same in each run."""
+    config, tokenizer = resolve(EngineConfig(model=model, **options))
+    build = partial(with_made_up_times, seed, config)
+    return Engine(start_executor(config, partial(load_model, config), build), tokenizer, config)
 
-    def __init__(self, seed: int, *arguments, **settings):
-        self.seed = seed
-        super().__init__(*arguments, **settings)
 
-    def maker(self) -> Callable:
-        return partial(with_made_up_times, self.seed, super().maker())
+def options_of(quantization: Quantization | None) -> dict:
+    """The options of an engine that quantizes its weights this way."""
+    if quantization is None:
+        return {}
+    return dict(quantization=quantization.kind, group_size=quantization.group_size, symmetric=quantization.symmetric)
 
 
 def more_wishes(rng: random.Random, ask: Ask) -> Ask:
@@ -728,11 +731,10 @@ class Run:
             for _ in range(num_rounds)
         )
         settings = random_settings(rng, [ask for asks in rounds for ask in asks])
-        settings["max_batch_size"] = settings.pop("max_num_seqs")
         if rng.random() < 0.6:  # a pool that is too small for what is let in
             longest = max(len(ask.prompt) + ask.params.max_tokens - 1 for asks in rounds for ask in asks)
             needed = -(-longest // settings["block_size"])
-            settings["max_batch_size"] = rng.choice([3, 8, 64])
+            settings["max_num_seqs"] = rng.choice([3, 8, 64])
             settings["max_num_batched_tokens"] = max(16, settings["max_num_batched_tokens"])
             if settings.get("kv_cache_policy") != "contiguous":
                 settings["num_blocks"] = needed + rng.choice([0, 1, needed // 2])
@@ -774,20 +776,11 @@ class Run:
             if self.model in FAMILIES:
                 name = models.folder(self.model)
                 speculative = speculative if speculative in (None, "ngram") else models.folder(self.model, speculative)
-                for module in ("parallelism", "engine"):
-                    letters = mock.patch(f"solutions.{module}.load_tokenizer", lambda folder: Letters())
-                    stack.enter_context(letters)
-            engine = stack.enter_context(
-                SoakedEngine(
-                    self.seed,
-                    name,
-                    *self.grid,
-                    speculative=speculative,
-                    dtype=torch.float64,
-                    device="cpu",
-                    **self.settings,
-                )
-            )
+                stack.enter_context(mock.patch("solutions.engine.load_tokenizer", lambda folder: Letters()))
+            settings = {**self.settings, **options_of(self.settings["quantization"])}
+            grid = dict(tensor_parallel=self.grid[0], pipeline_parallel=self.grid[1])
+            settings |= dict(speculative=speculative, dtype=torch.float64, device="cpu", **grid)
+            engine = stack.enter_context(soaked_engine(self.seed, name, **settings))
             texts = Texts(engine.config.block_size)
             for asks in self.rounds:
                 report.add(drive(engine, list(asks), oracle, rng, texts, may_be_interrupted=self.grid == (1, 1)))
