@@ -18,7 +18,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks, random_model
+from common.authoring.soak.load import drive
+from common.authoring.soak.oracle import Oracle
+from common.authoring.soak.requests import MAX_MODEL_LEN, Letters, random_asks, random_model
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.config import EngineConfig
 from common.course import ROOT
