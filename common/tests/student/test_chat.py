@@ -258,16 +258,16 @@ def test_the_engine_behind_a_conversation(small_engine):
 
     generate, pieces = answer_with(small_engine), []
     prompt, params = small_engine.tokenizer.encode("There was once a small owl"), SamplingParams(max_tokens=6)
-    output = generate(None, None, prompt, params, pieces.append)
+    output = generate(prompt, params, pieces.append)
     assert "".join(pieces) == output.text
-    again = generate(None, None, [*prompt, *output.token_ids, 300], params, pieces.append)
+    again = generate([*prompt, *output.token_ids, 300], params, pieces.append)
     assert again.metrics.num_cached_tokens >= len(prompt) // 4 * 4
 
     def broken_off(piece):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(None, None, prompt, params, broken_off)
+        generate(prompt, params, broken_off)
     assert small_engine.manager.pool.num_free_blocks == 12 and not small_engine.has_unfinished_requests
 
 
