@@ -1,8 +1,8 @@
 """`EngineConfig`: every option that an engine has, of every lesson, in one place.
 
-Each option carries its help, the values it may have and the variable by which `make` passes it, so that a command's
-flags, the check of a constructor's arguments and the documentation all come from here. This module imports no lesson;
-the names of options are vLLM's where it has one.
+Each option carries its help, the values it may have and the variable by which `make` passes it. A command's flags and
+the check of a constructor's arguments both come from here. This module imports no lesson. The names of options are
+vLLM's where it has one.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class EngineConfig:
         """The same options with everything that was left open decided, and the model's config in `model_config`.
 
         model_config: needs `max_position_embeddings`. slot_bytes: the bytes of one token's keys and values, on the rank
-        that holds the most of them.
+        that holds the largest share.
         """
         context = model_config.max_position_embeddings
         max_model_len = self.max_model_len or context
@@ -163,6 +163,26 @@ class EngineConfig:
         )
         object.__setattr__(resolved, "model_config", model_config)
         return resolved
+
+    def limit_output(self, num_prompt_tokens: int, max_tokens: int) -> int:
+        """How many of `max_tokens` a request with such a prompt can generate, once this config is resolved.
+
+        Raises ValueError for a request that can never be served.
+        """
+        if num_prompt_tokens >= self.max_model_len:
+            raise ValueError(
+                f"The prompt has {num_prompt_tokens} tokens; max_model_len is {self.max_model_len}, and one at least "
+                "must be left for the answer."
+            )
+        max_tokens = min(max_tokens, self.max_model_len - num_prompt_tokens)
+        num_needed = -(-(num_prompt_tokens + max_tokens - 1) // self.block_size)  # the last token is never computed
+        if num_needed > self.num_blocks:
+            raise ValueError(
+                f"A prompt of {num_prompt_tokens} tokens with max_tokens={max_tokens} needs {num_needed} blocks of "
+                f"{self.block_size}; the pool has num_blocks={self.num_blocks}, for "
+                f"{self.num_blocks * self.block_size} tokens in all."
+            )
+        return max_tokens
 
 
 def options() -> list[Field]:

@@ -57,19 +57,20 @@ class EngineMetrics:
     tokens_stored: int = 0  # summed over the steps; a token that two requests share counts twice
     num_slots: int = 0  # in the pool
 
-    def observe(self, plan, result, outputs: Sequence, seconds: float, slots_held: int, tokens_stored: int) -> None:
+    def observe(self, scheduler, plan, result, outputs: Sequence, seconds: float) -> None:
         """Count one collected step, here and in the metrics of its requests.
 
         plan, result: the step's SchedulerOutput and ModelRunnerOutput. outputs: a RequestOutput for each scheduled
-        request, up to date. seconds: the step took. slots_held, tokens_stored: in the pool, by running requests.
+        request, up to date. seconds: how long the step took.
         """
+        pool = scheduler.manager.pool
         now = time.perf_counter()
         self.num_steps += 1
         self.seconds += seconds
         self.num_computed_tokens += plan.num_tokens
         self.num_preemptions += len(plan.preempted_ids)
-        self.slots_held += slots_held
-        self.tokens_stored += tokens_stored
+        self.slots_held += (len(pool.blocks) - pool.num_free_blocks) * scheduler.manager.block_size
+        self.tokens_stored += sum(request.num_computed_tokens for request in scheduler.running)
         for scheduled, output in zip(plan.scheduled, outputs):
             own = output.metrics
             num_new = len(output.token_ids) - own.num_output_tokens

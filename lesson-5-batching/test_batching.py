@@ -15,7 +15,7 @@ def granted(plan) -> dict[str, tuple[int, int]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who computes
+# The batch
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -54,7 +54,7 @@ class TestFlattenBatch:
         )
         equal([list(table) for table in meta.block_tables], [[9, 2], [5, 7], [1]], "block_tables")
 
-    def test_guesses(self, code):
+    def test_draft_tokens(self, code):
         got = self.batch(
             code,
             scheduled(code, "a", 3, [30, 31, 32], [0, 1], sample_index=1, spec=2),
@@ -64,14 +64,29 @@ class TestFlattenBatch:
         equal(
             got.logit_rows.tolist(),
             [0, 1, 2, 3, 6, 7],
-            "logit_rows: a has a token and 2 guesses, b a token, c a prompt of 3 and a guess",
+            "logit_rows: a has a token and 2 draft tokens, b a token, c a prompt of 3 and a draft token",
         )
 
     def test_types(self, code):
         got = self.batch(code, scheduled(code, "a", 0, [1, 2], [0]))
         for name, each in (("token_ids", got.token_ids), ("logit_rows", got.logit_rows)):
             equal(each.dtype, torch.long, f"the dtype of {name}, also where it is empty")
-        equal(got.logit_rows.tolist(), [], "logit_rows, where nobody samples")
+        equal(got.logit_rows.tolist(), [], "logit_rows, where no request samples")
+
+    def test_context_of_draft_tokens(self, code):
+        got = self.batch(code, scheduled(code, "a", 3, [30, 31, 32], [0, 1], sample_index=1, spec=2))
+        equal(list(got.metadata.context_lens), [6], "context_lens of tokens 3 to 5, the last two of them draft tokens")
+
+    def test_the_plan_stays_as_it_is(self, code):
+        plan = [scheduled(code, "a", 0, [1, 2], [3, 4]), scheduled(code, "b", 4, [3], [5, 6], sample_index=1)]
+        self.batch(code, *plan)
+        got = [[each.token_ids, each.block_table] for each in plan]
+        equal(got, [[[1, 2], [3, 4]], [[3], [5, 6]]], "[token_ids, block_table] of both requests, after flatten_batch")
+
+    def test_device(self, code):
+        got = code.flatten_batch([scheduled(code, "a", 0, [1, 2], [0], sample_index=0)], 4, torch.device("meta"))
+        tensors = (got.token_ids, got.positions, got.metadata.slot_mapping, got.logit_rows)
+        equal([each.device.type for each in tensors], ["meta"] * 4, "the devices of the four tensors, asked for `meta`")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,7 +155,7 @@ class TestStep:
         equal(own.step(), [], "step of an engine without requests")
         equal(own.executor.log, [], "what the executor was asked for then")
 
-    def test_nobody_can_be_served(self, code):
+    def test_no_request_can_be_served(self, code):
         own = self.engine(code)
         own.add_request([1, 2, 3], request_id="a")
         own.scheduler.schedule = lambda: code.SchedulerOutput(1)
@@ -226,6 +241,33 @@ class TestStep:
         own.generate([[1, 2, 3]], code.SamplingParams(max_tokens=4, ignore_eos=True), progress=False)
         metrics = own.metrics()
         equal([metrics.num_steps, metrics.num_computed_tokens], [4, 6], "steps, and computed tokens, of 3 + 4 tokens")
+        holds(
+            0 < metrics.seconds < 60,
+            f"metrics().seconds is {metrics.seconds}: the duration of all steps, in seconds, is expected.",
+            actual=metrics.seconds,
+        )
+
+    def test_when_it_was_first_scheduled(self, code):
+        own = self.engine(code)
+        output = own.output(own.add_request([1, 2, 3], code.SamplingParams(max_tokens=2, ignore_eos=True)))
+        own.step()
+        queue_time = output.metrics.queue_time
+        holds(
+            queue_time is not None and 0 <= queue_time < 60,
+            f"queue_time of a request in the first step is {queue_time}: `self.submit` notes when it was scheduled.",
+            actual=str(queue_time),
+        )
+
+    def test_a_step_that_only_moves_blocks(self, code):
+        own = self.engine(code)
+        own.add_request([1, 2, 3], request_id="a")
+        own.scheduler.schedule = lambda: code.SchedulerOutput(1, preempted_ids=["a"])
+        try:
+            outputs = own.step()
+        except RuntimeError as error:
+            outputs = f"RuntimeError: {error}"
+        equal(outputs, [], "what step returns, where the plan preempts a and schedules no request")
+        equal(own.executor.log, ["submit []", "collect []"], "what the executor was asked for then")
 
 
 @together()
@@ -254,5 +296,6 @@ class TestTogether:
                 )
                 equal(own.manager.pool.num_free_blocks, 7, "how many of 7 blocks are free when all have finished")
                 holds(
-                    own.metrics().num_preemptions > 0, "Nobody was preempted: is more memory handed out than there is?"
+                    own.metrics().num_preemptions > 0,
+                    "No request was preempted: is more memory given out than there is?",
                 )

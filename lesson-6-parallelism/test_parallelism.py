@@ -726,7 +726,7 @@ class FakeWorkers:
         self.events: list[str] = []
         self.messages = list(messages)
 
-    def guard(self, *_):
+    def guard(self):
         return contextlib.nullcontext()
 
     def send(self, plan) -> None:

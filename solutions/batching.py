@@ -40,7 +40,7 @@ from solutions.llama_pytorch import (
     top_logprobs,
     use_kernels,
 )
-from solutions.paged_attention import AttentionMetadata, KVCacheManager, PagedKVCache, cdiv, slot_mapping
+from solutions.paged_attention import AttentionMetadata, KVCacheManager, PagedKVCache, slot_mapping
 from solutions.scheduler import (
     ModelRunnerOutput,
     Request,
@@ -138,6 +138,8 @@ class ModelRunner:
                     output.logprobs[request.request_id] = likely
             except (ValueError, RuntimeError) as error:
                 output.errors[request.request_id] = str(error)
+            except Exception as error:  # whatever it is, it must not end the requests beside it
+                output.errors[request.request_id] = f"{type(error).__name__}: {error}"
             else:
                 output.sampled_token_ids[request.request_id] = tokens
 
@@ -268,11 +270,13 @@ class OutputProcessor:
         return output
 
     def push(self, state: RequestState, token_id: int) -> None:
-        state.output.token_ids.append(token_id)
-        if token_id not in state.request.stop_token_ids:
+        """Append a token and its text. As in lesson 2, the first `min_tokens` tokens end nothing."""
+        request, output = state.request, state.output
+        output.token_ids.append(token_id)
+        if token_id not in request.stop_token_ids:
             text = state.stream.push(token_id)
-            may_stop = len(state.output.token_ids) > state.request.sampling_params.min_tokens
-            state.output.text += state.checker.push(text) if may_stop else text
+            is_early = len(output.token_ids) <= request.sampling_params.min_tokens
+            output.text += text if is_early else state.checker.push(text)
 
     def rewind(self) -> list[Request]:
         """A step was interrupted at an unknown line: return to what the outputs say. Returns the unfinished requests.
@@ -358,8 +362,13 @@ class Engine:
         Raises ValueError, naming what is wrong, for a request that can never be served.
         """
         params = params or SamplingParams()
+        if not isinstance(tenant, str) or not isinstance(priority, int):
+            raise ValueError(
+                f"tenant must be a name and priority a whole number; they are {tenant!r} and {priority!r}."
+            )
         token_ids = self.encode(prompt)
-        max_tokens = self.check_request(token_ids, params, priority, tenant)
+        check_prompt(token_ids, self.config.model_config, replace(params, n=1))
+        max_tokens = self.config.limit_output(len(token_ids), params.max_tokens)
         stop_token_ids = frozenset(
             (*params.stop_token_ids, *(() if params.ignore_eos else self.tokenizer.eos_token_ids))
         )
@@ -398,28 +407,6 @@ class Engine:
         requests = [state.request for state in self.processor.states.values()]
         return [each for each in requests if request_id in (each.request_id, (each.parent or each).request_id)]
 
-    def check_request(self, token_ids: list[int], params: SamplingParams, priority: int, tenant: str) -> int:
-        """How many tokens a request may generate. Raises ValueError if it can never be served."""
-        limit, block_size, num_blocks = self.config.max_model_len, self.config.block_size, self.config.num_blocks
-        if not isinstance(priority, int):
-            raise ValueError(f"priority must be a whole number; it is {priority!r}.")
-        if not isinstance(tenant, str):
-            raise ValueError(f"tenant must be a name; it is {tenant!r}.")
-        check_prompt(token_ids, self.config.model_config, replace(params, n=1))
-        if len(token_ids) >= limit:
-            raise ValueError(
-                f"The prompt has {len(token_ids)} tokens; max_model_len is {limit}, and one at least must be left for "
-                "the answer."
-            )
-        max_tokens = min(params.max_tokens, limit - len(token_ids))
-        num_needed = cdiv(len(token_ids) + max_tokens - 1, block_size)  # the last token is never computed
-        if num_needed > num_blocks:
-            raise ValueError(
-                f"A prompt of {len(token_ids)} tokens with max_tokens={max_tokens} needs {num_needed} blocks of "
-                f"{block_size}; the pool has num_blocks={num_blocks}, for {num_blocks * block_size} tokens in all."
-            )
-        return max_tokens
-
     def abort(self, request_id: str) -> None:
         """End a request and the other samples of its prompt. Their output so far stands; an unknown id is ignored."""
         for request in self.samples(request_id):
@@ -451,7 +438,7 @@ class Engine:
         """
         start = time.perf_counter()
         # Exercise 5.14: `schedule` and `submit` while fewer than `depth` are in flight and the plan is not empty.
-        # `collect` the oldest; update the scheduler; `report` each request that this returns; `count` the step.
+        # `collect` the oldest; update the scheduler; `report` each request that it returns; `totals.observe` the step.
         while len(self.in_flight) < self.executor.depth:
             plan = self.scheduler.schedule()
             if plan.is_empty:
@@ -465,7 +452,7 @@ class Engine:
         result = self.collect(plan)
         requests = self.scheduler.update_from_output(plan, result)
         outputs = [self.report(request, result) for request in requests]
-        self.count(plan, result, outputs, time.perf_counter() - start)
+        self.totals.observe(self.scheduler, plan, result, outputs, time.perf_counter() - start)
         return outputs
 
     def submit(self, plan: SchedulerOutput) -> None:
@@ -492,15 +479,6 @@ class Engine:
                 self.scheduler.finish(request, output.finish_reason)
             self.totals.observe_end(output)
         return output
-
-    def count(
-        self, plan: SchedulerOutput, result: ModelRunnerOutput, outputs: list[RequestOutput], seconds: float
-    ) -> None:
-        """Add a step to the metrics."""
-        pool, running = self.manager.pool, self.scheduler.running
-        slots_held = (len(pool.blocks) - pool.num_free_blocks) * self.config.block_size
-        tokens_stored = sum(request.num_computed_tokens for request in running)
-        self.totals.observe(plan, result, outputs, seconds, slots_held, tokens_stored)
 
     # Whole answers -------------------------------------------------------------------------------------------
 

@@ -46,29 +46,29 @@ from solutions.paged_attention import cdiv
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who computes what: arithmetic
+# Arithmetic: which rank computes what
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def shard_range(size: int, rank: int, world_size: int) -> range:
-    """The share of `size` things that falls to a rank: neighbours, and as even as can be.
+    """Returns the part of `size` things that is assigned to a rank: consecutive ones, in parts as even as possible.
 
-    What does not divide goes to the first ranks, one each.
+    If the parts cannot be equal, the first ranks have one more each: 10 over 4 ranks is 3, 3, 2, 2.
     """
-    # Exercise 6.1: where does a rank's share begin, if each rank before it has one more for as long as there are any?
+    # Exercise 6.1: where does a rank's part begin, if each of the first ranks has one more than the others?
     share, left = divmod(size, world_size)
     start = rank * share + min(rank, left)
     return range(start, start + share + (rank < left))
 
 
 def head_groups(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> tuple[range, range]:
-    """The query heads and the key/value heads of a rank.
+    """Returns the query heads and the key/value heads of a rank.
 
-    Query heads stay with the key/value head that they look at, so whole groups are dealt out, as `shard_range` deals.
-    Where there are fewer key/value heads than ranks, the ranks are dealt to the heads instead: each rank has one, some
-    the same one, and those share its group's query heads.
+    Query heads stay with the key/value head that they attend to: `shard_range` assigns whole groups to the ranks. With
+    fewer key/value heads than ranks it assigns the ranks to the heads instead. Then each rank has one key/value head,
+    and the ranks that have the same one share its group's query heads.
     """
-    # Exercise 6.2: two cases, and `shard_range` in both.
+    # Exercise 6.2: distinguish two cases, and use `shard_range` in both.
     group_size = num_heads // num_kv_heads
     if num_kv_heads >= world_size:
         kv_heads = shard_range(num_kv_heads, rank, world_size)
@@ -81,22 +81,23 @@ def head_groups(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -
 
 
 def rank_grid(tensor_parallel: int, pipeline_parallel: int) -> list[list[int]]:
-    """Which ranks compute which stage: a row for each stage, with the ranks that share its layers.
+    """Returns a row for each stage: the ranks that share its layers.
 
-    Those talk twice a layer, stages only once each; so a stage's ranks are neighbours, likely in the same machine.
+    These communicate twice in each layer, stages only once in each step. So a stage's ranks have consecutive numbers,
+    and are likely to be on the same machine.
     """
     # Exercise 6.3: number the grid row by row.
     return [list(range(stage * tensor_parallel, (stage + 1) * tensor_parallel)) for stage in range(pipeline_parallel)]
 
 
 def stage_layers(num_layers: int, num_stages: int, stage: int, head_cost: float = 0.0) -> range:
-    """The layers of a stage, such that all stages take about the same time.
+    """Returns the layers of a stage, such that all stages take about the same time.
 
-    head_cost: the work of the head, which the last stage has on top, in layers. The work of all layers and the head is
-    divided evenly, and boundaries are rounded to whole layers; but every stage has at least one.
+    head_cost: the work of the head, which the last stage has in addition, in layers. The work of all layers and the
+    head is divided evenly, and boundaries are rounded to whole layers. Every stage has at least one layer.
     """
-    # Exercise 6.4: where does stage i begin, if the work before it is i shares of the whole? Every stage behind it
-    # needs a layer too.
+    # Exercise 6.4: compute where stage i begins: the work before it is i / num_stages of the whole. Every stage from i
+    # on needs a layer, too.
 
     def boundary(i: int) -> int:
         even = round(i * (num_layers + head_cost) / num_stages)
@@ -179,9 +180,9 @@ def bubble_fraction(timeline: Sequence[Sequence[tuple[int, int] | None]]) -> flo
 def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidth: float) -> float:
     """Seconds to add up a tensor of `num_bytes` over all ranks of a ring, so that all have the sum.
 
-    latency: seconds a message takes however small it is; bandwidth: bytes/s between two neighbours. In a ring each
-    rank sends a message to the next one at the same time: a part of the tensor, one of `world_size`, first until every
-    part is summed up somewhere, then until every sum is everywhere. From Patarasuk and Yuan (2009).
+    latency: seconds that even an empty message takes; bandwidth: bytes/s between two neighbours. In a ring all ranks
+    send at the same time, each to the next one. A message is one of `world_size` parts of the tensor. Messages are sent
+    until each part is summed up on one rank, and then until every rank has every sum. From Patarasuk and Yuan (2009).
     """
     # Exercise 6.6: how many messages, one after another, of how many bytes each?
     num_messages = 2 * (world_size - 1)
@@ -194,10 +195,10 @@ def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidt
 
 
 class Group:
-    """The ranks that share one stage's layers, as one of them sees it. Alone, it has nothing to say to anybody.
+    """The ranks that share one stage's layers, seen from one of them. A group of one communicates with no other rank.
 
-    rank, size: which of how many this process is. ranks: their numbers among all processes. handle: what
-    torch.distributed calls the group; None is all of them.
+    rank: this process's position in the group. ranks: the numbers of its members among all processes. handle: the group
+    in torch.distributed; None is all processes.
     """
 
     def __init__(self, rank: int = 0, ranks: Sequence[int] = (0,), handle: dist.ProcessGroup | None = None):
@@ -210,7 +211,7 @@ class Group:
         return len(self.ranks)
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-        """Add up (or, with another op, combine) every rank's x, in place; all have the result. Returns x."""
+        """Add up every rank's x, in place, or combine it by another op. Returns x, now the same on every rank."""
         if self.size > 1:
             whole = x.contiguous()  # of a tensor with gaps between its rows gloo adds up the wrong numbers, silently
             dist.all_reduce(whole, op, self.handle)
@@ -219,7 +220,7 @@ class Group:
         return x
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
-        """Every rank's x, all of one shape, in their order, on the group's first rank; None on the others."""
+        """Returns a list of every rank's x, which have one shape, on the group's first rank; None on the others."""
         if self.size == 1:
             return [x]
         parts = [torch.empty_like(x) for _ in self.ranks] if self.rank == 0 else None
@@ -227,7 +228,7 @@ class Group:
         return parts
 
     def exchange(self, sent: Tensor, received: Tensor) -> None:
-        """Send a tensor to the next rank of the ring, and fill another with what the rank before us has sent."""
+        """Send one tensor to the next rank of the ring, and receive another from the rank before this one."""
         following, previous = self.ranks[(self.rank + 1) % self.size], self.ranks[self.rank - 1]
         operations = [dist.P2POp(dist.isend, sent, following, self.handle)] if sent.numel() else []
         if received.numel():
@@ -237,13 +238,13 @@ class Group:
 
 
 def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum of every rank's x, on every rank: what `all_reduce` does, made of messages between neighbours.
+    """Add up every rank's x by messages between neighbours, without `all_reduce`. Returns a new tensor of x's shape.
 
-    Returns a new tensor of x's shape. x is cut into as many parts as there are ranks. In the first half the parts go
-    round and grow: whoever gets one adds their own to it. In the second half the finished sums go round.
+    x is cut into as many parts as there are ranks. With each of the first size - 1 messages a rank receives a part, and
+    adds its own numbers to it: then every rank has one finished sum. With the others the finished sums go round.
     """
-    # Exercise 6.7: cut a flat copy with `tensor_split`; 2 * (size - 1) times `exchange`. Which part does a rank send at
-    # first? Which one is finished with it after the first half?
+    # Exercise 6.7: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Which part does a rank
+    # send first? After the first half, which part is complete on rank r?
     total = x.clone(memory_format=torch.contiguous_format)
     parts = total.view(-1).tensor_split(group.size)
     for step in range(group.size - 1):
@@ -681,7 +682,7 @@ class ParallelExecutor:
         if output is not None:
             self.outputs.append(output)
 
-    @guarded(interruptible=True)
+    @guarded
     def collect(self) -> ModelRunnerOutput:
         """Wait for the output of the oldest step that was submitted and not yet collected."""
         # Exercise 6.19: outputs arrive in the order of the steps, one from each `self.workers.receive(self.timeout)`.

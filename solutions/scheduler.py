@@ -1,9 +1,9 @@
 """Lesson 5, first half: the scheduler. Each step it decides which requests compute how many of their tokens.
 
 A `Request` is a list of tokens and a number, `num_computed_tokens`: the tokens whose keys and values are in the cache.
-In every step the number catches up with the list a little. The scheduler knows no prefill phase and no decode phase: a
-new prompt, a prompt that was found in the prefix cache, a request that goes on after it was preempted and draft tokens
-to be verified are all one case, tokens that are not computed yet.
+In every step the number catches up with the list a little. There is no prefill phase and no decode phase. A new prompt,
+the rest of a prompt that was found in the prefix cache, a request that was preempted, draft tokens to be verified: all
+are one case, tokens that are not computed yet.
 
 All requests share one budget of tokens in a step and one pool of blocks. When blocks run out, a running request is
 preempted: it gives up its blocks and waits. This file deals in ids and counts, without tensors, text or time.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from common.config import EngineConfig
-from solutions.llama_pytorch import SamplingParams
+from common.sampling import SamplingParams
 from solutions.paged_attention import BlockCopy, BlockPool, KVCacheBlock, KVCacheManager, cdiv
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -205,9 +205,9 @@ POLICIES: dict[str, Callable[[Request, Mapping[str, float]], tuple]] = {
 class Scheduler:
     """Decides in each step which requests compute how many tokens, and which is preempted when blocks run out.
 
-    manager: the pool of blocks. config: resolved; it gives the limits on a step, the policy, and the way to preempt:
-    "recompute" frees a request's blocks and computes its tokens again later, "swap" moves the blocks to the host while
-    there is space on it.
+    manager: the pool of blocks. config: resolved; the limits of a step, the policy, and how to preempt. "recompute"
+    frees a request's blocks and computes its tokens again later. "swap" moves the blocks to the host, while it has free
+    ones.
     """
 
     def __init__(self, manager: KVCacheManager, config: EngineConfig):
@@ -421,6 +421,8 @@ class Scheduler:
                 num_tokens = tokens_to_schedule(request, num_tokens, self.max_chunk)
                 continue
             victim = self.choose_victim()
+            if victim is None:
+                return 0
             self.preempt(victim, plan)
             if victim is request:
                 return 0

@@ -1,16 +1,17 @@
-"""`make test`, `make test-all`, `make check`, `make lint`, `make clean`: what keeps the course itself right."""
+"""`make test`, `make test-all`, `make check`, `make lint`, `make skeletons`: what keeps the course itself right."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
+import click
+
 from common import course
-from common.course import LESSONS, ROOT
+from common.course import LESSONS, MODULES, ROOT, CourseError, shown, skeleton
 from common.course.modules import named
 
 FOLDERS = ("common/tests", "solutions/tests")
@@ -32,21 +33,37 @@ def pytest(*arguments: str, **environment: str) -> int:
     return call("-m", "pytest", *options, *FOLDERS, **{**clean, "OMP_NUM_THREADS": "1", **environment})
 
 
+@click.command()
 def test() -> int:
+    """Test the course itself; a student's unfinished work does not matter."""
+    check_that_nothing_is_withheld()
     return pytest("-m", "not slow", "--record")
 
 
+@click.command()
 def test_all() -> int:
-    """Every test there is, and the notebooks; what `make test` has passed just now is not repeated."""
-    from common.checkpoints import CheckpointError, find_checkpoint
+    """Run every test there is, and the notebooks; what `make test` has passed just now is not repeated."""
+    from common.checkpoints import find_checkpoint
 
-    try:
-        find_checkpoint("smollm2-135m")
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return 2
+    check_that_nothing_is_withheld()
+    find_checkpoint("smollm2-135m")
     tests = pytest("--remaining", "--durations=5", COURSE_REAL_MODEL="1")
     return tests or call("-m", "common", "test-notebooks", COURSE_PYTHON="here")
+
+
+def check_that_nothing_is_withheld() -> None:
+    if course.withheld():
+        lessons = [each for each in LESSONS if each.slug in course.withheld()]
+        raise CourseError(
+            f"This copy of the course came without the solutions of {named(lessons)}, and without the "
+            "course's own tests, which test those. Yours are tested by make test-lesson-N; make progress shows all."
+        )
+
+
+@click.command("lint")
+def lint_command() -> int:
+    """Look for mistakes and for formatting with ruff."""
+    return lint()
 
 
 def lint() -> int:
@@ -56,14 +73,36 @@ def lint() -> int:
     return code or formatting
 
 
+@click.command("skeletons")
+@click.option("--check", is_flag=True, help="change nothing; fail where a skeleton is out of step")
+def skeletons_command(check: bool) -> int:
+    """Cut the lessons' skeletons from solutions/."""
+    return skeletons(check)
+
+
+def skeletons(check: bool) -> int:
+    failed = False
+    for lesson in MODULES:
+        try:
+            if not check:
+                print(f"{shown(lesson.module)}: {skeleton.generate(lesson)}")
+            elif text := skeleton.difference(lesson):
+                print(text, f"{shown(lesson.module)} is out of step: run `make skeletons`.", sep="\n")
+                failed = True
+        except CourseError as error:
+            print(error)
+            failed = True
+    return int(failed)
+
+
+@click.command()
 def check() -> int:
-    """Every part runs, so that one look shows all there is to mend."""
+    """Lint, compare the skeletons and look through the READMEs; every part runs, to show all there is to mend."""
     from common.authoring.readmes import checks as readme_checks
-    from common.course import skeleton
 
     parts: dict[str, Callable[[], int]] = {
         "lint": lint,
-        "skeletons": lambda: skeleton.main(["--check"]),
+        "skeletons": lambda: skeletons(check=True),
         "READMEs": lambda: readme_checks.main([]),
     }
     failed = []
@@ -73,31 +112,3 @@ def check() -> int:
         print(f"{name}: {'failed' if code else 'ok'} ({time.perf_counter() - start:.1f} s)", flush=True)
         failed += [name] if code else []
     return int(bool(failed))
-
-
-def clean() -> int:
-    """Remove what can be made again in seconds. The environment, models and a student's work are not of that kind."""
-    roots = [ROOT / "common", ROOT / "solutions", *(lesson.folder for lesson in LESSONS)]
-    caches = [ROOT / name for name in (".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__")]
-    for root in roots:
-        for name in ("__pycache__", ".pytest_cache", ".ipynb_checkpoints"):
-            caches += root.rglob(name)
-    for cache in caches:
-        shutil.rmtree(cache, ignore_errors=True)
-    return 0
-
-
-def main(argv: list[str]) -> int:
-    command, *rest = argv
-    if rest:
-        print(f"{command} takes no argument: {' '.join(rest)}", file=sys.stderr)
-        return 2
-    if command in ("test", "test-all") and course.withheld():
-        lessons = [each for each in LESSONS if each.slug in course.withheld()]
-        print(
-            f"This copy of the course came without the solutions of {named(lessons)}, and without the "
-            "course's own tests, which test those. Yours are tested by make test-lesson-N; make progress shows all.",
-            file=sys.stderr,
-        )
-        return 2
-    return {"test": test, "test-all": test_all, "lint": lint, "check": check, "clean": clean}[command]()

@@ -13,7 +13,6 @@ pass. Right answers that go about it in another way stand in the catalogue.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,7 +31,9 @@ from common.course import MODULES, ROOT, CourseError, Lesson, modules_of, shown
 from common.course.catalogue import load_equivalents
 from common.course.exercises import exercises_of
 from common.course.modules import check_solution
-from common.grading.runner import START_SECONDS, begin, end
+from common.grading.runner import START_SECONDS
+from common.options import jobs, lesson_number
+from common.workers import call, kill
 
 SUMMARY = ROOT / "common" / "bench" / "measurements" / "mutants.json"
 ASKED = 0.95
@@ -54,7 +56,6 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
 
     Sends (index, None) when it turns to a mutant, (index, why) when one is caught, and None at the end.
     """
-    os.setsid()
     os.environ["KERNELS"] = "plain"
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -132,7 +133,7 @@ class Trial:
 
     def start(self) -> None:
         self.mutants, self.current, self.last_word = list(self.left), None, time.monotonic()
-        self.process, self.connection = begin(work, self.lesson, self.mutants)
+        self.process, self.connection = call("common.authoring.mutate:work", self.lesson, self.mutants)
 
     def step(self) -> bool:
         """Take in what the worker has said. Returns whether there is more to come."""
@@ -141,7 +142,7 @@ class Trial:
                 self.last_word = time.monotonic()
                 event = self.connection.recv()
                 if event is None:
-                    end(self.process)
+                    kill(self.process)
                     return False
                 self.current = self.mutants[event[0]]
                 if event[1] is not None:
@@ -157,7 +158,7 @@ class Trial:
         self.left = [each for each in self.left if each is not self.current]
 
     def blame(self, why: str) -> None:
-        end(self.process)
+        kill(self.process)
         if self.current is None:
             raise CourseError(f"The worker for {shown(self.lesson.checks)} did not come to its first mutant.")
         self.catch(why)
@@ -179,7 +180,7 @@ def try_all(
             time.sleep(0.05)
     finally:
         for trial in running:
-            end(trial.process)
+            kill(trial.process)
     caught = [each for trial in trials for each in trial.caught]
     return caught, [each for trial in trials for each in trial.left]
 
@@ -238,30 +239,35 @@ def mutate(lesson: Lesson, only: str | None, jobs: int, console: Console) -> dic
     return found
 
 
-def main(argv: list[str]) -> int:
-    command, *rest = argv
-    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n\n")[0])
-    if command == "mutate-lesson":
-        parser.add_argument("lesson", metavar="N")
-    parser.add_argument("--exercise", metavar="N.M", help="only this one")
-    parser.add_argument("--jobs", type=int, default=int(os.environ.get("JOBS") or os.cpu_count() or 1))
-    arguments = parser.parse_args(rest)
+@click.command()
+@lesson_number
+@click.option("--exercise", metavar="N.M", help="only this one")
+@jobs
+def mutate_lesson(lesson_number: int, exercise: str | None, jobs: int) -> int:
+    """Try a lesson's checks on every small change of its answers."""
+    return mutate_modules(modules_of(lesson_number), exercise, jobs)
+
+
+@click.command()
+@jobs
+def mutate_all(jobs: int) -> int:
+    """Try the checks of every lesson on every small change of its answers."""
+    return mutate_modules(list(MODULES), None, jobs)
+
+
+def mutate_modules(modules: list[Lesson], exercise: str | None, jobs: int) -> int:
+    """Returns 1 if too small a share of a module's mutants is caught. Whole modules are written to the summary."""
     console = Console(highlight=False, soft_wrap=True)
-    modules = modules_of(arguments.lesson) if command == "mutate-lesson" else list(MODULES)
     failed = False
-    try:
-        for lesson in modules:
-            if arguments.exercise and arguments.exercise not in {each.id for each in exercises_of(lesson)}:
-                continue
-            check_solution(lesson)
-            found = mutate(lesson, arguments.exercise, arguments.jobs, console)
-            failed |= found["caught_share"] < ASKED
-            if not arguments.exercise:
-                known = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else {}
-                known[lesson.slug] = found
-                ordered = {each.slug: known[each.slug] for each in MODULES if each.slug in known}
-                SUMMARY.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    except CourseError as error:
-        console.print(str(error), style="red")
-        return 2
+    for lesson in modules:
+        if exercise and exercise not in {each.id for each in exercises_of(lesson)}:
+            continue
+        check_solution(lesson)
+        found = mutate(lesson, exercise, jobs, console)
+        failed |= found["caught_share"] < ASKED
+        if not exercise:
+            known = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else {}
+            known[lesson.slug] = found
+            ordered = {each.slug: known[each.slug] for each in MODULES if each.slug in known}
+            SUMMARY.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     return int(failed)

@@ -7,16 +7,17 @@ saved at all.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import click
 import nbformat
 
-from common.course import LESSONS, MODULES_VARIABLE, ROOT, CourseError, Lesson, activate, files_used, lesson, shown
+from common.course import LESSONS, MODULES_VARIABLE, ROOT, Lesson, activate, files_used, lesson, shown
+from common.options import mine
 
 CELL_SECONDS = 300
 SANITIZE = Path(__file__).resolve().parent / "nbval_sanitize.cfg"
@@ -134,22 +135,27 @@ def compare(numbers: list[str]) -> int:
     return code or int(failed)
 
 
-def lab() -> int:
-    """JupyterLab, over the student's modules where MINE says so."""
-    try:
-        activate(os.environ.get("MINE"))
-    except CourseError as error:
-        print(error, file=sys.stderr)
-        return 2
+numbers = click.argument("numbers", nargs=-1, metavar="[N]...")
+
+
+@click.command("notebooks")
+@numbers
+def notebooks_command(numbers: tuple[str, ...]) -> int:
+    """Run the notebooks of these lessons, or of all, and save their outputs."""
+    return run(numbers)
+
+
+@click.command()
+@numbers
+def test_notebooks(numbers: tuple[str, ...]) -> int:
+    """Run the notebooks of these lessons, or of all, and compare with the saved outputs."""
+    return compare(numbers)
+
+
+@click.command()
+@mine()
+def lab(mine: str) -> int:
+    """Open the notebooks in JupyterLab."""
+    activate(mine)
     variables = {**environment(), MODULES_VARIABLE: os.environ[MODULES_VARIABLE]}
     return subprocess.run([sys.executable, "-m", "jupyterlab"], cwd=ROOT, env=variables).returncode
-
-
-def main(argv: list[str]) -> int:
-    command, *rest = argv
-    if command == "lab":
-        return lab()
-    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n")[0])
-    parser.add_argument("lesson", nargs="*", help="numbers of lessons; default: all")
-    numbers = parser.parse_args(rest).lesson
-    return run(numbers) if command == "notebooks" else compare(numbers)

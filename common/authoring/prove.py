@@ -8,20 +8,21 @@ name unless it is marked otherwise; none may be taken for another. Every exercis
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 
+import click
 import pytest
 
 from common import course
-from common.course import LESSONS, Lesson
+from common.course import Lesson
 from common.course.catalogue import Answer, apply, describe, load_answers
 from common.course.exercises import TOGETHER, exercises_of
 from common.course.modules import check_solution
 from common.grading import plugin
 from common.grading.plugin import Grader
 from common.grading.subject import Failure, Subject
+from common.options import lesson_number
 
 WRONG_AT_LEAST = 3
 RIGHT_AT_LEAST = 1
@@ -81,19 +82,14 @@ def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
     return found
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common prove-lesson", description=__doc__.partition("\n")[0])
-    parser.add_argument("lessons", nargs="*", default=[str(lesson.number) for lesson in LESSONS], metavar="N")
-    arguments = parser.parse_args(argv)
+@click.command()
+@lesson_number
+def prove_lesson(lesson_number: int) -> int:
+    """Try a lesson's checks on all known wrong and right answers: each must get the verdict that it deserves."""
     failed = False
     os.environ["KERNELS"] = "plain"
-    for lesson in [module for number in arguments.lessons for module in course.modules_of(number)]:
-        try:
-            check_solution(lesson)
-        except course.CourseError as error:
-            print(error)
-            failed = True
-            continue
+    for lesson in course.modules_of(lesson_number):
+        check_solution(lesson)
         grader = ProvingGrader(lesson)
         options = [str(lesson.checks), "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
         code = pytest.main(options, plugins=[plugin, grader])
@@ -105,9 +101,3 @@ def main(argv: list[str]) -> int:
         )
         failed |= bool(found) or code != 0
     return int(failed)
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(sys.argv[1:]))

@@ -10,19 +10,19 @@ every measurement there is. A name's beginning stands for all that begin so: `py
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
+import click
 import torch
 
 from common.bench.results import MEASUREMENTS, save
-from common.checkpoints import CheckpointError, find_checkpoint
+from common.checkpoints import find_checkpoint
 from common.course import CourseError, activate, files_used
 from common.machine import cpu_name, gemm_rate, interleaved_medians, read_bandwidth
+from common.options import threads
 
 # ---------------------------------------------------------------------------------------------------------------
 # The machine
@@ -218,70 +218,66 @@ NAMES = (
 DEFAULT = ("machine", "ladder", "speculation")
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common bench", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "what", nargs="*", metavar="WHAT", help=f"of {', '.join(NAMES)}, or a beginning; default: {', '.join(DEFAULT)}"
-    )
-    parser.add_argument("--quick", action="store_true", help="in miniature, and nothing is kept")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("THREADS") or 0) or None)
-    parser.add_argument("--out", type=Path, default=MEASUREMENTS, help="the folder for the results")
-    settings = parser.parse_args(argv)
+@click.command(
+    help=f"""Measure this machine and the engine on it.
+
+WHAT: one of {", ".join(NAMES)}, or the beginning of some; all; default: {" ".join(DEFAULT)}."""
+)
+@click.argument("what", nargs=-1)
+@click.option("--quick", is_flag=True, help="in miniature; nothing is kept")
+@threads
+@click.option("--out", type=Path, default=MEASUREMENTS, help="the folder for the results", show_default=False)
+def bench(what: tuple[str, ...], quick: bool, threads: int | None, out: Path) -> None:
     chosen: list[str] = []
-    for what in settings.what or DEFAULT:
-        meant = [name for name in NAMES if what == "all" or name == what or name.startswith(f"{what}-")]
+    for word in what or DEFAULT:
+        meant = [name for name in NAMES if word == "all" or name == word or name.startswith(f"{word}-")]
         if not meant:
-            parser.error(f"there is nothing called {what!r} to measure; there is {', '.join(NAMES)}")
+            raise CourseError(f"There is nothing called {word!r} to measure; there is {', '.join(NAMES)}.")
         chosen += [name for name in meant if name not in chosen]
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if threads:
+        torch.set_num_threads(threads)
     activate(None)  # the record is of the reference
     print(f"{cpu_name()}, {torch.get_num_threads()} threads. {files_used()}")
-    command = " ".join(["python -m common bench", *settings.what])
-    if settings.threads:
-        command += f" --threads {settings.threads}"
-    lengths, repeats = ([4, 8], 2) if settings.quick else ([16, 32, 64, 128, 256, 384, 512], 9)
+    command = " ".join(["python -m common bench", *what])
+    if threads:
+        command += f" --threads {threads}"
+    lengths, repeats = ([4, 8], 2) if quick else ([16, 32, 64, 128, 256, 384, 512], 9)
     for name in chosen:
         start = time.perf_counter()
-        try:
-            if name == "machine":
-                result = measure_machine(settings.quick)
-            elif name.startswith("ladder-"):
-                from common.bench.ladder import measure_ladder
+        if name == "machine":
+            result = measure_machine(quick)
+        elif name.startswith("ladder-"):
+            from common.bench.ladder import measure_ladder
 
-                model = "tales" if settings.quick else name.removeprefix("ladder-")
-                result = measure_ladder(model, settings.quick)
-            elif name.startswith("speculation-"):
-                from common.bench.speculation import measure_speculation
+            model = "tales" if quick else name.removeprefix("ladder-")
+            result = measure_ladder(model, quick)
+        elif name.startswith("speculation-"):
+            from common.bench.speculation import measure_speculation
 
-                own = name.removeprefix("speculation-")
-                draft = "tales-draft" if own == "tales" else None
-                result = measure_speculation("tales" if settings.quick else own, draft, settings.quick)
-            elif name.startswith("kv-cache-"):
-                model = "tales" if settings.quick else name.removeprefix("kv-cache-")
-                result = measure_kv_cache(model, lengths, repeats)
-            elif name.startswith("grids-"):
-                from common.bench.grids import measure_grids
+            own = name.removeprefix("speculation-")
+            draft = "tales-draft" if own == "tales" else None
+            result = measure_speculation("tales" if quick else own, draft, quick)
+        elif name.startswith("kv-cache-"):
+            model = "tales" if quick else name.removeprefix("kv-cache-")
+            result = measure_kv_cache(model, lengths, repeats)
+        elif name.startswith("grids-"):
+            from common.bench.grids import measure_grids
 
-                os.environ["KERNELS"] = "plain"  # the layers of tensor-parallel ranks are not packed
-                result = measure_grids("tales" if settings.quick else name.removeprefix("grids-"), settings.quick)
-                del os.environ["KERNELS"]
-            elif name.startswith("quality-"):
-                from common.bench.quality import measure_quality
+            os.environ["KERNELS"] = "plain"  # the layers of tensor-parallel ranks are not packed
+            result = measure_grids("tales" if quick else name.removeprefix("grids-"), quick)
+            del os.environ["KERNELS"]
+        elif name.startswith("quality-"):
+            from common.bench.quality import measure_quality
 
-                result = measure_quality("tales" if settings.quick else name.removeprefix("quality-"), settings.quick)
-            elif name.startswith("preemption-"):
-                model = "tales" if settings.quick else name.removeprefix("preemption-")
-                sizes = [8, 16] if settings.quick else [64, 256, 1024]
-                result = measure_preemption(model, sizes, repeats, settings.quick)
-            else:
-                result = measure_recompute(name.removeprefix("recompute-"), lengths, repeats)
-        except (CourseError, CheckpointError) as error:
-            print(error, file=sys.stderr)
-            return 2
+            result = measure_quality("tales" if quick else name.removeprefix("quality-"), quick)
+        elif name.startswith("preemption-"):
+            model = "tales" if quick else name.removeprefix("preemption-")
+            sizes = [8, 16] if quick else [64, 256, 1024]
+            result = measure_preemption(model, sizes, repeats, quick)
+        else:
+            result = measure_recompute(name.removeprefix("recompute-"), lengths, repeats)
         print(f"{name}: measured in {time.perf_counter() - start:.0f} s.", flush=True)
-        if settings.quick:
+        if quick:
             print(f"{name}: not kept, since --quick measures nothing worth keeping.")
         else:
-            save(settings.out, name, command, result)
-    return 0
+            save(out, name, command, result)

@@ -6,10 +6,10 @@ lessons 0 to 4 are in `plots_model.py`.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 
+import click
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -104,7 +104,7 @@ def schedule() -> Figure:
     left.set_ylabel("request")
     left.set_yticks(range(len(prompts)))
     left.invert_yaxis()
-    for color, text, y in ((ORANGE, "reads its prompt", 0.92), (BLUE, "writes", 0.85), ("#9AA0A6", "waits", 0.78)):
+    for color, text, y in ((ORANGE, "computes its prompt", 0.92), (BLUE, "decodes", 0.85), ("#9AA0A6", "waits", 0.78)):
         left.text(0.62, y, "■ " + text, color=color, transform=left.transAxes, fontsize=9)
     return fig
 
@@ -127,7 +127,7 @@ def pool_through_time() -> Figure:
     for step, plan in enumerate(plans):
         for name in plan.preempted_ids:
             axes.plot(step, -1.1, "v", color=colors(int(name)), clip_on=False)
-    axes.text(-0.4, -1.7, "▼ makes room for others", color=GREY, fontsize=9)
+    axes.text(-0.4, -1.7, "▼ is preempted", color=GREY, fontsize=9)
     for request in range(6):
         axes.text(1.01, 0.95 - 0.11 * request, f"■ request {request}", color=colors(request), transform=axes.transAxes)
     axes.set_xlabel("step")
@@ -368,17 +368,19 @@ def ladder() -> Figure:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common figures", description=__doc__.partition("\n")[0])
-    parser.add_argument("part", nargs="?", default="", help="draw only those with this in their path")
-    parser.add_argument("--out", type=Path, default=ROOT, help="draw below this folder, and not in the lessons")
-    settings = parser.parse_args(argv)
-    chosen = {path: draw for path, draw in FIGURES.items() if settings.part in path}
+@click.command()
+@click.argument("part", default="")
+@click.option(
+    "--out", type=Path, default=ROOT, help="draw below this folder, and not in the lessons", show_default=False
+)
+def figures(part: str, out: Path) -> int:
+    """Draw the figures of the READMEs, or only those with PART in their path."""
+    chosen = {path: draw for path, draw in FIGURES.items() if part in path}
     if not chosen:
-        raise SystemExit(f"No figure has {settings.part!r} in its path; there are {', '.join(FIGURES)}.")
+        raise CourseError(f"No figure has {part!r} in its path; there are {', '.join(FIGURES)}.")
     failed = False
     for path, draw in chosen.items():
-        target = settings.out / path
+        target = out / path
         try:
             content = svg(draw)
         except (FileNotFoundError, CourseError) as error:

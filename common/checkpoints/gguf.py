@@ -28,6 +28,7 @@ SHARD_BYTES = 2 << 30  # a file's tensors stand in memory together while it is w
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+# gguf.get_tensor_name_map goes the other way: a dozen names of Hugging Face models lead to one of GGUF's.
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",

@@ -6,7 +6,6 @@ The comment that opens an exercise, and the comment lines that follow it directl
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common.course import MODULES, ROOT, WITHHELD, CourseError, Lesson, shown
+from common.course import ROOT, WITHHELD, CourseError, Lesson, shown
 from common.course.catalogue import edited_body, planted_answers
 from common.course.exercises import Exercise, find_exercises
 
@@ -117,21 +116,3 @@ def difference(lesson: Lesson) -> str:
             f"cut from {shown(lesson.solution)}",
         )
     )
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common skeletons", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where a skeleton is out of step")
-    arguments = parser.parse_args(argv)
-    failed = False
-    for lesson in MODULES:
-        try:
-            if not arguments.check:
-                print(f"{shown(lesson.module)}: {generate(lesson)}")
-            elif text := difference(lesson):
-                print(text, f"{shown(lesson.module)} is out of step: run `make skeletons`.", sep="\n")
-                failed = True
-        except CourseError as error:
-            print(error)
-            failed = True
-    return int(failed)

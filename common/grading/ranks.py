@@ -1,25 +1,19 @@
 """Two processes for the checks of lesson 6, which talk to each other through torch.distributed.
 
 They are started when a check first needs them, hold torch, and stay warm from check to check. Each has one thread.
-When something is raised in one of them, or they do not come to an end, both are ended and the next check gets new
-ones: nobody knows what the other was still waiting for.
+When an error is raised in one of them, or one does not come to an end, both are ended and the next check gets new
+ones, because the other one may still be waiting.
 """
 
 from __future__ import annotations
 
-import atexit
 import datetime
 import functools
 import importlib.util
-import os
 import pickle
-import secrets
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,17 +21,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.course import ROOT
 from common.grading import isolate
 from common.grading.compare import CheckFailed
+from common.workers import Workers
+from common.workers.failures import frame_outside_torch, is_consequence
+from common.workers.rendezvous import meet_workers, report_for_work
 
 NUM_RANKS = 2
 TIMEOUT = 4.0
 """Seconds that a rank waits for the other one."""
 BUILD_SECONDS = 60.0
 SHAPES = "gloo does that where ranks add up or gather tensors that are not of the same shape."
-MADE = b"made"
-"""A rank says it when it is ready to call, and is told it when the other one is too."""
+MADE = "made"
+"""A rank sends it when it is ready to call, and receives it when the other one is ready too."""
 
 
 def on_ranks(code: ModuleType, function: Callable, *arguments: Any) -> list[Any]:
@@ -47,15 +43,14 @@ def on_ranks(code: ModuleType, function: Callable, *arguments: Any) -> list[Any]
     results travel by pickle. Raises CheckFailed, with the rank, if one of them raised something or waits in vain.
     """
     call = pickle.dumps((code.__recipe__, function.__code__.co_filename, function.__name__, arguments))
-    connections = pool()
+    workers, _ = pool()
+    connections = list(workers.connections.values())
     try:
-        for connection in connections:
-            connection.send_bytes(call)
+        workers.send(call)
         for connection in connections:  # making the module takes a rank its time, and no other one should wait for that
-            if not connection.poll(BUILD_SECONDS) or connection.recv_bytes() != MADE:
+            if not connection.poll(BUILD_SECONDS) or connection.recv() != MADE:
                 raise EOFError
-        for connection in connections:
-            connection.send_bytes(MADE)
+        workers.send(MADE)
     except (EOFError, OSError):
         end_pool()
         raise RuntimeError("a rank of the grader could not make the module.") from None
@@ -63,12 +58,12 @@ def on_ranks(code: ModuleType, function: Callable, *arguments: Any) -> list[Any]
     for rank, connection in enumerate(connections):
         try:
             if connection.poll(max(0.0, deadline - time.monotonic())):
-                results.append(pickle.loads(connection.recv_bytes()))
+                results.append(pickle.loads(connection.recv()))
             else:
                 results.append(Problem(f"rank {rank} did not come to an end.", False))
         except (EOFError, OSError):
             results.append(Problem(f"rank {rank}'s process broke off: {SHAPES}", False))
-    problems = [each for each in results if isinstance(each, Problem)]
+    problems = [result for result in results if isinstance(result, Problem)]
     if problems:
         end_pool()
         problems.sort(key=lambda problem: problem.is_consequence)
@@ -84,69 +79,42 @@ class Problem:
 
 
 @functools.cache
-def pool() -> list[Connection]:
-    """The sockets to the two ranks, which are started for it."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    key = secrets.token_hex(16)
-    with Listener(("127.0.0.1", 0), backlog=NUM_RANKS, authkey=bytes.fromhex(key)) as listener:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", "from common.grading.ranks import serve; serve()"],
-                stdin=subprocess.PIPE,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(ROOT),
-                    "OMP_NUM_THREADS": "1",
-                    "RANK_POOL": f"{rank} {store.port} {listener.address[1]} {key}",
-                },
-            )
-            for rank in range(NUM_RANKS)
-        ]
-        pool.processes, pool.store = processes, store  # the ranks need the store until they have met
-        atexit.register(end_pool)
-        while not store.check([f"joined/{rank}" for rank in range(NUM_RANKS)]):
-            if any(process.poll() is not None for process in processes):
-                raise RuntimeError("a rank of the grader has ended before it joined.")
-            time.sleep(0.01)
-        connections = [listener.accept() for _ in range(NUM_RANKS)]
-    by_rank = {connection.recv(): connection for connection in connections}
-    return [by_rank[rank] for rank in range(NUM_RANKS)]
+def pool() -> tuple[Workers, dist.Store]:
+    """The two processes, which are started for it, and the store in which they meet. This process is no rank of theirs:
+    the workers 1 and 2 are the ranks 0 and 1.
+    """
+    workers = Workers(range(1, NUM_RANKS + 1))
+    store, _ = meet_workers(workers, "common.grading.ranks:serve")
+    return workers, store
 
 
 def end_pool() -> None:
-    for process in getattr(pool, "processes", ()):
-        process.kill()
-        process.wait()
-    pool.processes, pool.store = [], None
-    pool.cache_clear()
+    """End both processes, if they were started. The next check gets new ones."""
+    if pool.cache_info().currsize:
+        pool()[0].kill("a check has failed")
+        pool.cache_clear()
 
 
 def serve() -> None:
-    """A rank's life: take a call, make it, send back what came of it."""
-    from common.lifeline import hold
-
-    hold()
+    """What each of the two processes does: take a call, make it, send back its result."""
     torch.set_num_threads(1)
-    rank, store_port, port, key = os.environ["RANK_POOL"].split()
-    store = dist.TCPStore("127.0.0.1", int(store_port), is_master=False)
-    store.set(f"joined/{rank}", "")
-    connection = Client(("127.0.0.1", int(port)), authkey=bytes.fromhex(key))
-    connection.send(int(rank))
-    timeout = datetime.timedelta(seconds=TIMEOUT)
-    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=NUM_RANKS, timeout=timeout)
-    while True:
-        recipe, checks, function, arguments = pickle.loads(connection.recv_bytes())
+    commands, store, number = report_for_work()
+    rank, timeout = number - 1, datetime.timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=timeout)
+    while (received := commands.receive()) is not None:
+        recipe, checks, function, arguments = pickle.loads(received)
         code = module(recipe)
         call = getattr(checks_module(checks), function)
-        connection.send_bytes(MADE)
-        connection.recv_bytes()
-        group = code.Group(int(rank), range(NUM_RANKS))
+        commands.send(MADE)
+        commands.receive()
+        group = code.Group(rank, range(NUM_RANKS))
         torch.manual_seed(0)
         try:
             result = call(code, group, *arguments)
         except BaseException as error:
-            result = problem(error, int(rank), Path(code.__file__))
-        connection.send_bytes(pickle.dumps(result))
+            result = problem(error, rank, Path(code.__file__))
+        commands.send(pickle.dumps(result))  # as bytes: torch would send tensors through shared memory
+    commands.exit()
 
 
 @functools.lru_cache(maxsize=16)
@@ -169,8 +137,9 @@ def problem(error: BaseException, rank: int, file: Path) -> Problem:
         return Problem(f"rank {rank}: {error.sentence}", False)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) == file]
-    where = f" at {file.name}:{own[-1].lineno}: `{own[-1].line}`" if own else ""
-    if any(Path(dist.__file__).parent in Path(frame.filename).parents for frame in frames):
+    frame = own[-1] if own else frame_outside_torch(frames)
+    where = f" at {Path(frame.filename).name}:{frame.lineno}: `{frame.line}`"
+    if is_consequence(error):
         return Problem(
             f"rank {rank} waited{where} for the other rank, in vain. Do all ranks make the same calls, in the same "
             "order, with tensors of the same shape?",

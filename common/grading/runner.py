@@ -9,15 +9,12 @@ This process imports no torch: it answers at once, and nothing that a student's 
 from __future__ import annotations
 
 import ast
-import multiprocessing
-import os
+import contextlib
 import re
 import secrets
-import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from common.course import CourseError, Lesson, shown, unfinished
@@ -25,6 +22,7 @@ from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.course.modules import Waits, listed, still_to_do_below
 from common.grading.results import Result, fingerprint, keep, look_first
 from common.grading.wire import MAX_EVENT, opened
+from common.workers import call, kill
 
 START_SECONDS = 120.0
 """How long a worker may take to import torch and collect the checks."""
@@ -196,47 +194,19 @@ class Worker:
     """By how much the checks' limits of time are stretched."""
 
     def __init__(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes):
-        self.process, self.connection = begin(launch, lesson, file, ids, show_prints, key)
+        self.process, self.connection = call("common.grading.worker:work", lesson, file, ids, show_prints, key)
 
     def how_it_ended(self) -> str:
         """In words, when it has hung up. A student's code may have closed the connection and gone on."""
-        self.process.join(timeout=5)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
         self.close()
-        code = self.process.exitcode
+        code = self.process.returncode
         return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 
     def close(self) -> None:
         """End the process and whatever it started."""
-        if self.process.exitcode is None:
-            end(self.process)
-
-
-def begin(target: Callable[..., None], *arguments) -> tuple[BaseProcess, Connection]:
-    """Start a process that calls target(connection, *arguments). Returns it, and this end of the connection."""
-    context = multiprocessing.get_context("spawn")
-    connection, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-    process.start()
-    theirs.close()
-    return process, connection
-
-
-def end(process: BaseProcess) -> None:
-    """Kill a process, and its group, which is what it has started."""
-    if hasattr(os, "killpg"):
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # not the leader of its group yet
-    process.kill()
-    process.join()
-
-
-def launch(*arguments) -> None:
-    """In the new process: only there is torch imported."""
-    from common.grading.worker import work
-
-    work(*arguments)
+        kill(self.process)
 
 
 def fail(

@@ -8,7 +8,6 @@ OUT/exercises.csv for a spreadsheet, and for each student a page to hand back an
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
@@ -21,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -35,6 +35,7 @@ from common.grading.runner import grade
 from common.instructor import report, sandbox
 from common.instructor.report import Graded
 from common.instructor.submissions import Submission, find_submissions, plain
+from common.options import jobs, option
 
 COPIED = ("common", "solutions", *(lesson.folder.name for lesson in MODULES), "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.ipynb", "figures", "*.md", ".*", "book")
@@ -171,28 +172,21 @@ def points_of(lesson: Lesson) -> dict[str, int]:
     return points
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common grade", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--submissions", default=os.environ.get("SUBMISSIONS"), metavar="FOLDER")
-    parser.add_argument("--out", default=os.environ.get("OUT") or "grades", metavar="FOLDER")
-    parser.add_argument("--lessons", default=os.environ.get("LESSONS", ""), metavar="0-3", help="only these")
-    parser.add_argument("--jobs", type=int, default=int(os.environ.get("JOBS") or os.cpu_count() or 1))
-    arguments = parser.parse_args(argv)
-    console = Console(highlight=False, soft_wrap=True)
-    try:
-        if not arguments.submissions:
-            raise CourseError("Say where the submissions are: make grade SUBMISSIONS=folder OUT=grades")
-        course.activate("")
-        chosen = {each.number for each in course.parse_mine(arguments.lessons, "LESSONS")}
-        lessons = [each for each in MODULES if each.number in chosen or not chosen]
-        for each in lessons:
-            check_solution(each)
-        submissions, ignored = find_submissions(Path(arguments.submissions))
-        room = Classroom(submissions, lessons, Path(arguments.out).resolve())
-        return grade_all(room, ignored, arguments.jobs, console)
-    except CourseError as error:
-        console.print(Text(str(error), "red"))
-        return 2
+@click.command()
+@option("--submissions", "SUBMISSIONS", required=True, metavar="FOLDER", help="what the students have handed in")
+@option("--out", "OUT", default="grades", metavar="FOLDER", help="where the grades go")
+@option("--lessons", "LESSONS", default="", metavar="0-3", help="only these; default: all")
+@jobs
+def grade_class(submissions: str, out: str, lessons: str, jobs: int) -> int:
+    """Grade what a class has handed in, and write a report for each student and for the class."""
+    course.activate("")
+    chosen = {each.number for each in course.parse_mine(lessons, "LESSONS")}
+    modules = [each for each in MODULES if each.number in chosen or not chosen]
+    for each in modules:
+        check_solution(each)
+    found, ignored = find_submissions(Path(submissions))
+    room = Classroom(found, modules, Path(out).resolve())
+    return grade_all(room, ignored, jobs, Console(highlight=False, soft_wrap=True))
 
 
 def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) -> int:

@@ -13,14 +13,13 @@ What git tracks is copied, as it lies here. This keeps no secrets: the course is
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+
+import click
 
 from common.course import (
     LESSONS,
@@ -35,6 +34,7 @@ from common.course import (
 )
 from common.course.exercises import exercises_of
 from common.course.modules import named
+from common.options import force, option
 
 GUIDE = "common/instructor/README.md#withholding-solutions"
 NOTE = """
@@ -119,34 +119,25 @@ def check_out(out: Path, force: bool) -> None:
         )
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common release", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--lessons", default=os.environ.get("LESSONS", ""), metavar="0-3", help="whose solutions stay here; none: all"
-    )
-    parser.add_argument("--out", default=os.environ.get("OUT", ""), metavar="FOLDER", help="where the copy goes")
-    parser.add_argument("--force", action="store_true", default=os.environ.get("FORCE", "") not in ("", "0"))
-    arguments = parser.parse_args(argv)
-    try:
-        if not arguments.out:
-            raise CourseError("Where to? OUT=../class names the folder for the copy.")
-        out = Path(arguments.out).expanduser().resolve()
-        lessons = parse_mine(arguments.lessons, "LESSONS") or list(LESSONS)
-        check_out(out, arguments.force)
-        size = release(lessons, out)
-    except CourseError as error:
-        print(error, file=sys.stderr)
-        return 2
-    answers = sum(len(exercises_of(module)) for each in lessons for module in modules_of(each.number))
+@click.command()
+@option("--lessons", "LESSONS", default="", metavar="0-3", help="whose solutions stay here; default: all")
+@option("--out", "OUT", required=True, metavar="FOLDER", help="where the copy goes, such as ../class")
+@force("also into a folder that is not empty")
+def release_course(lessons: str, out: str, force: bool) -> None:
+    """Make a copy of the course for a class, without the solutions of some lessons, or of all."""
+    folder = Path(out).expanduser().resolve()
+    withheld = parse_mine(lessons, "LESSONS") or list(LESSONS)
+    check_out(folder, force)
+    size = release(withheld, folder)
+    answers = sum(len(exercises_of(module)) for each in withheld for module in modules_of(each.number))
     print(
-        f"{arguments.out}: the course, {size / 1e6:.1f} MB, with every exercise to do.\n"
-        f"Withheld: the {answers} answers of {named(lessons)}, and all that the "
+        f"{out}: the course, {size / 1e6:.1f} MB, with every exercise to do.\n"
+        f"Withheld: the {answers} answers of {named(withheld)}, and all that the "
         "catalogue of answers says of them.\n"
         "Left out as well: the instructor's guide, the course's own tests, and its history.\n\n"
         f"Next: look around in it, make it a repository, and push that to your class:\n"
-        f"    cd {arguments.out} && make progress\n"
+        f"    cd {out} && make progress\n"
         "    git init && git add . && git commit -m 'The course'\n\n"
         "This keeps nothing secret that is public elsewhere, and the course is. What it is good for, and how a\n"
         f"withheld lesson is graded: {GUIDE}"
     )
-    return 0

@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from common.course import Lesson
+from common.workers import kill
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 SETTINGS = (
@@ -65,8 +65,9 @@ def walls() -> str:
         return "Each submission runs in a bubblewrap sandbox: no network, a file system of its own, its own processes."
     why = "bubblewrap may not make namespaces here" if shutil.which("bwrap") else "there is no bubblewrap"
     return (
-        f"NO SANDBOX ({why}): time, memory, processes and files are limited, but a submission could read and write "
-        "what you can. On Linux: sudo apt install bubblewrap. Elsewhere, grade in a virtual machine or a container."
+        f"NO SANDBOX ({why}): time and memory are limited, but a submission could read and write what you can, and "
+        "leave processes behind. On Linux: sudo apt install bubblewrap. Elsewhere, grade in a virtual machine or "
+        "a container."
     )
 
 
@@ -167,16 +168,12 @@ class SandboxedWorker:
             family = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             family = []
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        kill(self.process)
         for each in family:
             try:
                 each.kill()
             except psutil.NoSuchProcess:
                 pass
-        self.process.wait()
 
     def how_it_ended(self) -> str:
         try:

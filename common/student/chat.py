@@ -6,20 +6,23 @@ the model, the cache, the scheduler and the engine are the student's own.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import click
+
 from common.checkpoints import CheckpointError
+from common.config import EngineConfig
 from common.course import CourseError, activate, files_used, substitutes
 from common.course.modules import UnfinishedModule, listed
+from common.options import ENGINE_FIELDS, engine_options, mine, number, option, threads
 
-DEFAULT_MODEL = "smollm2-135m"
 HELP = """\
 /reset         forget the conversation
 /system TEXT   tell the model who it is, and start again; without TEXT: show what it was told
@@ -27,7 +30,7 @@ HELP = """\
 /quit          leave; so does Ctrl-D. Ctrl-C stops an answer."""
 
 
-class OptionError(ValueError):
+class OptionError(CourseError):
     """A wrong option or prompt; the text says what to change."""
 
 
@@ -220,7 +223,7 @@ def write(piece: str) -> None:
     sys.stdout.flush()
 
 
-def run(talker: Talker, prompt: str) -> int:
+def answer(talker: Talker, prompt: str) -> int:
     """One prompt, its answer as it comes."""
     if not prompt.strip():
         raise OptionError("The prompt is empty.")
@@ -236,7 +239,7 @@ def run(talker: Talker, prompt: str) -> int:
     return 130 if reply.finish_reason == "interrupted" else 0
 
 
-def chat(talker: Talker, system: str = "") -> int:
+def converse(talker: Talker, system: str = "") -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (importing it gives `input` line editing and history)
     story = None if talker.has_template else Story(talker)
@@ -291,62 +294,15 @@ def take_turn(talker: Talker, conversation: Conversation | Story, line: str) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Options
+# The commands
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def options(argv: list[str]) -> argparse.Namespace:
-    """Flags, and for what is not given, the variables as `make` passes them."""
-    command, *rest = argv
-    variable = os.environ.get
-    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=variable("MODEL") or DEFAULT_MODEL, help="a name, a folder, a .gguf file")
-    if command == "run":
-        parser.add_argument("--prompt", default=variable("PROMPT") or None)
-    else:
-        parser.add_argument("--system", default="", help="who the model is told to be")
-    length, temperature, top_p = (96, 0.0, 1.0) if command == "run" else (256, 0.6, 0.9)
-    parser.add_argument("--max-tokens", type=int, default=length, help=f"of an answer; default {length}")
-    parser.add_argument("--temperature", type=float, default=temperature, help=f"default {temperature}")
-    parser.add_argument("--top-p", type=float, default=top_p, help=f"default {top_p}")
-    parser.add_argument("--seed", type=int, default=None, help="the same seed, the same answers")
-    for flag, kind, what in (
-        ("--num-blocks", int, "of the cache, each for 16 tokens; default: what fits into 1 GiB"),
-        ("--max-batched-tokens", int, "computed in one step; default 256"),
-        ("--policy", str, "fcfs, priority or fair"),
-        ("--preemption", str, "recompute or swap"),
-    ):
-        parser.add_argument(flag, type=kind, default=None, help=what)
-    for flag, name, what in (
-        ("--tensor-parallel", "TP", "processes that share every layer"),
-        ("--pipeline-parallel", "PP", "stages of layers, each with processes of its own"),
-    ):
-        parser.add_argument(flag, type=int, default=variable(name) or None, help=f"{what}; default 1")
-    parser.add_argument(
-        "--quantization", default=variable("QUANT") or None, metavar="KIND", help="int8, w8a8 or int4; default: none"
-    )
-    parser.add_argument("--group-size", type=int, default=variable("GROUP") or None, help="of int4; default 64")
-    parser.add_argument("--kv-cache-dtype", default=variable("KV") or None, metavar="KIND", help="int8; default: auto")
-    parser.add_argument(
-        "--offload", type=int, default=variable("OFFLOAD") or None, metavar="MB", help="of weights that stay in memory"
-    )
-    parser.add_argument(
-        "--speculative", default=variable("SPEC") or None, metavar="WHO", help="draft tokens: ngram, or a draft model"
-    )
-    parser.add_argument(
-        "--num-speculative-tokens", type=int, default=None, help="draft tokens in a step at most; default 8"
-    )
-    parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-2", help="use your modules of these")
-    parser.add_argument("--threads", default=variable("THREADS") or "", help="CPU threads; default: torch's choice")
-    parser.add_argument("--verbose", action="store_true", default=variable("VERBOSE", "") not in ("", "0"))
-    return parser.parse_args(rest)
-
-
-LESSON_5 = ("num_blocks", "max_num_batched_tokens", "scheduling_policy", "preemption")
+LESSON_5 = ("model", "num_blocks", "max_num_batched_tokens", "scheduling_policy", "preemption")
 """Options that an engine of lesson 5 has, too."""
 
 
-def make_engine(name: str, options: dict) -> Any:
+def make_engine(options: dict) -> Any:
     """The assembled engine; lesson 5's, in a copy of the course in which lesson 8 is withheld and not finished yet.
 
     options: those that were given. Raises OptionError if one of them needs a later lesson that waits.
@@ -359,13 +315,13 @@ def make_engine(name: str, options: dict) -> Any:
         print(quiet(f"Lesson 5's engine answers; parallelism, quantization and speculation wait. {error}"))
         from solutions.batching import load_engine
 
-        return load_engine(name, **options)
-    return InferenceEngine(name, **options)
+        return load_engine(options.pop("model", EngineConfig.model), **options)
+    return InferenceEngine(**options)
 
 
-def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
-    """A talker, and the engine behind it."""
-    activate(settings.mine)  # before anything of `solutions` is imported: it decides which files that means
+def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -> tuple[Talker, Any]:
+    """A talker, and the engine behind it. options: EngineConfig's; sampling: SamplingParams'."""
+    activate(mine)  # before anything of `solutions` is imported: it decides which files that means
     if substitutes() and not os.environ.get("KERNELS"):
         os.environ["KERNELS"] = "plain"  # so that the student's code is what runs
     import torch
@@ -376,32 +332,18 @@ def load_talker(settings: argparse.Namespace) -> tuple[Talker, Any]:
         from solutions.parallelism import serve_as_worker
 
         serve_as_worker()
-    if settings.threads:
-        if not settings.threads.isdigit() or settings.threads == "0":
-            raise OptionError(f"THREADS is {settings.threads!r}; it must be a whole number of at least 1.")
-        torch.set_num_threads(int(settings.threads))
+    if threads:
+        torch.set_num_threads(threads)
     try:
-        params = SamplingParams(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-            max_tokens=settings.max_tokens,
-        )
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    names = dict(num_blocks="num_blocks", max_batched_tokens="max_num_batched_tokens", policy="scheduling_policy")
-    later = ("preemption", "tensor_parallel", "pipeline_parallel", "quantization", "group_size", "kv_cache_dtype")
-    names |= {name: name for name in (*later, "speculative", "num_speculative_tokens")}
-    options = {name: getattr(settings, flag) for flag, name in names.items() if getattr(settings, flag) is not None}
-    if settings.offload is not None:
-        options["offload"] = settings.offload * 10**6
-    try:
-        engine = make_engine(settings.model, options)
+        params = SamplingParams(**sampling)
+        EngineConfig(**options)
+        chosen = {name: options[name] for name, each in ENGINE_FIELDS.items() if options[name] != each.default}
+        engine = make_engine(chosen)
     except CheckpointError:
         raise
     except ValueError as error:
         raise OptionError(str(error)) from None
-    return Talker(settings.model, engine.config.model_config, engine.tokenizer, answer_with(engine), params), engine
+    return Talker(options["model"], engine.config.model_config, engine.tokenizer, answer_with(engine), params), engine
 
 
 def run_many(talker: Talker, engine) -> int:
@@ -417,26 +359,62 @@ def run_many(talker: Talker, engine) -> int:
         raise OptionError(str(error)) from None
 
 
-def main(argv: list[str]) -> int:
-    settings = options(argv)
+def speaker(length: int, temperature: float, top_p: float) -> Callable:
+    """The options of a command in which a model speaks, with these defaults for sampling."""
+
+    def decorate(function: Callable) -> Callable:
+        for each in (
+            option("--verbose", "VERBOSE", is_flag=True, help="show the traceback of an error"),
+            threads,
+            engine_options,
+            mine(),
+            click.option("--seed", type=int, help="the same seed, the same answers"),
+            click.option("--top-p", type=float, default=top_p),
+            click.option("--temperature", type=float, default=temperature),
+            click.option("--max-tokens", type=number(), default=length, help="of an answer"),
+        ):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+@click.command("run")
+@option("--prompt", "PROMPT", help="what is asked; default: eight prompts at once")
+@speaker(length=96, temperature=0.0, top_p=1.0)
+def run_command(prompt: str | None, **settings) -> int:
+    """The engine answers: eight prompts at once, or the one that is given."""
+    return speak(settings, run_many if prompt is None else lambda talker, engine: answer(talker, prompt))
+
+
+@click.command("chat")
+@click.option("--system", default="", help="who the model is told to be")
+@speaker(length=256, temperature=0.6, top_p=0.9)
+def chat_command(system: str, **settings) -> int:
+    """A conversation with a model."""
+    return speak(settings, lambda talker, engine: converse(talker, system))
+
+
+def speak(settings: dict[str, Any], act: Callable[[Talker, Any], int]) -> int:
+    """Load what the settings ask for, and let it act."""
     for stream in (sys.stdin, sys.stdout):  # the model speaks all of Unicode, whatever the terminal was set to
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    sampling = {name: settings.pop(name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+    rest = {name: settings.pop(name) for name in ("mine", "threads")}
+    is_verbose = settings.pop("verbose")
     try:
-        talker, engine = load_talker(settings)
+        talker, engine = load_talker(settings, sampling, **rest)
         with engine:
-            if argv[0] == "chat":
-                return chat(talker, settings.system)
-            return run_many(talker, engine) if settings.prompt is None else run(talker, settings.prompt)
-    except (CheckpointError, CourseError, OptionError) as error:
-        if settings.verbose:
-            raise
-        print(error, file=sys.stderr)
-        return 2
+            return act(talker, engine)
+    except (CheckpointError, CourseError):
+        if is_verbose:
+            traceback.print_exc()
+        raise
     except RuntimeError as error:
         from solutions.parallelism import WorkerError
 
-        if settings.verbose or not isinstance(error, WorkerError):
+        if is_verbose or not isinstance(error, WorkerError):
             raise
         print(error, file=sys.stderr)
         return 1

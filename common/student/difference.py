@@ -5,22 +5,22 @@ Without their docstrings and the comments that set the task; what is left is wha
 
 from __future__ import annotations
 
-import argparse
 import ast
-import os
 import textwrap
 
+import click
 from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from common import course
-from common.course import CourseError, Lesson, shown
+from common.course import Lesson, shown
 from common.course.exercises import Exercise, exercises_of, find_exercise, walk_functions
 from common.course.modules import check_solution, listed
 from common.grading.results import Result, kept
 from common.grading.runner import grade, grade_and_keep, read_source
+from common.options import exercise_id, force, lesson_number
 from common.student.grade import console
 
 SIDE_BY_SIDE = 100
@@ -108,22 +108,23 @@ def difference(chosen: list[tuple[Lesson, list[Exercise]]], force: bool) -> None
         )
 
 
-def main(argv: list[str]) -> int:
-    command, *rest = argv
-    parser = argparse.ArgumentParser(prog=f"python -m common {command}", description=__doc__.partition("\n")[0])
-    parser.add_argument("which", metavar="N" if command == "diff-lesson" else "N.M")
-    forced = os.environ.get("FORCE", "") not in ("", "0")
-    parser.add_argument("--force", action="store_true", default=forced, help="also what has not passed")
-    arguments = parser.parse_args(rest)
-    try:
-        course.activate("")
-        if command == "diff-lesson":
-            chosen = [(lesson, exercises_of(lesson)) for lesson in course.modules_of(arguments.which)]
-        else:
-            lesson, exercise = find_exercise(arguments.which)
-            chosen = [(lesson, [exercise])]
-        difference(chosen, arguments.force)
-    except CourseError as error:
-        console.print(Text(str(error), "red"))
-        return 2
-    return 0
+even_wrong = force("also where yours has not passed yet")
+
+
+@click.command()
+@lesson_number
+@even_wrong
+def diff_lesson(lesson_number: int, force: bool) -> None:
+    """Show your answers beside the reference's, where yours have passed."""
+    course.activate("")
+    difference([(lesson, exercises_of(lesson)) for lesson in course.modules_of(lesson_number)], force)
+
+
+@click.command()
+@exercise_id
+@even_wrong
+def diff_exercise(exercise_id: str, force: bool) -> None:
+    """Show your answer to one exercise beside the reference's, if yours has passed."""
+    course.activate("")
+    lesson, exercise = find_exercise(exercise_id)
+    difference([(lesson, [exercise])], force)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.padding import Padding
@@ -18,6 +18,7 @@ from common.course.exercises import TOGETHER, find_exercise, read_hints
 from common.course.modules import Waits, check_solution
 from common.grading.results import Result, kept, next_step
 from common.grading.runner import grade, grade_and_keep
+from common.options import exercise_id, lesson_number, mine, number, option
 from common.student import update
 from common.student.board import Standing, draw
 
@@ -29,50 +30,60 @@ console = Console(highlight=False, soft_wrap=True)
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def test_lesson(arguments: argparse.Namespace) -> int:
+def of_subject(function: Callable) -> Callable:
+    """The options that say which file is graded, and on top of what."""
+    for decorate in (
+        option("--verbose", "VERBOSE", is_flag=True, help="show tracebacks"),
+        mine(),
+        option("--file", "FILE", metavar="FILE", help="grade this file"),
+        option("--solution", "SOLUTION", is_flag=True, help="grade the reference"),
+    ):
+        function = decorate(function)
+    return function
+
+
+@click.command()
+@lesson_number
+@of_subject
+def test_lesson(lesson_number: int, solution: bool, file: str | None, mine: str, verbose: bool) -> int:
     """Grade a lesson and report each exercise as it is decided."""
-    modules, results = course.modules_of(arguments.which), []
-    if arguments.file:
-        modules = [each for each in modules if each.module.name == Path(arguments.file).name] or modules[:1]
-    course.activate(arguments.mine)
+    modules, results = course.modules_of(lesson_number), []
+    if file:
+        modules = [each for each in modules if each.module.name == Path(file).name] or modules[:1]
+    course.activate(mine)
     for lesson in modules:
-        results += grade_module(lesson, arguments)
+        chosen = file_to_grade(lesson, solution, file)
+        heading(lesson, chosen)
+        results += grade_and_keep(lesson, chosen, on_result=partial(report, lesson, chosen, verbose=verbose))
     return conclude(modules[0], results)
 
 
-def grade_module(lesson: Lesson, arguments: argparse.Namespace) -> list[Result]:
-    file = file_to_grade(lesson, arguments)
-    heading(lesson, file)
-    return grade_and_keep(lesson, file, on_result=lambda result: report(lesson, file, result, arguments.verbose))
-
-
-def test_exercise(arguments: argparse.Namespace) -> int:
-    """Grade one exercise, with what it prints; with PDB=1 the debugger stops in it."""
-    lesson, exercise = find_exercise(arguments.which)
-    file = file_to_grade(lesson, arguments)
-    heading(lesson, file)
-    if arguments.pdb:
+@click.command()
+@exercise_id
+@of_subject
+@option("--pdb", "PDB", is_flag=True, help="stop in it, in the debugger")
+def test_exercise(exercise_id: str, solution: bool, file: str | None, mine: str, verbose: bool, pdb: bool) -> int:
+    """Grade one exercise, and show what it prints."""
+    lesson, exercise = find_exercise(exercise_id)
+    course.activate(mine)
+    chosen = file_to_grade(lesson, solution, file)
+    heading(lesson, chosen)
+    if pdb:
         from common.student.debug import debug
 
-        return debug(lesson, file, exercise)
-    results = grade(
-        lesson,
-        file,
-        only=[exercise.id],
-        on_result=lambda result: report(lesson, file, result, arguments.verbose),
-        show_prints=True,
-    )
+        return debug(lesson, chosen, exercise)
+    show = partial(report, lesson, chosen, verbose=verbose)
+    results = grade(lesson, chosen, only=[exercise.id], on_result=show, show_prints=True)
     return int(results[0].status != "passed")
 
 
-def file_to_grade(lesson: Lesson, arguments: argparse.Namespace) -> Path:
+def file_to_grade(lesson: Lesson, solution: bool, file: str | None) -> Path:
     """The student's file, the reference (SOLUTION=1) or any other (FILE=...)."""
-    course.activate(arguments.mine)
-    if arguments.file:
-        return Path(arguments.file).resolve()
-    if arguments.solution:
+    if file:
+        return Path(file).resolve()
+    if solution:
         check_solution(lesson)
-    return lesson.solution if arguments.solution else lesson.module
+    return lesson.solution if solution else lesson.module
 
 
 def heading(lesson: Lesson, file: Path) -> None:
@@ -150,11 +161,13 @@ def congratulate(lesson: Lesson) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def hint(arguments: argparse.Namespace) -> int:
+@click.command()
+@exercise_id
+@option("--level", "LEVEL", type=number(), default=1, help="1, 2 or 3: each says more")
+def hint(exercise_id: str, level: int) -> int:
     """Show one of an exercise's three hints: a question, then what must hold, then nearly the code."""
-    lesson, exercise = find_exercise(arguments.which)
+    lesson, exercise = find_exercise(exercise_id)
     hints = read_hints(lesson)[exercise.id]
-    level = arguments.level
     if not 1 <= level <= len(hints):
         raise CourseError(f"LEVEL={level}: {exercise.id} has the hints 1 to {len(hints)}.")
     console.print(f"[bold]{exercise.id} {exercise.function}[/], hint {level} of {len(hints)}\n")
@@ -169,9 +182,11 @@ def hint(arguments: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def progress(arguments: argparse.Namespace) -> int:
+@click.command()
+@mine()
+def progress(mine: str) -> int:
     """Draw the board of all lessons, grading again whatever has changed since it was graded last."""
-    course.activate(arguments.mine)
+    course.activate(mine)
     standings = []
     for lesson in LESSONS:
         with console.status(f"grading lesson {lesson.number} ..."):
@@ -195,58 +210,13 @@ def standing(lesson: Lesson) -> Standing:
     return Standing(lesson, results)
 
 
-def reset_lesson(arguments: argparse.Namespace) -> int:
+@click.command()
+@lesson_number
+def reset_lesson(lesson_number: int) -> int:
     """Start a lesson's file afresh, and keep what was there."""
-    for lesson in course.modules_of(arguments.which):
+    for lesson in course.modules_of(lesson_number):
         backup = skeleton.reset(lesson)
         console.print(f"{shown(lesson.module)} is the empty skeleton again.")
         if backup:
             console.print(f"What was in it is kept in {shown(backup)}.")
     return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-
-COMMANDS = {
-    "test-lesson": (test_lesson, "N"),
-    "test-exercise": (test_exercise, "N.M"),
-    "hint": (hint, "N.M"),
-    "progress": (progress, None),
-    "reset-lesson": (reset_lesson, "N"),
-}
-
-
-def main(argv: list[str]) -> int:
-    """argv[0] is the command. Options may also come from the environment, as `make` passes its variables."""
-    command, which = COMMANDS[argv[0]]
-
-    def setting(name: str) -> bool:
-        return os.environ.get(name, "") not in ("", "0")
-
-    parser = argparse.ArgumentParser(prog=f"python -m common {argv[0]}", description=command.__doc__)
-    if which:
-        parser.add_argument("which", metavar=which)
-    if argv[0] in ("test-lesson", "test-exercise"):
-        parser.add_argument("--solution", action="store_true", default=setting("SOLUTION"), help="grade the reference")
-        parser.add_argument("--file", default=os.environ.get("FILE"), help="grade this file")
-        parser.add_argument("--verbose", action="store_true", default=setting("VERBOSE"), help="show tracebacks")
-    if argv[0] == "test-exercise":
-        parser.add_argument("--pdb", action="store_true", default=setting("PDB"), help="stop in it, in the debugger")
-    if argv[0] in ("test-lesson", "test-exercise", "progress"):
-        parser.add_argument(
-            "--mine", default=os.environ.get("MINE", ""), metavar="0-2", help="whose earlier lessons: yours for these"
-        )
-    if argv[0] == "hint":
-        parser.add_argument("--level", type=int, default=int(os.environ.get("LEVEL") or 1), help="1, 2 or 3")
-    try:
-        return command(parser.parse_args(argv[1:]))
-    except CourseError as error:
-        console.print(Text(str(error), "red"))
-        return 2
-    except KeyboardInterrupt:
-        console.print("\nStopped.")
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

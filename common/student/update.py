@@ -3,16 +3,15 @@
     make update                    from where this clone came from, by git
     make update FROM=course.zip    from a downloaded version: a zip, a tar or a folder
 
-The new version is fetched or unpacked beside this one, and all that is to change is worked out before anything does:
-`carry` puts the student's answers into the new skeletons, and `git merge-file` merges other files that the student has
-edited. What the student has is copied to .course/backups; then files change, and if that fails, all are put back.
+The new version is fetched or unpacked beside this one. `carry` puts the student's answers into the new skeletons, and
+`git merge-file` merges other files that the student has edited. Only then do files change: what the student has is
+copied to .course/backups first, and if a file cannot be written, all are put back.
 
 Standard library only, so that it works in whatever state the course's packages are.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -126,7 +125,10 @@ def with_line_ends(text: str, present: bytes | None) -> bytes:
 
 
 def merge_others(version: Version, contents: dict[str, bytes | None]) -> list[str]:
-    """Put what the student has edited outside the lessons' modules into the new version's files. Returns remarks."""
+    """Put what the student has edited outside the lessons' modules into the new version's files.
+
+    Returns a sentence for each file in which the course's lines have replaced the student's.
+    """
     remarks = []
     for path, base in version.edited.items():
         mine, theirs = read(path), contents.get(path)
@@ -379,12 +381,9 @@ def report(
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common update", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--from", dest="source", default=os.environ.get("FROM", ""), metavar="DOWNLOAD", help="a zip, a tar or a folder"
-    )
+    """`python -m common update [DOWNLOAD]`; `make` passes the download, a zip, a tar or a folder, as FROM."""
     try:
-        update(parser.parse_args(argv).source)
+        update(argv[0] if argv else os.environ.get("FROM", ""))
     except CourseError as error:
         print(error, file=sys.stderr)
         return 2

@@ -6,23 +6,24 @@ where anything else differs. While the student thinks, the next worker already i
 
 from __future__ import annotations
 
-import argparse
 import ast
-import os
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import click
 from rich.text import Text
 
 from common import course
 from common.course import CourseError, Lesson, shown
 from common.course.exercises import TOGETHER, exercises_of, walk_functions
 from common.grading.results import Result, kept, next_step
-from common.grading.runner import Worker, begin, grade, grade_and_keep, read_source, todo_lines
+from common.grading.runner import Worker, grade, grade_and_keep, read_source, todo_lines
+from common.options import lesson_number, mine
 from common.student.board import SIGNS, bar, score
 from common.student.grade import congratulate, console, heading, report
+from common.workers import call
 
 PAUSE = 0.2
 """Seconds between two looks at the files."""
@@ -62,6 +63,7 @@ def stamp(file: Path) -> tuple[int, int, int] | None:
     return state.st_mtime_ns, state.st_size, state.st_ino
 
 
+# watchfiles sees a save sooner, but none in a folder that a network or a virtual machine shares, unless it polls too.
 def saves(known: dict[Path, tuple[int, int, int] | None]) -> Iterator[Path]:
     """Each file that is no longer as it is known to be, for ever."""
     while True:
@@ -82,7 +84,7 @@ class Spare(Worker):
     """A worker that is started before it is known what it is to run, and can be given that once, as `Worker` is."""
 
     def __init__(self):
-        self.process, self.connection = begin(wait_for_work)
+        self.process, self.connection = call("common.student.watch:wait_for_work")
         self.is_used = False
 
     def __call__(self, *what) -> Worker:
@@ -191,19 +193,13 @@ class Watched:
             console.print(line)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common watch-lesson", description=__doc__.partition("\n")[0])
-    parser.add_argument("which", metavar="N")
-    parser.add_argument(
-        "--mine", default=os.environ.get("MINE", ""), metavar="0-2", help="whose earlier lessons: yours for these"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        course.activate(arguments.mine)
-        return watch([Watched(each) for each in course.modules_of(arguments.which)])
-    except CourseError as error:
-        console.print(Text(str(error), "red"))
-        return 2
+@click.command()
+@lesson_number
+@mine()
+def watch_lesson(lesson_number: int, mine: str) -> int:
+    """Grade a lesson's file again whenever it is saved, until Ctrl-C."""
+    course.activate(mine)
+    return watch([Watched(each) for each in course.modules_of(lesson_number)])
 
 
 def watch(modules: list[Watched]) -> int:

@@ -1,8 +1,7 @@
-"""The frame: `make`, `python -m common`, and the environment that installs itself. Nothing here touches the network."""
+"""The frame: the environment that installs itself, the tests of the tests. Nothing here touches the network."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -15,158 +14,12 @@ import matplotlib
 import nbformat
 import pytest
 
-from common import __main__ as commands
 from common import setup
-from common.authoring import checks, notebooks, remaining
-from common.bench import cli as bench
-from common.bench import plots, results, style
+from common.authoring import checks, clean, notebooks, remaining
+from common.bench import results, style
 from common.course import ROOT, Lesson
 from common.machine import interleaved_medians
-
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The Makefile and the table of commands
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def echo(tmp_path):
-    """The Makefile beside a `common` that prints, as JSON, what reaches it; returns what `make ...` printed."""
-    (tmp_path / "common").mkdir()
-    (tmp_path / "common" / "__init__.py").touch()
-    (tmp_path / "common" / "__main__.py").write_text(
-        "import json, os, sys\nprint(json.dumps({'argv': sys.argv[1:], **os.environ}))\n"
-    )
-    shutil.copy(ROOT / "Makefile", tmp_path)
-
-    def call(*arguments: str, **environment: str) -> dict:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
-        command = ["make", "-s", f"PYTHON={sys.executable}", *arguments]
-        result = subprocess.run(
-            command, cwd=tmp_path, env={**clean, **environment}, capture_output=True, text=True, check=True
-        )
-        return json.loads(result.stdout)
-
-    return call
-
-
-HOSTILE = """it's "so" $5 $(shell touch pwned) ${HOME} $$ `touch pwned` ; touch pwned & | > # \\ % * ~ é 🙂"""
-
-
-@needs_make
-def test_any_prompt_survives_make(echo, tmp_path):
-    for text in (HOSTILE, "--flag", "a=b", " spaces  inside ", "$"):
-        assert echo("run", f"PROMPT={text}")["PROMPT"].strip() == text.strip()
-        assert echo("run", PROMPT=text)["PROMPT"] == text  # PROMPT=... make run
-    assert not (tmp_path / "pwned").exists()
-
-
-@needs_make
-@pytest.mark.parametrize(
-    "target",
-    [
-        "test-1.4",
-        "test-2.13",
-        "test-lesson-2",
-        "hint-0.1",
-        "reset-lesson-0",
-        "test-all",
-        "test-notebooks",
-        "run",
-        "watch-lesson-1",
-        "diff-1.4",
-    ],
-)
-def test_targets_reach_the_command_as_they_were_typed(target, echo):
-    assert echo(target)["argv"] == [target]
-
-
-def test_a_reader_who_leaves_early_is_no_error():
-    """A pipe that nobody reads, as in `make help | head -0`."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "common", "help"]
-    result = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
-    os.close(writing)
-    assert result.stderr == ""
-
-
-@needs_make
-def test_make_alone_helps_and_a_file_of_a_target_s_name_does_not_hide_it(echo, tmp_path):
-    assert echo()["argv"] == ["help"]
-    for name in ("test", "run", "test-1.4"):
-        (tmp_path / name).touch()
-        assert echo(name)["argv"] == [name]
-
-
-def makefile_targets() -> set[str]:
-    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    plain = re.search(r"^TARGETS := (.*)$", text, re.MULTILINE)[1].split()
-    patterns = re.search(r"^(test-lesson-%.*): always$", text, re.MULTILINE)[1].split()
-    return {*plain, *patterns}
-
-
-def test_help_lists_every_target_once_and_make_has_every_command():
-    named = re.findall(r"^  (\S+)  +\S", commands.help_text(), re.MULTILINE)
-    assert len(named) == len(set(named))
-    assert {re.sub(r"-N(\.M)?$", "-%", name) for name in named} == makefile_targets()
-    wanted = """setup run chat test test-all test-lesson-N test-N.M hint-N.M progress reset-lesson-N skeletons notebooks
-        test-notebooks figures lint check bench book clean"""
-    assert set(wanted.split()) <= set(named)
-    assert all(len(line) <= 110 for line in commands.help_text().splitlines())
-
-
-def test_every_command_s_module_exists_and_has_a_main():
-    for command in commands.COMMANDS:
-        if command.module:
-            file = ROOT / (command.module.replace(".", "/") + ".py")
-            mains = [each for each in ast.parse(file.read_text()).body if getattr(each, "name", "") == "main"]
-            assert len(mains) == 1, command.module
-        for variable in command.variables.split():
-            assert re.search(rf"^VARIABLES := .*\b{variable}\b", (ROOT / "Makefile").read_text(), re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("typed", "command", "rest"),
-    [
-        ([], "help", []),
-        (["--help"], "help", []),
-        (["test-lesson", "2", "--solution"], "test-lesson", ["2", "--solution"]),
-        (["test-lesson-2", "--solution"], "test-lesson", ["2", "--solution"]),
-        (["test-1.14"], "test-exercise", ["1.14"]),
-        (["hint-1.4"], "hint", ["1.4"]),
-        (["diff-1.4"], "diff-exercise", ["1.4"]),
-        (["diff-lesson-1", "--force"], "diff-lesson", ["1", "--force"]),
-        (["watch-lesson-1"], "watch-lesson", ["1"]),
-        (["test-exercise", "--help"], "test-exercise", ["--help"]),
-        (["test"], "test", []),
-    ],
-)
-def test_both_spellings(typed, command, rest):
-    parsed, arguments = commands.parse(typed)
-    assert (parsed.name, arguments) == (command, rest)
-
-
-@pytest.mark.parametrize(
-    "typed", ["nonsense", "test-lesson", "test-lesson-1.2", "hint-1", "test-2", "test-x", "reset-lesson-"]
-)
-def test_a_wrong_target_is_refused_in_a_line(typed, capsys):
-    assert commands.main([typed]) == 2
-    error = capsys.readouterr().err
-    assert "make " in error and error.count("\n") == 1
-
-
-def test_the_front_runs_on_an_old_and_bare_python():
-    """No package, and no syntax newer than 3.8, so that a Python that is too old can be told so."""
-    for name in ("__init__", "__main__", "setup"):
-        ast.parse((ROOT / "common" / f"{name}.py").read_text(), feature_version=(3, 8))
-    result = subprocess.run([sys.executable, "-I", "-S", "-c", "0"], check=True)
-    command = [sys.executable, "-S", "-m", "common", "help"]  # -S: no site-packages
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "test-lesson-N" in result.stdout, result.stderr
-
+from common.tests.typed import typed
 
 # ---------------------------------------------------------------------------------------------------------------
 # The environment
@@ -431,9 +284,9 @@ def test_the_course_is_tested_whatever_the_environment_says(monkeypatch):
     monkeypatch.setattr(checks, "call", lambda *command, **environment: seen.update(environment) or 0)
     monkeypatch.setenv("MINE", "0-2")
     monkeypatch.setenv("COURSE_MODULES", "intro=/nowhere")
-    assert checks.main(["test"]) == 0
+    assert typed("test") == 0
     assert seen["MINE"] == seen["COURSE_MODULES"] == seen["SOLUTION"] == ""
-    assert checks.main(["test", "surplus"]) == 2
+    assert typed("test", "surplus") == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -519,7 +372,7 @@ def test_figures_are_the_same_bytes_for_the_same_data_and_others_for_other_data(
 
 def test_a_figure_without_its_measurement_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "read", lambda name: json.loads((tmp_path / f"{name}.json").read_text()))
-    assert plots.main(["roofline", "--out", str(tmp_path)]) == 1
+    assert typed("figures", "roofline", "--out", str(tmp_path)) == 1
     assert "make bench" in capsys.readouterr().out and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="drawn by roofline already"):
         style.figure("lesson-0-intro/figures/roofline.svg")(lambda: None)
@@ -527,7 +380,7 @@ def test_a_figure_without_its_measurement_says_so(tmp_path, monkeypatch, capsys)
 
 def test_a_quick_measurement_is_never_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COURSE_MODULES", "")
-    assert bench.main(["machine", "--quick", "--out", str(tmp_path)]) == 0
+    assert typed("bench", "machine", "--quick", "--out", str(tmp_path)) == 0
     assert not list(tmp_path.iterdir()) and "not kept" in capsys.readouterr().out
     results.save(tmp_path, "x", "the command", {"value": 1.5})
     kept = results.read("x", tmp_path)
@@ -553,8 +406,8 @@ def test_clean_keeps_what_is_dear(tmp_path, monkeypatch):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    monkeypatch.setattr(checks, "ROOT", tmp_path)
-    monkeypatch.setattr(checks, "LESSONS", ())
-    assert checks.main(["clean"]) == 0
+    monkeypatch.setattr(clean, "ROOT", tmp_path)
+    monkeypatch.setattr(clean, "LESSONS", ())
+    assert clean.main([]) == 0
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("x")}
     assert left == {".venv/x", ".course/x", "common/models/x"}

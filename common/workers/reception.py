@@ -16,6 +16,8 @@ from common.workers.failures import WorkerLost
 
 ADDRESS_VARIABLE = "WORKER_RECEPTION"
 """The environment variable that tells a worker where to report."""
+START_SECONDS = 120.0
+"""How long workers may take to report: on a busy machine importing torch alone can take half a minute."""
 
 
 class Reception:
@@ -53,7 +55,7 @@ class Reception:
                 deliver_challenge(connection, self.key)
                 answer_challenge(connection, self.key)
                 connections[connection.recv()] = connection
-        return connections
+        return {rank: connections[rank] for rank in ranks}
 
 
 def report(rank: int, address: str | None = None) -> Connection:

@@ -13,8 +13,8 @@ import socket
 from torch import distributed as dist
 
 from common.workers.commands import CommandSocket
-from common.workers.reception import ADDRESS_VARIABLE, report
-from common.workers.workers import START_SECONDS, Workers
+from common.workers.reception import ADDRESS_VARIABLE, START_SECONDS, report
+from common.workers.workers import Workers
 
 TIMEOUT = datetime.timedelta(seconds=START_SECONDS)
 

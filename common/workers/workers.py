@@ -15,10 +15,7 @@ from multiprocessing.connection import Connection, wait
 from common.workers.explain import explain
 from common.workers.failures import Failure, WorkerError, WorkerLost, describe, is_consequence
 from common.workers.processes import end, kill, start
-from common.workers.reception import ADDRESS_VARIABLE, Reception
-
-START_SECONDS = 120.0
-"""How long workers may take to report: on a busy machine importing torch alone can take half a minute."""
+from common.workers.reception import ADDRESS_VARIABLE, START_SECONDS, Reception
 
 
 class Workers:
@@ -34,7 +31,7 @@ class Workers:
         self.connections: dict[int, Connection] = {}
         self.failures: list[Failure] = []
         self.is_down: str | None = None  # why
-        self.interrupts = 0  # how often Ctrl-C was pressed since it was last acted upon
+        self.interrupts = 0  # how often Ctrl-C was pressed within the guard, and not raised yet
         self.finalizer = weakref.finalize(self, end, self.processes, self.connections, at_end)
 
     def start(self, program: str, variables: Mapping[str, object]) -> None:
@@ -86,21 +83,20 @@ class Workers:
     # When something goes wrong ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def guard(self, interruptible: bool = False) -> Iterator[None]:
+    def guard(self) -> Iterator[None]:
         """Let a step be carried out completely or not at all, because ranks cannot go on from half a step.
 
-        An error within ends all workers, and a WorkerError says which one caused it. Ctrl-C has no effect within,
-        except in `receive`; a second Ctrl-C breaks the step off and ends all workers. interruptible: a Ctrl-C that was
-        pressed in an earlier step is raised before this one begins.
+        An error within ends all workers, and a WorkerError says which one caused it. Ctrl-C is raised at the end, or by
+        `receive`, and the workers go on. A second Ctrl-C breaks the step off and ends all workers.
         """
         if self.is_down:
             raise WorkerError(f"This engine is down: {self.is_down}")
         in_main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, self.interrupt) if in_main_thread else None
         try:
-            if interruptible and self.interrupts:
-                raise KeyboardInterrupt
             yield
+            if self.interrupts:
+                raise KeyboardInterrupt
         except Exception as error:
             if not isinstance(error, (WorkerLost, EOFError, OSError)):
                 self.failures.append(Failure(0, describe(error), is_consequence(error)))
@@ -128,14 +124,12 @@ class Workers:
         self.close()
 
 
-def guarded(method: Callable | None = None, *, interruptible: bool = False) -> Callable:
+def guarded(method: Callable) -> Callable:
     """Decorate a method of an object that has `workers`: it runs within `workers.guard`."""
-    if method is None:
-        return functools.partial(guarded, interruptible=interruptible)
 
     @functools.wraps(method)
     def call(self, *arguments, **options):
-        with self.workers.guard(interruptible):
+        with self.workers.guard():
             return method(self, *arguments, **options)
 
     return call

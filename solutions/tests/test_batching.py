@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import sys
 from itertools import pairwise
 
 import pytest
@@ -310,6 +311,10 @@ def test_priorities(model):
         (dict(prompt=[5] * 64), "The prompt has 64 tokens; max_model_len is 64"),
         (dict(prompt=[40]), "token id 40; the vocabulary ends at 39"),
         (dict(prompt=[5], request_id="taken"), "request_id 'taken' is taken"),
+        (dict(prompt=[5], tenant=[]), r"tenant must be a name and priority a whole number; they are \[\] and 0"),
+        (dict(prompt=[5], priority="high"), "priority a whole number; they are 'default' and 'high'"),
+        (dict(prompt=[5, 100.9]), "prompt must be text or a list of token ids, which are whole numbers"),
+        (dict(prompt=5), "prompt must be text or a list of token ids"),
     ],
 )
 def test_bad_requests_are_refused_at_once(model, arguments, says):
@@ -318,6 +323,46 @@ def test_bad_requests_are_refused_at_once(model, arguments, says):
     with pytest.raises(ValueError, match=says):
         engine.add_request(**arguments)
     assert list(engine.scheduler.requests) == ["taken"]
+
+
+@pytest.mark.parametrize("field, value", [("n", 1.5), ("stop_token_ids", [[1]]), ("max_tokens", "5")])
+def test_bad_parameters_are_refused_before_anything_begins(model, field, value):
+    engine = local_engine(model, Letters(), num_blocks=30)
+    with pytest.raises(ValueError, match=field):
+        engine.generate([[5]], SamplingParams(**{field: value}), progress=False)
+    assert len(engine.generate([[5]], SamplingParams(max_tokens=2), progress=False)) == 1
+
+
+def test_ids_are_chosen_among_those_that_are_free(model):
+    engine = local_engine(model, Letters(), num_blocks=30)
+    params = SamplingParams(max_tokens=2)
+    given = [engine.add_request([5], params, request_id) for request_id in ("request-1", None, None, "own/1", None)]
+    assert len(set(given)) == 5
+    with pytest.raises(ValueError, match="'own/1' is taken"):
+        engine.add_request([5], SamplingParams(n=2, max_tokens=2), "own")
+    assert len(engine.scheduler.requests) == 5
+
+
+@pytest.mark.parametrize("prompt", [[5, 6, 7], (5, 6, 7), torch.tensor([5, 6, 7])])
+def test_a_single_prompt_of_token_ids(model, prompt):
+    engine = local_engine(model, Letters(), num_blocks=30)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    (output,) = engine.generate(prompt, params, progress=False)
+    assert output.token_ids == Oracle(model, Letters())([5, 6, 7], params).token_ids
+
+
+def test_streams_lose_nothing_when_others_step(model):
+    """Between two pieces of a stream the engine serves other requests to their end."""
+    engine = local_engine(model, Letters(), num_blocks=60, block_size=4)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    expected = Oracle(model, Letters())([5, 6, 7], params).text
+    text = ""
+    for piece in engine.stream([5, 6, 7], params):
+        text += piece
+        engine.generate([[8, 9]], params, progress=False)
+    assert text == expected
+    pieces = [list(pair) for pair in zip(engine.stream([5, 6, 7], params), engine.stream([5, 6, 7], params))]
+    assert "".join(one for one, _ in pieces) == "".join(other for _, other in pieces) == expected[: len(expected)]
 
 
 @pytest.mark.parametrize(
@@ -394,6 +439,69 @@ def test_an_interrupted_step_loses_nothing(model):
         assert num_interrupts == 3
         oracle = Oracle(model, Letters())
         assert [output.token_ids for output in outputs] == [oracle(prompt, params).token_ids for prompt in prompts]
+
+
+class AtLine:
+    """Raises KeyboardInterrupt once, at the n-th line of the engine's own code; n too large: counts the lines."""
+
+    FILES = ("batching.py", "scheduler.py", "paged_attention.py", "metrics.py", "llama_pytorch.py")
+
+    def __init__(self, number: int):
+        self.number, self.count = number, 0
+
+    def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.endswith(self.FILES) or frame.f_code.co_name in ("start_over", "rewind"):
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count == self.number:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def interrupted_run(model, preemption: str, number: int) -> tuple[int, list, Engine]:
+    """Serve five requests in a small pool, interrupted at a line. Returns the lines passed, the outputs, the engine."""
+    settings = dict(num_blocks=9, block_size=4, max_num_batched_tokens=8, preemption=preemption)
+    engine, tracer = local_engine(model, Letters(), **settings), AtLine(number)
+    for prompt, params in INTERRUPTED:
+        engine.add_request(prompt, params)
+    outputs = [state.output for state in engine.processor.states.values()]
+    while engine.has_unfinished_requests:
+        before = sys.gettrace()
+        sys.settrace(tracer if tracer.count < number else before)
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            check_books(engine)
+        finally:
+            sys.settrace(before)
+    return tracer.count, outputs, engine
+
+
+INTERRUPTED = [
+    (list(range(5, 8)), SamplingParams(max_tokens=6, n=2, temperature=1.0, seed=3, ignore_eos=True, logprobs=1)),
+    (list(range(5, 14)), SamplingParams(max_tokens=8, stop="a")),
+    (list(range(5, 22)), SamplingParams(max_tokens=5, ignore_eos=True, logprobs=0)),
+    ([7, 7, 9], SamplingParams(max_tokens=9, stop_token_ids=[5, 6])),
+]
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_an_interrupt_at_any_line_of_a_step_loses_nothing(model, preemption):
+    """Tokens, text and logprobs are those of an undisturbed run, blocks are free, and the engine goes on."""
+    num_lines, expected, _ = interrupted_run(model, preemption, 10**9)
+
+    def told(outputs):
+        rounded = [
+            [{id: round(value, 9) for id, value in entry.items()} for entry in each.logprobs] for each in outputs
+        ]
+        return [(each.token_ids, each.text, each.finish_reason) for each in outputs], rounded
+
+    for number in random.Random(5).sample(range(1, num_lines), 20):
+        _, outputs, engine = interrupted_run(model, preemption, number)
+        assert told(outputs) == told(expected), f"interrupted at line {number} of {num_lines}"
+        assert engine.manager.pool.num_free_blocks == 9 and not engine.scheduler.swapped
 
 
 def test_whoever_stops_listening_frees_the_request(model):

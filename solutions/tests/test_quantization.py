@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from common import kernels
 from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, options_of, random_asks
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from common.student.quantize import main as quantize_command
+from common.tests.typed import typed
 from solutions.batching import SamplingParams
 from solutions.engine import InferenceEngine
 from solutions.llama_pytorch import causal_attend, layers_of, load_weights, parse_config
@@ -272,12 +272,12 @@ def test_the_command(options, tmp_path, monkeypatch, capsys):
         "common.bench.quality.text_of_python", lambda: "There was once a small owl who lived by the river."
     )
     folder = tmp_path / "smaller"
-    assert quantize_command(["--model", "tales", "--out", str(folder), *options]) == 0
+    assert typed("quantize", "--model", "tales", "--out", str(folder), *options) == 0
     size = (folder / "model.safetensors").stat().st_size
     assert size < 0.6 * sum(file.stat().st_size for file in find_checkpoint("tales").glob("*.safetensors"))
     monkeypatch.undo()
     with InferenceEngine(str(folder), dtype=torch.float64, device="cpu") as own:
         assert len(own.generate(["One day"], PARAMS, progress=False)[0].text) > 10
-    assert quantize_command(["--model", "tales", "--out", str(folder), *options]) == 2
-    assert quantize_command(["--model", str(folder), "--out", str(tmp_path / "again")]) == 2
+    assert typed("quantize", "--model", "tales", "--out", str(folder), *options) == 2
+    assert typed("quantize", "--model", str(folder), "--out", str(tmp_path / "again")) == 2
     assert "not empty" in (said := capsys.readouterr().err) and "is quantized already" in said

@@ -21,6 +21,7 @@ from common.authoring.soak.load import (
     random_asks,
     run,
 )
+from common.tests.typed import typed
 from solutions import speculative
 from solutions.llama_pytorch import SamplingParams
 from solutions.scheduler import Scheduler
@@ -212,20 +213,20 @@ def test_places_are_spread_evenly():
 
 
 def test_the_command_tells_how_to_do_it_again(monkeypatch, capsys):
-    assert command.main(["--minutes", "0", "--seed", "12"]) == 0
+    assert typed("soak", "--minutes", "0", "--seed", "12") == 0
     assert "All answers are right." in capsys.readouterr().out
     monkeypatch.setattr(AdaptiveSpeculation, "forget", lambda self, request_id: None)
-    assert command.main(["--minutes", "5", "--seed", "12"]) == 1
+    assert typed("soak", "--minutes", "5", "--seed", "12") == 1
     said = capsys.readouterr().out
     assert "python -m common soak --only 12" in said and "requests that are gone" in said
-    assert command.main(["--only", "12"]) == 1
+    assert typed("soak", "--only", "12") == 1
     monkeypatch.undo()
-    assert command.main(["--only", "12"]) == 0
+    assert typed("soak", "--only", "12") == 0
 
 
 def test_ctrl_c_ends_it_with_the_summary(monkeypatch, capsys):
     monkeypatch.setattr(Run, "execute", lambda self, models: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert command.main(["--minutes", "5"]) == 130
+    assert typed("soak", "--minutes", "5") == 130
     said = capsys.readouterr().out
     assert "preemptions" in said and "Stopped by hand" in said
 
@@ -239,5 +240,5 @@ def test_nothing_happened(monkeypatch, capsys):
     total.counts["runs"] = 20
     assert command.verdict(total) == ["nothing happened: preemptions"]
     monkeypatch.setattr(Run, "execute", lambda self, models: total)
-    assert command.main(["--minutes", "0"]) == 1
+    assert typed("soak", "--minutes", "0") == 1
     assert "Wrong: nothing happened: preemptions." in capsys.readouterr().out

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gzip
 import html
-import os
 import posixpath
 import re
 import shutil
@@ -24,6 +23,7 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+import click
 import ziamath
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -32,7 +32,8 @@ from sphinx.errors import ExtensionError
 from sphinx.parsers import Parser
 from sphinx.util.docutils import SphinxDirective
 
-from common.course import LESSONS, MODULES, ROOT, shown
+from common.course import LESSONS, MODULES, ROOT, CourseError, shown
+from common.options import option
 
 FILES = Path(__file__).resolve().parent
 MERMAID = "mermaid.tiny.js"
@@ -243,15 +244,21 @@ def build(site: Path) -> int:
     return status
 
 
-def main(argv: list[str]) -> int:
-    if argv:
-        print(f"book takes no argument: {' '.join(argv)}", file=sys.stderr)
-        return 2
-    out = Path(os.environ.get("OUT") or ROOT / ".course" / "book")
+@click.command()
+@option(
+    "--out",
+    "OUT",
+    type=Path,
+    metavar="FOLDER",
+    default=ROOT / ".course" / "book",
+    help="where it goes",
+    show_default=False,
+)
+def book(out: Path) -> int:
+    """Make the course into a web site that needs no network."""
     earlier = (out / "_static" / MERMAID).exists()
     if out.exists() and not earlier and (out.is_file() or any(out.iterdir())):
-        print(f"OUT={out} is there already and is no book: name a new folder.", file=sys.stderr)
-        return 2
+        raise CourseError(f"OUT={out} is there already and is no book: name a new folder.")
     print("Building the book, about 15 seconds ...", flush=True)
     with tempfile.TemporaryDirectory() as work:
         site = Path(work) / "site"

@@ -11,6 +11,7 @@ any number. Commands that only read are also run; all others are run by commands
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -18,9 +19,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
-from common import __main__ as commands
+import click
+
+from common import options
 from common.authoring.readmes.figures import check_figures
+from common.commands import UnknownTarget, parse
 from common.course import LESSONS, ROOT, CourseError, Lesson, lesson, modules_of, shown
 from common.course.exercises import exercises_of
 
@@ -101,21 +106,24 @@ def prose(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def variables_of_make() -> set[str]:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    return set(re.search(r"^VARIABLES := (.*)$", makefile, re.MULTILINE)[1].split()) | {"PYTHON"}
-
-
-def check_target(words: list[str]) -> str | None:
-    """What is wrong with this target and what follows it, as `python -m common` understands them; None if nothing."""
+def check_target(words: list[str], variables: dict[str, str]) -> str | None:
+    """What is wrong with a command, its arguments and its variables; None if nothing."""
     try:
-        command, rest = commands.parse(words)
+        command, rest = parse(words)
         if command.argument == "N":
             lesson(rest[0])
-        elif command.argument == "N.M":
-            if rest[0] not in exercise_ids(rest[0].partition(".")[0]):
-                return f"there is no exercise {rest[0]}"
-    except (LookupError, CourseError) as error:
+        elif command.argument == "N.M" and rest[0] not in exercise_ids(rest[0].partition(".")[0]):
+            return f"there is no exercise {rest[0]}"
+        if command.extra is not None:  # it has options
+            function = options.find(command)
+            options.check_variables(command, function, list(variables))
+            with mock.patch.dict(os.environ, variables):
+                function.make_context(command.name, list(rest))
+    except click.exceptions.Exit:  # --help
+        return None
+    except click.ClickException as error:
+        return options.sentence(command, error)
+    except (UnknownTarget, CourseError) as error:
         return str(error)
     return None
 
@@ -133,12 +141,11 @@ def check_command(line: str) -> str | None:
     program = Path(words[0]).name
     if program == "make":
         targets = [word for word in words[1:] if "=" not in word]
-        names = {word.partition("=")[0] for word in words[1:] if "=" in word}
-        if unknown := names - variables_of_make():
-            return f"make takes no variable {', '.join(sorted(unknown))}"
-        return next((problem for target in targets if (problem := check_target([target]))), None)
+        variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
+        variables.pop("PYTHON", None)
+        return next((problem for target in targets if (problem := check_target([target], variables))), None)
     if re.fullmatch(r"python[\d.]*", program) and words[1:3] == ["-m", "common"]:
-        return check_target(words[3:])
+        return check_target([word for word in words[3:] if word != "--here"], {})
     return None
 
 

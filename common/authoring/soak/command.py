@@ -10,21 +10,20 @@ judged over all runs, at the end. The first run that fails ends it, with the com
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
-import sys
 import time
 import traceback
 from typing import TYPE_CHECKING
 
+import click
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from common.course import CourseError, activate, files_used
+from common.course import activate, files_used
+from common.options import mine, number, option
 
 if TYPE_CHECKING:
     from common.authoring.soak.load import Models, Report, Run
@@ -81,7 +80,7 @@ class Soak:
         return time.monotonic() - self.start
 
     def execute(self, run: Run) -> None:
-        with_whom = f", draft tokens: {run.proposer_name}" if run.proposer_name else ""
+        with_whom = f", draft tokens: {run.speculative}" if run.speculative else ""
         self.doing = f"run {run.seed}: {run.model}{with_whom}" + (" over two processes" if run.grid != (1, 1) else "")
         self.total.add(run.execute(self.models))
 
@@ -110,8 +109,8 @@ class Soak:
         table.add_column(justify="right")
         table.add_column()
         table.add_row(clock(self.elapsed), "minutes and seconds")
-        for number, label in ((counts["runs"], "runs"), (self.total.num_outputs, "answers")):
-            table.add_row(f"{number:,}", label)
+        for count, label in ((counts["runs"], "runs"), (self.total.num_outputs, "answers")):
+            table.add_row(f"{count:,}", label)
         for name, (label, _) in COUNTED.items():
             table.add_row(f"{self.total.num_steps if name == 'steps' else counts[name]:,}", label)
         if own := counts["own_accepted"] + counts["own_rejected"]:
@@ -137,21 +136,14 @@ def verdict(total: Report) -> list[str]:
     return wrong
 
 
-def main(argv: list[str]) -> int:
-    variable = os.environ.get
-    parser = argparse.ArgumentParser(prog="python -m common soak", description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=variable("MINUTES") or 10, help="default 10")
-    parser.add_argument(
-        "--seed", type=int, default=variable("SEED") or None, help="the first run's number; default: any"
-    )
-    parser.add_argument("--only", type=int, default=None, metavar="SEED", help="this run and no other")
-    parser.add_argument("--mine", default=variable("MINE") or "", metavar="0-8", help="use your modules of these")
-    settings = parser.parse_args(argv)
-    try:
-        activate(settings.mine)
-    except CourseError as error:
-        print(error, file=sys.stderr)
-        return 2
+@click.command("soak")
+@option("--minutes", "MINUTES", type=number(0, float), default=10.0, help="begin no new run after these")
+@option("--seed", "SEED", type=int, help="the first run's number; default: any")
+@click.option("--only", type=int, metavar="SEED", help="this run and no other")
+@mine()
+def soak_command(minutes: float, seed: int | None, only: int | None, mine: str) -> int:
+    """Put random load on the whole engine, and compare every answer with one that was computed alone."""
+    activate(mine)
     print(files_used(), flush=True)
     import torch
 
@@ -159,9 +151,9 @@ def main(argv: list[str]) -> int:
 
     torch.set_num_threads(1)  # of tiny models more would only wait for each other
     console, total = Console(), Report()
-    soak = Soak(settings.minutes, Models(), total)
-    seed = random.randrange(10**6) if settings.seed is None else settings.seed
-    first = seed = seed if settings.only is None else settings.only
+    soak = Soak(minutes, Models(), total)
+    seed = random.randrange(10**6) if seed is None else seed
+    first = seed = seed if only is None else only
     code = 0
     try:
         with Live(get_renderable=soak.render, console=console, refresh_per_second=4, transient=True):
@@ -172,24 +164,24 @@ def main(argv: list[str]) -> int:
                 except Exception:
                     failure, code = traceback.format_exc(), 1
                 soak.tell(console)
-                if code or settings.only is not None or soak.elapsed > soak.seconds:
+                if code or only is not None or soak.elapsed > soak.seconds:
                     break
                 seed += 1
     except KeyboardInterrupt:
         code = 130
     console.print(soak.summary())
-    mine = f" --mine {settings.mine}" if settings.mine else ""
+    same = f" --mine {mine}" if mine else ""
     if code == 1:
         print(f"\n{failure}\n{run}\n")
-        print(f"Run {seed} failed. To do it again:\n\n    python -m common soak --only {seed}{mine}")
+        print(f"Run {seed} failed. To do it again:\n\n    python -m common soak --only {seed}{same}")
     elif code == 130:
         print("Stopped by hand; what was done was right.")
-    elif settings.only is not None:
+    elif only is not None:
         print(f"Run {seed} is right.")
     elif wrong := verdict(total):
         code = 1
         print("\n".join(f"Wrong: {each}." for each in wrong))
-        print(f"The same runs again:\n\n    python -m common soak --minutes {settings.minutes:g} --seed {first}{mine}")
+        print(f"The same runs again:\n\n    python -m common soak --minutes {minutes:g} --seed {first}{same}")
     else:
         print("All answers are right.")
     return code

@@ -10,7 +10,6 @@ B * S tokens, and `attend`, which is ours to hand in, is the only place that rem
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -398,13 +398,13 @@ def measure() -> None:
     print(json.dumps(measured, indent=2))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Train tales and tales-draft into common/models/.")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--measure", action="store_true", help="train nothing: measure the models that are there")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.measure:
+@click.command()
+@click.option("--threads", default=2, show_default=True, help="CPU threads")
+@click.option("--measure", "only_measure", is_flag=True, help="train nothing: measure the models that are there")
+def main(threads: int, only_measure: bool) -> None:
+    """Train tales and tales-draft into common/models/."""
+    torch.set_num_threads(threads)
+    if only_measure:
         return measure()
 
     costs = measure_step_costs()

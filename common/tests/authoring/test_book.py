@@ -23,6 +23,7 @@ from sphinx.errors import ExtensionError
 from sphinx.search.en import SearchEnglish
 
 from common.authoring.book import build as book
+from common.tests.typed import typed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:myst_parser", "ignore::PendingDeprecationWarning")
 HINTS = "# Title\n\n## 1.1 f\n\n### 1\n\nAsk.\n\n### 2\n\nKnow.\n\n## 1.2 g\n\n### 1\n\nOnly `this`.\n"
@@ -90,7 +91,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, monkeypatch,
     (tmp_path / "thesis.txt").write_text("years")
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(book, "build", lambda site: pytest.fail("it would have been overwritten"))
-    assert book.main([]) == 2
+    assert typed("book") == 2
     assert "name a new folder" in capsys.readouterr().err
 
 

@@ -17,6 +17,7 @@ from common.bench import peers as rivals
 from common.bench import speculation as speculation_bench
 from common.checkpoints import MODELS, Checkpoint
 from common.checkpoints import gguf as gguf_convert
+from common.tests.typed import typed
 from solutions.llama_pytorch import SamplingParams, load, use_kernels
 
 
@@ -41,10 +42,9 @@ def test_a_name_or_its_beginning_says_what_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(
         speculation_bench, "measure_speculation", lambda name, draft, quick: measured.append((name, draft))
     )
-    assert bench.main(["speculation", "speculation-tales", "--quick"]) == 0
+    assert typed("bench", "speculation", "speculation-tales", "--quick") == 0
     assert measured == [("tales", None), ("tales", "tales-draft")]  # each once, in miniature on the small model
-    with pytest.raises(SystemExit):
-        bench.main(["spec"])  # the beginning of a word is none of a name
+    assert typed("bench", "spec") == 2  # the beginning of a word is none of a name
     assert "nothing called 'spec'" in capsys.readouterr().err
     assert all(any(name == each or name.startswith(f"{each}-") for name in bench.NAMES) for each in bench.DEFAULT)
 
@@ -52,7 +52,7 @@ def test_a_name_or_its_beginning_says_what_is_measured(capsys, monkeypatch):
 @pytest.mark.slow
 def test_the_ladder_and_speculation_run_in_miniature(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COURSE_MODULES", "")
-    assert bench.main(["ladder", "speculation", "--quick", "--out", str(tmp_path)]) == 0
+    assert typed("bench", "ladder", "speculation", "--quick", "--out", str(tmp_path)) == 0
     text = capsys.readouterr().out
     assert not list(tmp_path.iterdir()) and text.count("not kept") == 3
     for way in ("recompute", "cache", "paged", "engine", "engine, kernels", "INT8", "INT4", "speculation"):

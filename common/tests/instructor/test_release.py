@@ -26,6 +26,7 @@ from common.grading.subject import Subject
 from common.grading.wire import sealed
 from common.instructor import release
 from common.tests.sample_lesson import SampleLesson, write_lesson
+from common.tests.typed import typed
 
 # --- what stands in a solution's place ------------------------------------------------------------------------------
 
@@ -79,10 +80,10 @@ def test_where_a_copy_may_go(tmp_path, capsys):
             release.check_out(within, force=True)
     with pytest.raises(CourseError, match="is a file"):
         release.check_out(tmp_path / "something", force=True)
-    assert release.main(["--lessons", "0-3", "--out", ""]) == 2
-    assert release.main(["--lessons", "3-0", "--out", str(tmp_path / "new")]) == 2
+    assert typed("release", "--lessons", "0-3") == 2
+    assert typed("release", "--lessons", "3-0", "--out", str(tmp_path / "new")) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "Where to? OUT=../class names the folder for the copy.",
+        "release needs OUT: where the copy goes, such as ../class.",
         "LESSONS=3-0: '3-0' is neither a lesson's number nor a range of them, such as 0-2.",
     ]
 

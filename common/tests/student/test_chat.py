@@ -13,6 +13,7 @@ import pytest
 from common.course import ROOT
 from common.student import chat
 from common.student.chat import Conversation, OptionError, Story, Talker
+from common.tests.typed import typed
 
 
 class FakeTokenizer:
@@ -56,7 +57,7 @@ def talker(*replies, template=True, context=1000, max_tokens=10) -> Talker:
 
 def converse(talker: Talker, typed: str, monkeypatch, capsys) -> str:
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    assert chat.chat(talker) == 0
+    assert chat.converse(talker) == 0
     return capsys.readouterr().out
 
 
@@ -94,7 +95,7 @@ def test_ctrl_c_at_the_prompt_does_not_leave(monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", type_next)
     model = talker("Hello.")
-    assert chat.chat(model) == 0
+    assert chat.converse(model) == 0
     assert model.generate.prompts == ["<u>hi<a>"] and "leaves" in capsys.readouterr().out
 
 
@@ -139,7 +140,7 @@ def test_a_story_too_long_loses_its_beginning_and_keeps_the_first_token():
 @pytest.mark.parametrize("prompt", ['say "hi" & $HOME; `id` \\', "two\nlines", "ünï 🙂"])
 def test_run_shows_the_prompt_to_the_model_as_it_was_given(prompt, capsys):
     model = talker("Hi.")
-    assert chat.run(model, prompt) == 0
+    assert chat.answer(model, prompt) == 0
     assert model.generate.prompts == [f"<u>{prompt}<a>"]
     out = capsys.readouterr().out
     assert out.startswith("Hi.") and "fake: " in out and "lesson 2 reference" in out
@@ -147,18 +148,8 @@ def test_run_shows_the_prompt_to_the_model_as_it_was_given(prompt, capsys):
 
 def test_run_refuses_an_empty_prompt_and_reports_an_interrupt():
     with pytest.raises(OptionError, match="empty"):
-        chat.run(talker(), " \n")
-    assert chat.run(talker("So!!"), "x") == 130
-
-
-def test_options_come_from_flags_before_variables(monkeypatch):
-    monkeypatch.setenv("PROMPT", "from make")
-    monkeypatch.setenv("MODEL", "")  # make exports what nobody set as empty
-    monkeypatch.setenv("MINE", "0-2")
-    settings = chat.options(["run"])
-    assert (settings.prompt, settings.model, settings.mine) == ("from make", chat.DEFAULT_MODEL, "0-2")
-    settings = chat.options(["run", "--prompt", "typed", "--model", "tales", "--mine", ""])
-    assert (settings.prompt, settings.model, settings.mine) == ("typed", "tales", "")
+        chat.answer(talker(), " \n")
+    assert chat.answer(talker("So!!"), "x") == 130
 
 
 @pytest.mark.parametrize(
@@ -167,15 +158,14 @@ def test_options_come_from_flags_before_variables(monkeypatch):
         (["--model", "no-such-model"], "no-such-model"),
         (["--model", "tales", "--mine", "17-19"], "lesson 17"),
         (["--model", "tales", "--temperature", "-1"], "temperature"),
-        (["--model", "tales", "--threads", "none"], "THREADS"),
-        (["--model", "tales", "--policy", "random"], "scheduling_policy must be one of fcfs, priority, fair"),
-        (["--model", "tales", "--num-blocks", "0"], "num_blocks must be a whole number of at least 1"),
+        (["--model", "tales", "--threads", "none"], "--threads: it must be a whole number"),
+        (["--model", "tales", "--num-speculative-tokens", "2"], "there is no source of draft tokens"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(arguments, words, monkeypatch, capsys):
     for variable in ("MODEL", "MINE", "THREADS", "VERBOSE", "COURSE_MODULES"):
         monkeypatch.setenv(variable, "")  # and `activate` is undone
-    assert chat.main(["run", *arguments]) == 2
+    assert typed("run", *arguments) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
 

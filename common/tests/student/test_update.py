@@ -374,14 +374,14 @@ def test_a_downloaded_version_is_brought_in(download, mine, kind, tmp_path):
     download[".venv/bin/python"] = "evil"
     if kind != "folder":
         source = shutil.make_archive(str(tmp_path / "download"), kind, tmp_path / "new", "course-main")
-    result = mine.update("--from", source)
+    result = mine.update(source)
     assert result.returncode == 0, result.stderr
     assert has_answer(mine[MODULE], 'New words."""\n    # TODO 1.1')
     assert mine["README.md"] == "The course, anew.\n" and not (mine.root / ".venv").exists()
     assert mine["lesson-1-llm-basics/notes.txt"] == "What I learnt." and mine[SECOND] == download[SECOND]
     assert (mine.backups()[0] / MODULE).read_text() == before
     state = mine.state()
-    assert "Nothing new" in mine.update("--from", source).stdout and mine.state() == state
+    assert "Nothing new" in mine.update(source).stdout and mine.state() == state
 
 
 @needs_git
@@ -400,7 +400,7 @@ def test_what_is_no_new_version_of_the_course_is_refused(download, mine, tmp_pat
         "mine": "this very copy",
         "new": "somebody has worked: llm_basics.py",
     }.items():
-        result = mine.update("--from", tmp_path / name)
+        result = mine.update(tmp_path / name)
         assert result.returncode == 2 and told in result.stderr, (name, result.stderr)
         assert mine.state() == before and not mine.backups()
 

@@ -185,7 +185,7 @@ class Steps:
         self.workers.send(4)
         self.is_done = True
 
-    @guarded(interruptible=True)
+    @guarded
     def collect(self, presses: int = 0):
         for _ in range(presses):
             os.kill(os.getpid(), signal.SIGINT)
@@ -194,10 +194,9 @@ class Steps:
 
 def test_ctrl_c_waits_for_the_end_of_a_step(pair):
     steps = Steps(pair)
-    steps.submit(presses=1)
-    assert steps.is_done
     with pytest.raises(KeyboardInterrupt):
-        steps.collect()
+        steps.submit(presses=1)
+    assert steps.is_done
     assert sorted(steps.collect() for _ in range(2)) == [(1, 8), (2, 8)]  # nothing was lost
     steps.submit()
     with pytest.raises(KeyboardInterrupt):

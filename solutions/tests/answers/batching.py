@@ -20,7 +20,7 @@ ANSWERS = [
     ),
     wrong(
         "5.6",
-        "logits of the last row alone, without the guesses'",
+        "logits of the last row alone, without the draft tokens'",
         "len(token_ids) - request.num_spec_tokens - 1",
         "len(token_ids) - 1",
     ),
@@ -43,6 +43,13 @@ ANSWERS = [
         "slot_mapping(request.block_table, 0,",
     ),
     wrong("5.6", "query_start without the 0 at its beginning", "[], [], [], [], [0], []", "[], [], [], [], [], []"),
+    wrong(
+        "5.6",
+        "context_lens without the draft tokens",
+        "context_lens.append(end)",
+        "context_lens.append(end - request.num_spec_tokens)",
+    ),
+    wrong("5.6", "the device forgotten", "dtype=torch.long, device=device)", "dtype=torch.long)"),
     right(
         "5.6",
         "with tensors",
@@ -85,7 +92,7 @@ ANSWERS = [
     wrong("5.14", "an empty list, though requests wait", "if self.has_unfinished_requests:", "if False:"),
     wrong(
         "5.14",
-        "only those reported that sampled or finished, nobody in the middle of the prompt",
+        "only those reported that sampled or finished, none in the middle of the prompt",
         "for request in requests]",
         "for request in requests if request.output_token_ids or request.finish_reason]",
     ),
@@ -93,7 +100,21 @@ ANSWERS = [
         "5.14", "logprobs not handed on", "self.report(request, result)", "self.report(request, ModelRunnerOutput(0))"
     ),
     wrong("5.14", "nothing returned", "return outputs", "return []"),
-    wrong("5.14", "not counted", "self.count(plan, result, outputs, time.perf_counter() - start)", "pass"),
+    wrong(
+        "5.14",
+        "not counted",
+        "self.totals.observe(self.scheduler, plan, result, outputs, time.perf_counter() - start)",
+        "pass",
+    ),
+    wrong("5.14", "the newest step collected first", "self.in_flight.popleft()", "self.in_flight.pop()"),
+    wrong(
+        "5.14",
+        "the time of first scheduling not noted, as `self.submit` does",
+        "self.submit(plan)",
+        "self.in_flight.append(plan)\n            self.executor.submit(plan)",
+    ),
+    wrong("5.14", "no seconds counted", "time.perf_counter() - start)", "0.0)"),
+    wrong("5.14", "a step that only moves blocks dropped", "if plan.is_empty:", "if not plan.scheduled:"),
     right(
         "5.14",
         "filled first",
@@ -107,12 +128,12 @@ ANSWERS = [
         if len(self.in_flight) == 0:
             if not self.has_unfinished_requests:
                 return []
-            raise RuntimeError("nobody can be served")
+            raise RuntimeError("no request can be served")
         oldest = self.in_flight.popleft()
         result, outputs = self.collect(oldest), []
         for request in self.scheduler.update_from_output(oldest, result):
             outputs.append(self.report(request, result))
-        self.count(oldest, result, outputs, time.perf_counter() - start)
+        self.totals.observe(self.scheduler, oldest, result, outputs, time.perf_counter() - start)
         return outputs
         """,
     ),

@@ -15,6 +15,7 @@ ANSWERS = [
         "range(start, start + max(batch))",
     ),
     wrong("5.1", "each batch as long as all of its members in turn", "start += max(batch)", "start += sum(batch)"),
+    wrong("5.1", "each batch as long as its last member", "start += max(batch)", "start += batch[-1]"),
     right(
         "5.1",
         "one list of batches first",
@@ -50,6 +51,12 @@ ANSWERS = [
         "request.all_token_ids[-1] in request.stop_token_ids",
     ),
     wrong("5.2", "the prompt's tokens counted too", "len(request.output_token_ids) >=", "request.num_tokens >="),
+    wrong(
+        "5.2",
+        "the limit of sampling_params, not the request's",
+        ">= request.max_tokens",
+        ">= request.sampling_params.max_tokens",
+    ),
     right(
         "5.2",
         "by the last token's slice",
@@ -60,12 +67,24 @@ ANSWERS = [
     ),
     # ------------------------------------------------------------------------------------- 5.3 tokens_to_schedule
     wrong("5.3", "what is computed already computed again", " - request.num_computed_tokens", ""),
-    wrong("5.3", "guesses left out", " + len(request.spec_token_ids)", ""),
+    wrong("5.3", "draft tokens left out", " + len(request.spec_token_ids)", ""),
     wrong("5.3", "the budget not obeyed", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, max_chunk)"),
     wrong(
         "5.3", "the largest chunk not obeyed", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, budget)"
     ),
     wrong("5.3", "the prompt alone", "request.num_tokens +", "len(request.prompt_token_ids) +"),
+    wrong(
+        "5.3",
+        "cached tokens subtracted a second time",
+        "- request.num_computed_tokens",
+        "- request.num_computed_tokens - request.num_cached_tokens",
+    ),
+    wrong(
+        "5.3",
+        "a token even where nothing is left of the budget",
+        "min(num_uncomputed, budget, max_chunk)",
+        "max(1, min(num_uncomputed, budget, max_chunk))",
+    ),
     right(
         "5.3",
         "counted down",
@@ -90,6 +109,8 @@ ANSWERS = [
     ),
     wrong("5.12", "equals with the last to arrive first", "request.arrival)", "-request.arrival)"),
     wrong("5.12", "the request's own tokens, instead of its tenant's", "served[request.tenant]", "request.num_tokens"),
+    wrong("5.12", "equals by their ids, instead of arrival", "request.arrival)", "request.request_id)"),
+    wrong("5.12", "priority before arrival", "request.arrival)", "request.priority, request.arrival)"),
     right("5.12", "as a list", "return [served.get(request.tenant), request.arrival]"),
     # -------------------------------------------------------------------------------------------------- 5.16 join
     wrong(
@@ -136,25 +157,25 @@ ANSWERS = [
         """,
     ),
     # ----------------------------------------------------------------------------- 5.4 Scheduler.schedule_running
-    wrong("5.4", "the whole budget to whoever comes first", "max(1, budget - num_after)", "budget"),
+    wrong("5.4", "the whole budget to the first request", "max(1, budget - num_after)", "budget"),
     wrong("5.4", "the budget not reduced", "budget -= num_tokens", "pass"),
-    wrong("5.4", "one token for everyone, prompts too", "max(1, budget - num_after)", "1"),
+    wrong("5.4", "one token for each request, prompts too", "max(1, budget - num_after)", "1"),
     wrong(
         "5.4",
-        "nothing at all where the budget does not suffice for everyone",
+        "no token at all where the budget does not suffice for all",
         "max(1, budget - num_after)",
         "max(0, budget - num_after)",
     ),
     wrong(
         "5.4",
-        "as many as were asked for, where there is room for fewer",
+        "as many as were asked for, where fewer fit",
         "num_tokens = self.make_room(request, num_tokens, plan)\n            if num_tokens > 0:",
         "if self.make_room(request, num_tokens, plan):",
         recognised=False,
     ),
     wrong(
         "5.4",
-        "the order of the queue, instead of who has waited longest",
+        "the policy's order, instead of the longest unscheduled first",
         "for i, request in enumerate(ready):",
         "for i, request in enumerate(sorted(ready, key=self.rank)):",
     ),
@@ -167,11 +188,13 @@ ANSWERS = [
     ),
     wrong(
         "5.4",
-        "granted without a look at whether there was room",
+        "scheduled without a look at what `make_room` returned",
         "num_tokens = self.make_room(request, num_tokens, plan)",
         "self.make_room(request, num_tokens, plan)",
         recognised=False,
     ),
+    wrong("5.4", "no request after the preempted one goes on", "continue", "break"),
+    wrong("5.4", "a token left for requests in flight, too", "len(ready) - i - 1", "len(self.running) - i - 1"),
     right(
         "5.4",
         "from a queue",
@@ -223,9 +246,16 @@ ANSWERS = [
             budget -= self.admit(self.waiting[0], budget, plan)
         """,
     ),
+    wrong(
+        "5.5",
+        "no request admitted after one that got a full chunk",
+        "budget -= self.admit(request, budget, plan)",
+        "num_tokens = self.admit(request, budget, plan)\n            budget -= num_tokens\n"
+        "            if num_tokens == self.max_chunk:\n                break",
+    ),
     right(
         "5.5",
-        "for each place that is free",
+        "for each free slot",
         """
         for _ in range(self.max_num_seqs - len(self.running)):
             first = self.next_waiting(plan) if budget > 0 else None
@@ -237,19 +267,19 @@ ANSWERS = [
     # --------------------------------------------------------------------------- 5.7 Scheduler.update_from_output
     wrong(
         "5.7",
-        "rejected guesses left counted as computed",
+        "rejected draft tokens left counted as computed",
         "request.num_computed_tokens -= scheduled.num_spec_tokens + 1 - len(sampled)",
         "pass",
     ),
     wrong(
         "5.7",
-        "one token too many taken back",
+        "one token too many subtracted",
         "scheduled.num_spec_tokens + 1 - len(sampled)",
         "scheduled.num_spec_tokens + 2 - len(sampled)",
     ),
     wrong(
         "5.7",
-        "all guesses taken back, accepted ones too",
+        "all draft tokens subtracted, accepted ones too",
         "scheduled.num_spec_tokens + 1 - len(sampled)",
         "scheduled.num_spec_tokens",
     ),
@@ -286,7 +316,7 @@ ANSWERS = [
         recognised=False,
     ),
     wrong("5.7", "still in flight afterwards", "request.in_flight = False", "request.in_flight = True"),
-    wrong("5.7", "its next guesses forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
+    wrong("5.7", "its next draft tokens forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
     wrong(
         "5.7",
         "rejected tokens' blocks entered into the prefix cache",
@@ -299,6 +329,24 @@ ANSWERS = [
         "one that was aborted in flight goes on",
         "if request.finish_reason or request.request_id in output.errors:",
         "if request.request_id in output.errors:",
+    ),
+    wrong(
+        "5.7",
+        "those that finish not returned",
+        "return requests",
+        "return [request for request in requests if request.status is not RequestStatus.FINISHED]",
+    ),
+    wrong(
+        "5.7",
+        "draft tokens verified a second time",
+        "output.spec_token_ids.get(request.request_id, [])",
+        "output.spec_token_ids.get(request.request_id, request.spec_token_ids)",
+    ),
+    wrong(
+        "5.7",
+        "a block entered into the prefix cache that tokens after the end have filled",
+        "min(request.num_computed_tokens, request.num_tokens))",
+        "request.num_computed_tokens)",
     ),
     right(
         "5.7",
@@ -339,6 +387,21 @@ ANSWERS = [
         "return ([each for each in self.running if not each.in_flight] or [None])[-1]",
         recognised=False,
     ),
+    wrong(
+        "5.8",
+        "the samples of one prompt in no order",
+        "key=self.rank",
+        "key=lambda request: self.policy(request, self.served)",
+    ),
+    wrong("5.8", "waiting requests, too", "in self.running if", "in [*self.running, *self.waiting] if"),
+    wrong_body(
+        "5.8",
+        "never the only one",
+        """
+        candidates = [request for request in self.running if not request.in_flight]
+        return max(candidates, key=self.rank) if len(candidates) > 1 else None
+        """,
+    ),
     right(
         "5.8",
         "sorted",
@@ -363,6 +426,18 @@ ANSWERS = [
         "request.num_computed_tokens = 0\n        request.output_token_ids.clear()",
     ),
     wrong("5.9", "its status still running", "request.status = RequestStatus.WAITING", "pass"),
+    wrong(
+        "5.9",
+        "appended to `waiting`, which `preempt` does",
+        "request.status = RequestStatus.WAITING",
+        "request.status = RequestStatus.WAITING\n        self.waiting.append(request)",
+    ),
+    wrong(
+        "5.9",
+        "the preemption counted a second time",
+        "request.status = RequestStatus.WAITING",
+        "request.status = RequestStatus.WAITING\n        request.num_preemptions += 1",
+    ),
     right(
         "5.9",
         "in another order",
@@ -403,6 +478,26 @@ ANSWERS = [
         "its tokens counted as lost",
         "request.status = RequestStatus.SWAPPED",
         "request.status = RequestStatus.SWAPPED\n        request.num_computed_tokens = 0",
+    ),
+    wrong(
+        "5.10",
+        "the preemption counted a second time",
+        "request.status = RequestStatus.SWAPPED",
+        "request.status = RequestStatus.SWAPPED\n        request.num_preemptions += 1",
+    ),
+    wrong(
+        "5.10",
+        "refused where a block is shared",
+        "if num_blocks > self.host_pool.num_free_blocks:",
+        "blocks = self.manager.block_tables[request.request_id]\n"
+        "        if num_blocks > self.host_pool.num_free_blocks or any(block.ref_cnt > 1 for block in blocks):",
+    ),
+    wrong(
+        "5.10",
+        "shared blocks not given up",
+        "self.manager.free(request)",
+        "table = self.manager.block_tables.pop(request.request_id)\n"
+        "        self.manager.pool.free_blocks([block for block in table if block.ref_cnt == 1])",
     ),
     right(
         "5.10",
@@ -490,6 +585,12 @@ ANSWERS = [
     ),
     wrong("5.13", "one in flight not marked", 'request.finish_reason = "abort"', "pass"),
     wrong("5.13", "with another reason", 'self.finish(request, "abort")', 'self.finish(request, "stop")'),
+    wrong(
+        "5.13",
+        "its other samples ended, too",
+        'self.finish(request, "abort")',
+        '[self.finish(other, "abort") for other in list(self.requests.values()) if other.arrival == request.arrival]',
+    ),
     right(
         "5.13",
         "looked up first",
@@ -517,12 +618,12 @@ ANSWERS = [
     ),
     wrong(
         "5.15",
-        "everybody's blocks on the host freed",
+        "all requests' blocks on the host freed",
         "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
         "[self.host_pool.free_blocks(self.swapped.pop(name)) for name in list(self.swapped)]",
     ),
     wrong("5.15", "the reason not noted", "request.finish_reason = reason", "request.finish_reason = None"),
-    wrong("5.15", "nobody told that it is over", "self.finished_ids.append(request.request_id)", "pass"),
+    wrong("5.15", "not entered into finished_ids", "self.finished_ids.append(request.request_id)", "pass"),
     right(
         "5.15",
         "only where there is something",

@@ -1,0 +1,166 @@
+"""What the commands share: how one is called, and the options that several of them take, each described once.
+
+A command is a click command. Most options may also be given as one of make's variables: `make run TP=2` is
+`python -m common run --tensor-parallel 2`. The options of an engine are made from the fields of `EngineConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from common.checkpoints import CheckpointError
+from common.commands import Command, target
+from common.config import EngineConfig, broken_rule
+from common.course import CourseError
+
+ENVIRONMENT = ("TORCH", "KERNELS", "COURSE_CACHE", "COURSE_PYTHON", "COURSE_REAL_MODEL", "OMP_NUM_THREADS", "COLUMNS")
+"""Variables that no command's options name, but that the course obeys everywhere."""
+
+# ---------------------------------------------------------------------------------------------------------------
+# Calling a command
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def call(command: Command, arguments: list[str]) -> int:
+    """Run a command; returns its exit status. What the reader can mend is said in a sentence, with exit status 2."""
+    try:
+        function = find(command)
+        check_variables(command, function, os.environ.pop("COURSE_VARIABLES", "").split())
+        program = f"python -m common {command.name}"
+        appearance = {"show_default": True, "max_content_width": 110}
+        return function.main(arguments, prog_name=program, standalone_mode=False, **appearance) or 0
+    except click.Abort:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except click.ClickException as error:
+        print(sentence(command, error), file=sys.stderr)
+        return 2
+    except (CourseError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def find(command: Command) -> click.Command:
+    """The click command behind a line of the table."""
+    module, _, name = command.function.partition(":")
+    return getattr(import_module(f"common.{module}"), name)
+
+
+def check_variables(command: Command, function: click.Command, given: list[str]) -> None:
+    """Refuse a variable on make's command line that the command does not take: it may be misspelt."""
+    known = [each.envvar for each in function.params if each.envvar]
+    for name in given:
+        if name not in known and name not in ENVIRONMENT:
+            near = difflib.get_close_matches(name, known, n=1)
+            takes = f"it takes {', '.join(known)}" if known else "it takes no variable"
+            meant = f"did you mean {near[0]}?" if near else f"{takes}."
+            raise CourseError(f"make {target(command)} takes no variable {name}; {meant}")
+
+
+def sentence(command: Command, error: click.ClickException) -> str:
+    """What is wrong with a command line, beginning with the variable or the option."""
+    if isinstance(error, click.MissingParameter):
+        needed = error.param.envvar or name_of(error.param, error.ctx)
+        return f"{command.name} needs {needed}: {error.param.help}."
+    if isinstance(error, click.BadParameter) and error.param:
+        return f"{name_of(error.param, error.ctx)}: {error.message}"
+    return f"{command.name}: {error.format_message()}"
+
+
+def name_of(parameter: click.Parameter, context: click.Context | None) -> str:
+    """A parameter as it was given: by its variable, by its option, or its place's name."""
+    if context and context.get_parameter_source(parameter.name) is ParameterSource.ENVIRONMENT:
+        return parameter.envvar
+    return parameter.opts[0] if isinstance(parameter, click.Option) else parameter.make_metavar(context)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Value(click.ParamType):
+    """A value that must keep a rule.
+
+    kind: makes it from text. rule: takes the value, and returns what it must be if it is not, else None.
+    """
+
+    def __init__(self, kind: Callable[[str], Any], rule: Callable[[Any], str | None], name: str):
+        self.kind, self.rule, self.name = kind, rule, name
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        try:
+            made = self.kind(value)
+        except ValueError:
+            made = value
+        if rule := self.rule(made):
+            self.fail(f"it must be {rule}; it is {value!r}.", parameter, context)
+        return made
+
+
+def number(minimum: int = 1, kind: type = int) -> Value:
+    """The type of an option that is a number, whole unless kind is float, of at least `minimum`."""
+
+    def rule(value: Any) -> str | None:
+        is_right = isinstance(value, kind) and value >= minimum
+        return None if is_right else f"a {'' if kind is float else 'whole '}number of at least {minimum}"
+
+    return Value(kind, rule, "number")
+
+
+def option(flag: str, variable: str | None = None, name: str | None = None, **settings: Any) -> Callable:
+    """An option that may also be given as one of make's variables. name: the function's argument, if not the flag's."""
+    names = (flag, name) if name else (flag,)
+    return click.option(*names, envvar=variable, show_envvar=variable is not None, **settings)
+
+
+def mine(what: str = "use your modules of these lessons, the reference's of the others") -> Callable:
+    return option("--mine", "MINE", default="", show_default=False, metavar="0-2", help=what)
+
+
+def force(what: str) -> Callable:
+    return option("--force", "FORCE", is_flag=True, help=what)
+
+
+lesson_number = click.argument("lesson_number", metavar="N", type=int)
+exercise_id = click.argument("exercise_id", metavar="N.M")
+threads = option("--threads", "THREADS", type=number(), help="CPU threads; default: torch's choice")
+jobs = option("--jobs", "JOBS", type=number(), default=os.cpu_count() or 1, help="processes")
+
+
+ENGINE_FIELDS = {field.name: field for field in dataclasses.fields(EngineConfig) if field.init}
+
+
+def engine_option(name: str, flag: str = "", **settings: Any) -> Callable:
+    """The option for a field of `EngineConfig`. settings: what differs from the field's own."""
+    field = ENGINE_FIELDS[name]
+    flag, rules = flag or "--" + name.replace("_", "-"), field.metadata
+    settings = {"default": field.default, "help": rules["help"], **settings}
+    variable = rules["envvar"]
+    if rules["choices"]:
+        return option(flag, variable, name, type=click.Choice(rules["choices"]), **settings)
+    if "bool" in field.type:
+        return option(f"{flag}/--no-{flag[2:]}", variable, name, **settings)
+    if rules["minimum"] is None:
+        return option(flag, variable, name, **settings)
+    kind = float if isinstance(field.default, float) else int
+    if name == "offload":
+        settings["help"] = settings["help"].replace("bytes", "MB")
+        settings["callback"] = lambda context, parameter, value: value and value * 10**6
+    return option(flag, variable, name, type=Value(kind, lambda value: broken_rule(field, value), "number"), **settings)
+
+
+def engine_options(function: Callable) -> Callable:
+    """Every option of an engine, for a command that takes them as `**options`, which `EngineConfig` takes too."""
+    for name in reversed(ENGINE_FIELDS):
+        function = engine_option(name)(function)
+    return function
