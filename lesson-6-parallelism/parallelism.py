@@ -18,39 +18,28 @@ From Shoeybi et al., "Megatron-LM" (2019), for the cut through the layers; Huang
 
 from __future__ import annotations
 
-import datetime
-import gc
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.checkpoints import Checkpoint, find_checkpoint
-from common.config import EngineConfig
-from common.tokenizer import load_tokenizer
-from common.workers import Failure, WorkerError, Workers, describe, guarded, is_consequence
-from common.workers.rendezvous import is_worker, meet_workers, report_for_work, under_torchrun
-from solutions.batching import Executor, LocalExecutor, ModelRunner
-from solutions.hooked import HookedEngine
+from common.workers import Failure, describe, guarded, is_consequence
+from common.workers.rendezvous import is_worker, join_ranks, report_for_work, start_ranks
+from solutions.batching import ModelRunner
 from solutions.llama_pytorch import (
     Layer,
     Linear,
     Llama,
     ModelConfig,
     layers_of,
-    load_weights,
-    parse_config,
-    use_kernels,
 )
-from solutions.paged_attention import PagedKVCache, cdiv
+from solutions.paged_attention import cdiv
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -404,20 +393,6 @@ def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
     raise NotImplementedError("TODO 6.17")
 
 
-def load_share(
-    name: str, dtype: torch.dtype, device: str, coordinates: RankCoordinates, group: Group
-) -> tuple[Llama, range, int]:
-    """One rank's share of a checkpoint. Returns its model, the numbers of its layers, and how many bytes it read."""
-    checkpoint = Checkpoint(find_checkpoint(name))
-    with torch.device("meta"):
-        model = Llama(parse_config(checkpoint.config)).to(dtype)
-    layers = shard(model, coordinates, group)
-    load_weights(model, checkpoint)
-    model = model.to(device)
-    use_kernels(model)
-    return model, layers, checkpoint.num_bytes_read
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # A rank's part of a step
 # ---------------------------------------------------------------------------------------------------------------
@@ -467,46 +442,14 @@ def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> Mo
 class Start:
     """The first command to every rank: join the grid, load a share of the model, and build what computes its steps.
 
-    load(coordinates, group) returns the model, the numbers of its layers and the bytes read; build(model, layers)
-    returns the runner. timeout: seconds that a rank waits for another one within a step.
+    config: an EngineConfig. load(coordinates, group) returns the model, the numbers of its layers and the number of
+    bytes read; build(model, layers) returns the runner.
     """
 
-    tensor_parallel: int
-    pipeline_parallel: int
-    backend: str
-    timeout: float
+    config: Any
     num_threads: int
     load: Callable[[RankCoordinates, Group], tuple[Llama, range, int]]
     build: Callable[[Llama, range], ModelRunner]
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A rank's answer to `Start`."""
-
-    rank: int
-    num_bytes_read: int
-
-
-def join_grid(coordinates: RankCoordinates, start: Start, store: dist.Store) -> Group:
-    """Connect this rank to all others through torch.distributed. Returns the group of its stage."""
-    excepthook, timeout = sys.excepthook, datetime.timedelta(seconds=start.timeout)
-    grid = rank_grid(start.tensor_parallel, start.pipeline_parallel)
-    size, rank = start.tensor_parallel * start.pipeline_parallel, coordinates.rank
-    meeting = dist.PrefixStore("ranks", store)
-    dist.init_process_group(start.backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
-    sys.excepthook = excepthook  # torch's own would put "[rank0]:" before every line of every traceback
-    # Every rank must name every group. A group without a timeout of its own would wait for half an hour.
-    handles = [dist.new_group(ranks, timeout) for ranks in grid]
-    ranks = grid[coordinates.stage]
-    return Group(ranks.index(rank), ranks, handles[coordinates.stage])
-
-
-def leave_grid(num_threads: int) -> None:
-    """Disconnect this process from the other ranks, and give it back the threads that it had before."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    torch.set_num_threads(num_threads)
 
 
 class Rank:
@@ -515,23 +458,25 @@ class Rank:
     def __init__(self, rank: int, store: dist.Store):
         self.rank, self.store = rank, store
 
-    def run(self, command: Start | SchedulerOutput) -> Ready | ModelRunnerOutput | None:
+    def run(self, command: Start | SchedulerOutput) -> tuple[int, int] | ModelRunnerOutput | None:
         """Carry out a command. Returns what rank 0 must be told, or None."""
         if isinstance(command, Start):
             return self.start(command)
         output = run_stage(self.runner, command, self.link)
         return output if self.is_sampling else None
 
-    def start(self, start: Start) -> Ready:
+    def start(self, start: Start) -> tuple[int, int]:
+        """Get ready for the first step. Returns the rank, and how many bytes of the checkpoint it has read."""
         torch.set_num_threads(start.num_threads)
-        if start.backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
-        coordinates = RankCoordinates(self.rank, start.tensor_parallel, start.pipeline_parallel)
-        group = join_grid(coordinates, start, self.store)
-        self.is_sampling = coordinates.is_last_stage and group.rank == 0
-        model, layers, num_bytes_read = start.load(coordinates, group)
+        grid = start.config.tensor_parallel, start.config.pipeline_parallel
+        coordinates, rows = RankCoordinates(self.rank, *grid), rank_grid(*grid)
+        handles = join_ranks(self.store, self.rank, rows, start.config.device, start.config.timeout)
+        ranks = rows[coordinates.stage]
+        self.group = Group(ranks.index(self.rank), ranks, handles[coordinates.stage])
+        self.is_sampling = coordinates.is_last_stage and self.group.rank == 0
+        model, layers, num_bytes_read = start.load(coordinates, self.group)
         self.runner, self.link = start.build(model, layers), StageLink(coordinates, model)
-        return Ready(self.rank, num_bytes_read)
+        return self.rank, num_bytes_read
 
 
 def worker_loop(
@@ -568,52 +513,20 @@ def serve_as_worker() -> None:
 class ParallelExecutor:
     """Lesson 5's executor on a grid of ranks. This process is rank 0; the others are started here or by torchrun.
 
-    config: an EngineConfig, of which it uses tensor_parallel, pipeline_parallel, device and timeout (seconds that a
-    rank waits for another one within a step). load, build: see `Start`. If a rank fails, all of them are ended and a
-    WorkerError says why. num_bytes_read: of the checkpoint, by rank.
+    config: an EngineConfig; load, build: see `Start`. A rank waits for another one within a step for `config.timeout`
+    seconds. If a rank fails, all of them are ended and a WorkerError says why. num_bytes_read: of the checkpoint, by
+    rank.
     """
 
     def __init__(self, config: Any, load: Callable, build: Callable):
         self.depth, self.timeout = config.pipeline_parallel, config.timeout
         self.outputs: deque[ModelRunnerOutput] = deque()  # of steps that are computed and not yet collected
         num_threads, size = torch.get_num_threads(), config.tensor_parallel * config.pipeline_parallel
-        self.check_free(size)
-        self.workers = Workers(range(1, size), partial(leave_grid, num_threads))
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        grid = config.tensor_parallel, config.pipeline_parallel
-        try:
-            with self.workers.guard():
-                store, num_local = meet_workers(self.workers, "solutions.parallelism:serve_as_worker")
-                self.rank = Rank(0, store)
-                backend = "nccl" if device.startswith("cuda") else "gloo"
-                start = Start(*grid, backend, self.timeout, max(1, num_threads // num_local), load, build)
-                self.workers.send(start)
-                ready = [self.rank.run(start), *(self.workers.receive() for _ in self.workers.ranks)]
-        except WorkerError as error:
-            # What is wrong with a checkpoint or an option is reported as it would be without ranks.
-            if isinstance(error.__cause__, ValueError):
-                raise error.__cause__ from None
-            raise
-        except BaseException:
-            self.close()
-            raise
-        self.num_bytes_read = [answer.num_bytes_read for answer in sorted(ready, key=lambda answer: answer.rank)]
-
-    @staticmethod
-    def check_free(size: int) -> None:
-        """Raise ValueError if this process cannot become rank 0 of `size` ranks."""
-        if dist.is_initialized():
-            gc.collect()  # an executor that was dropped without `close` is closed now
-        if dist.is_initialized():
-            raise ValueError(
-                "Another parallel engine is open in this process, and torch.distributed allows one at a time. Call its "
-                "close(), or use it in a `with` statement."
-            )
-        if under_torchrun() and int(os.environ["WORLD_SIZE"]) != size:
-            raise ValueError(
-                f"torchrun has started {os.environ['WORLD_SIZE']} processes; tensor_parallel times pipeline_parallel "
-                f"is {size}."
-            )
+        self.workers, store, num_local = start_ranks(size, "solutions.parallelism:serve_as_worker")
+        self.rank = Rank(0, store)
+        start = Start(config, max(1, num_threads // num_local), load, build)
+        ready = self.workers.run_everywhere(start, self.rank.run)
+        self.num_bytes_read = [num_bytes for _, num_bytes in sorted(ready)]
 
     @guarded
     def submit(self, plan: SchedulerOutput) -> None:
@@ -632,74 +545,6 @@ class ParallelExecutor:
     def close(self) -> None:
         """End all workers."""
         self.workers.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The engine
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def make_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
-    """What computes one rank's part of each step."""
-    cache = PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks or 0, layers)
-    return ModelRunner(model, cache)
-
-
-class ParallelEngine(HookedEngine):
-    """Lesson 5's engine on a grid of ranks. `kv_cache_memory` is that of each rank. (Moves to engine.py.)"""
-
-    def __init__(
-        self,
-        name: str,
-        tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
-        dtype: torch.dtype | None = None,
-        device: str | None = None,
-        timeout: float = 30.0,
-        **settings,
-    ):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        checkpoint = Checkpoint(find_checkpoint(name))
-        config, grid = self.read_config(checkpoint), (tensor_parallel, pipeline_parallel)
-        check_parallel(config, *grid)
-        memory = settings.get("kv_cache_memory", EngineConfig.kv_cache_memory)
-        settings["kv_cache_memory"] = int(memory / self.cache_share(config, dtype, *grid))
-        self.options = SimpleNamespace(
-            tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, device=device, timeout=timeout
-        )
-        self.load = self.loader(str(checkpoint.folder), dtype, device)
-        with torch.device("meta"):
-            model = Llama(config).to(dtype)
-        super().__init__(model, load_tokenizer(checkpoint.folder), **settings)
-        inner = self.executor.rank if isinstance(self.executor, ParallelExecutor) else self.executor
-        self.model = inner.runner.model
-
-    def build_executor(self) -> Executor:
-        if self.options.tensor_parallel * self.options.pipeline_parallel > 1:
-            executor = ParallelExecutor(self.options, self.load, self.maker())
-            self.num_bytes_read = executor.num_bytes_read
-            return executor
-        model, layers, num_bytes_read = self.load(RankCoordinates(0, 1, 1), Group())
-        self.num_bytes_read = [num_bytes_read]
-        return LocalExecutor(self.maker()(model, layers))
-
-    # What a later lesson does otherwise
-
-    def read_config(self, checkpoint: Checkpoint) -> ModelConfig:
-        return parse_config(checkpoint.config)
-
-    def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
-        """What a rank's keys and values take, of what those of a whole model take."""
-        return largest_share(config, *grid)
-
-    def loader(self, folder: str, dtype: torch.dtype, device: str) -> Callable:
-        """What each rank is to call to load its share."""
-        return partial(load_share, folder, dtype, device)
-
-    def maker(self) -> Callable:
-        """What each rank is to call to make what computes."""
-        return partial(make_runner, self.config)
 
 
 if __name__ == "__main__":  # `torchrun -m solutions.parallelism`: the module that rank 0 and the commands refer to

@@ -35,8 +35,6 @@ from torch import Tensor, nn
 
 from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from common.config import EngineConfig
-from solutions.batching import ModelRunner
 from solutions.llama_pytorch import (
     Attend,
     Linear,
@@ -51,7 +49,7 @@ from solutions.llama_pytorch import (
 )
 from solutions.llm_basics import rotary_tables, upcast
 from solutions.paged_attention import PagedKVCache, cdiv
-from solutions.parallelism import Absent, Group, ParallelEngine, RankCoordinates, shard
+from solutions.parallelism import Absent
 
 # ---------------------------------------------------------------------------------------------------------------
 # Eight bits
@@ -354,6 +352,19 @@ def plain_config(checkpoint: Checkpoint) -> ModelConfig:
     return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
 
 
+def quantize_for(model: Llama, checkpoint: Checkpoint, quantization: Quantization | None) -> None:
+    """Choose how a model on the meta device stores a checkpoint's matrices, whether they are quantized yet or not.
+
+    A checkpoint that is quantized already is read as it is: `quantization` must be None or the same, or this raises
+    ValueError.
+    """
+    saved = quantization_of(checkpoint)
+    if saved and quantization and saved != quantization:
+        raise ValueError(f"{checkpoint.folder} is quantized already: {saved}. It cannot be loaded as {quantization}.")
+    if saved or quantization:
+        quantize(model, saved or quantization, is_saved=saved is not None)
+
+
 def quantized_copy(model: Llama, quantization: Quantization) -> Llama:
     """Returns a quantized copy of a loaded model in floats, which is left as it is."""
     with torch.device("meta"):
@@ -589,35 +600,23 @@ class OffloadedLlama(Llama):
 
 
 def load_quantized(
-    name: str,
-    quantization: Quantization | None,
-    dtype: torch.dtype,
-    device: str,
-    coordinates: RankCoordinates = RankCoordinates(0, 1, 1),  # noqa: B008  (frozen)
-    group: Group | None = None,
-    offload: int | None = None,
-) -> tuple[Llama, range, int]:
-    """What lesson 6's `load_share` does, quantized on the way: the whole model never stands in memory.
+    name: str, quantization: Quantization | None, dtype: torch.dtype, device: str, offload: int | None = None
+) -> Llama:
+    """Load a model as lesson 2's `load` does, quantized on the way: the whole model never stands in memory.
 
-    A checkpoint that is quantized already is read as it is, and `quantization` must be None or the same. offload: the
-    largest number of bytes of weights that may stand in memory; None: all.
+    offload: the largest number of bytes of weights that may stand in memory; None: all.
     """
     checkpoint = Checkpoint(find_checkpoint(name))
-    saved = quantization_of(checkpoint)
-    if saved and quantization and saved != quantization:
-        raise ValueError(f"{name} is quantized already: {saved}. It cannot be loaded as {quantization}.")
     with torch.device("meta"):
         model = (Llama if offload is None else OffloadedLlama)(plain_config(checkpoint)).to(dtype)
-    if saved or quantization:
-        quantize(model, saved or quantization, is_saved=saved is not None)
-    layers = shard(model, coordinates, group or Group())
+    quantize_for(model, checkpoint, quantization)
     if offload is None:
         load_weights(model, checkpoint)
         model = model.to(device)
     else:
-        model.stream_from(checkpoint, layers, offload)
+        model.stream_from(checkpoint, range(model.config.num_hidden_layers), offload)
     use_kernels(model)
-    return model, layers, checkpoint.num_bytes_read
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -634,55 +633,3 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     # Exercise 7.13: take log-probabilities of both, `upcast` first. p log (p / q) is a product of p and a difference.
     p, q = upcast(logits).log_softmax(-1), upcast(other_logits).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The engine
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def make_quantized_runner(config: EngineConfig, kv_cache_dtype: str, model: Llama, layers: range) -> ModelRunner:
-    """Lesson 6's `make_runner`, with blocks in eight bits if they are asked for."""
-    kind = Int8KVCache if kv_cache_dtype == "int8" else PagedKVCache
-    return ModelRunner(model, kind(model, config.num_blocks, config.block_size, config.num_host_blocks or 0, layers))
-
-
-class QuantizedEngine(ParallelEngine):
-    """Lesson 6's engine, with fewer bits.
-
-    quantization: None, "int8", "w8a8" or "int4" (with group_size and symmetric), or a `Quantization`. kv_cache_dtype:
-    "auto", as the model's, or "int8". offload: None, or how many bytes of weights may stand in memory.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        quantization: str | Quantization | None = None,
-        group_size: int = 64,
-        symmetric: bool = False,
-        kv_cache_dtype: str = "auto",
-        offload: int | None = None,
-        **settings,
-    ):
-        if isinstance(quantization, str):
-            quantization = Quantization(quantization, group_size, symmetric)
-        if kv_cache_dtype not in ("auto", "int8"):
-            raise ValueError(f"kv_cache_dtype must be one of auto, int8; it is {kv_cache_dtype!r}.")
-        if offload is not None and (not isinstance(offload, int) or offload < 1):
-            raise ValueError(f"offload must be a number of bytes; it is {offload!r}.")
-        self.quantization, self.kv_cache_dtype, self.offload = quantization, kv_cache_dtype, offload
-        super().__init__(name, **settings)
-
-    def read_config(self, checkpoint: Checkpoint) -> ModelConfig:
-        return plain_config(checkpoint)
-
-    def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
-        """In eight bits a slot's head takes head_dim bytes and a scale, instead of head_dim numbers."""
-        share, size = super().cache_share(config, dtype, *grid), dtype.itemsize
-        return share * (config.head_dim + size) / (config.head_dim * size) if self.kv_cache_dtype == "int8" else share
-
-    def loader(self, folder: str, dtype: torch.dtype, device: str) -> Callable:
-        return partial(load_quantized, folder, self.quantization, dtype, device, offload=self.offload)
-
-    def maker(self) -> Callable:
-        return partial(make_quantized_runner, self.config, self.kv_cache_dtype)
