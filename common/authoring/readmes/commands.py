@@ -88,7 +88,7 @@ def shown_output(text: str, block: Block) -> str | None:
 
 
 def texts() -> list[Path]:
-    return [path for path in documents() if path.name == "README.md"]
+    return [path for path in documents() if path.name in ("README.md", "more.md")]
 
 
 def all_commands() -> dict[Path, list[Command]]:
