@@ -66,7 +66,7 @@ def largest_rank_share(config: EngineConfig, model_config: ModelConfig) -> float
 
 
 def slot_bytes(config: EngineConfig, model_config: ModelConfig, draft_config: ModelConfig | None) -> int:
-    """Returns the bytes of one token's keys and values, on the rank that holds the most of them.
+    """Returns the bytes of one token's keys and values, on the rank that holds the largest part.
 
     In eight bits each head has head_dim bytes and one scale in `config.dtype`. Ranks share the target's keys and
     values. A draft's come on top: its model is whole on one rank, and its cache is in `config.dtype`.

@@ -363,9 +363,9 @@ def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
     A tied head is not read: it shares the embedding table. The checkpoint's own `lm_head.weight` is ignored then, and
     so are the `...rotary_emb.inv_freq` of old Llama checkpoints.
 
-    Raises CheckpointError, before anything is read. It names every tensor that the model needs and the checkpoint
-    lacks, or every tensor that the model does not know, or, with both shapes and its file, the first tensor whose shape
-    is not what its layer expects.
+    Raises CheckpointError before anything is read. It names every tensor that the model needs and the checkpoint lacks,
+    or every tensor that the model does not know. Or it names the first tensor whose shape is not what its layer
+    expects, with both shapes and its file.
     """
     # Exercise 2.6: collect the `shapes()` of all `layers_of(model)` under their full names. Compare names, then shapes.
     # Then let each layer `load` with its `reader`, and tie the head at the end.
