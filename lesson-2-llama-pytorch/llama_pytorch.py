@@ -97,20 +97,20 @@ class Layer(nn.Module):
     """A module with tensors of its own, which it reads from a checkpoint by itself."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that this layer needs from a checkpoint: name in this layer -> shape in the checkpoint."""
+        """Returns the names (within this layer) of the tensors that it reads, and their shapes in the checkpoint."""
         return {name: tuple(tensor.shape) for name, tensor in self.named_parameters(recurse=False)}
 
     def load(self, read: Callable[..., Tensor]) -> None:
         """Replace every tensor by the checkpoint's.
 
-        `read(name)` returns a tensor in the checkpoint's dtype; `read(name, *part)` the part of it that lies in these
-        ranges, one for each axis.
+        `read(name)` returns a tensor in the checkpoint's dtype. `read(name, *part)`, with a range for each axis,
+        returns a part of it.
         """
         for name in self.shapes():
             self.put(name, read(name))
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Set one tensor, in the dtype that the layer has for it."""
+        """Replace one tensor; the dtype stays the layer's."""
         setattr(self, name, nn.Parameter(tensor.to(getattr(self, name).dtype), requires_grad=False))
 
 
@@ -127,9 +127,9 @@ class RMSNorm(Layer):
 
 
 class LinearMethod:
-    """How a linear layer stores its matrix and multiplies by it: here in floats. Lesson 7 has methods with fewer bits.
+    """How a linear layer stores its matrix and multiplies by it: here in floats, in lesson 7 in fewer bits.
 
-    The tensors belong to the layer, so that their names are those of the checkpoint. After vLLM's `LinearMethodBase`.
+    The tensors belong to the layer, under their names in the checkpoint. After vLLM's `LinearMethodBase`.
     """
 
     def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
@@ -137,18 +137,19 @@ class LinearMethod:
         return {"weight": (rows, columns)}
 
     def create_weights(self, layer: Layer, like: Tensor) -> None:
-        """Give the layer its tensors, with any values. like: a tensor of the dtype and device that the layer has."""
+        """Give the layer its tensors, with arbitrary values, and dtype and device as `like` has them."""
         bound = len(layer.columns) ** -0.5
         weight = torch.empty(len(layer.rows), len(layer.columns), dtype=like.dtype, device=like.device)
+        # (`normal_` would import torch's compiler first, for seconds, if this is the meta device.)
         layer.weight = nn.Parameter(weight.uniform_(-bound, bound))
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """The tensors that the layer needs from a checkpoint for its matrix, with their shapes there."""
-        parts = self.parts(*(range(size) for size in layer.shape))
-        return {name: tuple(len(axis) for axis in part) for name, part in parts.items()}
+        """Returns names and shapes, in the checkpoint, of the tensors that hold the matrix."""
+        whole = self.parts(*(range(size) for size in layer.shape))
+        return {name: tuple(len(axis) for axis in part) for name, part in whole.items()}
 
     def load(self, layer: Layer, read: Callable[..., Tensor]) -> None:
-        """Read the layer's rows and columns from a checkpoint, as `Layer.load` says."""
+        """Read the layer's rows and columns, as in `Layer.load`."""
         for name, part in self.parts(layer.rows, layer.columns).items():
             layer.put(name, read(name, *part))
 
@@ -161,7 +162,7 @@ class LinearMethod:
         return F.embedding(token_ids, layer.weight)
 
     def process_weights_after_loading(self, layer: Layer) -> None:
-        """Rearrange the loaded tensors for this processor, where a kernel is faster that way."""
+        """Arrange the loaded matrix for a faster `apply`, if there is a kernel for this processor."""
         kernels.pack_floats(layer)
 
 
@@ -173,16 +174,14 @@ class Linear(Layer):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.shape = (out_features, in_features)
+        self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
         self.rows, self.columns = range(out_features), range(in_features)
         self.method = LinearMethod()
         self.method.create_weights(self, like=torch.empty(0))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = self.method.shapes(self)
-        return shapes if self.bias is None else {**shapes, "bias": self.shape[:1]}
+        return self.method.shapes(self) | ({} if self.bias is None else {"bias": self.shape[:1]})
 
     def load(self, read: Callable[..., Tensor]) -> None:
         self.method.load(self, read)
@@ -194,7 +193,7 @@ class Linear(Layer):
 
 
 class Embedding(Linear):
-    """A matrix of which rows are looked up, instead of multiplied by. (T,) token ids -> (T, in_features)."""
+    """A matrix whose rows are looked up. (T,) token ids -> (T, in_features)."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.method.embed(self, token_ids)
@@ -311,16 +310,15 @@ class Llama(nn.Module):
 
 
 def layers_of(module: nn.Module) -> dict[str, Layer]:
-    """All layers of a tree of modules that have tensors, by their names in it."""
+    """Returns the layers of a tree of modules, by their names in the tree."""
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, Layer)}
 
 
 def reader(checkpoint: Checkpoint, path: str) -> Callable[..., Tensor]:
-    """The `read` that `Layer.load` calls, for the layer with this name in the checkpoint."""
+    """Returns the `read` of `Layer.load`, for the layer with this name in the checkpoint."""
 
     def read(name: str, *part: range) -> Tensor:
-        index = tuple(slice(axis.start, axis.stop) for axis in part)
-        return checkpoint.read(f"{path}.{name}", index or ...)
+        return checkpoint.read(f"{path}.{name}", tuple(slice(axis.start, axis.stop) for axis in part) or ...)
 
     return read
 
@@ -331,9 +329,9 @@ def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
     A tied head is not read: it shares the embedding table. The checkpoint's own `lm_head.weight` is ignored then, and
     so are the `...rotary_emb.inv_freq` of old Llama checkpoints.
 
-    Raises CheckpointError, before anything is read, with the names of all tensors that the model needs and the
-    checkpoint lacks, or that the checkpoint has and the model does not know; or with the name, both shapes and the
-    file of the first tensor whose shape is not what its layer expects.
+    Raises CheckpointError before anything is read. It names every tensor that the model needs and the checkpoint lacks,
+    or every tensor that the model does not know. Or it names the first tensor whose shape is not what its layer
+    expects, with both shapes and its file.
     """
     # TODO 2.6: collect the `shapes()` of all `layers_of(model)` under their full names. Compare names, then shapes.
     # Then let each layer `load` with its `reader`, and tie the head at the end.

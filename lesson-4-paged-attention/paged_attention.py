@@ -18,13 +18,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from common import kernels
+from common.kernels.groups import QueryGroup, group_queries
 from common.tokenizer import Tokenizer
 from solutions import llama_pytorch
 from solutions.kv_cache import fold_groups
@@ -363,55 +363,6 @@ class AttentionMetadata:
     block_tables: list[list[int]]  # (R, blocks of the request)
 
 
-class QueryGroup(NamedTuple):
-    """B requests with T new tokens each and contexts of similar length, computed together, padded to the longest."""
-
-    rows: Tensor  # (B, T): indices into the batch
-    positions: Tensor  # (B, T): the position of each token in its sequence
-    block_tables: Tensor  # (B, blocks of the longest), padded with 0
-    num_keys: int  # the longest context
-    padding: tuple[Tensor, Tensor]  # request and position, (P) each, of all slots after the end of a context
-
-
-MAX_GROUP_SLOTS = 4096
-"""The most slots that a group of several requests reads, so that they stay in the processor's cache until used."""
-
-
-def group_queries(metadata: AttentionMetadata, block_size: int) -> list[QueryGroup]:
-    """Divide a batch into groups of requests with equally many new tokens. More than 16 (a prefill chunk): one request.
-
-    Within a group no context is longer than twice the shortest plus a block, and `MAX_GROUP_SLOTS` holds.
-    """
-    num_new = [end - start for start, end in pairwise(metadata.query_start)]
-    num_keys = metadata.context_lens
-    groups: list[list[int]] = []
-    for r in sorted(range(len(num_keys)), key=lambda r: (num_new[r], num_keys[r])):
-        shortest = groups[-1][0] if groups else r
-        if (
-            groups
-            and num_new[r] == num_new[shortest] <= 16
-            and num_keys[r] <= 2 * num_keys[shortest] + block_size
-            and num_keys[r] * (len(groups[-1]) + 1) <= MAX_GROUP_SLOTS
-        ):
-            groups[-1].append(r)
-        else:
-            groups.append([r])
-
-    def build(members: list[int]) -> QueryGroup:
-        longest = num_keys[members[-1]]
-        width = cdiv(longest, block_size)
-        tables = [(metadata.block_tables[r] + [0] * width)[:width] for r in members]
-        query_ends = torch.tensor([[metadata.query_start[r + 1]] for r in members])
-        key_ends = torch.tensor([[num_keys[r]] for r in members])
-        new = torch.arange(-num_new[members[0]], 0)
-        padding = (torch.arange(longest) >= key_ends).nonzero(as_tuple=True)
-        tensors = (query_ends + new, key_ends + new, torch.tensor(tables), *padding)
-        rows, positions, block_tables, *padding = (x.to(metadata.slot_mapping.device) for x in tensors)
-        return QueryGroup(rows, positions, block_tables, longest, tuple(padding))
-
-    return [build(members) for members in groups]
-
-
 SEGMENT = 512
 """How many keys the plain attention reads at a time."""
 
@@ -491,15 +442,7 @@ class PagedKVCache:
         """Attention of one group to its own keys. q: (B, T, H, D). Returns the same shape."""
 
         def read(start: int, end: int) -> tuple[Tensor, Tensor]:
-            keys, values = self.gather(layer, group.block_tables, start, end)
-            # After the end of a context lie another request's numbers. They get weight 0, but 0 * NaN is NaN.
-            requests, slots = group.padding
-            if len(slots):
-                if (start, end) != (0, group.num_keys):
-                    inside = (start <= slots) & (slots < end)
-                    requests, slots = requests[inside], slots[inside] - start
-                keys[requests, slots], values[requests, slots] = 0, 0
-            return keys, values
+            return group.clear_padding(start, end, *self.gather(layer, group.block_tables, start, end))
 
         if kernels.enabled():  # the kernel takes all keys at once, the plain code in segments
             return kernels.attention(q, *read(0, group.num_keys), group.positions)

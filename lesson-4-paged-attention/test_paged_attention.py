@@ -184,11 +184,11 @@ class TestGetNewBlocks:
 @exercise("4.2", points=2)
 class TestFreeBlocks:
     def test_by_hand(self, code):
-        pool = code.BlockPool(4)
-        blocks = pool.get_new_blocks(4)
-        pool.free_blocks([blocks[3], blocks[1]])
-        equal(ref_cnts(pool), [1, 0, 1, 0], "the four ref_cnt, all 1 before, after free_blocks of 3 and 1")
-        equal(list(pool.free), [3, 1], "the ids in `free`, the oldest first, after free_blocks of 3 and 1")
+        pool = code.BlockPool(5)
+        blocks = pool.get_new_blocks(5)
+        pool.free_blocks([blocks[3], blocks[1], blocks[4]])
+        equal(ref_cnts(pool), [1, 0, 1, 0, 0], "the five ref_cnt, all 1 before, after free_blocks of 3, 1 and 4")
+        equal(list(pool.free), [3, 1, 4], "the ids in `free`, the oldest first, after free_blocks of 3, 1 and 4")
 
     def test_behind_those_that_are_free(self, code):
         pool = code.BlockPool(4)
@@ -449,7 +449,9 @@ class TestAllocateSlots:
         sequence = code.PagedSequence("a", list(range(4)))
         self.allocate([0], "for 4 tokens, in blocks of 4", manager, sequence, 4)
         sequence.num_computed_tokens = 4
-        self.allocate([1], "for no new token and 3 draft tokens after 4, in blocks of 4", manager, sequence, 0, 3)
+        manager.allocate_slots(sequence, 0, 3)
+        what = "the block table after allocate_slots for no new token and 3 draft tokens, where 4 are computed"
+        equal(manager.block_table("a"), [0, 1], what)
 
     def test_computed_tokens_are_not_counted_up(self, code):
         manager = code.KVCacheManager(6, 4)

@@ -15,7 +15,7 @@ def granted(plan) -> dict[str, tuple[int, int]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who computes
+# The batch
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -54,7 +54,7 @@ class TestFlattenBatch:
         )
         equal([list(table) for table in meta.block_tables], [[9, 2], [5, 7], [1]], "block_tables")
 
-    def test_guesses(self, code):
+    def test_draft_tokens(self, code):
         got = self.batch(
             code,
             scheduled(code, "a", 3, [30, 31, 32], [0, 1], sample_index=1, spec=2),
@@ -64,14 +64,14 @@ class TestFlattenBatch:
         equal(
             got.logit_rows.tolist(),
             [0, 1, 2, 3, 6, 7],
-            "logit_rows: a has a token and 2 guesses, b a token, c a prompt of 3 and a guess",
+            "logit_rows: a has a token and 2 draft tokens, b a token, c a prompt of 3 and a draft token",
         )
 
     def test_types(self, code):
         got = self.batch(code, scheduled(code, "a", 0, [1, 2], [0]))
         for name, each in (("token_ids", got.token_ids), ("logit_rows", got.logit_rows)):
             equal(each.dtype, torch.long, f"the dtype of {name}, also where it is empty")
-        equal(got.logit_rows.tolist(), [], "logit_rows, where nobody samples")
+        equal(got.logit_rows.tolist(), [], "logit_rows, where no request samples")
 
     def test_context_of_draft_tokens(self, code):
         got = self.batch(code, scheduled(code, "a", 3, [30, 31, 32], [0, 1], sample_index=1, spec=2))
@@ -155,7 +155,7 @@ class TestStep:
         equal(own.step(), [], "step of an engine without requests")
         equal(own.executor.log, [], "what the executor was asked for then")
 
-    def test_nobody_can_be_served(self, code):
+    def test_no_request_can_be_served(self, code):
         own = self.engine(code)
         own.add_request([1, 2, 3], request_id="a")
         own.scheduler.schedule = lambda: code.SchedulerOutput(1)
@@ -296,5 +296,6 @@ class TestTogether:
                 )
                 equal(own.manager.pool.num_free_blocks, 7, "how many of 7 blocks are free when all have finished")
                 holds(
-                    own.metrics().num_preemptions > 0, "Nobody was preempted: is more memory handed out than there is?"
+                    own.metrics().num_preemptions > 0,
+                    "No request was preempted: is more memory given out than there is?",
                 )

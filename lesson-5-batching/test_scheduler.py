@@ -54,7 +54,7 @@ def names(requests) -> list[str]:
 
 
 def balanced(own) -> bool:
-    """Whether every block is held as often as it is counted, and free if and only if nobody holds it."""
+    """Whether every block is held as often as it is counted, and free if and only if no table holds it."""
     held: dict[int, int] = {}
     for table in own.manager.block_tables.values():
         for block in table:
@@ -67,7 +67,7 @@ def balanced(own) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The batch that waits for its slowest
+# Batches that wait for their longest request
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -146,10 +146,10 @@ class TestTokensToSchedule:
         each = request(code, "a", 10, num_computed_tokens=6)
         equal(code.tokens_to_schedule(each, 3, 16), 3, "a prompt of 10, 6 computed, a budget of 3")
 
-    def test_guesses(self, code):
+    def test_draft_tokens(self, code):
         each = request(code, "a", 10, 3, num_computed_tokens=12, spec_token_ids=[1, 2, 3, 4])
-        equal(code.tokens_to_schedule(each, 16, 16), 5, "one token not computed, and 4 guesses behind it")
-        equal(code.tokens_to_schedule(each, 2, 16), 2, "one token not computed and 4 guesses, a budget of 2")
+        equal(code.tokens_to_schedule(each, 16, 16), 5, "one token not computed, with 4 draft tokens after it")
+        equal(code.tokens_to_schedule(each, 2, 16), 2, "one token not computed and 4 draft tokens, a budget of 2")
 
     def test_what_was_found_in_the_cache_is_computed(self, code):
         each = request(code, "a", 12, num_computed_tokens=9, num_cached_tokens=8)
@@ -160,7 +160,7 @@ class TestTokensToSchedule:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who is served next
+# Policies, and one step
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -217,23 +217,25 @@ class TestJoin:
         equal(
             self.joined(code, {"a": 50.0, "late": 70.0}, "late", {"a"})["late"],
             70.0,
-            "what late was served (70) after joining a, who was served 50: no gift, either",
+            "what late was served (70) after joining a (50): it is not lowered",
         )
 
     def test_idle_tenants_do_not_count(self, code):
         equal(
             self.joined(code, {"a": 50.0, "idle": 3.0, "late": 1.0}, "late", {"a"})["late"],
             50.0,
-            "late, who was served 1, joins a (50); idle (3) has no requests",
+            "late (1) joins a (50); idle (3) has no requests",
         )
 
-    def test_nobody_or_oneself_active(self, code):
-        equal(self.joined(code, {"a": 50.0}, "new", set()), {"a": 50.0, "new": 0.0}, "a new tenant, with nobody active")
-        equal(self.joined(code, {"a": 9.0}, "a", set()), {"a": 9.0}, "a comes back, with nobody active")
+    def test_no_tenant_or_itself_active(self, code):
+        equal(
+            self.joined(code, {"a": 50.0}, "new", set()), {"a": 50.0, "new": 0.0}, "a new tenant, while none is active"
+        )
+        equal(self.joined(code, {"a": 9.0}, "a", set()), {"a": 9.0}, "a comes back, while none is active")
         equal(
             self.joined(code, {"a": 9.0, "b": 20.0}, "a", {"a", "b"}),
             {"a": 9.0, "b": 20.0},
-            "one more request of a (served 9), who is active, beside b (20)",
+            "one more request of a (9), which is active, as is b (20)",
         )
 
 
@@ -253,8 +255,8 @@ class TestScheduleRunning:
         own.add(request(code, "a", 40))
         answered(code, own, own.schedule())
         plan = own.schedule()
-        equal(granted(plan)["a"], (6, 6), "(start, tokens) of a prompt of 40, before b and c, who decode; budget 8")
-        equal(sorted(granted(plan)), ["a", "b", "c"], "who computes in that step")
+        equal(granted(plan)["a"], (6, 6), "(start, tokens) of a prompt of 40, before b and c, which decode; budget 8")
+        equal(sorted(granted(plan)), ["a", "b", "c"], "the requests of that step")
 
     def test_a_chunk_is_limited(self, code):
         own = scheduler(code, num_blocks=30, budget=8, long_prefill_token_threshold=3)
@@ -274,7 +276,7 @@ class TestScheduleRunning:
             served.append(set(granted(plan)))
             answered(code, own, plan)
         either = [sorted(one | other) for one, other in pairwise(served)]
-        equal(either, [list("abc")] * 3, "who computes in either of two steps, with a budget of 2 and three requests")
+        equal(either, [list("abc")] * 3, "the requests of two steps in a row, with a budget of 2 and three requests")
 
     def test_never_more_than_the_budget(self, code):
         own = scheduler(code)
@@ -288,7 +290,7 @@ class TestScheduleRunning:
             "[tokens scheduled, what is left of the budget], with a budget of 2 and five requests that decode",
         )
 
-    def test_one_token_for_each_behind(self, code):
+    def test_one_token_for_each_after(self, code):
         for budget, expected in ((6, [4, 1, 1]), (3, [1, 1, 1]), (2, [1, 1])):
             own = scheduler(code, num_blocks=40)
             for each in running(code, own, *(request(code, name, 2) for name in "abc")):
@@ -296,7 +298,7 @@ class TestScheduleRunning:
             own.max_num_batched_tokens = budget
             plan = code.SchedulerOutput(99)
             own.schedule_running(plan)
-            what = f"the tokens of three requests, a token and six guesses each, with a budget of {budget}"
+            what = f"the tokens of three requests, a token and six draft tokens each, with a budget of {budget}"
             equal([count for _, count in granted(plan).values()], expected, what)
 
     def test_no_more_than_there_is_room_for(self, code):
@@ -308,8 +310,8 @@ class TestScheduleRunning:
         equal(
             [granted(plan), a.num_computed_tokens, left],
             [{"a": (3, 1)}, 4, 15],
-            "[who computes, a's num_computed_tokens, what is left of the budget], where a lacks a token and three "
-            "guesses, and there is room for the token only",
+            "[what is scheduled, a's num_computed_tokens, what is left of the budget], where a lacks a token and three "
+            "draft tokens, and there is a slot for the token only",
         )
 
     def test_in_flight_is_left_alone(self, code):
@@ -318,7 +320,7 @@ class TestScheduleRunning:
         a.in_flight = True
         plan = code.SchedulerOutput(99)
         own.schedule_running(plan)
-        equal(sorted(granted(plan)), ["b"], "who computes, while a is in flight")
+        equal(sorted(granted(plan)), ["b"], "what is scheduled while a is in flight")
 
     def test_the_preempted_is_skipped(self, code):
         own = scheduler(code, num_blocks=4)
@@ -326,8 +328,8 @@ class TestScheduleRunning:
         plan = own.schedule()
         answered(code, own, plan)
         plan = own.schedule()
-        equal(granted(plan), {"a": (8, 1)}, "who computes, where a and b need a fifth and sixth of 4 blocks")
-        equal(plan.preempted_ids, ["b"], "who made room")
+        equal(granted(plan), {"a": (8, 1)}, "what is scheduled, where a and b need a fifth and sixth of 4 blocks")
+        equal(plan.preempted_ids, ["b"], "preempted_ids")
         holds(balanced(own), "Blocks are held and not counted, or counted and not held.", actual=granted(plan))
 
     def test_the_preempted_is_skipped_though_there_is_room_again(self, code):
@@ -339,16 +341,16 @@ class TestScheduleRunning:
         equal(
             [granted(plan), plan.preempted_ids],
             [{"a": (12, 1), "b": (12, 1)}, ["c"]],
-            "[who computes, who was preempted], where a, b and c fill 9 blocks of 4, and c makes room for a and b",
+            "[scheduled, preempted], where a, b and c fill 9 blocks of 4, and c is preempted for a and b",
         )
 
-    def test_whoever_makes_room_itself_is_skipped(self, code):
+    def test_a_request_preempted_for_itself_is_skipped(self, code):
         own = scheduler(code, num_blocks=4)
         a, _ = running(code, own, request(code, "a", 7), request(code, "b", 7))
         answered(code, own, own.schedule())
         a.last_step += 1
         plan = own.schedule()
-        equal(granted(plan), {"a": (8, 1)}, "who computes, where b, whose turn it is, has to make room itself")
+        equal(granted(plan), {"a": (8, 1)}, "what is scheduled, where it is b's turn, and b itself is preempted")
 
     def test_a_long_prompt_in_the_middle(self, code):
         own = scheduler(code, num_blocks=30)
@@ -358,7 +360,7 @@ class TestScheduleRunning:
         plan = code.SchedulerOutput(99)
         own.schedule_running(plan)
         expected = {"a": (3, 1), "b": (3, 6), "c": (3, 1)}
-        equal(granted(plan), expected, "(start, tokens) of a and c, who lack 1 token, and b, who lacks 9; budget 8")
+        equal(granted(plan), expected, "(start, tokens) of a and c, which lack 1 token, and b, which lacks 9; budget 8")
 
     def test_one_in_flight_needs_no_token(self, code):
         own = scheduler(code, num_blocks=30)
@@ -369,7 +371,7 @@ class TestScheduleRunning:
         plan = code.SchedulerOutput(99)
         own.schedule_running(plan)
         expected = {"b": (3, 7), "c": (3, 1)}
-        equal(granted(plan), expected, "(start, tokens) of b, who lacks 9, and c, while a is in flight; budget 8")
+        equal(granted(plan), expected, "(start, tokens) of b, which lacks 9, and c, while a is in flight; budget 8")
 
     def test_the_one_after_the_preempted_goes_on(self, code):
         own = scheduler(code, num_blocks=6, budget=32, scheduling_policy="priority")
@@ -400,7 +402,7 @@ class TestScheduleWaiting:
             {"a": (0, 5), "b": (0, 9), "c": (0, 2)},
             "(start, tokens) of prompts of 5, 9, 4 and 3, with 16 left of the budget",
         )
-        equal(names(own.waiting), ["d"], "who still waits")
+        equal(names(own.waiting), ["d"], "the requests that still wait")
 
     def test_places(self, code):
         own = scheduler(code, num_blocks=30, seqs=2)
@@ -408,19 +410,19 @@ class TestScheduleWaiting:
             own.add(request(code, name, 3))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 16)
-        equal(sorted(granted(plan)), ["a", "b"], "who is admitted, with two places for three requests")
+        equal(sorted(granted(plan)), ["a", "b"], "which of three requests are admitted, with max_num_seqs=2")
         plan = code.SchedulerOutput(2)
         own.schedule_waiting(plan, 16)
-        equal(granted(plan), {}, "who is admitted when both places are taken")
+        equal(granted(plan), {}, "what is admitted while two requests run, with max_num_seqs=2")
 
-    def test_nobody_overtakes(self, code):
+    def test_no_request_overtakes(self, code):
         own = scheduler(code, num_blocks=4)
         for name, length in (("a", 8), ("b", 12), ("c", 2)):
             own.add(request(code, name, length))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 64)
         equal(
-            sorted(granted(plan)), ["a"], "who is admitted to 4 blocks of 4, where prompts are 8, 12 and 2 tokens long"
+            sorted(granted(plan)), ["a"], "what is admitted to 4 blocks of 4, where prompts are 8, 12 and 2 tokens long"
         )
 
     def test_one_token_is_a_budget(self, code):
@@ -430,13 +432,13 @@ class TestScheduleWaiting:
         own.schedule_waiting(plan, 1)
         equal(granted(plan), {"a": (0, 1)}, "(start, tokens) of a prompt of 3, with 1 left of the budget")
 
-    def test_no_budget_nobody(self, code):
+    def test_no_budget_no_request(self, code):
         own = scheduler(code)
-        equal(own.schedule_waiting(code.SchedulerOutput(1), 16), None, "schedule_waiting with nobody waiting")
+        equal(own.schedule_waiting(code.SchedulerOutput(1), 16), None, "schedule_waiting while no request waits")
         own.add(request(code, "a", 3))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 0)
-        equal(granted(plan), {}, "who is admitted when nothing is left of the budget")
+        equal(granted(plan), {}, "what is admitted with a budget of 0")
 
     def test_the_policy_decides(self, code):
         own = scheduler(code, seqs=1, scheduling_policy="priority")
@@ -444,7 +446,7 @@ class TestScheduleWaiting:
             own.add(request(code, name, 3, priority=priority))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 16)
-        equal(sorted(granted(plan)), ["b"], "who is admitted first, with priorities a: 2, b: 0, c: 1")
+        equal(sorted(granted(plan)), ["b"], "the first request admitted, with priorities a: 2, b: 0, c: 1")
 
     def test_chunks_below_the_budget(self, code):
         own = scheduler(code, num_blocks=30, long_prefill_token_threshold=4)
@@ -505,49 +507,53 @@ class TestUpdateFromOutput:
         own.add(b)
         answered(code, own, own.schedule(), {"a": [5], "b": [9]})
         equal([a.finish_reason, b.finish_reason], ["length", "stop"], "finish_reason: a may have 1 token, 9 ends b")
-        equal(own.running, [], "who runs afterwards")
+        equal(own.running, [], "the running requests afterwards")
         equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks are free afterwards")
 
-    def guessed(self, code, guesses, sampled, **settings):
-        """A request with a prompt of 3, one token of output (not computed) and guesses behind it, one step on."""
+    def verified(self, code, drafts, sampled, **settings):
+        """A request with a prompt of 3, one token of output (not computed) and draft tokens after it, one step on."""
         own = scheduler(code, caching=True)
         (a,) = running(code, own, request(code, "a", 3, **settings))
-        a.spec_token_ids = list(guesses)
+        a.spec_token_ids = list(drafts)
         plan = own.schedule()
         answered(code, own, plan, {"a": list(sampled)}, spec_token_ids={"a": [55]})
         return own, a
 
-    def test_rejected_guesses_are_taken_back(self, code):
-        _, a = self.guessed(code, [21, 22, 23, 24], [21, 22, 30])
-        equal(a.output_token_ids, [7, 21, 22, 30], "the output: 7, guesses 21 to 24, of which 21 and 22 were right, 30")
-        equal(a.num_computed_tokens, 6, "num_computed_tokens: 3 + 1, and two guesses that were accepted")
-        equal(a.spec_token_ids, [55], "its next guesses")
-        _, a = self.guessed(code, [21, 22, 23], [21, 22, 23, 24])
-        equal(a.num_computed_tokens, 7, "num_computed_tokens, where all three guesses were accepted")
-        _, a = self.guessed(code, [21, 22, 23], [30])
-        equal(a.num_computed_tokens, 4, "num_computed_tokens, where no guess was accepted")
+    def test_rejected_draft_tokens_are_taken_back(self, code):
+        _, a = self.verified(code, [21, 22, 23, 24], [21, 22, 30])
+        equal(
+            a.output_token_ids,
+            [7, 21, 22, 30],
+            "the output: 7, draft tokens 21 to 24, of which 21 and 22 were right, 30",
+        )
+        what = "[num_computed_tokens, spec_token_ids]: 3 + 1 and two accepted draft tokens; its next draft token is 55"
+        equal([a.num_computed_tokens, a.spec_token_ids], [6, [55]], what)
+        _, a = self.verified(code, [21, 22, 23], [21, 22, 23, 24])
+        equal(a.num_computed_tokens, 7, "num_computed_tokens, where all three draft tokens were accepted")
+        _, a = self.verified(code, [21, 22, 23], [30])
+        equal(a.num_computed_tokens, 4, "num_computed_tokens, where no draft token was accepted")
 
     def test_what_comes_after_the_end_is_dropped(self, code):
-        _, a = self.guessed(code, [21, 9, 23], [21, 9, 23, 24], stop_token_ids=frozenset({9}))
-        equal(a.output_token_ids, [7, 21, 9], "the output, where 9 ends it and guesses 21, 9, 23 were accepted")
-        equal(a.finish_reason, "stop", "finish_reason, where 9 ends it amid accepted guesses")
-        _, a = self.guessed(code, [21, 22, 23], [21, 22, 23, 24], max_tokens=3)
-        equal(a.output_token_ids, [7, 21, 22], "the output, with max_tokens=3, where three guesses were accepted")
+        _, a = self.verified(code, [21, 9, 23], [21, 9, 23, 24], stop_token_ids=frozenset({9}))
+        equal(a.output_token_ids, [7, 21, 9], "the output, where 9 ends it and draft tokens 21, 9, 23 were accepted")
+        equal(a.finish_reason, "stop", "finish_reason, where 9 ends it amid accepted draft tokens")
+        _, a = self.verified(code, [21, 22, 23], [21, 22, 23, 24], max_tokens=3)
+        equal(a.output_token_ids, [7, 21, 22], "the output, with max_tokens=3, where three draft tokens were accepted")
 
     def test_only_verified_tokens_are_found_again(self, code):
-        own, _ = self.guessed(code, [21, 22, 23, 24, 25], [30])
+        own, _ = self.verified(code, [21, 22, 23, 24, 25], [30])
         table = own.manager.block_tables["a"]
         equal(
             [block.block_hash is not None for block in table[:2]],
             [True, False],
-            "which of its first two blocks can be found: 4 tokens are verified, 5 guesses were rejected",
+            "which of its first two blocks can be found: 4 tokens are verified, 5 draft tokens were rejected",
         )
-        own, _ = self.guessed(code, [21, 22, 23, 24], [21, 22, 23, 24, 25])
+        own, _ = self.verified(code, [21, 22, 23, 24], [21, 22, 23, 24, 25])
         table = own.manager.block_tables["a"]
         equal(
             [block.block_hash is not None for block in table[:2]],
             [True, True],
-            "which of its first two blocks can be found: 4 tokens, and 4 guesses that were accepted",
+            "which of its first two blocks can be found: 4 tokens, and 4 draft tokens that were accepted",
         )
 
     def test_failed_or_aborted_meanwhile(self, code):
@@ -561,7 +567,7 @@ class TestUpdateFromOutput:
         equal(a.finish_reason, "error", "finish_reason of a request that failed")
         equal([b.finish_reason, b.output_token_ids], ["abort", []], "finish_reason and output of one aborted in flight")
         equal(c.output_token_ids, [7], "the output of the third, which neither concerns")
-        equal(names(own.running), ["c"], "who runs afterwards")
+        equal(names(own.running), ["c"], "the running requests afterwards")
         equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free afterwards")
 
     def test_those_that_finish_are_returned(self, code):
@@ -580,13 +586,13 @@ class TestUpdateFromOutput:
         equal(a.spec_token_ids, [], "spec_token_ids after a step that proposes no new draft tokens")
 
     def test_a_block_cut_off_by_the_end_is_not_found(self, code):
-        own, a = self.guessed(code, [21, 22, 23, 24, 25], [21, 9, 23, 24, 25, 26], stop_token_ids=frozenset({9}))
+        own, a = self.verified(code, [21, 22, 23, 24, 25], [21, 9, 23, 24, 25, 26], stop_token_ids=frozenset({9}))
         equal(a.output_token_ids, [7, 21, 9], "the output, where 9 ends it and all draft tokens were accepted")
         equal(len(own.manager.pool.cached), 1, "how many blocks of 4 can be found by content, where 3 + 3 tokens stay")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Making room
+# Preemption
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -624,7 +630,7 @@ class TestChooseVictim:
         equal(own.choose_victim(), None, "the victim, while all are in flight")
 
     def test_the_only_one(self, code):
-        equal(self.chosen(code, "fcfs", request(code, "a", 2)), "a", "the victim, where only a runs")
+        equal(str(self.chosen(code, "fcfs", request(code, "a", 2))), "a", "the victim, where only a runs")
 
     def test_the_last_of_the_samples(self, code):
         a = request(code, "a", 2)
@@ -721,10 +727,11 @@ class TestSwapOut:
             own.manager.block_table("a")[:2], own.manager.block_table("b")[:2], "the first blocks of two equal prompts"
         )
         plan = code.SchedulerOutput(99)
-        equal(own.swap_out(b, plan), True, "swap_out of b, who shares two of its three blocks with a")
+        equal(own.swap_out(b, plan), True, "swap_out of b, which shares two of its three blocks with a")
         equal([each.num_tokens for each in plan.swaps_out], [4, 4, 1], "the slots moved of b's blocks, shared or not")
-        holds(balanced(own), "Blocks are held and not counted, or counted and not held.", actual=granted(plan))
-        equal(own.manager.pool.num_free_blocks, 9, "how many of 12 blocks are free: a holds three")
+        held = [block.ref_cnt for block in own.manager.block_tables["a"]]
+        what = "[free blocks of 12, ref_cnt of a's three blocks], after b was swapped out"
+        equal([own.manager.pool.num_free_blocks, held], [9, [1, 1, 1]], what)
 
     def test_the_rest_is_done_by_preempt(self, code):
         own, a, plan = self.swapped(code)
@@ -755,7 +762,7 @@ class TestSwapIn:
         expected = [(2, table[0], 4), (3, table[1], 4), (4, table[2], 1)]
         equal([tuple(each) for each in plan.swaps_in], expected, "(from, to, slots) of the moves back, for 9 tokens")
         equal(own.host_pool.num_free_blocks, 6, "how many of 8 blocks on the host are free; 2 are another's")
-        equal(sorted(own.swapped), [], "who is swapped out, afterwards")
+        equal(sorted(own.swapped), [], "the swapped requests, afterwards")
 
     def test_full_blocks(self, code):
         own, a, _ = self.back(code, prompt=8)
@@ -790,10 +797,10 @@ class TestAbort:
         own = scheduler(code)
         (a,) = running(code, own, request(code, "a", 3))
         own.add(request(code, "b", 3))
-        self.abort(own, "b", "b, who waits")
-        equal([names(own.waiting), names(own.running)], [[], ["a"]], "who waits and who runs, after the abort of b")
-        self.abort(own, "a", "a, who runs")
-        equal([names(own.running), a.finish_reason], [[], "abort"], "who runs, and a's finish_reason, after its abort")
+        self.abort(own, "b", "b, which waits")
+        equal([names(own.waiting), names(own.running)], [[], ["a"]], "[waiting, running] after the abort of b")
+        self.abort(own, "a", "a, which runs")
+        equal([names(own.running), a.finish_reason], [[], "abort"], "[running, a's finish_reason] after the abort of a")
         equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks are free")
 
     def test_in_flight(self, code):
@@ -801,14 +808,14 @@ class TestAbort:
         a = request(code, "a", 6)
         own.add(a)
         plan = own.schedule()
-        self.abort(own, "a", "a, who is in flight")
+        self.abort(own, "a", "a, which is in flight")
         equal(own.manager.pool.num_free_blocks, 10, "how many of 12 blocks are free while a, aborted, is in flight")
         reason = a.finish_reason
         holds(
             reason == "abort", f"finish_reason of a, aborted in flight, is {reason!r}, expected 'abort'.", repr(reason)
         )
         victim = own.choose_victim()
-        equal(victim and victim.request_id, None, "who could be made to give up blocks while a, aborted, is in flight")
+        equal(victim and victim.request_id, None, "the victim of a preemption while a, aborted, is in flight")
         answered(code, own, plan)
         equal(own.manager.pool.num_free_blocks, 12, "how many blocks are free when its step is collected")
         equal(a.output_token_ids, [], "its output: what was sampled after the abort is dropped")
@@ -817,7 +824,7 @@ class TestAbort:
         own = scheduler(code)
         running(code, own, request(code, "a", 3))
         self.abort(own, "nobody", "an id that no request has, which is to be ignored,")
-        equal(names(own.running), ["a"], "who runs afterwards")
+        equal(names(own.running), ["a"], "the running requests afterwards")
 
     def test_its_samples_go_on(self, code):
         own = scheduler(code)
@@ -825,7 +832,8 @@ class TestAbort:
         others = [request(code, f"a/{child}", 3, arrival=0, parent=a, child=child) for child in (1, 2)]
         running(code, own, a, *others)
         self.abort(own, "a", "a, the first of three samples")
-        equal(names(own.running), ["a/1", "a/2"], "the running requests after the abort of the first of three samples")
+        what = "[a's finish_reason, the running requests] after the abort of the first of three samples"
+        equal([a.finish_reason, names(own.running)], ["abort", ["a/1", "a/2"]], what)
 
 
 @exercise("5.15", points=2)
@@ -842,11 +850,9 @@ class TestFinish:
                 [reason, "finished", False],
                 f"finish_reason and status of {each.request_id}, and whether the scheduler still knows it",
             )
-        equal(
-            [names(own.running), names(own.waiting)], [["b"], []], "who runs and who waits, after a and c have finished"
-        )
+        equal([names(own.running), names(own.waiting)], [["b"], []], "[running, waiting] after a and c have finished")
         equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free; b holds one")
-        equal(own.finished_ids, ["a", "c"], "finished_ids")
+        equal([len(own.finished_ids), own.finished_ids], [2, ["a", "c"]], "[length, finished_ids]")
 
     def test_a_long_day(self, code):
         own = scheduler(code, preemption="swap", num_host_blocks=4)
@@ -860,7 +866,7 @@ class TestFinish:
         equal(
             free, [4, 4, 4], "free blocks on the host, of 4, each time that a request was swapped out and then aborted"
         )
-        equal(own.swapped, {}, "who is swapped out, when all have finished")
+        equal(own.swapped, {}, "the swapped requests, when all have finished")
 
     def test_the_others_keep_theirs(self, code):
         own = scheduler(code, preemption="swap", num_host_blocks=4)
@@ -871,7 +877,7 @@ class TestFinish:
         equal(
             [own.host_pool.num_free_blocks, sorted(own.swapped)],
             [2, ["b"]],
-            "free blocks on the host, and who has them",
+            "free blocks on the host, and the swapped requests",
         )
 
 

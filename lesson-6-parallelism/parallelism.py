@@ -18,83 +18,73 @@ From Shoeybi et al., "Megatron-LM" (2019), for the cut through the layers; Huang
 
 from __future__ import annotations
 
-import datetime
-import gc
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.checkpoints import Checkpoint, find_checkpoint
-from common.config import EngineConfig
-from common.tokenizer import load_tokenizer
-from common.workers import Failure, WorkerError, Workers, describe, guarded, is_consequence
-from common.workers.rendezvous import is_worker, meet_workers, report_for_work, under_torchrun
-from solutions.batching import Executor, LocalExecutor, ModelRunner
-from solutions.hooked import HookedEngine
+from common.workers import Failure, describe, guarded, is_consequence
+from common.workers.rendezvous import is_worker, join_ranks, report_for_work, start_ranks
+from solutions.batching import ModelRunner
 from solutions.llama_pytorch import (
     Layer,
     Linear,
     Llama,
     ModelConfig,
     layers_of,
-    load_weights,
-    parse_config,
-    use_kernels,
 )
-from solutions.paged_attention import PagedKVCache, cdiv
+from solutions.paged_attention import cdiv
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who computes what: arithmetic
+# Arithmetic: which rank computes what
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def shard_range(size: int, rank: int, world_size: int) -> range:
-    """The share of `size` things that falls to a rank: neighbours, and as even as can be.
+    """Returns the part of `size` things that is assigned to a rank: consecutive ones, in parts as even as possible.
 
-    What does not divide goes to the first ranks, one each.
+    If the parts cannot be equal, the first ranks have one more each: 10 over 4 ranks is 3, 3, 2, 2.
     """
-    # TODO 6.1: where does a rank's share begin, if each rank before it has one more for as long as there are any?
+    # TODO 6.1: where does a rank's part begin, if each of the first ranks has one more than the others?
     raise NotImplementedError("TODO 6.1")
 
 
 def head_groups(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> tuple[range, range]:
-    """The query heads and the key/value heads of a rank.
+    """Returns the query heads and the key/value heads of a rank.
 
-    Query heads stay with the key/value head that they look at, so whole groups are dealt out, as `shard_range` deals.
-    Where there are fewer key/value heads than ranks, the ranks are dealt to the heads instead: each rank has one, some
-    the same one, and those share its group's query heads.
+    Query heads stay with the key/value head that they attend to: `shard_range` assigns whole groups to the ranks. With
+    fewer key/value heads than ranks it assigns the ranks to the heads instead. Then each rank has one key/value head,
+    and the ranks that have the same one share its group's query heads.
     """
-    # TODO 6.2: two cases, and `shard_range` in both.
+    # TODO 6.2: distinguish two cases, and use `shard_range` in both.
     raise NotImplementedError("TODO 6.2")
 
 
 def rank_grid(tensor_parallel: int, pipeline_parallel: int) -> list[list[int]]:
-    """Which ranks compute which stage: a row for each stage, with the ranks that share its layers.
+    """Returns a row for each stage: the ranks that share its layers.
 
-    Those talk twice a layer, stages only once each; so a stage's ranks are neighbours, likely in the same machine.
+    These communicate twice in each layer, stages only once in each step. So a stage's ranks have consecutive numbers,
+    and are likely to be on the same machine.
     """
     # TODO 6.3: number the grid row by row.
     raise NotImplementedError("TODO 6.3")
 
 
 def stage_layers(num_layers: int, num_stages: int, stage: int, head_cost: float = 0.0) -> range:
-    """The layers of a stage, such that all stages take about the same time.
+    """Returns the layers of a stage, such that all stages take about the same time.
 
-    head_cost: the work of the head, which the last stage has on top, in layers. The work of all layers and the head is
-    divided evenly, and boundaries are rounded to whole layers; but every stage has at least one.
+    head_cost: the work of the head, which the last stage has in addition, in layers. The work of all layers and the
+    head is divided evenly, and boundaries are rounded to whole layers. Every stage has at least one layer.
     """
-    # TODO 6.4: where does stage i begin, if the work before it is i shares of the whole? Every stage behind it
-    # needs a layer too.
+    # TODO 6.4: compute where stage i begins: the work before it is i / num_stages of the whole. Every stage from i
+    # on needs a layer, too.
     raise NotImplementedError("TODO 6.4")
 
 
@@ -161,9 +151,9 @@ def bubble_fraction(timeline: Sequence[Sequence[tuple[int, int] | None]]) -> flo
 def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidth: float) -> float:
     """Seconds to add up a tensor of `num_bytes` over all ranks of a ring, so that all have the sum.
 
-    latency: seconds a message takes however small it is; bandwidth: bytes/s between two neighbours. In a ring each
-    rank sends a message to the next one at the same time: a part of the tensor, one of `world_size`, first until every
-    part is summed up somewhere, then until every sum is everywhere. From Patarasuk and Yuan (2009).
+    latency: seconds that even an empty message takes; bandwidth: bytes/s between two neighbours. In a ring all ranks
+    send at the same time, each to the next one. A message is one of `world_size` parts of the tensor. Messages are sent
+    until each part is summed up on one rank, and then until every rank has every sum. From Patarasuk and Yuan (2009).
     """
     # TODO 6.6: how many messages, one after another, of how many bytes each?
     raise NotImplementedError("TODO 6.6")
@@ -175,10 +165,10 @@ def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidt
 
 
 class Group:
-    """The ranks that share one stage's layers, as one of them sees it. Alone, it has nothing to say to anybody.
+    """The ranks that share one stage's layers, seen from one of them. A group of one communicates with no other rank.
 
-    rank, size: which of how many this process is. ranks: their numbers among all processes. handle: what
-    torch.distributed calls the group; None is all of them.
+    rank: this process's position in the group. ranks: the numbers of its members among all processes. handle: the group
+    in torch.distributed; None is all processes.
     """
 
     def __init__(self, rank: int = 0, ranks: Sequence[int] = (0,), handle: dist.ProcessGroup | None = None):
@@ -191,7 +181,7 @@ class Group:
         return len(self.ranks)
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-        """Add up (or, with another op, combine) every rank's x, in place; all have the result. Returns x."""
+        """Add up every rank's x, in place, or combine it by another op. Returns x, now the same on every rank."""
         if self.size > 1:
             whole = x.contiguous()  # of a tensor with gaps between its rows gloo adds up the wrong numbers, silently
             dist.all_reduce(whole, op, self.handle)
@@ -200,7 +190,7 @@ class Group:
         return x
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
-        """Every rank's x, all of one shape, in their order, on the group's first rank; None on the others."""
+        """Returns a list of every rank's x, which have one shape, on the group's first rank; None on the others."""
         if self.size == 1:
             return [x]
         parts = [torch.empty_like(x) for _ in self.ranks] if self.rank == 0 else None
@@ -208,7 +198,7 @@ class Group:
         return parts
 
     def exchange(self, sent: Tensor, received: Tensor) -> None:
-        """Send a tensor to the next rank of the ring, and fill another with what the rank before us has sent."""
+        """Send one tensor to the next rank of the ring, and receive another from the rank before this one."""
         following, previous = self.ranks[(self.rank + 1) % self.size], self.ranks[self.rank - 1]
         operations = [dist.P2POp(dist.isend, sent, following, self.handle)] if sent.numel() else []
         if received.numel():
@@ -218,13 +208,13 @@ class Group:
 
 
 def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum of every rank's x, on every rank: what `all_reduce` does, made of messages between neighbours.
+    """Add up every rank's x by messages between neighbours, without `all_reduce`. Returns a new tensor of x's shape.
 
-    Returns a new tensor of x's shape. x is cut into as many parts as there are ranks. In the first half the parts go
-    round and grow: whoever gets one adds their own to it. In the second half the finished sums go round.
+    x is cut into as many parts as there are ranks. With each of the first size - 1 messages a rank receives a part, and
+    adds its own numbers to it: then every rank has one finished sum. With the others the finished sums go round.
     """
-    # TODO 6.7: cut a flat copy with `tensor_split`; 2 * (size - 1) times `exchange`. Which part does a rank send at
-    # first? Which one is finished with it after the first half?
+    # TODO 6.7: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Which part does a rank
+    # send first? After the first half, which part is complete on rank r?
     raise NotImplementedError("TODO 6.7")
 
 
@@ -403,20 +393,6 @@ def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
     raise NotImplementedError("TODO 6.17")
 
 
-def load_share(
-    name: str, dtype: torch.dtype, device: str, coordinates: RankCoordinates, group: Group
-) -> tuple[Llama, range, int]:
-    """One rank's share of a checkpoint. Returns its model, the numbers of its layers, and how many bytes it read."""
-    checkpoint = Checkpoint(find_checkpoint(name))
-    with torch.device("meta"):
-        model = Llama(parse_config(checkpoint.config)).to(dtype)
-    layers = shard(model, coordinates, group)
-    load_weights(model, checkpoint)
-    model = model.to(device)
-    use_kernels(model)
-    return model, layers, checkpoint.num_bytes_read
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # A rank's part of a step
 # ---------------------------------------------------------------------------------------------------------------
@@ -466,46 +442,14 @@ def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> Mo
 class Start:
     """The first command to every rank: join the grid, load a share of the model, and build what computes its steps.
 
-    load(coordinates, group) returns the model, the numbers of its layers and the bytes read; build(model, layers)
-    returns the runner. timeout: seconds that a rank waits for another one within a step.
+    config: an EngineConfig. load(coordinates, group) returns the model, the numbers of its layers and the number of
+    bytes read; build(model, layers) returns the runner.
     """
 
-    tensor_parallel: int
-    pipeline_parallel: int
-    backend: str
-    timeout: float
+    config: Any
     num_threads: int
     load: Callable[[RankCoordinates, Group], tuple[Llama, range, int]]
     build: Callable[[Llama, range], ModelRunner]
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A rank's answer to `Start`."""
-
-    rank: int
-    num_bytes_read: int
-
-
-def join_grid(coordinates: RankCoordinates, start: Start, store: dist.Store) -> Group:
-    """Connect this rank to all others through torch.distributed. Returns the group of its stage."""
-    excepthook, timeout = sys.excepthook, datetime.timedelta(seconds=start.timeout)
-    grid = rank_grid(start.tensor_parallel, start.pipeline_parallel)
-    size, rank = start.tensor_parallel * start.pipeline_parallel, coordinates.rank
-    meeting = dist.PrefixStore("ranks", store)
-    dist.init_process_group(start.backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
-    sys.excepthook = excepthook  # torch's own would put "[rank0]:" before every line of every traceback
-    # Every rank must name every group. A group without a timeout of its own would wait for half an hour.
-    handles = [dist.new_group(ranks, timeout) for ranks in grid]
-    ranks = grid[coordinates.stage]
-    return Group(ranks.index(rank), ranks, handles[coordinates.stage])
-
-
-def leave_grid(num_threads: int) -> None:
-    """Disconnect this process from the other ranks, and give it back the threads that it had before."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    torch.set_num_threads(num_threads)
 
 
 class Rank:
@@ -514,23 +458,25 @@ class Rank:
     def __init__(self, rank: int, store: dist.Store):
         self.rank, self.store = rank, store
 
-    def run(self, command: Start | SchedulerOutput) -> Ready | ModelRunnerOutput | None:
+    def run(self, command: Start | SchedulerOutput) -> tuple[int, int] | ModelRunnerOutput | None:
         """Carry out a command. Returns what rank 0 must be told, or None."""
         if isinstance(command, Start):
             return self.start(command)
         output = run_stage(self.runner, command, self.link)
         return output if self.is_sampling else None
 
-    def start(self, start: Start) -> Ready:
+    def start(self, start: Start) -> tuple[int, int]:
+        """Get ready for the first step. Returns the rank, and how many bytes of the checkpoint it has read."""
         torch.set_num_threads(start.num_threads)
-        if start.backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
-        coordinates = RankCoordinates(self.rank, start.tensor_parallel, start.pipeline_parallel)
-        group = join_grid(coordinates, start, self.store)
-        self.is_sampling = coordinates.is_last_stage and group.rank == 0
-        model, layers, num_bytes_read = start.load(coordinates, group)
+        grid = start.config.tensor_parallel, start.config.pipeline_parallel
+        coordinates, rows = RankCoordinates(self.rank, *grid), rank_grid(*grid)
+        handles = join_ranks(self.store, self.rank, rows, start.config.device, start.config.timeout)
+        ranks = rows[coordinates.stage]
+        self.group = Group(ranks.index(self.rank), ranks, handles[coordinates.stage])
+        self.is_sampling = coordinates.is_last_stage and self.group.rank == 0
+        model, layers, num_bytes_read = start.load(coordinates, self.group)
         self.runner, self.link = start.build(model, layers), StageLink(coordinates, model)
-        return Ready(self.rank, num_bytes_read)
+        return self.rank, num_bytes_read
 
 
 def worker_loop(
@@ -567,52 +513,20 @@ def serve_as_worker() -> None:
 class ParallelExecutor:
     """Lesson 5's executor on a grid of ranks. This process is rank 0; the others are started here or by torchrun.
 
-    config: an EngineConfig, of which it uses tensor_parallel, pipeline_parallel, device and timeout (seconds that a
-    rank waits for another one within a step). load, build: see `Start`. If a rank fails, all of them are ended and a
-    WorkerError says why. num_bytes_read: of the checkpoint, by rank.
+    config: an EngineConfig; load, build: see `Start`. A rank waits for another one within a step for `config.timeout`
+    seconds. If a rank fails, all of them are ended and a WorkerError says why. num_bytes_read: of the checkpoint, by
+    rank.
     """
 
     def __init__(self, config: Any, load: Callable, build: Callable):
         self.depth, self.timeout = config.pipeline_parallel, config.timeout
         self.outputs: deque[ModelRunnerOutput] = deque()  # of steps that are computed and not yet collected
         num_threads, size = torch.get_num_threads(), config.tensor_parallel * config.pipeline_parallel
-        self.check_free(size)
-        self.workers = Workers(range(1, size), partial(leave_grid, num_threads))
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        grid = config.tensor_parallel, config.pipeline_parallel
-        try:
-            with self.workers.guard():
-                store, num_local = meet_workers(self.workers, "solutions.parallelism:serve_as_worker")
-                self.rank = Rank(0, store)
-                backend = "nccl" if device.startswith("cuda") else "gloo"
-                start = Start(*grid, backend, self.timeout, max(1, num_threads // num_local), load, build)
-                self.workers.send(start)
-                ready = [self.rank.run(start), *(self.workers.receive() for _ in self.workers.ranks)]
-        except WorkerError as error:
-            # What is wrong with a checkpoint or an option is reported as it would be without ranks.
-            if isinstance(error.__cause__, ValueError):
-                raise error.__cause__ from None
-            raise
-        except BaseException:
-            self.close()
-            raise
-        self.num_bytes_read = [answer.num_bytes_read for answer in sorted(ready, key=lambda answer: answer.rank)]
-
-    @staticmethod
-    def check_free(size: int) -> None:
-        """Raise ValueError if this process cannot become rank 0 of `size` ranks."""
-        if dist.is_initialized():
-            gc.collect()  # an executor that was dropped without `close` is closed now
-        if dist.is_initialized():
-            raise ValueError(
-                "Another parallel engine is open in this process, and torch.distributed allows one at a time. Call its "
-                "close(), or use it in a `with` statement."
-            )
-        if under_torchrun() and int(os.environ["WORLD_SIZE"]) != size:
-            raise ValueError(
-                f"torchrun has started {os.environ['WORLD_SIZE']} processes; tensor_parallel times pipeline_parallel "
-                f"is {size}."
-            )
+        self.workers, store, num_local = start_ranks(size, "solutions.parallelism:serve_as_worker")
+        self.rank = Rank(0, store)
+        start = Start(config, max(1, num_threads // num_local), load, build)
+        ready = self.workers.run_everywhere(start, self.rank.run)
+        self.num_bytes_read = [num_bytes for _, num_bytes in sorted(ready)]
 
     @guarded
     def submit(self, plan: SchedulerOutput) -> None:
@@ -631,74 +545,6 @@ class ParallelExecutor:
     def close(self) -> None:
         """End all workers."""
         self.workers.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The engine
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def make_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
-    """What computes one rank's part of each step."""
-    cache = PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks or 0, layers)
-    return ModelRunner(model, cache)
-
-
-class ParallelEngine(HookedEngine):
-    """Lesson 5's engine on a grid of ranks. `kv_cache_memory` is that of each rank. (Moves to engine.py.)"""
-
-    def __init__(
-        self,
-        name: str,
-        tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
-        dtype: torch.dtype | None = None,
-        device: str | None = None,
-        timeout: float = 30.0,
-        **settings,
-    ):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        checkpoint = Checkpoint(find_checkpoint(name))
-        config, grid = self.read_config(checkpoint), (tensor_parallel, pipeline_parallel)
-        check_parallel(config, *grid)
-        memory = settings.get("kv_cache_memory", EngineConfig.kv_cache_memory)
-        settings["kv_cache_memory"] = int(memory / self.cache_share(config, dtype, *grid))
-        self.options = SimpleNamespace(
-            tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, device=device, timeout=timeout
-        )
-        self.load = self.loader(str(checkpoint.folder), dtype, device)
-        with torch.device("meta"):
-            model = Llama(config).to(dtype)
-        super().__init__(model, load_tokenizer(checkpoint.folder), **settings)
-        inner = self.executor.rank if isinstance(self.executor, ParallelExecutor) else self.executor
-        self.model = inner.runner.model
-
-    def build_executor(self) -> Executor:
-        if self.options.tensor_parallel * self.options.pipeline_parallel > 1:
-            executor = ParallelExecutor(self.options, self.load, self.maker())
-            self.num_bytes_read = executor.num_bytes_read
-            return executor
-        model, layers, num_bytes_read = self.load(RankCoordinates(0, 1, 1), Group())
-        self.num_bytes_read = [num_bytes_read]
-        return LocalExecutor(self.maker()(model, layers))
-
-    # What a later lesson does otherwise
-
-    def read_config(self, checkpoint: Checkpoint) -> ModelConfig:
-        return parse_config(checkpoint.config)
-
-    def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
-        """What a rank's keys and values take, of what those of a whole model take."""
-        return largest_share(config, *grid)
-
-    def loader(self, folder: str, dtype: torch.dtype, device: str) -> Callable:
-        """What each rank is to call to load its share."""
-        return partial(load_share, folder, dtype, device)
-
-    def maker(self) -> Callable:
-        """What each rank is to call to make what computes."""
-        return partial(make_runner, self.config)
 
 
 if __name__ == "__main__":  # `torchrun -m solutions.parallelism`: the module that rank 0 and the commands refer to

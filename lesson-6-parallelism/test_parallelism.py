@@ -844,13 +844,19 @@ CONFIG = dict(
 
 def steps_on_rank(code, group, folder: str, tensor_parallel: int):
     """Two steps of one request, its tokens given. Returns what was sampled here."""
-    from solutions.batching import ScheduledRequest
-    from solutions.llama_pytorch import SamplingParams
+    from solutions.batching import ModelRunner
+    from solutions.llama_pytorch import SamplingParams, load_weights, parse_config
+    from solutions.paged_attention import PagedKVCache
+    from solutions.scheduler import ScheduledRequest
 
     coordinates = code.RankCoordinates(group.rank, tensor_parallel, 2 // tensor_parallel)
     own = group if tensor_parallel == 2 else code.Group(0, [group.rank])
-    model, layers, _ = code.load_share(folder, torch.float64, "cpu", coordinates, own)
-    runner = code.make_runner(code.EngineConfig(num_blocks=4, block_size=4), model, layers)
+    checkpoint = Checkpoint(Path(folder))
+    with torch.device("meta"):
+        model = code.Llama(parse_config(checkpoint.config)).double()
+    layers = code.shard(model, coordinates, own)
+    load_weights(model, checkpoint)
+    runner = ModelRunner(model, PagedKVCache(model, 4, 4, layers=layers))
     link, sampled = code.StageLink(coordinates, model), []
     for step, (start, ids) in enumerate(((0, [3, 14, 15, 9, 26]), (5, [8]), (6, [20]))):
         request = ScheduledRequest("a", start, ids, 0, [2, 0, 1], SamplingParams(), step, [], [], frozenset(), 9)
@@ -875,8 +881,10 @@ class TestTogether:
     def test_the_same_tokens(self, code):
         from safetensors.torch import load_file
 
+        from solutions.llama_pytorch import parse_config
+
         torch.manual_seed(0)
-        model = code.Llama(code.parse_config(CONFIG))
+        model = code.Llama(parse_config(CONFIG))
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
         tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
@@ -884,7 +892,7 @@ class TestTogether:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             save_file(tensors, Path(folder, "model.safetensors"))
             Path(folder, "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-            whole = code.Llama(code.parse_config(CONFIG)).double()
+            whole = code.Llama(parse_config(CONFIG)).double()
             whole.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
             expected = whole.logits(whole(ids, torch.arange(7), attend_to_all)).argmax(-1)[4:].tolist()
             tokens = [[token] for token in expected]

@@ -12,8 +12,8 @@ distance between two models' predictions.
 A weight keeps its name, and its scales are stored beside it (`q_proj.weight`, `q_proj.weight_scale`). So a quantized
 model is a checkpoint like any other, and a rank reads its slices of it.
 
-From Dettmers et al., "LLM.int8()" (2022); Xiao et al., "SmoothQuant" (2023), for activations; Lin et al., "AWQ" (2024),
-for weights that are quantized with their inputs in mind; llama.cpp's Q4_0 and Q4_1, for groups of four bits.
+From Dettmers et al., "LLM.int8()" (2022); for activations, Xiao et al., "SmoothQuant" (2023). Lin et al., "AWQ" (2024),
+quantize weights with their inputs in mind. Groups of four bits are as in llama.cpp's Q4_0 and Q4_1.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ from torch import Tensor, nn
 
 from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from common.config import EngineConfig
-from solutions.batching import ModelRunner
 from solutions.llama_pytorch import (
     Attend,
     Linear,
@@ -51,7 +49,7 @@ from solutions.llama_pytorch import (
 )
 from solutions.llm_basics import rotary_tables, upcast
 from solutions.paged_attention import PagedKVCache, cdiv
-from solutions.parallelism import Absent, Group, ParallelEngine, RankCoordinates, shard
+from solutions.parallelism import Absent
 
 # ---------------------------------------------------------------------------------------------------------------
 # Eight bits
@@ -59,29 +57,30 @@ from solutions.parallelism import Absent, Group, ParallelEngine, RankCoordinates
 
 
 def quantize_int8(weight: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127, and for each row what one of them is worth. weight: (out, in).
+    """Round each row to whole numbers from -127 to 127, with one scale for the row. weight: (out, in).
 
-    absmax: (out,), the largest magnitude in each row, if `weight` is only a part of the rows; None: look. Returns int8
-    (out, in) and the scales (out,), such that number x scale is about the weight. A row of zeros has scale 1.
+    absmax: (out,), the largest magnitude in each row; by default that of `weight`, which may be only a part of the
+    rows. Returns the numbers, int8 (out, in), and the scales, (out,): number x scale is about the weight. A scale that
+    would be 0, as for a row of zeros, is 1.
     """
-    # TODO 7.1: the largest magnitude of a row becomes 127. -128 is not used, so that every number has its negative.
+    # TODO 7.1: the largest magnitude in a row becomes 127. (-128 is not used, so that every number has a negative.)
     raise NotImplementedError("TODO 7.1")
 
 
 def quantize_activations(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same for activations, a scale for each token: it is made anew in every step. x: (T, in).
+    """Quantize activations, with a scale for each token. x: (T, in). Returns int8 (T, in) and scales (T,).
 
-    absmax: (T,), if x is only a part of each token's row. Returns int8 (T, in) and scales (T,).
+    absmax: (T,), the largest magnitude of each token, if x has only a part of its channels.
     """
-    # TODO 7.3: rows are rows.
+    # TODO 7.3: a token is a row, too.
     raise NotImplementedError("TODO 7.3")
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """The exact product of two matrices of int8, summed in 32 bits. a: (T, in); b: (out, in). Returns (T, out) int32.
+    """Multiply two matrices of int8 exactly. a: (T, in); b: (out, in). Returns (T, out) int32.
 
-    Processors have instructions for this, torch on a CPU has no fast way to ask for them. So float32 does it, in pieces
-    short enough to be exact: it holds every whole number up to 2**24, and 1024 products of at most 127 x 127 are less.
+    On a CPU torch has no fast product of whole numbers. float32 has one, and it is exact up to 2**24: the sum of 1024
+    products of at most 127 x 127 is less.
     """
     total = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
     for left, right in zip(a.split(1024, dim=1), b.split(1024, dim=1)):
@@ -90,9 +89,9 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def whole_row_absmax(layer: Linear, x: Tensor) -> Tensor:
-    """The largest magnitude in each row, over all ranks that have a part of the row. x: (rows, columns) -> (rows,).
+    """Returns the largest magnitude in each row, over all ranks that have a part of it. x: (rows, columns) -> (rows,).
 
-    x has the columns that the layer has of its matrix: it is a part of the matrix, or of the layer's inputs.
+    x is the layer's part of its matrix, or the layer's inputs: its columns are those of the layer.
     """
     absmax = x.abs().amax(dim=1)
     is_part = len(layer.columns) < layer.shape[1]
@@ -100,14 +99,13 @@ def whole_row_absmax(layer: Linear, x: Tensor) -> Tensor:
 
 
 class QuantizedMethod(LinearMethod):
-    """What the methods of this lesson have in common.
+    """A linear layer's matrix in fewer bits. Subclasses define `parts`, `quantized` and `product`.
 
-    is_saved: whether the checkpoint has what `save_quantized` wrote. Otherwise it has floats, and each matrix is
-    quantized as it is read. Subclasses say in `parts` and `dtypes` what they store, make it in `quantized` out of
-    floats, and multiply in `product`.
+    is_saved: the checkpoint was written by `save_quantized`. Otherwise it has floats, which are quantized as they are
+    read, one matrix at a time.
     """
 
-    dtypes: Mapping[str, torch.dtype] = {"weight": torch.int8}  # others have the dtype of the activations
+    dtypes: Mapping[str, torch.dtype] = {"weight": torch.int8}  # of the tensors that are not of the activations' dtype
 
     def __init__(self, is_saved: bool = False):
         self.is_saved = is_saved
@@ -134,19 +132,19 @@ class QuantizedMethod(LinearMethod):
 
 
 class Int8Method(QuantizedMethod):
-    """The matrix in eight bits, with a scale for each output. Activations stay as they are."""
+    """Eight bits, with a scale for each output. Activations stay in floats."""
 
     def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
         return {"weight": (rows, columns), "weight_scale": (rows,)}
 
     def quantized(self, layer: Linear, read: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """The layer's tensors. `read(rows, columns)` returns this part of the float matrix."""
+        """Returns the layer's tensors, by name. `read(rows, columns)` reads a part of the matrix, in floats."""
         weight = upcast(read(layer.rows, layer.columns))
         numbers, scale = quantize_int8(weight, whole_row_absmax(layer, weight))
         return {"weight": numbers, "weight_scale": scale}
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
-        """x: (T, in). Returns (T, out): x times the matrix that the numbers and scales stand for."""
+        """Multiply x (T, in) by the matrix that numbers and scales stand for. Returns (T, out) in x's dtype."""
         # TODO 7.2: a scale belongs to an output. So when is it cheapest to multiply by it?
         raise NotImplementedError("TODO 7.2")
 
@@ -158,12 +156,12 @@ class Int8Method(QuantizedMethod):
 
 
 class W8A8Method(Int8Method):
-    """Matrix and activations in eight bits: whole numbers are multiplied and added up, and scaled once at the end."""
+    """Eight bits for the matrix and for the activations: whole numbers are multiplied, and scaled once at the end."""
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
-        """x: (T, in). Returns (T, out) in x's dtype. Ranks that have parts of the same tokens scale them alike."""
+        """Multiply as `Int8Method` does. Ranks that have parts of the same token use the same scale for it."""
         # TODO 7.4: quantize the tokens, with `whole_row_absmax(layer, x)`; multiply with `int8_matmul`; then apply
-        # each token's scale and each output's. Sums are far larger than float16 can hold: `upcast` the scales first.
+        # each token's scale and each output's. The sums are too large for float16: `upcast` the scales first.
         raise NotImplementedError("TODO 7.4")
 
     def process_weights_after_loading(self, layer: Linear) -> None:
@@ -176,9 +174,9 @@ class W8A8Method(Int8Method):
 
 
 def pack_int4(numbers: Tensor) -> Tensor:
-    """Two numbers of 0 to 15 in a byte. numbers: (out, in) uint8, `in` even. Returns (out, in / 2) uint8.
+    """Pack two neighbouring numbers, 0 to 15, in a byte: the first in its low half, the second in its high half.
 
-    The first of two neighbours is in the byte's low half.
+    numbers: (out, in) uint8, `in` even. Returns (out, in / 2) uint8.
     """
     # TODO 7.5: shift one of them by four bits.
     raise NotImplementedError("TODO 7.5")
@@ -191,30 +189,29 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers from 0 to 15, with a scale and a minimum for each group of a row. weight: (out, in).
+    """Round each group of `group_size` neighbours in a row to whole numbers from 0 to 15. weight: (out, in).
 
-    A group is `group_size` neighbours in a row; the last may be shorter. number x scale + minimum is about the weight.
-    Asymmetric: 0 stands for the group's smallest weight and 15 for its largest. Symmetric: 8 stands for a weight of 0,
-    and 15 and 1 for the largest magnitude and its negative; the minimum is -8 scales and need not be stored. Scales
-    and minima are rounded to float16 first, for that is how they are kept, and the numbers are chosen for those. A
-    scale that would be 0 (all are alike; symmetric: all are 0) is 1.
+    The last group of a row may be shorter. number x scale + minimum is about the weight. Asymmetric: 0 stands for the
+    group's smallest weight and 15 for its largest. Symmetric: 8 stands for 0, and 15 and 1 for the largest magnitude
+    and its negative; the minimum is -8 scales, and need not be stored. Scales and minima are rounded to float16, as
+    they are stored, before the numbers are chosen. A scale that would be 0 in float16 is 1.
 
-    Returns uint8 (out, in), scales and minima, two of (out, groups) float16.
+    Returns the numbers, uint8 (out, in), the scales and the minima, both float16 (out, groups).
     """
-    # TODO 7.7: fill the last group up with copies of the last weight, which changes no extreme; view as groups.
+    # TODO 7.7: fill the last group up with copies of the last weight, which change no extreme. View as groups.
     raise NotImplementedError("TODO 7.7")
 
 
 def dequantize_int4(
     numbers: Tensor, scale: Tensor, minimum: Tensor | None, group_size: int, first_column: int = 0
 ) -> Tensor:
-    """The weight that numbers, scales and minima stand for. numbers: (out, in); the others: (out, groups).
+    """Returns the weights that numbers stand for: (out, in), in the scale's dtype. numbers: (out, in).
 
-    minimum: None where it is -8 scales. first_column: how far into its first group the first column stands, where a
-    rank's share of the columns begins in the middle of one. Returns (out, in) in the scale's dtype.
+    scale, minimum: (out, groups); a minimum of None is -8 scales. first_column: the position of the first column in
+    its group, which is not 0 if a rank's columns begin within a group.
     """
-    # TODO 7.14: find the bug. One process says what it should. On three ranks all is well with groups of 32 and 64;
-    # with groups of 128 the model talks nonsense.
+    # TODO 7.14: find the bug. One process answers well. Three ranks answer well with groups of 32 and of 64; with
+    # groups of 128 their answers are nonsense.
     raise NotImplementedError("TODO 7.14")  # take this line out, then find the one mistake below and mend it
 
     group_of = (torch.arange(numbers.shape[1], device=numbers.device)) // group_size
@@ -224,7 +221,7 @@ def dequantize_int4(
 
 
 class Int4Method(QuantizedMethod):
-    """The matrix in four bits, two numbers in a byte, with a scale (and a minimum) for each group of a row."""
+    """Four bits, two numbers in a byte, with a scale and (unless symmetric) a minimum for each group of a row."""
 
     dtypes = {"weight": torch.uint8, "weight_scale": torch.float16, "weight_minimum": torch.float16}
 
@@ -233,7 +230,7 @@ class Int4Method(QuantizedMethod):
         self.group_size, self.symmetric = group_size, symmetric
 
     def groups(self, columns: range) -> range:
-        """The groups of which these columns are. The first and the last may be another rank's in part."""
+        """Returns the groups that these columns belong to. The first and the last may be shared with other ranks."""
         return range(columns.start // self.group_size, cdiv(columns.stop, self.group_size))
 
     def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
@@ -244,7 +241,7 @@ class Int4Method(QuantizedMethod):
         return {"weight": (rows, pairs), **dict.fromkeys(names, (rows, self.groups(columns)))}
 
     def quantized(self, layer: Linear, read: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """The layer's tensors. `read(rows, columns)` returns this part of the float matrix: whole groups are read."""
+        """Returns the layer's tensors, by name, from the whole groups that the layer's columns belong to."""
         groups, columns = self.groups(layer.columns), layer.columns
         whole = range(groups.start * self.group_size, min(groups.stop * self.group_size, layer.shape[1]))
         weight = upcast(read(layer.rows, whole))
@@ -254,9 +251,9 @@ class Int4Method(QuantizedMethod):
         return tensors if self.symmetric else {**tensors, "weight_minimum": minimum}
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
-        """x: (T, in). Returns (T, out): x times the matrix that the bytes stand for."""
-        # TODO 7.8: unpack (an odd number of columns was padded with one more), `dequantize_int4`, in x's dtype.
-        # The layer's columns may begin within a group: its first column is number `layer.columns.start` of the matrix.
+        """Multiply x (T, in) by the matrix that the bytes stand for. Returns (T, out) in x's dtype."""
+        # TODO 7.8: unpack (an odd number of columns was padded with one more) and `dequantize_int4` in x's dtype.
+        # The layer's columns may begin within a group: its first one is column `layer.columns.start` of the matrix.
         raise NotImplementedError("TODO 7.8")
 
     def process_weights_after_loading(self, layer: Linear) -> None:
@@ -270,7 +267,7 @@ class Int4Method(QuantizedMethod):
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights are kept. kind: "int8", "w8a8" or "int4"; the last two fields are for int4."""
+    """How a model's matrices are stored. kind: "int8", "w8a8" or "int4". The other fields are for int4 alone."""
 
     kind: str
     group_size: int = 64
@@ -283,14 +280,14 @@ class Quantization:
             raise ValueError(f"group_size must be an even number of at least 2; it is {self.group_size!r}.")
 
     def method(self, is_saved: bool) -> LinearMethod:
-        """How the linear layers of a model's blocks store their matrices."""
+        """Returns the method for the linear layers of a model's blocks."""
         if self.kind == "int4":
             return Int4Method(self.group_size, self.symmetric, is_saved)
         return {"int8": Int8Method, "w8a8": W8A8Method}[self.kind](is_saved)
 
 
 def set_method(layer: Linear, method: LinearMethod) -> None:
-    """Let a layer on the meta device store its matrix in another way."""
+    """Give a layer on the meta device another method, and the tensors for it."""
     layer.method = method
     method.create_weights(layer, like=layer.weight)
 
@@ -298,12 +295,12 @@ def set_method(layer: Linear, method: LinearMethod) -> None:
 def quantize(model: Llama, quantization: Quantization, is_saved: bool = False) -> None:
     """Choose how a model on the meta device stores its matrices. is_saved: as in `QuantizedMethod`.
 
-    The linear layers of its blocks get the quantization's method. The head always gets `Int8Method`: it has the last
-    word on every token, and is the most sensitive. An embedding table is left in floats, unless it is the head as well:
-    then there is one table, in eight bits, for both. Norms stay.
+    The linear layers of the blocks get the quantization's method. The head, which decides on every token and is the
+    most sensitive, always gets `Int8Method`. The embedding table stays in floats, except in a tied model: there it
+    shares the head's eight bits.
     """
-    # TODO 7.9: `layers_of(model.model.layers)` are the blocks' layers; linear ones have a `method`. `set_method`
-    # makes new tensors: what was tied before is to be tied again.
+    # TODO 7.9: `set_method` for each of `layers_of(model.model.layers)` that has a `method` (a norm has none), then
+    # for the head and, if tied, the table. `set_method` makes new tensors, so tie them again.
     raise NotImplementedError("TODO 7.9")
 
 
@@ -312,7 +309,7 @@ METHOD = "inference-course"
 
 
 def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
-    """How a checkpoint's weights are kept, if they were quantized by `save_quantized`."""
+    """Returns how a checkpoint was quantized by `save_quantized`, or None if it has floats."""
     said = checkpoint.config.get("quantization_config")
     if said is None:
         return None
@@ -328,12 +325,25 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
 
 
 def plain_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The model's config, of which lesson 2 would refuse a quantized checkpoint's."""
+    """Returns the model's config without the entry for which lesson 2 refuses a quantized checkpoint."""
     return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
 
 
+def quantize_for(model: Llama, checkpoint: Checkpoint, quantization: Quantization | None) -> None:
+    """Choose how a model on the meta device stores a checkpoint's matrices, whether they are quantized yet or not.
+
+    A checkpoint that is quantized already is read as it is: `quantization` must be None or the same, or this raises
+    ValueError.
+    """
+    saved = quantization_of(checkpoint)
+    if saved and quantization and saved != quantization:
+        raise ValueError(f"{checkpoint.folder} is quantized already: {saved}. It cannot be loaded as {quantization}.")
+    if saved or quantization:
+        quantize(model, saved or quantization, is_saved=saved is not None)
+
+
 def quantized_copy(model: Llama, quantization: Quantization) -> Llama:
-    """A loaded, plain model, quantized; the model itself stays as it is."""
+    """Returns a quantized copy of a loaded model in floats, which is left as it is."""
     with torch.device("meta"):
         copied = Llama(model.config).to(model.model.norm.weight.dtype)
     quantize(copied, quantization)
@@ -358,7 +368,7 @@ def save_quantized(model: Llama, quantization: Quantization, source: Path, folde
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters in memory, a shared one counted once. What oneDNN has packed is no parameter any more."""
+    """Returns the bytes of all parameters in memory; a shared one counts once, and one that oneDNN has packed not."""
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
 
 
@@ -370,25 +380,27 @@ def weight_bytes(model: nn.Module) -> int:
 def activation_aware_scales(
     x: Tensor, weights: Sequence[Tensor], round_trip: Callable[[Tensor], Tensor], num_trials: int = 20
 ) -> Tensor:
-    """A factor for each input channel, such that quantizing the scaled weights changes the outputs least.
+    """Find a factor for each input channel, such that quantizing the scaled weights changes the outputs least.
 
-    x: (T, in), inputs that the layer really gets. weights: matrices (out, in) that read this input. round_trip: what is
-    left of a weight when it has been quantized and read back. A channel with large activations matters more: its
-    weights are multiplied by its factor before they are rounded, and the input is divided by it.
+    x: (T, in), real inputs. weights: the matrices (out, in) that are multiplied by them. round_trip(weight) quantizes
+    a weight and returns what can be read back. A channel with large inputs matters more, so its weights are multiplied
+    by a larger factor before they are rounded; the inputs are divided by it.
 
-    Tried are the factors mean |x| ** (i / num_trials), for i from 0 (no scaling at all) to num_trials - 1, each divided
-    by the square root of (its largest x its smallest); means below 1e-4 count as 1e-4. The error is the mean square
-    of the outputs' differences, summed over the weights. Returns the best, (in,). From Lin et al., "AWQ" (2024).
+    The candidates are mean |x| ** (i / num_trials), for i from 0 (no scaling) to num_trials - 1, divided by the square
+    root of (their largest x their smallest); means below 1e-4 count as 1e-4. The error of a candidate is the mean
+    square of the change in the outputs, summed over the weights. Returns the best one, (in,), the first of equals.
+    From Lin et al., "AWQ" (2024).
     """
-    # TODO 7.10: for each i: the factors; for each weight, x @ (what is left of weight x factors, / factors).
+    # TODO 7.10: for each candidate and weight, compare x @ weight.T with what the scaled weight gives: round-trip
+    # weight x factors, then divide by the factors again.
     raise NotImplementedError("TODO 7.10")
 
 
 def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: Quantization, attend: Attend) -> None:
-    """Prepare a plain model for quantization, in place, with a text for it to read; its outputs stay what they were.
+    """Scale a model in floats for a quantization, in place, by what it computes on a text. Its outputs stay the same.
 
-    What a layer's inputs are divided by is taken out of whatever makes them: of the norm in front of q, k and v and of
-    gate and up, and of up's outputs in front of down. (In front of o is attention, which mixes; it is left alone.)
+    Inputs are divided by their factors where they are made: in the norm before q, k and v and before gate and up, and
+    in up's outputs before down. The inputs of o come from attention, which mixes them, so o is not scaled.
     """
 
     def round_trip(weight: Tensor) -> Tensor:
@@ -435,8 +447,8 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
 class Int8KVCache(PagedKVCache):
     """Lesson 4's blocks in eight bits, with one scale for each slot and head.
 
-    A token is quantized once, when it is written, and its scale is never revised. So it does not matter in which chunks
-    a prompt was computed, or whether it was computed twice: everyone reads back the same.
+    A token is quantized once, when it is written, and its scale never changes. So every request reads the same numbers,
+    in whichever chunks a prompt was computed, and even if it was computed twice.
     """
 
     def __init__(
@@ -461,14 +473,14 @@ class Int8KVCache(PagedKVCache):
         return [self.host_keys, self.host_values, *self.host_scales]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Keep the keys and values of T tokens. slots: (T,); k, v: (T, K, D)."""
-        # TODO 7.11: a row of D numbers for each slot and head; `quantize_int8` knows rows. As in lesson 4, a
-        # layer's memory is indexed by slot; so are its scales.
+        """Store the keys and values of T tokens. slots: (T,); k, v: (T, K, D)."""
+        # TODO 7.11: each slot and head has a row of D numbers for `quantize_int8`. As in lesson 4, a layer's memory
+        # is indexed by slot; so are its scales.
         raise NotImplementedError("TODO 7.11")
 
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read positions start to end of B sequences: two of (B, end - start, K, D), in the model's dtype."""
-        # TODO 7.15: which blocks, which slots? Lesson 4 had the numbers; the scales stand at the same places.
+        # TODO 7.15: select the blocks of these positions as in lesson 4, apply their scales, cut to the slots.
         raise NotImplementedError("TODO 7.15")
 
 
@@ -478,23 +490,23 @@ class Int8KVCache(PagedKVCache):
 
 
 def stream_layers(numbers: Iterable[int], read: Callable[[int], nn.Module]) -> Iterator[tuple[int, nn.Module]]:
-    """Yield (number, layer) for each number, in order; while one computes, the next is being read.
+    """Yield (number, layer) for each number, in order, and read the next layer while the caller computes with this one.
 
-    read(number) reads a layer from the disk, and takes its time. Two layers at most are in memory: the one that was
-    yielded last and the one that is being read. Whatever `read` raises is raised here.
+    read(number) reads a layer from the disk, which takes a while. At most two layers are in memory: the one that was
+    yielded last, and the one that is being read. What `read` raises is raised here.
     """
-    # TODO 7.12: `pool.submit(read, number)` reads in a thread of its own, and `result()` waits for it. When may the
-    # next but one be begun?
+    # TODO 7.12: `pool.submit(read, number)` reads in another thread; `.result()` waits for it. Submit a layer
+    # before you yield the one before it, and no earlier.
     raise NotImplementedError("TODO 7.12")
 
 
 class OffloadedLlama(Llama):
-    """A model of which only the first layers stand in memory; the others are read from the disk at every step."""
+    """A model of which only the first layers stay in memory. The others are read from the disk in every step."""
 
     def stream_from(self, checkpoint: Checkpoint, numbers: range, limit: int) -> None:
-        """Read as many layers as may stand in memory, and all that is no layer. limit: bytes of all weights.
+        """Read what stays in memory: all that is no layer, and the first of these layers. limit: bytes of all weights.
 
-        Raises ValueError if the limit is too small for what must be there: all that is no layer, and two layers.
+        Raises ValueError if the limit is too small for all that is no layer and two layers.
         """
         self.checkpoint, layers = checkpoint, self.model.layers
         sizes = {number: sum(tensor.nbytes for tensor in layers[number].parameters()) for number in numbers}
@@ -516,7 +528,7 @@ class OffloadedLlama(Llama):
             layers[number] = prototype  # still on the meta device: it tells its shapes
 
     def read_layer(self, number: int) -> nn.Module:
-        """A layer, with its weights: from memory, or from the disk."""
+        """Returns a layer with its weights, from memory or from the disk."""
         prototype = self.model.layers[number]
         if number not in self.prototypes:
             return prototype
@@ -530,40 +542,28 @@ class OffloadedLlama(Llama):
         cos, sin = rotary_tables(positions, self.frequencies.to(hidden.device))
         for _, layer in stream_layers(layers, self.read_layer):
             hidden = layer(hidden, cos, sin, attend)
-            del layer  # or there would be three: this one, the next, and the one that is begun when we ask for the next
+            del layer  # or three layers would be in memory when the next one is asked for
         return hidden
 
 
 def load_quantized(
-    name: str,
-    quantization: Quantization | None,
-    dtype: torch.dtype,
-    device: str,
-    coordinates: RankCoordinates = RankCoordinates(0, 1, 1),  # noqa: B008  (frozen)
-    group: Group | None = None,
-    offload: int | None = None,
-) -> tuple[Llama, range, int]:
-    """What lesson 6's `load_share` does, quantized on the way: the whole model never stands in memory.
+    name: str, quantization: Quantization | None, dtype: torch.dtype, device: str, offload: int | None = None
+) -> Llama:
+    """Load a model as lesson 2's `load` does, quantized on the way: the whole model never stands in memory.
 
-    A checkpoint that is quantized already is read as it is, and `quantization` must be None or the same. offload: the
-    largest number of bytes of weights that may stand in memory; None: all.
+    offload: the largest number of bytes of weights that may stand in memory; None: all.
     """
     checkpoint = Checkpoint(find_checkpoint(name))
-    saved = quantization_of(checkpoint)
-    if saved and quantization and saved != quantization:
-        raise ValueError(f"{name} is quantized already: {saved}. It cannot be loaded as {quantization}.")
     with torch.device("meta"):
         model = (Llama if offload is None else OffloadedLlama)(plain_config(checkpoint)).to(dtype)
-    if saved or quantization:
-        quantize(model, saved or quantization, is_saved=saved is not None)
-    layers = shard(model, coordinates, group or Group())
+    quantize_for(model, checkpoint, quantization)
     if offload is None:
         load_weights(model, checkpoint)
         model = model.to(device)
     else:
-        model.stream_from(checkpoint, layers, offload)
+        model.stream_from(checkpoint, range(model.config.num_hidden_layers), offload)
     use_kernels(model)
-    return model, layers, checkpoint.num_bytes_read
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -572,62 +572,10 @@ def load_quantized(
 
 
 def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
-    """How far another model's predictions are from a model's, in nats a token: 0 where they are the same.
+    """Measure how far another model's predictions are from a model's, in nats for each token; 0 if they are the same.
 
-    logits, other_logits: (T, V), of the model and the other one on the same tokens. Returns the mean over the tokens of
+    logits, other_logits: (T, V), the scores of both models on the same tokens. Returns the mean over the tokens of
     sum p log (p / q), where p is the model's distribution and q the other's. From Kullback and Leibler (1951).
     """
-    # TODO 7.13: log-probabilities of both, `upcast` first; where p is nearly 0 so is its share.
+    # TODO 7.13: take log-probabilities of both, `upcast` first. p log (p / q) is a product of p and a difference.
     raise NotImplementedError("TODO 7.13")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The engine
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def make_quantized_runner(config: EngineConfig, kv_cache_dtype: str, model: Llama, layers: range) -> ModelRunner:
-    """Lesson 6's `make_runner`, with blocks in eight bits if they are asked for."""
-    kind = Int8KVCache if kv_cache_dtype == "int8" else PagedKVCache
-    return ModelRunner(model, kind(model, config.num_blocks, config.block_size, config.num_host_blocks or 0, layers))
-
-
-class QuantizedEngine(ParallelEngine):
-    """Lesson 6's engine, with fewer bits.
-
-    quantization: None, "int8", "w8a8" or "int4" (with group_size and symmetric), or a `Quantization`. kv_cache_dtype:
-    "auto", as the model's, or "int8". offload: None, or how many bytes of weights may stand in memory.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        quantization: str | Quantization | None = None,
-        group_size: int = 64,
-        symmetric: bool = False,
-        kv_cache_dtype: str = "auto",
-        offload: int | None = None,
-        **settings,
-    ):
-        if isinstance(quantization, str):
-            quantization = Quantization(quantization, group_size, symmetric)
-        if kv_cache_dtype not in ("auto", "int8"):
-            raise ValueError(f"kv_cache_dtype must be one of auto, int8; it is {kv_cache_dtype!r}.")
-        if offload is not None and (not isinstance(offload, int) or offload < 1):
-            raise ValueError(f"offload must be a number of bytes; it is {offload!r}.")
-        self.quantization, self.kv_cache_dtype, self.offload = quantization, kv_cache_dtype, offload
-        super().__init__(name, **settings)
-
-    def read_config(self, checkpoint: Checkpoint) -> ModelConfig:
-        return plain_config(checkpoint)
-
-    def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
-        """In eight bits a slot's head takes head_dim bytes and a scale, instead of head_dim numbers."""
-        share, size = super().cache_share(config, dtype, *grid), dtype.itemsize
-        return share * (config.head_dim + size) / (config.head_dim * size) if self.kv_cache_dtype == "int8" else share
-
-    def loader(self, folder: str, dtype: torch.dtype, device: str) -> Callable:
-        return partial(load_quantized, folder, self.quantization, dtype, device, offload=self.offload)
-
-    def maker(self) -> Callable:
-        return partial(make_quantized_runner, self.config, self.kv_cache_dtype)

@@ -657,15 +657,15 @@ class TestTogether:
             exact = scores(code, plain, code.PagedKVCache(plain, 4, 4))
             for kind, limit in (("int8", 0.02), ("w8a8", 0.1), ("int4", 0.4)):
                 quantization = code.Quantization(kind, 4)
-                model, _, _ = code.load_quantized(name, quantization, torch.float32, "cpu")
+                model = code.load_quantized(name, quantization, torch.float32, "cpu")
                 got = scores(code, model, code.Int8KVCache(model, 4, 4))
                 distance = float(code.kl_divergence(exact, got))
                 holds(0 < distance < limit, f"with {kind} the predictions are {distance:.4f} nats away; below {limit}.")
                 code.save_quantized(model, quantization, folder, folder / kind)
-                again, _, _ = code.load_quantized(str(folder / kind), None, torch.float32, "cpu")
+                again = code.load_quantized(str(folder / kind), None, torch.float32, "cpu")
                 close(scores(code, again, code.Int8KVCache(again, 4, 4)), got, f"the scores of a saved {kind} model")
                 limit = code.weight_bytes(model) - 1
-                streamed, _, _ = code.load_quantized(name, quantization, torch.float32, "cpu", offload=limit)
+                streamed = code.load_quantized(name, quantization, torch.float32, "cpu", offload=limit)
                 what = f"the scores of a streamed {kind} model"
                 close(scores(code, streamed, code.Int8KVCache(streamed, 4, 4)), got, what)
                 Checkpoint(folder / kind)._open.clear()

@@ -1,52 +1,52 @@
-"""The engine: nine lessons, assembled. It computes nothing itself; it decides which parts stand behind which seam.
+"""The engine: nine lessons, assembled. It computes nothing itself; it decides which parts work together.
 
     with InferenceEngine("smollm2-135m", tensor_parallel=2, quantization="int8", speculative="ngram") as engine:
         outputs = engine.generate(prompts, SamplingParams(max_tokens=64))
 
-What happens when: lesson 5's `Engine` takes requests in and steps; lesson 6's `ParallelEngine` starts the ranks, each
-of which loads its share of the checkpoint, quantized on the way by lesson 7; each then calls `InferenceEngine.build`
-for what computes its part of a step. Everything else is in the lessons' own files.
+    EngineConfig     all options, checked                                     common/config.py
+    resolve          decides what the options leave open                      exercise 8.10: slot_bytes
+    start_executor   one process (lesson 5), or a grid of ranks (lesson 6)
+    load_model       called by each rank: its share of the weights            lessons 2, 6 and 7
+    build_runner     called by each rank: its cache, and its part of a step   exercise 8.9
+
+Lessons 6 and 7 are imported only where an option needs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.config import EngineConfig
-from common.tokenizer import load_tokenizer
-from solutions.batching import ModelRunner, RequestOutput
+from common.tokenizer import Tokenizer, load_tokenizer
+from solutions.batching import Engine, Executor, LocalExecutor, ModelRunner, RequestOutput
 from solutions.kv_cache import cache_bytes
-from solutions.llama_pytorch import Llama, ModelConfig, SamplingParams
+from solutions.llama_pytorch import Llama, ModelConfig, SamplingParams, load_weights, parse_config, use_kernels
 from solutions.paged_attention import PagedKVCache
-from solutions.parallelism import Group
-from solutions.quantization import Int8KVCache, Quantization, QuantizedEngine, load_quantized, plain_config
 from solutions.speculative import AdaptiveSpeculation, DraftProposer, NgramProposer, SpeculativeRunner
 
+if TYPE_CHECKING:
+    from solutions.parallelism import Group, RankCoordinates
 
-@dataclass(frozen=True)
-class Speculation:
-    """How draft tokens are made."""
+# ---------------------------------------------------------------------------------------------------------------
+# What the options leave open
+# ---------------------------------------------------------------------------------------------------------------
 
-    draft: str | None = None  # the draft model's folder; None: n-grams of the text itself
-    num_speculative_tokens: int = 8  # at most, for a request in a step
-    is_adaptive: bool = True  # fewer where they do not pay; False: always as many
 
-    def __post_init__(self):
-        if not isinstance(self.num_speculative_tokens, int) or self.num_speculative_tokens < 1:
-            raise ValueError(
-                f"num_speculative_tokens must be a whole number of at least 1; it is {self.num_speculative_tokens!r}."
-            )
+def read_config(checkpoint: Checkpoint) -> ModelConfig:
+    """Returns the model's config; how its weights are quantized, which lesson 2 would refuse, is left out."""
+    return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
 
 
 def check_draft(draft: Checkpoint, target: Checkpoint) -> None:
     """Raise ValueError if a token id does not mean the same to both models."""
-    sizes = [plain_config(each).vocab_size for each in (draft, target)]
-    tokenizers = [load_tokenizer(each.folder) for each in (draft, target)]
+    sizes = [read_config(checkpoint).vocab_size for checkpoint in (draft, target)]
+    tokenizers = [load_tokenizer(checkpoint.folder) for checkpoint in (draft, target)]
     pieces = [[each.token_bytes(token_id) for token_id in range(each.vocab_size)] for each in tokenizers]
     if sizes[0] != sizes[1] or pieces[0] != pieces[1]:
         raise ValueError(
@@ -55,108 +55,139 @@ def check_draft(draft: Checkpoint, target: Checkpoint) -> None:
         )
 
 
+def largest_rank_share(config: EngineConfig, model_config: ModelConfig) -> float:
+    """Returns the largest fraction of a token's keys and values on one rank: 1 with one process."""
+    if config.tensor_parallel * config.pipeline_parallel == 1:
+        return 1.0
+    from solutions.parallelism import check_parallel, largest_share
+
+    check_parallel(model_config, config.tensor_parallel, config.pipeline_parallel)
+    return largest_share(model_config, config.tensor_parallel, config.pipeline_parallel)
+
+
+def slot_bytes(config: EngineConfig, model_config: ModelConfig, draft_config: ModelConfig | None) -> int:
+    """Returns the bytes of one token's keys and values, on the rank that holds the largest part.
+
+    In eight bits each head has head_dim bytes and one scale in `config.dtype`. Ranks share the target's keys and
+    values. A draft's come on top: its model is whole on one rank, and its cache is in `config.dtype`.
+    """
+    share = largest_rank_share(config, model_config)
+    # TODO 8.10: scale the `cache_bytes` of one token of the target by both factors; add those of the draft.
+    raise NotImplementedError("TODO 8.10")
+
+
+def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
+    """Decide everything that the options leave open, before any process is started or any weight is read.
+
+    Returns the options, with folders instead of names, and the tokenizer. Raises ValueError if the options do not fit
+    the model.
+    """
+    checkpoint = Checkpoint(find_checkpoint(config.model))
+    model_config, draft_config = read_config(checkpoint), None
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = config.dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    config = replace(config, model=str(checkpoint.folder), device=device, dtype=dtype)
+    if config.draft is not None:
+        draft = Checkpoint(find_checkpoint(config.draft))
+        check_draft(draft, checkpoint)
+        config, draft_config = replace(config, speculative=str(draft.folder)), read_config(draft)
+    return config.resolve(model_config, slot_bytes(config, model_config, draft_config)), load_tokenizer(config.model)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The parts: each rank calls `load_model`, then `build_runner`
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    config: EngineConfig, coordinates: RankCoordinates | None = None, group: Group | None = None
+) -> tuple[Llama, range, int]:
+    """Load a rank's share of a model; without coordinates, the whole model.
+
+    Each tensor is cut and quantized as it is read, so that the whole never stands in memory. Returns the model, the
+    numbers of its layers, and the number of bytes read.
+    """
+    checkpoint, make = Checkpoint(find_checkpoint(config.model)), Llama
+    if config.offload is not None:
+        from solutions.quantization import OffloadedLlama as make
+    with torch.device("meta"):
+        model = make(read_config(checkpoint)).to(config.dtype)
+    if config.quantization is not None or "quantization_config" in checkpoint.config:
+        from solutions.quantization import Quantization, quantize_for
+
+        wanted = config.quantization and Quantization(config.quantization, config.group_size, config.symmetric)
+        quantize_for(model, checkpoint, wanted)
+    layers = range(model.config.num_hidden_layers)
+    if coordinates is not None:
+        from solutions.parallelism import shard
+
+        layers = shard(model, coordinates, group)
+    if config.offload is not None:
+        model.stream_from(checkpoint, layers, config.offload)
+    else:
+        load_weights(model, checkpoint)
+        model = model.to(config.device)
+    use_kernels(model)
+    return model, layers, checkpoint.num_bytes_read
+
+
 def is_sampling_rank(model: Llama, layers: range) -> bool:
-    """Whether the logits of a step come together on this rank: the first of the last stage."""
-    return layers.stop == model.config.num_hidden_layers and getattr(model.lm_head, "group", Group()).rank == 0
+    """Whether the logits of a step come together on this rank: the first one of the last stage."""
+    group = getattr(model.lm_head, "group", None)
+    return layers.stop == model.config.num_hidden_layers and (group is None or group.rank == 0)
 
 
-class InferenceEngine(QuantizedEngine):
-    """Every option of every lesson, in any combination that makes sense; one that makes none is refused with a reason.
+def make_cache(config: EngineConfig, model: Llama, layers: range, kv_cache_dtype: str = "auto") -> PagedKVCache:
+    """Allocate the blocks of a model's keys and values. kv_cache_dtype: "auto", as the weights, or "int8"."""
+    kind = PagedKVCache
+    if kv_cache_dtype == "int8":
+        from solutions.quantization import Int8KVCache as kind
+    return kind(model, config.num_blocks, config.block_size, config.num_host_blocks, layers)
 
-    model: a name, a folder, a `.gguf` file or `org/name`. max_batch_size: requests that run at once. speculative: None,
-    "ngram", or a draft model by name or folder. num_speculative_tokens: at most, for a request in a step; how
-    many are made depends on what they bring and what they cost, unless adaptive_speculation is False: only then does a
-    seed, with a draft and a temperature, give the same text again. Further settings are those of `QuantizedEngine`
-    (group_size, kv_cache_dtype, offload, ...), `ParallelEngine` and `EngineConfig`.
+
+def build_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
+    """Make what computes one rank's part of each step.
+
+    Draft tokens are proposed and verified on the rank that samples, and only there a draft model is loaded, with the
+    target's dtype and with blocks of its own, never in eight bits. All other runners are lesson 5's.
+    """
+    # TODO 8.9: `make_cache`; return a `ModelRunner` where nothing is proposed; make the proposer, with `load_model`
+    # if there is a draft; then the runner around it all. `config.num_speculative_tokens` is 8 if it is None.
+    raise NotImplementedError("TODO 8.9")
+
+
+def start_executor(config: EngineConfig, load: Callable, build: Callable) -> Executor:
+    """Load a model and build a runner in this process, or on all ranks of a grid, which are started first.
+
+    load(coordinates, group), both None in one process, returns (model, layers, bytes read); build(model, layers)
+    returns a runner. They must be picklable for other ranks.
+    """
+    if config.tensor_parallel * config.pipeline_parallel == 1:
+        model, layers, _ = load()
+        return LocalExecutor(build(model, layers))
+    from solutions.parallelism import ParallelExecutor
+
+    return ParallelExecutor(config, load, build)
+
+
+class InferenceEngine(Engine):
+    """An engine with the options of all lessons, in any combination that makes sense.
+
+    model: a name, a folder, a `.gguf` file or `org/name`. max_batch_size: requests that run at once. The other options
+    are those of `EngineConfig`, which refuses a combination that makes no sense, with a reason.
     """
 
-    def __init__(
-        self,
-        model: str = "smollm2-135m",
-        tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
-        max_batch_size: int = 64,
-        kv_cache_policy: str = "paged",
-        quantization: str | Quantization | None = None,
-        speculative: str | None = None,
-        num_speculative_tokens: int | None = None,
-        adaptive_speculation: bool = True,
-        **settings,
-    ):
-        self.speculation = None
-        if speculative is not None:
-            draft = None if speculative == "ngram" else str(find_checkpoint(speculative))
-            most = Speculation.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
-            self.speculation = Speculation(draft, most, adaptive_speculation)
-        elif num_speculative_tokens is not None:
-            raise ValueError(
-                'num_speculative_tokens: nothing is proposed; set speculative="ngram", or name a draft model.'
-            )
-        super().__init__(
-            model,
-            quantization,
-            tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
-            max_num_seqs=max_batch_size,
-            kv_cache_policy=kv_cache_policy,
-            **settings,
-        )
-        if self.has_draft:
-            self.scheduler.num_lookahead_tokens = self.speculation.num_speculative_tokens
-
-    @property
-    def has_draft(self) -> bool:
-        return self.speculation is not None and self.speculation.draft is not None
-
-    def read_config(self, checkpoint: Checkpoint) -> ModelConfig:
-        if self.has_draft:
-            check_draft(Checkpoint(find_checkpoint(self.speculation.draft)), checkpoint)
-        return super().read_config(checkpoint)
-
-    def cache_share(self, config: ModelConfig, dtype: torch.dtype, *grid: int) -> float:
-        """What a rank's keys and values take, of what those of a whole model take, in `dtype`. With a draft, its own
-        come on top: it stands on one rank, whole and never quantized, and has as many blocks as that rank's share.
-        """
-        share = super().cache_share(config, dtype, *grid)
-        if not self.has_draft:
-            return share
-        # TODO 8.10: a token's keys and values in the draft, against those in the whole target.
-        raise NotImplementedError("TODO 8.10")
-
-    def maker(self) -> Callable:
-        return partial(self.build, self.config, self.kv_cache_dtype, self.speculation)
-
-    @staticmethod
-    def build(
-        config: EngineConfig, kv_cache_dtype: str, speculation: Speculation | None, model: Llama, layers: range
-    ) -> ModelRunner:
-        """What computes one rank's part of each step: its blocks, and its runner. Each rank calls it, for its layers.
-
-        Draft tokens are made and verified where tokens are sampled, and nowhere else: on all other ranks, and without
-        speculation, the runner is lesson 5's and no draft is loaded.
-        """
-
-        def blocks_for(owner: Llama, kind: type[PagedKVCache], own_layers: range) -> PagedKVCache:
-            return kind(owner, config.num_blocks, config.block_size, config.num_host_blocks or 0, own_layers)
-
-        # TODO 8.9: the blocks, in eight bits if they are asked for; then, where draft tokens are made: n-grams, or
-        # `load_draft` with blocks of its own; and the runner around it all.
-        raise NotImplementedError("TODO 8.9")
+    def __init__(self, model: str = "smollm2-135m", max_batch_size: int = 64, **options):
+        config, tokenizer = resolve(EngineConfig(model=model, **{"max_num_seqs": max_batch_size, **options}))
+        executor = start_executor(config, partial(load_model, config), partial(build_runner, config))
+        super().__init__(executor, tokenizer, config)
 
     def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation. messages: turns with "role" (system, user or assistant) and "content", the last one
-        the user's; they are left as they are, and nothing is printed. Raises ValueError if the model was not trained to
-        converse: it has no chat template.
+        """Answer a conversation. messages: turns with "role" (system, user or assistant) and "content"; the last is the
+        user's. They are not changed, and nothing is printed. Raises ValueError if the model has no chat template: it
+        was not trained to converse.
         """
         if self.tokenizer.chat_template is None:
             raise ValueError("This model has no chat template: it continues text. Use generate.")
-        # TODO 8.12: the template makes the conversation one text, special tokens and all; so the tokenizer must not
-        # add its own.
+        # TODO 8.12: apply the template, which writes special tokens into the text; so encode without adding them.
         raise NotImplementedError("TODO 8.12")
-
-
-def load_draft(name: str, target: Llama) -> tuple[Llama, range]:
-    """A draft model beside a target, whole, in its dtype and on its device, and the numbers of its layers."""
-    weight = target.model.norm.weight
-    draft, layers, _ = load_quantized(name, None, weight.dtype, str(weight.device))
-    return draft, layers

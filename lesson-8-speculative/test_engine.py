@@ -9,6 +9,7 @@ import io
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -41,170 +42,194 @@ def draft_folder() -> tempfile.TemporaryDirectory:
 
 
 @exercise("8.10", points=2, seconds=60)
-class TestCacheShare:
-    def check(self, code, kind: str, dtype: torch.dtype, grid: tuple[int, int], expected: float, draft: bool = True):
-        own = object.__new__(code.InferenceEngine)
-        own.speculation = code.Speculation(draft_folder().name if draft else None)
-        own.kv_cache_dtype = kind
-        got = own.cache_share(code.ModelConfig(**TARGET), dtype, *grid)
-        name = str(dtype).removeprefix("torch.")
-        what = f"cache_share of a rank in a grid of {grid[0]} x {grid[1]}, in {name}"
-        what += ", its own blocks in int8" if kind == "int8" else ""
+class TestSlotBytes:
+    def check(
+        self, code, kind: str, dtype: torch.dtype, grid: tuple[int, int], expected: int, draft: bool = True, **options
+    ):
+        from solutions.llama_pytorch import parse_config
+
+        options |= dict(tensor_parallel=grid[0], pipeline_parallel=grid[1])
+        config = code.EngineConfig(kv_cache_dtype=kind, dtype=dtype, **options)
+        draft_config = parse_config(DRAFT) if draft else None
+        got = code.slot_bytes(config, code.ModelConfig(**TARGET), draft_config)
+        what = f"slot_bytes on a grid of {grid[0]} x {grid[1]} ranks, in {str(dtype).removeprefix('torch.')}"
+        what += ", kv_cache_dtype int8" if kind == "int8" else ""
+        what += ", quantization int8" if config.quantization else ""
         what += ": target 4 layers x 4 heads x 8, " + ("draft 3 x 1 x 6" if draft else "no draft")
-        close(got, expected, f"{what}; it")
+        equal(got, expected, f"{what}; it")
 
     def test_one_rank(self, code):
-        self.check(code, "auto", torch.float32, (1, 1), 1 + 18 / 128)
+        """Two tensors, keys and values, of 4 x 4 x 8 numbers; of the draft 3 x 1 x 6; four bytes each."""
+        self.check(code, "auto", torch.float32, (1, 1), 1024, draft=False)
+        self.check(code, "auto", torch.float32, (1, 1), 1024 + 144)
 
     def test_no_draft(self, code):
-        self.check(code, "auto", torch.float32, (2, 1), 1 / 2, draft=False)
+        self.check(code, "auto", torch.float32, (2, 1), 512, draft=False)
 
     def test_several_ranks(self, code):
-        self.check(code, "auto", torch.float32, (2, 1), 1 / 2 + 18 / 128)
-        self.check(code, "auto", torch.float32, (2, 2), 1 / 4 + 18 / 128)
+        self.check(code, "auto", torch.float32, (2, 1), 512 + 144)
+        self.check(code, "auto", torch.float32, (2, 2), 256 + 144)
+        self.check(code, "auto", torch.float32, (1, 2), 512 + 144)
 
     def test_half_the_bytes(self, code):
-        self.check(code, "auto", torch.float16, (1, 1), 1 + 18 / 128)
+        self.check(code, "auto", torch.float16, (1, 1), 512 + 72)
+        self.check(code, "auto", torch.float64, (1, 1), 2048 + 288)
 
     def test_blocks_in_eight_bits(self, code):
-        self.check(code, "int8", torch.float32, (1, 1), (8 + 4) / 32 + 18 / 128)
-        self.check(code, "int8", torch.float32, (1, 2), (8 + 4) / 32 / 2 + 18 / 128)
+        """Each of 2 x 4 x 4 heads has 8 bytes and a scale."""
+        self.check(code, "int8", torch.float32, (1, 1), 32 * (8 + 4), draft=False)
+        self.check(code, "int8", torch.float16, (1, 1), 32 * (8 + 2), draft=False)
+        self.check(code, "int8", torch.float32, (1, 1), 32 * (8 + 4) + 144)
+        self.check(code, "int8", torch.float32, (1, 2), 16 * (8 + 4) + 144)
+
+    def test_quantized_weights(self, code):
+        """They change nothing about keys and values."""
+        self.check(code, "auto", torch.float32, (1, 1), 1024, draft=False, quantization="int8")
 
     def test_blocks_that_fit(self, code):
         """A block of `tales` is 81,920 bytes, and one of its draft, with an eighth of the layers, 10,240."""
-        settings = dict(dtype=torch.float32, device="cpu", kv_cache_memory=100 * (81_920 + 10_240))
+        options = dict(dtype=torch.float32, device="cpu", kv_cache_memory=100 * (81_920 + 10_240))
         what = "where 100 blocks of the target (81,920 bytes) and of the draft (10,240) fit"
         try:
-            own = code.InferenceEngine("tales", speculative="tales-draft", **settings)
+            config, _ = code.resolve(code.EngineConfig(model="tales", speculative="tales-draft", **options))
         except ValueError as error:
-            holds(False, f"No engine could be made, {what}: {error}", actual=str(error))
-        with own:
-            equal(own.config.num_blocks, 100, f"how many blocks there are, {what},")
+            holds(False, f"The options could not be resolved, {what}: {error}", actual=str(error))
+        equal(config.num_blocks, 100, f"how many blocks there are, {what},")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What stands behind which seam
+# The parts of a rank
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def tiny(code, rank: int = 0):
-    """A model of two layers, as this one of two ranks sees it: it samples on rank 0."""
+    """A model of two layers, as rank 0 or 1 of a tensor-parallel pair sees it: rank 0 samples."""
     config = code.ModelConfig(**{**SHAPE, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 4})
     model = code.Llama(config).double().requires_grad_(False)
-    model.lm_head.group = code.Group(rank, [0, 1])
+    model.lm_head.group = SimpleNamespace(rank=rank, size=2)
     return model
 
 
 @exercise("8.9", points=4, seconds=60)
-class TestBuild:
-    def build(self, code, speculation=None, kind: str = "auto", layers: range = range(2), rank: int = 0):
-        config = code.EngineConfig(num_blocks=7, block_size=4, num_host_blocks=5)
-        runner = code.InferenceEngine.build(config, kind, speculation, tiny(code, rank), layers)
-        holds(isinstance(runner, code.ModelRunner), f"build returned {runner!r}, expected a runner.")
+class TestBuildRunner:
+    def build(self, code, layers: range = range(2), rank: int = 0, **options):
+        options = {"num_blocks": 7, "block_size": 4, "num_host_blocks": 5, "dtype": torch.float64, **options}
+        config = code.EngineConfig(device="cpu", **options)
+        runner = code.build_runner(config, tiny(code, rank), layers)
+        holds(isinstance(runner, code.ModelRunner), f"build_runner returned {runner!r}, expected a runner.")
         return runner
 
     def kind(self, code, runner) -> str:
         return "SpeculativeRunner" if isinstance(runner, code.SpeculativeRunner) else "ModelRunner"
 
-    def speculative(self, code, runner):
-        """The runner's proposer; the runner must be one that draft tokens."""
+    def speculative(self, code, runner, kind: str = ""):
+        """The runner's proposer, of this kind; the runner must be a SpeculativeRunner."""
         name = self.kind(code, runner)
-        holds(
-            name == "SpeculativeRunner", f"build made a {name}, where draft tokens are made on this rank.", actual=name
-        )
+        sentence = f"build_runner made a {name}, where draft tokens are proposed on this rank."
+        holds(name == "SpeculativeRunner", sentence, actual=name)
+        got = type(runner.proposer).__name__
+        holds(kind in ("", got), f"The proposer is a {got}, with a draft model; expected a {kind}.", actual=got)
         return runner.proposer
 
-    def blocks(self, code, cache) -> str:
-        return "Int8KVCache" if isinstance(cache, code.Int8KVCache) else type(cache).__name__
+    def blocks(self, cache) -> str:
+        from solutions.quantization import Int8KVCache
 
-    def test_nobody_draft_tokens(self, code):
+        return "Int8KVCache" if isinstance(cache, Int8KVCache) else type(cache).__name__
+
+    def test_nothing_is_proposed(self, code):
         runner = self.build(code)
         equal(self.kind(code, runner), "ModelRunner", "the runner, where nothing is proposed,")
-        equal(self.blocks(code, runner.cache), "PagedKVCache", "the blocks, where none in eight bits are asked for,")
-        what = "(layers, blocks, slots, heads, numbers) of the blocks: 2 layers, num_blocks=7, block_size=4"
+        equal(self.blocks(runner.cache), "PagedKVCache", "the cache, where no eight bits are asked for,")
+        what = "(layers, blocks, slots, heads, numbers) of the cache: 2 layers, num_blocks=7, block_size=4"
         equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), what)
         equal(runner.cache.host_keys.shape[1], 5, "how many blocks there are on the host, with num_host_blocks=5")
 
     def test_blocks_in_eight_bits(self, code):
-        for speculation, what in ((None, "nothing is proposed"), (code.Speculation(), "n-grams draft token")):
-            got = self.blocks(code, self.build(code, speculation, "int8").cache)
-            equal(got, "Int8KVCache", f"the blocks, with kv_cache_dtype int8, where {what},")
+        for speculative in (None, "ngram"):
+            got = self.blocks(self.build(code, speculative=speculative, kv_cache_dtype="int8").cache)
+            equal(got, "Int8KVCache", f"the cache, with kv_cache_dtype int8 and speculative={speculative!r},")
 
     def test_a_stage(self, code):
         for layers in (range(0, 1), range(1, 2)):
-            got = self.build(code, layers=layers).cache
-            equal([got.layers, len(got.keys)], [layers, 1], f"the layers of a stage's blocks, and how many: {layers}")
+            got = self.build(code, layers).cache
+            equal([got.layers, len(got.keys)], [layers, 1], f"the layers of a stage's cache, and how many: {layers}")
 
     def test_ngrams(self, code):
-        runner = self.build(code, code.Speculation(num_speculative_tokens=3))
+        runner = self.build(code, speculative="ngram", num_speculative_tokens=3)
         got = type(self.speculative(code, runner)).__name__
-        equal(got, "NgramProposer", "what proposes, where no draft is named,")
-        equal(
-            tuple(runner.cache.keys.shape),
-            (2, 7, 4, 2, 4),
-            "the shape of the target's blocks, where n-grams draft token,",
-        )
+        equal(got, "NgramProposer", 'the proposer, with speculative="ngram",')
+        equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), "the shape of the target's cache, with n-grams,")
 
     def test_as_many_as_are_asked_for(self, code):
         for number, is_adaptive in ((3, True), (8, False)):
-            runner = self.build(code, code.Speculation(None, number, is_adaptive))
+            options = dict(num_speculative_tokens=number, adaptive_speculation=is_adaptive)
+            runner = self.build(code, speculative="ngram", **options)
             self.speculative(code, runner)
             got = [runner.adaptive.num_speculative_tokens, runner.adaptive.is_adaptive]
-            what = f"the runner's `adaptive`, of Speculation(None, {number}, {is_adaptive}): [at most, is it adaptive]"
+            what = f"(num_speculative_tokens, is_adaptive) of the runner's `adaptive`, with {options},"
             equal(got, [number, is_adaptive], what)
+
+    def test_eight_where_none_is_asked_for(self, code):
+        runner = self.build(code, speculative="ngram")
+        self.speculative(code, runner)
+        got = runner.adaptive.num_speculative_tokens
+        equal(got, 8, "num_speculative_tokens of the runner's `adaptive`, where the option is None,")
 
     def test_a_draft(self, code):
         for kind in ("auto", "int8"):
-            runner = self.build(code, code.Speculation(draft_folder().name), kind)
-            proposer, where = self.speculative(code, runner), f"with a draft and kv_cache_dtype {kind}"
-            equal(type(proposer).__name__, "DraftProposer", f"what proposes, {where},")
+            runner = self.build(code, speculative=draft_folder().name, kv_cache_dtype=kind)
+            proposer, where = self.speculative(code, runner, "DraftProposer"), f"with a draft and kv_cache_dtype {kind}"
             holds(proposer.cache is not runner.cache, f"Both models write to the same blocks, {where}.", actual="same")
-            equal(self.blocks(code, proposer.cache), "PagedKVCache", f"the draft's blocks, {where},")
-            what = f"(layers, blocks, slots, heads, numbers) of the draft's blocks, {where}: 3 layers, 1 head of 6"
+            equal(self.blocks(proposer.cache), "PagedKVCache", f"the draft's cache, {where},")
+            what = f"(layers, blocks, slots, heads, numbers) of the draft's cache, {where}: 3 layers, 1 head of 6"
             equal(tuple(proposer.cache.keys.shape), (3, 7, 4, 1, 6), what)
-            equal(
-                proposer.cache.host_keys.shape[1], 5, f"how many of the draft's blocks there are on the host, {where},"
-            )
-            equal(
-                proposer.cache.keys.dtype,
-                torch.float64,
-                f"the dtype of the draft's blocks, {where} and a target in float64,",
-            )
+            got = proposer.cache.host_keys.shape[1]
+            equal(got, 5, f"how many of the draft's blocks there are on the host, {where},")
+            got = proposer.cache.keys.dtype
+            equal(got, torch.float64, f"the dtype of the draft's cache, {where} and a target in float64,")
             expected = "Int8KVCache" if kind == "int8" else "PagedKVCache"
-            equal(self.blocks(code, runner.cache), expected, f"the target's blocks, {where},")
+            equal(self.blocks(runner.cache), expected, f"the target's cache, {where},")
+
+    def test_the_draft_is_not_quantized(self, code):
+        runner = self.build(code, speculative=draft_folder().name, quantization="int8")
+        weight = self.speculative(code, runner, "DraftProposer").model.model.layers[0].mlp.up_proj.weight
+        equal(weight.dtype, torch.float64, "the dtype of the draft's weights, with a target in int8,")
+
+    def test_the_draft_is_whole(self, code):
+        runner = self.build(code, speculative=draft_folder().name, tensor_parallel=2)
+        rows = len(self.speculative(code, runner, "DraftProposer").model.lm_head.weight)
+        equal(rows, 30, "how many rows the draft's head has, with a target on two ranks and 30 tokens,")
 
     def test_only_where_tokens_are_sampled(self, code):
-        places = {
+        ranks = {
             "first stage": (range(0, 1), 0),
             "last stage, rank 0": (range(2), 0),
             "last stage, rank 1": (range(2), 1),
         }
-        for who in ("n-grams", "a draft"):
-            speculation = code.Speculation(draft_folder().name if who == "a draft" else None)
+        for speculative in ("ngram", draft_folder().name):
             got = {
-                place: self.kind(code, self.build(code, speculation, layers=layers, rank=rank))
-                for place, (layers, rank) in places.items()
+                name: self.kind(code, self.build(code, layers, rank, speculative=speculative))
+                for name, (layers, rank) in ranks.items()
             }
-            expected = {**dict.fromkeys(places, "ModelRunner"), "last stage, rank 0": "SpeculativeRunner"}
-            for place in places:
-                sentence = (
-                    f"In the {place}, the runner is a {got[place]}; expected a {expected[place]} (draft tokens: {who})."
-                )
-                holds(got[place] == expected[place], sentence, actual=list(got.values()))
+            expected = {**dict.fromkeys(ranks, "ModelRunner"), "last stage, rank 0": "SpeculativeRunner"}
+            source = "n-grams" if speculative == "ngram" else "a draft model"
+            for name in ranks:
+                sentence = f"In the {name}, the runner is a {got[name]}; expected a {expected[name]} (with {source})."
+                holds(got[name] == expected[name], sentence, actual=list(got.values()))
 
-    def test_the_draft_is_loaded_only_where_it_draft_tokens(self, code):
-        nowhere = code.Speculation(str(Path(draft_folder().name) / "not here"))
-        for place, layers, rank in (("first stage", range(0, 1), 0), ("last stage, rank 1", range(2), 1)):
+    def test_the_draft_is_loaded_only_where_it_proposes(self, code):
+        nowhere = str(Path(draft_folder().name) / "not here")
+        for name, layers, rank in (("first stage", range(0, 1), 0), ("last stage, rank 1", range(2), 1)):
             try:
-                self.build(code, nowhere, layers=layers, rank=rank)
+                self.build(code, layers, rank, speculative=nowhere)
             except ValueError as error:
-                sentence = f"In the {place}, nothing is proposed, and yet build loads the draft (which is not there)."
+                sentence = f"In the {name} nothing is proposed, and yet the draft is loaded (which is not there)."
                 holds(False, sentence, actual=type(error).__name__)
 
     def test_last_of_two_stages(self, code):
-        runner = self.build(code, code.Speculation(), layers=range(1, 2))
+        runner = self.build(code, range(1, 2), speculative="ngram")
         self.speculative(code, runner)
-        equal(runner.cache.layers, range(1, 2), "the layers of the last stage's blocks, where n-grams draft token,")
+        equal(runner.cache.layers, range(1, 2), "the layers of the last stage's cache, with n-grams,")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -275,7 +300,7 @@ class TestChat:
 
 @together(seconds=120)
 class TestTogether:
-    """Your whole file: whatever proposes, and whatever is quantized, the tokens are those without draft tokens."""
+    """Your whole file: the tokens are those without draft tokens, whatever proposes and whatever is quantized."""
 
     PROMPTS = ("The owl said", '"Is it you?" said Moss. "It is me," said Fern. "Is it you?" said Moss. "It is')
 

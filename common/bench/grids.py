@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from common.config import EngineConfig
-from solutions.batching import ModelRunner, local_engine
+from solutions.batching import Engine, ModelRunner, local_engine
+from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import SamplingParams, load
-from solutions.parallelism import ParallelEngine, make_runner
 from solutions.scheduler import SchedulerOutput
 
 
@@ -40,7 +40,7 @@ class TimedRunner(ModelRunner):
 
 
 def make_timed_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
-    return TimedRunner(make_runner(config, model, layers), folder / f"rank-{dist.get_rank()}.jsonl")
+    return TimedRunner(build_runner(config, model, layers), folder / f"rank-{dist.get_rank()}.jsonl")
 
 
 def make_probing_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
@@ -56,18 +56,14 @@ def make_probing_runner(folder: Path, config: EngineConfig, model, layers: range
         seconds[rows] = statistics.median(taken[20:])
     if dist.get_rank() == 0:
         (folder / "all_reduce.json").write_text(json.dumps(seconds), encoding="utf-8")
-    return make_runner(config, model, layers)
+    return build_runner(config, model, layers)
 
 
-class ObservedEngine(ParallelEngine):
-    """A parallel engine whose ranks build their runners by `build(config, model, layers)`."""
-
-    def __init__(self, build, *arguments, **options):
-        self.build = build
-        super().__init__(*arguments, **options)
-
-    def maker(self):
-        return partial(self.build, self.config)
+def observed_engine(build, name: str, grid: tuple[int, int], **options) -> Engine:
+    """An engine whose ranks build their runners by `build(config, model, layers)`."""
+    options |= dict(tensor_parallel=grid[0], pipeline_parallel=grid[1])
+    config, tokenizer = resolve(EngineConfig(model=name, **options))
+    return Engine(start_executor(config, partial(load_model, config), partial(build, config)), tokenizer, config)
 
 
 def measure_grids(name: str, quick: bool) -> dict:
@@ -95,12 +91,12 @@ def measure_grids(name: str, quick: bool) -> dict:
             else:
                 build = partial(make_timed_runner if "stages" in way else make_probing_runner, Path(folder))
                 options = dict(dtype=torch.float32, device="cpu", enable_prefix_caching=False)
-                engine = ObservedEngine(build, name, *grid, **options)
+                engine = observed_engine(build, name, grid, **options)
             row = {"start_seconds": time.perf_counter() - start}
             with engine:
                 if way == "two stages, one batch":
                     engine.executor.depth = engine.scheduler.depth = 1
-                row |= {"num_bytes_read": getattr(engine, "num_bytes_read", None)}
+                row |= {"num_bytes_read": getattr(engine.executor, "num_bytes_read", None)}
                 for count in (1, 8, 32):
                     speeds = []
                     for _ in range(rounds + 1):

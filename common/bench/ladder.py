@@ -21,10 +21,11 @@ from rich.table import Table
 
 from common import kernels
 from common.bench import peers as rivals
+from common.config import EngineConfig
+from common.tokenizer import Tokenizer
 from solutions import kv_cache, llama_pytorch, paged_attention
 from solutions.batching import Engine, LocalExecutor
-from solutions.engine import InferenceEngine, Speculation
-from solutions.hooked import HookedEngine
+from solutions.engine import build_runner, slot_bytes
 from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
 from solutions.quantization import Quantization, load_quantized
 
@@ -109,18 +110,13 @@ class Silent:
         return b"."
 
 
-class Assembled(HookedEngine):
-    """What `InferenceEngine` puts together, around a model that is loaded already: many of them share one."""
-
-    def __init__(self, model: Llama, tokenizer, speculation: Speculation | None, **settings):
-        self.speculation = speculation
-        super().__init__(model, tokenizer, **settings)
-        if speculation is not None and speculation.draft is not None:
-            self.scheduler.num_lookahead_tokens = speculation.num_speculative_tokens
-
-    def build_executor(self) -> LocalExecutor:
-        layers = range(self.model.config.num_hidden_layers)
-        return LocalExecutor(InferenceEngine.build(self.config, "auto", self.speculation, self.model, layers))
+def assembled(model: Llama, tokenizer: Tokenizer, **options) -> Engine:
+    """What `InferenceEngine` assembles, around a model that is loaded already: several engines share it."""
+    weight = model.model.norm.weight
+    config = EngineConfig(dtype=weight.dtype, device=str(weight.device), **options)
+    config = config.resolve(model.config, slot_bytes(config, model.config, None))
+    runner = build_runner(config, model, range(model.config.num_hidden_layers))
+    return Engine(LocalExecutor(runner), tokenizer, config)
 
 
 def greedy(length: int) -> SamplingParams:
@@ -163,13 +159,13 @@ def ways_of(model: Llama, packed: Llama, quantized: dict[str, Llama], theirs, ll
             ),
         )
 
-    def engine(own: Llama, choice: str, speculation: Speculation | None = None) -> Callable[[Load], Run]:
+    def engine(own: Llama, choice: str, **options) -> Callable[[Load], Run]:
         def run(load: Load) -> Run:
             os.environ["KERNELS"] = choice
             slots = sum(len(prompt) + length for prompt, length in zip(load.prompts, load.lengths))
             settings = dict(num_blocks=slots // 16 + 2 * len(load.prompts), enable_prefix_caching=False)
             settings |= dict(max_num_seqs=len(load.prompts), max_num_batched_tokens=256)
-            with Assembled(own, Silent(), speculation, **settings) as serving:
+            with assembled(own, Silent(), **settings, **options) as serving:
                 return serve(serving, load.prompts, [greedy(length) for length in load.lengths])
 
         return run
@@ -192,7 +188,7 @@ def ways_of(model: Llama, packed: Llama, quantized: dict[str, Llama], theirs, ll
     ways = {"recompute": recompute, "cache": cache, "paged": paged, "engine": engine(model, "plain")}
     ways["engine, kernels"] = engine(packed, "fast")
     ways |= {name: engine(own, "fast") for name, own in quantized.items()}
-    ways["speculation"] = engine(packed, "fast", Speculation())
+    ways["speculation"] = engine(packed, "fast", speculative="ngram")
     if theirs is not None:
         ways["transformers"] = rival(lambda *load: rivals.generate_padded(theirs, *load))
         ways["transformers, continuous"] = rival(lambda *load: rivals.serve_continuously(theirs, *load))
@@ -217,14 +213,14 @@ def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams
     more = {"slots_per_token": totals.slots_per_token, "num_steps": totals.num_steps}
     if totals.num_draft_tokens:
         more |= {"num_draft_tokens": totals.num_draft_tokens, "acceptance_rate": totals.acceptance_rate}
-    slots, size = peak * serving.config.block_size, serving.model.model.norm.weight.element_size()
+    slots, size = peak * serving.config.block_size, serving.executor.runner.model.model.norm.weight.element_size()
     return Run(
         seconds,
         [output.token_ids for output in outputs],
         [each.time_to_first_token for each in metrics],
         [each.time_per_output_token for each in metrics if each.time_per_output_token is not None],
-        kv_cache.cache_bytes(serving.model.config, slots, size),
-        *weights_of(serving.model),
+        kv_cache.cache_bytes(serving.executor.runner.model.config, slots, size),
+        *weights_of(serving.executor.runner.model),
         more,
     )
 
@@ -292,10 +288,10 @@ def measure_ladder(name: str, quick: bool) -> dict:
     before = os.environ.get("KERNELS")
     results = []
     try:
-        os.environ["KERNELS"] = "fast"  # whoever loads packs
+        os.environ["KERNELS"] = "fast"  # loading also packs the weights
         packed, _ = load(name, dtype, device)
         use_kernels(packed)
-        quantized = {each: load_quantized(name, kind, dtype, device)[0] for each, kind in kinds.items()}
+        quantized = {each: load_quantized(name, kind, dtype, device) for each, kind in kinds.items()}
         theirs = load_transformers(find_checkpoint(name), dtype, device)
         if theirs is None:
             skipped |= dict.fromkeys(("transformers", "transformers, continuous"), "transformers is not installed")

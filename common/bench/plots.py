@@ -35,12 +35,12 @@ from common.bench.style import (
 from common.course import ROOT, CourseError, shown
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lesson 5: who computes when, and who holds what
+# Lesson 5: which requests compute in a step, and which blocks they hold
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, list[dict[int, int]]]:
-    """The plans of the reference's scheduler for requests of these lengths, and after each who holds which block.
+    """The plans of the reference's scheduler for requests of these lengths, and the holder of each block after each.
 
     No model is needed: a scheduler deals in ids and counts, and whatever was sampled counts as a token.
     """
@@ -104,14 +104,14 @@ def schedule() -> Figure:
     left.set_ylabel("request")
     left.set_yticks(range(len(prompts)))
     left.invert_yaxis()
-    for color, text, y in ((ORANGE, "reads its prompt", 0.92), (BLUE, "writes", 0.85), ("#9AA0A6", "waits", 0.78)):
+    for color, text, y in ((ORANGE, "computes its prompt", 0.92), (BLUE, "decodes", 0.85), ("#9AA0A6", "waits", 0.78)):
         left.text(0.62, y, "■ " + text, color=color, transform=left.transAxes, fontsize=9)
     return fig
 
 
 @figure("lesson-5-batching/figures/pool.svg")
 def pool_through_time() -> Figure:
-    """Who holds which block of a pool that is too small for all, step by step; preemptions are marked."""
+    """The holder of each block, step by step, in a pool that is too small for all; preemptions are marked."""
     import numpy as np
 
     prompts, outputs = [10, 7, 13, 5, 9, 6], [16, 20, 9, 18, 12, 14]
@@ -127,7 +127,7 @@ def pool_through_time() -> Figure:
     for step, plan in enumerate(plans):
         for name in plan.preempted_ids:
             axes.plot(step, -1.1, "v", color=colors(int(name)), clip_on=False)
-    axes.text(-0.4, -1.7, "▼ makes room for others", color=GREY, fontsize=9)
+    axes.text(-0.4, -1.7, "▼ is preempted", color=GREY, fontsize=9)
     for request in range(6):
         axes.text(1.01, 0.95 - 0.11 * request, f"■ request {request}", color=colors(request), transform=axes.transAxes)
     axes.set_xlabel("step")
@@ -138,7 +138,7 @@ def pool_through_time() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lesson 6: who is idle
+# Lesson 6: which rank is idle
 # ---------------------------------------------------------------------------------------------------------------
 
 

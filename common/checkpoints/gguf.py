@@ -28,6 +28,7 @@ SHARD_BYTES = 2 << 30  # a file's tensors stand in memory together while it is w
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+# gguf.get_tensor_name_map goes the other way: a dozen names of Hugging Face models lead to one of GGUF's.
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -159,7 +160,7 @@ def _rope_scaling(source: _Source, head_dim: int) -> dict | None:
 
     For Llama 3, GGUF stores the result, a divisor for each frequency (`rope_freqs.weight`), and not the rule. The
     factor is the largest divisor; the rule's other three numbers are those of all Llama 3 releases. If they do not
-    give the stored divisors, we say so, and do not guess.
+    give the stored divisors, the file is refused.
     """
     import numpy
 

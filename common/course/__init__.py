@@ -24,27 +24,3 @@ from common.course.modules import (
     substitutes,
     withheld,
 )
-
-__all__ = [
-    "GAINS",
-    "LESSONS",
-    "MODULES",
-    "MODULES_VARIABLE",
-    "ROOT",
-    "WITHHELD",
-    "CourseError",
-    "Lesson",
-    "UnfinishedModule",
-    "activate",
-    "files_used",
-    "first_line",
-    "install_finder",
-    "lesson",
-    "modules_of",
-    "parse_mine",
-    "shown",
-    "substitutes",
-    "to_do",
-    "unfinished",
-    "withheld",
-]

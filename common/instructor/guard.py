@@ -1,12 +1,16 @@
 """The sandbox's inner side: a worker that watches over itself while it runs a submission.
 
-    python -m common.instructor.guard FD      started by `common.instructor.sandbox`, nobody else
+    python -m common.instructor.guard FD      started by `common.instructor.sandbox` only
 
-Three things beyond the worker of `make test-lesson-N`. Limits on memory, files and processes. An audit hook (PEP 578),
-which cannot be taken off again, refuses the submission's code the files that hold answers and checks, and a look at
-the grader's own frames. And canaries: beside every submission's answer that passes, a known wrong answer faces the
-same checks in the same process; where that passes too, the checks have been tampered with and the exercise counts as
-wrong. Nothing inside one process is proof against everything: what was refused is told, for a person to look at.
+Three things are added to the worker of `make test-lesson-N`.
+
+- Limits on memory, files and processes.
+- An audit hook (PEP 578), which cannot be removed, refuses what an answer does not need: to read the files that hold
+  answers and checks, to start processes, to look at the grader's own frames.
+- Canaries. When an answer passes, a known wrong answer is given to the same checks in the same process. If that passes
+  too, the checks have been changed, and the exercise counts as wrong.
+
+No process can be made proof against code that runs in it, so what was refused is noted for the instructor to look at.
 """
 
 from __future__ import annotations
@@ -84,17 +88,19 @@ def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:
             note(what)
         raise PermissionError(f"{what}: an answer has no need of that")
 
-    def by_student(frame: FrameType | None) -> bool:
+    def by_student(frame: FrameType | None, through: str = "") -> bool:
+        """Whether the student's code does it, and not by way of the given code in the folder `through`."""
         while frame is not None:
             if frame.f_code.co_filename == student:
                 return True
+            if through and frame.f_code.co_filename.startswith(through):
+                return False
             frame = frame.f_back
         return False
 
     course.substitutes()  # the grader looks once into all solutions for what is withheld: now, and not later
     getframe = sys._getframe
-    earlier = MODULES[: MODULES.index(lesson) + 1]
-    starts_none = not any("common.workers" in each.solution.read_text(encoding="utf-8") for each in earlier)
+    workers = str(ROOT / "common" / "workers") + os.sep
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":
@@ -107,9 +113,9 @@ def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:
         elif event in INTROSPECTION:
             if getframe(1).f_code.co_filename == student:
                 refuse(f"calls {event}")
-        elif event in PROCESSES and starts_none and by_student(getframe(1)):
+        elif event in PROCESSES and by_student(getframe(1), through=workers):
             refuse("starts a process")
-        elif event == "socket.connect" and starts_none and by_student(getframe(1)):
+        elif event == "socket.connect" and by_student(getframe(1), through=workers):
             refuse("connects to the network")
 
     sys.addaudithook(hook)

@@ -65,8 +65,9 @@ def walls() -> str:
         return "Each submission runs in a bubblewrap sandbox: no network, a file system of its own, its own processes."
     why = "bubblewrap may not make namespaces here" if shutil.which("bwrap") else "there is no bubblewrap"
     return (
-        f"NO SANDBOX ({why}): time, memory, processes and files are limited, but a submission could read and write "
-        "what you can. On Linux: sudo apt install bubblewrap. Elsewhere, grade in a virtual machine or a container."
+        f"NO SANDBOX ({why}): time and memory are limited, but a submission could read and write what you can, and "
+        "leave processes behind. On Linux: sudo apt install bubblewrap. Elsewhere, grade in a virtual machine or "
+        "a container."
     )
 
 

@@ -16,20 +16,3 @@ from common.kernels.cpu import (
     pack_int4,
     pack_int8,
 )
-
-__all__ = [
-    "FastNorm",
-    "FusedAttention",
-    "FusedLinear",
-    "FusedMLP",
-    "attention",
-    "can_pack",
-    "compiled",
-    "enabled",
-    "has_kernel",
-    "held_bytes",
-    "pack",
-    "pack_floats",
-    "pack_int4",
-    "pack_int8",
-]

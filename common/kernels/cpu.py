@@ -1,20 +1,21 @@
-"""Fast paths beside the exercises' plain ones: what a processor can do when it is asked in its own way.
+"""Fast paths that compute what the exercises compute, arranged for this processor.
 
-The exercises' code is written to be read; what is here computes the same, sooner. Two doors lead in and no other:
-`pack` rearranges a loaded model's weights once and for all, and `attention` serves many requests in one call.
-`KERNELS=plain` in the environment asks for neither, so that graded code is the student's own.
+Graded code never runs them: `KERNELS=plain` in the environment turns them off. There are two entries, and no other:
+`pack` rearranges the weights of a loaded model, once, and `attention` serves many requests in one call. Lessons hand in
+their classes and call these functions; this package imports no lesson.
 
 What there is to gain, in float32 on two cores with a model of 135 M parameters:
 
 - A row-major matrix does not suit the loops that multiply by it. oneDNN, the library beneath torch, has an order of
-  its own, which suits this processor. Asking for it takes two operators that torch keeps private: this is the only
-  file that calls them, and where they are missing the model stays as it is.
-- An operator on one token's numbers costs 2 microseconds however little it computes, and a layer has dozens of them.
-  So products with the same input become one, and so do the rotations of queries and keys.
+  its own, which suits this processor. It takes two private operators of torch to ask for it. Where they are missing,
+  the matrix stays as it is.
+- An embedding table that is the head as well must be looked up, which oneDNN's order does not allow. cpu.cpp has a
+  product for an order that allows both, so that the largest matrix is in memory once.
+- An operator costs 2 microseconds however little it computes, and a layer has dozens of them. So products with the same
+  input become one, and so do the rotations of queries and keys.
 - Attention over all requests at once needs neither copies of the keys for each query head nor a matrix of scores.
 
-This file does not know about: block tables, schedulers, other processes. Nothing in it has
-gradients.
+This package does not know about block tables, schedulers or other processes. Nothing in it has gradients.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ from torch import Tensor, nn
 from common.checkpoints import cache_folder
 
 ROWS_HINT = 32
-"""For how many rows oneDNN shall choose its order. What it chooses for 8 rows or more is as good at 1 row, and at 256;
-what it chooses for a single row takes half as long again at 4 rows."""
+"""The number of rows for which oneDNN chooses its order. Its choice for 8 rows or more is as good for 1 row and for
+256; its choice for a single row takes half as long again with 4 rows."""
 
 QUERY_BLOCK = 128
-"""A prefill chunk is cut into so many queries at a time, and the first of them need not look as far as the last."""
+"""Queries of a prefill chunk that are computed at a time: the first ones have fewer keys than the last."""
 
 FEW_QUERIES = 16
-"""Two to so many queries of a request (verification) read their keys once for a group's heads if these are one matrix.
-A single one shares less than it costs: nine heads are dealt to the cores more evenly than three groups."""
+"""With 2 to this number of queries in a request (verification), a group's heads form one matrix, and its keys are read
+once. With a single query that is slower: nine heads are divided over the cores more evenly than three groups."""
 
 
 def enabled() -> bool:
@@ -261,7 +262,7 @@ class FusedAttention(nn.Module):
         projections = (plain.q_proj, plain.k_proj, plain.v_proj)
         self.layer, self.head_dim = plain.layer, plain.head_dim
         self.num_heads, self.num_kv_heads, _ = (p.out_features // self.head_dim for p in projections)
-        # Whoever wants to know how many heads there are asks for a projection's width.
+        # The number of heads follows from a projection's width, for the cache too.
         self.q_proj, self.k_proj, self.v_proj = (SimpleNamespace(out_features=p.out_features) for p in projections)
         self.qkv_proj = FusedLinear(projections)
         self.o_proj = plain.o_proj
@@ -350,10 +351,9 @@ def held_bytes(model: nn.Module) -> int:
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Attention of B requests, T queries of each, over keys and values that were gathered and padded to one length.
 
-    q: (B, T, H, D); k, v: (B, S, K, D), with K dividing H; positions: (B, T) integers, 0 to S - 1. Key s of a request
-    is seen from position s on, so what pads its end is not; but it must be finite there: what a new tensor happens to
-    hold may be NaN, and NaN times a weight of 0 is NaN. Returns (B, T, H, D). Query head h looks at key/value head
-    h // (H / K).
+    q: (B, T, H, D); k, v: (B, S, K, D), with K dividing H; positions: (B, T) integers, 0 to S - 1. Query head h
+    attends to key/value head h // (H / K). Key s of a request is seen from position s on, so padding at its end is not
+    seen. It must be finite nevertheless: NaN in a new tensor times a weight of 0 is NaN. Returns (B, T, H, D).
     """
     batch, num_queries, num_heads, head_dim = q.shape
     if num_queries > QUERY_BLOCK:

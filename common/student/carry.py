@@ -245,7 +245,7 @@ def scopes_of(tree: ast.Module) -> Iterator[tuple[str, ast.Module | ast.ClassDef
 
 
 def place_for(scope: ast.Module | ast.ClassDef, is_import: bool) -> int:
-    """Behind which line of a scope to put an addition: an import behind the last import, else at the end."""
+    """After which line of a scope to put an addition: an import after the last import, else at the end."""
     imports = [each.end_lineno for each in scope.body if isinstance(each, (ast.Import, ast.ImportFrom))]
     return max(imports, default=0) if is_import else scope.body[-1].end_lineno
 

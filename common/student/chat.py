@@ -17,9 +17,10 @@ from typing import Any
 
 import click
 
-from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from common.checkpoints import CheckpointError
 from common.config import EngineConfig
-from common.course import CourseError, activate, files_used, parse_mine, substitutes
+from common.course import CourseError, activate, files_used, substitutes
+from common.course.modules import UnfinishedModule, listed
 from common.options import ENGINE_FIELDS, engine_options, mine, number, option, threads
 
 HELP = """\
@@ -35,7 +36,7 @@ class OptionError(CourseError):
 
 @dataclass
 class Reply:
-    """One answer: its text, and what it took. num_tokens is None if it was stopped, since nobody counted."""
+    """One answer: its text, and what it took. num_tokens is None if it was stopped: its tokens were not counted."""
 
     text: str
     num_prompt_tokens: int
@@ -67,10 +68,10 @@ class Reply:
 
 @dataclass
 class Talker:
-    """A loaded model that speaks. `generate` is called as lesson 2's; here an engine stands behind it."""
+    """A model that answers: `generate(prompt_token_ids, params, on_text)` is an engine's."""
 
     name: str
-    model: Any
+    config: Any  # the model's
     tokenizer: Any
     generate: Callable[..., Any]
     params: Any
@@ -78,7 +79,7 @@ class Talker:
     @property
     def context(self) -> int:
         """How many tokens the model can see, the prompt and its answer together."""
-        return self.model.config.max_position_embeddings
+        return self.config.max_position_embeddings
 
     @property
     def has_template(self) -> bool:
@@ -97,7 +98,7 @@ class Talker:
             on_text(piece)
 
         try:
-            output = self.generate(self.model, self.tokenizer, prompt_token_ids, self.params, show)
+            output = self.generate(prompt_token_ids, self.params, show)
             num_tokens, finish_reason = len(output.token_ids), output.finish_reason
             metrics = output.metrics
             counts = metrics.num_cached_tokens, metrics.num_draft_tokens, metrics.num_accepted_tokens
@@ -117,7 +118,7 @@ class Talker:
 def answer_with(engine) -> Callable[..., Any]:
     """A `generate` that asks the engine. Whatever ends it early, Ctrl-C too, the request's blocks are free again."""
 
-    def generate(model, tokenizer, prompt_token_ids: Sequence[int], params, on_text: Callable[[str], None]):
+    def generate(prompt_token_ids: Sequence[int], params, on_text: Callable[[str], None]):
         try:
             request_id = engine.add_request(prompt_token_ids, params)
         except ValueError as error:
@@ -154,7 +155,7 @@ class Conversation:
     def ask(self, text: str) -> tuple[list[int], int]:
         """Add the user's turn. Returns the tokens to show to the model, and how many old turns no longer fit.
 
-        Turns are dropped from the oldest, a question with its answer, until there is room for an answer. The
+        Turns are dropped from the oldest, a question with its answer, until an answer fits into the context. The
         system's turn stays. Raises OptionError, and adds nothing, if the new turn is too long by itself.
         """
         room = self.talker.context - min(self.talker.params.max_tokens, self.talker.context // 2)
@@ -297,32 +298,29 @@ def take_turn(talker: Talker, conversation: Conversation | Story, line: str) -> 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def engine_for(options: dict, mine: str):
-    """The assembled engine; or, where earlier lessons are the student's, the engine of the last lesson that is needed
-    for these options, since later ones may not be written yet.
+LESSON_5 = ("model", "num_blocks", "max_num_batched_tokens", "scheduling_policy", "preemption")
+"""Options that an engine of lesson 5 has, too."""
+
+
+def make_engine(options: dict) -> Any:
+    """The assembled engine; lesson 5's, in a copy of the course in which lesson 8 is withheld and not finished yet.
+
+    options: those that were given. Raises OptionError if one of them needs a later lesson that waits.
     """
-    numbers = [each.number for each in parse_mine(mine)]
-    if not numbers or 8 in numbers or "speculative" in options:
+    try:
         from solutions.engine import InferenceEngine
+    except UnfinishedModule as error:
+        if later := [option for option in options if option not in LESSON_5]:
+            raise OptionError(f"{listed(later)} cannot be used yet: {error}") from None
+        print(quiet(f"Lesson 5's engine answers; parallelism, quantization and speculation wait. {error}"))
+        from solutions.batching import load_engine
 
-        return InferenceEngine(**options)
-    name = options.pop("model", EngineConfig.model)
-    is_quantized = "quantization_config" in Checkpoint(find_checkpoint(name)).config
-    if is_quantized or options.keys() & {"quantization", "offload", "kv_cache_dtype"}:
-        from solutions.quantization import QuantizedEngine
-
-        return QuantizedEngine(name, **options)
-    if options.keys() & {"tensor_parallel", "pipeline_parallel"} or "TORCHELASTIC_RUN_ID" in os.environ:
-        from solutions.parallelism import ParallelEngine
-
-        return ParallelEngine(name, **options)
-    from solutions.batching import load_engine
-
-    return load_engine(name, **options)
+        return load_engine(options.pop("model", EngineConfig.model), **options)
+    return InferenceEngine(**options)
 
 
 def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -> tuple[Talker, Any]:
-    """A talker, and the engine behind it. options: EngineConfig's; sampling: SamplingParams'."""
+    """Return a talker and its engine. options: EngineConfig's; sampling: SamplingParams'."""
     activate(mine)  # before anything of `solutions` is imported: it decides which files that means
     if substitutes() and not os.environ.get("KERNELS"):
         os.environ["KERNELS"] = "plain"  # so that the student's code is what runs
@@ -340,12 +338,12 @@ def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -
         params = SamplingParams(**sampling)
         EngineConfig(**options)
         chosen = {name: options[name] for name, each in ENGINE_FIELDS.items() if options[name] != each.default}
-        engine = engine_for(chosen, mine)
+        engine = make_engine(chosen)
     except CheckpointError:
         raise
     except ValueError as error:
         raise OptionError(str(error)) from None
-    return Talker(options["model"], engine.model, engine.tokenizer, answer_with(engine), params), engine
+    return Talker(options["model"], engine.config.model_config, engine.tokenizer, answer_with(engine), params), engine
 
 
 def run_many(talker: Talker, engine) -> int:
@@ -414,7 +412,7 @@ def speak(settings: dict[str, Any], act: Callable[[Talker, Any], int]) -> int:
             traceback.print_exc()
         raise
     except RuntimeError as error:
-        from solutions.parallelism import WorkerError
+        from common.workers import WorkerError
 
         if is_verbose or not isinstance(error, WorkerError):
             raise

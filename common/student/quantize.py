@@ -71,7 +71,7 @@ def quantize(name: str, quantization: str, group_size: int, symmetric: bool, act
             scale_for_activations(model, token_ids[half : half + length], kind, causal_attend)
             model = quantized_copy(model, kind)
     else:
-        model, _, _ = load_quantized(name, kind, torch.float32, "cpu")
+        model = load_quantized(name, kind, torch.float32, "cpu")
     save_quantized(model, kind, source, out)
     before = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"{out}: {weight_bytes(model) / 1e6:.1f} MB of weights ({name}: {before / 1e6:.1f} MB). make run MODEL={out}")

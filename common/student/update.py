@@ -3,9 +3,9 @@
     make update                    from where this clone came from, by git
     make update FROM=course.zip    from a downloaded version: a zip, a tar or a folder
 
-The new version is fetched or unpacked beside this one, and all that is to change is worked out before anything does:
-`carry` puts the student's answers into the new skeletons, and `git merge-file` merges other files that the student has
-edited. What the student has is copied to .course/backups; then files change, and if that fails, all are put back.
+The new version is fetched or unpacked beside this one. `carry` puts the student's answers into the new skeletons, and
+`git merge-file` merges other files that the student has edited. Only then do files change: what the student has is
+copied to .course/backups first, and if a file cannot be written, all are put back.
 
 Standard library only, so that it works in whatever state the course's packages are.
 """
@@ -125,7 +125,10 @@ def with_line_ends(text: str, present: bytes | None) -> bytes:
 
 
 def merge_others(version: Version, contents: dict[str, bytes | None]) -> list[str]:
-    """Put what the student has edited outside the lessons' modules into the new version's files. Returns remarks."""
+    """Put what the student has edited outside the lessons' modules into the new version's files.
+
+    Returns a sentence for each file in which the course's lines have replaced the student's.
+    """
     remarks = []
     for path, base in version.edited.items():
         mine, theirs = read(path), contents.get(path)

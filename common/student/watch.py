@@ -63,6 +63,7 @@ def stamp(file: Path) -> tuple[int, int, int] | None:
     return state.st_mtime_ns, state.st_size, state.st_ino
 
 
+# watchfiles sees a save sooner, but none in a folder that a network or a virtual machine shares, unless it polls too.
 def saves(known: dict[Path, tuple[int, int, int] | None]) -> Iterator[Path]:
     """Each file that is no longer as it is known to be, for ever."""
     while True:

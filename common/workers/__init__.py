@@ -21,19 +21,3 @@ from common.workers.failures import Failure, WorkerError, WorkerLost, describe, 
 from common.workers.processes import kill, start
 from common.workers.reception import Reception, report
 from common.workers.workers import Workers, guarded
-
-__all__ = [
-    "CommandSocket",
-    "Failure",
-    "Reception",
-    "WorkerError",
-    "WorkerLost",
-    "Workers",
-    "call",
-    "describe",
-    "guarded",
-    "is_consequence",
-    "kill",
-    "report",
-    "start",
-]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from common.config import EngineConfig
 from solutions.batching import ModelRunner
-from solutions.parallelism import make_runner
+from solutions.engine import build_runner
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 
@@ -27,9 +27,14 @@ class FaultyRunner(ModelRunner):
             time.sleep(3600)
         return super().execute(plan, hidden)
 
+    def choose(self, request, logits):
+        if self.what == "sample" and dist.get_rank() == self.rank and request.prompt_token_ids == [8, 9]:
+            range(1.5)
+        return super().choose(request, logits)
+
 
 def make_faulty_runner(rank: int, step_id: int, what: str, config: EngineConfig, model, layers: range) -> ModelRunner:
-    plain = make_runner(config, model, layers)
+    plain = build_runner(config, model, layers)
     runner = FaultyRunner(model, plain.cache)
     runner.rank, runner.step_id, runner.what = rank, step_id, what
     return runner

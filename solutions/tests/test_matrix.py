@@ -15,10 +15,11 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from common.authoring.soak.load import Letters, Models
+from common.authoring.soak.load import Models
+from common.authoring.soak.requests import Letters
 from common.checkpoints import find_checkpoint
 from common.tokenizer import load_tokenizer
-from solutions import engine, llama_pytorch, parallelism
+from solutions import engine, llama_pytorch
 from solutions.engine import InferenceEngine
 from solutions.llama_pytorch import Llama, SamplingParams, recompute
 from solutions.quantization import Quantization, load_quantized
@@ -73,7 +74,7 @@ class Subject:
     @functools.cache  # noqa: B019
     def model(self, quantization: str | None, dtype: torch.dtype) -> Llama:
         """One process, no engine: the model that `generate` is given, with the very weights."""
-        return load_quantized(self.target, quantization and Quantization(quantization, 32), dtype, "cpu")[0]
+        return load_quantized(self.target, quantization and Quantization(quantization, 32), dtype, "cpu")
 
     @functools.cache  # noqa: B019
     def answers(self, quantization: str | None, dtype: torch.dtype) -> list[list[llama_pytorch.RequestOutput]]:
@@ -190,8 +191,7 @@ def plain(monkeypatch):
 @pytest.fixture
 def letters(monkeypatch):
     """The tiny model's folders have no tokenizer."""
-    for module in (parallelism, engine):
-        monkeypatch.setattr(module, "load_tokenizer", lambda folder: Letters())
+    monkeypatch.setattr(engine, "load_tokenizer", lambda folder: Letters())
 
 
 @pytest.mark.parametrize("cell", ALONE, ids=name)
@@ -267,7 +267,7 @@ def test_everything_at_once(plain):
     ("settings", "says"),
     [
         (dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "there are no blocks to share"),
-        (dict(num_speculative_tokens=3), "nothing is proposed"),
+        (dict(num_speculative_tokens=3), "there is no source of draft tokens"),
         (dict(speculative="ngram", num_speculative_tokens=0), "num_speculative_tokens must be a whole number"),
         (dict(tensor_parallel=5), "tensor_parallel is 5"),
         (dict(pipeline_parallel=9), "pipeline_parallel is 9"),

@@ -18,13 +18,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks, random_model
+from common.authoring.soak.load import drive
+from common.authoring.soak.oracle import Oracle
+from common.authoring.soak.requests import MAX_MODEL_LEN, Letters, random_asks, random_model
 from common.checkpoints import Checkpoint, find_checkpoint
+from common.config import EngineConfig
 from common.course import ROOT
-from solutions import llama_pytorch, parallelism
-from solutions.batching import SamplingParams, local_engine
+from common.workers import WorkerError
+from solutions import engine as engine_module
+from solutions import llama_pytorch
+from solutions.batching import Engine, SamplingParams, local_engine
+from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import load
-from solutions.parallelism import ParallelEngine, WorkerError, make_runner
 from solutions.tests.faults import make_faulty_runner
 
 STORIES = [list(range(5, 30)), [*range(5, 15), *range(30, 40)], [7] * 20]
@@ -48,7 +53,7 @@ FAMILIES = {
 def plain(monkeypatch):
     monkeypatch.setenv("KERNELS", "plain")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(parallelism, "load_tokenizer", lambda folder: Letters())
+    monkeypatch.setattr(engine_module, "load_tokenizer", lambda folder: Letters())
 
 
 @pytest.fixture(scope="session")
@@ -73,20 +78,13 @@ def whole_model(folder: Path) -> llama_pytorch.Llama:
     return model
 
 
-class EngineOf(ParallelEngine):
-    """A parallel engine whose ranks build their runners by `build(config, model, layers)`."""
-
-    def __init__(self, build, *arguments, **options):
-        self.build = build
-        super().__init__(*arguments, **options)
-
-    def maker(self):
-        return partial(self.build, self.config)
-
-
-def grid_engine(folder: Path, tensor: int, pipeline: int, build=make_runner, **settings) -> ParallelEngine:
+def grid_engine(folder: Path, tensor: int, pipeline: int, build=build_runner, **settings) -> Engine:
+    """An engine whose ranks build their runners by `build(config, model, layers)`."""
     settings = {"timeout": 10.0, "dtype": torch.float64, "max_model_len": MAX_MODEL_LEN, **settings}
-    return EngineOf(build, str(folder), tensor, pipeline, device="cpu", **settings)
+    grid = dict(tensor_parallel=tensor, pipeline_parallel=pipeline)
+    config, tokenizer = resolve(EngineConfig(model=str(folder), device="cpu", **grid, **settings))
+    executor = start_executor(config, partial(load_model, config), partial(build, config))
+    return Engine(executor, tokenizer, config)
 
 
 def same_tokens(folder: Path, tensor: int, pipeline: int, seed: int) -> dict:
@@ -131,7 +129,7 @@ def test_same_tokens_on_other_grids(checkpoints, family, tensor, pipeline):
 def test_real_model(tensor, pipeline, monkeypatch):
     """SmolLM2, nine heads in three groups, in float32: the tokens of one process, up to the first near-tie."""
     model, tokenizer = load("smollm2-135m", torch.float32, "cpu")
-    monkeypatch.setattr(parallelism, "load_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(engine_module, "load_tokenizer", lambda folder: tokenizer)
     text = "The river was wide and slow, and nobody in the village had ever crossed it. One morning"
     story = tokenizer.encode(text)
     prompts = [story[: 6 + 4 * i] for i in range(3)] + [story]
@@ -165,10 +163,10 @@ def test_each_rank_reads_its_own(checkpoints):
     sizes = {name: checkpoint.read(name).nbytes for name in checkpoint.names()}
     twice = sum(size for name, size in sizes.items() if "norm" in name)
     with grid_engine(folder, 2, 1) as engine:
-        assert sum(engine.num_bytes_read) == sum(sizes.values()) + twice
-        assert max(engine.num_bytes_read) < 0.75 * sum(sizes.values())
+        assert sum(engine.executor.num_bytes_read) == sum(sizes.values()) + twice
+        assert max(engine.executor.num_bytes_read) < 0.75 * sum(sizes.values())
     with grid_engine(folder, 1, 2) as engine:
-        assert sum(engine.num_bytes_read) == sum(sizes.values()) + sizes["model.norm.weight"]
+        assert sum(engine.executor.num_bytes_read) == sum(sizes.values()) + sizes["model.norm.weight"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +185,7 @@ def test_sizes_that_cannot_be(checkpoints, tensor, pipeline, says):
 
 
 def test_bad_settings_start_nothing(checkpoints, monkeypatch):
-    monkeypatch.setattr(parallelism, "meet_workers", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr("solutions.parallelism.start_ranks", lambda *_: pytest.fail("a worker was started"))
     with pytest.raises(ValueError, match="block_size"):
         grid_engine(checkpoints["qwen3"], 2, 1, block_size=0)
 
@@ -239,7 +237,7 @@ def nobody_is_left(pids: list[int], seconds: float = 10.0) -> bool:
     return not any(map(is_alive, pids))
 
 
-def generate_until_error(engine: ParallelEngine) -> str:
+def generate_until_error(engine: Engine) -> str:
     with pytest.raises(WorkerError) as error:
         while True:
             engine.generate(PROMPTS, PARAMS, progress=False)
@@ -266,6 +264,31 @@ def test_a_rank_that_fails(checkpoints, tensor, pipeline, rank, what):
         assert nobody_is_left(pids)
         with pytest.raises(WorkerError, match=f"is down: .*rank {rank}"):
             engine.generate(PROMPTS, PARAMS, progress=False)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "rank"), [(2, 1, 0), (1, 2, 1)])
+def test_a_request_that_cannot_be_sampled(checkpoints, tensor, pipeline, rank):
+    """An error of any kind while one request is sampled, on whichever rank, ends that request and no other."""
+    build = partial(make_faulty_runner, rank, 0, "sample")
+    with grid_engine(checkpoints["qwen3"], tensor, pipeline, build) as engine:
+        first, bad, last = engine.generate(PROMPTS, PARAMS, progress=False)
+        assert bad.finish_reason == "error" and "TypeError: 'float' object" in bad.error
+        assert [len(output.token_ids) for output in (first, last)] == [40, 40]
+        assert engine.generate([PROMPTS[0]], PARAMS, progress=False)[0].token_ids == first.token_ids
+
+
+def test_an_engine_that_was_dropped(checkpoints):
+    """Without `close`, its workers end and the next engine starts; while it is held, a sentence says what to do."""
+    engine = grid_engine(checkpoints["qwen3"], 2, 1)
+    pids = [process.pid for process in engine.executor.workers.processes.values()]
+    engine.circle = engine  # so that only the garbage collector can end it
+    with pytest.raises(ValueError, match="Another parallel engine is open in this process.*Call its close()"):
+        grid_engine(checkpoints["qwen3"], 2, 1)
+    expected = engine.generate(PROMPTS, PARAMS, progress=False)[0].token_ids
+    del engine
+    with grid_engine(checkpoints["qwen3"], 1, 2) as following:
+        assert following.generate(PROMPTS, PARAMS, progress=False)[0].token_ids == expected
+        assert nobody_is_left(pids)
 
 
 def trials(default: int) -> range:
@@ -300,12 +323,12 @@ SCRIPT = """
 import sys, threading
 sys.path.insert(0, {root!r})
 import torch
-from solutions import parallelism
+from solutions import engine
 from common.authoring.soak.load import Letters
 from solutions.llama_pytorch import SamplingParams
-parallelism.load_tokenizer = lambda folder: Letters()
-with parallelism.ParallelEngine({folder!r}, {tensor}, {pipeline}, dtype=torch.float64, device="cpu", timeout=3.0,
-                                max_model_len=64) as engine:
+engine.load_tokenizer = lambda folder: Letters()
+with engine.InferenceEngine({folder!r}, tensor_parallel={tensor}, pipeline_parallel={pipeline}, dtype=torch.float64,
+                            device="cpu", timeout=3.0, max_model_len=64) as engine:
     print(*[process.pid for process in engine.executor.workers.processes.values()], flush=True)
     while True:
         engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=40, ignore_eos=True), progress=False)

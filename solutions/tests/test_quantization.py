@@ -9,15 +9,17 @@ import torch
 from safetensors.torch import save_file
 
 from common import kernels
-from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks
+from common.authoring.soak.load import drive, options_of
+from common.authoring.soak.oracle import Oracle
+from common.authoring.soak.requests import MAX_MODEL_LEN, Letters, random_asks
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from common.tests.typed import typed
 from solutions.batching import SamplingParams
+from solutions.engine import InferenceEngine
 from solutions.llama_pytorch import causal_attend, layers_of, load_weights, parse_config
 from solutions.parallelism import Group, RankCoordinates, shard
 from solutions.quantization import (
     Quantization,
-    QuantizedEngine,
     dequantize_int4,
     int8_matmul,
     load_quantized,
@@ -36,9 +38,9 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 
 
-def engine(folder, **settings) -> QuantizedEngine:
+def engine(folder, quantization: Quantization | None = None, **settings) -> InferenceEngine:
     settings = {"dtype": torch.float64, "device": "cpu", "max_model_len": MAX_MODEL_LEN, "timeout": 10.0, **settings}
-    return QuantizedEngine(str(folder), **settings)
+    return InferenceEngine(str(folder), **options_of(quantization), **settings)
 
 
 def tokens(folder, **settings) -> list[list[int]]:
@@ -50,7 +52,7 @@ def tokens(folder, **settings) -> list[list[int]]:
 def test_shares_are_of_the_whole_matrix(checkpoints, kind):  # noqa: F811
     """What three ranks hold, laid side by side, is what one process holds: numbers and scales."""
     folder = checkpoints["qwen3"]
-    whole, _, _ = load_quantized(str(folder), kind, torch.float64, "cpu")
+    whole = load_quantized(str(folder), kind, torch.float64, "cpu")
     numbers = dict(whole.named_parameters())
     for rank in range(3):
         checkpoint = Checkpoint(folder)
@@ -119,8 +121,8 @@ def test_same_tokens_under_load(checkpoints, kind):  # noqa: F811
 class AloneInEngine(Oracle):
     """What a request's answer is when nobody else is there."""
 
-    def __init__(self, own: QuantizedEngine):
-        super().__init__(own.model, Letters())
+    def __init__(self, own: InferenceEngine):
+        super().__init__(own.executor.runner.model, Letters())
         self.engine = own
 
     def __call__(self, prompt, params):
@@ -133,9 +135,9 @@ class AloneInEngine(Oracle):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_saved_and_loaded(checkpoints, kind, tmp_path):  # noqa: F811
     folder = checkpoints["llama"]
-    model, _, _ = load_quantized(str(folder), kind, torch.float64, "cpu")
+    model = load_quantized(str(folder), kind, torch.float64, "cpu")
     save_quantized(model, kind, folder, tmp_path / "saved")
-    again, _, _ = load_quantized(str(tmp_path / "saved"), None, torch.float64, "cpu")
+    again = load_quantized(str(tmp_path / "saved"), None, torch.float64, "cpu")
     for (name, one), (other_name, other) in zip(model.named_parameters(), again.named_parameters()):
         assert name == other_name and one.dtype == other.dtype and torch.equal(one, other), name
     assert tokens(tmp_path / "saved") == tokens(folder, quantization=kind)
@@ -143,10 +145,10 @@ def test_saved_and_loaded(checkpoints, kind, tmp_path):  # noqa: F811
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(checkpoints, tmp_path):  # noqa: F811
-    model, _, _ = load_quantized(str(checkpoints["llama"]), KINDS[0], torch.float64, "cpu")
+    model = load_quantized(str(checkpoints["llama"]), KINDS[0], torch.float64, "cpu")
     save_quantized(model, KINDS[0], checkpoints["llama"], tmp_path / "saved")
     with pytest.raises(ValueError, match="is quantized already"):
-        engine(tmp_path / "saved", quantization="int4")
+        engine(tmp_path / "saved", quantization=Quantization("int4"))
     with pytest.raises(CheckpointError, match="quantization_config"):
         parse_config(Checkpoint(tmp_path / "saved").config)
     config = (tmp_path / "saved" / "config.json").read_text().replace("inference-course", "awq")
@@ -169,7 +171,7 @@ def test_a_weight_of_the_wrong_shape_is_refused(checkpoints, tmp_path):  # noqa:
 def test_offload_streams_and_says_what_it_needs(checkpoints):  # noqa: F811
     folder = checkpoints["qwen2"]
     expected = tokens(folder, quantization="int8")
-    model, _, _ = load_quantized(str(folder), Quantization("int8"), torch.float64, "cpu")
+    model = load_quantized(str(folder), Quantization("int8"), torch.float64, "cpu")
     whole = weight_bytes(model)
     with pytest.raises(ValueError, match="needs (\\d+) at least") as refused:
         engine(folder, quantization="int8", offload=1)
@@ -241,7 +243,7 @@ def test_compiled_products(rows, outputs, columns):
 def test_kernels_leave_other_dtypes_alone(kind, monkeypatch):
     """They compute in float32; a model in float64 keeps its plain layers."""
     monkeypatch.setenv("KERNELS", "fast")
-    model, _, _ = load_quantized("tales", kind, torch.float64, "cpu")
+    model = load_quantized("tales", kind, torch.float64, "cpu")
     assert not any(kernels.has_kernel(layer) for layer in layers_of(model).values() if hasattr(layer, "method"))
     with torch.inference_mode():
         assert model.logits(model(torch.arange(5, 9), torch.arange(4), causal_attend)).dtype == torch.float64
@@ -251,9 +253,9 @@ def test_kernels_leave_other_dtypes_alone(kind, monkeypatch):
 def test_packed_quantized_model(kind, monkeypatch):
     """With kernels a model says what it says without, up to rounding; and it takes no more memory."""
     monkeypatch.setenv("KERNELS", "fast")
-    packed, _, _ = load_quantized("tales", kind, torch.float32, "cpu")
+    packed = load_quantized("tales", kind, torch.float32, "cpu")
     monkeypatch.setenv("KERNELS", "plain")
-    model, _, _ = load_quantized("tales", kind, torch.float32, "cpu")
+    model = load_quantized("tales", kind, torch.float32, "cpu")
     ids, positions = torch.arange(5, 45), torch.arange(40)
     assert weight_bytes(packed) == weight_bytes(model)
     with torch.inference_mode():
@@ -276,7 +278,7 @@ def test_the_command(options, tmp_path, monkeypatch, capsys):
     size = (folder / "model.safetensors").stat().st_size
     assert size < 0.6 * sum(file.stat().st_size for file in find_checkpoint("tales").glob("*.safetensors"))
     monkeypatch.undo()
-    with QuantizedEngine(str(folder), dtype=torch.float64, device="cpu") as own:
+    with InferenceEngine(str(folder), dtype=torch.float64, device="cpu") as own:
         assert len(own.generate(["One day"], PARAMS, progress=False)[0].text) > 10
     assert typed("quantize", "--model", "tales", "--out", str(folder), *options) == 2
     assert typed("quantize", "--model", str(folder), "--out", str(tmp_path / "again")) == 2

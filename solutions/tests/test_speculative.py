@@ -16,24 +16,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.authoring.soak.load import (
-    MAX_MODEL_LEN,
-    Letters,
-    Oracle,
-    Pipelined,
-    check_books,
-    drive,
-    random_asks,
-    random_model,
-    random_settings,
-)
+from common.authoring.soak.invariants import check_books
+from common.authoring.soak.load import Pipelined, drive
+from common.authoring.soak.oracle import Oracle
+from common.authoring.soak.requests import MAX_MODEL_LEN, Letters, random_asks, random_model, random_settings
 from common.checkpoints import Checkpoint
 from common.config import EngineConfig
 from solutions import engine as engine_module
-from solutions import llama_pytorch, parallelism, speculative
+from solutions import llama_pytorch, speculative
 from solutions.batching import Engine
 from solutions.engine import InferenceEngine
-from solutions.hooked import HookedEngine
 from solutions.kv_cache import KVCache, cache_bytes, prefill
 from solutions.llama_pytorch import SamplingParams, adjust_logits, load, recompute, sampling_probs
 from solutions.paged_attention import KVCacheManager, PagedKVCache, hash_block
@@ -412,25 +404,25 @@ class AnyNumber(AdaptiveSpeculation):
         return [self.rng.randint(0, self.num_speculative_tokens) for _ in request_ids]
 
 
-class SpeculativeEngine(HookedEngine):
+class SpeculativeEngine(Engine):
     """Draft tokens from a model in memory, or from n-grams. What can be found in the prefix cache is checked after
     every step.
     """
 
     def __init__(self, model, tokenizer, draft=None, most=4, adaptive=None, depth=1, **settings):
-        self.draft, self.adaptive, self.depth = draft, adaptive or AdaptiveSpeculation(most, is_adaptive=False), depth
+        self.model = model
         self.texts: dict[bytes, list[int]] = {}  # by the hash of its last block: a text whose blocks can be found
-        super().__init__(model, tokenizer, **settings)
+        config = EngineConfig(**settings).resolve(model.config, cache_bytes(model.config, 1, 8))
+
+        def blocks(model):
+            return PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks)
+
+        self.proposer = NgramProposer() if draft is None else CheckedDraft(draft, blocks(draft))
+        adaptive = adaptive or AdaptiveSpeculation(most, is_adaptive=False)
+        self.runner = SpeculativeRunner(model, blocks(model), self.proposer, adaptive)
+        super().__init__(AsItIs(Pipelined(self.runner, depth)), tokenizer, config)
         if draft is not None:
             self.scheduler.num_lookahead_tokens = most
-
-    def build_executor(self):
-        def blocks(model):
-            return PagedKVCache(model, self.config.num_blocks, self.config.block_size, self.config.num_host_blocks or 0)
-
-        self.proposer = NgramProposer() if self.draft is None else CheckedDraft(self.draft, blocks(self.draft))
-        self.runner = SpeculativeRunner(self.model, blocks(self.model), self.proposer, self.adaptive)
-        return AsItIs(Pipelined(self.runner, self.depth))
 
     def step(self):
         reports = super().step()
@@ -1114,8 +1106,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def letters(monkeypatch):
-    for module in (parallelism, engine_module):
-        monkeypatch.setattr(module, "load_tokenizer", lambda folder: Letters())
+    monkeypatch.setattr(engine_module, "load_tokenizer", lambda folder: Letters())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -1175,7 +1166,7 @@ def test_an_accepted_draft_token_that_ends_the_answer_is_counted(folders, letter
 @pytest.mark.parametrize(
     ("draft", "settings", "says"),
     [
-        (None, dict(num_speculative_tokens=3), 'nothing is proposed; set speculative="ngram"'),
+        (None, dict(num_speculative_tokens=3), 'there is no source of draft tokens: set speculative="ngram"'),
         (
             "ngram",
             dict(num_speculative_tokens=0),
@@ -1232,8 +1223,7 @@ def test_chat_is_the_template_and_no_more(folders, monkeypatch, model):
         def encode(self, text, add_special_tokens=True):
             return [1] * add_special_tokens + [5 + ord(letter) % 30 for letter in text]
 
-    for module in (parallelism, engine_module):
-        monkeypatch.setattr(module, "load_tokenizer", lambda folder: Talking())
+    monkeypatch.setattr(engine_module, "load_tokenizer", lambda folder: Talking())
     params = SamplingParams(max_tokens=9)
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "brief"}]
     with assembled(folders, "draft") as engine:

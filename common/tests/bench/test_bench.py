@@ -18,7 +18,6 @@ from common.bench import speculation as speculation_bench
 from common.checkpoints import MODELS, Checkpoint
 from common.checkpoints import gguf as gguf_convert
 from common.tests.typed import typed
-from solutions.engine import Speculation
 from solutions.llama_pytorch import SamplingParams, load, use_kernels
 
 
@@ -147,9 +146,9 @@ def test_the_assembled_engine_of_the_ladder_draft_tokens_and_says_the_same(tales
     model, tokenizer = tales
     prompts = [tokenizer.encode(text) for text in speculation_bench.BEGINNINGS[:2]]
     params = [SamplingParams(max_tokens=16)] * 2
-    plain = speculation_bench.answer(model, tokenizer, None, prompts, params)
+    plain = speculation_bench.answer(model, tokenizer, {}, prompts, params)
     for draft in (None, str(MODELS / "tales-draft")):
-        speculation = Speculation(draft, 3, is_adaptive=False)
+        speculation = dict(speculative=draft or "ngram", num_speculative_tokens=3, adaptive_speculation=False)
         proposed = speculation_bench.answer(model, tokenizer, speculation, prompts, params)
         given = ladder.Load("beginnings", prompts, [16, 16])
         ladder.check_same(model, given, plain.tokens, proposed.tokens, "speculation")

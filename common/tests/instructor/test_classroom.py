@@ -407,6 +407,17 @@ def test_forged_verdicts_void_the_module(tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_processes_are_started_by_given_code_only(tmp_path):
+    """Lesson 6 starts workers, by common.workers. An answer that starts a process itself is refused there too."""
+    lesson = LESSONS[6]
+    body = "import subprocess\nsubprocess.run(['cat', 'solutions/parallelism.py'])"
+    results = {each.id: each for each in graded(hand_in(tmp_path, "eve", lesson, e1=body), tmp_path, lesson).results}
+    wrong = results.pop("6.1")
+    assert wrong.status == "wrong" and f"starts a process: {REFUSED}" in wrong.sentence and wrong.notes
+    assert {each.status for each in results.values()} <= {"passed", "waiting"}, results
+
+
 def left_behind() -> list[psutil.Process]:
     """Workers of the grader, and what they have forked, but for those of tests that run beside this one."""
     own = psutil.Process()

@@ -38,9 +38,8 @@ class FakeGenerate:
         self.replies = list(replies)
         self.prompts: list[str] = []
 
-    def __call__(self, model, tokenizer, prompt_token_ids, params, on_text):
+    def __call__(self, prompt_token_ids, params, on_text):
         self.prompts.append("".join(chr(token_id) if token_id else "^" for token_id in prompt_token_ids))
-        assert len(prompt_token_ids) < model.config.max_position_embeddings
         reply = self.replies.pop(0)
         for piece in (reply[:2], reply[2:]):
             on_text(piece)
@@ -51,9 +50,9 @@ class FakeGenerate:
 
 
 def talker(*replies, template=True, context=1000, max_tokens=10) -> Talker:
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
+    config = SimpleNamespace(max_position_embeddings=context)
     params = SimpleNamespace(max_tokens=max_tokens)
-    return Talker("fake", model, FakeTokenizer(template), FakeGenerate(*replies), params)
+    return Talker("fake", config, FakeTokenizer(template), FakeGenerate(*replies), params)
 
 
 def converse(talker: Talker, typed: str, monkeypatch, capsys) -> str:
@@ -249,16 +248,16 @@ def test_the_engine_behind_a_conversation(small_engine):
 
     generate, pieces = answer_with(small_engine), []
     prompt, params = small_engine.tokenizer.encode("There was once a small owl"), SamplingParams(max_tokens=6)
-    output = generate(None, None, prompt, params, pieces.append)
+    output = generate(prompt, params, pieces.append)
     assert "".join(pieces) == output.text
-    again = generate(None, None, [*prompt, *output.token_ids, 300], params, pieces.append)
+    again = generate([*prompt, *output.token_ids, 300], params, pieces.append)
     assert again.metrics.num_cached_tokens >= len(prompt) // 4 * 4
 
     def broken_off(piece):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(None, None, prompt, params, broken_off)
+        generate(prompt, params, broken_off)
     assert small_engine.manager.pool.num_free_blocks == 12 and not small_engine.has_unfinished_requests
 
 

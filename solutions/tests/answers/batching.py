@@ -20,7 +20,7 @@ ANSWERS = [
     ),
     wrong(
         "5.6",
-        "logits of the last row alone, without the guesses'",
+        "logits of the last row alone, without the draft tokens'",
         "len(token_ids) - request.num_spec_tokens - 1",
         "len(token_ids) - 1",
     ),
@@ -92,14 +92,14 @@ ANSWERS = [
     wrong("5.14", "an empty list, though requests wait", "if self.has_unfinished_requests:", "if False:"),
     wrong(
         "5.14",
-        "only those reported that sampled or finished, nobody in the middle of the prompt",
+        "only those reported that sampled or finished, none in the middle of the prompt",
         "for request in requests]",
         "for request in requests if request.output_token_ids or request.finish_reason]",
     ),
     wrong(
         "5.14", "logprobs not handed on", "self.report(request, result)", "self.report(request, ModelRunnerOutput(0))"
     ),
-    wrong("5.14", "nothing returned", "return outputs", "return []"),
+    wrong("5.14", "nothing returned", "return outputs", "return []", recognised=False),
     wrong(
         "5.14",
         "not counted",
@@ -128,7 +128,7 @@ ANSWERS = [
         if len(self.in_flight) == 0:
             if not self.has_unfinished_requests:
                 return []
-            raise RuntimeError("nobody can be served")
+            raise RuntimeError("no request can be served")
         oldest = self.in_flight.popleft()
         result, outputs = self.collect(oldest), []
         for request in self.scheduler.update_from_output(oldest, result):

@@ -5,75 +5,96 @@ from __future__ import annotations
 from common.course.catalogue import right, wrong, wrong_body
 
 ANSWERS = [
-    # ----------------------------------------------------------------------------- 8.10 InferenceEngine.cache_share
-    wrong_body("8.10", "the draft left out", "return share"),
+    # --------------------------------------------------------------------------------------------- 8.10 slot_bytes
     wrong(
         "8.10",
-        "the draft divided among the ranks, and quantized, as the target is",
-        "share + cache_bytes(draft, 1, dtype.itemsize) / cache_bytes(config, 1, dtype.itemsize)",
-        "share * (1 + cache_bytes(draft, 1, dtype.itemsize) / cache_bytes(config, 1, dtype.itemsize))",
+        "the draft left out",
+        "round(target) + (0 if draft_config is None else cache_bytes(draft_config, 1, size))",
+        "round(target)",
+    ),
+    wrong_body(
+        "8.10",
+        "the draft divided among the ranks, and in eight bits, as the target is",
+        """
+        size, head_dim = config.dtype.itemsize, model_config.head_dim
+        total = cache_bytes(model_config, 1, size)
+        if draft_config is not None:
+            total += cache_bytes(draft_config, 1, size)
+        total *= share
+        if config.kv_cache_dtype == "int8":
+            total *= (head_dim + size) / (head_dim * size)
+        return round(total)
+        """,
     ),
     wrong(
         "8.10",
-        "the target against the draft, upside down",
-        "cache_bytes(draft, 1, dtype.itemsize) / cache_bytes(config, 1, dtype.itemsize)",
-        "cache_bytes(config, 1, dtype.itemsize) / cache_bytes(draft, 1, dtype.itemsize)",
-    ),
-    wrong(
-        "8.10",
-        "layers alone compared, not heads and their size",
-        "cache_bytes(draft, 1, dtype.itemsize) / cache_bytes(config, 1, dtype.itemsize)",
-        "draft.num_hidden_layers / config.num_hidden_layers",
-    ),
-    wrong(
-        "8.10",
-        "heads not counted",
-        "cache_bytes(draft, 1, dtype.itemsize) / cache_bytes(config, 1, dtype.itemsize)",
-        "draft.num_hidden_layers * draft.head_dim / (config.num_hidden_layers * config.head_dim)",
-    ),
-    wrong(
-        "8.10",
-        "a share of one for the target, whatever its rank has of it",
-        "share + cache_bytes",
-        "1 + cache_bytes",
+        "the whole target on every rank",
+        "cache_bytes(model_config, 1, size) * share",
+        "cache_bytes(model_config, 1, size)",
     ),
     wrong(
         "8.10",
         "the draft in float32, whatever the dtype",
-        "cache_bytes(draft, 1, dtype.itemsize)",
-        "cache_bytes(draft, 1, 4)",
+        "cache_bytes(draft_config, 1, size)",
+        "cache_bytes(draft_config, 1, 4)",
     ),
     wrong(
         "8.10",
-        "the draft against the share of this rank, not against the whole target",
-        "/ cache_bytes(config, 1, dtype.itemsize)",
-        "/ (share * cache_bytes(config, 1, dtype.itemsize))",
+        "everything in float32, whatever the dtype",
+        "config.dtype.itemsize, model_config.head_dim",
+        "4, model_config.head_dim",
     ),
-    wrong("8.10", "the draft's bytes, not their share", " / cache_bytes(config, 1, dtype.itemsize)", ""),
+    wrong(
+        "8.10",
+        "one scale for each token, not for each head",
+        "(head_dim + size) / (head_dim * size)",
+        "(head_dim + size / model_config.num_key_value_heads) / (head_dim * size)",
+    ),
+    wrong("8.10", "scales forgotten", "(head_dim + size) / (head_dim * size)", "1 / size"),
+    wrong("8.10", "scales in float32, whatever the dtype", "(head_dim + size) /", "(head_dim + 4) /"),
+    wrong("8.10", "eight bits forgotten", 'config.kv_cache_dtype == "int8"', "False"),
+    wrong(
+        "8.10",
+        "eight bits also where only the weights are quantized",
+        'config.kv_cache_dtype == "int8"',
+        'config.kv_cache_dtype == "int8" or config.quantization',
+    ),
+    wrong(
+        "8.10",
+        "the shares of stages forgotten",
+        "cache_bytes(model_config, 1, size) * share",
+        "cache_bytes(model_config, 1, size) / config.tensor_parallel",
+    ),
     right(
         "8.10",
         "by the numbers of a token",
         """
-        draft = plain_config(Checkpoint(find_checkpoint(self.speculation.draft)))
-        own, whole = (each.num_hidden_layers * each.num_key_value_heads * each.head_dim for each in (draft, config))
-        return share + own / whole
+        def numbers(model):
+            return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+
+        size = config.dtype.itemsize
+        total = numbers(model_config) * share * size
+        if config.kv_cache_dtype == "int8":
+            total = numbers(model_config) * share * (1 + size / model_config.head_dim)
+        return round(total + (numbers(draft_config) * size if draft_config else 0))
         """,
     ),
     right(
         "8.10",
-        "by the bytes of both",
+        "heads, each of some bytes",
         """
-        checkpoint = Checkpoint(self.speculation.draft)
-        whole = cache_bytes(config, 1000, dtype.itemsize)
-        return (share * whole + cache_bytes(plain_config(checkpoint), 1000, dtype.itemsize)) / whole
+        size = config.dtype.itemsize
+        per_head = model_config.head_dim * size if config.kv_cache_dtype == "auto" else model_config.head_dim + size
+        heads = 2 * model_config.num_hidden_layers * model_config.num_key_value_heads * share
+        return round(heads * per_head) + (cache_bytes(draft_config, 1, size) if draft_config is not None else 0)
         """,
     ),
-    # ------------------------------------------------------------------------------------ 8.9 InferenceEngine.build
+    # ------------------------------------------------------------------------------------------- 8.9 build_runner
     wrong(
         "8.9",
         "draft tokens on every rank",
-        "if speculation is None or not is_sampling_rank(model, layers):",
-        "if speculation is None:",
+        "if config.speculative is None or not is_sampling_rank(model, layers):",
+        "if config.speculative is None:",
     ),
     wrong(
         "8.9",
@@ -89,100 +110,118 @@ ANSWERS = [
     ),
     wrong(
         "8.9",
-        "the draft's blocks in eight bits as well",
-        "blocks_for(draft, PagedKVCache, draft_layers)",
-        'blocks_for(draft, Int8KVCache if kv_cache_dtype == "int8" else PagedKVCache, draft_layers)',
+        "the draft's cache in eight bits as well",
+        "make_cache(config, draft, draft_layers)",
+        "make_cache(config, draft, draft_layers, config.kv_cache_dtype)",
     ),
     wrong(
         "8.9",
-        "no blocks of its own for the draft: it writes to the target's",
-        "blocks_for(draft, PagedKVCache, draft_layers)",
+        "no cache of its own for the draft: it writes to the target's",
+        "make_cache(config, draft, draft_layers)",
         "cache",
     ),
     wrong(
         "8.9",
-        "blocks in eight bits never made",
-        'Int8KVCache if kv_cache_dtype == "int8" else PagedKVCache, layers)',
-        "PagedKVCache, layers)",
+        "eight bits never",
+        "make_cache(config, model, layers, config.kv_cache_dtype)",
+        "make_cache(config, model, layers)",
     ),
-    wrong(
-        "8.9",
-        "blocks in eight bits only where nothing is proposed",
-        'if kv_cache_dtype == "int8" else PagedKVCache',
-        'if kv_cache_dtype == "int8" and speculation is None else PagedKVCache',
-    ),
-    wrong("8.9", "n-grams, though a draft is named", "speculation.draft is not None", "False"),
+    wrong("8.9", "n-grams, though a draft is named", "config.draft is not None", "False"),
     wrong_body(
         "8.9",
-        "the draft loaded on every rank, whatever proposes",
+        "the draft loaded on every rank, whether it proposes there or not",
         """
-        cache = blocks_for(model, Int8KVCache if kv_cache_dtype == "int8" else PagedKVCache, layers)
+        cache = make_cache(config, model, layers, config.kv_cache_dtype)
         proposer = NgramProposer()
-        if speculation is not None and speculation.draft is not None:
-            draft, draft_layers = load_draft(speculation.draft, model)
-            proposer = DraftProposer(draft, blocks_for(draft, PagedKVCache, draft_layers))
-        if speculation is None or not is_sampling_rank(model, layers):
+        if config.draft is not None:
+            options = dict(dtype=config.dtype, device=config.device)
+            draft, draft_layers, _ = load_model(EngineConfig(model=config.draft, **options))
+            proposer = DraftProposer(draft, make_cache(config, draft, draft_layers))
+        if config.speculative is None or not is_sampling_rank(model, layers):
             return ModelRunner(model, cache)
-        adaptive = AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)
+        adaptive = AdaptiveSpeculation(config.num_speculative_tokens or 8, config.adaptive_speculation)
         return SpeculativeRunner(model, cache, proposer, adaptive)
         """,
         recognised=False,
     ),
-    wrong("8.9", "the target's layers for the draft's blocks", "PagedKVCache, draft_layers", "PagedKVCache, layers"),
-    wrong("8.9", "the draft's blocks of the target's size", "blocks_for(draft,", "blocks_for(model,"),
     wrong(
         "8.9",
-        "blocks for all layers, on every stage",
-        "else PagedKVCache, layers)",
-        "else PagedKVCache, range(model.config.num_hidden_layers))",
+        "the draft quantized as the target is",
+        "EngineConfig(model=config.draft, dtype=config.dtype, device=config.device)",
+        "replace(config, model=config.draft)",
+    ),
+    wrong(
+        "8.9",
+        "the draft in the dtype that is chosen where none is given",
+        "EngineConfig(model=config.draft, dtype=config.dtype, device=config.device)",
+        "EngineConfig(model=config.draft, dtype=torch.float32, device=config.device)",
+        recognised=False,
+    ),
+    wrong(
+        "8.9",
+        "the target's layers for the draft's cache",
+        "make_cache(config, draft, draft_layers)",
+        "make_cache(config, draft, layers)",
+    ),
+    wrong(
+        "8.9",
+        "the draft's cache of the target's size",
+        "make_cache(config, draft, draft_layers)",
+        "make_cache(config, model, layers)",
+    ),
+    wrong(
+        "8.9",
+        "a cache for all layers, on every stage",
+        "make_cache(config, model, layers, config",
+        "make_cache(config, model, range(model.config.num_hidden_layers), config",
     ),
     wrong(
         "8.9",
         "always adaptive",
-        "AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)",
-        "AdaptiveSpeculation(speculation.num_speculative_tokens)",
+        "AdaptiveSpeculation(config.num_speculative_tokens or 8, config.adaptive_speculation)",
+        "AdaptiveSpeculation(config.num_speculative_tokens or 8)",
     ),
+    wrong("8.9", "eight draft tokens at most, whatever is asked for", "config.num_speculative_tokens or 8", "8"),
     wrong(
         "8.9",
-        "five draft tokens at most, whatever is asked",
-        "AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)",
-        "AdaptiveSpeculation(5, speculation.is_adaptive)",
+        "no number where none is asked for",
+        "config.num_speculative_tokens or 8",
+        "config.num_speculative_tokens",
+        recognised=False,
     ),
     right(
         "8.9",
-        "the plain runner first, and whatever proposes last",
+        "the plain runner first, the proposer last",
         """
-        quantized = kv_cache_dtype == "int8"
-        cache = blocks_for(model, Int8KVCache, layers) if quantized else blocks_for(model, PagedKVCache, layers)
+        cache = make_cache(config, model, layers, kv_cache_dtype=config.kv_cache_dtype)
         runner = ModelRunner(model, cache)
-        if speculation and is_sampling_rank(model, layers):
-            if speculation.draft is None:
+        if config.speculative and is_sampling_rank(model, layers):
+            if config.draft is None:
                 proposer = NgramProposer()
             else:
-                draft, own_layers = load_draft(speculation.draft, target=model)
-                proposer = DraftProposer(draft, blocks_for(draft, PagedKVCache, own_layers))
-            adaptive = AdaptiveSpeculation(speculation.num_speculative_tokens, is_adaptive=speculation.is_adaptive)
-            runner = SpeculativeRunner(model, cache, proposer, adaptive)
+                options = EngineConfig(model=config.draft, device=config.device, dtype=config.dtype)
+                draft, own_layers, _ = load_model(options)
+                proposer = DraftProposer(draft, make_cache(config, draft, own_layers))
+            most = 8 if config.num_speculative_tokens is None else config.num_speculative_tokens
+            runner = SpeculativeRunner(model, cache, proposer, AdaptiveSpeculation(most, config.adaptive_speculation))
         return runner
         """,
     ),
     right(
         "8.9",
-        "lesson 7's runner, and its blocks",
+        "the draft as lesson 2 loads it",
         """
-        plain = make_quantized_runner(config, kv_cache_dtype, model, layers)
-        if speculation is None or not is_sampling_rank(model, layers):
+        plain = ModelRunner(model, make_cache(config, model, layers, config.kv_cache_dtype))
+        if config.speculative is None or not is_sampling_rank(model, layers):
             return plain
-        proposing = NgramProposer()
-        if speculation.draft:
-            draft = load_draft(speculation.draft, model)[0]
+        proposer = NgramProposer()
+        if config.speculative != "ngram":
+            draft, _, _ = load_model(replace(config, model=config.draft, quantization=None, offload=None))
             blocks = PagedKVCache(draft, config.num_blocks, config.block_size, config.num_host_blocks or 0)
-            proposing = DraftProposer(draft, blocks)
-        return SpeculativeRunner(
-            model, plain.cache, proposing, AdaptiveSpeculation(speculation.num_speculative_tokens, speculation.is_adaptive)
-        )
+            proposer = DraftProposer(draft, blocks)
+        adaptive = AdaptiveSpeculation(config.num_speculative_tokens or 8, config.adaptive_speculation)
+        return SpeculativeRunner(model, plain.cache, proposer, adaptive)
         """,
-        top="from solutions.quantization import make_quantized_runner",
     ),
     # ------------------------------------------------------------------------------------ 8.12 InferenceEngine.chat
     wrong(

@@ -77,7 +77,7 @@ ANSWERS = [
         "start = self.lengths[layer]",
         "start = self.num_tokens",
     ),
-    wrong("3.1", "the capacity not looked at", "if end > capacity:", "if False:"),
+    wrong("3.1", "the capacity not looked at", "if end > capacity:", "if False:", recognised=False),
     wrong("3.1", "one slot too few allowed", "if end > capacity", "if end >= capacity"),
     wrong(
         "3.1",

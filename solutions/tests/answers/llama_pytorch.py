@@ -867,6 +867,11 @@ EQUIVALENT = [
     ),
     equivalent("2.9", "one axis: -1 is 0", "upcast(logits).softmax(-1) -> upcast(logits).softmax(-0)"),
     equivalent(
+        "2.10",
+        "the probabilities are on the CPU already, unless there is a GPU",
+        "sampling_probs(logits, params).cpu() -> sampling_probs(logits, params)",
+    ),
+    equivalent(
         "2.11",
         "Python takes `utf-8_` for another spelling of utf-8",
         "codecs.getincrementaldecoder('utf-8') -> codecs.getincrementaldecoder('utf-8_')",

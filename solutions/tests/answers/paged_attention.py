@@ -21,6 +21,7 @@ ANSWERS = [
         "each token id squeezed into one byte",
         '" ".join(map(str, token_ids)).encode()',
         "bytes(token_ids)",
+        recognised=False,
     ),
     wrong(
         "4.9",
@@ -33,6 +34,7 @@ ANSWERS = [
         "each token id squeezed into two bytes",
         '" ".join(map(str, token_ids)).encode()',
         'b"".join(token_id.to_bytes(2, "big") for token_id in token_ids)',
+        recognised=False,
     ),
     wrong("4.9", "a digest of blake2b's own length, 64 bytes", ", digest_size=16", ""),
     right(
@@ -307,6 +309,7 @@ ANSWERS = [
         "computed blocks that nobody holds counted as if they were there to take",
         "self.pool.num_free_blocks - unheld",
         "self.pool.num_free_blocks",
+        recognised=False,
     ),
     wrong(
         "4.12",
@@ -326,6 +329,7 @@ ANSWERS = [
         "no block counted for the copies of shared blocks",
         "num_missing + len(shared) > self",
         "num_missing > self",
+        recognised=False,
     ),
     wrong("4.12", "shared blocks written without a copy", "self.copy_on_write(request, shared)", "pass"),
     wrong(
@@ -619,6 +623,7 @@ ANSWERS = [
         "-inf minus -inf, which is NaN, where a query sees no key",
         "maximum.clamp(min=torch.finfo(scores.dtype).min)[..., None]",
         "maximum[..., None]",
+        recognised=False,
     ),
     wrong(
         "4.17",
@@ -649,6 +654,7 @@ ANSWERS = [
         "-inf minus -inf, which is NaN, where neither has seen a key",
         "maximum.clamp(min=torch.finfo(maximum.dtype).min)",
         "maximum",
+        recognised=False,
     ),
     wrong("4.6", "the lower maximum of the two", "torch.maximum(", "torch.minimum("),
     wrong("4.6", "the maximum clamped at -10,000", "torch.finfo(maximum.dtype).min", "-1e4"),
@@ -970,7 +976,7 @@ ANSWERS = [
         "self.group_attention(layer,",
         "self.group_attention(self.layers.start,",
     ),
-    wrong("4.8", "a result in float32, whatever dtype q has", "torch.empty_like(q)", "torch.empty(q.shape)"),
+    wrong("4.8", "a result in float32, whatever dtype q has", "return mixed\n", "return mixed.float()\n"),
     wrong_body(
         "4.8",
         "the groups of the first batch used for every later one",

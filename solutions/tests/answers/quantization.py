@@ -275,9 +275,9 @@ ANSWERS = [
     ),
     wrong(
         "7.8",
-        "the first column's number in the matrix, not in its group",
+        "the number of whole groups before the first column, not its position in its group",
         "layer.columns.start % self.group_size",
-        "min(layer.columns.start, self.group_size - 1)",
+        "layer.columns.start // self.group_size",
     ),
     right(
         "7.8",

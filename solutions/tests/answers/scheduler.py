@@ -67,7 +67,7 @@ ANSWERS = [
     ),
     # ------------------------------------------------------------------------------------- 5.3 tokens_to_schedule
     wrong("5.3", "what is computed already computed again", " - request.num_computed_tokens", ""),
-    wrong("5.3", "guesses left out", " + len(request.spec_token_ids)", ""),
+    wrong("5.3", "draft tokens left out", " + len(request.spec_token_ids)", ""),
     wrong("5.3", "the budget not obeyed", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, max_chunk)"),
     wrong(
         "5.3", "the largest chunk not obeyed", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, budget)"
@@ -157,25 +157,25 @@ ANSWERS = [
         """,
     ),
     # ----------------------------------------------------------------------------- 5.4 Scheduler.schedule_running
-    wrong("5.4", "the whole budget to whoever comes first", "max(1, budget - num_after)", "budget"),
+    wrong("5.4", "the whole budget to the first request", "max(1, budget - num_after)", "budget"),
     wrong("5.4", "the budget not reduced", "budget -= num_tokens", "pass"),
-    wrong("5.4", "one token for everyone, prompts too", "max(1, budget - num_after)", "1"),
+    wrong("5.4", "one token for each request, prompts too", "max(1, budget - num_after)", "1"),
     wrong(
         "5.4",
-        "nothing at all where the budget does not suffice for everyone",
+        "no token at all where the budget does not suffice for all",
         "max(1, budget - num_after)",
         "max(0, budget - num_after)",
     ),
     wrong(
         "5.4",
-        "as many as were asked for, where there is room for fewer",
+        "as many as were asked for, where fewer fit",
         "num_tokens = self.make_room(request, num_tokens, plan)\n            if num_tokens > 0:",
         "if self.make_room(request, num_tokens, plan):",
         recognised=False,
     ),
     wrong(
         "5.4",
-        "the order of the queue, instead of who has waited longest",
+        "the policy's order, instead of the longest unscheduled first",
         "for i, request in enumerate(ready):",
         "for i, request in enumerate(sorted(ready, key=self.rank)):",
     ),
@@ -188,7 +188,7 @@ ANSWERS = [
     ),
     wrong(
         "5.4",
-        "granted without a look at whether there was room",
+        "scheduled without a look at what `make_room` returned",
         "num_tokens = self.make_room(request, num_tokens, plan)",
         "self.make_room(request, num_tokens, plan)",
         recognised=False,
@@ -255,7 +255,7 @@ ANSWERS = [
     ),
     right(
         "5.5",
-        "for each place that is free",
+        "for each free slot",
         """
         for _ in range(self.max_num_seqs - len(self.running)):
             first = self.next_waiting(plan) if budget > 0 else None
@@ -267,19 +267,19 @@ ANSWERS = [
     # --------------------------------------------------------------------------- 5.7 Scheduler.update_from_output
     wrong(
         "5.7",
-        "rejected guesses left counted as computed",
+        "rejected draft tokens left counted as computed",
         "request.num_computed_tokens -= scheduled.num_spec_tokens + 1 - len(sampled)",
         "pass",
     ),
     wrong(
         "5.7",
-        "one token too many taken back",
+        "one token too many subtracted",
         "scheduled.num_spec_tokens + 1 - len(sampled)",
         "scheduled.num_spec_tokens + 2 - len(sampled)",
     ),
     wrong(
         "5.7",
-        "all guesses taken back, accepted ones too",
+        "all draft tokens subtracted, accepted ones too",
         "scheduled.num_spec_tokens + 1 - len(sampled)",
         "scheduled.num_spec_tokens",
     ),
@@ -316,7 +316,7 @@ ANSWERS = [
         recognised=False,
     ),
     wrong("5.7", "still in flight afterwards", "request.in_flight = False", "request.in_flight = True"),
-    wrong("5.7", "its next guesses forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
+    wrong("5.7", "its next draft tokens forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
     wrong(
         "5.7",
         "rejected tokens' blocks entered into the prefix cache",
@@ -618,12 +618,12 @@ ANSWERS = [
     ),
     wrong(
         "5.15",
-        "everybody's blocks on the host freed",
+        "all requests' blocks on the host freed",
         "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
         "[self.host_pool.free_blocks(self.swapped.pop(name)) for name in list(self.swapped)]",
     ),
     wrong("5.15", "the reason not noted", "request.finish_reason = reason", "request.finish_reason = None"),
-    wrong("5.15", "nobody told that it is over", "self.finished_ids.append(request.request_id)", "pass"),
+    wrong("5.15", "not entered into finished_ids", "self.finished_ids.append(request.request_id)", "pass"),
     right(
         "5.15",
         "only where there is something",

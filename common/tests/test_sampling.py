@@ -1,0 +1,70 @@
+"""What a request may ask of sampling: the default for None, and a refusal that names the field for what cannot be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.sampling import MAX_STOP_CHARACTERS, SamplingParams
+from solutions.llama_pytorch import adjust_logits, check_prompt, sample, top_logprobs
+
+
+def test_none_is_the_default():
+    assert SamplingParams(**dict.fromkeys([field.name for field in fields(SamplingParams)])) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 1.5), ("n", 0), ("n", True), ("top_k", 1.5), ("top_k", -1), ("top_p", 1e-46), ("top_p", 0),
+        ("top_p", 1.1), ("min_p", -0.1), ("temperature", -1), ("temperature", math.inf), ("temperature", math.nan),
+        ("temperature", "1"), ("seed", "a"), ("seed", 1.5), ("max_tokens", 0), ("max_tokens", 2.5),
+        ("min_tokens", 129), ("min_tokens", -1), ("logprobs", -1), ("logprobs", 1.5), ("repetition_penalty", 1e39),
+        ("repetition_penalty", 0), ("presence_penalty", -1e39), ("frequency_penalty", math.nan), ("stop", ["a", ""]),
+        ("stop", 5), ("stop", b"ab"), ("stop", "x" * 1_000_000), ("stop_token_ids", [[1]]),
+        ("stop_token_ids", [1.5]), ("stop_token_ids", [-1]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"SamplingParams: {name} must be ") as refusal:
+        SamplingParams(**{name: value})
+    assert len(str(refusal.value)) < 200
+
+
+def test_the_longest_stop_string_that_is_taken():
+    assert SamplingParams(stop="x" * MAX_STOP_CHARACTERS).stop == ("x" * MAX_STOP_CHARACTERS,)
+    with pytest.raises(ValueError, match=f"at most {MAX_STOP_CHARACTERS} characters"):
+        SamplingParams(stop=["x" * MAX_STOP_CHARACTERS, "y"])
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-6}])
+def test_settings_that_leave_one_token_give_the_likeliest(settings):
+    logits = torch.tensor([0.0, 3.0, -2.0, 2.9])
+    assert {sample(logits, SamplingParams(seed=1, **settings), index) for index in range(20)} == {1}
+
+
+def test_penalties_at_their_limits_give_numbers():
+    params = SamplingParams(repetition_penalty=1e3, presence_penalty=-1e3, frequency_penalty=1e3)
+    adjusted = adjust_logits(torch.randn(9), params, [1, 2], [3] * 1000, [])
+    assert adjusted.isfinite().all()
+
+
+def test_stop_tokens_and_logprobs_beyond_the_vocabulary():
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    adjusted = adjust_logits(logits, SamplingParams(min_tokens=1), [0], [], {2, 50})
+    assert adjusted.tolist() == [0.0, 1.0, -math.inf]
+    assert sorted(top_logprobs(logits, 0, 50)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [([], "empty"), ([1, 100.9], "100.9"), ([1, "a"], "'a'"), ([1, 10], "token id 10"), ([-1], "token id -1")],
+)
+def test_prompts_that_cannot_be_continued(prompt, says):
+    config = SimpleNamespace(max_position_embeddings=8, vocab_size=10)
+    with pytest.raises(ValueError, match=says):
+        check_prompt(prompt, config, SamplingParams())
