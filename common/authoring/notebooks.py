@@ -131,6 +131,7 @@ def compare(numbers: list[str]) -> int:
             failed = True
     command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env"]
     command += [f"--nbval-sanitize-with={SANITIZE}", f"--nbval-cell-timeout={CELL_SECONDS}", "--durations=5"]
+    command += ["-n", str(min(len(paths), os.cpu_count() or 1)), "--dist", "loadfile"]  # one notebook, one process
     code = subprocess.run([*command, *map(str, paths)], cwd=ROOT, env=environment()).returncode
     return code or int(failed)
 
