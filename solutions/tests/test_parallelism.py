@@ -161,10 +161,10 @@ def test_each_rank_reads_its_own(checkpoints):
     sizes = {name: checkpoint.read(name).nbytes for name in checkpoint.names()}
     twice = sum(size for name, size in sizes.items() if "norm" in name)
     with grid_engine(folder, 2, 1) as engine:
-        assert sum(engine.num_bytes_read) == sum(sizes.values()) + twice
-        assert max(engine.num_bytes_read) < 0.75 * sum(sizes.values())
+        assert sum(engine.executor.num_bytes_read) == sum(sizes.values()) + twice
+        assert max(engine.executor.num_bytes_read) < 0.75 * sum(sizes.values())
     with grid_engine(folder, 1, 2) as engine:
-        assert sum(engine.num_bytes_read) == sum(sizes.values()) + sizes["model.norm.weight"]
+        assert sum(engine.executor.num_bytes_read) == sum(sizes.values()) + sizes["model.norm.weight"]
 
 
 @pytest.mark.parametrize(
