@@ -18,9 +18,6 @@ From Shoeybi et al., "Megatron-LM" (2019), for the cut through the layers; Huang
 
 from __future__ import annotations
 
-import datetime
-import gc
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,8 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.workers import Failure, WorkerError, Workers, describe, guarded, is_consequence
-from common.workers.rendezvous import is_worker, meet_workers, report_for_work, under_torchrun
+from common.workers import Failure, describe, guarded, is_consequence
+from common.workers.rendezvous import is_worker, join_ranks, report_for_work, start_ranks
 from solutions.batching import ModelRunner
 from solutions.llama_pytorch import (
     Layer,
@@ -517,46 +514,14 @@ def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> Mo
 class Start:
     """The first command to every rank: join the grid, load a share of the model, and build what computes its steps.
 
-    load(coordinates, group) returns the model, the numbers of its layers and the bytes read; build(model, layers)
-    returns the runner. timeout: seconds that a rank waits for another one within a step.
+    config: an EngineConfig. load(coordinates, group) returns the model, the numbers of its layers and the number of
+    bytes read; build(model, layers) returns the runner.
     """
 
-    tensor_parallel: int
-    pipeline_parallel: int
-    backend: str
-    timeout: float
+    config: Any
     num_threads: int
     load: Callable[[RankCoordinates, Group], tuple[Llama, range, int]]
     build: Callable[[Llama, range], ModelRunner]
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A rank's answer to `Start`."""
-
-    rank: int
-    num_bytes_read: int
-
-
-def join_grid(coordinates: RankCoordinates, start: Start, store: dist.Store) -> Group:
-    """Connect this rank to all others through torch.distributed. Returns the group of its stage."""
-    excepthook, timeout = sys.excepthook, datetime.timedelta(seconds=start.timeout)
-    grid = rank_grid(start.tensor_parallel, start.pipeline_parallel)
-    size, rank = start.tensor_parallel * start.pipeline_parallel, coordinates.rank
-    meeting = dist.PrefixStore("ranks", store)
-    dist.init_process_group(start.backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
-    sys.excepthook = excepthook  # torch's own would put "[rank0]:" before every line of every traceback
-    # Every rank must name every group. A group without a timeout of its own would wait for half an hour.
-    handles = [dist.new_group(ranks, timeout) for ranks in grid]
-    ranks = grid[coordinates.stage]
-    return Group(ranks.index(rank), ranks, handles[coordinates.stage])
-
-
-def leave_grid(num_threads: int) -> None:
-    """Disconnect this process from the other ranks, and give it back the threads that it had before."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    torch.set_num_threads(num_threads)
 
 
 class Rank:
@@ -565,23 +530,25 @@ class Rank:
     def __init__(self, rank: int, store: dist.Store):
         self.rank, self.store = rank, store
 
-    def run(self, command: Start | SchedulerOutput) -> Ready | ModelRunnerOutput | None:
+    def run(self, command: Start | SchedulerOutput) -> tuple[int, int] | ModelRunnerOutput | None:
         """Carry out a command. Returns what rank 0 must be told, or None."""
         if isinstance(command, Start):
             return self.start(command)
         output = run_stage(self.runner, command, self.link)
         return output if self.is_sampling else None
 
-    def start(self, start: Start) -> Ready:
+    def start(self, start: Start) -> tuple[int, int]:
+        """Get ready for the first step. Returns the rank, and how many bytes of the checkpoint it has read."""
         torch.set_num_threads(start.num_threads)
-        if start.backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
-        coordinates = RankCoordinates(self.rank, start.tensor_parallel, start.pipeline_parallel)
-        group = join_grid(coordinates, start, self.store)
-        self.is_sampling = coordinates.is_last_stage and group.rank == 0
-        model, layers, num_bytes_read = start.load(coordinates, group)
+        grid = start.config.tensor_parallel, start.config.pipeline_parallel
+        coordinates, rows = RankCoordinates(self.rank, *grid), rank_grid(*grid)
+        handles = join_ranks(self.store, self.rank, rows, start.config.device, start.config.timeout)
+        ranks = rows[coordinates.stage]
+        self.group = Group(ranks.index(self.rank), ranks, handles[coordinates.stage])
+        self.is_sampling = coordinates.is_last_stage and self.group.rank == 0
+        model, layers, num_bytes_read = start.load(coordinates, self.group)
         self.runner, self.link = start.build(model, layers), StageLink(coordinates, model)
-        return Ready(self.rank, num_bytes_read)
+        return self.rank, num_bytes_read
 
 
 def worker_loop(
@@ -625,52 +592,20 @@ def serve_as_worker() -> None:
 class ParallelExecutor:
     """Lesson 5's executor on a grid of ranks. This process is rank 0; the others are started here or by torchrun.
 
-    config: an EngineConfig, of which it uses tensor_parallel, pipeline_parallel, device and timeout (seconds that a
-    rank waits for another one within a step). load, build: see `Start`. If a rank fails, all of them are ended and a
-    WorkerError says why. num_bytes_read: of the checkpoint, by rank.
+    config: an EngineConfig; load, build: see `Start`. A rank waits for another one within a step for `config.timeout`
+    seconds. If a rank fails, all of them are ended and a WorkerError says why. num_bytes_read: of the checkpoint, by
+    rank.
     """
 
     def __init__(self, config: Any, load: Callable, build: Callable):
         self.depth, self.timeout = config.pipeline_parallel, config.timeout
         self.outputs: deque[ModelRunnerOutput] = deque()  # of steps that are computed and not yet collected
         num_threads, size = torch.get_num_threads(), config.tensor_parallel * config.pipeline_parallel
-        self.check_free(size)
-        self.workers = Workers(range(1, size), partial(leave_grid, num_threads))
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        grid = config.tensor_parallel, config.pipeline_parallel
-        try:
-            with self.workers.guard():
-                store, num_local = meet_workers(self.workers, "solutions.parallelism:serve_as_worker")
-                self.rank = Rank(0, store)
-                backend = "nccl" if device.startswith("cuda") else "gloo"
-                start = Start(*grid, backend, self.timeout, max(1, num_threads // num_local), load, build)
-                self.workers.send(start)
-                ready = [self.rank.run(start), *(self.workers.receive() for _ in self.workers.ranks)]
-        except WorkerError as error:
-            # What is wrong with a checkpoint or an option is reported as it would be without ranks.
-            if isinstance(error.__cause__, ValueError):
-                raise error.__cause__ from None
-            raise
-        except BaseException:
-            self.close()
-            raise
-        self.num_bytes_read = [answer.num_bytes_read for answer in sorted(ready, key=lambda answer: answer.rank)]
-
-    @staticmethod
-    def check_free(size: int) -> None:
-        """Raise ValueError if this process cannot become rank 0 of `size` ranks."""
-        if dist.is_initialized():
-            gc.collect()  # an executor that was dropped without `close` is closed now
-        if dist.is_initialized():
-            raise ValueError(
-                "Another parallel engine is open in this process, and torch.distributed allows one at a time. Call its "
-                "close(), or use it in a `with` statement."
-            )
-        if under_torchrun() and int(os.environ["WORLD_SIZE"]) != size:
-            raise ValueError(
-                f"torchrun has started {os.environ['WORLD_SIZE']} processes; tensor_parallel times pipeline_parallel "
-                f"is {size}."
-            )
+        self.workers, store, num_local = start_ranks(size, "solutions.parallelism:serve_as_worker")
+        self.rank = Rank(0, store)
+        start = Start(config, max(1, num_threads // num_local), load, build)
+        ready = self.workers.run_everywhere(start, self.rank.run)
+        self.num_bytes_read = [num_bytes for _, num_bytes in sorted(ready)]
 
     @guarded
     def submit(self, plan: SchedulerOutput) -> None:

@@ -412,7 +412,7 @@ def speak(settings: dict[str, Any], act: Callable[[Talker, Any], int]) -> int:
             traceback.print_exc()
         raise
     except RuntimeError as error:
-        from solutions.parallelism import WorkerError
+        from common.workers import WorkerError
 
         if is_verbose or not isinstance(error, WorkerError):
             raise

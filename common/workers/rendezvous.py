@@ -6,10 +6,15 @@ The ranks may be started by this process, by torchrun on this machine, or by tor
 from __future__ import annotations
 
 import datetime
+import functools
+import gc
 import os
 import signal
 import socket
+import sys
+from collections.abc import Sequence
 
+import torch
 from torch import distributed as dist
 
 from common.workers.commands import CommandSocket
@@ -43,9 +48,59 @@ def meet_workers(workers: Workers, program: str) -> tuple[dist.Store, int]:
         return store, num_local
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
     world_size = workers.ranks.stop
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": world_size}
-    workers.start(program, variables)
+    workers.start(program, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": world_size})
     return store, world_size
+
+
+def start_ranks(size: int, program: str) -> tuple[Workers, dist.Store, int]:
+    """Make this process rank 0 of `size` ranks, and start or find the others. Returns them, and as `meet_workers` does.
+
+    Raises ValueError if this process cannot be rank 0 of so many.
+    """
+    if dist.is_initialized():
+        gc.collect()  # an engine that was dropped without `close` is closed now
+    if dist.is_initialized():
+        raise ValueError(
+            "Another parallel engine is open in this process, and torch.distributed allows one at a time. Call its "
+            "close(), or use it in a `with` statement."
+        )
+    if under_torchrun() and int(os.environ["WORLD_SIZE"]) != size:
+        raise ValueError(
+            f"torchrun has started {os.environ['WORLD_SIZE']} processes; tensor_parallel times pipeline_parallel is "
+            f"{size}."
+        )
+    workers = Workers(range(1, size), functools.partial(leave_ranks, torch.get_num_threads()))
+    try:
+        with workers.guard():
+            return workers, *meet_workers(workers, program)
+    except BaseException:
+        workers.close()
+        raise
+
+
+def join_ranks(
+    store: dist.Store, rank: int, grid: Sequence[Sequence[int]], device: str | None, timeout: float
+) -> list[dist.ProcessGroup]:
+    """On every rank: connect to the others through torch.distributed. Returns a group for each row of the grid.
+
+    timeout: seconds that a rank waits for another one.
+    """
+    on_gpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    excepthook, limit, size = sys.excepthook, datetime.timedelta(seconds=timeout), sum(map(len, grid))
+    own, backend = dist.PrefixStore("ranks", store), "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
+    sys.excepthook = excepthook  # torch's own would put "[rank0]:" before every line of every traceback
+    # Every rank must name every group. A group without a timeout of its own would wait for half an hour.
+    return [dist.new_group(list(ranks), limit) for ranks in grid]
+
+
+def leave_ranks(num_threads: int) -> None:
+    """Disconnect this process from the other ranks, and give it back the threads that it had before."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch.set_num_threads(num_threads)
 
 
 def report_for_work() -> tuple[CommandSocket, dist.Store, int]:

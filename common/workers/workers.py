@@ -75,6 +75,24 @@ class Workers:
             if deadline is not None and time.monotonic() > deadline:
                 raise WorkerLost(f"no result came within {timeout:g} s")
 
+    def run_everywhere(self, command: object, run: Callable[[object], object]) -> list:
+        """Send a command to all workers and run it here as well. Returns all results, this process's own first.
+
+        If that fails, all workers end. A ValueError of this process is raised as it is: it says what is wrong with an
+        option or a file, and has nothing to do with workers.
+        """
+        try:
+            with self.guard():
+                self.send(command)
+                return [run(command), *(self.receive() for _ in self.ranks)]
+        except WorkerError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise error.__cause__ from None
+            raise
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """End all workers."""
         self.is_down = self.is_down or "it was closed."

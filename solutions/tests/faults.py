@@ -27,6 +27,11 @@ class FaultyRunner(ModelRunner):
             time.sleep(3600)
         return super().execute(plan, hidden)
 
+    def choose(self, request, logits):
+        if self.what == "sample" and dist.get_rank() == self.rank and request.prompt_token_ids == [8, 9]:
+            range(1.5)
+        return super().choose(request, logits)
+
 
 def make_faulty_runner(rank: int, step_id: int, what: str, config: EngineConfig, model, layers: range) -> ModelRunner:
     plain = build_runner(config, model, layers)

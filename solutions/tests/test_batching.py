@@ -11,16 +11,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from common.authoring.soak.load import (
-    MAX_MODEL_LEN,
-    Letters,
-    Oracle,
-    check_books,
-    drive,
-    random_asks,
-    random_model,
-    random_settings,
-)
+from common.authoring.soak.invariants import check_books
+from common.authoring.soak.load import drive
+from common.authoring.soak.oracle import Oracle
+from common.authoring.soak.requests import MAX_MODEL_LEN, Letters, random_asks, random_model, random_settings
 from solutions import batching, llama_pytorch
 from solutions.batching import Engine, LocalExecutor, local_engine
 from solutions.llama_pytorch import SamplingParams, load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.authoring.soak.load import Letters, random_model
+from common.authoring.soak.requests import Letters, random_model
 from solutions import llama_pytorch
 from solutions.kv_cache import KVCache, decode_step, generate, prefill, resume
 from solutions.llama_pytorch import SamplingParams, recompute

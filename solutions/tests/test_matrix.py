@@ -15,7 +15,8 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from common.authoring.soak.load import Letters, Models
+from common.authoring.soak.load import Models
+from common.authoring.soak.requests import Letters
 from common.checkpoints import find_checkpoint
 from common.tokenizer import load_tokenizer
 from solutions import engine, llama_pytorch

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.authoring.soak.load import Letters, random_model
+from common.authoring.soak.requests import Letters, random_model
 from solutions.llama_pytorch import SamplingParams
 from solutions.llama_pytorch import generate as generate_alone
 from solutions.paged_attention import AttentionMetadata, KVCacheManager, PagedKVCache, PagedSequence, generate

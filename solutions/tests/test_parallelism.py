@@ -18,16 +18,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, random_asks, random_model
+from common.authoring.soak.load import drive
+from common.authoring.soak.oracle import Oracle
+from common.authoring.soak.requests import MAX_MODEL_LEN, Letters, random_asks, random_model
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.config import EngineConfig
 from common.course import ROOT
+from common.workers import WorkerError
 from solutions import engine as engine_module
 from solutions import llama_pytorch
 from solutions.batching import Engine, SamplingParams, local_engine
 from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import load
-from solutions.parallelism import WorkerError
 from solutions.tests.faults import make_faulty_runner
 
 STORIES = [list(range(5, 30)), [*range(5, 15), *range(30, 40)], [7] * 20]
@@ -183,7 +185,7 @@ def test_sizes_that_cannot_be(checkpoints, tensor, pipeline, says):
 
 
 def test_bad_settings_start_nothing(checkpoints, monkeypatch):
-    monkeypatch.setattr("solutions.parallelism.meet_workers", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr("solutions.parallelism.start_ranks", lambda *_: pytest.fail("a worker was started"))
     with pytest.raises(ValueError, match="block_size"):
         grid_engine(checkpoints["qwen3"], 2, 1, block_size=0)
 
@@ -262,6 +264,31 @@ def test_a_rank_that_fails(checkpoints, tensor, pipeline, rank, what):
         assert nobody_is_left(pids)
         with pytest.raises(WorkerError, match=f"is down: .*rank {rank}"):
             engine.generate(PROMPTS, PARAMS, progress=False)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "rank"), [(2, 1, 0), (1, 2, 1)])
+def test_a_request_that_cannot_be_sampled(checkpoints, tensor, pipeline, rank):
+    """An error of any kind while one request is sampled, on whichever rank, ends that request and no other."""
+    build = partial(make_faulty_runner, rank, 0, "sample")
+    with grid_engine(checkpoints["qwen3"], tensor, pipeline, build) as engine:
+        first, bad, last = engine.generate(PROMPTS, PARAMS, progress=False)
+        assert bad.finish_reason == "error" and "TypeError: 'float' object" in bad.error
+        assert [len(output.token_ids) for output in (first, last)] == [40, 40]
+        assert engine.generate([PROMPTS[0]], PARAMS, progress=False)[0].token_ids == first.token_ids
+
+
+def test_an_engine_that_was_dropped(checkpoints):
+    """Without `close`, its workers end and the next engine starts; while it is held, a sentence says what to do."""
+    engine = grid_engine(checkpoints["qwen3"], 2, 1)
+    pids = [process.pid for process in engine.executor.workers.processes.values()]
+    engine.circle = engine  # so that only the garbage collector can end it
+    with pytest.raises(ValueError, match="Another parallel engine is open in this process.*Call its close()"):
+        grid_engine(checkpoints["qwen3"], 2, 1)
+    expected = engine.generate(PROMPTS, PARAMS, progress=False)[0].token_ids
+    del engine
+    with grid_engine(checkpoints["qwen3"], 1, 2) as following:
+        assert following.generate(PROMPTS, PARAMS, progress=False)[0].token_ids == expected
+        assert nobody_is_left(pids)
 
 
 def trials(default: int) -> range:

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from common import kernels
-from common.authoring.soak.load import MAX_MODEL_LEN, Letters, Oracle, drive, options_of, random_asks
+from common.authoring.soak.load import drive, options_of
+from common.authoring.soak.oracle import Oracle
+from common.authoring.soak.requests import MAX_MODEL_LEN, Letters, random_asks
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from common.tests.typed import typed
 from solutions.batching import SamplingParams

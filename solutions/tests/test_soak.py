@@ -9,18 +9,9 @@ import pytest
 import torch
 
 from common.authoring.soak import command
-from common.authoring.soak.load import (
-    STORIES,
-    Ask,
-    Models,
-    Report,
-    Run,
-    evenness,
-    more_wishes,
-    place_of,
-    random_asks,
-    run,
-)
+from common.authoring.soak.load import STORIES, Models, Report, Run, more_wishes, run
+from common.authoring.soak.oracle import evenness, place_of
+from common.authoring.soak.requests import Ask, random_asks
 from common.tests.typed import typed
 from solutions import speculative
 from solutions.llama_pytorch import SamplingParams

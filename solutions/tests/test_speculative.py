@@ -16,17 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.authoring.soak.load import (
-    MAX_MODEL_LEN,
-    Letters,
-    Oracle,
-    Pipelined,
-    check_books,
-    drive,
-    random_asks,
-    random_model,
-    random_settings,
-)
+from common.authoring.soak.invariants import check_books
+from common.authoring.soak.load import Pipelined, drive
+from common.authoring.soak.oracle import Oracle
+from common.authoring.soak.requests import MAX_MODEL_LEN, Letters, random_asks, random_model, random_settings
 from common.checkpoints import Checkpoint
 from common.config import EngineConfig
 from solutions import engine as engine_module

@@ -125,7 +125,7 @@ def clock(seconds: float) -> str:
 
 def verdict(total: Report) -> list[str]:
     """What is wrong with all runs together, each of which was right."""
-    from common.authoring.soak.load import evenness
+    from common.authoring.soak.oracle import evenness
 
     wrong = [f"nothing happened: {', '.join(missed)}"] if (missed := missing(total.counts)) else []
     if len(total.places) >= 200 and (likely := evenness(total.places)) < UNLIKELY:

@@ -9,11 +9,9 @@ the numbers.
 from __future__ import annotations
 
 import json
-import math
 import random
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,59 +20,25 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
+from common.authoring.soak.invariants import Texts, check_books, check_drafts, watch_draft
+from common.authoring.soak.oracle import Oracle, compare, judge
+from common.authoring.soak.requests import TINY, Ask, Letters, random_asks, random_model, random_settings
 from common.checkpoints import find_checkpoint
 from common.config import EngineConfig
 from common.tokenizer import Tokenizer, load_tokenizer
-from solutions import llama_pytorch
-from solutions.batching import Engine, LocalExecutor, ModelRunner, RequestOutput
+from solutions.batching import Engine, LocalExecutor, ModelRunner
 from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import (
     Llama,
-    SamplingParams,
     adjust_logits,
-    causal_attend,
-    parse_config,
     sample,
-    sampling_probs,
     top_logprobs,
 )
-from solutions.paged_attention import AttentionMetadata, PagedKVCache, hash_block
+from solutions.paged_attention import PagedKVCache
 from solutions.quantization import Int8KVCache, Quantization, load_quantized
-from solutions.scheduler import ModelRunnerOutput, Request, SchedulerOutput
-from solutions.speculative import AdaptiveSpeculation, DraftProposer, SpeculativeRunner
-
-MAX_MODEL_LEN = 64
-END = 3
-"""The end-of-sequence token of `Letters`."""
-
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz é🙂"
-
-
-class Letters:
-    """A tokenizer of 40 tokens, each a piece of text; one of them ends a sequence."""
-
-    bos_token_id, eos_token_ids, chat_template, vocab_size = None, frozenset({END}), None, 40
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return b"" if token_id == END else LETTERS[token_id % 29].encode()[: 1 + token_id // 10]
-
-
-TINY = dict(
-    model_type="llama", vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-)  # fmt: skip
-
-
-def random_model(seed: int = 0, **changes) -> Llama:
-    """A tiny Llama with random weights in float64, in which no two tokens are ever as likely as each other."""
-    model = Llama(parse_config({**TINY, **changes})).double()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
-    return model
+from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
+from solutions.speculative import AdaptiveSpeculation, SpeculativeRunner
 
 
 class Pipelined(LocalExecutor):
@@ -117,130 +81,6 @@ class GuessingRunner(ModelRunner):
             output.sampled_token_ids[each.request_id] = tokens
             likely = rows[-1].topk(3).indices.tolist()
             output.spec_token_ids[each.request_id] = self.rng.choices(likely, k=self.rng.randint(0, 4))
-
-
-class Oracle:
-    """What a request's answer is when it is alone: lesson 2's `generate`, each question asked once.
-
-    cache: the kind of cache through which attention reads what it wrote, if that changes the numbers. All tokens are
-    computed anew for each next one, whatever the cache: nothing is remembered from step to step.
-    """
-
-    def __init__(self, model: Llama, tokenizer, cache: type[PagedKVCache] | None = None):
-        self.model, self.tokenizer, self.cache = model, tokenizer, cache
-        self.answers: dict = {}
-
-    def __call__(self, prompt: list[int], params: SamplingParams) -> llama_pytorch.RequestOutput:
-        params = clipped(prompt, params)
-        key = (tuple(prompt), params)
-        if key not in self.answers:
-            self.answers[key] = llama_pytorch.generate(
-                self.model, self.tokenizer, prompt, params, next_logits=self.cache and (lambda ids: self.rows(ids)[-1])
-            )
-        return self.answers[key]
-
-    def compute(self, token_ids: Sequence[int], kind: type[PagedKVCache] | None) -> tuple[Tensor, PagedKVCache | None]:
-        """Logits (T, V) of what comes after each token, and the one block that holds all their keys and values."""
-        num_tokens, cache, attend = len(token_ids), None, causal_attend
-        if kind is not None:
-            cache = kind(self.model, 1, num_tokens)
-            attend = cache.attend(AttentionMetadata([0, num_tokens], [num_tokens], torch.arange(num_tokens), [[0]]))
-        hidden = self.model(torch.tensor(token_ids), torch.arange(num_tokens), attend)
-        return self.model.logits(hidden), cache
-
-    @torch.inference_mode()
-    def rows(self, token_ids: Sequence[int]) -> Tensor:
-        return self.compute(token_ids, self.cache)[0]
-
-    @torch.inference_mode()
-    def block(self, token_ids: Sequence[int]) -> PagedKVCache:
-        """All keys and values of a text, in one block."""
-        return self.compute(token_ids, self.cache or PagedKVCache)[1]
-
-
-def clipped(prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
-    """What an engine makes of them: no more tokens than there is room for."""
-    most = min(params.max_tokens, MAX_MODEL_LEN - len(prompt))
-    return replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
-
-
-@dataclass
-class Ask:
-    """One request of the load: when it comes, what it asks, and whether somebody loses patience."""
-
-    prompt: list[int]
-    params: SamplingParams
-    priority: int
-    tenant: str
-    step: int  # when it arrives
-    is_impatient: bool
-
-
-def random_asks(rng: random.Random, vocabulary: list[int], stories: list[list[int]], num: int) -> list[Ask]:
-    """Prompts that often begin alike; greedy and seeded sampling; stop strings, penalties, several samples."""
-    asks = []
-    for _ in range(num):
-        story = rng.choice(stories)
-        prompt = story[: rng.randint(1, len(story))] + rng.choices(vocabulary, k=rng.choice([0, 0, 2, 6]))
-        params = SamplingParams(
-            max_tokens=rng.randint(1, 14),
-            n=rng.choice([1, 1, 1, 2, 3]),
-            temperature=rng.choice([0.0, 0.0, 1.0]),
-            top_p=rng.choice([1.0, 0.9]),
-            seed=rng.randint(0, 99),
-            ignore_eos=rng.random() < 0.5,
-            stop=rng.choice([(), (), ("a",), ("the", "own")]),
-            repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
-            logprobs=rng.choice([None, None, 1]),
-        )
-        asks.append(Ask(prompt, params, rng.randint(0, 3), rng.choice("abc"), rng.randint(0, 20), rng.random() < 0.15))
-    return asks
-
-
-def random_settings(rng: random.Random, asks: list[Ask]) -> dict:
-    """An engine that can just serve these requests, or amply: pools, budgets, policies, both preemptions."""
-    block_size = rng.choice([1, 2, 4, 7, 16])
-    longest = max(len(ask.prompt) + ask.params.max_tokens - 1 for ask in asks)
-    needed = -(-longest // block_size)
-    settings = dict(
-        block_size=block_size,
-        num_blocks=rng.choice([needed, needed + 1, needed + 3, 2 * needed, 3 * needed, 20 * needed]),
-        max_num_seqs=rng.choice([1, 3, 8, 64]),
-        max_num_batched_tokens=rng.choice([1, 2, 5, 16, 64, 1024]),
-        scheduling_policy=rng.choice(["fcfs", "priority", "fair"]),
-        preemption=rng.choice(["recompute", "swap"]),
-        enable_prefix_caching=rng.random() < 0.6,
-        max_model_len=MAX_MODEL_LEN,
-    )
-    if settings["preemption"] == "swap":
-        settings["num_host_blocks"] = rng.choice([1, needed, 4 * needed])
-    if rng.random() < 0.15:
-        settings.update(
-            kv_cache_policy="contiguous", enable_prefix_caching=False, num_blocks=rng.choice([1, 2, 5]),
-            num_host_blocks=settings.get("num_host_blocks") and 3,
-        )  # fmt: skip
-    return settings
-
-
-def check_books(engine: Engine) -> None:
-    """Every block is where the books say: held as often as it is counted, free if and only if nobody holds it."""
-    manager, scheduler = engine.manager, engine.scheduler
-    pool, holders = manager.pool, Counter()
-    for table in manager.block_tables.values():
-        holders.update(block.block_id for block in table)
-        assert len({block.block_id for block in table}) == len(table), "a block stands twice in one table"
-        assert engine.config.kv_cache_policy == "paged" or len(table) <= 1, "contiguous, and yet in two pieces"
-    for block in pool.blocks:
-        assert block.ref_cnt == holders[block.block_id], f"{block}: {holders[block.block_id]} hold it"
-        assert (block.block_id in pool.free) == (block.ref_cnt == 0), block
-    hashed = {block.block_hash.value: block for block in pool.blocks if block.block_hash}
-    assert hashed == pool.cached
-    running = {request.request_id for request in scheduler.running}
-    assert set(manager.block_tables) <= running, "somebody who does not run holds blocks"
-    assert not manager.copies, "a copy was forgotten"
-    held = sum(map(len, scheduler.swapped.values()))
-    assert held + scheduler.host_pool.num_free_blocks == len(scheduler.host_pool.blocks)
-    assert set(scheduler.requests) == {r.request_id for r in [*scheduler.running, *scheduler.waiting]}
 
 
 @dataclass
@@ -330,90 +170,6 @@ def interrupt_at_times(runner: ModelRunner, rng: random.Random) -> None:
     runner.execute = interruptible
 
 
-class Texts:
-    """All that may be found again: the beginnings of texts, made of whole blocks of verified tokens, by their hash."""
-
-    def __init__(self, block_size: int):
-        self.block_size = block_size
-        self.beginnings: dict[bytes, list[int]] = {}
-        self.growing: list[tuple[Request, list]] = []  # and the hashes of its blocks so far
-
-    def watch(self, requests: Iterable[Request]) -> None:
-        self.growing += [(request, []) for request in requests]
-
-    def check(self, engine: Engine) -> None:
-        """Nobody finds what was only proposed, and whoever holds a block that can be found has computed that text."""
-        size = self.block_size
-        for request, hashes in self.growing:
-            while (len(hashes) + 1) * size <= request.num_tokens:
-                start = len(hashes) * size
-                hashes.append(hash_block(hashes[-1] if hashes else None, request.all_token_ids[start : start + size]))
-                self.beginnings[hashes[-1].value] = request.all_token_ids[: start + size]
-        self.growing = [each for each in self.growing if each[0].finish_reason is None or each[0].in_flight]
-        for value in engine.manager.pool.cached:
-            assert value in self.beginnings, "a block can be found by tokens that nobody has verified"
-        for request in engine.scheduler.running:
-            for place, block in enumerate(engine.manager.block_tables[request.request_id]):
-                if block.block_hash is not None:
-                    text = self.beginnings[block.block_hash.value]
-                    assert text == request.all_token_ids[: len(text)] and len(text) == (place + 1) * size
-                    assert len(text) <= request.num_computed_tokens, "found before it is computed"
-
-    def check_contents(self, engine: Engine, cache: PagedKVCache, oracle: Oracle) -> None:
-        """Each block that can be found holds the keys and values of its text, as if it had been computed alone."""
-        cached, compared = engine.manager.pool.cached, set()
-        for value in sorted(cached, key=lambda value: -len(self.beginnings[value])):
-            if value in compared:
-                continue
-            alone = oracle.block(self.beginnings[value])
-            for end in range(len(self.beginnings[value]), 0, -self.block_size):
-                block = cached.get(value)
-                if block is None:
-                    break  # what stood before it has made room
-                for ours, theirs in zip(cache.device_tensors, alone.device_tensors):
-                    one, other = ours[:, block.block_id], theirs[:, 0, end - self.block_size : end]
-                    assert torch.allclose(one, other, rtol=1e-6, atol=1e-6), f"{block} holds something else"
-                compared.add(value)
-                value = block.block_hash.parent
-
-
-def check_drafts(engine: Engine, runner: SpeculativeRunner) -> None:
-    """What is kept outside the scheduler: nothing of requests that are gone, and no draft beyond its text."""
-    scheduler, proposer = engine.scheduler, runner.proposer
-    known = {*scheduler.requests, *scheduler.finished_ids}  # of these the next step will tell
-    kept = {"drafts": runner.drafts, "acceptances": runner.adaptive.acceptances}
-    if isinstance(proposer, DraftProposer):
-        kept["computed counts"] = proposer.num_computed
-    for what, each in kept.items():
-        assert set(each) <= known, f"{what} of requests that are gone: {set(each) - known}"
-    for draft in runner.drafts.values():
-        token_ids = draft.draft_token_ids
-        assert len(token_ids) <= draft.limit <= runner.adaptive.num_speculative_tokens
-        if draft.probs:
-            probs = torch.stack(draft.probs)
-            assert len(probs) == len(token_ids) and torch.allclose(probs.sum(-1), torch.ones(len(probs)).to(probs))
-            assert probs[range(len(probs)), token_ids].gt(0).all(), "a draft token that cannot have been drawn"
-    if isinstance(proposer, DraftProposer):
-        for request in scheduler.running:
-            if not request.in_flight:
-                draft = runner.drafts.get(request.request_id)
-                end = request.num_tokens + max(0, len(draft.draft_token_ids) - 1 if draft else 0)
-                assert proposer.num_computed[request.request_id] <= end, "the draft is ahead of its own draft tokens"
-
-
-def watch_draft(proposer: DraftProposer) -> None:
-    """From now on a draft that believes to have computed what its target has taken back is found out."""
-    follow = proposer.follow
-
-    def watched(plan: SchedulerOutput) -> None:
-        follow(plan)
-        for each in plan.scheduled:
-            computed = proposer.num_computed[each.request_id]
-            assert computed <= each.start, f"the draft's {computed} computed tokens, the target's {each.start}"
-
-    proposer.follow = watched
-
-
 def drive(
     engine: Engine,
     asks: list[Ask],
@@ -486,96 +242,6 @@ def drive(
     report.counts.update(cached=after.num_cached_tokens - before.num_cached_tokens, aborted=len(aborted))
     engine.executor = original
     return report
-
-
-def compare(output: RequestOutput, alone: llama_pytorch.RequestOutput, may_be_cut: bool) -> None:
-    """The same tokens, text, reason and log-probabilities; of an aborted one, the beginning."""
-    assert output.error is None, output.error
-    check_logprobs(output.logprobs, alone.logprobs[: len(output.token_ids)])
-    if output.finish_reason == "abort":
-        assert may_be_cut
-        assert alone.token_ids[: len(output.token_ids)] == output.token_ids
-        return
-    told = (output.token_ids, output.text, output.finish_reason)
-    expected = (alone.token_ids, alone.text, alone.finish_reason)
-    assert told == expected, f"{output.request_id}: {told}, alone {expected}"
-
-
-def check_logprobs(told: Sequence[Mapping[int, float]], expected: Sequence[Mapping[int, float]]) -> None:
-    """The same tokens in the same order, the chosen one first, and their log-probabilities."""
-    assert [list(each) for each in told] == [list(each) for each in expected]
-    for one, other in zip(told, expected):
-        assert all(math.isclose(one[token_id], other[token_id], abs_tol=1e-6) for token_id in one)
-
-
-def judge(
-    output: RequestOutput,
-    oracle: Oracle,
-    prompt: list[int],
-    params: SamplingParams,
-    may_be_cut: bool,
-    rng: random.Random,
-    draft: Llama | None,
-) -> list[float]:
-    """What can be said of tokens that were drawn with a draft's help: they are others than without, and as likely.
-
-    Each can have been drawn where it stands; text and reason follow from them; log-probabilities are the model's.
-    Returns the tokens' places.
-    """
-    assert output.error is None, output.error
-    tokens, params = output.token_ids, clipped(prompt, params)
-    was_cut = output.finish_reason == "abort"
-    assert may_be_cut or not was_cut
-    if not tokens:
-        return []
-
-    def retold(token_ids: Sequence[int]) -> Tensor:
-        assert len(token_ids) - len(prompt) < len(tokens), "it ended where it goes on"
-        return torch.nn.functional.one_hot(torch.tensor(tokens[len(token_ids) - len(prompt)]), rows.shape[-1]).double()
-
-    rows = oracle.rows([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
-    plain = SamplingParams(
-        max_tokens=len(tokens) if was_cut else params.max_tokens,
-        stop=params.stop, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos,
-    )  # fmt: skip
-    again = llama_pytorch.generate(oracle.model, oracle.tokenizer, prompt, plain, next_logits=retold)
-    reason = output.finish_reason if was_cut else again.finish_reason
-    assert (tokens, output.text, output.finish_reason) == (again.token_ids, again.text, reason)
-    if params.logprobs is None:
-        assert not output.logprobs
-    else:
-        expected = [top_logprobs(row, token, params.logprobs) for row, token in zip(rows, tokens)]
-        check_logprobs(output.logprobs, expected)
-    stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else oracle.tokenizer.eos_token_ids)}
-
-    def probs(rows: Tensor) -> list[Tensor]:
-        adjusted = [adjust_logits(row, params, prompt, tokens[:i], stop_ids) for i, row in enumerate(rows)]
-        return [sampling_probs(row, params) for row in adjusted]
-
-    ours = probs(rows)
-    theirs = ours if draft is None else probs(Oracle(draft, None).rows([*prompt, *tokens[:-1]])[len(prompt) - 1 :])
-    return [place_of(token, one, other, rng) for token, one, other in zip(tokens, ours, theirs)]
-
-
-def place_of(token: int, probs: Tensor, draft: Tensor, rng: random.Random) -> float:
-    """Where on a line from 0 to 1 a drawn token lies, if each token takes its probability's length of it; within its
-    own length anywhere. probs, draft: (V,).
-
-    Of tokens that were drawn from what they should be drawn from, the places are spread evenly, whatever the
-    distributions were and however the line is ordered. Here those come first that the draft likes least, as measured by
-    what they should be: whatever favours its draft tokens shifts the places to the end.
-    """
-    assert probs[token] > 0, f"token {token} cannot have been drawn here"
-    order = probs if draft is probs else probs / (draft + 1e-12)
-    return float(probs[order > order[token]].sum()) + rng.random() * float(probs[token])
-
-
-def evenness(places: Sequence[float], num_bins: int = 20) -> float:
-    """How likely places that are spread evenly look as uneven as these: Pearson's chi-squared test."""
-    counts = torch.histc(torch.tensor(places, dtype=torch.float64), num_bins, 0.0, 1.0)
-    expected = len(places) / num_bins
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((num_bins - 1) / 2, dtype=torch.float64), statistic / 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------

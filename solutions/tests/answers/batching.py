@@ -99,7 +99,7 @@ ANSWERS = [
     wrong(
         "5.14", "logprobs not handed on", "self.report(request, result)", "self.report(request, ModelRunnerOutput(0))"
     ),
-    wrong("5.14", "nothing returned", "return outputs", "return []"),
+    wrong("5.14", "nothing returned", "return outputs", "return []", recognised=False),
     wrong(
         "5.14",
         "not counted",
