@@ -1,7 +1,7 @@
 """`python -m common COMMAND`: everything that `make` can do, and all that it does.
 
-This file, `common.commands` and `common.setup` run on a bare Python, before anything is installed, and on one that is
-too old, in order to say so: they use the standard library only, and no syntax that Python 3.8 would refuse.
+This file, `common.commands` and `common.setup` run before any package is installed, and on a Python that is too old, in
+order to say so. They use only the standard library, and only syntax that Python 3.8 accepts.
 """
 
 from __future__ import annotations

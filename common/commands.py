@@ -11,9 +11,13 @@ import re
 from collections import namedtuple
 
 Command = namedtuple("Command", "name argument function help extra", defaults=[""])
-"""name; argument: what follows it, `N` a lesson, `N.M` an exercise, or ""; function: `module:name` below `common`, a
-click command; help: one line; extra: which extra of pyproject.toml it needs, "" the base, None no package at all (then
-its function is a plain one, which takes a list of arguments).
+"""One command.
+
+- argument: what follows the name: `N` is a lesson, `N.M` an exercise, "" nothing.
+- function: `module:name` below `common`, a click command.
+- help: one line.
+- extra: the extra of pyproject.toml that it needs; "" is the base. None means no package at all: the function is then a
+  plain one, which takes a list of arguments.
 """
 
 GROUPS = {

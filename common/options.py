@@ -50,7 +50,7 @@ def call(command: Command, arguments: list[str]) -> int:
 
 
 def find(command: Command) -> click.Command:
-    """The click command behind a line of the table."""
+    """Return the click command of an entry of the table."""
     module, _, name = command.function.partition(":")
     return getattr(import_module(f"common.{module}"), name)
 

@@ -1,8 +1,8 @@
 """`make setup`: an environment of the course's own in .venv, made once, checked in a moment ever after.
 
-Every command that needs packages calls `ensure` first. What is installed is written down in .venv/course.json at the
-very end; if that file fits pyproject.toml there is nothing to do, and if it is absent, because an installation was
-interrupted, pip runs again and keeps what is already there.
+Every command that needs packages calls `ensure` first. At its very end an installation writes .venv/course.json. If
+that file fits pyproject.toml, there is nothing to do. If it is absent, because an installation was interrupted, pip
+runs again and keeps what is already installed.
 
 `COURSE_PYTHON=here` in the environment, or `--here` after the command, leaves .venv alone and uses the Python that
 runs this, for people who keep an environment of their own.
@@ -230,7 +230,7 @@ def run(command: list[str], failure: str) -> None:
 
 
 def explain(failure: str, lines: list[str]) -> str:
-    """What went wrong, the installer's own last words, and a guess where there is one."""
+    """Return what went wrong, the installer's last lines, and advice if the cause is a known one."""
     text = "\n".join(lines)
     unreachable = re.search(
         r"resolve|connection|unreachable|timed out|proxy|\(from versions: none\)|dns error", text, re.IGNORECASE

@@ -24,7 +24,7 @@ def call(*command: str, **environment: str) -> int:
 
 
 def pytest(*arguments: str, **environment: str) -> int:
-    # Whoever has MINE or the like in their environment gets the course judged, and not their own modules.
+    # The course is tested, not the user's own modules, even if MINE or the like is set in the environment.
     variables = ("COURSE_MODULES", "MINE", "SOLUTION", "FILE", "VERBOSE", "PDB", "MODEL")
     clean = dict.fromkeys([*variables, "TP", "PP", "QUANT", "GROUP", "KV", "OFFLOAD", "SPEC"], "")
     # Small tensors gain nothing from a second thread; the second core runs tests of its own.

@@ -70,7 +70,7 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
     torch.set_num_threads(1)
 
     def stop(*_) -> None:
-        ranks.end_pool()  # nobody knows what the ranks were still waiting for
+        ranks.end_pool()  # the ranks may still be waiting for a message
         raise Overtime
 
     signal.signal(signal.SIGPROF, stop)  # processor time: a busy machine catches no mutant

@@ -1,8 +1,8 @@
 """The lessons' notebooks: run and saved by `make notebooks`, compared by `make test-notebooks`, opened by `make lab`.
 
-A saved notebook must not depend on who ran it: it is run from top to bottom in a fresh kernel, with two threads and
-a fixed hash seed, and what names the machine or the hour is left out of the file. One with an error in it is not
-saved at all.
+A saved notebook must not depend on the machine that ran it. It is run from top to bottom in a fresh kernel, with two
+threads and a fixed hash seed. The names of the machine and the time are left out of the file. A notebook with an error
+is not saved.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def run(numbers: list[str]) -> int:
 
 
 def never_run(path: Path) -> list[int]:
-    """Which code cells, counted from 1 over all cells, have no execution count: nbval would not compare them.
-    Cells without code are never run, by anyone.
+    """Return the code cells, counted from 1 over all cells, without an execution count: nbval would not compare them.
+    Cells without code are left out, because no kernel runs them.
     """
     cells = nbformat.read(path, as_version=4).cells
     return [
@@ -131,6 +131,7 @@ def compare(numbers: list[str]) -> int:
             failed = True
     command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env"]
     command += [f"--nbval-sanitize-with={SANITIZE}", f"--nbval-cell-timeout={CELL_SECONDS}", "--durations=5"]
+    command += ["-n", str(min(len(paths), os.cpu_count() or 1)), "--dist", "loadfile"]  # one notebook, one process
     code = subprocess.run([*command, *map(str, paths)], cwd=ROOT, env=environment()).returncode
     return code or int(failed)
 

@@ -288,7 +288,7 @@ def measure_ladder(name: str, quick: bool) -> dict:
     before = os.environ.get("KERNELS")
     results = []
     try:
-        os.environ["KERNELS"] = "fast"  # whoever loads packs
+        os.environ["KERNELS"] = "fast"  # loading also packs the weights
         packed, _ = load(name, dtype, device)
         use_kernels(packed)
         quantized = {each: load_quantized(name, kind, dtype, device) for each, kind in kinds.items()}

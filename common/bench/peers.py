@@ -41,7 +41,7 @@ class Served:
     times: list[list[float]]  # of each request: when each of its tokens was there, by `time.perf_counter`
     num_steps: int  # passes over the weights
     held_slots: int  # of keys and values, each as large as a token's
-    start: float  # when it was ready to begin: making room for keys and values is not counted, for none of them
+    start: float  # when it was ready to begin; allocating keys and values is not counted, for any engine
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -205,11 +205,11 @@ def write_gguf(folder: Path, path: Path) -> None:
 class LlamaCpp:
     """llama.cpp with a GGUF file, through llama-cpp-python's bindings to its C interface.
 
-    Its own convenience class serves one text at a time and copies all logits; this asks for what serving needs: several
-    sequences in one batch, each with its own keys and values, and the row of logits behind the last token of each.
+    Its own convenience class serves one text at a time and copies all logits. Serving needs several sequences in one
+    batch, each with its own keys and values, and only the logits after the last token of each.
     """
 
-    UBATCH = 512  # its default: so many tokens are computed at once
+    UBATCH = 512  # its default: the number of tokens computed at once
 
     def __init__(self, path: Path, num_threads: int):
         if importlib.util.find_spec("llama_cpp") is None:

@@ -35,12 +35,12 @@ from common.bench.style import (
 from common.course import ROOT, CourseError, shown
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lesson 5: who computes when, and who holds what
+# Lesson 5: which requests compute in a step, and which blocks they hold
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, list[dict[int, int]]]:
-    """The plans of the reference's scheduler for requests of these lengths, and after each who holds which block.
+    """The plans of the reference's scheduler for requests of these lengths, and the holder of each block after each.
 
     No model is needed: a scheduler deals in ids and counts, and whatever was sampled counts as a token.
     """
@@ -111,7 +111,7 @@ def schedule() -> Figure:
 
 @figure("lesson-5-batching/figures/pool.svg")
 def pool_through_time() -> Figure:
-    """Who holds which block of a pool that is too small for all, step by step; preemptions are marked."""
+    """The holder of each block, step by step, in a pool that is too small for all; preemptions are marked."""
     import numpy as np
 
     prompts, outputs = [10, 7, 13, 5, 9, 6], [16, 20, 9, 18, 12, 14]
@@ -138,7 +138,7 @@ def pool_through_time() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lesson 6: who is idle
+# Lesson 6: which rank is idle
 # ---------------------------------------------------------------------------------------------------------------
 
 

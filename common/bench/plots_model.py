@@ -33,8 +33,8 @@ from common.course import CourseError
 def roofline() -> Figure:
     """The two ceilings of the measured machine, and where SmolLM2 in float32 stands under them.
 
-    Each weight is read once a step (4 bytes) and serves every token of it (2 operations): a step of B tokens has
-    B / 2 operations a byte, if the cache of keys and values is left out, which these short contexts allow.
+    A step reads each weight once (4 bytes) and uses it for every token (2 operations), so a step of B tokens has B / 2
+    operations a byte. This leaves out the cache of keys and values, which is small for these short contexts.
     """
     machine = results.read("machine")
     bandwidth, peak = machine["read_gb_per_s"], machine["gemm_gflop_per_s"]

@@ -17,5 +17,5 @@ def save(folder: Path, name: str, command: str, result: dict) -> None:
 
 
 def read(name: str, folder: Path = MEASUREMENTS) -> dict:
-    """A measurement by its name. FileNotFoundError if nobody has made it."""
+    """A measurement by its name. Raises FileNotFoundError if there is none."""
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))

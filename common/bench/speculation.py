@@ -169,7 +169,7 @@ def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
 
 @torch.inference_mode()
 def measure_rows(models: dict[str, Llama], repeats: int) -> dict[str, dict[int, float]]:
-    """Seconds that a pass over so many rows takes, without what attention takes: its keys are another matter."""
+    """Return the seconds of a pass over n tokens, by n, without attention, whose time depends on the context too."""
     seconds: dict[str, dict[int, list[float]]] = {way: {n: [] for n in (1, 2, 5, 9, 17, 33)} for way in models}
     for _ in range(repeats + 1):
         for way, of_way in seconds.items():
@@ -186,7 +186,7 @@ def measure_rows(models: dict[str, Llama], repeats: int) -> dict[str, dict[int, 
 
 
 def measure_lookup(repeats: int) -> dict[int, float]:
-    """Seconds that a lookup takes in a text of so many tokens whose end has not been there before."""
+    """Return the seconds of a lookup, by the length of the text, if the end of the text did not occur before."""
     rng, told = random.Random(0), {}
     for length in (1000, 4000):
         text, taken = [rng.randrange(50_000) for _ in range(length)], []

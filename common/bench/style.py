@@ -1,8 +1,8 @@
 """How every figure looks, and where each is registered.
 
-White ground, so that a figure reads the same on a light and on a dark page; colours that a colour-blind reader can tell
-apart (Okabe and Ito's palette); lines named where they end, not in a legend. The same data gives the same bytes, so a
-figure that changed is a figure whose data changed.
+The ground is white, so that a figure reads the same on a light and on a dark page. A colour-blind reader can tell the
+colours apart (Okabe and Ito's palette). Lines are named where they end, not in a legend. The same data gives the same
+bytes, so a figure changes only if its data does.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def figure(path: str) -> Callable[[Callable[[], Figure]], Callable[[], Figure]]:
 
 
 def new_figure(**settings) -> tuple[Figure, matplotlib.axes.Axes]:
-    """A figure with one set of axes. It belongs to nobody's `pyplot` state, so there is none to clean up."""
+    """A figure with one set of axes. It is not part of `pyplot`'s state, so there is nothing to clean up."""
     fig = Figure(layout="constrained", **settings)
     return fig, fig.subplots()
 

@@ -160,7 +160,7 @@ def _rope_scaling(source: _Source, head_dim: int) -> dict | None:
 
     For Llama 3, GGUF stores the result, a divisor for each frequency (`rope_freqs.weight`), and not the rule. The
     factor is the largest divisor; the rule's other three numbers are those of all Llama 3 releases. If they do not
-    give the stored divisors, we say so, and do not guess.
+    give the stored divisors, the file is refused.
     """
     import numpy
 

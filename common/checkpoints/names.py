@@ -66,7 +66,7 @@ def prepare(folder: Path, make: Callable[[Path], None]) -> Path:
         lock.acquire()
     try:
         if not folder.is_dir():
-            # We hold the lock, so what earlier runs left half made is nobody's.
+            # We hold the lock, so no other process uses what interrupted runs left half made.
             for stale in folder.parent.glob(f"{folder.name}.*.partial"):
                 shutil.rmtree(stale, ignore_errors=True)
             partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")

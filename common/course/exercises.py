@@ -102,7 +102,7 @@ def find_exercises(source: str, file: str, number: int | None = None) -> list[Ex
             refuse(line, f"exercise {exercise_id} has no answer: nothing follows it in {name}.")
         last = node.end_lineno
         while last < len(lines) and re.match(rf" {{{column}}}\s*#", lines[last]):
-            last += 1  # a comment behind the last statement still belongs to the function
+            last += 1  # a comment after the last statement still belongs to the function
         length = sum(1 for text in lines[first:last] if text.strip() and not text.strip().startswith("#"))
         if length > MAX_ANSWER_LINES:
             refuse(line, f"the answer of {exercise_id} has {length} lines; {MAX_ANSWER_LINES} are allowed: split it.")

@@ -104,7 +104,7 @@ def relocate(code: CodeType, reference: str) -> CodeType:
 def execute(name: str, code: CodeType, file: Path) -> ModuleType:
     """Run a module's code. It is entered into sys.modules while it runs, as dataclasses and pickle need it to be.
 
-    Whoever calls it notes how the module was made in `__recipe__`, so that another process can make the same.
+    The caller stores how the module was made in `__recipe__`, so that another process can make the same.
     """
     module = ModuleType(name)
     module.__file__ = str(file)

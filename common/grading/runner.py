@@ -93,7 +93,7 @@ def grade(
 
 
 def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
-    """Grade a file, and remember the results, unless it was saved meanwhile: nobody knows of which state they are."""
+    """Grade a file and keep the results, unless it was saved meanwhile: they may be those of either version."""
     before = fingerprint(lesson, file)
     results = grade(lesson, file, **options)
     if fingerprint(lesson, file) == before:

@@ -3,9 +3,9 @@
     make release LESSONS=0-3 OUT=../class
 
 In the copy, solutions/<slug>.py of such a lesson holds what its skeleton shows, and its catalogue of answers is gone;
-so are the course's own tests, which quote answers, the instructor's guide and the history. All else follows from the
-first line of that file, by which `Lesson.is_withheld` knows it: the student's module stands for `solutions.<slug>`
-(common.course.modules), the exercises are graded in the student's whole module (common.grading.subject), and a lesson
+so are the course's own tests, which quote answers, the instructor's guide and the history. The
+first line of that file tells `Lesson.is_withheld` so. Then the student's module takes the place of `solutions.<slug>`
+(common.course.modules), and the exercises are graded in the student's whole module (common.grading.subject). A lesson
 that builds on one that is not finished waits for it (`still_to_do_below`).
 
 What git tracks is copied, as it lies here. This keeps no secrets: the course is public.

@@ -38,7 +38,7 @@ class QueryGroup(NamedTuple):
     def clear_padding(self, start: int, end: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Set what was gathered after the end of a context to 0, in place: it has weight 0, but 0 * NaN is NaN.
 
-        keys, values: (B, end - start, K, D), of the positions start to end. Returns them.
+        keys, values: (B, end - start, K, D), of the positions start to end. Returns both tensors.
         """
         requests, slots = self.padding
         if len(slots):

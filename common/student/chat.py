@@ -36,7 +36,7 @@ class OptionError(CourseError):
 
 @dataclass
 class Reply:
-    """One answer: its text, and what it took. num_tokens is None if it was stopped, since nobody counted."""
+    """One answer: its text, and what it took. num_tokens is None if it was stopped: its tokens were not counted."""
 
     text: str
     num_prompt_tokens: int
@@ -155,7 +155,7 @@ class Conversation:
     def ask(self, text: str) -> tuple[list[int], int]:
         """Add the user's turn. Returns the tokens to show to the model, and how many old turns no longer fit.
 
-        Turns are dropped from the oldest, a question with its answer, until there is room for an answer. The
+        Turns are dropped from the oldest, a question with its answer, until an answer fits into the context. The
         system's turn stays. Raises OptionError, and adds nothing, if the new turn is too long by itself.
         """
         room = self.talker.context - min(self.talker.params.max_tokens, self.talker.context // 2)
@@ -320,7 +320,7 @@ def make_engine(options: dict) -> Any:
 
 
 def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -> tuple[Talker, Any]:
-    """A talker, and the engine behind it. options: EngineConfig's; sampling: SamplingParams'."""
+    """Return a talker and its engine. options: EngineConfig's; sampling: SamplingParams'."""
     activate(mine)  # before anything of `solutions` is imported: it decides which files that means
     if substitutes() and not os.environ.get("KERNELS"):
         os.environ["KERNELS"] = "plain"  # so that the student's code is what runs

@@ -16,7 +16,7 @@ import pytest
 
 from common import setup
 from common.authoring import checks, clean, notebooks, remaining
-from common.bench import results, style
+from common.bench import plots, results
 from common.course import ROOT, Lesson
 from common.machine import interleaved_medians
 from common.tests.typed import typed
@@ -359,15 +359,15 @@ MADE_UP = {
 def test_figures_are_the_same_bytes_for_the_same_data_and_others_for_other_data(monkeypatch):
     monkeypatch.setattr(results, "read", MADE_UP.__getitem__)
     for path in ("lesson-0-intro/figures/roofline.svg", "lesson-2-llama-pytorch/figures/recompute.svg"):
-        first = style.svg(style.FIGURES[path])
+        first = plots.svg(plots.FIGURES[path])
         with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "another"}):  # whatever the user has set
-            assert style.svg(style.FIGURES[path]) == first
+            assert plots.svg(plots.FIGURES[path]) == first
         assert b"<dc:date>" not in first and first.startswith(b"<?xml")
     faster = {**MADE_UP, "machine": {**MADE_UP["machine"], "read_gb_per_s": 30.0}}
     monkeypatch.setattr(results, "read", faster.__getitem__)
-    changed = style.svg(style.FIGURES["lesson-0-intro/figures/roofline.svg"])
+    changed = plots.svg(plots.FIGURES["lesson-0-intro/figures/roofline.svg"])
     monkeypatch.setattr(results, "read", MADE_UP.__getitem__)
-    assert changed != style.svg(style.FIGURES["lesson-0-intro/figures/roofline.svg"])
+    assert changed != plots.svg(plots.FIGURES["lesson-0-intro/figures/roofline.svg"])
 
 
 def test_a_figure_without_its_measurement_says_so(tmp_path, monkeypatch, capsys):
@@ -375,7 +375,7 @@ def test_a_figure_without_its_measurement_says_so(tmp_path, monkeypatch, capsys)
     assert typed("figures", "roofline", "--out", str(tmp_path)) == 1
     assert "make bench" in capsys.readouterr().out and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="drawn by roofline already"):
-        style.figure("lesson-0-intro/figures/roofline.svg")(lambda: None)
+        plots.figure("lesson-0-intro/figures/roofline.svg")(lambda: None)
 
 
 def test_a_quick_measurement_is_never_kept(tmp_path, capsys, monkeypatch):

@@ -1,10 +1,10 @@
 """What the book looks like: the configuration of Sphinx. What is done to the texts stands in build.py.
 
 Why Sphinx, with MyST, myst-nb and Furo: MyST reads Markdown with a CommonMark parser, as GitHub does, so the READMEs
-need no second dialect; it resolves their relative links and anchors and knows when one leads nowhere; myst-nb shows a
-notebook's saved outputs; Furo has a light and a dark side and asks nothing of the network; and Sphinx's search also
-works on pages opened from a disk. All are maintained, and run on every Python that the course runs on. (MkDocs reads
-Python-Markdown, to which the READMEs' folded answers are one block of HTML.)
+need no second dialect. It resolves their relative links and anchors and reports broken ones. myst-nb shows a notebook's
+saved outputs. Furo has a light and a dark theme and needs no network, and Sphinx's search also works on pages that are
+opened from a disk. All are maintained, and run on every Python that the course supports. (MkDocs reads Python-Markdown,
+to which the READMEs' folded answers are one block of HTML.)
 """
 
 from common.authoring.book.build import pages

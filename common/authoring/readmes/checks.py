@@ -1,11 +1,11 @@
 """What a README promises, looked up: commands exist, numbers were measured, each exercise is told of and has hints.
 That links lead somewhere is looked up by `make book`, which fails where one does not.
 
-Part of `make check`. It looks at READMEs, hints, and what notebooks say between their cells. In a fenced block of
-commands (bash, sh or console) each line that calls `make` or `python -m common` must name a target, an exercise, a
-lesson and variables that there are; so must `make ...` between backticks in the text, where N and N.M may stand for
-any number. Commands that only read are also run; all others are run by commands.py, unless a line
-`<!-- not run: REASON -->` stands above the block. The numbers are figures.py's.
+Part of `make check`. It checks READMEs, hints, and the Markdown cells of notebooks. In a fenced block of commands
+(bash, sh or console) each line that calls `make` or `python -m common` must name an existing target, exercise, lesson
+and variables. The same holds for `make ...` between backticks in the text, where N and N.M may stand for any number.
+Commands that only read are also run. All others are run by commands.py, unless a line `<!-- not run: REASON -->`
+stands above the block. figures.py checks the numbers.
 """
 
 from __future__ import annotations

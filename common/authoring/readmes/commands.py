@@ -2,15 +2,18 @@
 
     python -m common.authoring.readmes.commands lesson-3-kv-cache/README.md
 
-Every line of a block of commands (bash, sh, console, shell) and every Python block, from top to bottom, but for blocks
-below `<!-- not run: REASON -->`; if the reason begins with a line of the block, but for that line. Left out is what
-something that is run has in it: a line that stood in an earlier text; all but the first of `make test-lesson-N`, which
-test_student.py runs for every N; all but the first of `make test-N.M` and its like, whose numbers `make check` looks
-up; what `make check` runs itself; and a `make run` or `make chat` whose options another one has, and more. A command
-must end with exit status 0.
+It runs every line of a block of commands (bash, sh, console, shell) and every Python block, from top to bottom. Blocks
+below `<!-- not run: REASON -->` are left out, or only one line of the block, if the reason begins with it. A command
+must end with exit status 0. Commands that another one covers are left out too:
 
-The small model answers, by MODEL=tales in the environment, unless a command names another. `make chat` is told hello
-and then goodbye.
+- a line that occurred in an earlier text;
+- all but the first `make test-lesson-N`, because test_student.py runs it for every N;
+- all but the first `make test-N.M` and the like, because `make check` looks their numbers up;
+- the commands that `make check` runs itself;
+- a `make run` or `make chat` whose options are among those of another one.
+
+MODEL=tales is set in the environment, so the small model answers, unless a command names another. `make chat` gets
+hello and then goodbye as its input.
 
 A block whose output is shown, in a fold that begins with 'What you see', must print what is shown there.
 """
@@ -88,11 +91,11 @@ def shown_output(text: str, block: Block) -> str | None:
 
 
 def texts() -> list[Path]:
-    return [path for path in documents() if path.name == "README.md"]
+    return [path for path in documents() if path.name in ("README.md", "more.md")]
 
 
 def all_commands() -> dict[Path, list[Command]]:
-    """What is to be run of each text."""
+    """Return the commands to run of each text."""
     commands = {path: list(commands_of(path)) for path in texts()}
     everything = [words_of(command) for found in commands.values() for command in found]
     seen: list[tuple[str, ...]] = []

@@ -9,19 +9,18 @@ A comment says where the numbers below it come from. It holds up to the next suc
 
 *Measured* names files: of bench/measurements, a path of the repository, or the lesson's own notebook, whose saved
 outputs `make test-notebooks` compares. Every number below it is then in one of them, to the digits that are shown. A
-path behind the name narrows it to what lies below; `= FORMULA` adds what can be computed, with entries in brackets.
+path after the name narrows it to what lies below; `= FORMULA` adds what can be computed, with entries in brackets.
 Entries are base units: seconds, bytes, shares of 1; the text's ms, MB and % are converted. A step of a path is a key
 of the file or, in a list, what tells the item from others: a text in it (`INT8`), `key=value`, or its index. Steps may
 be left out, but the last step of a bracket is the entry's own.
 
-*Not measured* gives the reason why there is nothing to measure: arithmetic, a data sheet, somebody else's figure.
+*Not measured* gives the reason why there is nothing to measure: arithmetic, a data sheet, a figure from a publication.
 
 Where no comment holds, no number may look like a measurement: one with a unit of time or rate, or a share or ratio.
 
-Not looked at: fenced blocks (those that show what a command prints are compared with what it does print, by
-commands.py), code between backticks, formulas between dollars, pictures, references such as 5.4 or
-lesson 5, and, in tables, the first row and the first column, which say what is measured. A column's head, or a row's,
-may say the unit for all its numbers.
+The check ignores fenced blocks (commands.py compares those that show what a command prints), code between backticks,
+formulas between dollars, pictures, and references such as 5.4 or lesson 5. In tables it ignores the first row and the
+first column, which say what is measured. The head of a column or row may give the unit for all its numbers.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""`make soak`: random load on the whole engine, for as long as you like; what it says is compared with the plain way.
+"""`make soak`: random load on the whole engine, for as long as you like; its answers are compared with lesson 2's.
 
     make soak MINUTES=10
 
-Each run has a number, from which all of it follows: a model, its draft tokens, the size of the pool, who makes
-room and how, what the requests ask for and who loses patience. One in twenty goes over two processes. After every step
-the books are checked. Tokens that were drawn with a draft's help are others than without; that they are as likely is
-judged over all runs, at the end. The first run that fails ends it, with the command that does that run again.
+Each run has a number, which determines the model, its draft tokens, the size of the pool, the way of preemption, the
+requests, and which of them are aborted. One run in twenty uses two processes. After every step the block tables and
+reference counts are checked. Sampled tokens differ with and without a draft model, so their distribution is tested over
+all runs, at the end. The first run that fails ends the command, which prints how to repeat that run.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from solutions.speculative import DraftProposer, SpeculativeRunner
 
 
 def check_books(engine: Engine) -> None:
-    """Every block is where the books say: held as often as it is counted, free if and only if nobody holds it."""
+    """Check the bookkeeping: a block is held as often as its reference count says, and free if that is 0."""
     manager, scheduler = engine.manager, engine.scheduler
     pool, holders = manager.pool, Counter()
     for table in manager.block_tables.values():
@@ -47,7 +47,7 @@ class Texts:
         self.growing += [(request, []) for request in requests]
 
     def check(self, engine: Engine) -> None:
-        """Nobody finds what was only proposed, and whoever holds a block that can be found has computed that text."""
+        """No draft token is in the prefix cache, and a request that holds a cached block has computed its tokens."""
         size = self.block_size
         for request, hashes in self.growing:
             while (len(hashes) + 1) * size <= request.num_tokens:
@@ -74,7 +74,7 @@ class Texts:
             for end in range(len(self.beginnings[value]), 0, -self.block_size):
                 block = cached.get(value)
                 if block is None:
-                    break  # what stood before it has made room
+                    break  # the block before it was evicted
                 for ours, theirs in zip(cache.device_tensors, alone.device_tensors):
                     one, other = ours[:, block.block_id], theirs[:, 0, end - self.block_size : end]
                     assert torch.allclose(one, other, rtol=1e-6, atol=1e-6), f"{block} holds something else"

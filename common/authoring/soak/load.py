@@ -1,9 +1,9 @@
-"""Random load for the engine: requests and settings of all kinds. After every step the books are checked, and every
-output is compared with what lesson 2's `generate` gives that request alone.
+"""Random load for the engine: requests and settings of all kinds. After every step the block tables and reference
+counts are checked, and every output is compared with the answer of lesson 2's `generate` to that request alone.
 
-The first half drives any engine from lesson 5 on. The second drives lesson 8's, assembled anew for each number: run 7
-is the same every time, for whatever depends on the clock is given made-up times. `python -m common soak` goes through
-the numbers.
+The first half drives any engine from lesson 5 on. The second drives lesson 8's, which is built anew for each number.
+Run 7 is the same every time, because durations come from its number and not from the clock.
+`python -m common soak` goes through the numbers.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ class Report:
 
 
 class Watched:
-    """An executor that counts what passes through it, and checks what a scheduler must never ask for, and what nobody
-    must ever answer.
-    """
+    """An executor that counts plans and outputs, and asserts what must hold of both."""
 
     def __init__(self, inner: LocalExecutor, report: Report, budget: int, max_draft_tokens: int | None = None):
         self.inner, self.report, self.budget, self.depth = inner, report, budget, inner.depth
@@ -151,7 +149,7 @@ class Watched:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C that nobody has pressed."""
+    """A simulated Ctrl-C."""
 
 
 def interrupt_at_times(runner: ModelRunner, rng: random.Random) -> None:

@@ -64,7 +64,7 @@ class Oracle:
 
 
 def clipped(prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
-    """What an engine makes of them: no more tokens than there is room for."""
+    """Return the parameters as an engine uses them: `max_tokens` is at most what fits into the context."""
     most = min(params.max_tokens, MAX_MODEL_LEN - len(prompt))
     return replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
 

@@ -45,7 +45,7 @@ def random_model(seed: int = 0, **changes) -> Llama:
 
 @dataclass
 class Ask:
-    """One request of the load: when it comes, what it asks, and whether somebody loses patience."""
+    """One request of the load: when it arrives, what it asks for, and whether it is aborted."""
 
     prompt: list[int]
     params: SamplingParams
