@@ -835,6 +835,11 @@ ANSWERS = [
 
 EQUIVALENT = [
     equivalent(
+        "8.4",
+        "no residual is negative, so their mean is positive exactly where their sum is",
+        "residual.sum -> residual.mean",
+    ),
+    equivalent(
         "8.1",
         "`ends` leaves out places that cannot match, to save time; the comparison of n tokens rejects them as well",
         "[i for i in range(1, len(text)) if text[i - 1] == text[-1]] -> [i for i in range(1, len(text))]",
