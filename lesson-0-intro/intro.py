@@ -108,8 +108,8 @@ def log_probability(
     prompt and first token, and so on, at temperature 1. Sum logarithms, because the product may underflow. Both
     sequences may be tuples; do not change them. An empty continuation has probability 1.
     """
-    # TODO 0.9: for each token, get the logits after everything before it and add the log of its probability.
-    raise NotImplementedError("TODO 0.9")
+    # TODO 0.3: for each token, get the logits after everything before it and add the log of its probability.
+    raise NotImplementedError("TODO 0.3")
 
 
 def classify_by_llm(text: str, next_token_logits: NextTokenLogits, encode: Encode, prompt: str = ZERO_SHOT) -> str:
@@ -118,8 +118,8 @@ def classify_by_llm(text: str, next_token_logits: NextTokenLogits, encode: Encod
     prompt: contains {text} where the text belongs, and ends just before the label. The label follows after a space and
     may be several tokens, all of which count. If two labels are equally likely, return the first.
     """
-    # TODO 0.3: put the text into the prompt, encode it, compare `log_probability` of the labels.
-    raise NotImplementedError("TODO 0.3")
+    # TODO 0.4: put the text into the prompt, encode it, compare `log_probability` of the labels.
+    raise NotImplementedError("TODO 0.4")
 
 
 def real_model(name: str = "smollm2-135m") -> tuple[NextTokenLogits, Encode]:
@@ -169,8 +169,8 @@ LLAMA_2_70B = ModelShape("Llama 2 70B", 68_976_648_192, 32_000, 8192, 28_672, 80
 
 def weight_bytes(num_parameters: int, bits: int) -> int:
     """Return the memory for the weights, in bytes, rounded up. bits: per weight; 32, 16, 8 or 4."""
-    # TODO 0.4: a byte has 8 bits, and half a byte needs a whole one.
-    raise NotImplementedError("TODO 0.4")
+    # TODO 0.5: a byte has 8 bits, and half a byte needs a whole one.
+    raise NotImplementedError("TODO 0.5")
 
 
 def kv_cache_bytes(
@@ -181,8 +181,8 @@ def kv_cache_bytes(
     In each layer and for each token, every key/value head stores a key and a value of `head_dim` numbers each
     (lessons 1 and 3).
     """
-    # TODO 0.5: count the numbers for one token in one layer, then multiply by layers, tokens and bytes.
-    raise NotImplementedError("TODO 0.5")
+    # TODO 0.6: count the numbers for one token in one layer, then multiply by layers, tokens and bytes.
+    raise NotImplementedError("TODO 0.6")
 
 
 def flops_per_token(shape: ModelShape, context_length: int) -> int:
@@ -200,8 +200,8 @@ def flops_per_token(shape: ModelShape, context_length: int) -> int:
     embedding is a lookup and costs nothing. Norms and softmax are left out: they grow with hidden_size, the matrices
     with its square.
     """
-    # TODO 0.6: count the numbers in the matrices, and the pairs that attention multiplies; each is two FLOP.
-    raise NotImplementedError("TODO 0.6")
+    # TODO 0.7: count the numbers in the matrices, and the pairs that attention multiplies; each is two FLOP.
+    raise NotImplementedError("TODO 0.7")
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ def arithmetic_intensity(token_flops: float, model_bytes: float, cache_bytes: fl
     token_flops: for one token. model_bytes: the weights, read once per step for all requests. cache_bytes: the KV cache
     of one request; each request has its own and reads all of it.
     """
-    # TODO 0.7: divide the operations for all requests by the bytes read for all requests.
-    raise NotImplementedError("TODO 0.7")
+    # TODO 0.8: divide the operations for all requests by the bytes read for all requests.
+    raise NotImplementedError("TODO 0.8")
 
 
 def decode_ceiling(
@@ -241,5 +241,5 @@ def decode_ceiling(
     overlap completely, so a step lasts as long as the slower of the two. From Williams, Waterman and Patterson,
     "Roofline: An Insightful Visual Performance Model" (2009).
     """
-    # TODO 0.8: compute the seconds of reading and of computing; the slower one limits the step's tokens.
-    raise NotImplementedError("TODO 0.8")
+    # TODO 0.9: compute the seconds of reading and of computing; the slower one limits the step's tokens.
+    raise NotImplementedError("TODO 0.9")

@@ -1,4 +1,4 @@
-"""The checks of lesson 0's exercises. Run them with `make test-lesson-0`, or one exercise with `make test-0.4`."""
+"""The checks of lesson 0's exercises. Run them with `make test-lesson-0`, or one exercise with `make test-0.5`."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Toy:
         return [math.log(share) + 1.5 for share in SHARES[so_far]]
 
 
-@exercise("0.9", points=2)
+@exercise("0.3", points=2)
 class TestLogProbability:
     def test_one_token(self, code):
         close(
@@ -248,7 +248,7 @@ def labels_of(code, words, texts, *prompt):
     return [code.classify_by_llm(text, words.next_token_logits, words.encode, *prompt) for text in texts]
 
 
-@exercise("0.3", points=2)
+@exercise("0.4", points=2)
 class TestClassifyByLlm:
     def test_follows_the_model(self, code):
         words = Words(TASTES)
@@ -298,7 +298,7 @@ def whole_bytes(code, num_parameters, bits):
     return result
 
 
-@exercise("0.4", points=1)
+@exercise("0.5", points=1)
 class TestWeightBytes:
     def test_by_hand(self, code):
         equal(whole_bytes(code, 10, 16), 20, "weight_bytes(10, bits=16)")
@@ -313,7 +313,7 @@ class TestWeightBytes:
         equal(result, 13_476_831_232, "weight_bytes(6738415616, bits=16), Llama 2 7B,")
 
 
-@exercise("0.5", points=1)
+@exercise("0.6", points=1)
 class TestKvCacheBytes:
     def test_by_hand(self, code):
         # Three layers of five heads of seven numbers, K and V: 210 numbers a token.
@@ -343,7 +343,7 @@ def tiny_shape(code):
     )
 
 
-@exercise("0.6", points=3)
+@exercise("0.7", points=3)
 class TestFlopsPerToken:
     def test_without_attention(self, code):
         # A layer: 20*30 + 2*20*10 + 30*20 + 3*20*50 = 4600 numbers; three layers and the head: 13800 + 2000.
@@ -371,7 +371,7 @@ class TestFlopsPerToken:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("0.7", points=1)
+@exercise("0.8", points=1)
 class TestArithmeticIntensity:
     def test_one_request(self, code):
         close(
@@ -389,7 +389,7 @@ class TestArithmeticIntensity:
         close(float(result), 5.0, "arithmetic_intensity(200 FLOP, 90 bytes of weights, 10 of cache, batch 3)")
 
 
-@exercise("0.8", points=2)
+@exercise("0.9", points=2)
 class TestDecodeCeiling:
     def test_reading_binds(self, code):
         # 90 + 3 x 10 bytes at 60 bytes/s: 2 s for 3 tokens; the 600 operations need 0.6 s.

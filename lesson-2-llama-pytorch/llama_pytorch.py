@@ -290,18 +290,18 @@ class Llama(nn.Module):
 
         positions: (T,), of each token in its own sequence; they need not start at 0 or be consecutive.
         """
-        # TODO 2.15: make the cos and sin tables once, on hidden's device, then call each layer in turn.
-        raise NotImplementedError("TODO 2.15")
+        # TODO 2.5: make the cos and sin tables once, on hidden's device, then call each layer in turn.
+        raise NotImplementedError("TODO 2.5")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores of the next token from the last layer's output. (R, hidden_size) -> (R, V)."""
-        # TODO 2.16: apply the final norm, then the head.
-        raise NotImplementedError("TODO 2.16")
+        # TODO 2.6: apply the final norm, then the head.
+        raise NotImplementedError("TODO 2.6")
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(T,) token ids at (T,) positions -> (T, hidden_size), the last layer's output, not yet normed."""
-        # TODO 2.5: embed, then run all layers.
-        raise NotImplementedError("TODO 2.5")
+        # TODO 2.7: embed, then run all layers.
+        raise NotImplementedError("TODO 2.7")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -333,9 +333,9 @@ def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
     or every tensor that the model does not know. Or it names the first tensor whose shape is not what its layer
     expects, with both shapes and its file.
     """
-    # TODO 2.6: collect the `shapes()` of all `layers_of(model)` under their full names. Compare names, then shapes.
+    # TODO 2.8: collect the `shapes()` of all `layers_of(model)` under their full names. Compare names, then shapes.
     # Then let each layer `load` with its `reader`, and tie the head at the end.
-    raise NotImplementedError("TODO 2.6")
+    raise NotImplementedError("TODO 2.8")
 
 
 def use_kernels(model: Llama) -> None:
@@ -377,8 +377,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     Scores equal to the k-th are kept too; k may exceed V. From Fan et al., "Hierarchical Neural Story Generation"
     (2018).
     """
-    # TODO 2.7: find the k-th highest score, and keep everything that is not lower.
-    raise NotImplementedError("TODO 2.7")
+    # TODO 2.9: find the k-th highest score, and keep everything that is not lower.
+    raise NotImplementedError("TODO 2.9")
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
@@ -387,8 +387,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     logits: (V,); 0 < p <= 1. Returns (V,), a new tensor. The token that crosses p is kept, so at least one is. Also
     called nucleus sampling: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020).
     """
-    # TODO 2.8: sort by score, keep a token if those before it have not reached p, undo the sorting.
-    raise NotImplementedError("TODO 2.8")
+    # TODO 2.10: sort by score, keep a token if those before it have not reached p, undo the sorting.
+    raise NotImplementedError("TODO 2.10")
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
@@ -397,8 +397,8 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     logits: (V,). Returns (V,), a new tensor. It keeps few tokens if the model is certain, and many if it is not. From
     Nguyen et al., "Min-p Sampling" (2024).
     """
-    # TODO 2.9: compare probabilities with p times the highest probability.
-    raise NotImplementedError("TODO 2.9")
+    # TODO 2.11: compare probabilities with p times the highest probability.
+    raise NotImplementedError("TODO 2.11")
 
 
 def sampling_probs(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -407,8 +407,8 @@ def sampling_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     Apply the temperature first, then top_k, top_p and min_p, each to what the one before left, and only if it is set
     (0, 1 and 0 mean unset). In float32 at least.
     """
-    # TODO 2.14: keep this order; a higher temperature changes which tokens top_p keeps.
-    raise NotImplementedError("TODO 2.14")
+    # TODO 2.12: keep this order; a higher temperature changes which tokens top_p keeps.
+    raise NotImplementedError("TODO 2.12")
 
 
 def draw_generator(seed: int | None, index: int) -> torch.Generator:
@@ -428,8 +428,8 @@ def sample(logits: Tensor, params: SamplingParams, index: int) -> int:
     params.seed and index only. So there is no state to save: a request that is preempted, moved or batched with others
     draws the same tokens as alone.
     """
-    # TODO 2.10: return the likeliest, or draw (`torch.multinomial`, on the CPU) with this index's `draw_generator`.
-    raise NotImplementedError("TODO 2.10")
+    # TODO 2.13: return the likeliest, or draw (`torch.multinomial`, on the CPU) with this index's `draw_generator`.
+    raise NotImplementedError("TODO 2.13")
 
 
 def adjust_logits(
@@ -477,9 +477,9 @@ class TextStream:
 
         Bytes that can never become a character give U+FFFD at once.
         """
-        # TODO 2.11: append `tokenizer.token_bytes(token_id)` to `held` and decode all whole characters. A decoder
+        # TODO 2.14: append `tokenizer.token_bytes(token_id)` to `held` and decode all whole characters. A decoder
         # from `codecs.getincrementaldecoder("utf-8")` does that; its `getstate()` has the bytes that are left.
-        raise NotImplementedError("TODO 2.11")
+        raise NotImplementedError("TODO 2.14")
 
     def flush(self) -> str:
         """Return the held bytes as U+FFFD, because no token follows that could complete them."""
@@ -501,9 +501,9 @@ class StopChecker:
         If a stop string is complete, set `found` and return the text before it; of several, the one that begins first
         counts. Otherwise hold back the end of the text that may become a stop string, and nothing else.
         """
-        # TODO 2.12: look for whole stop strings first; then find the longest end of the text that is the beginning
+        # TODO 2.15: look for whole stop strings first; then find the longest end of the text that is the beginning
         # of one.
-        raise NotImplementedError("TODO 2.12")
+        raise NotImplementedError("TODO 2.15")
 
     def flush(self) -> str:
         """Return the text that was held back, because no text follows that could complete a stop string."""
@@ -546,8 +546,8 @@ def check_prompt(prompt_token_ids: Sequence[int], config: ModelConfig, params: S
 
 def recompute(model: Llama, token_ids: Sequence[int]) -> Tensor:
     """Return the scores (V,) of the token after these. Nothing is remembered: every call computes all tokens."""
-    # TODO 2.17: run the model at positions 0, 1, ... with `causal_attend`; compute logits of the last token only.
-    raise NotImplementedError("TODO 2.17")
+    # TODO 2.16: run the model at positions 0, 1, ... with `causal_attend`; compute logits of the last token only.
+    raise NotImplementedError("TODO 2.16")
 
 
 @torch.inference_mode()
@@ -577,8 +577,8 @@ def generate(
             output.text += piece
             on_text(piece)
 
-    # TODO 2.13: until there is a finish_reason: `next_logits` of prompt and output, `adjust_logits`, `sample`,
+    # TODO 2.17: until there is a finish_reason: `next_logits` of prompt and output, `adjust_logits`, `sample`,
     # append. A stop token adds no text; any other goes through `stream`, and then through `checker` unless it is one of
     # the first `min_tokens`. At the end, unless a stop string was found, `show` what both still hold. If
     # `params.logprobs` is set (it may be 0), append `top_logprobs` of the model's own logits.
-    raise NotImplementedError("TODO 2.13")
+    raise NotImplementedError("TODO 2.17")

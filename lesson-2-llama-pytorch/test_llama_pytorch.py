@@ -402,7 +402,7 @@ def recording(calls: list):
     return attend
 
 
-@exercise("2.15", points=2)
+@exercise("2.5", points=2)
 class TestRunLayers:
     def by_hand(self, model, hidden, positions, layers):
         """Layer after layer, with tables made here."""
@@ -441,7 +441,7 @@ class TestRunLayers:
         )
 
 
-@exercise("2.16")
+@exercise("2.6")
 class TestLogits:
     def test_by_hand(self, code):
         # A model of 2 numbers and 3 words: [3, 4] has a root mean square of 3.5355.
@@ -470,7 +470,7 @@ class TestLogits:
                 close(model.logits(hidden[2:3]), expected[2:3], f"logits of 1 row, {family}", rtol=1e-4, atol=1e-4)
 
 
-@exercise("2.5", points=2)
+@exercise("2.7", points=2)
 class TestLlamaForward:
     def test_what_comes_back(self, code):
         model, expected = built(code, "llama-2")
@@ -546,7 +546,7 @@ def what_it_says(call) -> str:
     return "no CheckpointError"
 
 
-@exercise("2.6", points=3, seconds=30)
+@exercise("2.8", points=3, seconds=30)
 class TestLoadWeights:
     def model(self, code, dtype=torch.float32, device="cpu", **changes):
         config = code.ModelConfig(
@@ -704,7 +704,7 @@ def unchanged(before: torch.Tensor, logits: torch.Tensor) -> None:
     holds(torch.equal(before, logits), "the logits that were handed in have been changed.", actual=logits.clone())
 
 
-@exercise("2.7")
+@exercise("2.9")
 class TestKeepTopK:
     def test_by_hand(self, code):
         logits = torch.tensor([1.0, 4.0, 2.0, -3.0, 3.0])
@@ -761,7 +761,7 @@ def naive_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return torch.tensor([x if i in kept else NO for i, x in enumerate(logits.tolist())])
 
 
-@exercise("2.8", points=2)
+@exercise("2.10", points=2)
 class TestKeepTopP:
     LOGITS = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
 
@@ -817,7 +817,7 @@ class TestKeepTopP:
         unchanged(self.LOGITS, logits)
 
 
-@exercise("2.9")
+@exercise("2.11")
 class TestKeepMinP:
     LOGITS = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
 
@@ -891,7 +891,7 @@ def naive_probs(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> torch
     return torch.tensor([chances.get(i, 0.0) for i in range(len(logits))])
 
 
-@exercise("2.14", points=2)
+@exercise("2.12", points=2)
 class TestSamplingProbs:
     LOGITS = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0])
 
@@ -946,7 +946,7 @@ class TestSamplingProbs:
         close(probabilities, naive_probs(logits.float(), temperature=0.7), "sampling_probs of bfloat16 logits")
 
 
-@exercise("2.10", points=2)
+@exercise("2.13", points=2)
 class TestSample:
     def draws(self, code, logits, indices, **settings):
         params = code.SamplingParams(**{"temperature": 1.0, "seed": 7, **settings})
@@ -1048,7 +1048,7 @@ def streamed(code, pieces: list[bytes]) -> list[str]:
     return [*(stream.push(i) for i in range(len(pieces))), stream.flush()]
 
 
-@exercise("2.11", points=2)
+@exercise("2.14", points=2)
 class TestTextStream:
     def test_plain(self, code):
         equal(streamed(code, [b"Once", b" upon", b" a"]), ["Once", " upon", " a", ""], "pushing Once, upon, a")
@@ -1113,7 +1113,7 @@ def checked(code, stop, pieces: list[str]) -> tuple[list[str], str | None]:
     return [*shown, checker.flush()], None
 
 
-@exercise("2.12", points=3)
+@exercise("2.15", points=3)
 class TestStopChecker:
     def check(self, code, stop, pieces, shown, found, why):
         got_shown, got_found = checked(code, stop, pieces)
@@ -1225,7 +1225,7 @@ def tokenizer() -> Pieces:
 PROMPT = [S, THREE, TWO]
 
 
-@exercise("2.13", points=4)
+@exercise("2.17", points=4)
 class TestGenerate:
     def run(self, code, script, context=64, rival=None, prompt=PROMPT, **settings):
         model, pieces = scripted(code, script, context, rival), []
@@ -1366,7 +1366,7 @@ class TestGenerate:
         equal(prompt, PROMPT, "the prompt's list, after generate")
 
 
-@exercise("2.17", points=1)
+@exercise("2.16", points=1)
 class TestRecompute:
     def test_one_forward_over_all(self, code):
         model = scripted(code, [ONE])

@@ -33,8 +33,8 @@ def offset_mask(positions: Tensor, num_keys: int) -> Tensor:
     Key s is at position s. A token attends to itself and to all before it. Unlike in lesson 1's `causal_mask`, the
     queries need not be the last tokens, nor adjacent.
     """
-    # TODO 3.2: compare each query's position with every key's, on the device of `positions`.
-    raise NotImplementedError("TODO 3.2")
+    # TODO 3.1: compare each query's position with every key's, on the device of `positions`.
+    raise NotImplementedError("TODO 3.1")
 
 
 def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:
@@ -44,8 +44,8 @@ def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:
     the queries instead costs nothing, and the keys are read once for the whole group. Row g * T + t of key/value head h
     is token t of query head h * H / K + g.
     """
-    # TODO 3.3: split the head axis into (K, group), then bring the axes into the order (K, group, T, D).
-    raise NotImplementedError("TODO 3.3")
+    # TODO 3.2: split the head axis into (K, group), then bring the axes into the order (K, group, T, D).
+    raise NotImplementedError("TODO 3.2")
 
 
 class KVCache:
@@ -71,8 +71,8 @@ class KVCache:
 
         Raises ValueError, and stores nothing, if they exceed the capacity.
         """
-        # TODO 3.1: copy them after the layer's filled slots, heads first; update its length; return views.
-        raise NotImplementedError("TODO 3.1")
+        # TODO 3.3: copy them after the layer's filled slots, heads first; update its length; return views.
+        raise NotImplementedError("TODO 3.3")
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Lesson 2's `attend`: cache these tokens, then let each attend to itself and to all before it.
@@ -88,8 +88,8 @@ class KVCache:
 
         Raises ValueError if `num_tokens` is negative or more than the cache holds.
         """
-        # TODO 3.8: set the length of every layer; nothing needs to be erased.
-        raise NotImplementedError("TODO 3.8")
+        # TODO 3.5: set the length of every layer; nothing needs to be erased.
+        raise NotImplementedError("TODO 3.5")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -104,14 +104,14 @@ def prefill(model: Llama, cache: KVCache, token_ids: Sequence[int], chunk_size: 
     into (R, V), and only the last row is needed. Smaller chunks need less memory for scores, T x S per head, and give
     the same result.
     """
-    # TODO 3.5: positions continue where the cache ends; pass `cache.attend` to the model.
-    raise NotImplementedError("TODO 3.5")
+    # TODO 3.6: positions continue where the cache ends; pass `cache.attend` to the model.
+    raise NotImplementedError("TODO 3.6")
 
 
 def decode_step(model: Llama, cache: KVCache, token_id: int) -> Tensor:
     """Compute one token, which follows the cached ones. Returns the logits (V,) of the token after it."""
-    # TODO 3.6: one token, one position.
-    raise NotImplementedError("TODO 3.6")
+    # TODO 3.7: one token, one position.
+    raise NotImplementedError("TODO 3.7")
 
 
 def generate(
@@ -126,9 +126,9 @@ def generate(
     capacity = min(len(prompt_token_ids) + params.max_tokens, model.config.max_position_embeddings)
     cache = KVCache(model, capacity)
 
-    # TODO 3.7: pass lesson 2's loop a `next_logits` that computes only tokens that are not cached: first the whole
+    # TODO 3.8: pass lesson 2's loop a `next_logits` that computes only tokens that are not cached: first the whole
     # prompt, then one token at a time.
-    raise NotImplementedError("TODO 3.7")
+    raise NotImplementedError("TODO 3.8")
 
 
 def resume(model: Llama, cache: KVCache, cached_token_ids: Sequence[int], token_ids: Sequence[int]) -> Tensor:
@@ -138,9 +138,9 @@ def resume(model: Llama, cache: KVCache, cached_token_ids: Sequence[int], token_
     each filled slot. Keep the longest common prefix, truncate the rest, compute what is missing. At least the last
     token is computed, because the cache has no logits.
     """
-    # TODO 3.12: find the bug. Ask a question, change one word in the middle, ask again: the answer is to a mixture
+    # TODO 3.9: find the bug. Ask a question, change one word in the middle, ask again: the answer is to a mixture
     # of the two questions. If nothing changed, or only the end, the answer is right.
-    raise NotImplementedError("TODO 3.12")  # take this line out, then find the one mistake below and mend it
+    raise NotImplementedError("TODO 3.9")  # take this line out, then find the one mistake below and mend it
 
     shared = 0
     for old, new in zip(cached_token_ids, token_ids[:-1]):
@@ -158,8 +158,8 @@ def resume(model: Llama, cache: KVCache, cached_token_ids: Sequence[int], token_
 
 def cache_bytes(config: ModelConfig, num_tokens: int, bytes_per_number: int) -> int:
     """Return the memory of the keys and values of `num_tokens` tokens, in bytes."""
-    # TODO 3.9: two tensors; per layer and token, K heads of D numbers.
-    raise NotImplementedError("TODO 3.9")
+    # TODO 3.10: two tensors; per layer and token, K heads of D numbers.
+    raise NotImplementedError("TODO 3.10")
 
 
 def padding_waste(lengths: Sequence[int]) -> float:
@@ -167,8 +167,8 @@ def padding_waste(lengths: Sequence[int]) -> float:
 
     lengths: at least one, each at least 1.
     """
-    # TODO 3.10: count all tokens of the padded batch, and those that are needed.
-    raise NotImplementedError("TODO 3.10")
+    # TODO 3.11: count all tokens of the padded batch, and those that are needed.
+    raise NotImplementedError("TODO 3.11")
 
 
 @dataclass(frozen=True)
@@ -182,5 +182,5 @@ class Latency:
 
 def latency_summary(start: float, token_times: Sequence[float]) -> Latency:
     """Summarize one request. start: when it was made; token_times: when each token came, at least one. In seconds."""
-    # TODO 3.11: the first token counts from `start`, each later one from the token before it.
-    raise NotImplementedError("TODO 3.11")
+    # TODO 3.12: the first token counts from `start`, each later one from the token before it.
+    raise NotImplementedError("TODO 3.12")

@@ -102,7 +102,7 @@ PROMPT = [3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("3.2")
+@exercise("3.1")
 class TestOffsetMask:
     def test_by_hand(self, code):
         expected = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]).bool()
@@ -129,7 +129,7 @@ class TestOffsetMask:
         elsewhere(lambda: code.offset_mask(positions, 6), "offset_mask([3, 4], 6 keys)", "`positions.device`")
 
 
-@exercise("3.3")
+@exercise("3.2")
 class TestFoldGroups:
     def test_by_hand(self, code):
         q = torch.tensor([[[0.0], [1.0], [2.0], [3.0]], [[10.0], [11.0], [12.0], [13.0]]])
@@ -161,7 +161,7 @@ class TestFoldGroups:
         elsewhere(lambda: code.fold_groups(q, 2), "fold_groups(q, 2)", "`q.device`")
 
 
-@exercise("3.1", points=2)
+@exercise("3.3", points=2)
 class TestAppend:
     def test_first_tokens(self, code):
         cache = empty_cache(code)
@@ -283,7 +283,7 @@ class TestAttend:
         elsewhere(lambda: cache.attend(0, q, k, v), "attend(0, q, k, v)", "`q.device`")
 
 
-@exercise("3.8")
+@exercise("3.5")
 class TestTruncate:
     def filled(self, code):
         cache = empty_cache(code, capacity=6)
@@ -333,7 +333,7 @@ def recomputed(code, model, token_ids):
         return code.llama_pytorch.recompute(model, token_ids)
 
 
-@exercise("3.5", points=2)
+@exercise("3.6", points=2)
 class TestPrefill:
     def test_in_one_chunk(self, code):
         model = tiny(code)
@@ -373,7 +373,7 @@ class TestPrefill:
         elsewhere(lambda: code.prefill(model, cache, PROMPT[:5], chunk_size=3), "prefill", "`cache.keys.device`")
 
 
-@exercise("3.6")
+@exercise("3.7")
 class TestDecodeStep:
     def test_after_a_prompt(self, code):
         model = tiny(code)
@@ -413,7 +413,7 @@ class Words:
         return b"" if token_id == EOS else WORDS[token_id]
 
 
-@exercise("3.7", points=2)
+@exercise("3.8", points=2)
 class TestGenerate:
     def both(self, code, prompt=PROMPT, pieces=None, model=None, **settings):
         model = model or tiny(code)
@@ -481,7 +481,7 @@ class TestGenerate:
         )
 
 
-@exercise("3.12", points=2)
+@exercise("3.9", points=2)
 class TestResume:
     def run(self, code, cached, token_ids):
         """The logits that resume gives, those that a fresh computation gives, and what went through the model."""
@@ -527,7 +527,7 @@ class TestResume:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("3.9")
+@exercise("3.10")
 class TestCacheBytes:
     def test_by_hand(self, code):
         sizes = config(code, hidden_size=48, num_hidden_layers=2, num_key_value_heads=1, head_dim=5)
@@ -548,7 +548,7 @@ class TestCacheBytes:
         equal(code.cache_bytes(config(code), 0, 4), 0, "no token")
 
 
-@exercise("3.10")
+@exercise("3.11")
 class TestPaddingWaste:
     def test_by_hand(self, code):
         close(code.padding_waste([10, 20, 30, 40]), 0.375, "padding_waste([10, 20, 30, 40])")
@@ -561,7 +561,7 @@ class TestPaddingWaste:
         close(code.padding_waste([1000, 1, 1, 1]), 1 - 1003 / 4000, "padding_waste([1000, 1, 1, 1])")
 
 
-@exercise("3.11")
+@exercise("3.12")
 class TestLatencySummary:
     def test_by_hand(self, code):
         summary = code.latency_summary(10.0, [10.5, 10.75, 11.5])

@@ -58,8 +58,8 @@ def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
     A token's key and value depend on all tokens before it, so the same tokens after another parent are another block.
     Token ids may exceed 100,000.
     """
-    # TODO 4.9: take a 16-byte `hashlib.blake2b` digest of the parent's value and of these tokens.
-    raise NotImplementedError("TODO 4.9")
+    # TODO 4.1: take a 16-byte `hashlib.blake2b` digest of the parent's value and of these tokens.
+    raise NotImplementedError("TODO 4.1")
 
 
 @dataclass
@@ -94,17 +94,17 @@ class BlockPool:
 
         Raises ValueError, and takes none, if fewer are free.
         """
-        # TODO 4.1: `free.popitem(last=False)` removes the oldest as (id, block). Its old content must no longer be
+        # TODO 4.2: `free.popitem(last=False)` removes the oldest as (id, block). Its old content must no longer be
         # found: `forget` it.
-        raise NotImplementedError("TODO 4.1")
+        raise NotImplementedError("TODO 4.2")
 
     def free_blocks(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Decrement each block's reference count. At 0 it becomes the newest free block; it keeps its content and hash.
 
         Raises ValueError for a block whose count is 0 already.
         """
-        # TODO 4.2: decrement; at zero, and only then, append the block to `free`, in the order given.
-        raise NotImplementedError("TODO 4.2")
+        # TODO 4.3: decrement; at zero, and only then, append the block to `free`, in the order given.
+        raise NotImplementedError("TODO 4.3")
 
     def touch(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Increment each block's reference count; remove it from the free list if it was free."""
@@ -191,8 +191,8 @@ class KVCacheManager:
         They are only looked up; `allocate_slots` takes them. The last token is never among them, even if its block is
         cached: it must be computed to get its logits. If `enable_prefix_caching` is false, there are none.
         """
-        # TODO 4.10: look up one block after the other until one is missing; stop before the last token's block.
-        raise NotImplementedError("TODO 4.10")
+        # TODO 4.4: look up one block after the other until one is missing; stop before the last token's block.
+        raise NotImplementedError("TODO 4.4")
 
     def cache_blocks(self, request: TokenSequence, num_verified_tokens: int) -> None:
         """Enter the full blocks among the first `num_verified_tokens` tokens into the prefix cache.
@@ -200,8 +200,8 @@ class KVCacheManager:
         Verified tokens are computed (at the latest in this step) and are not draft tokens, which may be rejected. Other
         blocks get no hash. If `enable_prefix_caching` is false, do nothing.
         """
-        # TODO 4.11: pair the sequence's blocks with `hashes`; the pool remembers those that have no hash yet.
-        raise NotImplementedError("TODO 4.11")
+        # TODO 4.5: pair the sequence's blocks with `hashes`; the pool remembers those that have no hash yet.
+        raise NotImplementedError("TODO 4.5")
 
     def allocate_slots(
         self,
@@ -217,9 +217,9 @@ class KVCacheManager:
         `computed_blocks`, from `get_computed_blocks`, become the beginning of a new sequence's table; its
         `num_computed_tokens` includes them. A shared block that will be written is replaced with a copy.
         """
-        # TODO 4.12: count the missing blocks, and one more for each of `shared_blocks`. A computed block with
+        # TODO 4.6: count the missing blocks, and one more for each of `shared_blocks`. A computed block with
         # ref_cnt 0 is among the free blocks but must not be taken. Then touch, copy on write, take, extend the table.
-        raise NotImplementedError("TODO 4.12")
+        raise NotImplementedError("TODO 4.6")
 
     def can_allocate(self, num_tokens: int, computed_blocks: Sequence[KVCacheBlock] = ()) -> bool:
         """Whether a sequence of `num_tokens` tokens that begins with these computed blocks fits into the free blocks.
@@ -242,16 +242,16 @@ class KVCacheManager:
         computed again for its logits, from which the child draws its own next token. Raises ValueError if the parent
         has not computed all of the child's tokens.
         """
-        # TODO 4.13: touch the blocks that hold the child's tokens, and give the child a table of its own.
-        raise NotImplementedError("TODO 4.13")
+        # TODO 4.7: touch the blocks that hold the child's tokens, and give the child a table of its own.
+        raise NotImplementedError("TODO 4.7")
 
     def copy_on_write(self, request: TokenSequence, places: Sequence[int]) -> None:
         """Replace the blocks at these indices of the sequence's table with new blocks of the same content.
 
         `copies` records which slots to copy: those that the sequence has filled. `PagedKVCache.copy` copies them later.
         """
-        # TODO 4.16: take a new block, append to `copies`, put the block into the table, free the shared one.
-        raise NotImplementedError("TODO 4.16")
+        # TODO 4.8: take a new block, append to `copies`, put the block into the table, free the shared one.
+        raise NotImplementedError("TODO 4.8")
 
     def free(self, request: TokenSequence) -> None:
         """Free all blocks of the sequence, the last first: the prefix is the most likely to be needed again."""
@@ -260,9 +260,9 @@ class KVCacheManager:
 
     def trim(self, request: TokenSequence) -> None:
         """Free the blocks after the computed tokens: slots for draft tokens that were rejected."""
-        # TODO 4.15: find the bug. A sequence goes back by a few tokens and continues, and all is well. But
+        # TODO 4.9: find the bug. A sequence goes back by a few tokens and continues, and all is well. But
         # sometimes, when the pool is busy, it continues with what another sequence was about.
-        raise NotImplementedError("TODO 4.15")  # take this line out, then find the one mistake below and mend it
+        raise NotImplementedError("TODO 4.9")  # take this line out, then find the one mistake below and mend it
 
         table = self.block_tables[request.request_id]
         needed = request.num_computed_tokens // self.block_size
@@ -280,8 +280,8 @@ def utilisation(num_tokens: Sequence[int], block_size: int) -> float:
 
     No block is shared. With blocks for the longest possible sequence, this is the contiguous cache of lesson 3.
     """
-    # TODO 4.14: divide the tokens by the slots; a sequence reserves whole blocks.
-    raise NotImplementedError("TODO 4.14")
+    # TODO 4.10: divide the tokens by the slots; a sequence reserves whole blocks.
+    raise NotImplementedError("TODO 4.10")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -303,8 +303,8 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Partial:
     q: (..., T, D); k, v: (..., S, D); mask: (..., T, S), True where a query may attend. A query that may attend to none
     of these keys gets maximum -inf, total 0 and weighted 0.
     """
-    # TODO 4.17: as lesson 1's `attention`, but stop before the division. Beware: -inf minus -inf is NaN.
-    raise NotImplementedError("TODO 4.17")
+    # TODO 4.11: as lesson 1's `attention`, but stop before the division. Beware: -inf minus -inf is NaN.
+    raise NotImplementedError("TODO 4.11")
 
 
 def merge_partials(a: Partial, b: Partial) -> Partial:
@@ -312,8 +312,8 @@ def merge_partials(a: Partial, b: Partial) -> Partial:
 
     From Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
-    # TODO 4.6: rescale both to the higher maximum: what is relative to m is multiplied by exp(m - higher).
-    raise NotImplementedError("TODO 4.6")
+    # TODO 4.12: rescale both to the higher maximum: what is relative to m is multiplied by exp(m - higher).
+    raise NotImplementedError("TODO 4.12")
 
 
 def fold_sequences(q: Tensor, num_kv_heads: int) -> Tensor:
@@ -330,9 +330,9 @@ def blockwise_attention(
     up to there. read(start, end), with end <= num_keys, returns keys and values of positions start to end of each
     sequence, both (B, end - start, K, D). Returns (B, T, H, D) in q's dtype. From Dao et al., "FlashAttention" (2022).
     """
-    # TODO 4.7: fold the heads with `fold_sequences` (K is in the shape of what `read` returns). For each segment
+    # TODO 4.13: fold the heads with `fold_sequences` (K is in the shape of what `read` returns). For each segment
     # call `partial_attention`, masked by position (the same for every head of a group), and merge; divide at the end.
-    raise NotImplementedError("TODO 4.7")
+    raise NotImplementedError("TODO 4.13")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -345,8 +345,8 @@ def slot_mapping(block_table: Sequence[int], start: int, num_tokens: int, block_
 
     Slots are numbered through the whole pool: block b has slots b * block_size to (b + 1) * block_size - 1.
     """
-    # TODO 4.3: find each position's block in the table, and its offset in that block.
-    raise NotImplementedError("TODO 4.3")
+    # TODO 4.14: find each position's block in the table, and its offset in that block.
+    raise NotImplementedError("TODO 4.14")
 
 
 @dataclass(frozen=True)
@@ -417,8 +417,8 @@ class PagedKVCache:
 
         layer: the index in the whole model; this cache has the layers in `self.layers`.
         """
-        # TODO 4.4: viewed as (num_blocks * block_size, K, D), a layer's memory is indexed by slot.
-        raise NotImplementedError("TODO 4.4")
+        # TODO 4.15: viewed as (num_blocks * block_size, K, D), a layer's memory is indexed by slot.
+        raise NotImplementedError("TODO 4.15")
 
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read positions start to end of B sequences. block_tables: (B, num_blocks).
@@ -426,17 +426,17 @@ class PagedKVCache:
         Returns keys and values, both (B, end - start, K, D). Read only the blocks that contain these positions. If they
         are in a single block of each table (as in a contiguous cache), copy only the requested slots.
         """
-        # TODO 4.5: find the columns of the tables, `index_select` their blocks, concatenate, cut off both ends. For
-        # a single column, slice the slots before selecting.
-        raise NotImplementedError("TODO 4.5")
+        # TODO 4.16: find the columns of the tables, `index_select` their blocks, concatenate, cut off both ends.
+        # For a single column, slice the slots before selecting.
+        raise NotImplementedError("TODO 4.16")
 
     def attend(self, metadata: AttentionMetadata) -> Attend:
         """Return lesson 2's `attend` for a batch of requests. What does not depend on the layer is computed once."""
         groups = group_queries(metadata, self.block_size)
 
-        # TODO 4.8: return a function of (layer, q, k, v). It first writes all keys and values, because a request
+        # TODO 4.17: return a function of (layer, q, k, v). It first writes all keys and values, because a request
         # may read what another one of the batch writes. Then it fills each group's rows from `group_attention`.
-        raise NotImplementedError("TODO 4.8")
+        raise NotImplementedError("TODO 4.17")
 
     def group_attention(self, layer: int, q: Tensor, group: QueryGroup) -> Tensor:
         """Attention of one group to its own keys. q: (B, T, H, D). Returns the same shape."""

@@ -64,7 +64,7 @@ def constant_hash(code):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("4.9")
+@exercise("4.1")
 class TestHashBlock:
     def test_the_fields(self, code):
         first = code.hash_block(None, [5, 7])
@@ -116,7 +116,7 @@ class TestHashBlock:
         )
 
 
-@exercise("4.1", points=2)
+@exercise("4.2", points=2)
 class TestGetNewBlocks:
     def test_by_hand(self, code):
         pool = code.BlockPool(5)
@@ -181,7 +181,7 @@ class TestGetNewBlocks:
         )
 
 
-@exercise("4.2", points=2)
+@exercise("4.3", points=2)
 class TestFreeBlocks:
     def test_by_hand(self, code):
         pool = code.BlockPool(5)
@@ -238,7 +238,7 @@ class TestFreeBlocks:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("4.10", points=2)
+@exercise("4.4", points=2)
 class TestGetComputedBlocks:
     def check(self, code, manager, token_ids, expected, what):
         blocks, num_tokens = manager.get_computed_blocks(code.PagedSequence(f"new {token_ids}", list(token_ids)))
@@ -309,7 +309,7 @@ class TestGetComputedBlocks:
         )
 
 
-@exercise("4.11", points=2)
+@exercise("4.5", points=2)
 class TestCacheBlocks:
     def sequence(self, code, manager, token_ids, name="first", computed=None):
         sequence = code.PagedSequence(name, list(token_ids))
@@ -400,7 +400,7 @@ class Books:
         )
 
 
-@exercise("4.12", points=3)
+@exercise("4.6", points=3)
 class TestAllocateSlots:
     def allocate(self, expected, what, manager, sequence, *arguments, **named):
         """Check the ids it gets; expected None: the pool is too full, so that nothing may change."""
@@ -552,7 +552,7 @@ class TestAllocateSlots:
             self.allocate(None, what, manager, child, 1)
 
 
-@exercise("4.13", points=2)
+@exercise("4.7", points=2)
 class TestFork:
     def parent(self, code, num_tokens=6):
         manager = code.KVCacheManager(6, 4)
@@ -640,7 +640,7 @@ class TestFork:
         )
 
 
-@exercise("4.16", points=2)
+@exercise("4.8", points=2)
 class TestCopyOnWrite:
     def forked(self, code, num_tokens=6, computed=None):
         """A parent and a child of so many tokens, in blocks of 4; the parent holds 0, 1, ... ."""
@@ -703,7 +703,7 @@ class TestCopyOnWrite:
         equal(self.copies(manager), [(6, 5, 3), (1, 2, 1)], "the copies, after copy_on_write of no place")
 
 
-@exercise("4.15")
+@exercise("4.9")
 class TestTrim:
     def trimmed(self, code, num_computed_tokens):
         manager = code.KVCacheManager(5, 4)
@@ -744,7 +744,7 @@ class TestTrim:
         )
 
 
-@exercise("4.14")
+@exercise("4.10")
 class TestUtilisation:
     def test_by_hand(self, code):
         close(code.utilisation([5, 3], 4), 8 / 12, "utilisation([5, 3], 4)")
@@ -770,7 +770,7 @@ def everything(rows: int, columns: int) -> torch.Tensor:
     return torch.ones(rows, columns, dtype=torch.bool)
 
 
-@exercise("4.17", points=2)
+@exercise("4.11", points=2)
 class TestPartialAttention:
     def check(self, partial, expected, what):
         for name, actual, value in zip(("maximum", "total", "weighted"), partial, expected):
@@ -873,7 +873,7 @@ def naive_partial(code, scores: torch.Tensor, values: torch.Tensor):
     return code.Partial(maximum, weights.sum(1), weights @ values)
 
 
-@exercise("4.6", points=3)
+@exercise("4.12", points=3)
 class TestMergePartials:
     def single(self, code, score: float, value: float):
         """What attention to one key gives, or to none where the score is -inf."""
@@ -987,7 +987,7 @@ class Store:
         return self.keys[:, start:end], self.values[:, start:end]
 
 
-@exercise("4.7", points=3)
+@exercise("4.13", points=3)
 class TestBlockwiseAttention:
     def test_by_hand(self, code):
         # The query is 0, so every score is 0 and the result is the mean of the values that it sees.
@@ -1051,7 +1051,7 @@ class TestBlockwiseAttention:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("4.3")
+@exercise("4.14")
 class TestSlotMapping:
     def test_by_hand(self, code):
         equal(
@@ -1089,7 +1089,7 @@ def filled(cache):
     return cache
 
 
-@exercise("4.4")
+@exercise("4.15")
 class TestWrite:
     def check(self, code, layers, layer, index, slots, what):
         cache = filled(small_cache(code, layers=layers))
@@ -1125,7 +1125,7 @@ class TestWrite:
         elsewhere(written, "write", "`self.keys.device`")
 
 
-@exercise("4.5", points=2)
+@exercise("4.16", points=2)
 class TestGather:
     TABLES = [[4, 0, 2], [1, 3, 0]]
 
@@ -1213,7 +1213,7 @@ class TestGather:
             )
 
 
-@exercise("4.8", points=3)
+@exercise("4.17", points=3)
 class TestAttend:
     def metadata(self, code, block_size, requests):
         """requests: (block table, context, new tokens) of each; their rows lie one behind the other."""

@@ -72,9 +72,9 @@ def flatten_batch(scheduled: Sequence[ScheduledRequest], block_size: int, device
     Logits are needed of the last row of each request that samples. With draft tokens, they are needed of its last
     `num_spec_tokens` + 1 rows. All tensors are of dtype long, on `device`.
     """
-    # TODO 5.6: for each request extend the lists: token ids, positions, slots (4.3), the end of its rows, its
+    # TODO 5.15: for each request extend the lists: token ids, positions, slots (4.3), the end of its rows, its
     # context length, its rows of logits.
-    raise NotImplementedError("TODO 5.6")
+    raise NotImplementedError("TODO 5.15")
 
 
 class ModelRunner:
@@ -421,9 +421,9 @@ class Engine:
         none of them can be served, which would be a mistake of ours.
         """
         start = time.perf_counter()
-        # TODO 5.14: `schedule` and `submit` while fewer than `depth` are in flight and the plan is not empty.
+        # TODO 5.16: `schedule` and `submit` while fewer than `depth` are in flight and the plan is not empty.
         # `collect` the oldest; update the scheduler; `report` each request that it returns; `totals.observe` the step.
-        raise NotImplementedError("TODO 5.14")
+        raise NotImplementedError("TODO 5.16")
 
     def submit(self, plan: SchedulerOutput) -> None:
         """Hand a plan to the executor, and note when its requests were first scheduled."""

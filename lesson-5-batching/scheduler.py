@@ -167,8 +167,8 @@ def fair_share(request: Request, served: Mapping[str, float]) -> tuple:
     served: for each tenant, the number of tokens that were computed and sampled for it. From Sheng et al., "Fairness in
     Serving Large Language Models" (2024).
     """
-    # TODO 5.12: return a tuple to sort by. Tuples compare from the left, and the smallest is served first.
-    raise NotImplementedError("TODO 5.12")
+    # TODO 5.4: return a tuple to sort by. Tuples compare from the left, and the smallest is served first.
+    raise NotImplementedError("TODO 5.4")
 
 
 def join(served: dict[str, float], tenant: str, active: Collection[str]) -> None:
@@ -178,8 +178,8 @@ def join(served: dict[str, float], tenant: str, active: Collection[str]) -> None
     to the least served active tenant, if it is below. An active tenant keeps its number, and so does every tenant while
     none is active. A tenant that is new starts at 0.
     """
-    # TODO 5.16: enter a new tenant first; then raise it if some tenant is active and this one is not.
-    raise NotImplementedError("TODO 5.16")
+    # TODO 5.5: enter a new tenant first; then raise it if some tenant is active and this one is not.
+    raise NotImplementedError("TODO 5.5")
 
 
 POLICIES: dict[str, Callable[[Request, Mapping[str, float]], tuple]] = {
@@ -257,10 +257,10 @@ class Scheduler:
         ready = [request for request in self.running if not request.in_flight]
         ready.sort(key=lambda request: (request.last_step, self.rank(request)))
         ready = ready[: self.max_step_seqs]
-        # TODO 5.4: for each of `ready`, in order: stop when the budget is 0; skip it if it is no longer RUNNING.
+        # TODO 5.6: for each of `ready`, in order: stop when the budget is 0; skip it if it is no longer RUNNING.
         # `tokens_to_schedule` with the budget minus one token for each request after it, but at least 1; `make_room`
         # returns how many of those fit; `schedule_request`, unless it is 0; subtract from the budget.
-        raise NotImplementedError("TODO 5.4")
+        raise NotImplementedError("TODO 5.6")
 
     def schedule_waiting(self, plan: SchedulerOutput, budget: int) -> None:
         """Admit waiting requests in the policy's order, while there are tokens in the budget, fewer than `max_num_seqs`
@@ -268,8 +268,8 @@ class Scheduler:
 
         If there are too few blocks for the first, none after it is admitted: small requests would starve a large one.
         """
-        # TODO 5.5: ask `next_waiting` and `can_allocate`; `admit` schedules the request and returns its tokens.
-        raise NotImplementedError("TODO 5.5")
+        # TODO 5.7: ask `next_waiting` and `can_allocate`; `admit` schedules the request and returns its tokens.
+        raise NotImplementedError("TODO 5.7")
 
     def next_waiting(self, plan: SchedulerOutput) -> Request | None:
         """The first waiting request in the policy's order; None if there is none, or the step has requests enough.
@@ -357,10 +357,10 @@ class Scheduler:
         token, and what it has computed stays computed. A request in `output.errors` finishes with "error".
         """
         requests = [self.requests[scheduled.request_id] for scheduled in plan.scheduled]
-        # TODO 5.7: each is no longer in flight. If it was aborted meanwhile (it has a finish_reason) or failed,
+        # TODO 5.8: each is no longer in flight. If it was aborted meanwhile (it has a finish_reason) or failed,
         # `finish` it. Otherwise: subtract rejected draft tokens; append sampled ones until there is a `finish_reason`;
         # keep the new draft tokens; `cache_blocks` of what is computed; `finish` it if there is a reason.
-        raise NotImplementedError("TODO 5.7")
+        raise NotImplementedError("TODO 5.8")
 
     # Preemption ----------------------------------------------------------------------------------------------
 
@@ -388,8 +388,8 @@ class Scheduler:
 
         The blocks of a request in flight are being read and written. Requests scheduled in this step are in flight too.
         """
-        # TODO 5.8: `rank` is the sort key.
-        raise NotImplementedError("TODO 5.8")
+        # TODO 5.9: `rank` is the sort key.
+        raise NotImplementedError("TODO 5.9")
 
     def preempt(self, request: Request, plan: SchedulerOutput) -> None:
         """Take all blocks from a running request. It waits, and its tokens stay."""
@@ -403,22 +403,22 @@ class Scheduler:
 
     def preempt_by_recompute(self, request: Request) -> None:
         """Free a request's blocks, to compute all of its tokens again once it is admitted. `preempt` does the rest."""
-        # TODO 5.9: what becomes of its blocks, of `num_computed_tokens`, of its status?
-        raise NotImplementedError("TODO 5.9")
+        # TODO 5.10: what becomes of its blocks, of `num_computed_tokens`, of its status?
+        raise NotImplementedError("TODO 5.10")
 
     def swap_out(self, request: Request, plan: SchedulerOutput) -> bool:
         """Move a request's computed tokens to blocks on the host, and free its blocks on the device, shared ones too.
 
         Returns True; or False, with no side effects, if the host has too few free blocks. `preempt` does the rest.
         """
-        # TODO 5.10: take a host block for each block that has a computed token in it, and note each move in
+        # TODO 5.11: take a host block for each block that has a computed token in it, and note each move in
         # `plan.swaps_out` with its number of filled slots. Keep the host blocks in `swapped`; free the others; status.
-        raise NotImplementedError("TODO 5.10")
+        raise NotImplementedError("TODO 5.11")
 
     def swap_in(self, request: Request, plan: SchedulerOutput) -> None:
         """Move a swapped request's tokens back into the blocks of its new block table; free the host's blocks."""
-        # TODO 5.11: the same moves in the other direction, in `plan.swaps_in`.
-        raise NotImplementedError("TODO 5.11")
+        # TODO 5.12: the same moves in the other direction, in `plan.swaps_in`.
+        raise NotImplementedError("TODO 5.12")
 
     # Slots for draft tokens (lesson 8) -----------------------------------------------------------------------
 
@@ -454,9 +454,9 @@ class Scheduler:
 
     def finish(self, request: Request, reason: str) -> None:
         """End a request that runs, waits or is swapped out: it leaves its queue and frees all that it holds."""
-        # TODO 5.15: find the bug. Preemption by swap works, and so does aborting. But after a long day of both, no
+        # TODO 5.14: find the bug. Preemption by swap works, and so does aborting. But after a long day of both, no
         # request is swapped out any more: every preempted request computes its tokens again.
-        raise NotImplementedError("TODO 5.15")  # take this line out, then find the one mistake below and mend it
+        raise NotImplementedError("TODO 5.14")  # take this line out, then find the one mistake below and mend it
 
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason

@@ -25,7 +25,7 @@ def scheduled(code, name, start, token_ids, table, sample_index=None, spec=0):
     )
 
 
-@exercise("5.6", points=2)
+@exercise("5.15", points=2)
 class TestFlattenBatch:
     def batch(self, code, *requests):
         got = code.flatten_batch(list(requests), 4, torch.device("cpu"))
@@ -143,7 +143,7 @@ class Delayed:
         self.inner.close()
 
 
-@exercise("5.14", points=3)
+@exercise("5.16", points=3)
 class TestStep:
     def engine(self, code, depth=1, **settings):
         own = code.local_engine(tiny(code), Words(), **{"num_blocks": 20, "block_size": 4, **settings})

@@ -164,7 +164,7 @@ class TestTokensToSchedule:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("5.12")
+@exercise("5.4")
 class TestFairShare:
     def order(self, code, served, *requests):
         return names(sorted(requests, key=lambda each: code.fair_share(each, served)))
@@ -195,7 +195,7 @@ class TestFairShare:
         equal(self.order(code, {"x": 1.0}, third, second, first), ["b", "c", "a"], what)
 
 
-@exercise("5.16")
+@exercise("5.5")
 class TestJoin:
     def joined(self, code, served, tenant, active):
         code.join(served, tenant, active)
@@ -239,7 +239,7 @@ class TestJoin:
         )
 
 
-@exercise("5.4", points=3)
+@exercise("5.6", points=3)
 class TestScheduleRunning:
     def test_everyone_a_token(self, code):
         own = scheduler(code)
@@ -389,7 +389,7 @@ class TestScheduleRunning:
         )
 
 
-@exercise("5.5", points=2)
+@exercise("5.7", points=2)
 class TestScheduleWaiting:
     def test_as_many_as_the_budget_allows(self, code):
         own = scheduler(code, num_blocks=30)
@@ -458,7 +458,7 @@ class TestScheduleWaiting:
         equal(granted(plan), expected, "(start, tokens) of prompts of 3, 9 and 9, chunks of at most 4, a budget of 16")
 
 
-@exercise("5.7", points=3)
+@exercise("5.8", points=3)
 class TestUpdateFromOutput:
     def test_a_token_each(self, code):
         own = scheduler(code)
@@ -596,7 +596,7 @@ class TestUpdateFromOutput:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("5.8")
+@exercise("5.9")
 class TestChooseVictim:
     def chosen(self, code, policy, *requests, served=None):
         own = scheduler(code, scheduling_policy=policy)
@@ -645,7 +645,7 @@ class TestChooseVictim:
         equal(victim and victim.request_id, "b", "the victim, where a and b run and c waits")
 
 
-@exercise("5.9")
+@exercise("5.10")
 class TestPreemptByRecompute:
     def test_nothing_is_held(self, code):
         own = scheduler(code)
@@ -678,7 +678,7 @@ class TestPreemptByRecompute:
         )
 
 
-@exercise("5.10", points=2)
+@exercise("5.11", points=2)
 class TestSwapOut:
     def swapped(self, code, prompt=9, hosts=8):
         own = scheduler(code, preemption="swap", num_host_blocks=hosts)
@@ -743,7 +743,7 @@ class TestSwapOut:
         )
 
 
-@exercise("5.11", points=2)
+@exercise("5.12", points=2)
 class TestSwapIn:
     def back(self, code, prompt=9):
         own = scheduler(code, preemption="swap", num_host_blocks=8)
@@ -836,7 +836,7 @@ class TestAbort:
         equal([a.finish_reason, names(own.running)], ["abort", ["a/1", "a/2"]], what)
 
 
-@exercise("5.15", points=2)
+@exercise("5.14", points=2)
 class TestFinish:
     def test_wherever_it_stood(self, code):
         own = scheduler(code, preemption="swap", num_host_blocks=8)

@@ -121,9 +121,9 @@ def largest_share(config: ModelConfig, tensor_parallel: int, pipeline_parallel: 
 
     All ranks have the same number of blocks, so the memory of this rank decides how many blocks there can be.
     """
-    # TODO 6.15: find the bug. SmolLM2 with two stages, and each process allowed 1 GiB of cache: the second stage
+    # TODO 6.5: find the bug. SmolLM2 with two stages, and each process allowed 1 GiB of cache: the second stage
     # uses 0.7 GiB and the first 1.3. Where both stages have equally many layers, both use 1 GiB.
-    raise NotImplementedError("TODO 6.15")  # take this line out, then find the one mistake below and mend it
+    raise NotImplementedError("TODO 6.5")  # take this line out, then find the one mistake below and mend it
 
     heads = config.num_attention_heads, config.num_key_value_heads
     most_heads = max(len(head_groups(*heads, rank, tensor_parallel)[1]) for rank in range(tensor_parallel))
@@ -138,14 +138,14 @@ def pipeline_timeline(num_stages: int, num_batches: int, num_steps: int) -> list
     batch begins when its step before has left the last stage, for only then its tokens are known. Returns a row for
     each stage, of (batch, step) or None where it stands idle, up to the tick when all is done.
     """
-    # TODO 6.5: for each step of each batch: when may it enter the first stage? The others follow, tick by tick.
-    raise NotImplementedError("TODO 6.5")
+    # TODO 6.6: for each step of each batch: when may it enter the first stage? The others follow, tick by tick.
+    raise NotImplementedError("TODO 6.6")
 
 
 def bubble_fraction(timeline: Sequence[Sequence[tuple[int, int] | None]]) -> float:
     """The share of all stages' ticks in which nothing is computed: the pipeline's bubble."""
-    # TODO 6.16: count.
-    raise NotImplementedError("TODO 6.16")
+    # TODO 6.7: count.
+    raise NotImplementedError("TODO 6.7")
 
 
 def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidth: float) -> float:
@@ -155,8 +155,8 @@ def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidt
     send at the same time, each to the next one. A message is one of `world_size` parts of the tensor. Messages are sent
     until each part is summed up on one rank, and then until every rank has every sum. From Patarasuk and Yuan (2009).
     """
-    # TODO 6.6: how many messages, one after another, of how many bytes each?
-    raise NotImplementedError("TODO 6.6")
+    # TODO 6.8: how many messages, one after another, of how many bytes each?
+    raise NotImplementedError("TODO 6.8")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -213,9 +213,9 @@ def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
     x is cut into as many parts as there are ranks. With each of the first size - 1 messages a rank receives a part, and
     adds its own numbers to it: then every rank has one finished sum. With the others the finished sums go round.
     """
-    # TODO 6.7: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Which part does a rank
+    # TODO 6.9: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Which part does a rank
     # send first? After the first half, which part is complete on rank r?
-    raise NotImplementedError("TODO 6.7")
+    raise NotImplementedError("TODO 6.9")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ def read_shard(read: Callable[..., Tensor], shape: Sequence[int], part: Sequence
     padding there, which is 0. `read(*ranges)` returns what lies in ranges within the tensor, in the checkpoint's dtype;
     that is the dtype of the result too.
     """
-    # TODO 6.12: clip each range to its axis and read that; if anything is missing, lay it into a tensor of zeros.
-    raise NotImplementedError("TODO 6.12")
+    # TODO 6.10: clip each range to its axis and read that; if anything is missing, lay it into a tensor of zeros.
+    raise NotImplementedError("TODO 6.10")
 
 
 class ShardedLinear(Linear):
@@ -261,8 +261,8 @@ class ColumnParallelLinear(ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, in), the same on every rank. Returns (T, len(part)): this rank's outputs."""
-        # TODO 6.8: multiply with `self.method.apply(self, x, bias)`. An output needs all of x, and one row.
-        raise NotImplementedError("TODO 6.8")
+        # TODO 6.11: multiply with `self.method.apply(self, x, bias)`. An output needs all of x, and one row.
+        raise NotImplementedError("TODO 6.11")
 
 
 class RowParallelLinear(ShardedLinear):
@@ -276,9 +276,9 @@ class RowParallelLinear(ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, len(part)), this rank's inputs. Returns (T, out), the same on every rank: the whole layer's output."""
-        # TODO 6.9: multiply with `self.method.apply(self, x)`, which is this rank's contribution; add up the
+        # TODO 6.12: multiply with `self.method.apply(self, x)`, which is this rank's contribution; add up the
         # contributions of all ranks; add the bias.
-        raise NotImplementedError("TODO 6.9")
+        raise NotImplementedError("TODO 6.12")
 
 
 class VocabParallelEmbedding(ShardedLinear):
@@ -289,9 +289,9 @@ class VocabParallelEmbedding(ShardedLinear):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (T,), any of the whole vocabulary. Returns (T, hidden_size), the same on every rank."""
-        # TODO 6.10: look up the ids in `self.rows` with `self.method.embed(self, row)`, where row 0 is the first
+        # TODO 6.13: look up the ids in `self.rows` with `self.method.embed(self, row)`, where row 0 is the first
         # that this rank has. The others are rows of zeros here. Each token id belongs to exactly one rank.
-        raise NotImplementedError("TODO 6.10")
+        raise NotImplementedError("TODO 6.13")
 
 
 class ParallelLMHead(ShardedLinear):
@@ -306,9 +306,9 @@ class ParallelLMHead(ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, hidden_size). Returns (R, V) on the group's first rank, which samples, and (0, V) on the others."""
-        # TODO 6.11: compute this rank's scores with `self.method.apply`; gather them; lay them side by side; drop
+        # TODO 6.14: compute this rank's scores with `self.method.apply`; gather them; lay them side by side; drop
         # the padding, for V is `self.shape[0]`.
-        raise NotImplementedError("TODO 6.11")
+        raise NotImplementedError("TODO 6.14")
 
 
 class Absent(Layer):
@@ -388,9 +388,9 @@ def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
     """
     check_parallel(model.config, coordinates.tensor_parallel, coordinates.pipeline_parallel)
     layers, parts = coordinates.layers(model.config), rank_parts(model.config, group)
-    # TODO 6.17: replace what is absent; where the group has more than one rank, replace the layers of `SHARDED`,
+    # TODO 6.15: replace what is absent; where the group has more than one rank, replace the layers of `SHARDED`,
     # the embedding and the head, each by its class, made of (layer, part, group). Tie the weights again at the end.
-    raise NotImplementedError("TODO 6.17")
+    raise NotImplementedError("TODO 6.15")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -428,9 +428,9 @@ def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> Mo
 
     A plan that schedules no request still moves blocks, on every stage, but no hidden states are sent or received.
     """
-    # TODO 6.13: every `send` of a stage needs exactly one `receive` in the next stage. When does a stage receive,
+    # TODO 6.16: every `send` of a stage needs exactly one `receive` in the next stage. When does a stage receive,
     # and `plan.num_tokens` of what? The kind of result that `runner.execute(plan, hidden)` returns says who sends.
-    raise NotImplementedError("TODO 6.13")
+    raise NotImplementedError("TODO 6.16")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -487,9 +487,9 @@ def worker_loop(
     The result of run(command) is sent to rank 0, unless it is None. If `run` raises, a `Failure` is sent and the loop
     ends, because this rank is no longer at the same point of the computation as the others.
     """
-    # TODO 6.14: receive, run, send. `describe(error)` and `is_consequence(error)` give what a Failure needs. Errors
+    # TODO 6.17: receive, run, send. `describe(error)` and `is_consequence(error)` give what a Failure needs. Errors
     # raised by `receive` and `send` are not caught.
-    raise NotImplementedError("TODO 6.14")
+    raise NotImplementedError("TODO 6.17")
 
 
 def serve_as_worker() -> None:

@@ -130,7 +130,7 @@ A, B, C = (tuple((batch, step) for step in range(3)) for batch in range(3))
 IDLE = None
 
 
-@exercise("6.5", points=3)
+@exercise("6.6", points=3)
 class TestPipelineTimeline:
     def check(self, code, num_stages: int, num_batches: int, num_steps: int, expected: list) -> None:
         timeline = code.pipeline_timeline(num_stages, num_batches, num_steps)
@@ -166,7 +166,7 @@ class TestPipelineTimeline:
         self.check(code, 1, 2, 2, [[A[0], B[0], A[1], B[1]]])
 
 
-@exercise("6.16", points=1)
+@exercise("6.7", points=1)
 class TestBubbleFraction:
     def test_fractions(self, code):
         timeline = [[A[0], B[0], A[1], B[1], IDLE], [IDLE, A[0], B[0], A[1], B[1]]]
@@ -178,7 +178,7 @@ class TestBubbleFraction:
         close(code.bubble_fraction(timeline), 0.25, "the bubble of two stages in their first two ticks")
 
 
-@exercise("6.6", points=1)
+@exercise("6.8", points=1)
 class TestCommunicationCost:
     def test_seconds(self, code):
         what = "seconds for {} bytes over {} ranks, 5 ms a message, 1e6 bytes/s"
@@ -260,7 +260,7 @@ def ring_on_rank(code, group, xs):
     return code.ring_all_reduce(xs[group.rank], group)
 
 
-@exercise("6.7", points=4, seconds=ON_RANKS)
+@exercise("6.9", points=4, seconds=ON_RANKS)
 class TestRingAllReduce:
     def test_four_ranks(self, code):
         xs = [counted(2, 5) * 10**rank for rank in range(4)]
@@ -336,7 +336,7 @@ def column_on_rank(code, group, has_bias: bool, parts):
     return filled(layer, WEIGHT, BIAS if has_bias else None)(X)
 
 
-@exercise("6.8", points=1, seconds=ON_RANKS)
+@exercise("6.11", points=1, seconds=ON_RANKS)
 class TestColumnParallelLinear:
     def test_own_outputs(self, code):
         for has_bias, parts in ((True, (range(0, 2), range(2, 4))), (False, (range(0, 3), range(3, 5)))):
@@ -358,7 +358,7 @@ def row_on_rank(code, group, has_bias: bool):
     return filled(layer, WEIGHT, BIAS if has_bias else None)(X[:, part.start : part.stop].contiguous())
 
 
-@exercise("6.9", points=2, seconds=ON_RANKS)
+@exercise("6.12", points=2, seconds=ON_RANKS)
 class TestRowParallelLinear:
     def test_the_sum_over_the_ranks(self, code):
         for rank, result in enumerate(on_ranks(code, row_on_rank, False)):
@@ -381,7 +381,7 @@ def embedding_on_rank(code, group, token_ids):
     return filled(code.VocabParallelEmbedding(code.Linear(3, 8), ROWS[group.rank], group), TABLE)(token_ids)
 
 
-@exercise("6.10", points=2, seconds=ON_RANKS)
+@exercise("6.13", points=2, seconds=ON_RANKS)
 class TestVocabParallelEmbedding:
     def test_everybodys_tokens(self, code):
         token_ids = torch.tensor([0, 5, 3, 4, 7, 0])
@@ -404,7 +404,7 @@ def head_on_rank(code, group, num_rows: int, vocab_size: int):
     return head(counted(num_rows, 3))
 
 
-@exercise("6.11", points=2, seconds=ON_RANKS)
+@exercise("6.14", points=2, seconds=ON_RANKS)
 class TestParallelLMHead:
     def check(self, code, num_rows: int, vocab_size: int) -> None:
         first, second = on_ranks(code, head_on_rank, num_rows, vocab_size)
@@ -440,7 +440,7 @@ def checkpoint_of(folder: str, **tensors: torch.Tensor) -> Checkpoint:
     return Checkpoint(folder)
 
 
-@exercise("6.12", points=2)
+@exercise("6.10", points=2)
 class TestReadShard:
     def check(self, code, name: str, part, expected: torch.Tensor, num_read: int, what: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -505,7 +505,7 @@ def parts_of(module: nn.Module) -> dict[str, str]:
     return {name: describe(layer) for name, layer in module.named_modules() if hasattr(layer, "rows")}
 
 
-@exercise("6.17", points=4)
+@exercise("6.15", points=4)
 class TestShard:
     def test_the_layers_of_a_block(self, code):
         widths = {0: ("0 to 3", "0 to 1", "0 to 3"), 1: ("4 to 7", "2 to 3", "4 to 6")}
@@ -608,7 +608,7 @@ class FakeRunner:
         return (torch.zeros(plan.num_tokens, 2) if hidden is None else hidden) + 1
 
 
-@exercise("6.13", points=2)
+@exercise("6.16", points=2)
 class TestRunStage:
     def run(self, code, previous: int | None, following: int | None, num_tokens: int = 1, preempted_ids=()):
         from solutions.batching import ScheduledRequest
@@ -657,7 +657,7 @@ class TestRunStage:
             holds(output is not None, f"the last stage gave None for a plan that {what}; rank 0 waits for it.", kind)
 
 
-@exercise("6.14", points=2)
+@exercise("6.17", points=2)
 class TestWorkerLoop:
     def run(self, code, commands: list, run):
         sent, left = [], [*commands]
@@ -808,7 +808,7 @@ class TestCollect:
         equal(step_of(executor.collect(), "what `collect` returns"), 5, "the step that `collect` returns next")
 
 
-@exercise("6.15", points=1)
+@exercise("6.5", points=1)
 class TestLargestShare:
     def test_shares(self, code):
         smollm2 = code.ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)

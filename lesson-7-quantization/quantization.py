@@ -72,8 +72,8 @@ def quantize_activations(x: Tensor, absmax: Tensor | None = None) -> tuple[Tenso
 
     absmax: (T,), the largest magnitude of each token, if x has only a part of its channels.
     """
-    # TODO 7.3: a token is a row, too.
-    raise NotImplementedError("TODO 7.3")
+    # TODO 7.2: a token is a row, too.
+    raise NotImplementedError("TODO 7.2")
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -145,8 +145,8 @@ class Int8Method(QuantizedMethod):
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
         """Multiply x (T, in) by the matrix that numbers and scales stand for. Returns (T, out) in x's dtype."""
-        # TODO 7.2: a scale belongs to an output. So when is it cheapest to multiply by it?
-        raise NotImplementedError("TODO 7.2")
+        # TODO 7.3: a scale belongs to an output. So when is it cheapest to multiply by it?
+        raise NotImplementedError("TODO 7.3")
 
     def embed(self, layer: Linear, token_ids: Tensor) -> Tensor:
         return F.embedding(token_ids, layer.weight) * layer.weight_scale[token_ids, None]
@@ -210,9 +210,9 @@ def dequantize_int4(
     scale, minimum: (out, groups); a minimum of None is -8 scales. first_column: the position of the first column in
     its group, which is not 0 if a rank's columns begin within a group.
     """
-    # TODO 7.14: find the bug. One process answers well. Three ranks answer well with groups of 32 and of 64; with
+    # TODO 7.8: find the bug. One process answers well. Three ranks answer well with groups of 32 and of 64; with
     # groups of 128 their answers are nonsense.
-    raise NotImplementedError("TODO 7.14")  # take this line out, then find the one mistake below and mend it
+    raise NotImplementedError("TODO 7.8")  # take this line out, then find the one mistake below and mend it
 
     group_of = (torch.arange(numbers.shape[1], device=numbers.device)) // group_size
     if minimum is None:
@@ -252,9 +252,9 @@ class Int4Method(QuantizedMethod):
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
         """Multiply x (T, in) by the matrix that the bytes stand for. Returns (T, out) in x's dtype."""
-        # TODO 7.8: unpack (an odd number of columns was padded with one more) and `dequantize_int4` in x's dtype.
+        # TODO 7.9: unpack (an odd number of columns was padded with one more) and `dequantize_int4` in x's dtype.
         # The layer's columns may begin within a group: its first one is column `layer.columns.start` of the matrix.
-        raise NotImplementedError("TODO 7.8")
+        raise NotImplementedError("TODO 7.9")
 
     def process_weights_after_loading(self, layer: Linear) -> None:
         kernels.pack_int4(layer, self.group_size)
@@ -299,9 +299,9 @@ def quantize(model: Llama, quantization: Quantization, is_saved: bool = False) -
     most sensitive, always gets `Int8Method`. The embedding table stays in floats, except in a tied model: there it
     shares the head's eight bits.
     """
-    # TODO 7.9: `set_method` for each of `layers_of(model.model.layers)` that has a `method` (a norm has none), then
-    # for the head and, if tied, the table. `set_method` makes new tensors, so tie them again.
-    raise NotImplementedError("TODO 7.9")
+    # TODO 7.10: `set_method` for each of `layers_of(model.model.layers)` that has a `method` (norms have none),
+    # then for the head and, if tied, the table. `set_method` makes new tensors, so tie them again.
+    raise NotImplementedError("TODO 7.10")
 
 
 METHOD = "inference-course"
@@ -391,9 +391,9 @@ def activation_aware_scales(
     square of the change in the outputs, summed over the weights. Returns the best one, (in,), the first of equals.
     From Lin et al., "AWQ" (2024).
     """
-    # TODO 7.10: for each candidate and weight, compare x @ weight.T with what the scaled weight gives: round-trip
+    # TODO 7.11: for each candidate and weight, compare x @ weight.T with what the scaled weight gives: round-trip
     # weight x factors, then divide by the factors again.
-    raise NotImplementedError("TODO 7.10")
+    raise NotImplementedError("TODO 7.11")
 
 
 def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: Quantization, attend: Attend) -> None:
@@ -474,14 +474,14 @@ class Int8KVCache(PagedKVCache):
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store the keys and values of T tokens. slots: (T,); k, v: (T, K, D)."""
-        # TODO 7.11: each slot and head has a row of D numbers for `quantize_int8`. As in lesson 4, a layer's memory
+        # TODO 7.12: each slot and head has a row of D numbers for `quantize_int8`. As in lesson 4, a layer's memory
         # is indexed by slot; so are its scales.
-        raise NotImplementedError("TODO 7.11")
+        raise NotImplementedError("TODO 7.12")
 
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read positions start to end of B sequences: two of (B, end - start, K, D), in the model's dtype."""
-        # TODO 7.15: select the blocks of these positions as in lesson 4, apply their scales, cut to the slots.
-        raise NotImplementedError("TODO 7.15")
+        # TODO 7.13: select the blocks of these positions as in lesson 4, apply their scales, cut to the slots.
+        raise NotImplementedError("TODO 7.13")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -495,9 +495,9 @@ def stream_layers(numbers: Iterable[int], read: Callable[[int], nn.Module]) -> I
     read(number) reads a layer from the disk, which takes a while. At most two layers are in memory: the one that was
     yielded last, and the one that is being read. What `read` raises is raised here.
     """
-    # TODO 7.12: `pool.submit(read, number)` reads in another thread; `.result()` waits for it. Submit a layer
+    # TODO 7.14: `pool.submit(read, number)` reads in another thread; `.result()` waits for it. Submit a layer
     # before you yield the one before it, and no earlier.
-    raise NotImplementedError("TODO 7.12")
+    raise NotImplementedError("TODO 7.14")
 
 
 class OffloadedLlama(Llama):
@@ -577,5 +577,5 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     logits, other_logits: (T, V), the scores of both models on the same tokens. Returns the mean over the tokens of
     sum p log (p / q), where p is the model's distribution and q the other's. From Kullback and Leibler (1951).
     """
-    # TODO 7.13: take log-probabilities of both, `upcast` first. p log (p / q) is a product of p and a difference.
-    raise NotImplementedError("TODO 7.13")
+    # TODO 7.15: take log-probabilities of both, `upcast` first. p log (p / q) is a product of p and a difference.
+    raise NotImplementedError("TODO 7.15")

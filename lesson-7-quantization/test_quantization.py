@@ -81,7 +81,7 @@ class TestQuantizeInt8:
         )
 
 
-@exercise("7.3", points=1)
+@exercise("7.2", points=1)
 class TestQuantizeActivations:
     def test_a_scale_for_each_token(self, code):
         x = torch.tensor([[1.27, -0.5, 0.0], [-254.0, 2.0, 100.0]])
@@ -96,7 +96,7 @@ class TestQuantizeActivations:
         close(numbers, torch.tensor([[5, -10]], dtype=torch.int8), "the numbers of [1, -2] in that token")
 
 
-@exercise("7.2", points=2)
+@exercise("7.3", points=2)
 class TestInt8Method:
     def test_product(self, code):
         weight, x = spread(5, 8), spread(3, 8) + 0.5
@@ -264,7 +264,7 @@ class TestQuantizeInt4:
         close(numbers, expected, "the numbers of a group whose minimum float16 rounds to 40,000")
 
 
-@exercise("7.14", points=1)
+@exercise("7.8", points=1)
 class TestDequantizeInt4:
     def test_one_process(self, code):
         numbers = torch.tensor([[0, 15, 3, 7, 1, 2]], dtype=torch.uint8)
@@ -285,7 +285,7 @@ class TestDequantizeInt4:
         close(got, torch.tensor([[1.0, 2.0, 30.0, 40.0, 50.0, 60.0]]), what)
 
 
-@exercise("7.8", points=2)
+@exercise("7.9", points=2)
 class TestInt4Method:
     def check(self, code, columns: int, group_size: int, symmetric: bool, dtype=torch.float32) -> None:
         weight, x = spread(5, columns).to(dtype), (spread(3, columns) + 0.3).to(dtype)
@@ -323,7 +323,7 @@ class TestInt4Method:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("7.9", points=2)
+@exercise("7.10", points=2)
 class TestQuantize:
     def model(self, code, **changes):
         config = dict(
@@ -380,7 +380,7 @@ class TestQuantize:
             equal(found, expected, what)
 
 
-@exercise("7.10", points=4)
+@exercise("7.11", points=4)
 class TestActivationAwareScales:
     """Inputs of which one channel is large; what is left of a weight is rounded to whole numbers."""
 
@@ -456,7 +456,7 @@ def kept(cache, index: int) -> list[torch.Tensor]:
     return [store[index].float() * scales[index][..., None] for store, scales in pairs]
 
 
-@exercise("7.11", points=2)
+@exercise("7.12", points=2)
 class TestInt8KVCacheWrite:
     def test_a_scale_for_each_slot_and_head(self, code):
         cache = code.Int8KVCache(tiny(code), 4, 2)
@@ -486,7 +486,7 @@ class TestInt8KVCacheWrite:
         close(cache.keys[0], torch.zeros(4, 2, 2, 4, dtype=torch.int8), "the numbers of a layer that was not written")
 
 
-@exercise("7.15", points=2)
+@exercise("7.13", points=2)
 class TestInt8KVCacheGather:
     def cache(self, code, num_blocks: int = 6, block_size: int = 4):
         cache = code.Int8KVCache(tiny(code), num_blocks, block_size, layers=range(1, 3))
@@ -534,7 +534,7 @@ class TestInt8KVCacheGather:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("7.12", points=3)
+@exercise("7.14", points=3)
 class TestStreamLayers:
     def test_in_order(self, code):
         got = [(number, layer) for number, layer in code.stream_layers(range(2, 6), lambda number: f"layer {number}")]
@@ -586,7 +586,7 @@ class TestStreamLayers:
         equal(got, [0, 1], "the layers before it")
 
 
-@exercise("7.13", points=2)
+@exercise("7.15", points=2)
 class TestKLDivergence:
     def test_values(self, code):
         p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])

@@ -7,7 +7,7 @@
     resolve          decides what the options leave open                      exercise 8.10: slot_bytes
     start_executor   one process (lesson 5), or a grid of ranks (lesson 6)
     load_model       called by each rank: its share of the weights            lessons 2, 6 and 7
-    build_runner     called by each rank: its cache, and its part of a step   exercise 8.9
+    build_runner     called by each rank: its cache, and its part of a step   exercise 8.11
 
 Lessons 6 and 7 are imported only where an option needs them.
 """
@@ -151,9 +151,9 @@ def build_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunn
     Draft tokens are proposed and verified on the rank that samples, and only there a draft model is loaded, with the
     target's dtype and with blocks of its own, never in eight bits. All other runners are lesson 5's.
     """
-    # TODO 8.9: `make_cache`; return a `ModelRunner` where nothing is proposed; make the proposer, with `load_model`
-    # if there is a draft; then the runner around it all. `config.num_speculative_tokens` is 8 if it is None.
-    raise NotImplementedError("TODO 8.9")
+    # TODO 8.11: `make_cache`; return a `ModelRunner` where nothing is proposed; make the proposer (`load_model`
+    # if there is a draft); then the runner around it all. `config.num_speculative_tokens` is 8 if it is None.
+    raise NotImplementedError("TODO 8.11")
 
 
 def start_executor(config: EngineConfig, load: Callable, build: Callable) -> Executor:

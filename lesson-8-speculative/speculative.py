@@ -94,8 +94,8 @@ class Lookahead:
         the cache then holds the text without its new token. In the first call the text is the prompt, and the cache is
         empty.
         """
-        # TODO 8.6: compare the text with the cached tokens; truncate `cached_token_ids` and the cache alike.
-        raise NotImplementedError("TODO 8.6")
+        # TODO 8.3: compare the text with the cached tokens; truncate `cached_token_ids` and the cache alike.
+        raise NotImplementedError("TODO 8.3")
 
     def next_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Returns the logits (V,) after these tokens; a forward pass, if one is needed, includes draft tokens."""
@@ -141,8 +141,8 @@ def accept_or_recover(target: Tensor, draft: Tensor, token_id: int, generator: t
     sampled in proportion to max(0, target - draft), which is what each token still lacks. Rounding may leave this zero
     everywhere; the replacement is then sampled from `target`. Returns (whether it was accepted, the token id).
     """
-    # TODO 8.3: call `torch.rand` first; if the token is rejected, `torch.multinomial`; both with this generator.
-    raise NotImplementedError("TODO 8.3")
+    # TODO 8.4: call `torch.rand` first; if the token is rejected, `torch.multinomial`; both with this generator.
+    raise NotImplementedError("TODO 8.4")
 
 
 def rejection_sample(
@@ -155,8 +155,8 @@ def rejection_sample(
     rejected draft token is replaced, and nothing follows it; if all are accepted, a bonus token is sampled from the
     last row. Returns 1 to k + 1 token ids. From Leviathan et al. (2023) and Chen et al. (2023).
     """
-    # TODO 8.4: call `accept_or_recover` for one draft token after the other; then sample the bonus token.
-    raise NotImplementedError("TODO 8.4")
+    # TODO 8.5: call `accept_or_recover` for one draft token after the other; then sample the bonus token.
+    raise NotImplementedError("TODO 8.5")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -170,8 +170,8 @@ def expected_tokens(rate: float, num_draft_tokens: int) -> float:
 
     From Leviathan et al. (2023), equation 1.
     """
-    # TODO 8.7: add up, for each i, the probability that the first i draft tokens are all accepted.
-    raise NotImplementedError("TODO 8.7")
+    # TODO 8.6: add up, for each i, the probability that the first i draft tokens are all accepted.
+    raise NotImplementedError("TODO 8.6")
 
 
 def choose_k(rate: float, seconds: Sequence[float]) -> int:
@@ -179,8 +179,8 @@ def choose_k(rate: float, seconds: Sequence[float]) -> int:
 
     rate: as above. seconds[k]: duration of a step with k draft tokens, from k = 0; proposing them is included.
     """
-    # TODO 8.8: divide `expected_tokens` by the duration, for each k.
-    raise NotImplementedError("TODO 8.8")
+    # TODO 8.7: divide `expected_tokens` by the duration, for each k.
+    raise NotImplementedError("TODO 8.7")
 
 
 MEMORY = 0.9
@@ -202,9 +202,9 @@ class Acceptance:
         """Record that the first `num_accepted` of this many draft tokens were accepted. Each draft token that counts
         as tried multiplies the weight of everything observed before by `MEMORY`.
         """
-        # TODO 8.11: find the bug. With up to five draft tokens a step, each accepted three times in four, the
+        # TODO 8.8: find the bug. With up to five draft tokens a step, each accepted three times in four, the
         # engine believes in an acceptance of about one half, and proposes too few. With one a step, all is well.
-        raise NotImplementedError("TODO 8.11")  # take this line out, then find the one mistake below and mend it
+        raise NotImplementedError("TODO 8.8")  # take this line out, then find the one mistake below and mend it
 
         tried = num_draft_tokens
         weight = MEMORY**tried
@@ -333,9 +333,9 @@ class DraftProposer:
         Each forward pass adds one token to every draft that still needs one. In the first pass a draft computes all
         tokens that this cache lacks, later only its newest token; its last token is never computed, and needs no slot.
         """
-        # TODO 8.5: lower each limit to what fits; while drafts lack tokens, compute their `logits`, note in
+        # TODO 8.9: lower each limit to what fits; while drafts lack tokens, compute their `logits`, note in
         # `num_computed` what is in the cache now, and append what `draw` returns for each row.
-        raise NotImplementedError("TODO 8.5")
+        raise NotImplementedError("TODO 8.9")
 
     def logits(self, drafts: Sequence[Draft], new_token_ids: Sequence[list[int]]) -> Tensor:
         """Compute tokens that follow those in this cache. Returns the logits (R, V) after the last one of each."""

@@ -110,7 +110,7 @@ def tiny(code, rank: int = 0):
     return model
 
 
-@exercise("8.9", points=4, seconds=60)
+@exercise("8.11", points=4, seconds=60)
 class TestBuildRunner:
     def build(self, code, layers: range = range(2), rank: int = 0, **options):
         options = {"num_blocks": 7, "block_size": 4, "num_host_blocks": 5, "dtype": torch.float64, **options}

@@ -131,7 +131,7 @@ def tiny(code, seed: int = 3, num_layers: int = 2, positions: int = 64):
 PROMPT = [3, 14, 15, 9, 2, 6]
 
 
-@exercise("8.6", points=3)
+@exercise("8.3", points=3)
 class TestLookaheadCommit:
     def lookahead(self, code, drafts: list[int]):
         """One that has computed the prompt, with these draft tokens behind it."""
@@ -245,7 +245,7 @@ def drawn(code, target: list[float], draft: list[float], token_id: int, number: 
     return found
 
 
-@exercise("8.3", points=3, seconds=30)
+@exercise("8.4", points=3, seconds=30)
 class TestAcceptOrRecover:
     def outcomes(self, code, target, draft, token_id, expected, why: str) -> None:
         got = sorted(set(drawn(code, target, draft, token_id, 150)))
@@ -325,7 +325,7 @@ def sure(*token_ids: int) -> torch.Tensor:
     return torch.eye(5)[list(token_ids)]
 
 
-@exercise("8.4", points=3, seconds=30)
+@exercise("8.5", points=3, seconds=30)
 class TestRejectionSample:
     def sampled(self, code, target, draft, draft_token_ids: list[int], seed: int = 0) -> list[int]:
         def generator(i: int) -> torch.Generator:
@@ -425,7 +425,7 @@ class TestRejectionSample:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@exercise("8.7")
+@exercise("8.6")
 class TestExpectedTokens:
     def check(self, code, rate: float, num_draft_tokens: int, expected: float) -> None:
         what = f"expected_tokens({rate}, {num_draft_tokens})"
@@ -455,7 +455,7 @@ class TestExpectedTokens:
         close(code.expected_tokens(rate, 3), total, "expected_tokens(0.6, 3), against all eight ways it can go,")
 
 
-@exercise("8.8")
+@exercise("8.7")
 class TestChooseK:
     def check(self, code, rate: float, seconds: list[float], expected: int, why: str) -> None:
         equal(code.choose_k(rate, seconds), expected, f"choose_k({rate}, {seconds}): {why}; it")
@@ -485,7 +485,7 @@ class TestChooseK:
         self.check(code, 0.9, [3.0], 0, "there is only k = 0")
 
 
-@exercise("8.11", points=2)
+@exercise("8.8", points=2)
 class TestAcceptanceObserve:
     def check(self, code, runs: list[tuple[int, int]], right: float, tried: float) -> None:
         own = code.Acceptance()
@@ -589,7 +589,7 @@ class Drafting:
 LONG = [7, 21, 4, 4, 18, 26, 11, 3, 9]
 
 
-@exercise("8.5", points=4)
+@exercise("8.9", points=4)
 class TestDraftProposerPropose:
     def test_one_request(self, code):
         own = Drafting(code)

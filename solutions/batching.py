@@ -72,7 +72,7 @@ def flatten_batch(scheduled: Sequence[ScheduledRequest], block_size: int, device
     Logits are needed of the last row of each request that samples. With draft tokens, they are needed of its last
     `num_spec_tokens` + 1 rows. All tensors are of dtype long, on `device`.
     """
-    # Exercise 5.6: for each request extend the lists: token ids, positions, slots (4.3), the end of its rows, its
+    # Exercise 5.15: for each request extend the lists: token ids, positions, slots (4.3), the end of its rows, its
     # context length, its rows of logits.
     token_ids, positions, slots, logit_rows, query_start, context_lens = [], [], [], [], [0], []
     for request in scheduled:
@@ -437,7 +437,7 @@ class Engine:
         none of them can be served, which would be a mistake of ours.
         """
         start = time.perf_counter()
-        # Exercise 5.14: `schedule` and `submit` while fewer than `depth` are in flight and the plan is not empty.
+        # Exercise 5.16: `schedule` and `submit` while fewer than `depth` are in flight and the plan is not empty.
         # `collect` the oldest; update the scheduler; `report` each request that it returns; `totals.observe` the step.
         while len(self.in_flight) < self.executor.depth:
             plan = self.scheduler.schedule()

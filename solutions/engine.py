@@ -7,7 +7,7 @@
     resolve          decides what the options leave open                      exercise 8.10: slot_bytes
     start_executor   one process (lesson 5), or a grid of ranks (lesson 6)
     load_model       called by each rank: its share of the weights            lessons 2, 6 and 7
-    build_runner     called by each rank: its cache, and its part of a step   exercise 8.9
+    build_runner     called by each rank: its cache, and its part of a step   exercise 8.11
 
 Lessons 6 and 7 are imported only where an option needs them.
 """
@@ -155,8 +155,8 @@ def build_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunn
     Draft tokens are proposed and verified on the rank that samples, and only there a draft model is loaded, with the
     target's dtype and with blocks of its own, never in eight bits. All other runners are lesson 5's.
     """
-    # Exercise 8.9: `make_cache`; return a `ModelRunner` where nothing is proposed; make the proposer, with `load_model`
-    # if there is a draft; then the runner around it all. `config.num_speculative_tokens` is 8 if it is None.
+    # Exercise 8.11: `make_cache`; return a `ModelRunner` where nothing is proposed; make the proposer (`load_model`
+    # if there is a draft); then the runner around it all. `config.num_speculative_tokens` is 8 if it is None.
     cache = make_cache(config, model, layers, config.kv_cache_dtype)
     if config.speculative is None or not is_sampling_rank(model, layers):
         return ModelRunner(model, cache)

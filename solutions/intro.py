@@ -120,7 +120,7 @@ def log_probability(
     prompt and first token, and so on, at temperature 1. Sum logarithms, because the product may underflow. Both
     sequences may be tuples; do not change them. An empty continuation has probability 1.
     """
-    # Exercise 0.9: for each token, get the logits after everything before it and add the log of its probability.
+    # Exercise 0.3: for each token, get the logits after everything before it and add the log of its probability.
     total = 0.0
     for i, token_id in enumerate(continuation_ids):
         logits = next_token_logits([*prompt_ids, *continuation_ids[:i]])
@@ -134,7 +134,7 @@ def classify_by_llm(text: str, next_token_logits: NextTokenLogits, encode: Encod
     prompt: contains {text} where the text belongs, and ends just before the label. The label follows after a space and
     may be several tokens, all of which count. If two labels are equally likely, return the first.
     """
-    # Exercise 0.3: put the text into the prompt, encode it, compare `log_probability` of the labels.
+    # Exercise 0.4: put the text into the prompt, encode it, compare `log_probability` of the labels.
     prompt_ids = encode(prompt.format(text=text))
     scores = [log_probability(encode(f" {label}"), prompt_ids, next_token_logits) for label in LABELS]
     return LABELS[scores.index(max(scores))]
@@ -187,7 +187,7 @@ LLAMA_2_70B = ModelShape("Llama 2 70B", 68_976_648_192, 32_000, 8192, 28_672, 80
 
 def weight_bytes(num_parameters: int, bits: int) -> int:
     """Return the memory for the weights, in bytes, rounded up. bits: per weight; 32, 16, 8 or 4."""
-    # Exercise 0.4: a byte has 8 bits, and half a byte needs a whole one.
+    # Exercise 0.5: a byte has 8 bits, and half a byte needs a whole one.
     return (num_parameters * bits + 7) // 8
 
 
@@ -199,7 +199,7 @@ def kv_cache_bytes(
     In each layer and for each token, every key/value head stores a key and a value of `head_dim` numbers each
     (lessons 1 and 3).
     """
-    # Exercise 0.5: count the numbers for one token in one layer, then multiply by layers, tokens and bytes.
+    # Exercise 0.6: count the numbers for one token in one layer, then multiply by layers, tokens and bytes.
     return 2 * num_layers * num_kv_heads * head_dim * num_tokens * bytes_per_number
 
 
@@ -218,7 +218,7 @@ def flops_per_token(shape: ModelShape, context_length: int) -> int:
     embedding is a lookup and costs nothing. Norms and softmax are left out: they grow with hidden_size, the matrices
     with its square.
     """
-    # Exercise 0.6: count the numbers in the matrices, and the pairs that attention multiplies; each is two FLOP.
+    # Exercise 0.7: count the numbers in the matrices, and the pairs that attention multiplies; each is two FLOP.
     hidden = shape.hidden_size
     q_width = shape.num_attention_heads * shape.head_dim
     kv_width = shape.num_key_value_heads * shape.head_dim
@@ -254,7 +254,7 @@ def arithmetic_intensity(token_flops: float, model_bytes: float, cache_bytes: fl
     token_flops: for one token. model_bytes: the weights, read once per step for all requests. cache_bytes: the KV cache
     of one request; each request has its own and reads all of it.
     """
-    # Exercise 0.7: divide the operations for all requests by the bytes read for all requests.
+    # Exercise 0.8: divide the operations for all requests by the bytes read for all requests.
     return batch_size * token_flops / (model_bytes + batch_size * cache_bytes)
 
 
@@ -267,7 +267,7 @@ def decode_ceiling(
     overlap completely, so a step lasts as long as the slower of the two. From Williams, Waterman and Patterson,
     "Roofline: An Insightful Visual Performance Model" (2009).
     """
-    # Exercise 0.8: compute the seconds of reading and of computing; the slower one limits the step's tokens.
+    # Exercise 0.9: compute the seconds of reading and of computing; the slower one limits the step's tokens.
     reading = (model_bytes + batch_size * cache_bytes) / bandwidth
     computing = batch_size * token_flops / peak_flops
     return batch_size / max(reading, computing)

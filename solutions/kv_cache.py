@@ -33,7 +33,7 @@ def offset_mask(positions: Tensor, num_keys: int) -> Tensor:
     Key s is at position s. A token attends to itself and to all before it. Unlike in lesson 1's `causal_mask`, the
     queries need not be the last tokens, nor adjacent.
     """
-    # Exercise 3.2: compare each query's position with every key's, on the device of `positions`.
+    # Exercise 3.1: compare each query's position with every key's, on the device of `positions`.
     return torch.arange(num_keys, device=positions.device) <= positions[:, None]
 
 
@@ -44,7 +44,7 @@ def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:
     the queries instead costs nothing, and the keys are read once for the whole group. Row g * T + t of key/value head h
     is token t of query head h * H / K + g.
     """
-    # Exercise 3.3: split the head axis into (K, group), then bring the axes into the order (K, group, T, D).
+    # Exercise 3.2: split the head axis into (K, group), then bring the axes into the order (K, group, T, D).
     num_tokens, num_heads, head_dim = q.shape
     grouped = q.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     return grouped.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
@@ -73,7 +73,7 @@ class KVCache:
 
         Raises ValueError, and stores nothing, if they exceed the capacity.
         """
-        # Exercise 3.1: copy them after the layer's filled slots, heads first; update its length; return views.
+        # Exercise 3.3: copy them after the layer's filled slots, heads first; update its length; return views.
         start = self.lengths[layer]
         end = start + k.shape[0]
         capacity = self.keys.shape[2]
@@ -104,7 +104,7 @@ class KVCache:
 
         Raises ValueError if `num_tokens` is negative or more than the cache holds.
         """
-        # Exercise 3.8: set the length of every layer; nothing needs to be erased.
+        # Exercise 3.5: set the length of every layer; nothing needs to be erased.
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"truncate({num_tokens}): the cache holds {self.num_tokens} tokens.")
         self.lengths = [num_tokens] * len(self.lengths)
@@ -122,7 +122,7 @@ def prefill(model: Llama, cache: KVCache, token_ids: Sequence[int], chunk_size: 
     into (R, V), and only the last row is needed. Smaller chunks need less memory for scores, T x S per head, and give
     the same result.
     """
-    # Exercise 3.5: positions continue where the cache ends; pass `cache.attend` to the model.
+    # Exercise 3.6: positions continue where the cache ends; pass `cache.attend` to the model.
     device = cache.keys.device
     for start in range(0, len(token_ids), chunk_size):
         chunk = torch.tensor(token_ids[start : start + chunk_size], device=device)
@@ -133,7 +133,7 @@ def prefill(model: Llama, cache: KVCache, token_ids: Sequence[int], chunk_size: 
 
 def decode_step(model: Llama, cache: KVCache, token_id: int) -> Tensor:
     """Compute one token, which follows the cached ones. Returns the logits (V,) of the token after it."""
-    # Exercise 3.6: one token, one position.
+    # Exercise 3.7: one token, one position.
     device = cache.keys.device
     position = torch.tensor([cache.num_tokens], device=device)
     return model.logits(model(torch.tensor([token_id], device=device), position, cache.attend))[0]
@@ -151,7 +151,7 @@ def generate(
     capacity = min(len(prompt_token_ids) + params.max_tokens, model.config.max_position_embeddings)
     cache = KVCache(model, capacity)
 
-    # Exercise 3.7: pass lesson 2's loop a `next_logits` that computes only tokens that are not cached: first the whole
+    # Exercise 3.8: pass lesson 2's loop a `next_logits` that computes only tokens that are not cached: first the whole
     # prompt, then one token at a time.
     def next_logits(token_ids: Sequence[int]) -> Tensor:
         new = token_ids[cache.num_tokens :]
@@ -167,7 +167,7 @@ def resume(model: Llama, cache: KVCache, cached_token_ids: Sequence[int], token_
     each filled slot. Keep the longest common prefix, truncate the rest, compute what is missing. At least the last
     token is computed, because the cache has no logits.
     """
-    # Exercise 3.12: find the bug. Ask a question, change one word in the middle, ask again: the answer is to a mixture
+    # Exercise 3.9: find the bug. Ask a question, change one word in the middle, ask again: the answer is to a mixture
     # of the two questions. If nothing changed, or only the end, the answer is right.
 
     shared = 0
@@ -186,7 +186,7 @@ def resume(model: Llama, cache: KVCache, cached_token_ids: Sequence[int], token_
 
 def cache_bytes(config: ModelConfig, num_tokens: int, bytes_per_number: int) -> int:
     """Return the memory of the keys and values of `num_tokens` tokens, in bytes."""
-    # Exercise 3.9: two tensors; per layer and token, K heads of D numbers.
+    # Exercise 3.10: two tensors; per layer and token, K heads of D numbers.
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return num_tokens * per_token * bytes_per_number
 
@@ -196,7 +196,7 @@ def padding_waste(lengths: Sequence[int]) -> float:
 
     lengths: at least one, each at least 1.
     """
-    # Exercise 3.10: count all tokens of the padded batch, and those that are needed.
+    # Exercise 3.11: count all tokens of the padded batch, and those that are needed.
     computed = max(lengths) * len(lengths)
     return 1 - sum(lengths) / computed
 
@@ -212,6 +212,6 @@ class Latency:
 
 def latency_summary(start: float, token_times: Sequence[float]) -> Latency:
     """Summarize one request. start: when it was made; token_times: when each token came, at least one. In seconds."""
-    # Exercise 3.11: the first token counts from `start`, each later one from the token before it.
+    # Exercise 3.12: the first token counts from `start`, each later one from the token before it.
     gaps = [later - earlier for earlier, later in pairwise(token_times)]
     return Latency(token_times[0] - start, sum(gaps) / len(gaps) if gaps else 0.0, max(gaps, default=0.0))

@@ -321,7 +321,7 @@ class Llama(nn.Module):
 
         positions: (T,), of each token in its own sequence; they need not start at 0 or be consecutive.
         """
-        # Exercise 2.15: make the cos and sin tables once, on hidden's device, then call each layer in turn.
+        # Exercise 2.5: make the cos and sin tables once, on hidden's device, then call each layer in turn.
         cos, sin = rotary_tables(positions, self.frequencies.to(hidden.device))
         for layer in layers:
             hidden = self.model.layers[layer](hidden, cos, sin, attend)
@@ -329,12 +329,12 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores of the next token from the last layer's output. (R, hidden_size) -> (R, V)."""
-        # Exercise 2.16: apply the final norm, then the head.
+        # Exercise 2.6: apply the final norm, then the head.
         return self.lm_head(self.model.norm(hidden))
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(T,) token ids at (T,) positions -> (T, hidden_size), the last layer's output, not yet normed."""
-        # Exercise 2.5: embed, then run all layers.
+        # Exercise 2.7: embed, then run all layers.
         return self.run_layers(self.embed(token_ids), positions, attend, range(self.config.num_hidden_layers))
 
 
@@ -367,7 +367,7 @@ def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
     or every tensor that the model does not know. Or it names the first tensor whose shape is not what its layer
     expects, with both shapes and its file.
     """
-    # Exercise 2.6: collect the `shapes()` of all `layers_of(model)` under their full names. Compare names, then shapes.
+    # Exercise 2.8: collect the `shapes()` of all `layers_of(model)` under their full names. Compare names, then shapes.
     # Then let each layer `load` with its `reader`, and tie the head at the end.
     is_tied = model.config.tie_word_embeddings
     layers = {path: layer for path, layer in layers_of(model).items() if not (is_tied and path == "lm_head")}
@@ -428,7 +428,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     Scores equal to the k-th are kept too; k may exceed V. From Fan et al., "Hierarchical Neural Story Generation"
     (2018).
     """
-    # Exercise 2.7: find the k-th highest score, and keep everything that is not lower.
+    # Exercise 2.9: find the k-th highest score, and keep everything that is not lower.
     threshold = logits.topk(min(k, logits.shape[-1])).values[-1]
     return logits.masked_fill(logits < threshold, -math.inf)
 
@@ -439,7 +439,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     logits: (V,); 0 < p <= 1. Returns (V,), a new tensor. The token that crosses p is kept, so at least one is. Also
     called nucleus sampling: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020).
     """
-    # Exercise 2.8: sort by score, keep a token if those before it have not reached p, undo the sorting.
+    # Exercise 2.10: sort by score, keep a token if those before it have not reached p, undo the sorting.
     ordered, token_ids = logits.sort(descending=True)
     probabilities = upcast(ordered).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
@@ -452,7 +452,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     logits: (V,). Returns (V,), a new tensor. It keeps few tokens if the model is certain, and many if it is not. From
     Nguyen et al., "Min-p Sampling" (2024).
     """
-    # Exercise 2.9: compare probabilities with p times the highest probability.
+    # Exercise 2.11: compare probabilities with p times the highest probability.
     probabilities = upcast(logits).softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.max(), -math.inf)
 
@@ -463,7 +463,7 @@ def sampling_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     Apply the temperature first, then top_k, top_p and min_p, each to what the one before left, and only if it is set
     (0, 1 and 0 mean unset). In float32 at least.
     """
-    # Exercise 2.14: keep this order; a higher temperature changes which tokens top_p keeps.
+    # Exercise 2.12: keep this order; a higher temperature changes which tokens top_p keeps.
     logits = upcast(logits) / params.temperature
     if params.top_k > 0:
         logits = keep_top_k(logits, params.top_k)
@@ -491,7 +491,7 @@ def sample(logits: Tensor, params: SamplingParams, index: int) -> int:
     params.seed and index only. So there is no state to save: a request that is preempted, moved or batched with others
     draws the same tokens as alone.
     """
-    # Exercise 2.10: return the likeliest, or draw (`torch.multinomial`, on the CPU) with this index's `draw_generator`.
+    # Exercise 2.13: return the likeliest, or draw (`torch.multinomial`, on the CPU) with this index's `draw_generator`.
     if params.temperature == 0:
         return int(logits.argmax())
     probabilities = sampling_probs(logits, params).cpu()
@@ -543,7 +543,7 @@ class TextStream:
 
         Bytes that can never become a character give U+FFFD at once.
         """
-        # Exercise 2.11: append `tokenizer.token_bytes(token_id)` to `held` and decode all whole characters. A decoder
+        # Exercise 2.14: append `tokenizer.token_bytes(token_id)` to `held` and decode all whole characters. A decoder
         # from `codecs.getincrementaldecoder("utf-8")` does that; its `getstate()` has the bytes that are left.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         text = decoder.decode(self.held + self.tokenizer.token_bytes(token_id))
@@ -570,7 +570,7 @@ class StopChecker:
         If a stop string is complete, set `found` and return the text before it; of several, the one that begins first
         counts. Otherwise hold back the end of the text that may become a stop string, and nothing else.
         """
-        # Exercise 2.12: look for whole stop strings first; then find the longest end of the text that is the beginning
+        # Exercise 2.15: look for whole stop strings first; then find the longest end of the text that is the beginning
         # of one.
         text = self.held + text
         starts = [(text.find(stop), stop) for stop in self.stop if stop in text]
@@ -623,7 +623,7 @@ def check_prompt(prompt_token_ids: Sequence[int], config: ModelConfig, params: S
 
 def recompute(model: Llama, token_ids: Sequence[int]) -> Tensor:
     """Return the scores (V,) of the token after these. Nothing is remembered: every call computes all tokens."""
-    # Exercise 2.17: run the model at positions 0, 1, ... with `causal_attend`; compute logits of the last token only.
+    # Exercise 2.16: run the model at positions 0, 1, ... with `causal_attend`; compute logits of the last token only.
     token_ids = torch.tensor(token_ids, device=model.model.norm.weight.device)
     hidden = model(token_ids, torch.arange(len(token_ids), device=token_ids.device), causal_attend)
     return model.logits(hidden[-1:])[0]
@@ -656,7 +656,7 @@ def generate(
             output.text += piece
             on_text(piece)
 
-    # Exercise 2.13: until there is a finish_reason: `next_logits` of prompt and output, `adjust_logits`, `sample`,
+    # Exercise 2.17: until there is a finish_reason: `next_logits` of prompt and output, `adjust_logits`, `sample`,
     # append. A stop token adds no text; any other goes through `stream`, and then through `checker` unless it is one of
     # the first `min_tokens`. At the end, unless a stop string was found, `show` what both still hold. If
     # `params.logprobs` is set (it may be 0), append `top_logprobs` of the model's own logits.

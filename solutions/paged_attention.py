@@ -58,7 +58,7 @@ def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
     A token's key and value depend on all tokens before it, so the same tokens after another parent are another block.
     Token ids may exceed 100,000.
     """
-    # Exercise 4.9: take a 16-byte `hashlib.blake2b` digest of the parent's value and of these tokens.
+    # Exercise 4.1: take a 16-byte `hashlib.blake2b` digest of the parent's value and of these tokens.
     before = parent.value if parent else b""
     text = " ".join(map(str, token_ids)).encode()
     return BlockHash(hashlib.blake2b(before + text, digest_size=16).digest(), before, tuple(token_ids))
@@ -96,7 +96,7 @@ class BlockPool:
 
         Raises ValueError, and takes none, if fewer are free.
         """
-        # Exercise 4.1: `free.popitem(last=False)` removes the oldest as (id, block). Its old content must no longer be
+        # Exercise 4.2: `free.popitem(last=False)` removes the oldest as (id, block). Its old content must no longer be
         # found: `forget` it.
         if num_blocks > len(self.free):
             raise ValueError(f"{num_blocks} blocks requested, {len(self.free)} of {len(self.blocks)} are free.")
@@ -111,7 +111,7 @@ class BlockPool:
 
         Raises ValueError for a block whose count is 0 already.
         """
-        # Exercise 4.2: decrement; at zero, and only then, append the block to `free`, in the order given.
+        # Exercise 4.3: decrement; at zero, and only then, append the block to `free`, in the order given.
         for block in blocks:
             if block.ref_cnt < 1:
                 raise ValueError(f"Block {block.block_id} is free already.")
@@ -204,7 +204,7 @@ class KVCacheManager:
         They are only looked up; `allocate_slots` takes them. The last token is never among them, even if its block is
         cached: it must be computed to get its logits. If `enable_prefix_caching` is false, there are none.
         """
-        # Exercise 4.10: look up one block after the other until one is missing; stop before the last token's block.
+        # Exercise 4.4: look up one block after the other until one is missing; stop before the last token's block.
         if not self.enable_prefix_caching:
             return [], 0
         blocks: list[KVCacheBlock] = []
@@ -221,7 +221,7 @@ class KVCacheManager:
         Verified tokens are computed (at the latest in this step) and are not draft tokens, which may be rejected. Other
         blocks get no hash. If `enable_prefix_caching` is false, do nothing.
         """
-        # Exercise 4.11: pair the sequence's blocks with `hashes`; the pool remembers those that have no hash yet.
+        # Exercise 4.5: pair the sequence's blocks with `hashes`; the pool remembers those that have no hash yet.
         if not self.enable_prefix_caching:
             return
         block_hashes = self.hashes(request, num_verified_tokens // self.block_size)
@@ -243,7 +243,7 @@ class KVCacheManager:
         `computed_blocks`, from `get_computed_blocks`, become the beginning of a new sequence's table; its
         `num_computed_tokens` includes them. A shared block that will be written is replaced with a copy.
         """
-        # Exercise 4.12: count the missing blocks, and one more for each of `shared_blocks`. A computed block with
+        # Exercise 4.6: count the missing blocks, and one more for each of `shared_blocks`. A computed block with
         # ref_cnt 0 is among the free blocks but must not be taken. Then touch, copy on write, take, extend the table.
         table = self.block_tables.get(request.request_id, [])
         num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
@@ -280,7 +280,7 @@ class KVCacheManager:
         computed again for its logits, from which the child draws its own next token. Raises ValueError if the parent
         has not computed all of the child's tokens.
         """
-        # Exercise 4.13: touch the blocks that hold the child's tokens, and give the child a table of its own.
+        # Exercise 4.7: touch the blocks that hold the child's tokens, and give the child a table of its own.
         num_tokens = len(child.all_token_ids)
         if parent.num_computed_tokens < num_tokens:
             raise ValueError(
@@ -297,7 +297,7 @@ class KVCacheManager:
 
         `copies` records which slots to copy: those that the sequence has filled. `PagedKVCache.copy` copies them later.
         """
-        # Exercise 4.16: take a new block, append to `copies`, put the block into the table, free the shared one.
+        # Exercise 4.8: take a new block, append to `copies`, put the block into the table, free the shared one.
         for place in places:
             table = self.block_tables[request.request_id]
             shared, (own,) = table[place], self.pool.get_new_blocks(1)
@@ -314,7 +314,7 @@ class KVCacheManager:
 
     def trim(self, request: TokenSequence) -> None:
         """Free the blocks after the computed tokens: slots for draft tokens that were rejected."""
-        # Exercise 4.15: find the bug. A sequence goes back by a few tokens and continues, and all is well. But
+        # Exercise 4.9: find the bug. A sequence goes back by a few tokens and continues, and all is well. But
         # sometimes, when the pool is busy, it continues with what another sequence was about.
 
         table = self.block_tables[request.request_id]
@@ -333,7 +333,7 @@ def utilisation(num_tokens: Sequence[int], block_size: int) -> float:
 
     No block is shared. With blocks for the longest possible sequence, this is the contiguous cache of lesson 3.
     """
-    # Exercise 4.14: divide the tokens by the slots; a sequence reserves whole blocks.
+    # Exercise 4.10: divide the tokens by the slots; a sequence reserves whole blocks.
     slots = sum(cdiv(length, block_size) * block_size for length in num_tokens)
     return sum(num_tokens) / slots
 
@@ -357,7 +357,7 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Partial:
     q: (..., T, D); k, v: (..., S, D); mask: (..., T, S), True where a query may attend. A query that may attend to none
     of these keys gets maximum -inf, total 0 and weighted 0.
     """
-    # Exercise 4.17: as lesson 1's `attention`, but stop before the division. Beware: -inf minus -inf is NaN.
+    # Exercise 4.11: as lesson 1's `attention`, but stop before the division. Beware: -inf minus -inf is NaN.
     scores = (upcast(q) @ upcast(k).mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
     maximum = scores.amax(-1)
     weights = (scores - maximum.clamp(min=torch.finfo(scores.dtype).min)[..., None]).exp()
@@ -369,7 +369,7 @@ def merge_partials(a: Partial, b: Partial) -> Partial:
 
     From Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
-    # Exercise 4.6: rescale both to the higher maximum: what is relative to m is multiplied by exp(m - higher).
+    # Exercise 4.12: rescale both to the higher maximum: what is relative to m is multiplied by exp(m - higher).
     maximum = torch.maximum(a.maximum, b.maximum)
     safe = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # -inf minus -inf is NaN
     scale_a, scale_b = (a.maximum - safe).exp(), (b.maximum - safe).exp()
@@ -394,7 +394,7 @@ def blockwise_attention(
     up to there. read(start, end), with end <= num_keys, returns keys and values of positions start to end of each
     sequence, both (B, end - start, K, D). Returns (B, T, H, D) in q's dtype. From Dao et al., "FlashAttention" (2022).
     """
-    # Exercise 4.7: fold the heads with `fold_sequences` (K is in the shape of what `read` returns). For each segment
+    # Exercise 4.13: fold the heads with `fold_sequences` (K is in the shape of what `read` returns). For each segment
     # call `partial_attention`, masked by position (the same for every head of a group), and merge; divide at the end.
     num_kv_heads = read(0, 1)[0].shape[2]
     folded = fold_sequences(q, num_kv_heads)  # (B, K, G * T, D): G query heads share their keys
@@ -421,7 +421,7 @@ def slot_mapping(block_table: Sequence[int], start: int, num_tokens: int, block_
 
     Slots are numbered through the whole pool: block b has slots b * block_size to (b + 1) * block_size - 1.
     """
-    # Exercise 4.3: find each position's block in the table, and its offset in that block.
+    # Exercise 4.14: find each position's block in the table, and its offset in that block.
     positions = range(start, start + num_tokens)
     return [block_table[p // block_size] * block_size + p % block_size for p in positions]
 
@@ -494,7 +494,7 @@ class PagedKVCache:
 
         layer: the index in the whole model; this cache has the layers in `self.layers`.
         """
-        # Exercise 4.4: viewed as (num_blocks * block_size, K, D), a layer's memory is indexed by slot.
+        # Exercise 4.15: viewed as (num_blocks * block_size, K, D), a layer's memory is indexed by slot.
         index = layer - self.layers.start
         self.keys[index].flatten(0, 1).index_copy_(0, slots, k)
         self.values[index].flatten(0, 1).index_copy_(0, slots, v)
@@ -505,8 +505,8 @@ class PagedKVCache:
         Returns keys and values, both (B, end - start, K, D). Read only the blocks that contain these positions. If they
         are in a single block of each table (as in a contiguous cache), copy only the requested slots.
         """
-        # Exercise 4.5: find the columns of the tables, `index_select` their blocks, concatenate, cut off both ends. For
-        # a single column, slice the slots before selecting.
+        # Exercise 4.16: find the columns of the tables, `index_select` their blocks, concatenate, cut off both ends.
+        # For a single column, slice the slots before selecting.
         first, last = start // self.block_size, cdiv(end, self.block_size)
         low, high = start - first * self.block_size, end - first * self.block_size
         block_ids = block_tables[:, first:last].flatten()
@@ -523,7 +523,7 @@ class PagedKVCache:
         """Return lesson 2's `attend` for a batch of requests. What does not depend on the layer is computed once."""
         groups = group_queries(metadata, self.block_size)
 
-        # Exercise 4.8: return a function of (layer, q, k, v). It first writes all keys and values, because a request
+        # Exercise 4.17: return a function of (layer, q, k, v). It first writes all keys and values, because a request
         # may read what another one of the batch writes. Then it fills each group's rows from `group_attention`.
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.write(layer, metadata.slot_mapping, k, v)

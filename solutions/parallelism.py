@@ -136,7 +136,7 @@ def largest_share(config: ModelConfig, tensor_parallel: int, pipeline_parallel: 
 
     All ranks have the same number of blocks, so the memory of this rank decides how many blocks there can be.
     """
-    # Exercise 6.15: find the bug. SmolLM2 with two stages, and each process allowed 1 GiB of cache: the second stage
+    # Exercise 6.5: find the bug. SmolLM2 with two stages, and each process allowed 1 GiB of cache: the second stage
     # uses 0.7 GiB and the first 1.3. Where both stages have equally many layers, both use 1 GiB.
 
     heads = config.num_attention_heads, config.num_key_value_heads
@@ -153,7 +153,7 @@ def pipeline_timeline(num_stages: int, num_batches: int, num_steps: int) -> list
     batch begins when its step before has left the last stage, for only then its tokens are known. Returns a row for
     each stage, of (batch, step) or None where it stands idle, up to the tick when all is done.
     """
-    # Exercise 6.5: for each step of each batch: when may it enter the first stage? The others follow, tick by tick.
+    # Exercise 6.6: for each step of each batch: when may it enter the first stage? The others follow, tick by tick.
     ready, free, starts = [0] * num_batches, 0, {}
     for step in range(num_steps):
         for batch in range(num_batches):
@@ -169,7 +169,7 @@ def pipeline_timeline(num_stages: int, num_batches: int, num_steps: int) -> list
 
 def bubble_fraction(timeline: Sequence[Sequence[tuple[int, int] | None]]) -> float:
     """The share of all stages' ticks in which nothing is computed: the pipeline's bubble."""
-    # Exercise 6.16: count.
+    # Exercise 6.7: count.
     cells = [cell for row in timeline for cell in row]
     return cells.count(None) / len(cells)
 
@@ -181,7 +181,7 @@ def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidt
     send at the same time, each to the next one. A message is one of `world_size` parts of the tensor. Messages are sent
     until each part is summed up on one rank, and then until every rank has every sum. From Patarasuk and Yuan (2009).
     """
-    # Exercise 6.6: how many messages, one after another, of how many bytes each?
+    # Exercise 6.8: how many messages, one after another, of how many bytes each?
     num_messages = 2 * (world_size - 1)
     return num_messages * (latency + num_bytes / world_size / bandwidth)
 
@@ -240,7 +240,7 @@ def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
     x is cut into as many parts as there are ranks. With each of the first size - 1 messages a rank receives a part, and
     adds its own numbers to it: then every rank has one finished sum. With the others the finished sums go round.
     """
-    # Exercise 6.7: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Which part does a rank
+    # Exercise 6.9: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Which part does a rank
     # send first? After the first half, which part is complete on rank r?
     total = x.clone(memory_format=torch.contiguous_format)
     parts = total.view(-1).tensor_split(group.size)
@@ -267,7 +267,7 @@ def read_shard(read: Callable[..., Tensor], shape: Sequence[int], part: Sequence
     padding there, which is 0. `read(*ranges)` returns what lies in ranges within the tensor, in the checkpoint's dtype;
     that is the dtype of the result too.
     """
-    # Exercise 6.12: clip each range to its axis and read that; if anything is missing, lay it into a tensor of zeros.
+    # Exercise 6.10: clip each range to its axis and read that; if anything is missing, lay it into a tensor of zeros.
     inside = [range(min(axis.start, size), min(axis.stop, size)) for axis, size in zip(part, shape)]
     found = read(*inside)
     if inside == list(part):
@@ -304,7 +304,7 @@ class ColumnParallelLinear(ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, in), the same on every rank. Returns (T, len(part)): this rank's outputs."""
-        # Exercise 6.8: multiply with `self.method.apply(self, x, bias)`. An output needs all of x, and one row.
+        # Exercise 6.11: multiply with `self.method.apply(self, x, bias)`. An output needs all of x, and one row.
         return self.method.apply(self, x, self.bias)
 
 
@@ -319,7 +319,7 @@ class RowParallelLinear(ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, len(part)), this rank's inputs. Returns (T, out), the same on every rank: the whole layer's output."""
-        # Exercise 6.9: multiply with `self.method.apply(self, x)`, which is this rank's contribution; add up the
+        # Exercise 6.12: multiply with `self.method.apply(self, x)`, which is this rank's contribution; add up the
         # contributions of all ranks; add the bias.
         total = self.group.all_reduce(self.method.apply(self, x))
         return total if self.bias is None else total + self.bias
@@ -333,7 +333,7 @@ class VocabParallelEmbedding(ShardedLinear):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (T,), any of the whole vocabulary. Returns (T, hidden_size), the same on every rank."""
-        # Exercise 6.10: look up the ids in `self.rows` with `self.method.embed(self, row)`, where row 0 is the first
+        # Exercise 6.13: look up the ids in `self.rows` with `self.method.embed(self, row)`, where row 0 is the first
         # that this rank has. The others are rows of zeros here. Each token id belongs to exactly one rank.
         ours = (token_ids >= self.rows.start) & (token_ids < self.rows.stop)
         found = self.method.embed(self, (token_ids - self.rows.start).where(ours, 0))
@@ -352,7 +352,7 @@ class ParallelLMHead(ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, hidden_size). Returns (R, V) on the group's first rank, which samples, and (0, V) on the others."""
-        # Exercise 6.11: compute this rank's scores with `self.method.apply`; gather them; lay them side by side; drop
+        # Exercise 6.14: compute this rank's scores with `self.method.apply`; gather them; lay them side by side; drop
         # the padding, for V is `self.shape[0]`.
         parts = self.group.gather(self.method.apply(self, x))
         vocab_size = self.shape[0]
@@ -436,7 +436,7 @@ def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
     """
     check_parallel(model.config, coordinates.tensor_parallel, coordinates.pipeline_parallel)
     layers, parts = coordinates.layers(model.config), rank_parts(model.config, group)
-    # Exercise 6.17: replace what is absent; where the group has more than one rank, replace the layers of `SHARDED`,
+    # Exercise 6.15: replace what is absent; where the group has more than one rank, replace the layers of `SHARDED`,
     # the embedding and the head, each by its class, made of (layer, part, group). Tie the weights again at the end.
     base, tied = model.model, model.config.tie_word_embeddings
     for number, block in enumerate(base.layers):
@@ -493,7 +493,7 @@ def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> Mo
 
     A plan that schedules no request still moves blocks, on every stage, but no hidden states are sent or received.
     """
-    # Exercise 6.13: every `send` of a stage needs exactly one `receive` in the next stage. When does a stage receive,
+    # Exercise 6.16: every `send` of a stage needs exactly one `receive` in the next stage. When does a stage receive,
     # and `plan.num_tokens` of what? The kind of result that `runner.execute(plan, hidden)` returns says who sends.
     hidden = None
     if plan.scheduled and link.previous is not None:
@@ -559,7 +559,7 @@ def worker_loop(
     The result of run(command) is sent to rank 0, unless it is None. If `run` raises, a `Failure` is sent and the loop
     ends, because this rank is no longer at the same point of the computation as the others.
     """
-    # Exercise 6.14: receive, run, send. `describe(error)` and `is_consequence(error)` give what a Failure needs. Errors
+    # Exercise 6.17: receive, run, send. `describe(error)` and `is_consequence(error)` give what a Failure needs. Errors
     # raised by `receive` and `send` are not caught.
     while (command := receive()) is not None:
         try:

@@ -75,7 +75,7 @@ def quantize_activations(x: Tensor, absmax: Tensor | None = None) -> tuple[Tenso
 
     absmax: (T,), the largest magnitude of each token, if x has only a part of its channels.
     """
-    # Exercise 7.3: a token is a row, too.
+    # Exercise 7.2: a token is a row, too.
     return quantize_int8(x, absmax)
 
 
@@ -148,7 +148,7 @@ class Int8Method(QuantizedMethod):
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
         """Multiply x (T, in) by the matrix that numbers and scales stand for. Returns (T, out) in x's dtype."""
-        # Exercise 7.2: a scale belongs to an output. So when is it cheapest to multiply by it?
+        # Exercise 7.3: a scale belongs to an output. So when is it cheapest to multiply by it?
         return F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale
 
     def embed(self, layer: Linear, token_ids: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def dequantize_int4(
     scale, minimum: (out, groups); a minimum of None is -8 scales. first_column: the position of the first column in
     its group, which is not 0 if a rank's columns begin within a group.
     """
-    # Exercise 7.14: find the bug. One process answers well. Three ranks answer well with groups of 32 and of 64; with
+    # Exercise 7.8: find the bug. One process answers well. Three ranks answer well with groups of 32 and of 64; with
     # groups of 128 their answers are nonsense.
 
     group_of = (torch.arange(numbers.shape[1], device=numbers.device) + first_column) // group_size
@@ -264,7 +264,7 @@ class Int4Method(QuantizedMethod):
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
         """Multiply x (T, in) by the matrix that the bytes stand for. Returns (T, out) in x's dtype."""
-        # Exercise 7.8: unpack (an odd number of columns was padded with one more) and `dequantize_int4` in x's dtype.
+        # Exercise 7.9: unpack (an odd number of columns was padded with one more) and `dequantize_int4` in x's dtype.
         # The layer's columns may begin within a group: its first one is column `layer.columns.start` of the matrix.
         numbers = unpack_int4(layer.weight)[:, : layer.in_features]
         minimum = None if self.symmetric else layer.weight_minimum.to(x.dtype)
@@ -315,8 +315,8 @@ def quantize(model: Llama, quantization: Quantization, is_saved: bool = False) -
     most sensitive, always gets `Int8Method`. The embedding table stays in floats, except in a tied model: there it
     shares the head's eight bits.
     """
-    # Exercise 7.9: `set_method` for each of `layers_of(model.model.layers)` that has a `method` (a norm has none), then
-    # for the head and, if tied, the table. `set_method` makes new tensors, so tie them again.
+    # Exercise 7.10: `set_method` for each of `layers_of(model.model.layers)` that has a `method` (norms have none),
+    # then for the head and, if tied, the table. `set_method` makes new tensors, so tie them again.
     method, head_method = quantization.method(is_saved), Int8Method(is_saved)
     for layer in layers_of(model.model.layers).values():
         if hasattr(layer, "method"):
@@ -414,7 +414,7 @@ def activation_aware_scales(
     square of the change in the outputs, summed over the weights. Returns the best one, (in,), the first of equals.
     From Lin et al., "AWQ" (2024).
     """
-    # Exercise 7.10: for each candidate and weight, compare x @ weight.T with what the scaled weight gives: round-trip
+    # Exercise 7.11: for each candidate and weight, compare x @ weight.T with what the scaled weight gives: round-trip
     # weight x factors, then divide by the factors again.
     magnitude = x.abs().mean(dim=0).clamp(min=1e-4)
     wanted = [x @ weight.T for weight in weights]
@@ -507,7 +507,7 @@ class Int8KVCache(PagedKVCache):
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store the keys and values of T tokens. slots: (T,); k, v: (T, K, D)."""
-        # Exercise 7.11: each slot and head has a row of D numbers for `quantize_int8`. As in lesson 4, a layer's memory
+        # Exercise 7.12: each slot and head has a row of D numbers for `quantize_int8`. As in lesson 4, a layer's memory
         # is indexed by slot; so are its scales.
         index = layer - self.layers.start
         for store, scales, new in zip((self.keys, self.values), self.scales, (k, v)):
@@ -517,7 +517,7 @@ class Int8KVCache(PagedKVCache):
 
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read positions start to end of B sequences: two of (B, end - start, K, D), in the model's dtype."""
-        # Exercise 7.15: select the blocks of these positions as in lesson 4, apply their scales, cut to the slots.
+        # Exercise 7.13: select the blocks of these positions as in lesson 4, apply their scales, cut to the slots.
         index, first, last = layer - self.layers.start, start // self.block_size, cdiv(end, self.block_size)
         low, high = start - first * self.block_size, end - first * self.block_size
         block_ids = block_tables[:, first:last].flatten()
@@ -540,7 +540,7 @@ def stream_layers(numbers: Iterable[int], read: Callable[[int], nn.Module]) -> I
     read(number) reads a layer from the disk, which takes a while. At most two layers are in memory: the one that was
     yielded last, and the one that is being read. What `read` raises is raised here.
     """
-    # Exercise 7.12: `pool.submit(read, number)` reads in another thread; `.result()` waits for it. Submit a layer
+    # Exercise 7.14: `pool.submit(read, number)` reads in another thread; `.result()` waits for it. Submit a layer
     # before you yield the one before it, and no earlier.
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
@@ -630,6 +630,6 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     logits, other_logits: (T, V), the scores of both models on the same tokens. Returns the mean over the tokens of
     sum p log (p / q), where p is the model's distribution and q the other's. From Kullback and Leibler (1951).
     """
-    # Exercise 7.13: take log-probabilities of both, `upcast` first. p log (p / q) is a product of p and a difference.
+    # Exercise 7.15: take log-probabilities of both, `upcast` first. p log (p / q) is a product of p and a difference.
     p, q = upcast(logits).log_softmax(-1), upcast(other_logits).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean()

@@ -177,7 +177,7 @@ def fair_share(request: Request, served: Mapping[str, float]) -> tuple:
     served: for each tenant, the number of tokens that were computed and sampled for it. From Sheng et al., "Fairness in
     Serving Large Language Models" (2024).
     """
-    # Exercise 5.12: return a tuple to sort by. Tuples compare from the left, and the smallest is served first.
+    # Exercise 5.4: return a tuple to sort by. Tuples compare from the left, and the smallest is served first.
     return (served[request.tenant], request.arrival)
 
 
@@ -188,7 +188,7 @@ def join(served: dict[str, float], tenant: str, active: Collection[str]) -> None
     to the least served active tenant, if it is below. An active tenant keeps its number, and so does every tenant while
     none is active. A tenant that is new starts at 0.
     """
-    # Exercise 5.16: enter a new tenant first; then raise it if some tenant is active and this one is not.
+    # Exercise 5.5: enter a new tenant first; then raise it if some tenant is active and this one is not.
     own = served.setdefault(tenant, 0.0)
     if active and tenant not in active:
         served[tenant] = max(own, min(served[other] for other in active))
@@ -269,7 +269,7 @@ class Scheduler:
         ready = [request for request in self.running if not request.in_flight]
         ready.sort(key=lambda request: (request.last_step, self.rank(request)))
         ready = ready[: self.max_step_seqs]
-        # Exercise 5.4: for each of `ready`, in order: stop when the budget is 0; skip it if it is no longer RUNNING.
+        # Exercise 5.6: for each of `ready`, in order: stop when the budget is 0; skip it if it is no longer RUNNING.
         # `tokens_to_schedule` with the budget minus one token for each request after it, but at least 1; `make_room`
         # returns how many of those fit; `schedule_request`, unless it is 0; subtract from the budget.
         for i, request in enumerate(ready):
@@ -291,7 +291,7 @@ class Scheduler:
 
         If there are too few blocks for the first, none after it is admitted: small requests would starve a large one.
         """
-        # Exercise 5.5: ask `next_waiting` and `can_allocate`; `admit` schedules the request and returns its tokens.
+        # Exercise 5.7: ask `next_waiting` and `can_allocate`; `admit` schedules the request and returns its tokens.
         while budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.next_waiting(plan)
             if request is None or not self.can_allocate(request):
@@ -384,7 +384,7 @@ class Scheduler:
         token, and what it has computed stays computed. A request in `output.errors` finishes with "error".
         """
         requests = [self.requests[scheduled.request_id] for scheduled in plan.scheduled]
-        # Exercise 5.7: each is no longer in flight. If it was aborted meanwhile (it has a finish_reason) or failed,
+        # Exercise 5.8: each is no longer in flight. If it was aborted meanwhile (it has a finish_reason) or failed,
         # `finish` it. Otherwise: subtract rejected draft tokens; append sampled ones until there is a `finish_reason`;
         # keep the new draft tokens; `cache_blocks` of what is computed; `finish` it if there is a reason.
         for scheduled, request in zip(plan.scheduled, requests):
@@ -433,7 +433,7 @@ class Scheduler:
 
         The blocks of a request in flight are being read and written. Requests scheduled in this step are in flight too.
         """
-        # Exercise 5.8: `rank` is the sort key.
+        # Exercise 5.9: `rank` is the sort key.
         return max((request for request in self.running if not request.in_flight), key=self.rank, default=None)
 
     def preempt(self, request: Request, plan: SchedulerOutput) -> None:
@@ -448,7 +448,7 @@ class Scheduler:
 
     def preempt_by_recompute(self, request: Request) -> None:
         """Free a request's blocks, to compute all of its tokens again once it is admitted. `preempt` does the rest."""
-        # Exercise 5.9: what becomes of its blocks, of `num_computed_tokens`, of its status?
+        # Exercise 5.10: what becomes of its blocks, of `num_computed_tokens`, of its status?
         self.manager.free(request)
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
@@ -458,7 +458,7 @@ class Scheduler:
 
         Returns True; or False, with no side effects, if the host has too few free blocks. `preempt` does the rest.
         """
-        # Exercise 5.10: take a host block for each block that has a computed token in it, and note each move in
+        # Exercise 5.11: take a host block for each block that has a computed token in it, and note each move in
         # `plan.swaps_out` with its number of filled slots. Keep the host blocks in `swapped`; free the others; status.
         block_size = self.manager.block_size
         num_blocks = cdiv(request.num_computed_tokens, block_size)
@@ -475,7 +475,7 @@ class Scheduler:
 
     def swap_in(self, request: Request, plan: SchedulerOutput) -> None:
         """Move a swapped request's tokens back into the blocks of its new block table; free the host's blocks."""
-        # Exercise 5.11: the same moves in the other direction, in `plan.swaps_in`.
+        # Exercise 5.12: the same moves in the other direction, in `plan.swaps_in`.
         block_size = self.manager.block_size
         hosts = self.swapped.pop(request.request_id)
         for i, (host, block_id) in enumerate(zip(hosts, self.manager.block_table(request.request_id))):
@@ -523,7 +523,7 @@ class Scheduler:
 
     def finish(self, request: Request, reason: str) -> None:
         """End a request that runs, waits or is swapped out: it leaves its queue and frees all that it holds."""
-        # Exercise 5.15: find the bug. Preemption by swap works, and so does aborting. But after a long day of both, no
+        # Exercise 5.14: find the bug. Preemption by swap works, and so does aborting. But after a long day of both, no
         # request is swapped out any more: every preempted request computes its tokens again.
 
         request.status = RequestStatus.FINISHED

@@ -107,7 +107,7 @@ class Lookahead:
         the cache then holds the text without its new token. In the first call the text is the prompt, and the cache is
         empty.
         """
-        # Exercise 8.6: compare the text with the cached tokens; truncate `cached_token_ids` and the cache alike.
+        # Exercise 8.3: compare the text with the cached tokens; truncate `cached_token_ids` and the cache alike.
         if self.cached_token_ids[: len(token_ids)] == list(token_ids):
             return self.rows[len(token_ids)]
         kept = min(len(self.cached_token_ids), len(token_ids) - 1)
@@ -159,7 +159,7 @@ def accept_or_recover(target: Tensor, draft: Tensor, token_id: int, generator: t
     sampled in proportion to max(0, target - draft), which is what each token still lacks. Rounding may leave this zero
     everywhere; the replacement is then sampled from `target`. Returns (whether it was accepted, the token id).
     """
-    # Exercise 8.3: call `torch.rand` first; if the token is rejected, `torch.multinomial`; both with this generator.
+    # Exercise 8.4: call `torch.rand` first; if the token is rejected, `torch.multinomial`; both with this generator.
     chance = float(torch.rand((), generator=generator, dtype=torch.float64))
     if chance * float(draft[token_id]) < float(target[token_id]):
         return True, token_id
@@ -178,7 +178,7 @@ def rejection_sample(
     rejected draft token is replaced, and nothing follows it; if all are accepted, a bonus token is sampled from the
     last row. Returns 1 to k + 1 token ids. From Leviathan et al. (2023) and Chen et al. (2023).
     """
-    # Exercise 8.4: call `accept_or_recover` for one draft token after the other; then sample the bonus token.
+    # Exercise 8.5: call `accept_or_recover` for one draft token after the other; then sample the bonus token.
     tokens = []
     for i, token_id in enumerate(draft_token_ids):
         is_accepted, token_id = accept_or_recover(target[i], draft[i], token_id, generator(i))
@@ -200,7 +200,7 @@ def expected_tokens(rate: float, num_draft_tokens: int) -> float:
 
     From Leviathan et al. (2023), equation 1.
     """
-    # Exercise 8.7: add up, for each i, the probability that the first i draft tokens are all accepted.
+    # Exercise 8.6: add up, for each i, the probability that the first i draft tokens are all accepted.
     return sum(rate**i for i in range(num_draft_tokens + 1))
 
 
@@ -209,7 +209,7 @@ def choose_k(rate: float, seconds: Sequence[float]) -> int:
 
     rate: as above. seconds[k]: duration of a step with k draft tokens, from k = 0; proposing them is included.
     """
-    # Exercise 8.8: divide `expected_tokens` by the duration, for each k.
+    # Exercise 8.7: divide `expected_tokens` by the duration, for each k.
     return max(range(len(seconds)), key=lambda k: expected_tokens(rate, k) / seconds[k])
 
 
@@ -232,7 +232,7 @@ class Acceptance:
         """Record that the first `num_accepted` of this many draft tokens were accepted. Each draft token that counts
         as tried multiplies the weight of everything observed before by `MEMORY`.
         """
-        # Exercise 8.11: find the bug. With up to five draft tokens a step, each accepted three times in four, the
+        # Exercise 8.8: find the bug. With up to five draft tokens a step, each accepted three times in four, the
         # engine believes in an acceptance of about one half, and proposes too few. With one a step, all is well.
 
         tried = num_accepted + (num_accepted < num_draft_tokens)  # those after a rejected one were not tried
@@ -362,7 +362,7 @@ class DraftProposer:
         Each forward pass adds one token to every draft that still needs one. In the first pass a draft computes all
         tokens that this cache lacks, later only its newest token; its last token is never computed, and needs no slot.
         """
-        # Exercise 8.5: lower each limit to what fits; while drafts lack tokens, compute their `logits`, note in
+        # Exercise 8.9: lower each limit to what fits; while drafts lack tokens, compute their `logits`, note in
         # `num_computed` what is in the cache now, and append what `draw` returns for each row.
         for draft in drafts:
             num_slots = len(draft.request.block_table) * self.cache.block_size

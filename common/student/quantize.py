@@ -3,7 +3,7 @@
     make quantize MODEL=smollm2-135m QUANT=int4 GROUP=64 OUT=smollm2-int4
     make run MODEL=smollm2-int4
 
-With --activation-aware the weights are prepared by letting the model read some text first (lesson 7.10): better for
+With --activation-aware the weights are prepared by letting the model read some text first (lesson 7.11): better for
 INT4, and no byte larger.
 """
 

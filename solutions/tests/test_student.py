@@ -132,14 +132,14 @@ def test_a_watched_lesson_is_graded_on_save_until_it_is_complete(student):
     environment = {**os.environ, "COURSE_PYTHON": "here", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
     watching = subprocess.Popen(command, cwd=student, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        read_until(watching, "wrong   0.4")
+        read_until(watching, "wrong   0.5")
         read_until(watching, "graded whenever you save it")
         wrong = file.read_text()
         file.write_text(wrong + "def f(:\n")
         read_until(watching, "Python cannot read this line")
         (student / "new").write_text(wrong.replace("num_parameters * bits // 8", "(num_parameters * bits + 7) // 8"))
         os.replace(student / "new", file)  # as many editors save
-        read_until(watching, "0.4 weight_bytes: wrong -> passed")
+        read_until(watching, "0.5 weight_bytes: wrong -> passed")
         read_until(watching, "Lesson 0 is complete.")
         watching.send_signal(signal.SIGINT)
         assert watching.wait(timeout=20) == 0
@@ -158,9 +158,9 @@ def read_until(process: subprocess.Popen, text: str) -> None:
 def test_what_passes_may_be_compared_with_the_reference(student):
     finish(student, 0, intro=("(num_parameters * bits + 7) // 8", "num_parameters * bits // 8"))
     shown = course(student, "diff-lesson-0").stdout
-    assert shown.count("the same as the reference's") == 8 and "0.4 has not passed yet" in shown
+    assert shown.count("the same as the reference's") == 8 and "0.5 has not passed yet" in shown
     assert "num_parameters * bits // 8" not in shown
-    assert "(num_parameters * bits + 7) // 8" in course(student, "diff-0.4", FORCE="1").stdout
+    assert "(num_parameters * bits + 7) // 8" in course(student, "diff-0.5", FORCE="1").stdout
 
 
 def test_the_courses_own_tests_do_not_depend_on_the_students_work(student):

@@ -205,7 +205,7 @@ def test_a_process_that_ends_between_two_exercises_loses_one_of_them(tmp_path):
 def test_points_are_read_without_running_the_checks():
     for lesson in MODULES:
         assert set(points_of(lesson)) == {each.id for each in exercises_of(lesson)}
-    assert points_of(LESSONS[6])["6.7"] == 4 and points_of(BASICS)["1.4"] == 1
+    assert points_of(LESSONS[6])["6.9"] == 4 and points_of(BASICS)["1.4"] == 1
 
 
 # --- hostile submissions ---------------------------------------------------------------------------------------------

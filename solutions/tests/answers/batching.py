@@ -5,53 +5,53 @@ from __future__ import annotations
 from common.course.catalogue import right, wrong
 
 ANSWERS = [
-    # ------------------------------------------------------------------------------------------- 5.6 flatten_batch
+    # ------------------------------------------------------------------------------------------- 5.15 flatten_batch
     wrong(
-        "5.6",
+        "5.15",
         "positions counted from 0 for every request",
         "range(request.start, end)",
         "range(len(request.token_ids))",
     ),
     wrong(
-        "5.6",
+        "5.15",
         "logits for every request, the unfinished prompts too",
         "if request.sample_index is not None:",
         "if True:",
     ),
     wrong(
-        "5.6",
+        "5.15",
         "logits of the last row alone, without the draft tokens'",
         "len(token_ids) - request.num_spec_tokens - 1",
         "len(token_ids) - 1",
     ),
     wrong(
-        "5.6",
+        "5.15",
         "context_lens of this step's tokens only",
         "context_lens.append(end)",
         "context_lens.append(len(request.token_ids))",
     ),
     wrong(
-        "5.6",
+        "5.15",
         "context_lens without this step's tokens",
         "context_lens.append(end)",
         "context_lens.append(request.start)",
     ),
     wrong(
-        "5.6",
+        "5.15",
         "slots counted from the start of the table",
         "slot_mapping(request.block_table, request.start,",
         "slot_mapping(request.block_table, 0,",
     ),
-    wrong("5.6", "query_start without the 0 at its beginning", "[], [], [], [], [0], []", "[], [], [], [], [], []"),
+    wrong("5.15", "query_start without the 0 at its beginning", "[], [], [], [], [0], []", "[], [], [], [], [], []"),
     wrong(
-        "5.6",
+        "5.15",
         "context_lens without the draft tokens",
         "context_lens.append(end)",
         "context_lens.append(end - request.num_spec_tokens)",
     ),
-    wrong("5.6", "the device forgotten", "dtype=torch.long, device=device)", "dtype=torch.long)"),
+    wrong("5.15", "the device forgotten", "dtype=torch.long, device=device)", "dtype=torch.long)"),
     right(
-        "5.6",
+        "5.15",
         "with tensors",
         """
         sizes = [len(each.token_ids) for each in scheduled]
@@ -83,40 +83,40 @@ ANSWERS = [
     ),
     # --------------------------------------------------------------------------------------------- 5.14 Engine.step
     wrong(
-        "5.14",
+        "5.16",
         "one step in flight, whatever the executor can hold",
         "while len(self.in_flight) < self.executor.depth:",
         "while not self.in_flight:",
     ),
-    wrong("5.14", "the collected step left in flight", "self.in_flight.popleft()", "self.in_flight[0]"),
-    wrong("5.14", "an empty list, though requests wait", "if self.has_unfinished_requests:", "if False:"),
+    wrong("5.16", "the collected step left in flight", "self.in_flight.popleft()", "self.in_flight[0]"),
+    wrong("5.16", "an empty list, though requests wait", "if self.has_unfinished_requests:", "if False:"),
     wrong(
-        "5.14",
+        "5.16",
         "only those reported that sampled or finished, none in the middle of the prompt",
         "for request in requests]",
         "for request in requests if request.output_token_ids or request.finish_reason]",
     ),
     wrong(
-        "5.14", "logprobs not handed on", "self.report(request, result)", "self.report(request, ModelRunnerOutput(0))"
+        "5.16", "logprobs not handed on", "self.report(request, result)", "self.report(request, ModelRunnerOutput(0))"
     ),
-    wrong("5.14", "nothing returned", "return outputs", "return []", recognised=False),
+    wrong("5.16", "nothing returned", "return outputs", "return []", recognised=False),
     wrong(
-        "5.14",
+        "5.16",
         "not counted",
         "self.totals.observe(self.scheduler, plan, result, outputs, time.perf_counter() - start)",
         "pass",
     ),
-    wrong("5.14", "the newest step collected first", "self.in_flight.popleft()", "self.in_flight.pop()"),
+    wrong("5.16", "the newest step collected first", "self.in_flight.popleft()", "self.in_flight.pop()"),
     wrong(
-        "5.14",
+        "5.16",
         "the time of first scheduling not noted, as `self.submit` does",
         "self.submit(plan)",
         "self.in_flight.append(plan)\n            self.executor.submit(plan)",
     ),
-    wrong("5.14", "no seconds counted", "time.perf_counter() - start)", "0.0)"),
-    wrong("5.14", "a step that only moves blocks dropped", "if plan.is_empty:", "if not plan.scheduled:"),
+    wrong("5.16", "no seconds counted", "time.perf_counter() - start)", "0.0)"),
+    wrong("5.16", "a step that only moves blocks dropped", "if plan.is_empty:", "if not plan.scheduled:"),
     right(
-        "5.14",
+        "5.16",
         "filled first",
         """
         room = self.executor.depth - len(self.in_flight)

@@ -89,46 +89,46 @@ ANSWERS = [
         return round(heads * per_head) + (cache_bytes(draft_config, 1, size) if draft_config is not None else 0)
         """,
     ),
-    # ------------------------------------------------------------------------------------------- 8.9 build_runner
+    # ------------------------------------------------------------------------------------------- 8.11 build_runner
     wrong(
-        "8.9",
+        "8.11",
         "draft tokens on every rank",
         "if config.speculative is None or not is_sampling_rank(model, layers):",
         "if config.speculative is None:",
     ),
     wrong(
-        "8.9",
+        "8.11",
         "draft tokens where the last layer is, on all ranks of that stage",
         "not is_sampling_rank(model, layers)",
         "layers.stop < model.config.num_hidden_layers",
     ),
     wrong(
-        "8.9",
+        "8.11",
         "draft tokens on the first rank of every stage",
         "not is_sampling_rank(model, layers)",
         "model.lm_head.group.rank != 0",
     ),
     wrong(
-        "8.9",
+        "8.11",
         "the draft's cache in eight bits as well",
         "make_cache(config, draft, draft_layers)",
         "make_cache(config, draft, draft_layers, config.kv_cache_dtype)",
     ),
     wrong(
-        "8.9",
+        "8.11",
         "no cache of its own for the draft: it writes to the target's",
         "make_cache(config, draft, draft_layers)",
         "cache",
     ),
     wrong(
-        "8.9",
+        "8.11",
         "eight bits never",
         "make_cache(config, model, layers, config.kv_cache_dtype)",
         "make_cache(config, model, layers)",
     ),
-    wrong("8.9", "n-grams, though a draft is named", "config.draft is not None", "False"),
+    wrong("8.11", "n-grams, though a draft is named", "config.draft is not None", "False"),
     wrong_body(
-        "8.9",
+        "8.11",
         "the draft loaded on every rank, whether it proposes there or not",
         """
         cache = make_cache(config, model, layers, config.kv_cache_dtype)
@@ -145,52 +145,52 @@ ANSWERS = [
         recognised=False,
     ),
     wrong(
-        "8.9",
+        "8.11",
         "the draft quantized as the target is",
         "EngineConfig(model=config.draft, dtype=config.dtype, device=config.device)",
         "replace(config, model=config.draft)",
     ),
     wrong(
-        "8.9",
+        "8.11",
         "the draft in the dtype that is chosen where none is given",
         "EngineConfig(model=config.draft, dtype=config.dtype, device=config.device)",
         "EngineConfig(model=config.draft, dtype=torch.float32, device=config.device)",
         recognised=False,
     ),
     wrong(
-        "8.9",
+        "8.11",
         "the target's layers for the draft's cache",
         "make_cache(config, draft, draft_layers)",
         "make_cache(config, draft, layers)",
     ),
     wrong(
-        "8.9",
+        "8.11",
         "the draft's cache of the target's size",
         "make_cache(config, draft, draft_layers)",
         "make_cache(config, model, layers)",
     ),
     wrong(
-        "8.9",
+        "8.11",
         "a cache for all layers, on every stage",
         "make_cache(config, model, layers, config",
         "make_cache(config, model, range(model.config.num_hidden_layers), config",
     ),
     wrong(
-        "8.9",
+        "8.11",
         "always adaptive",
         "AdaptiveSpeculation(config.num_speculative_tokens or 8, config.adaptive_speculation)",
         "AdaptiveSpeculation(config.num_speculative_tokens or 8)",
     ),
-    wrong("8.9", "eight draft tokens at most, whatever is asked for", "config.num_speculative_tokens or 8", "8"),
+    wrong("8.11", "eight draft tokens at most, whatever is asked for", "config.num_speculative_tokens or 8", "8"),
     wrong(
-        "8.9",
+        "8.11",
         "no number where none is asked for",
         "config.num_speculative_tokens or 8",
         "config.num_speculative_tokens",
         recognised=False,
     ),
     right(
-        "8.9",
+        "8.11",
         "the plain runner first, the proposer last",
         """
         cache = make_cache(config, model, layers, kv_cache_dtype=config.kv_cache_dtype)
@@ -208,7 +208,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "8.9",
+        "8.11",
         "the draft as lesson 2 loads it",
         """
         plain = ModelRunner(model, make_cache(config, model, layers, config.kv_cache_dtype))

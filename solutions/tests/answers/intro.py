@@ -137,27 +137,27 @@ ANSWERS = [
         """,
         top="import torch",
     ),
-    # 0.9 log_probability
+    # 0.3 log_probability
     wrong(
-        "0.9", "every token predicted from the prompt alone", "[*prompt_ids, *continuation_ids[:i]]", "list(prompt_ids)"
+        "0.3", "every token predicted from the prompt alone", "[*prompt_ids, *continuation_ids[:i]]", "list(prompt_ids)"
     ),
     wrong(
-        "0.9",
+        "0.3",
         "logits added up as if they were log-probabilities",
         "math.log(next_token_distribution(logits)[token_id])",
         "logits[token_id]",
     ),
     wrong(
-        "0.9",
+        "0.3",
         "the mean over the tokens instead of the sum",
         "return total",
         "return total / max(len(continuation_ids), 1)",
     ),
-    wrong("0.9", "the first token only", "enumerate(continuation_ids)", "enumerate(continuation_ids[:1])"),
-    wrong("0.9", "the last token only", "total += math.log", "total = math.log"),
-    wrong("0.9", "a logarithm to the base 2", "math.log(", "math.log2("),
+    wrong("0.3", "the first token only", "enumerate(continuation_ids)", "enumerate(continuation_ids[:1])"),
+    wrong("0.3", "the last token only", "total += math.log", "total = math.log"),
+    wrong("0.3", "a logarithm to the base 2", "math.log(", "math.log2("),
     wrong(
-        "0.9",
+        "0.3",
         "probabilities added instead of their logarithms",
         "math.log(next_token_distribution(logits)[token_id])",
         "next_token_distribution(logits)[token_id]",
@@ -173,7 +173,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "0.9",
+        "0.3",
         "a growing list, and log-sum-exp",
         """
         ids, result = list(prompt_ids), 0.0
@@ -186,7 +186,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "0.9",
+        "0.3",
         "from the last token to the first",
         """
         ids = [*prompt_ids, *continuation_ids]
@@ -196,19 +196,19 @@ ANSWERS = [
         return math.fsum(map(math.log, shares))
         """,
     ),
-    # 0.3 classify_by_llm
-    wrong("0.3", "the first token of each label only", 'encode(f" {label}")', 'encode(f" {label}")[:1]'),
+    # 0.4 classify_by_llm
+    wrong("0.4", "the first token of each label only", 'encode(f" {label}")', 'encode(f" {label}")[:1]'),
     wrong(
-        "0.3", "labels without the space that separates them from the prompt", 'encode(f" {label}")', "encode(label)"
+        "0.4", "labels without the space that separates them from the prompt", 'encode(f" {label}")', "encode(label)"
     ),
-    wrong("0.3", "the least likely label", "max(scores)", "min(scores)"),
+    wrong("0.4", "the least likely label", "max(scores)", "min(scores)"),
     wrong(
-        "0.3",
+        "0.4",
         "the default prompt, whatever prompt is given",
         "encode(prompt.format(text=text))",
         "encode(ZERO_SHOT.format(text=text))",
     ),
-    wrong("0.3", "the text alone, without the prompt around it", "encode(prompt.format(text=text))", "encode(text)"),
+    wrong("0.4", "the text alone, without the prompt around it", "encode(prompt.format(text=text))", "encode(text)"),
     wrong_body(
         "0.3",
         "the mean over a label's tokens, which favours long labels",
@@ -232,39 +232,39 @@ ANSWERS = [
         """,
     ),
     right(
-        "0.3",
+        "0.4",
         "max with a key",
         """
         before = encode(prompt.replace("{text}", text))
         return max(LABELS, key=lambda label: log_probability(encode(" " + label), before, next_token_logits))
         """,
     ),
-    # 0.4 weight_bytes
-    wrong("0.4", "bits taken for bytes", "(num_parameters * bits + 7) // 8", "num_parameters * bits"),
-    wrong("0.4", "two bytes a weight, whatever `bits` says", "num_parameters * bits + 7) // 8", "num_parameters * 2)"),
-    wrong("0.4", "half a byte rounded away", " + 7) // 8", ") // 8"),
+    # 0.5 weight_bytes
+    wrong("0.5", "bits taken for bytes", "(num_parameters * bits + 7) // 8", "num_parameters * bits"),
+    wrong("0.5", "two bytes a weight, whatever `bits` says", "num_parameters * bits + 7) // 8", "num_parameters * 2)"),
+    wrong("0.5", "half a byte rounded away", " + 7) // 8", ") // 8"),
     wrong(
-        "0.4",
+        "0.5",
         "a whole byte at least for every weight",
         "(num_parameters * bits + 7) // 8",
         "num_parameters * ((bits + 7) // 8)",
     ),
     wrong(
-        "0.4",
+        "0.5",
         "`/`, which leaves a float and its fraction, where whole bytes are asked",
         "(num_parameters * bits + 7) // 8",
         "num_parameters * bits / 8",
     ),
-    right("0.4", "with ceil", "return math.ceil(num_parameters * bits / 8)"),
-    right("0.4", "with divmod", "whole, rest = divmod(num_parameters * bits, 8)\nreturn whole + (rest > 0)"),
-    # 0.5 kv_cache_bytes
-    wrong("0.5", "keys without values", "2 * num_layers", "num_layers"),
-    wrong("0.5", "one layer", "2 * num_layers *", "2 *"),
-    wrong("0.5", "one head", " * num_kv_heads", ""),
-    wrong("0.5", "one token", " * num_tokens", ""),
-    wrong("0.5", "two bytes a number, whatever `bytes_per_number` says", " * bytes_per_number", " * 2"),
+    right("0.5", "with ceil", "return math.ceil(num_parameters * bits / 8)"),
+    right("0.5", "with divmod", "whole, rest = divmod(num_parameters * bits, 8)\nreturn whole + (rest > 0)"),
+    # 0.6 kv_cache_bytes
+    wrong("0.6", "keys without values", "2 * num_layers", "num_layers"),
+    wrong("0.6", "one layer", "2 * num_layers *", "2 *"),
+    wrong("0.6", "one head", " * num_kv_heads", ""),
+    wrong("0.6", "one token", " * num_tokens", ""),
+    wrong("0.6", "two bytes a number, whatever `bytes_per_number` says", " * bytes_per_number", " * 2"),
     right(
-        "0.5",
+        "0.6",
         "adding up",
         """
         one_vector = head_dim * bytes_per_number
@@ -272,43 +272,43 @@ ANSWERS = [
         return one_token * num_tokens
         """,
     ),
-    # 0.6 flops_per_token
-    wrong("0.6", "one operation for a multiplication and an addition", "return 2 * (layers", "return (layers"),
-    wrong("0.6", "the gate projection forgotten", "3 * hidden * shape", "2 * hidden * shape"),
-    wrong("0.6", "no head: the scores over the vocabulary are not free", " + hidden * shape.vocab_size", ""),
+    # 0.7 flops_per_token
+    wrong("0.7", "one operation for a multiplication and an addition", "return 2 * (layers", "return (layers"),
+    wrong("0.7", "the gate projection forgotten", "3 * hidden * shape", "2 * hidden * shape"),
+    wrong("0.7", "no head: the scores over the vocabulary are not free", " + hidden * shape.vocab_size", ""),
     wrong(
-        "0.6",
+        "0.7",
         "the embedding counted, though it is only looked up",
         "hidden * shape.vocab_size",
         "2 * hidden * shape.vocab_size",
     ),
     wrong(
-        "0.6",
+        "0.7",
         "keys and values as wide as the queries",
         "kv_width = shape.num_key_value_heads",
         "kv_width = shape.num_attention_heads",
     ),
     wrong(
-        "0.6",
+        "0.7",
         "hidden_size taken for the width of all query heads",
         "q_width = shape.num_attention_heads * shape.head_dim",
         "q_width = hidden",
     ),
     wrong(
-        "0.6",
+        "0.7",
         "dot products with the keys counted, sums of the values forgotten",
         "2 * context_length",
         "context_length",
     ),
     wrong(
-        "0.6",
+        "0.7",
         "attention counted for each key/value head instead of each query head",
         "context_length * q_width",
         "context_length * kv_width",
     ),
-    wrong("0.6", "no attention over the context", "feed_forward + attention", "feed_forward"),
+    wrong("0.7", "no attention over the context", "feed_forward + attention", "feed_forward"),
     right(
-        "0.6",
+        "0.7",
         "a list of matrices",
         """
         n, m, width = shape.hidden_size, shape.intermediate_size, shape.head_dim
@@ -319,30 +319,30 @@ ANSWERS = [
         return shape.num_hidden_layers * (layer + heads) + 2 * n * shape.vocab_size
         """,
     ),
-    # 0.7 arithmetic_intensity
+    # 0.8 arithmetic_intensity
     wrong(
-        "0.7",
+        "0.8",
         "the weights read again for every request",
         "(model_bytes + batch_size * cache_bytes)",
         "(batch_size * (model_bytes + cache_bytes))",
     ),
-    wrong("0.7", "one KV cache for all requests", " + batch_size * cache_bytes", " + cache_bytes"),
-    wrong("0.7", "the operations of one request only", "batch_size * token_flops", "token_flops"),
-    wrong("0.7", "the KV cache not read at all", " + batch_size * cache_bytes", ""),
+    wrong("0.8", "one KV cache for all requests", " + batch_size * cache_bytes", " + cache_bytes"),
+    wrong("0.8", "the operations of one request only", "batch_size * token_flops", "token_flops"),
+    wrong("0.8", "the KV cache not read at all", " + batch_size * cache_bytes", ""),
     wrong_body(
         "0.7",
         "bytes per operation, upside down",
         "return (model_bytes + batch_size * cache_bytes) / (batch_size * token_flops)",
     ),
-    right("0.7", "per request", "return token_flops / (model_bytes / batch_size + cache_bytes)"),
-    # 0.8 decode_ceiling
-    wrong("0.8", "reading and computing one after the other", "max(reading, computing)", "(reading + computing)"),
-    wrong("0.8", "the faster of the two deciding", "max(reading, computing)", "min(reading, computing)"),
-    wrong("0.8", "reading alone deciding", "max(reading, computing)", "reading"),
-    wrong("0.8", "computing alone deciding", "max(reading, computing)", "computing"),
-    wrong("0.8", "steps a second: a step gives a token to every request of the batch", "batch_size / max", "1 / max"),
+    right("0.8", "per request", "return token_flops / (model_bytes / batch_size + cache_bytes)"),
+    # 0.9 decode_ceiling
+    wrong("0.9", "reading and computing one after the other", "max(reading, computing)", "(reading + computing)"),
+    wrong("0.9", "the faster of the two deciding", "max(reading, computing)", "min(reading, computing)"),
+    wrong("0.9", "reading alone deciding", "max(reading, computing)", "reading"),
+    wrong("0.9", "computing alone deciding", "max(reading, computing)", "computing"),
+    wrong("0.9", "steps a second: a step gives a token to every request of the batch", "batch_size / max", "1 / max"),
     wrong(
-        "0.8",
+        "0.9",
         "the weights read again for every request",
         "(model_bytes + batch_size * cache_bytes)",
         "batch_size * (model_bytes + cache_bytes)",
@@ -356,7 +356,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "0.8",
+        "0.9",
         "by the intensity",
         """
         intensity = arithmetic_intensity(token_flops, model_bytes, cache_bytes, batch_size)
@@ -377,7 +377,7 @@ EQUIVALENT = [
         "0.2", "True and False are the numbers 1 and 0, to Python and to every sum", "float(i == first) -> i == first"
     ),
     equivalent(
-        "0.4",
+        "0.5",
         "with 4 bits or a multiple of them, 0 or 4 are left over, and 4 + 6 make a whole byte too",
         "num_parameters * bits + 7 -> num_parameters * bits + 6",
     ),

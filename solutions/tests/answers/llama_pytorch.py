@@ -212,26 +212,26 @@ ANSWERS = [
         return self.o_proj(mixed.reshape(num_tokens, -1))
         """,
     ),
-    # -------------------------------------------------------------------------------------------- 2.5 Llama.forward
+    # -------------------------------------------------------------------------------------------- 2.7 Llama.forward
     wrong(
-        "2.5",
+        "2.7",
         "the final norm applied here already",
         "return self.run_layers(self.embed(token_ids), positions, attend, range(self.config.num_hidden_layers))",
         "return self.model.norm(\n"
         "            self.run_layers(self.embed(token_ids), positions, attend, range(self.config.num_hidden_layers))\n"
         "        )",
     ),
-    wrong("2.5", "the last layer left out", "num_hidden_layers)", "num_hidden_layers - 1)"),
-    wrong("2.5", "`causal_attend` called, instead of the `attend` that was handed in", " attend,", " causal_attend,"),
-    wrong("2.5", "positions counted from 0, whatever was handed in", "positions,", "torch.arange(len(token_ids)),"),
+    wrong("2.7", "the last layer left out", "num_hidden_layers)", "num_hidden_layers - 1)"),
+    wrong("2.7", "`causal_attend` called, instead of the `attend` that was handed in", " attend,", " causal_attend,"),
+    wrong("2.7", "positions counted from 0, whatever was handed in", "positions,", "torch.arange(len(token_ids)),"),
     wrong(
-        "2.5",
+        "2.7",
         "the embedding scaled by the root of hidden_size, as other families do",
         "self.embed(token_ids)",
         "self.embed(token_ids) * self.config.hidden_size**0.5",
     ),
     right(
-        "2.5",
+        "2.7",
         "in steps",
         """
         hidden = self.model.embed_tokens(token_ids)
@@ -239,9 +239,9 @@ ANSWERS = [
         return self.run_layers(hidden, positions, attend, layers=everything)
         """,
     ),
-    # --------------------------------------------------------------------------------------------- 2.6 load_weights
+    # --------------------------------------------------------------------------------------------- 2.8 load_weights
     wrong(
-        "2.6",
+        "2.8",
         "missing tensors not noticed: the model keeps its random ones",
         "if missing := sorted(wanted.keys() - present):\n"
         "        raise CheckpointError(f\"{checkpoint.folder}: the model needs {', '.join(missing)}; "
@@ -251,26 +251,26 @@ ANSWERS = [
         'if all(f"{path}.{name}" in wanted for name in layer.shapes())}',
     ),
     wrong(
-        "2.6",
+        "2.8",
         "only the first missing tensor named",
         "', '.join(missing)",
         "missing[0]",
     ),
     wrong(
-        "2.6",
+        "2.8",
         "unknown tensors passed over in silence",
         "if unknown := sorted(present - wanted.keys()):",
         "if unknown := []:",
     ),
-    wrong("2.6", "shapes not compared", "!= expected:", "is None:"),
+    wrong("2.8", "shapes not compared", "!= expected:", "is None:"),
     wrong(
-        "2.6",
+        "2.8",
         "shapes compared with those of the parameters, instead of those that the layers expect in the checkpoint",
         "for name, shape in layer.shapes().items()}",
         "for name, shape in ((n, tuple(p.shape)) for n, p in layer.named_parameters(recurse=False))}",
     ),
     wrong_body(
-        "2.6",
+        "2.8",
         "every parameter read whole, instead of by its layer",
         """
         parameters = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
@@ -292,34 +292,34 @@ ANSWERS = [
         model.requires_grad_(False)
         """,
     ),
-    wrong("2.6", "the head not tied again after loading", "model.tie_weights()", "pass"),
+    wrong("2.8", "the head not tied again after loading", "model.tie_weights()", "pass"),
     wrong(
-        "2.6",
+        "2.8",
         "a tied head read from the file, instead of being the embedding",
         "model.tie_weights()",
         'model.tie_weights()\n    if model.config.tie_word_embeddings and "lm_head.weight" in checkpoint.names():\n'
         '        model.lm_head.weight = nn.Parameter(checkpoint.read("lm_head.weight"), requires_grad=False)',
     ),
     wrong(
-        "2.6",
+        "2.8",
         "a tied head that the file has too taken for an unknown tensor",
         'present -= {"lm_head.weight"}',
         "pass",
     ),
     wrong(
-        "2.6",
+        "2.8",
         "a tied head asked for in the file",
         'if not (is_tied and path == "lm_head")}',
         "}",
     ),
     wrong(
-        "2.6",
+        "2.8",
         "the rotary buffers of old files taken for unknown tensors",
         'if not name.endswith("rotary_emb.inv_freq")}',
         "}",
     ),
     wrong(
-        "2.6",
+        "2.8",
         "the whole checkpoint read before the first tensor is put in place",
         "for path, layer in layers.items():\n        layer.load(reader(checkpoint, path))",
         "tensors = {name: checkpoint.read(name) for name in wanted}\n    for path, layer in layers.items():\n"
@@ -327,7 +327,7 @@ ANSWERS = [
         "tuple(slice(r.start, r.stop) for r in part) or ...])",
     ),
     right(
-        "2.6",
+        "2.8",
         "layer by layer, with a set of what is left over",
         """
         left = {n for n in checkpoint.names() if "rotary_emb.inv_freq" not in n}
@@ -352,52 +352,52 @@ ANSWERS = [
             model.lm_head.weight = model.model.embed_tokens.weight
         """,
     ),
-    # ----------------------------------------------------------------------------------------------- 2.7 keep_top_k
+    # ----------------------------------------------------------------------------------------------- 2.9 keep_top_k
     wrong_body(
-        "2.7",
+        "2.9",
         "exactly k kept: ties with the k-th cut off",
         """
         best = logits.topk(min(k, logits.shape[-1]))
         return torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
         """,
     ),
-    wrong("2.7", "the k-th itself dropped", "logits < threshold", "logits <= threshold"),
-    wrong("2.7", "one more than k kept", "min(k, logits.shape[-1])", "min(k + 1, logits.shape[-1])"),
-    wrong("2.7", "the others set to 0, which is a fine score, instead of -inf", "-math.inf", "0.0"),
-    wrong("2.7", "the lowest scores kept", "logits < threshold", "logits > threshold"),
-    wrong("2.7", "probabilities returned, instead of scores", "logits.masked_fill(", "logits.softmax(-1).masked_fill("),
-    wrong("2.7", "the logits that were handed in changed in place", "masked_fill(", "masked_fill_("),
+    wrong("2.9", "the k-th itself dropped", "logits < threshold", "logits <= threshold"),
+    wrong("2.9", "one more than k kept", "min(k, logits.shape[-1])", "min(k + 1, logits.shape[-1])"),
+    wrong("2.9", "the others set to 0, which is a fine score, instead of -inf", "-math.inf", "0.0"),
+    wrong("2.9", "the lowest scores kept", "logits < threshold", "logits > threshold"),
+    wrong("2.9", "probabilities returned, instead of scores", "logits.masked_fill(", "logits.softmax(-1).masked_fill("),
+    wrong("2.9", "the logits that were handed in changed in place", "masked_fill(", "masked_fill_("),
     right(
-        "2.7",
+        "2.9",
         "by sorting",
         """
         lowest = sorted(logits.tolist(), reverse=True)[:k][-1]
         return torch.where(logits >= lowest, logits, float("-inf"))
         """,
     ),
-    # ----------------------------------------------------------------------------------------------- 2.8 keep_top_p
-    wrong("2.8", "the token that crosses p left out", "before >= p", "probabilities.cumsum(-1) > p"),
+    # ----------------------------------------------------------------------------------------------- 2.10 keep_top_p
+    wrong("2.10", "the token that crosses p left out", "before >= p", "probabilities.cumsum(-1) > p"),
     wrong(
-        "2.8",
+        "2.10",
         "one token more than it takes",
         "before >= p",
         "torch.cat((before.new_zeros(1), before[:-1])) >= p",
     ),
-    wrong("2.8", "the unlikeliest tokens kept: sorted upwards", "sort(descending=True)", "sort()"),
+    wrong("2.10", "the unlikeliest tokens kept: sorted upwards", "sort(descending=True)", "sort()"),
     wrong(
-        "2.8",
+        "2.10",
         "the sorting not undone: scores stand at other tokens' places",
         "torch.empty_like(logits).scatter(-1, token_ids, ordered.masked_fill(before >= p, -math.inf))",
         "ordered.masked_fill(before >= p, -math.inf)",
     ),
     wrong_body(
-        "2.8",
+        "2.10",
         "each token judged alone: is its probability at least p?",
         "return logits.masked_fill(upcast(logits).softmax(-1) < p, -math.inf)",
     ),
-    wrong("2.8", "exp(score) taken for a probability, without dividing by the sum", ".softmax(-1)", ".exp()"),
+    wrong("2.10", "exp(score) taken for a probability, without dividing by the sum", ".softmax(-1)", ".exp()"),
     right(
-        "2.8",
+        "2.10",
         "token by token",
         """
         probabilities, reached, kept = logits.softmax(-1), 0.0, []
@@ -411,21 +411,21 @@ ANSWERS = [
         return filtered
         """,
     ),
-    # ----------------------------------------------------------------------------------------------- 2.9 keep_min_p
-    wrong("2.9", "p itself as the limit, not p times the highest probability", "p * probabilities.max()", "p"),
+    # ----------------------------------------------------------------------------------------------- 2.11 keep_min_p
+    wrong("2.11", "p itself as the limit, not p times the highest probability", "p * probabilities.max()", "p"),
     wrong(
-        "2.9",
+        "2.11",
         "scores compared, instead of probabilities",
         "probabilities < p * probabilities.max()",
         "logits < p * logits.max()",
     ),
-    wrong("2.9", "p times the mean probability as the limit", "probabilities.max()", "probabilities.mean()"),
-    wrong("2.9", "the unlikely tokens kept, and the likely ones dropped", "probabilities < p", "probabilities > p"),
-    wrong("2.9", "probabilities returned, instead of scores", "return logits.masked", "return probabilities.masked"),
-    right("2.9", "in logarithms", "return logits.masked_fill(logits < logits.max() + math.log(p), -math.inf)"),
-    # ------------------------------------------------------------------------------------------ 2.14 sampling_probs
+    wrong("2.11", "p times the mean probability as the limit", "probabilities.max()", "probabilities.mean()"),
+    wrong("2.11", "the unlikely tokens kept, and the likely ones dropped", "probabilities < p", "probabilities > p"),
+    wrong("2.11", "probabilities returned, instead of scores", "return logits.masked", "return probabilities.masked"),
+    right("2.11", "in logarithms", "return logits.masked_fill(logits < logits.max() + math.log(p), -math.inf)"),
+    # ------------------------------------------------------------------------------------------ 2.12 sampling_probs
     wrong_body(
-        "2.14",
+        "2.12",
         "temperature applied after the filters",
         """
         logits = upcast(logits)
@@ -438,10 +438,10 @@ ANSWERS = [
         return (logits / params.temperature).softmax(-1)
         """,
     ),
-    wrong("2.14", "scores multiplied by the temperature", "/ params.temperature", "* params.temperature"),
-    wrong("2.14", "the temperature left out", " / params.temperature", ""),
+    wrong("2.12", "scores multiplied by the temperature", "/ params.temperature", "* params.temperature"),
+    wrong("2.12", "the temperature left out", " / params.temperature", ""),
     wrong_body(
-        "2.14",
+        "2.12",
         "top_p before top_k",
         """
         logits = upcast(logits) / params.temperature
@@ -455,7 +455,7 @@ ANSWERS = [
         """,
     ),
     wrong_body(
-        "2.14",
+        "2.12",
         "probabilities of dropped tokens set to 0, and the rest not brought to a sum of 1",
         """
         logits = upcast(logits) / params.temperature
@@ -469,9 +469,9 @@ ANSWERS = [
         return logits.softmax(-1) * (kept > -math.inf)
         """,
     ),
-    wrong("2.14", "16-bit logits left in 16 bits", "upcast(logits) /", "logits /"),
+    wrong("2.12", "16-bit logits left in 16 bits", "upcast(logits) /", "logits /"),
     right(
-        "2.14",
+        "2.12",
         "with the unset filters made harmless",
         """
         scores = logits.to(torch.float32) * (1 / params.temperature)
@@ -483,36 +483,36 @@ ANSWERS = [
         return exponentials / exponentials.sum()
         """,
     ),
-    # -------------------------------------------------------------------------------------------------- 2.10 sample
+    # -------------------------------------------------------------------------------------------------- 2.13 sample
     wrong(
-        "2.10",
+        "2.13",
         "torch's global generator, whose state depends on all that was drawn before",
         ", generator=draw_generator(params.seed, index)",
         "",
     ),
     wrong(
-        "2.10",
+        "2.13",
         "torch's global generator seeded, under the hands of everybody who draws from it",
         "return int(torch.multinomial(probabilities, 1, generator=draw_generator(params.seed, index)))",
         "torch.manual_seed(stable_hash(params.seed, index))\n    return int(torch.multinomial(probabilities, 1))",
     ),
-    wrong("2.10", "the index left out: every token is drawn alike", "(params.seed, index)", "(params.seed, 0)"),
-    wrong("2.10", "the seed left out", "(params.seed, index)", "(0, index)"),
+    wrong("2.13", "the index left out: every token is drawn alike", "(params.seed, index)", "(params.seed, 0)"),
+    wrong("2.13", "the seed left out", "(params.seed, index)", "(0, index)"),
     wrong(
-        "2.10",
+        "2.13",
         "seed and index added: seed 2 repeats seed 1, one place later",
         "draw_generator(params.seed, index)",
         "torch.Generator().manual_seed((params.seed or 0) + index)",
     ),
-    wrong("2.10", "the likeliest token at every temperature", "if params.temperature == 0:", "if True:"),
+    wrong("2.13", "the likeliest token at every temperature", "if params.temperature == 0:", "if True:"),
     wrong(
-        "2.10",
+        "2.13",
         "the model's own probabilities: temperature and filters left out",
         "sampling_probs(logits, params)",
         "upcast(logits).softmax(-1)",
     ),
     right(
-        "2.10",
+        "2.13",
         "one uniform number, looked up in the cumulated probabilities",
         """
         if not params.temperature:
@@ -522,15 +522,15 @@ ANSWERS = [
         return torch.searchsorted(cumulated, u, right=True).item()
         """,
     ),
-    # ----------------------------------------------------------------------------------------- 2.11 TextStream.push
+    # ----------------------------------------------------------------------------------------- 2.14 TextStream.push
     wrong_body(
-        "2.11",
+        "2.14",
         "each token decoded by itself",
         'return self.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")',
     ),
-    wrong("2.11", "invalid bytes dropped in silence", 'errors="replace"', 'errors="ignore"'),
+    wrong("2.14", "invalid bytes dropped in silence", 'errors="replace"', 'errors="ignore"'),
     wrong_body(
-        "2.11",
+        "2.14",
         "text held back for ever after a byte that can never become a character",
         """
         self.held += self.tokenizer.token_bytes(token_id)
@@ -543,7 +543,7 @@ ANSWERS = [
         """,
     ),
     wrong_body(
-        "2.11",
+        "2.14",
         "what was shown not taken out of what is held: it comes again with every token",
         """
         self.held += self.tokenizer.token_bytes(token_id)
@@ -552,7 +552,7 @@ ANSWERS = [
         """,
     ),
     wrong_body(
-        "2.11",
+        "2.14",
         "the bytes of an unfinished character thrown away",
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -560,7 +560,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "2.11",
+        "2.14",
         "with decode errors that say where and why",
         """
         data = self.held + self.tokenizer.token_bytes(token_id)
@@ -576,9 +576,9 @@ ANSWERS = [
         return data[:whole].decode(errors="replace")
         """,
     ),
-    # ---------------------------------------------------------------------------------------- 2.12 StopChecker.push
+    # ---------------------------------------------------------------------------------------- 2.15 StopChecker.push
     wrong_body(
-        "2.12",
+        "2.15",
         "each piece looked at by itself",
         """
         starts = [(text.find(stop), stop) for stop in self.stop if stop in text]
@@ -589,28 +589,28 @@ ANSWERS = [
         """,
     ),
     wrong(
-        "2.12",
+        "2.15",
         "the stop string shown too",
         "return text[:start]",
         "return text[: start + len(self.found)]",
     ),
     wrong(
-        "2.12",
+        "2.15",
         "text held back without need: the last letters always, whether a stop string could begin there or not",
         "max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)",
         "min(len(text), max(map(len, self.stop), default=1) - 1)",
     ),
-    wrong("2.12", "the first stop string of the list, not the first in the text", "min(starts)", "starts[0]"),
-    wrong("2.12", "one letter held back at most", "range(len(stop))", "range(2)"),
+    wrong("2.15", "the first stop string of the list, not the first in the text", "min(starts)", "starts[0]"),
+    wrong("2.15", "one letter held back at most", "range(len(stop))", "range(2)"),
     wrong(
-        "2.12",
+        "2.15",
         "what is held back shown as well: it comes twice",
         "return text[: len(text) - held]",
         "return text",
     ),
-    wrong("2.12", "only the first stop string's beginnings held back", "self.stop for n", "self.stop[:1] for n"),
+    wrong("2.15", "only the first stop string's beginnings held back", "self.stop for n", "self.stop[:1] for n"),
     wrong(
-        "2.12",
+        "2.15",
         "what was held back lost when it turns out to be no stop string",
         "        text = self.held + text\n",
         "        so_far, text = text, self.held + text\n"
@@ -618,7 +618,7 @@ ANSWERS = [
         "            text = so_far\n",
     ),
     right(
-        "2.12",
+        "2.15",
         "letter by letter",
         """
         shown = ""
@@ -635,73 +635,73 @@ ANSWERS = [
         """,
     ),
     # ------------------------------------------------------------------------------------------------ 2.13 generate
-    wrong("2.13", "the text of a stop token shown", "if token_id not in stop_ids:", "if True:"),
-    wrong("2.13", "one token more than max_tokens", "== room", "== room + 1"),
-    wrong("2.13", "one token less than max_tokens", "== room", ">= max(1, room - 1)"),
+    wrong("2.17", "the text of a stop token shown", "if token_id not in stop_ids:", "if True:"),
+    wrong("2.17", "one token more than max_tokens", "== room", "== room + 1"),
+    wrong("2.17", "one token less than max_tokens", "== room", ">= max(1, room - 1)"),
     wrong(
-        "2.13",
+        "2.17",
         "the length looked at before the stop",
         'if token_id in stop_ids or checker.found:\n            output.finish_reason = "stop"\n'
         '        elif len(output.token_ids) == room:\n            output.finish_reason = "length"',
         'if len(output.token_ids) == room:\n            output.finish_reason = "length"\n'
         '        elif token_id in stop_ids or checker.found:\n            output.finish_reason = "stop"',
     ),
-    wrong("2.13", "penalties and min_tokens left out", "sample(adjusted,", "sample(logits,"),
-    wrong("2.13", "every token drawn with index 0", "index=len(output.token_ids)", "index=0"),
+    wrong("2.17", "penalties and min_tokens left out", "sample(adjusted,", "sample(logits,"),
+    wrong("2.17", "every token drawn with index 0", "index=len(output.token_ids)", "index=0"),
     wrong(
-        "2.13",
+        "2.17",
         "an index that counts the prompt's tokens too",
         "index=len(output.token_ids)",
         "index=len(prompt_token_ids) + len(output.token_ids)",
     ),
     wrong(
-        "2.13",
+        "2.17",
         "the last token alone handed to next_logits",
         "[*prompt_token_ids, *output.token_ids])\n",
         "[*prompt_token_ids, *output.token_ids][-1:])\n",
     ),
-    wrong("2.13", "what was still held when it ended never shown", "if not checker.found:", "if False:"),
-    wrong("2.13", "what was held behind a stop string shown after all", "if not checker.found:", "if True:"),
-    wrong("2.13", "half a character held at the end lost", "show(checker.push(stream.flush()))", "pass"),
+    wrong("2.17", "what was still held when it ended never shown", "if not checker.found:", "if False:"),
+    wrong("2.17", "what was held behind a stop string shown after all", "if not checker.found:", "if True:"),
+    wrong("2.17", "half a character held at the end lost", "show(checker.push(stream.flush()))", "pass"),
     wrong(
-        "2.13",
+        "2.17",
         "each token decoded by itself, without TextStream",
         "stream.push(token_id)",
         'tokenizer.token_bytes(token_id).decode(errors="replace")',
     ),
     wrong(
-        "2.13",
+        "2.17",
         "text not passed through StopChecker",
         "show(text if len(output.token_ids) <= params.min_tokens else checker.push(text))",
         "show(text)",
     ),
     wrong(
-        "2.13",
+        "2.17",
         "a stop string that ends the text before min_tokens",
         "show(text if len(output.token_ids) <= params.min_tokens else checker.push(text))",
         "show(checker.push(text))",
     ),
     wrong(
-        "2.13",
+        "2.17",
         "stop strings that wait one token too long: the token after the first min_tokens may end the text",
         "len(output.token_ids) <= params.min_tokens",
         "len(output.token_ids) <= params.min_tokens + (params.min_tokens > 0)",
         recognised=False,
     ),
     wrong(
-        "2.13",
+        "2.17",
         "logprobs=0 taken for None: it asks for the chosen token's log-probability alone",
         "if params.logprobs is not None:",
         "if params.logprobs:",
     ),
     wrong(
-        "2.13",
+        "2.17",
         "logprobs of the adjusted logits, instead of the model's own",
         "top_logprobs(logits, token_id",
         "top_logprobs(adjusted, token_id",
     ),
     right(
-        "2.13",
+        "2.17",
         "a for loop that is left early",
         """
         sequence = list(prompt_token_ids)
@@ -729,17 +729,17 @@ ANSWERS = [
         return output
         """,
     ),
-    # ---------------------------------------------------------------------------------------- 2.15 Llama.run_layers
+    # ---------------------------------------------------------------------------------------- 2.5 Llama.run_layers
     wrong(
-        "2.15",
+        "2.5",
         "positions counted from 0, whatever was handed in",
         "rotary_tables(positions,",
         "rotary_tables(torch.arange(len(positions)),",
     ),
-    wrong("2.15", "all layers, whichever were asked for", "in layers:", "in range(len(self.model.layers)):"),
-    wrong("2.15", "so many layers as were asked for, but counted from 0", "in layers:", "in range(len(layers)):"),
+    wrong("2.5", "all layers, whichever were asked for", "in layers:", "in range(len(self.model.layers)):"),
+    wrong("2.5", "so many layers as were asked for, but counted from 0", "in layers:", "in range(len(layers)):"),
     wrong_body(
-        "2.15",
+        "2.5",
         "every layer given the first one's input",
         """
         cos, sin = rotary_tables(positions, self.frequencies)
@@ -749,16 +749,16 @@ ANSWERS = [
         return out
         """,
     ),
-    wrong("2.15", "the final norm applied here already", "return hidden", "return self.model.norm(hidden)"),
+    wrong("2.5", "the final norm applied here already", "return hidden", "return self.model.norm(hidden)"),
     wrong(
-        "2.15",
+        "2.5",
         "unscaled frequencies, instead of the model's own",
         "self.frequencies.to(hidden.device)",
         "rotary_frequencies(self.config.head_dim, self.config.rope_theta)",
     ),
-    wrong("2.15", "sine and cosine swapped", "cos, sin = rotary", "sin, cos = rotary"),
+    wrong("2.5", "sine and cosine swapped", "cos, sin = rotary", "sin, cos = rotary"),
     right(
-        "2.15",
+        "2.5",
         "over the modules themselves",
         """
         tables = rotary_tables(positions, self.frequencies.to(positions.device))
@@ -768,60 +768,58 @@ ANSWERS = [
         return hidden
         """,
     ),
-    # -------------------------------------------------------------------------------------------- 2.16 Llama.logits
-    wrong("2.16", "the final norm left out", "self.model.norm(hidden)", "hidden"),
+    # -------------------------------------------------------------------------------------------- 2.6 Llama.logits
+    wrong("2.6", "the final norm left out", "self.model.norm(hidden)", "hidden"),
     wrong(
-        "2.16",
+        "2.6",
         "the embedding table for a head, though the two are not tied",
         "self.lm_head(self.model.norm(hidden))",
         "self.model.norm(hidden) @ self.model.embed_tokens.weight.T",
     ),
+    wrong("2.6", "the final norm applied twice", "self.model.norm(hidden)", "self.model.norm(self.model.norm(hidden))"),
     wrong(
-        "2.16", "the final norm applied twice", "self.model.norm(hidden)", "self.model.norm(self.model.norm(hidden))"
-    ),
-    wrong(
-        "2.16",
+        "2.6",
         "log-probabilities returned, instead of logits",
         "self.lm_head(self.model.norm(hidden))",
         "self.lm_head(self.model.norm(hidden)).log_softmax(-1)",
     ),
     wrong(
-        "2.16",
+        "2.6",
         "the norm without its weight",
         "self.model.norm(hidden)",
         "F.rms_norm(hidden, hidden.shape[-1:], eps=self.config.rms_norm_eps)",
     ),
-    wrong("2.16", "only the last row", "self.model.norm(hidden)", "self.model.norm(hidden[-1:])"),
+    wrong("2.6", "only the last row", "self.model.norm(hidden)", "self.model.norm(hidden[-1:])"),
     right(
-        "2.16",
+        "2.6",
         "by lesson 1's function and a product",
         """
         normed = rms_norm(hidden, self.model.norm.weight, self.config.rms_norm_eps)
         return normed @ self.lm_head.weight.T
         """,
     ),
-    # --------------------------------------------------------------------------------------------- 2.17 recompute
-    wrong("2.17", "the first token's logits, instead of the last one's", "hidden[-1:]", "hidden[:1]"),
+    # --------------------------------------------------------------------------------------------- 2.16 recompute
+    wrong("2.16", "the first token's logits, instead of the last one's", "hidden[-1:]", "hidden[:1]"),
     wrong(
-        "2.17",
+        "2.16",
         "logits computed for all tokens, though only the last one's are used",
         "model.logits(hidden[-1:])[0]",
         "model.logits(hidden)[-1]",
     ),
     wrong(
-        "2.17",
+        "2.16",
         "positions counted from 1",
         "torch.arange(len(token_ids), device",
         "torch.arange(1, len(token_ids) + 1, device",
     ),
     wrong(
-        "2.17",
+        "2.16",
         "the last token alone computed",
         "token_ids = torch.tensor(token_ids,",
         "token_ids = torch.tensor(token_ids[-1:],",
     ),
     right(
-        "2.17",
+        "2.16",
         "a batch axis of one taken off at the end",
         """
         ids = torch.as_tensor(list(token_ids)).to(next(model.parameters()).device)
@@ -839,15 +837,15 @@ EQUIVALENT = [
         "proj(hidden).unflatten(-1, (-1, self.head_dim)) -> proj(hidden).unflatten(1, (-1, self.head_dim))",
     ),
     equivalent(
-        "2.6",
+        "2.8",
         "the order in which the error names several tensors is left open",
         "sorted(wanted.keys() - present) -> wanted.keys() - present",
         "sorted(present - wanted.keys()) -> present - wanted.keys()",
         "sorted(wanted.items()) -> wanted.items()",
     ),
-    equivalent("2.7", "one axis: -1 is 0", "logits.shape[-1] -> logits.shape[-0]"),
+    equivalent("2.9", "one axis: -1 is 0", "logits.shape[-1] -> logits.shape[-0]"),
     equivalent(
-        "2.8",
+        "2.10",
         "one axis: -1 is 0",
         "upcast(ordered).softmax(-1) -> upcast(ordered).softmax(-0)",
         "probabilities.cumsum(-1) -> probabilities.cumsum(-0)",
@@ -855,42 +853,44 @@ EQUIVALENT = [
         "-> torch.empty_like(logits).scatter(-0, token_ids, ordered.masked_fill(before >= p, -math.inf))",
     ),
     equivalent(
-        "2.8",
+        "2.10",
         "`sampling_probs` hands over float32 or wider, which `upcast` leaves as it is",
         "upcast(ordered) -> ordered",
     ),
-    equivalent("2.8", "`scatter` gives a new tensor and fills every place of it", "torch.empty_like(logits) -> logits"),
     equivalent(
-        "2.9",
+        "2.10", "`scatter` gives a new tensor and fills every place of it", "torch.empty_like(logits) -> logits"
+    ),
+    equivalent(
+        "2.11",
         "`sampling_probs` hands over float32 or wider, which `upcast` leaves as it is",
         "upcast(logits) -> logits",
     ),
-    equivalent("2.9", "one axis: -1 is 0", "upcast(logits).softmax(-1) -> upcast(logits).softmax(-0)"),
+    equivalent("2.11", "one axis: -1 is 0", "upcast(logits).softmax(-1) -> upcast(logits).softmax(-0)"),
     equivalent(
-        "2.10",
+        "2.13",
         "the probabilities are on the CPU already, unless there is a GPU",
         "sampling_probs(logits, params).cpu() -> sampling_probs(logits, params)",
     ),
     equivalent(
-        "2.11",
+        "2.14",
         "Python takes `utf-8_` for another spelling of utf-8",
         "codecs.getincrementaldecoder('utf-8') -> codecs.getincrementaldecoder('utf-8_')",
     ),
     equivalent(
-        "2.12",
+        "2.15",
         "without stop strings nothing is held, and a slice may end behind its text",
         "max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0) "
         "-> max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=-1)",
     ),
     equivalent(
-        "2.14",
+        "2.12",
         "a min_p of 0 asks for probabilities of at least 0, which all are",
         "if params.min_p > 0: -> if True:",
         "params.min_p > 0 -> params.min_p >= 0",
         "params.min_p > 0 -> params.min_p > -1",
     ),
-    equivalent("2.14", "one axis: -1 is 0", "logits.softmax(-1) -> logits.softmax(-0)"),
+    equivalent("2.12", "one axis: -1 is 0", "logits.softmax(-1) -> logits.softmax(-0)"),
     equivalent(
-        "2.17", "one row: its first is its last", "model.logits(hidden[-1:])[0] -> model.logits(hidden[-1:])[-1]"
+        "2.16", "one row: its first is its last", "model.logits(hidden[-1:])[0] -> model.logits(hidden[-1:])[-1]"
     ),
 ]

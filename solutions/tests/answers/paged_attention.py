@@ -5,40 +5,40 @@ from __future__ import annotations
 from common.course.catalogue import equivalent, planted, right, wrong, wrong_body
 
 ANSWERS = [
-    # ----------------------------------------------------------------------------------------------- 4.9 hash_block
-    wrong("4.9", "the parent left out of the digest", "before + text", "text"),
-    wrong("4.9", "the digits of the tokens run together: 1, 23 and 12, 3 are the same", '" ".join', '"".join'),
-    wrong("4.9", "the order of the tokens lost", "map(str, token_ids)", "map(str, sorted(token_ids))"),
+    # ----------------------------------------------------------------------------------------------- 4.1 hash_block
+    wrong("4.1", "the parent left out of the digest", "before + text", "text"),
+    wrong("4.1", "the digits of the tokens run together: 1, 23 and 12, 3 are the same", '" ".join', '"".join'),
+    wrong("4.1", "the order of the tokens lost", "map(str, token_ids)", "map(str, sorted(token_ids))"),
     wrong(
-        "4.9",
+        "4.1",
         "only the parent's tokens in the digest, not all that came before",
         "hashlib.blake2b(before + text",
         "hashlib.blake2b(str(parent and parent.token_ids).encode() + text",
     ),
-    wrong("4.9", "the parent field left empty", ".digest(), before,", '.digest(), b"",'),
+    wrong("4.1", "the parent field left empty", ".digest(), before,", '.digest(), b"",'),
     wrong(
-        "4.9",
+        "4.1",
         "each token id squeezed into one byte",
         '" ".join(map(str, token_ids)).encode()',
         "bytes(token_ids)",
         recognised=False,
     ),
     wrong(
-        "4.9",
+        "4.1",
         "each token id squeezed into one byte, what is above 255 cut off",
         '" ".join(map(str, token_ids)).encode()',
         "bytes(token_id % 256 for token_id in token_ids)",
     ),
     wrong(
-        "4.9",
+        "4.1",
         "each token id squeezed into two bytes",
         '" ".join(map(str, token_ids)).encode()',
         'b"".join(token_id.to_bytes(2, "big") for token_id in token_ids)',
         recognised=False,
     ),
-    wrong("4.9", "a digest of blake2b's own length, 64 bytes", ", digest_size=16", ""),
+    wrong("4.1", "a digest of blake2b's own length, 64 bytes", ", digest_size=16", ""),
     right(
-        "4.9",
+        "4.1",
         "fed to the digest token by token, as bytes of fixed width",
         """
         digest = hashlib.blake2b(digest_size=16)
@@ -49,23 +49,23 @@ ANSWERS = [
         return BlockHash(digest.digest(), b"" if parent is None else parent.value, tuple(token_ids))
         """,
     ),
-    # -------------------------------------------------------------------------------- 4.1 BlockPool.get_new_blocks
-    wrong("4.1", "the newest free block first", "last=False", "last=True"),
-    wrong("4.1", "what the block held can still be found", "self.forget(block)", "pass"),
+    # -------------------------------------------------------------------------------- 4.2 BlockPool.get_new_blocks
+    wrong("4.2", "the newest free block first", "last=False", "last=True"),
+    wrong("4.2", "what the block held can still be found", "self.forget(block)", "pass"),
     wrong(
-        "4.1",
+        "4.2",
         "the hash taken off the block, its entry left in `cached`",
         "self.forget(block)",
         "block.block_hash = None",
     ),
     wrong(
-        "4.1",
+        "4.2",
         "as many as there are, where fewer are free than asked for",
         'raise ValueError(f"{num_blocks} blocks requested, {len(self.free)} of {len(self.blocks)} are free.")',
         "num_blocks = len(self.free)",
     ),
     wrong_body(
-        "4.1",
+        "4.2",
         "blocks without a hash handed out first, whatever the order in which they became free",
         """
         if num_blocks > len(self.free):
@@ -79,7 +79,7 @@ ANSWERS = [
         """,
     ),
     wrong_body(
-        "4.1",
+        "4.2",
         "blocks taken one by one until none is left, and only then the error",
         """
         blocks = []
@@ -94,7 +94,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "4.1",
+        "4.2",
         "by the first keys of `free`",
         """
         if len(self.free) < num_blocks:
@@ -110,33 +110,33 @@ ANSWERS = [
         return taken
         """,
     ),
-    # ----------------------------------------------------------------------------------- 4.2 BlockPool.free_blocks
-    wrong("4.2", "free although another sequence still holds it", "if block.ref_cnt == 0:", "if True:"),
-    wrong("4.2", "ref_cnt set to 0, whoever else holds it", "block.ref_cnt -= 1", "block.ref_cnt = 0"),
-    wrong("4.2", "the blocks freed in reverse order", "for block in blocks:", "for block in reversed(list(blocks)):"),
+    # ----------------------------------------------------------------------------------- 4.3 BlockPool.free_blocks
+    wrong("4.3", "free although another sequence still holds it", "if block.ref_cnt == 0:", "if True:"),
+    wrong("4.3", "ref_cnt set to 0, whoever else holds it", "block.ref_cnt -= 1", "block.ref_cnt = 0"),
+    wrong("4.3", "the blocks freed in reverse order", "for block in blocks:", "for block in reversed(list(blocks)):"),
     wrong(
-        "4.2",
+        "4.3",
         "the content forgotten as soon as nobody holds the block",
         "self.free[block.block_id] = block",
         "self.forget(block)\n                self.free[block.block_id] = block",
     ),
     wrong(
-        "4.2",
+        "4.3",
         "freed blocks joining as the oldest",
         "self.free[block.block_id] = block",
         "self.free[block.block_id] = block\n                self.free.move_to_end(block.block_id, last=False)",
     ),
     wrong(
-        "4.2", "blocks freed in the order of their ids", "in blocks:", "in sorted(blocks, key=lambda b: b.block_id):"
+        "4.3", "blocks freed in the order of their ids", "in blocks:", "in sorted(blocks, key=lambda b: b.block_id):"
     ),
     wrong(
-        "4.2",
+        "4.3",
         "no error for a block that nobody holds",
         'raise ValueError(f"Block {block.block_id} is free already.")',
         "pass",
     ),
     right(
-        "4.2",
+        "4.3",
         "counted first, joined afterwards",
         """
         given = list(blocks)
@@ -147,41 +147,41 @@ ANSWERS = [
         self.free.update((block.block_id, block) for block in given if block.ref_cnt == 0)
         """,
     ),
-    # --------------------------------------------------------------------- 4.10 KVCacheManager.get_computed_blocks
+    # --------------------------------------------------------------------- 4.4 KVCacheManager.get_computed_blocks
     wrong(
-        "4.10",
+        "4.4",
         "the whole prompt found, so that nothing is left to compute",
         "(len(request.all_token_ids) - 1) // self.block_size",
         "len(request.all_token_ids) // self.block_size",
     ),
     wrong(
-        "4.10",
+        "4.4",
         "the last full block left out always, not only where it holds the last token",
         "(len(request.all_token_ids) - 1) // self.block_size",
         "max(0, len(request.all_token_ids) // self.block_size - 1)",
     ),
-    wrong("4.10", "later blocks found without those before them", "break", "continue"),
+    wrong("4.4", "later blocks found without those before them", "break", "continue"),
     wrong(
-        "4.10",
+        "4.4",
         "looked up by the hash's value alone, so that a collision is a hit",
         "self.pool.find(block_hash)",
         "self.pool.cached.get(block_hash.value)",
     ),
-    wrong("4.10", "blocks counted instead of tokens", "len(blocks) * self.block_size", "len(blocks)"),
+    wrong("4.4", "blocks counted instead of tokens", "len(blocks) * self.block_size", "len(blocks)"),
     wrong(
-        "4.10",
+        "4.4",
         "the blocks taken already: that is allocate_slots' part",
         "return blocks, len(blocks) * self.block_size",
         "self.pool.touch(blocks)\n        return blocks, len(blocks) * self.block_size",
     ),
     wrong(
-        "4.10",
+        "4.4",
         "only blocks that somebody holds, not those that are free and still full",
         "if block is None:",
         "if block is None or block.ref_cnt == 0:",
     ),
     right(
-        "4.10",
+        "4.4",
         "enable_prefix_caching not asked for: where it is false, cache_blocks has entered nothing",
         """
         blocks = []
@@ -194,7 +194,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "4.10",
+        "4.4",
         "with a while loop, one key at a time",
         """
         found = []
@@ -206,53 +206,53 @@ ANSWERS = [
         return found, self.block_size * len(found)
         """,
     ),
-    # ---------------------------------------------------------------------------- 4.11 KVCacheManager.cache_blocks
+    # ---------------------------------------------------------------------------- 4.5 KVCacheManager.cache_blocks
     wrong(
-        "4.11",
+        "4.5",
         "all computed tokens taken for verified ones",
         "num_verified_tokens // self.block_size",
         "request.num_computed_tokens // self.block_size",
     ),
     wrong(
-        "4.11",
+        "4.5",
         "a partly filled block given a hash",
         "num_verified_tokens // self.block_size",
         "cdiv(num_verified_tokens, self.block_size)",
     ),
-    wrong("4.11", "enable_prefix_caching not asked for", "if not self.enable_prefix_caching:", "if False:"),
+    wrong("4.5", "enable_prefix_caching not asked for", "if not self.enable_prefix_caching:", "if False:"),
     wrong(
-        "4.11",
+        "4.5",
         "each block hashed as if it were the first",
         "self.hashes(request, num_verified_tokens // self.block_size)",
         "[\n            hash_block(None, request.all_token_ids[i : i + self.block_size])\n"
         "            for i in range(0, num_verified_tokens - self.block_size + 1, self.block_size)\n        ]",
     ),
     wrong(
-        "4.11",
+        "4.5",
         "hashes of all its tokens asked for, guesses included, of which the verified ones are used",
         "self.hashes(request, num_verified_tokens // self.block_size)",
         "self.hashes(request, len(request.all_token_ids) // self.block_size)[: num_verified_tokens // self.block_size]",
     ),
     wrong(
-        "4.11",
+        "4.5",
         "a block that can be found already replaced by another with the same content",
         "self.pool.remember(block, block_hash)",
         "self.pool.cached[block_hash.value], block.block_hash = block, block_hash",
     ),
     wrong(
-        "4.11",
+        "4.5",
         "the loop ended at the first block that has a hash already",
         "            if block.block_hash is None:\n",
         "            if block.block_hash is not None:\n                break\n            else:\n",
     ),
     wrong(
-        "4.11",
+        "4.5",
         "only the last full block remembered",
         "zip(self.block_tables[request.request_id], block_hashes)",
         "list(zip(self.block_tables[request.request_id], block_hashes))[-1:]",
     ),
     right(
-        "4.11",
+        "4.5",
         "by the places of the table",
         """
         num_full = num_verified_tokens // self.block_size if self.enable_prefix_caching else 0
@@ -262,81 +262,81 @@ ANSWERS = [
                 self.pool.remember(table[place], self.hashes(request, num_full)[place])
         """,
     ),
-    # -------------------------------------------------------------------------- 4.12 KVCacheManager.allocate_slots
+    # -------------------------------------------------------------------------- 4.6 KVCacheManager.allocate_slots
     wrong(
-        "4.12",
+        "4.6",
         "the tokens that are computed already forgotten in the count",
         "request.num_computed_tokens + num_new_tokens + num_lookahead_tokens",
         "num_new_tokens + num_lookahead_tokens",
     ),
     wrong(
-        "4.12", "no slots for draft tokens", "num_new_tokens + num_lookahead_tokens", "num_new_tokens", recognised=False
+        "4.6", "no slots for draft tokens", "num_new_tokens + num_lookahead_tokens", "num_new_tokens", recognised=False
     ),
     wrong(
-        "4.12",
+        "4.6",
         "no slots for draft tokens where there is no new token",
         "num_new_tokens + num_lookahead_tokens",
         "num_new_tokens + (num_lookahead_tokens if num_new_tokens else 0)",
     ),
     wrong(
-        "4.12",
+        "4.6",
         "num_computed_tokens counted up: slots are reserved here, and computed later",
         "return new_blocks",
         "request.num_computed_tokens += num_new_tokens\n        return new_blocks",
     ),
     wrong(
-        "4.12",
+        "4.6",
         "a block too few where the last is not full",
         "cdiv(num_tokens, self.block_size)",
         "num_tokens // self.block_size",
     ),
     wrong(
-        "4.12",
+        "4.6",
         "blocks that it holds and does not need counted as if they were free",
         "max(0, cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks))",
         "cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks)",
         recognised=False,
     ),
-    wrong("4.12", "the blocks that it holds already not counted", " - len(table) - len(computed", " - len(computed"),
+    wrong("4.6", "the blocks that it holds already not counted", " - len(table) - len(computed", " - len(computed"),
     wrong(
-        "4.12",
+        "4.6",
         "new blocks bought for the computed ones too",
         " - len(table) - len(computed_blocks)",
         " - len(table)",
     ),
     wrong(
-        "4.12",
+        "4.6",
         "computed blocks that nobody holds counted as if they were there to take",
         "self.pool.num_free_blocks - unheld",
         "self.pool.num_free_blocks",
         recognised=False,
     ),
     wrong(
-        "4.12",
+        "4.6",
         "computed blocks that others hold counted as if they took from the free ones",
         "sum(block.ref_cnt == 0 for block in computed_blocks)",
         "len(computed_blocks)",
         recognised=False,
     ),
     wrong(
-        "4.12",
+        "4.6",
         "the computed blocks returned too: those it did not take from the free ones",
         "return new_blocks",
         "return [*computed_blocks, *new_blocks]",
     ),
     wrong(
-        "4.12",
+        "4.6",
         "no block counted for the copies of shared blocks",
         "num_missing + len(shared) > self",
         "num_missing > self",
         recognised=False,
     ),
-    wrong("4.12", "shared blocks written without a copy", "self.copy_on_write(request, shared)", "pass"),
+    wrong("4.6", "shared blocks written without a copy", "self.copy_on_write(request, shared)", "pass"),
     wrong(
-        "4.12", "the computed blocks put into the table without being held", "self.pool.touch(computed_blocks)", "pass"
+        "4.6", "the computed blocks put into the table without being held", "self.pool.touch(computed_blocks)", "pass"
     ),
     wrong_body(
-        "4.12",
+        "4.6",
         "new blocks taken before the computed ones are held: one of those is handed out",
         """
         table = self.block_tables.get(request.request_id, [])
@@ -354,7 +354,7 @@ ANSWERS = [
         """,
     ),
     wrong_body(
-        "4.12",
+        "4.6",
         "blocks taken one at a time, and kept where they do not suffice",
         """
         table = self.block_tables.setdefault(request.request_id, [])
@@ -374,7 +374,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "4.12",
+        "4.6",
         "by the number of blocks that the table will have",
         """
         table = self.block_tables.get(request.request_id, [])
@@ -394,57 +394,57 @@ ANSWERS = [
         return new
         """,
     ),
-    # ------------------------------------------------------------------------------------ 4.13 KVCacheManager.fork
-    wrong("4.13", "one list for both tables", "= list(blocks)", "= self.block_tables[parent.request_id]"),
-    wrong("4.13", "shared blocks not counted as held twice", "self.pool.touch(blocks)", "pass"),
+    # ------------------------------------------------------------------------------------ 4.7 KVCacheManager.fork
+    wrong("4.7", "one list for both tables", "= list(blocks)", "= self.block_tables[parent.request_id]"),
+    wrong("4.7", "shared blocks not counted as held twice", "self.pool.touch(blocks)", "pass"),
     wrong(
-        "4.13",
+        "4.7",
         "one list of hashes for both sequences",
         "child.num_computed_tokens = num_tokens - 1",
         "self.block_hashes[child.request_id] = self.block_hashes.setdefault(parent.request_id, [])\n"
         "        child.num_computed_tokens = num_tokens - 1",
     ),
-    wrong("4.13", "all of the child's tokens said to be computed", "num_tokens - 1", "num_tokens"),
+    wrong("4.7", "all of the child's tokens said to be computed", "num_tokens - 1", "num_tokens"),
     wrong(
-        "4.13",
+        "4.7",
         "nothing of the child said to be computed",
         "child.num_computed_tokens = num_tokens - 1",
         "child.num_computed_tokens = 0",
     ),
     wrong(
-        "4.13",
+        "4.7",
         "all of the parent's blocks, whatever the child needs",
         "[: cdiv(num_tokens, self.block_size)]",
         "",
     ),
     wrong(
-        "4.13",
+        "4.7",
         "no place for the child's last token, which it is about to compute",
         "[: cdiv(num_tokens, self.block_size)]",
         "[: cdiv(num_tokens - 1, self.block_size)]",
     ),
     wrong(
-        "4.13",
+        "4.7",
         "the parent's table cut to what the child needs",
         "blocks = self.block_tables[parent.request_id][: cdiv(num_tokens, self.block_size)]",
         "del self.block_tables[parent.request_id][cdiv(num_tokens, self.block_size) :]\n"
         "        blocks = self.block_tables[parent.request_id]",
     ),
-    wrong("4.13", "full blocks only", "[: cdiv(num_tokens, self.block_size)]", "[: num_tokens // self.block_size]"),
+    wrong("4.7", "full blocks only", "[: cdiv(num_tokens, self.block_size)]", "[: num_tokens // self.block_size]"),
     wrong(
-        "4.13",
+        "4.7",
         "no error where the parent has not got so far",
         "if parent.num_computed_tokens < num_tokens:",
         "if parent.num_computed_tokens < num_tokens - 1:",
     ),
     wrong(
-        "4.13",
+        "4.7",
         "the last block copied at once, though nobody writes yet",
         "child.num_computed_tokens = num_tokens - 1",
         "child.num_computed_tokens = num_tokens - 1\n        self.copy_on_write(child, [len(blocks) - 1])",
     ),
     right(
-        "4.13",
+        "4.7",
         "block by block",
         """
         needed = len(child.all_token_ids)
@@ -458,42 +458,42 @@ ANSWERS = [
         self.block_tables[child.request_id], child.num_computed_tokens = table, needed - 1
         """,
     ),
-    # --------------------------------------------------------------------------- 4.16 KVCacheManager.copy_on_write
+    # --------------------------------------------------------------------------- 4.8 KVCacheManager.copy_on_write
     wrong(
-        "4.16",
+        "4.8",
         "whole blocks copied, filled or not",
         "min(self.block_size, request.num_computed_tokens - place * self.block_size)",
         "self.block_size",
     ),
     wrong(
-        "4.16",
+        "4.8",
         "all its tokens counted, where those before the block are not in it",
         "request.num_computed_tokens - place * self.block_size",
         "request.num_computed_tokens",
     ),
     wrong(
-        "4.16",
+        "4.8",
         "a number of tokens below zero, where the block lies behind all that is computed",
         "if filled > 0:",
         "if filled:",
     ),
     wrong(
-        "4.16",
+        "4.8",
         "source and target exchanged",
         "BlockCopy(shared.block_id, own.block_id",
         "BlockCopy(own.block_id, shared.block_id",
     ),
-    wrong("4.16", "the shared block not let go", "self.pool.free_blocks([shared])", "pass"),
-    wrong("4.16", "the new block not put into the table", "table[place] = own", "pass"),
-    wrong("4.16", "no copy noted", "self.copies.append(BlockCopy(shared.block_id, own.block_id, filled))", "pass"),
+    wrong("4.8", "the shared block not let go", "self.pool.free_blocks([shared])", "pass"),
+    wrong("4.8", "the new block not put into the table", "table[place] = own", "pass"),
+    wrong("4.8", "no copy noted", "self.copies.append(BlockCopy(shared.block_id, own.block_id, filled))", "pass"),
     wrong(
-        "4.16",
+        "4.8",
         "earlier copies dropped",
         "self.copies.append(BlockCopy(shared.block_id, own.block_id, filled))",
         "self.copies = [BlockCopy(shared.block_id, own.block_id, filled)]",
     ),
     wrong(
-        "4.16",
+        "4.8",
         "the key taken over by the copy",
         "table[place] = own",
         "table[place] = own\n            if shared.block_hash is not None:\n"
@@ -501,7 +501,7 @@ ANSWERS = [
         "                self.pool.cached[own.block_hash.value] = own",
     ),
     right(
-        "4.16",
+        "4.8",
         "all new blocks at once",
         """
         table = self.block_tables[request.request_id]
@@ -513,39 +513,39 @@ ANSWERS = [
             table[place] = block
         """,
     ),
-    # ------------------------------------------------------------------------------------- 4.15 KVCacheManager.trim
+    # ------------------------------------------------------------------------------------- 4.9 KVCacheManager.trim
     planted(
-        "4.15",
+        "4.9",
         "the block that is partly filled given up too",
         "cdiv(request.num_computed_tokens, self.block_size)",
         "request.num_computed_tokens // self.block_size",
     ),
     wrong(
-        "4.15",
+        "4.9",
         "always one block more than the full ones, so one too many where the last is just full",
         "cdiv(request.num_computed_tokens, self.block_size)",
         "request.num_computed_tokens // self.block_size + 1",
     ),
     wrong(
-        "4.15",
+        "4.9",
         "the tokens counted that it has, guesses included, not those that are computed",
         "cdiv(request.num_computed_tokens, self.block_size)",
         "cdiv(len(request.all_token_ids), self.block_size)",
     ),
     wrong(
-        "4.15",
+        "4.9",
         "the shortened table not stored: `table` names a new list",
         "del table[needed:]",
         "table = table[:needed]",
     ),
     wrong(
-        "4.15",
+        "4.9",
         "the order turned round, in which nothing was wrong",
         "reversed(table[needed:])",
         "table[needed:]",
     ),
     right(
-        "4.15",
+        "4.9",
         "rounded up by hand",
         """
         table = self.block_tables[request.request_id]
@@ -554,91 +554,91 @@ ANSWERS = [
             self.pool.free_blocks([table.pop()])
         """,
     ),
-    # ---------------------------------------------------------------------------------------------- 4.14 utilisation
+    # ---------------------------------------------------------------------------------------------- 4.10 utilisation
     wrong(
-        "4.14", "full blocks only", "cdiv(length, block_size) * block_size", "length // block_size * block_size or 1"
+        "4.10", "full blocks only", "cdiv(length, block_size) * block_size", "length // block_size * block_size or 1"
     ),
     wrong(
-        "4.14",
+        "4.10",
         "all sequences together in one row of blocks",
         "sum(cdiv(length, block_size) * block_size for length in num_tokens)",
         "cdiv(sum(num_tokens), block_size) * block_size",
     ),
     wrong(
-        "4.14",
+        "4.10",
         "always one block more than the full ones, so one too many where the last is just full",
         "cdiv(length, block_size) * block_size",
         "(length // block_size + 1) * block_size",
     ),
-    wrong("4.14", "the share that is empty", "return sum(num_tokens) / slots", "return 1 - sum(num_tokens) / slots"),
+    wrong("4.10", "the share that is empty", "return sum(num_tokens) / slots", "return 1 - sum(num_tokens) / slots"),
     wrong(
-        "4.14",
+        "4.10",
         "the mean of the sequences' shares, where long ones count no more than short ones",
         "return sum(num_tokens) / slots",
         "shares = [n / (cdiv(n, block_size) * block_size) for n in num_tokens]\n    return sum(shares) / len(shares)",
     ),
     wrong(
-        "4.14", "blocks counted instead of slots", "cdiv(length, block_size) * block_size", "cdiv(length, block_size)"
+        "4.10", "blocks counted instead of slots", "cdiv(length, block_size) * block_size", "cdiv(length, block_size)"
     ),
     right(
-        "4.14",
+        "4.10",
         "by the empty slots",
         """
         stored = sum(num_tokens)
         return stored / (stored + sum(-length % block_size for length in num_tokens))
         """,
     ),
-    # ---------------------------------------------------------------------------------------- 4.17 partial_attention
-    wrong("4.17", "scores not divided by the root of D", " / math.sqrt(q.shape[-1])", ""),
-    wrong("4.17", "scores divided by D, not by its root", "math.sqrt(q.shape[-1])", "q.shape[-1]"),
+    # ---------------------------------------------------------------------------------------- 4.11 partial_attention
+    wrong("4.11", "scores not divided by the root of D", " / math.sqrt(q.shape[-1])", ""),
+    wrong("4.11", "scores divided by D, not by its root", "math.sqrt(q.shape[-1])", "q.shape[-1]"),
     wrong(
-        "4.17",
+        "4.11",
         "a large negative score for what is masked: a row that sees nothing then sees everything",
         "-math.inf",
         "-1e9",
     ),
-    wrong("4.17", "the mask turned round", "masked_fill(~mask", "masked_fill(mask"),
-    wrong("4.17", "the maximum clamped at -10,000", "torch.finfo(scores.dtype).min", "-1e4"),
+    wrong("4.11", "the mask turned round", "masked_fill(~mask", "masked_fill(mask"),
+    wrong("4.11", "the maximum clamped at -10,000", "torch.finfo(scores.dtype).min", "-1e4"),
     wrong(
-        "4.17",
+        "4.11",
         "float32, whatever dtype q has",
         "(upcast(q) @ upcast(k).mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)",
         "(q.float() @ k.float().mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)\n    v = v.float()",
     ),
     wrong(
-        "4.17",
+        "4.11",
         "the division done already",
         "return Partial(maximum, weights.sum(-1), weights @ upcast(v))",
         "return Partial(maximum, weights.sum(-1), weights.softmax(-1).mul(0) @ upcast(v)\n"
         "        + weights / weights.sum(-1, keepdim=True).clamp(min=1e-30) @ upcast(v))",
     ),
     wrong(
-        "4.17",
+        "4.11",
         "scores not relative to the maximum, so that exp overflows",
         "(scores - maximum.clamp(min=torch.finfo(scores.dtype).min)[..., None]).exp()",
         "scores.exp()",
     ),
     wrong(
-        "4.17",
+        "4.11",
         "-inf minus -inf, which is NaN, where a query sees no key",
         "maximum.clamp(min=torch.finfo(scores.dtype).min)[..., None]",
         "maximum[..., None]",
         recognised=False,
     ),
     wrong(
-        "4.17",
+        "4.11",
         "the highest score of all keys, seen or not, and masked afterwards",
         ".masked_fill(~mask, -math.inf)\n    maximum = scores.amax(-1)",
         "\n    maximum = scores.amax(-1)\n    scores = scores.masked_fill(~mask, -math.inf)",
     ),
     wrong(
-        "4.17",
+        "4.11",
         "products taken in 16 bits, where they overflow",
         "(upcast(q) @ upcast(k).mT / math.sqrt(q.shape[-1]))",
         "upcast(q @ k.mT / math.sqrt(q.shape[-1]))",
     ),
     right(
-        "4.17",
+        "4.11",
         "the unseen set to 0 afterwards",
         """
         scores = torch.einsum("...td,...sd->...ts", upcast(q), upcast(k)) * q.shape[-1] ** -0.5
@@ -648,49 +648,49 @@ ANSWERS = [
         return Partial(highest.squeeze(-1), weights.sum(-1), torch.einsum("...ts,...sd->...td", weights, upcast(v)))
         """,
     ),
-    # ------------------------------------------------------------------------------------------- 4.6 merge_partials
+    # ------------------------------------------------------------------------------------------- 4.12 merge_partials
     wrong(
-        "4.6",
+        "4.12",
         "-inf minus -inf, which is NaN, where neither has seen a key",
         "maximum.clamp(min=torch.finfo(maximum.dtype).min)",
         "maximum",
         recognised=False,
     ),
-    wrong("4.6", "the lower maximum of the two", "torch.maximum(", "torch.minimum("),
-    wrong("4.6", "the maximum clamped at -10,000", "torch.finfo(maximum.dtype).min", "-1e4"),
-    wrong("4.6", "totals added as they are", "a.total * scale_a + b.total * scale_b", "a.total + b.total"),
+    wrong("4.12", "the lower maximum of the two", "torch.maximum(", "torch.minimum("),
+    wrong("4.12", "the maximum clamped at -10,000", "torch.finfo(maximum.dtype).min", "-1e4"),
+    wrong("4.12", "totals added as they are", "a.total * scale_a + b.total * scale_b", "a.total + b.total"),
     wrong(
-        "4.6",
+        "4.12",
         "weighted values added as they are",
         "a.weighted * scale_a[..., None] + b.weighted * scale_b[..., None]",
         "a.weighted + b.weighted",
     ),
     wrong(
-        "4.6",
+        "4.12",
         "everything brought to the first one's maximum",
         "maximum = torch.maximum(a.maximum, b.maximum)",
         "maximum = a.maximum",
     ),
     wrong(
-        "4.6",
+        "4.12",
         "only the first one rescaled",
         "(b.maximum - safe).exp()",
         "torch.ones_like(b.maximum)",
     ),
     wrong(
-        "4.6",
+        "4.12",
         "the two scales exchanged",
         "scale_a, scale_b = ",
         "scale_b, scale_a = ",
     ),
     wrong(
-        "4.6",
+        "4.12",
         "the scales turned upside down",
         "(a.maximum - safe).exp(), (b.maximum - safe).exp()",
         "(safe - a.maximum).clamp(max=50).exp(), (safe - b.maximum).clamp(max=50).exp()",
     ),
     right(
-        "4.6",
+        "4.12",
         "NaN put out afterwards",
         """
         highest = torch.where(a.maximum > b.maximum, a.maximum, b.maximum)
@@ -700,41 +700,41 @@ ANSWERS = [
         return Partial(highest, total, weighted)
         """,
     ),
-    # ---------------------------------------------------------------------------------------- 4.7 blockwise_attention
+    # ---------------------------------------------------------------------------------------- 4.13 blockwise_attention
     wrong(
-        "4.7",
+        "4.13",
         "a query that does not see itself, except in the first place",
         "slots <= rows",
         "slots <= (rows - 1).clamp(min=0)",
     ),
-    wrong("4.7", "no mask: queries see all keys", "slots <= rows", "slots < rows + num_keys"),
+    wrong("4.13", "no mask: queries see all keys", "slots <= rows", "slots < rows + num_keys"),
     wrong(
-        "4.7",
+        "4.13",
         "positions repeated one by one, where the rows go through the tokens head by head",
         "positions.repeat(1, group_size)",
         "positions.repeat_interleave(group_size, 1)",
     ),
     wrong(
-        "4.7",
+        "4.13",
         "a mask without an axis for the K heads, so that its sequences are taken for heads",
         "[:, None, :, None]",
         "[:, :, None]",
     ),
     wrong(
-        "4.7",
+        "4.13",
         "slots counted from 0 in every segment",
         "torch.arange(start, end, device=q.device)",
         "torch.arange(end - start, device=q.device)",
     ),
     wrong(
-        "4.7",
+        "4.13",
         "only the last segment that a query sees anything of",
         "merge_partials(whole, part)",
         "Partial(*(torch.where((part.total > 0).view(*part.total.shape, *[1] * (x.dim() - 3)), y, x) "
         "for x, y in zip(whole, part)))",
     ),
     wrong(
-        "4.7",
+        "4.13",
         "the segments' results averaged, each divided by its own sum",
         "mixed = (whole.weighted / whole.total[..., None]).to(q.dtype)",
         "parts = []\n"
@@ -745,33 +745,33 @@ ANSWERS = [
         "        parts.append((part.weighted / part.total[..., None]).nan_to_num(0.0))\n"
         "    mixed = torch.stack(parts).mean(0).to(q.dtype)",
     ),
-    wrong("4.7", "no division at the end", "(whole.weighted / whole.total[..., None])", "whole.weighted"),
+    wrong("4.13", "no division at the end", "(whole.weighted / whole.total[..., None])", "whole.weighted"),
     wrong(
-        "4.7",
+        "4.13",
         "the last segment left out where it is not full",
         "range(0, num_keys, segment)",
         "range(0, max(1, num_keys - segment + 1), segment)",
     ),
     wrong(
-        "4.7",
+        "4.13",
         "all keys read at once",
         "range(0, num_keys, segment):\n        end = min(start + segment, num_keys)",
         "range(0, num_keys, num_keys):\n        end = num_keys",
     ),
     wrong(
-        "4.7",
+        "4.13",
         "the last segment read to its end, though there are no more keys",
         "end = min(start + segment, num_keys)",
         "end = start + segment\n        read(start, end)\n        end = min(end, num_keys)",
     ),
     wrong(
-        "4.7",
+        "4.13",
         "the heads unfolded as if a row's tokens stood side by side",
         "mixed.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)",
         "mixed.reshape(q.shape)",
     ),
     right(
-        "4.7",
+        "4.13",
         "query head by query head",
         """
         num_heads, out = q.shape[2], torch.empty_like(q)
@@ -787,64 +787,64 @@ ANSWERS = [
         return out
         """,
     ),
-    # ------------------------------------------------------------------------------------------------ 4.3 slot_mapping
-    wrong("4.3", "always from position 0", "range(start, start + num_tokens)", "range(num_tokens)"),
-    wrong("4.3", "num_tokens taken for the end", "range(start, start + num_tokens)", "range(start, num_tokens)"),
+    # ------------------------------------------------------------------------------------------------ 4.14 slot_mapping
+    wrong("4.14", "always from position 0", "range(start, start + num_tokens)", "range(num_tokens)"),
+    wrong("4.14", "num_tokens taken for the end", "range(start, start + num_tokens)", "range(start, num_tokens)"),
     wrong(
-        "4.3",
+        "4.14",
         "the table left out: slots as if the blocks lay side by side",
         "block_table[p // block_size] * block_size",
         "p // block_size * block_size",
     ),
     wrong(
-        "4.3",
+        "4.14",
         "a block's number taken for its first slot",
         "block_table[p // block_size] * block_size",
         "block_table[p // block_size]",
     ),
     wrong(
-        "4.3",
+        "4.14",
         "places counted through the blocks one after another, as in a pack of cards that is dealt",
         "block_table[p // block_size] * block_size + p % block_size",
         "block_table[p % len(block_table)] * block_size + p // len(block_table)",
     ),
     right(
-        "4.3",
+        "4.14",
         "all slots of the table, cut",
         """
         slots = [block * block_size + i for block in block_table for i in range(block_size)]
         return slots[start : start + num_tokens]
         """,
     ),
-    # ------------------------------------------------------------------------------------------ 4.4 PagedKVCache.write
+    # ------------------------------------------------------------------------------------------ 4.15 PagedKVCache.write
     wrong(
-        "4.4",
+        "4.15",
         "the layer's number taken as an index, where the cache begins with a later layer",
         "layer - self.layers.start",
         "layer",
     ),
-    wrong("4.4", "everything written to the cache's first layer", "layer - self.layers.start", "0"),
+    wrong("4.15", "everything written to the cache's first layer", "layer - self.layers.start", "0"),
     wrong(
-        "4.4",
+        "4.15",
         "keys and values exchanged",
         "index_copy_(0, slots, k)\n        self.values[index].flatten(0, 1).index_copy_(0, slots, v)",
         "index_copy_(0, slots, v)\n        self.values[index].flatten(0, 1).index_copy_(0, slots, k)",
     ),
-    wrong("4.4", "the values forgotten", "self.values[index].flatten(0, 1).index_copy_(0, slots, v)", "pass"),
+    wrong("4.15", "the values forgotten", "self.values[index].flatten(0, 1).index_copy_(0, slots, v)", "pass"),
     wrong(
-        "4.4",
+        "4.15",
         "written to a copy, which is then thrown away",
         "self.keys[index].flatten(0, 1).index_copy_(0, slots, k)",
         "self.keys[index].flatten(0, 1).index_copy(0, slots, k)",
     ),
     wrong(
-        "4.4",
+        "4.15",
         "slots in ascending order, whatever the order of the tokens",
         "index = layer - self.layers.start",
         "index, slots = layer - self.layers.start, slots.sort().values",
     ),
     right(
-        "4.4",
+        "4.15",
         "by block and place",
         """
         blocks, places = slots // self.block_size, slots % self.block_size
@@ -852,57 +852,57 @@ ANSWERS = [
             store[layer - self.layers.start, blocks, places] = new
         """,
     ),
-    # ----------------------------------------------------------------------------------------- 4.5 PagedKVCache.gather
+    # ----------------------------------------------------------------------------------------- 4.16 PagedKVCache.gather
     wrong(
-        "4.5",
+        "4.16",
         "positions counted from the first block read, not from the first of the sequence",
         "low, high = start - first * self.block_size, end - first * self.block_size",
         "low, high = 0, end - start",
     ),
     wrong(
-        "4.5",
+        "4.16",
         "the values taken from the keys",
         "self.values[layer - self.layers.start]):",
         "self.keys[layer - self.layers.start]):",
     ),
     wrong(
-        "4.5",
+        "4.16",
         "the table left out: the first blocks of the pool",
         "block_tables[:, first:last].flatten()",
         "(torch.arange(first, last) % self.keys.shape[1]).repeat(len(block_tables))",
     ),
     wrong(
-        "4.5",
+        "4.16",
         "the first sequence's table used for all",
         "block_tables[:, first:last].flatten()",
         "block_tables[:1, first:last].expand(len(block_tables), -1).flatten()",
     ),
     wrong(
-        "4.5",
+        "4.16",
         "the tables read down their columns",
         "block_tables[:, first:last].flatten()",
         "block_tables[:, first:last].T.flatten()",
     ),
     wrong(
-        "4.5",
+        "4.16",
         "always the cache's first layer",
         "(self.keys[layer - self.layers.start], self.values[layer - self.layers.start])",
         "(self.keys[0], self.values[0])",
     ),
     wrong(
-        "4.5",
+        "4.16",
         "all blocks of the tables read, and then cut",
         "first, last = start // self.block_size, cdiv(end, self.block_size)",
         "first, last = 0, block_tables.shape[1]",
     ),
     wrong(
-        "4.5",
+        "4.16",
         "one block more than needed, where `end` falls on a boundary",
         "cdiv(end, self.block_size)",
         "end // self.block_size + 1",
     ),
     wrong_body(
-        "4.5",
+        "4.16",
         "whole blocks copied, where a few slots of one were asked for",
         """
         first, last = start // self.block_size, cdiv(end, self.block_size)
@@ -916,7 +916,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "4.5",
+        "4.16",
         "slot by slot, over the flat memory",
         """
         positions = torch.arange(start, end, device=block_tables.device)
@@ -925,9 +925,9 @@ ANSWERS = [
         return self.keys[index].flatten(0, 1)[slots], self.values[index].flatten(0, 1)[slots]
         """,
     ),
-    # ----------------------------------------------------------------------------------------- 4.8 PagedKVCache.attend
+    # ----------------------------------------------------------------------------------------- 4.17 PagedKVCache.attend
     wrong_body(
-        "4.8",
+        "4.17",
         "each group's keys and values written just before its own attention",
         """
         def attend(layer, q, k, v):
@@ -942,7 +942,7 @@ ANSWERS = [
         """,
     ),
     wrong(
-        "4.8",
+        "4.17",
         "attention first, writing afterwards",
         "self.write(layer, metadata.slot_mapping, k, v)\n            mixed = torch.empty_like(q)\n"
         "            for group in groups:\n"
@@ -952,33 +952,33 @@ ANSWERS = [
         "            self.write(layer, metadata.slot_mapping, k, v)\n",
     ),
     wrong(
-        "4.8",
+        "4.17",
         "rows given back in the groups' order, not in the batch's",
         "return mixed\n",
         "return torch.cat([mixed[group.rows].flatten(0, 1) for group in groups])\n",
     ),
     wrong(
-        "4.8",
+        "4.17",
         "every layer written to and read from layer 0",
         "self.write(layer, metadata.slot_mapping, k, v)",
         "layer = 0\n            self.write(layer, metadata.slot_mapping, k, v)",
     ),
     wrong(
-        "4.8",
+        "4.17",
         "the result put where the queries were",
         "mixed = torch.empty_like(q)",
         "mixed = q",
     ),
-    wrong("4.8", "keys and values exchanged", "metadata.slot_mapping, k, v)", "metadata.slot_mapping, v, k)"),
+    wrong("4.17", "keys and values exchanged", "metadata.slot_mapping, k, v)", "metadata.slot_mapping, v, k)"),
     wrong(
-        "4.8",
+        "4.17",
         "the cache's first layer read, whichever was asked for",
         "self.group_attention(layer,",
         "self.group_attention(self.layers.start,",
     ),
-    wrong("4.8", "a result in float32, whatever dtype q has", "return mixed\n", "return mixed.float()\n"),
+    wrong("4.17", "a result in float32, whatever dtype q has", "return mixed\n", "return mixed.float()\n"),
     wrong_body(
-        "4.8",
+        "4.17",
         "the groups of the first batch used for every later one",
         """
         self.groups = getattr(self, "groups", groups)
@@ -994,7 +994,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "4.8",
+        "4.17",
         "collected, and put back in order",
         """
         order = torch.cat([group.rows.flatten() for group in groups])
@@ -1011,33 +1011,35 @@ ANSWERS = [
 
 EQUIVALENT = [
     equivalent(
-        "4.9",
+        "4.1",
         "which bytes are hashed is left open, as long as other tokens are other bytes",
         "' '.join(map(str, token_ids)) -> ' _'.join(map(str, token_ids))",
     ),
     equivalent(
-        "4.10",
+        "4.4",
         "where prefix caching is off, `cache_blocks` has told the pool nothing, and nothing is found",
         "if not self.enable_prefix_caching: -> if False:",
         "return ([], 0) -> pass",
     ),
     equivalent(
-        "4.11",
+        "4.5",
         "a block that has a hash is in `cached` under it, and `remember` leaves that as it is",
         "if block.block_hash is None: -> if True:",
     ),
-    equivalent("4.12", "copies in no place are no copies", "if shared: -> if True:"),
-    equivalent("4.13", "the slice of the parent's table is a new list already", "list(blocks) -> blocks"),
+    equivalent("4.6", "copies in no place are no copies", "if shared: -> if True:"),
+    equivalent("4.7", "the slice of the parent's table is a new list already", "list(blocks) -> blocks"),
     equivalent(
-        "4.16",
+        "4.8",
         "a copy of no slot copies nothing",
         "if filled > 0: -> if filled >= 0:",
         "if filled > 0: -> if filled > -1:",
     ),
     equivalent(
-        "4.7", "values have as many heads as keys", "read(0, 1)[0] -> read(0, 1)[1]", "read(0, 1)[0] -> read(0, 1)[-1]"
+        "4.13", "values have as many heads as keys", "read(0, 1)[0] -> read(0, 1)[1]", "read(0, 1)[0] -> read(0, 1)[-1]"
     ),
     equivalent(
-        "4.7", "the sums of a merge do not mind the order", "merge_partials(whole, part) -> merge_partials(part, whole)"
+        "4.13",
+        "the sums of a merge do not mind the order",
+        "merge_partials(whole, part) -> merge_partials(part, whole)",
     ),
 ]

@@ -157,45 +157,45 @@ ANSWERS = [
         return range(ends[stage], ends[stage + 1])
         """,
     ),
-    # -------------------------------------------------------------------------------------- 6.5 pipeline_timeline
+    # -------------------------------------------------------------------------------------- 6.6 pipeline_timeline
     wrong(
-        "6.5",
+        "6.6",
         "a batch's next step begun before its token is known",
         "starts[batch, step] = max(free, ready[batch])",
         "starts[batch, step] = free",
     ),
     wrong(
-        "6.5",
+        "6.6",
         "a batch's next step begun a tick before its token is known",
         "max(free, ready[batch])",
         "max(free, ready[batch] - 1)",
     ),
     wrong(
-        "6.5",
+        "6.6",
         "all stages computing the same at once",
         "timeline[stage][start + stage] = which",
         "timeline[stage][start] = which",
     ),
     wrong(
-        "6.5",
+        "6.6",
         "(step, batch) in place of (batch, step)",
         "timeline[stage][start + stage] = which",
         "timeline[stage][start + stage] = which[::-1]",
     ),
     wrong(
-        "6.5",
+        "6.6",
         "one batch after another, not in turns",
         "    for step in range(num_steps):\n        for batch in range(num_batches):\n",
         "    for batch in range(num_batches):\n        for step in range(num_steps):\n",
     ),
     wrong(
-        "6.5",
+        "6.6",
         "the next batch begun when this one has left the last stage",
         "free = starts[batch, step] + 1",
         "free = starts[batch, step] + num_stages",
     ),
     right(
-        "6.5",
+        "6.6",
         "tick by tick",
         """
         waiting, known, rows = [(b, s) for s in range(num_steps) for b in range(num_batches)], {}, []
@@ -213,38 +213,38 @@ ANSWERS = [
         return [[row[stage] for row in rows] for stage in range(num_stages)]
         """,
     ),
-    # --------------------------------------------------------------------------------------- 6.16 bubble_fraction
-    wrong("6.16", "the share of busy ticks", "cells.count(None) / len(cells)", "1 - cells.count(None) / len(cells)"),
-    wrong("6.16", "idle ticks for each busy one", "/ len(cells)", "/ (len(cells) - cells.count(None))"),
-    wrong("6.16", "idle ticks counted for each stage, not for all", "/ len(cells)", "/ len(timeline[0])"),
-    wrong_body("6.16", "the first stage's ticks alone", "return timeline[0].count(None) / len(timeline[0])"),
-    wrong_body("6.16", "the last stage's ticks alone", "return timeline[-1].count(None) / len(timeline[-1])"),
+    # --------------------------------------------------------------------------------------- 6.7 bubble_fraction
+    wrong("6.7", "the share of busy ticks", "cells.count(None) / len(cells)", "1 - cells.count(None) / len(cells)"),
+    wrong("6.7", "idle ticks for each busy one", "/ len(cells)", "/ (len(cells) - cells.count(None))"),
+    wrong("6.7", "idle ticks counted for each stage, not for all", "/ len(cells)", "/ len(timeline[0])"),
+    wrong_body("6.7", "the first stage's ticks alone", "return timeline[0].count(None) / len(timeline[0])"),
+    wrong_body("6.7", "the last stage's ticks alone", "return timeline[-1].count(None) / len(timeline[-1])"),
     right(
-        "6.16",
+        "6.7",
         "from the mean of the rows",
         "return sum(sum(cell is None for cell in row) / len(row) for row in timeline) / len(timeline)",
     ),
-    # ------------------------------------------------------------------------------------- 6.6 communication_cost
+    # ------------------------------------------------------------------------------------- 6.8 communication_cost
     wrong(
-        "6.6", "the first half alone: sums are made, and not brought round", "2 * (world_size - 1)", "(world_size - 1)"
+        "6.8", "the first half alone: sums are made, and not brought round", "2 * (world_size - 1)", "(world_size - 1)"
     ),
-    wrong("6.6", "the whole tensor in every message", "num_bytes / world_size / bandwidth", "num_bytes / bandwidth"),
+    wrong("6.8", "the whole tensor in every message", "num_bytes / world_size / bandwidth", "num_bytes / bandwidth"),
     wrong(
-        "6.6",
+        "6.8",
         "the whole tensor sent in each half, not one part less",
         "num_messages * (latency + num_bytes / world_size / bandwidth)",
         "num_messages * latency + 2 * num_bytes / bandwidth",
     ),
-    wrong("6.6", "a message too many in each half", "2 * (world_size - 1)", "2 * world_size"),
-    wrong("6.6", "a message too many in one half", "2 * (world_size - 1)", "2 * world_size - 1"),
+    wrong("6.8", "a message too many in each half", "2 * (world_size - 1)", "2 * world_size"),
+    wrong("6.8", "a message too many in one half", "2 * (world_size - 1)", "2 * world_size - 1"),
     wrong(
-        "6.6",
+        "6.8",
         "the latency paid once",
         "num_messages * (latency + num_bytes / world_size / bandwidth)",
         "latency + num_messages * num_bytes / world_size / bandwidth",
     ),
     right(
-        "6.6",
+        "6.8",
         "half by half",
         """
         one_message = latency + num_bytes / (world_size * bandwidth)
@@ -252,26 +252,26 @@ ANSWERS = [
         return float(reduce_scatter + all_gather)
         """,
     ),
-    # ---------------------------------------------------------------------------------------- 6.7 ring_all_reduce
-    wrong("6.7", "the second half left out", "group.exchange(sent, received)", "pass"),
+    # ---------------------------------------------------------------------------------------- 6.9 ring_all_reduce
+    wrong("6.9", "the second half left out", "group.exchange(sent, received)", "pass"),
     wrong(
-        "6.7", "x itself changed", "total = x.clone(memory_format=torch.contiguous_format)", "total = x.contiguous()"
+        "6.9", "x itself changed", "total = x.clone(memory_format=torch.contiguous_format)", "total = x.contiguous()"
     ),
     wrong(
-        "6.7",
+        "6.9",
         "the sums written into a copy, where x does not lie in memory row by row",
         "total = x.clone(memory_format=torch.contiguous_format)\n    parts = total.view(-1)",
         "total = x.clone()\n    parts = total.flatten()",
     ),
-    wrong("6.7", "the mean, not the sum", "return total", "return total / group.size"),
+    wrong("6.9", "the mean, not the sum", "return total", "return total / group.size"),
     wrong(
-        "6.7",
+        "6.9",
         "the second half begun with a part that is not finished",
         "(group.rank + 1 - step - back) % group.size",
         "(group.rank - step - back) % group.size",
     ),
     right(
-        "6.7",
+        "6.9",
         "parts counted from the one that will be finished here",
         """
         flat = x.flatten().clone()
@@ -288,64 +288,64 @@ ANSWERS = [
         return flat.reshape(x.shape)
         """,
     ),
-    # --------------------------------------------------------------------------- 6.8 ColumnParallelLinear.forward
+    # --------------------------------------------------------------------------- 6.11 ColumnParallelLinear.forward
     wrong(
-        "6.8",
+        "6.11",
         "the outputs added up over the ranks, though each rank has others",
         "self.method.apply(self, x, self.bias)",
         "self.group.all_reduce(nn.functional.pad(self.method.apply(self, x, self.bias), (0, 3 - self.out_features)))"
         "[:, : self.out_features]",
     ),
-    wrong("6.8", "the bias left out", "self.method.apply(self, x, self.bias)", "self.method.apply(self, x)"),
+    wrong("6.11", "the bias left out", "self.method.apply(self, x, self.bias)", "self.method.apply(self, x)"),
     wrong(
-        "6.8",
+        "6.11",
         "the bias divided by the number of ranks",
         "self.method.apply(self, x, self.bias)",
         "self.method.apply(self, x, None if self.bias is None else self.bias / self.group.size)",
     ),
     wrong(
-        "6.8",
+        "6.11",
         "multiplied by the stored weight, past the layer's method",
         "self.method.apply(self, x, self.bias)",
         "nn.functional.linear(x, self.weight, self.bias)",
     ),
     right(
-        "6.8",
+        "6.11",
         "the bias added afterwards",
         """
         y = self.method.apply(self, x)
         return y if self.bias is None else y + self.bias
         """,
     ),
-    # ------------------------------------------------------------------------------ 6.9 RowParallelLinear.forward
+    # ------------------------------------------------------------------------------ 6.12 RowParallelLinear.forward
     wrong(
-        "6.9",
+        "6.12",
         "the bias added on each rank",
         "total = self.group.all_reduce(self.method.apply(self, x))\n"
         "        return total if self.bias is None else total + self.bias",
         "return self.group.all_reduce(self.method.apply(self, x, self.bias))",
     ),
     wrong(
-        "6.9",
+        "6.12",
         "this rank's contribution alone: no all-reduce",
         "self.group.all_reduce(self.method.apply(self, x))",
         "self.method.apply(self, x)",
     ),
-    wrong("6.9", "the bias left out", "total if self.bias is None else total + self.bias", "total"),
+    wrong("6.12", "the bias left out", "total if self.bias is None else total + self.bias", "total"),
     wrong(
-        "6.9",
+        "6.12",
         "the mean of the contributions",
         "return total if",
         "total = total / self.group.size\n        return total if",
     ),
     wrong(
-        "6.9",
+        "6.12",
         "multiplied by the stored weight, past the layer's method",
         "self.method.apply(self, x)",
         "nn.functional.linear(x, self.weight)",
     ),
     right(
-        "6.9",
+        "6.12",
         "the bias added by the first rank, before the sum",
         """
         mine = self.method.apply(self, x)
@@ -354,40 +354,40 @@ ANSWERS = [
         return self.group.all_reduce(mine)
         """,
     ),
-    # ------------------------------------------------------------------------ 6.10 VocabParallelEmbedding.forward
-    wrong("6.10", "rows of other ranks' tokens not made zero", "found.where(ours[:, None], 0)", "found"),
+    # ------------------------------------------------------------------------ 6.13 VocabParallelEmbedding.forward
+    wrong("6.13", "rows of other ranks' tokens not made zero", "found.where(ours[:, None], 0)", "found"),
     wrong(
-        "6.10",
+        "6.13",
         "no all-reduce: zeros for the other ranks' tokens",
         "self.group.all_reduce(found.where(ours[:, None], 0))",
         "found.where(ours[:, None], 0)",
     ),
     wrong(
-        "6.10",
+        "6.13",
         "rows counted from 0 on every rank",
         "(token_ids - self.rows.start).where(ours, 0)",
         "token_ids.where(ours, 0).clamp(max=len(self.rows) - 1)",
     ),
     wrong(
-        "6.10",
+        "6.13",
         "the last of our rows taken for another rank's",
         "token_ids < self.rows.stop",
         "token_ids < self.rows.stop - 1",
     ),
     wrong(
-        "6.10",
+        "6.13",
         "looked up in the stored weight, past the layer's method",
         "self.method.embed(self, (token_ids - self.rows.start).where(ours, 0))",
         "self.weight[(token_ids - self.rows.start).where(ours, 0)]",
     ),
     wrong(
-        "6.10",
+        "6.13",
         "ids clamped to the rows of this rank, and nothing made zero",
         "found.where(ours[:, None], 0)",
         "self.method.embed(self, (token_ids - self.rows.start).clamp(0, len(self.rows) - 1))",
     ),
     right(
-        "6.10",
+        "6.13",
         "by a matrix of ones and zeros",
         """
         every = self.method.embed(self, torch.arange(len(self.rows), device=token_ids.device))
@@ -395,25 +395,25 @@ ANSWERS = [
         return self.group.all_reduce((token_ids[:, None] == ids).to(every.dtype) @ every)
         """,
     ),
-    # -------------------------------------------------------------------------------- 6.11 ParallelLMHead.forward
-    wrong("6.11", "the padding kept", "[:, :vocab_size]", ""),
-    wrong("6.11", "the ranks' scores in reverse order", "torch.cat(parts, dim=-1)", "torch.cat(parts[::-1], dim=-1)"),
-    wrong("6.11", "the scores of one row only", "self.method.apply(self, x)", "self.method.apply(self, x[-1:])"),
-    wrong("6.11", "the ranks' scores one below the other", "torch.cat(parts, dim=-1)", "torch.cat(parts, dim=0)"),
+    # -------------------------------------------------------------------------------- 6.14 ParallelLMHead.forward
+    wrong("6.14", "the padding kept", "[:, :vocab_size]", ""),
+    wrong("6.14", "the ranks' scores in reverse order", "torch.cat(parts, dim=-1)", "torch.cat(parts[::-1], dim=-1)"),
+    wrong("6.14", "the scores of one row only", "self.method.apply(self, x)", "self.method.apply(self, x[-1:])"),
+    wrong("6.14", "the ranks' scores one below the other", "torch.cat(parts, dim=-1)", "torch.cat(parts, dim=0)"),
     wrong(
-        "6.11",
+        "6.14",
         "rows on the ranks that do not sample",
         "x.new_empty(0, vocab_size)",
         "x.new_zeros(len(x), vocab_size)",
     ),
     wrong(
-        "6.11",
+        "6.14",
         "multiplied by the stored weight, past the layer's method",
         "self.method.apply(self, x)",
         "nn.functional.linear(x, self.weight)",
     ),
     right(
-        "6.11",
+        "6.14",
         "written into place",
         """
         mine, vocab_size = self.method.apply(self, x), self.shape[0]
@@ -428,50 +428,50 @@ ANSWERS = [
         return scores
         """,
     ),
-    # ------------------------------------------------------------------------------------------------ 6.17 shard
-    wrong("6.17", "every layer kept on every stage", "if number not in layers:", "if False:"),
+    # ------------------------------------------------------------------------------------------------ 6.15 shard
+    wrong("6.15", "every layer kept on every stage", "if number not in layers:", "if False:"),
     wrong(
-        "6.17",
+        "6.15",
         "the first block cut, and no other",
         "elif group.size > 1:\n            for module",
         "elif group.size > 1 and number == layers.start:\n            for module",
     ),
     wrong(
-        "6.17",
+        "6.15",
         "every layer given the channels of the queries",
         "kind(getattr(parent, name), parts[part], group)",
         'kind(getattr(parent, name), parts["queries"], group)',
         recognised=False,
     ),
     wrong(
-        "6.17",
+        "6.15",
         "the embedding kept on the first stage only, though the head of a tied model is this table",
         "if not coordinates.is_first_stage and not (tied and coordinates.is_last_stage):",
         "if not coordinates.is_first_stage:",
     ),
     wrong(
-        "6.17",
+        "6.15",
         "the embedding kept on the last stage, tied or not",
         "not (tied and coordinates.is_last_stage)",
         "not coordinates.is_last_stage",
     ),
-    wrong("6.17", "the head kept on every stage", "if not coordinates.is_last_stage:", "if False:"),
-    wrong("6.17", "a table of its own for the head: not tied again", "    model.tie_weights()\n", ""),
+    wrong("6.15", "the head kept on every stage", "if not coordinates.is_last_stage:", "if False:"),
+    wrong("6.15", "a table of its own for the head: not tied again", "    model.tie_weights()\n", ""),
     wrong(
-        "6.17",
+        "6.15",
         "the table whole on every rank",
         'VocabParallelEmbedding(base.embed_tokens, parts["vocabulary"], group)',
         "base.embed_tokens",
     ),
     wrong(
-        "6.17",
+        "6.15",
         "layers cut although the rank is alone",
         "        elif group.size > 1:\n            for",
         "        else:\n            for",
     ),
-    wrong("6.17", "all layers' numbers returned", "return layers", "return range(model.config.num_hidden_layers)"),
+    wrong("6.15", "all layers' numbers returned", "return layers", "return range(model.config.num_hidden_layers)"),
     right(
-        "6.17",
+        "6.15",
         "what is kept decided first",
         """
         keeps_head = coordinates.is_last_stage
@@ -497,40 +497,40 @@ ANSWERS = [
         return layers
         """,
     ),
-    # -------------------------------------------------------------------------------------------- 6.12 read_shard
+    # -------------------------------------------------------------------------------------------- 6.10 read_shard
     wrong(
-        "6.12",
+        "6.10",
         "the whole tensor read, and cut afterwards",
         "found = read(*inside)",
         "found = read(*(range(size) for size in shape))[tuple(slice(r.start, r.stop) for r in inside)]",
     ),
-    wrong("6.12", "no padding", "if inside == list(part):", "if True:"),
+    wrong("6.10", "no padding", "if inside == list(part):", "if True:"),
     wrong(
-        "6.12",
+        "6.10",
         "padding that is not of the checkpoint's dtype",
         "found.new_zeros([len(axis) for axis in part])",
         "torch.zeros([len(axis) for axis in part])",
     ),
     wrong(
-        "6.12",
+        "6.10",
         "padding in front",
         "padded[tuple(slice(len(axis)) for axis in inside)]",
         "padded[tuple(slice(len(axis) - len(found_axis), None) for axis, found_axis in zip(part, inside))]",
     ),
     wrong(
-        "6.12",
+        "6.10",
         "padding of ones",
         "found.new_zeros",
         "found.new_ones",
     ),
     wrong(
-        "6.12",
+        "6.10",
         "ranges that begin at 0, however long they are",
         "range(min(axis.start, size), min(axis.stop, size))",
         "range(min(len(axis), size))",
     ),
     right(
-        "6.12",
+        "6.10",
         "what is missing joined on, axis by axis",
         """
         inside = []
@@ -546,32 +546,32 @@ ANSWERS = [
         return found
         """,
     ),
-    # --------------------------------------------------------------------------------------------- 6.13 run_stage
+    # --------------------------------------------------------------------------------------------- 6.16 run_stage
     wrong(
-        "6.13",
+        "6.16",
         "rows awaited though nothing is scheduled",
         "if plan.scheduled and link.previous is not None:",
         "if link.previous is not None:",
     ),
     wrong(
-        "6.13",
+        "6.16",
         "rows awaited for a plan that is not empty, though nothing is scheduled",
         "if plan.scheduled and",
         "if not plan.is_empty and",
     ),
-    wrong("6.13", "rank 0 as the previous stage taken for none", "link.previous is not None", "link.previous"),
-    wrong("6.13", "a row awaited for each request, not for each token", "plan.num_tokens", "len(plan.scheduled)"),
+    wrong("6.16", "rank 0 as the previous stage taken for none", "link.previous is not None", "link.previous"),
+    wrong("6.16", "a row awaited for each request, not for each token", "plan.num_tokens", "len(plan.scheduled)"),
     wrong(
-        "6.13",
+        "6.16",
         "no output of the last stage where nothing is scheduled",
         "return result",
         "return result if plan.scheduled else None",
     ),
-    wrong("6.13", "the rows received, and not used", "runner.execute(plan, hidden)", "runner.execute(plan)"),
-    wrong("6.13", "rows never handed on", "link.send(result)", "pass"),
-    wrong("6.13", "the rows returned as well", "link.send(result)\n        return None", "link.send(result)"),
+    wrong("6.16", "the rows received, and not used", "runner.execute(plan, hidden)", "runner.execute(plan)"),
+    wrong("6.16", "rows never handed on", "link.send(result)", "pass"),
+    wrong("6.16", "the rows returned as well", "link.send(result)\n        return None", "link.send(result)"),
     right(
-        "6.13",
+        "6.16",
         "asking the link who sends",
         """
         rows = None
@@ -584,21 +584,21 @@ ANSWERS = [
         return outcome
         """,
     ),
-    # ------------------------------------------------------------------------------------------- 6.14 worker_loop
-    wrong("6.14", "None sent too", "if result is not None:", "if True:"),
-    wrong("6.14", "what counts as false is not sent", "if result is not None:", "if result:"),
+    # ------------------------------------------------------------------------------------------- 6.17 worker_loop
+    wrong("6.17", "None sent too", "if result is not None:", "if True:"),
+    wrong("6.17", "what counts as false is not sent", "if result is not None:", "if result:"),
     wrong(
-        "6.14", "ended by a command that counts as false", "(command := receive()) is not None", "command := receive()"
+        "6.17", "ended by a command that counts as false", "(command := receive()) is not None", "command := receive()"
     ),
-    wrong("6.14", "the error raised again after the Failure was sent", "            return\n", "            raise\n"),
+    wrong("6.17", "the error raised again after the Failure was sent", "            return\n", "            raise\n"),
     wrong(
-        "6.14", "the loop going on after an error", "            return\n", "            continue\n", recognised=False
+        "6.17", "the loop going on after an error", "            return\n", "            continue\n", recognised=False
     ),
-    wrong("6.14", "the error's kind left out", "describe(error)", "str(error)"),
-    wrong("6.14", "every failure called a consequence of another", "is_consequence(error)", "True"),
-    wrong("6.14", "no failure called a consequence of another", "is_consequence(error)", "False"),
+    wrong("6.17", "the error's kind left out", "describe(error)", "str(error)"),
+    wrong("6.17", "every failure called a consequence of another", "is_consequence(error)", "True"),
+    wrong("6.17", "no failure called a consequence of another", "is_consequence(error)", "False"),
     right(
-        "6.14",
+        "6.17",
         "the loop within the try",
         """
         try:
@@ -651,30 +651,30 @@ ANSWERS = [
         return self.workers.receive(self.timeout)
         """,
     ),
-    # ----------------------------------------------------------------------------------------- 6.15 largest_share
+    # ----------------------------------------------------------------------------------------- 6.5 largest_share
     planted(
-        "6.15",
+        "6.5",
         "all stages taken to have equally many layers",
         "    stages = [RankCoordinates(stage, 1, pipeline_parallel) for stage in range(pipeline_parallel)]\n"
         "    most_layers = max(len(stage.layers(config)) for stage in stages)\n",
         "    most_layers = config.num_hidden_layers / pipeline_parallel\n",
     ),
-    wrong("6.15", "the shortest stage's layers", "most_layers = max(", "most_layers = min("),
+    wrong("6.5", "the shortest stage's layers", "most_layers = max(", "most_layers = min("),
     wrong(
-        "6.15",
+        "6.5",
         "the first stage's layers, though another one may have more",
         "max(len(stage.layers(config)) for stage in stages)",
         "len(stages[0].layers(config))",
     ),
     wrong(
-        "6.15",
+        "6.5",
         "the stages of the first ranks only: as many ranks as there are stages, not all of the grid",
         "RankCoordinates(stage, 1, pipeline_parallel)",
         "RankCoordinates(stage, tensor_parallel, pipeline_parallel)",
     ),
-    wrong("6.15", "the last rank's heads", "most_heads = max(", "most_heads = min("),
+    wrong("6.5", "the last rank's heads", "most_heads = max(", "most_heads = min("),
     right(
-        "6.15",
+        "6.5",
         "over all ranks of the grid",
         """
         shares = []
@@ -689,21 +689,21 @@ ANSWERS = [
 
 EQUIVALENT = [
     equivalent(
-        "6.5",
+        "6.6",
         "a batch is ready, and the first stage free, at tick 0 or before: the larger of the two is the same",
         "[0] * num_batches -> [-1] * num_batches",
         "([0] * num_batches, 0, {}) -> ([0] * num_batches, -1, {})",
     ),
     equivalent(
-        "6.10",
+        "6.13",
         "rows looked up for others' tokens become 0, whichever they are",
         "(token_ids - self.rows.start).where(ours, 0) -> (token_ids - self.rows.start).where(ours, 1)",
     ),
-    equivalent("6.12", "laying it into zeros, or not, is the same", "if inside == list(part): -> if False:"),
+    equivalent("6.10", "laying it into zeros, or not, is the same", "if inside == list(part): -> if False:"),
     equivalent(
         "6.2",
         "with as many heads as ranks either case gives each rank its own",
         "num_kv_heads >= world_size -> num_kv_heads > world_size",
     ),
-    equivalent("6.11", "the last of two axes", "torch.cat(parts, dim=-1) -> torch.cat(parts, dim=1)"),
+    equivalent("6.14", "the last of two axes", "torch.cat(parts, dim=-1) -> torch.cat(parts, dim=1)"),
 ]

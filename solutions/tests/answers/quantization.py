@@ -39,24 +39,24 @@ ANSWERS = [
         return torch.stack(rows), scale
         """,
     ),
-    # ------------------------------------------------------------------------------------ 7.3 quantize_activations
+    # ------------------------------------------------------------------------------------ 7.2 quantize_activations
     wrong(
-        "7.3",
+        "7.2",
         "one scale for all tokens",
         "quantize_int8(x, absmax)",
         "quantize_int8(x, x.abs().amax().expand(len(x)) if absmax is None else absmax)",
     ),
     wrong(
-        "7.3", "the largest of this part, though the token's was given", "quantize_int8(x, absmax)", "quantize_int8(x)"
+        "7.2", "the largest of this part, though the token's was given", "quantize_int8(x, absmax)", "quantize_int8(x)"
     ),
     wrong(
-        "7.3",
+        "7.2",
         "a scale for each channel",
         "quantize_int8(x, absmax)",
         "(lambda numbers, scale: (numbers.T.contiguous(), scale[: len(x)]))(*quantize_int8(x.T))",
     ),
     right(
-        "7.3",
+        "7.2",
         "written out",
         """
         largest = x.abs().max(dim=-1).values if absmax is None else absmax
@@ -64,15 +64,15 @@ ANSWERS = [
         return torch.round(x / scale.unsqueeze(-1)).to(torch.int8), scale
         """,
     ),
-    # --------------------------------------------------------------------------------------- 7.2 Int8Method.product
-    wrong("7.2", "the scales left out", " * layer.weight_scale", ""),
-    wrong("7.2", "divided by the scales", " * layer.weight_scale", " / layer.weight_scale"),
-    wrong("7.2", "the mean of all scales", " * layer.weight_scale", " * layer.weight_scale.mean()"),
+    # --------------------------------------------------------------------------------------- 7.3 Int8Method.product
+    wrong("7.3", "the scales left out", " * layer.weight_scale", ""),
+    wrong("7.3", "divided by the scales", " * layer.weight_scale", " / layer.weight_scale"),
+    wrong("7.3", "the mean of all scales", " * layer.weight_scale", " * layer.weight_scale.mean()"),
     wrong(
-        "7.2", "the numbers taken for weights of a whole unit each, scaled by 127", " * layer.weight_scale", " / 127"
+        "7.3", "the numbers taken for weights of a whole unit each, scaled by 127", " * layer.weight_scale", " / 127"
     ),
     right(
-        "7.2",
+        "7.3",
         "the weight made first",
         """
         weight = layer.weight.to(x.dtype) * layer.weight_scale.unsqueeze(1)
@@ -210,24 +210,24 @@ ANSWERS = [
         return torch.cat(numbers, dim=1), torch.stack(scales, dim=1), torch.stack(minima, dim=1)
         """,
     ),
-    # ----------------------------------------------------------------------------------------- 7.14 dequantize_int4
+    # ----------------------------------------------------------------------------------------- 7.8 dequantize_int4
     planted(
-        "7.14", "groups counted from this rank's first column", ") + first_column) // group_size", ")) // group_size"
+        "7.8", "groups counted from this rank's first column", ") + first_column) // group_size", ")) // group_size"
     ),
     wrong(
-        "7.14",
+        "7.8",
         "the minimum forgotten",
         "numbers * scale[:, group_of] + minimum[:, group_of]",
         "numbers * scale[:, group_of]",
     ),
     wrong(
-        "7.14",
+        "7.8",
         "the offset added to the group, not to the column",
         "+ first_column) // group_size",
         "// group_size + first_column).clamp(max=scale.shape[1] - 1)",
     ),
     right(
-        "7.14",
+        "7.8",
         "scales repeated, and cut where the share begins",
         """
         if minimum is None:
@@ -237,27 +237,27 @@ ANSWERS = [
         return numbers * wide[0] + wide[1]
         """,
     ),
-    # --------------------------------------------------------------------------------------- 7.8 Int4Method.product
+    # --------------------------------------------------------------------------------------- 7.9 Int4Method.product
     wrong(
-        "7.8",
+        "7.9",
         "the minima of symmetric groups everywhere",
         "None if self.symmetric else layer.weight_minimum.to(x.dtype)",
         "None",
     ),
     wrong(
-        "7.8",
+        "7.9",
         "every number one too small",
         "numbers = unpack_int4(layer.weight)[:, : layer.in_features]",
         "numbers = unpack_int4(layer.weight)[:, : layer.in_features].sub(1)",
     ),
     wrong(
-        "7.8",
+        "7.9",
         "numbers taken for signed ones around 8, minima added as well",
         "numbers = unpack_int4(layer.weight)[:, : layer.in_features]",
         "numbers = unpack_int4(layer.weight)[:, : layer.in_features].to(x.dtype) - 8",
     ),
     wrong_body(
-        "7.8",
+        "7.9",
         "the weight computed in float16, and widened afterwards",
         """
         numbers = unpack_int4(layer.weight)[:, : layer.in_features]
@@ -268,19 +268,19 @@ ANSWERS = [
         """,
     ),
     wrong(
-        "7.8",
+        "7.9",
         "groups counted from the layer's own first column",
         "first_column = layer.columns.start % self.group_size",
         "first_column = 0",
     ),
     wrong(
-        "7.8",
+        "7.9",
         "the number of whole groups before the first column, not its position in its group",
         "layer.columns.start % self.group_size",
         "layer.columns.start // self.group_size",
     ),
     right(
-        "7.8",
+        "7.9",
         "group by group",
         """
         numbers, total, first_column = unpack_int4(layer.weight), 0, layer.columns.start % self.group_size
@@ -293,50 +293,53 @@ ANSWERS = [
         return total
         """,
     ),
-    # ------------------------------------------------------------------------------------------------- 7.9 quantize
+    # ------------------------------------------------------------------------------------------------- 7.10 quantize
     wrong(
-        "7.9",
+        "7.10",
         "the head quantized like the layers",
         "set_method(model.lm_head, head_method)",
         "set_method(model.lm_head, method)",
     ),
-    wrong("7.9", "the head left in floats", "set_method(model.lm_head, head_method)", "pass"),
+    wrong("7.10", "the head left in floats", "set_method(model.lm_head, head_method)", "pass"),
     wrong(
-        "7.9",
+        "7.10",
         "a table of its own for the head: not tied again",
         "    model.tie_weights()",
         "",
     ),
     wrong(
-        "7.9",
+        "7.10",
         "every embedding table in eight bits, though only a tied one is a head",
         "if model.config.tie_word_embeddings:",
         "if True:",
     ),
     wrong(
-        "7.9",
+        "7.10",
         "a tied table left in floats",
         "set_method(model.model.embed_tokens, head_method)",
         "pass",
     ),
     wrong(
-        "7.9", "always floats expected in the checkpoint", "quantization.method(is_saved)", "quantization.method(False)"
+        "7.10",
+        "always floats expected in the checkpoint",
+        "quantization.method(is_saved)",
+        "quantization.method(False)",
     ),
-    wrong("7.9", "floats expected for the head, always", "Int8Method(is_saved)", "Int8Method()"),
+    wrong("7.10", "floats expected for the head, always", "Int8Method(is_saved)", "Int8Method()"),
     wrong(
-        "7.9",
+        "7.10",
         "the first layer of blocks only",
         "layers_of(model.model.layers)",
         "layers_of(model.model.layers[0])",
     ),
     wrong(
-        "7.9",
+        "7.10",
         "methods named, and no tensors made for them",
         "set_method(layer, method)",
         "layer.method = method",
     ),
     right(
-        "7.9",
+        "7.10",
         "by the names of the modules",
         """
         for name, module in list(model.named_modules()):
@@ -347,40 +350,40 @@ ANSWERS = [
         model.tie_weights()
         """,
     ),
-    # --------------------------------------------------------------------------------- 7.10 activation_aware_scales
-    wrong("7.10", "the last factors, not the best", "if error < least:", "if True:"),
+    # --------------------------------------------------------------------------------- 7.11 activation_aware_scales
+    wrong("7.11", "the last factors, not the best", "if error < least:", "if True:"),
     wrong(
-        "7.10",
+        "7.11",
         "the error of the weights, not of the outputs",
         "float((x @ each.T - target).square().mean()) for each, target in zip(left, wanted)",
         "float((each - weight).square().mean()) for each, weight in zip(left, weights)",
         recognised=False,
     ),
     wrong(
-        "7.10",
+        "7.11",
         "the weights not divided again after rounding",
         "round_trip(weight * factors) / factors",
         "round_trip(weight * factors)",
         recognised=False,
     ),
     wrong(
-        "7.10",
+        "7.11",
         "the scaled weights' errors, with inputs that are not divided",
         "float((x @ each.T - target).square().mean()) for each, target in zip(left, wanted)",
         "float((x @ ((each - weight) * factors).T).square().mean()) for each, weight in zip(left, weights)",
         recognised=False,
     ),
     wrong(
-        "7.10",
+        "7.11",
         "the largest activation of each channel, not the mean magnitude",
         "x.abs().mean(dim=0)",
         "x.abs().amax(dim=0)",
     ),
     wrong(
-        "7.10", "factors not brought to a middle", "factors = factors / (factors.max() * factors.min()).sqrt()", "pass"
+        "7.11", "factors not brought to a middle", "factors = factors / (factors.max() * factors.min()).sqrt()", "pass"
     ),
     right(
-        "7.10",
+        "7.11",
         "a list of trials, and its minimum",
         """
         means = torch.clamp(x.abs().sum(0) / len(x), min=1e-4)
@@ -397,28 +400,28 @@ ANSWERS = [
         return min((trial(i) for i in range(num_trials)), key=lambda each: each[:2])[2]
         """,
     ),
-    # ------------------------------------------------------------------------------------- 7.11 Int8KVCache.write
+    # ------------------------------------------------------------------------------------- 7.12 Int8KVCache.write
     wrong(
-        "7.11",
+        "7.12",
         "one scale for a token's heads together",
         "numbers, scale = quantize_int8(new.flatten(0, 1))",
         "numbers, scale = quantize_int8(new.flatten(0, 1), new.abs().amax((1, 2)).repeat_interleave(new.shape[1]))",
     ),
     wrong(
-        "7.11",
+        "7.12",
         "the scales not kept",
         "scales[index].flatten(0, 1).index_copy_(0, slots, scale.view(new.shape[:-1]))",
         "pass",
     ),
-    wrong("7.11", "keys written as values too", "(k, v)):", "(k, k)):"),
+    wrong("7.12", "keys written as values too", "(k, v)):", "(k, k)):"),
     wrong(
-        "7.11",
+        "7.12",
         "one scale for all tokens of the step, so that chunks matter",
         "quantize_int8(new.flatten(0, 1))",
         "quantize_int8(new.flatten(0, 1), new.abs().amax().expand(new.shape[0] * new.shape[1]))",
     ),
     right(
-        "7.11",
+        "7.12",
         "slot by slot",
         """
         own = layer - self.layers.start
@@ -430,23 +433,23 @@ ANSWERS = [
                 self.scales[which][own, block, place] = scale
         """,
     ),
-    # ------------------------------------------------------------------------------------ 7.15 Int8KVCache.gather
-    wrong("7.15", "the scales left out", "numbers * scales[index].index_select(0, block_ids)[..., None]", "numbers"),
+    # ------------------------------------------------------------------------------------ 7.13 Int8KVCache.gather
+    wrong("7.13", "the scales left out", "numbers * scales[index].index_select(0, block_ids)[..., None]", "numbers"),
     wrong(
-        "7.15",
+        "7.13",
         "the keys' scales for the values too",
         "zip((self.keys, self.values), self.scales)",
         "zip((self.keys, self.values), (self.scales[0],) * 2)",
     ),
-    wrong("7.15", "positions counted from the start of the first block read", "[:, low:high])", "[:, : end - start])"),
+    wrong("7.13", "positions counted from the start of the first block read", "[:, low:high])", "[:, : end - start])"),
     wrong(
-        "7.15",
+        "7.13",
         "the first layer's memory, whatever the layer",
         "index, first, last = layer - self.layers.start,",
         "index, first, last = 0 * layer,",
     ),
     right(
-        "7.15",
+        "7.13",
         "position by position",
         """
         own, positions = layer - self.layers.start, torch.arange(start, end)
@@ -459,9 +462,9 @@ ANSWERS = [
         return tuple(found)
         """,
     ),
-    # ---------------------------------------------------------------------------------------- 7.12 stream_layers
+    # ---------------------------------------------------------------------------------------- 7.14 stream_layers
     wrong_body(
-        "7.12",
+        "7.14",
         "nothing read ahead",
         """
         for number in numbers:
@@ -469,7 +472,7 @@ ANSWERS = [
         """,
     ),
     wrong_body(
-        "7.12",
+        "7.14",
         "all layers read at once",
         """
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -480,14 +483,14 @@ ANSWERS = [
         recognised=False,
     ),
     wrong(
-        "7.12",
+        "7.14",
         "the last layer never yielded",
         "        if waiting is not None:\n            yield waiting[0], waiting[1].result()",
         "",
         recognised=False,
     ),
     wrong_body(
-        "7.12",
+        "7.14",
         "the first layer left out",
         """
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -503,7 +506,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "7.12",
+        "7.14",
         "pairs of neighbours",
         """
         order = list(numbers)
@@ -516,18 +519,18 @@ ANSWERS = [
                 yield number, layer
         """,
     ),
-    # ---------------------------------------------------------------------------------------- 7.13 kl_divergence
-    wrong("7.13", "the two exchanged", "(p.exp() * (p - q))", "(q.exp() * (q - p))"),
-    wrong("7.13", "summed over the tokens, not their mean", ".sum(-1).mean()", ".sum()"),
-    wrong("7.13", "the mean over the vocabulary", ".sum(-1).mean()", ".mean()"),
+    # ---------------------------------------------------------------------------------------- 7.15 kl_divergence
+    wrong("7.15", "the two exchanged", "(p.exp() * (p - q))", "(q.exp() * (q - p))"),
+    wrong("7.15", "summed over the tokens, not their mean", ".sum(-1).mean()", ".sum()"),
+    wrong("7.15", "the mean over the vocabulary", ".sum(-1).mean()", ".mean()"),
     wrong(
-        "7.13",
+        "7.15",
         "scores taken for log-probabilities",
         "upcast(logits).log_softmax(-1), upcast(other_logits).log_softmax(-1)",
         "upcast(logits), upcast(other_logits)",
     ),
     wrong_body(
-        "7.13",
+        "7.15",
         "a little added to every probability, so that no logarithm is infinite",
         """
         p, q = upcast(logits).softmax(-1), upcast(other_logits).softmax(-1)
@@ -535,7 +538,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "7.13",
+        "7.15",
         "by torch's own",
         """
         target = other_logits.float().log_softmax(dim=-1)
@@ -561,31 +564,31 @@ EQUIVALENT = [
         "minimum[..., None].to(weight.dtype) -> minimum[..., None]",
     ),
     equivalent(
-        "7.10",
+        "7.11",
         "the first trial always takes the place of what `best` was before",
         "torch.ones_like(magnitude) -> magnitude",
         "torch.ones_like -> torch.zeros_like",
     ),
     equivalent(
-        "7.10",
+        "7.11",
         "a tensor of one number compares and adds up like the number",
         "float((x @ each.T - target).square().mean()) -> (x @ each.T - target).square().mean()",
     ),
-    equivalent("7.10", "of equally good factors any will do", "error < least -> error <= least"),
+    equivalent("7.11", "of equally good factors any will do", "error < least -> error <= least"),
     equivalent(
-        "7.15",
+        "7.13",
         "whole numbers times a scale are in the scale's dtype",
         "store[index].index_select(0, block_ids).to(self.dtype) -> store[index].index_select(0, block_ids)",
     ),
     equivalent(
-        "7.13",
+        "7.15",
         "the last of two axes",
         "upcast(logits).log_softmax(-1) -> upcast(logits).log_softmax(1)",
         "upcast(other_logits).log_softmax(-1) -> upcast(other_logits).log_softmax(1)",
         "(p.exp() * (p - q)).sum(-1) -> (p.exp() * (p - q)).sum(1)",
     ),
     equivalent(
-        "7.12",
+        "7.14",
         "the next is handed to the pool only when the one before it has come back, so a second thread finds no work",
         "ThreadPoolExecutor(max_workers=1) -> ThreadPoolExecutor()",
         "ThreadPoolExecutor(max_workers=1) -> ThreadPoolExecutor(max_workers=2)",

@@ -93,58 +93,58 @@ ANSWERS = [
         return len(range(request.num_computed_tokens, known)[: min(budget, max_chunk)])
         """,
     ),
-    # -------------------------------------------------------------------------------------------- 5.12 fair_share
-    wrong("5.12", "the most served first", "(served[request.tenant],", "(-served[request.tenant],"),
+    # -------------------------------------------------------------------------------------------- 5.4 fair_share
+    wrong("5.4", "the most served first", "(served[request.tenant],", "(-served[request.tenant],"),
     wrong(
-        "5.12",
+        "5.4",
         "arrival before what was served",
         "(served[request.tenant], request.arrival)",
         "(request.arrival, served[request.tenant])",
     ),
     wrong(
-        "5.12",
+        "5.4",
         "the order of arrival left out",
         "(served[request.tenant], request.arrival)",
         "(served[request.tenant],)",
     ),
-    wrong("5.12", "equals with the last to arrive first", "request.arrival)", "-request.arrival)"),
-    wrong("5.12", "the request's own tokens, instead of its tenant's", "served[request.tenant]", "request.num_tokens"),
-    wrong("5.12", "equals by their ids, instead of arrival", "request.arrival)", "request.request_id)"),
-    wrong("5.12", "priority before arrival", "request.arrival)", "request.priority, request.arrival)"),
-    right("5.12", "as a list", "return [served.get(request.tenant), request.arrival]"),
-    # -------------------------------------------------------------------------------------------------- 5.16 join
+    wrong("5.4", "equals with the last to arrive first", "request.arrival)", "-request.arrival)"),
+    wrong("5.4", "the request's own tokens, instead of its tenant's", "served[request.tenant]", "request.num_tokens"),
+    wrong("5.4", "equals by their ids, instead of arrival", "request.arrival)", "request.request_id)"),
+    wrong("5.4", "priority before arrival", "request.arrival)", "request.priority, request.arrival)"),
+    right("5.4", "as a list", "return [served.get(request.tenant), request.arrival]"),
+    # -------------------------------------------------------------------------------------------------- 5.5 join
     wrong(
-        "5.16",
+        "5.5",
         "time in which nothing was asked for counts as credit",
         "max(own, min(served[other] for other in active))",
         "own",
     ),
     wrong(
-        "5.16",
+        "5.5",
         "level with the most served",
         "min(served[other] for other in active)",
         "max(served[other] for other in active)",
     ),
     wrong(
-        "5.16",
+        "5.5",
         "level even where it was served more",
         "max(own, min(served[other] for other in active))",
         "min(served[other] for other in active)",
     ),
     wrong(
-        "5.16",
+        "5.5",
         "idle tenants counted too",
         "min(served[other] for other in active)",
         "min(served[other] for other in served if other != tenant)",
     ),
     wrong(
-        "5.16",
+        "5.5",
         "an active tenant lifted, too",
         "if active and tenant not in active:",
         "if active:\n        active = active - {tenant} or active",
     ),
     right(
-        "5.16",
+        "5.5",
         "in two steps",
         """
         if tenant not in served:
@@ -156,47 +156,47 @@ ANSWERS = [
             served[tenant] = lowest
         """,
     ),
-    # ----------------------------------------------------------------------------- 5.4 Scheduler.schedule_running
-    wrong("5.4", "the whole budget to the first request", "max(1, budget - num_after)", "budget"),
-    wrong("5.4", "the budget not reduced", "budget -= num_tokens", "pass"),
-    wrong("5.4", "one token for each request, prompts too", "max(1, budget - num_after)", "1"),
+    # ----------------------------------------------------------------------------- 5.6 Scheduler.schedule_running
+    wrong("5.6", "the whole budget to the first request", "max(1, budget - num_after)", "budget"),
+    wrong("5.6", "the budget not reduced", "budget -= num_tokens", "pass"),
+    wrong("5.6", "one token for each request, prompts too", "max(1, budget - num_after)", "1"),
     wrong(
-        "5.4",
+        "5.6",
         "no token at all where the budget does not suffice for all",
         "max(1, budget - num_after)",
         "max(0, budget - num_after)",
     ),
     wrong(
-        "5.4",
+        "5.6",
         "as many as were asked for, where fewer fit",
         "num_tokens = self.make_room(request, num_tokens, plan)\n            if num_tokens > 0:",
         "if self.make_room(request, num_tokens, plan):",
         recognised=False,
     ),
     wrong(
-        "5.4",
+        "5.6",
         "the policy's order, instead of the longest unscheduled first",
         "for i, request in enumerate(ready):",
         "for i, request in enumerate(sorted(ready, key=self.rank)):",
     ),
-    wrong("5.4", "no stop where nothing is left of the budget", "if budget == 0:", "if False:"),
+    wrong("5.6", "no stop where nothing is left of the budget", "if budget == 0:", "if False:"),
     wrong(
-        "5.4",
+        "5.6",
         "one that was preempted for another goes on all the same",
         "if request.status is not RequestStatus.RUNNING:",
         "if False:",
     ),
     wrong(
-        "5.4",
+        "5.6",
         "scheduled without a look at what `make_room` returned",
         "num_tokens = self.make_room(request, num_tokens, plan)",
         "self.make_room(request, num_tokens, plan)",
         recognised=False,
     ),
-    wrong("5.4", "no request after the preempted one goes on", "continue", "break"),
-    wrong("5.4", "a token left for requests in flight, too", "len(ready) - i - 1", "len(self.running) - i - 1"),
+    wrong("5.6", "no request after the preempted one goes on", "continue", "break"),
+    wrong("5.6", "a token left for requests in flight, too", "len(ready) - i - 1", "len(self.running) - i - 1"),
     right(
-        "5.4",
+        "5.6",
         "from a queue",
         """
         queue = list(ready)
@@ -212,23 +212,23 @@ ANSWERS = [
         return budget
         """,
     ),
-    # ----------------------------------------------------------------------------- 5.5 Scheduler.schedule_waiting
-    wrong("5.5", "one request too many", "< self.max_num_seqs", "<= self.max_num_seqs"),
+    # ----------------------------------------------------------------------------- 5.7 Scheduler.schedule_waiting
+    wrong("5.7", "one request too many", "< self.max_num_seqs", "<= self.max_num_seqs"),
     wrong(
-        "5.5",
+        "5.7",
         "the budget not reduced",
         "budget -= self.admit(request, budget, plan)",
         "self.admit(request, budget, plan)",
     ),
     wrong(
-        "5.5",
+        "5.7",
         "one request a step",
         "budget -= self.admit(request, budget, plan)",
         "self.admit(request, budget, plan)\n            break",
     ),
-    wrong("5.5", "no look at whether there are blocks", " or not self.can_allocate(request)", "", recognised=False),
+    wrong("5.7", "no look at whether there are blocks", " or not self.can_allocate(request)", "", recognised=False),
     wrong_body(
-        "5.5",
+        "5.7",
         "requests that fit admitted past those that do not",
         """
         for request in sorted(self.waiting, key=self.rank):
@@ -237,7 +237,7 @@ ANSWERS = [
         """,
     ),
     wrong_body(
-        "5.5",
+        "5.7",
         "the order of arrival, whatever the policy",
         """
         while budget > 0 and len(self.running) < self.max_num_seqs and self.waiting:
@@ -247,14 +247,14 @@ ANSWERS = [
         """,
     ),
     wrong(
-        "5.5",
+        "5.7",
         "no request admitted after one that got a full chunk",
         "budget -= self.admit(request, budget, plan)",
         "num_tokens = self.admit(request, budget, plan)\n            budget -= num_tokens\n"
         "            if num_tokens == self.max_chunk:\n                break",
     ),
     right(
-        "5.5",
+        "5.7",
         "for each free slot",
         """
         for _ in range(self.max_num_seqs - len(self.running)):
@@ -264,92 +264,92 @@ ANSWERS = [
             budget = budget - self.admit(first, budget, plan)
         """,
     ),
-    # --------------------------------------------------------------------------- 5.7 Scheduler.update_from_output
+    # --------------------------------------------------------------------------- 5.8 Scheduler.update_from_output
     wrong(
-        "5.7",
+        "5.8",
         "rejected draft tokens left counted as computed",
         "request.num_computed_tokens -= scheduled.num_spec_tokens + 1 - len(sampled)",
         "pass",
     ),
     wrong(
-        "5.7",
+        "5.8",
         "one token too many subtracted",
         "scheduled.num_spec_tokens + 1 - len(sampled)",
         "scheduled.num_spec_tokens + 2 - len(sampled)",
     ),
     wrong(
-        "5.7",
+        "5.8",
         "all draft tokens subtracted, accepted ones too",
         "scheduled.num_spec_tokens + 1 - len(sampled)",
         "scheduled.num_spec_tokens",
     ),
     wrong(
-        "5.7",
+        "5.8",
         "tokens after the end kept",
         "if reason:\n                    break",
         "if reason:\n                    pass",
     ),
-    wrong("5.7", "one token taken back where nothing was sampled", "if sampled:", "if True:"),
+    wrong("5.8", "one token taken back where nothing was sampled", "if sampled:", "if True:"),
     wrong(
-        "5.7",
+        "5.8",
         "a chunk in the middle counted as the whole prompt",
         "request.spec_token_ids = output",
         "request.num_computed_tokens = request.num_tokens - 1\n            request.spec_token_ids = output",
     ),
     wrong(
-        "5.7",
+        "5.8",
         "a block that lacks its last token entered into the prefix cache",
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_computed_tokens + 1)",
     ),
     wrong(
-        "5.7",
+        "5.8",
         "all tokens that it has taken for computed, when they are entered into the prefix cache",
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_tokens)",
     ),
     wrong(
-        "5.7",
+        "5.8",
         "a chunk in the middle taken back",
         "if sampled:",
         "if not sampled:\n                request.num_computed_tokens = scheduled.start\n            else:",
         recognised=False,
     ),
-    wrong("5.7", "still in flight afterwards", "request.in_flight = False", "request.in_flight = True"),
-    wrong("5.7", "its next draft tokens forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
+    wrong("5.8", "still in flight afterwards", "request.in_flight = False", "request.in_flight = True"),
+    wrong("5.8", "its next draft tokens forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
     wrong(
-        "5.7",
+        "5.8",
         "rejected tokens' blocks entered into the prefix cache",
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_computed_tokens // 4 * 4 + 4 if scheduled.num_spec_tokens else 0)",
         recognised=False,
     ),
     wrong(
-        "5.7",
+        "5.8",
         "one that was aborted in flight goes on",
         "if request.finish_reason or request.request_id in output.errors:",
         "if request.request_id in output.errors:",
     ),
     wrong(
-        "5.7",
+        "5.8",
         "those that finish not returned",
         "return requests",
         "return [request for request in requests if request.status is not RequestStatus.FINISHED]",
     ),
     wrong(
-        "5.7",
+        "5.8",
         "draft tokens verified a second time",
         "output.spec_token_ids.get(request.request_id, [])",
         "output.spec_token_ids.get(request.request_id, request.spec_token_ids)",
     ),
     wrong(
-        "5.7",
+        "5.8",
         "a block entered into the prefix cache that tokens after the end have filled",
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_computed_tokens)",
     ),
     right(
-        "5.7",
+        "5.8",
         "in three passes",
         """
         for request in requests:
@@ -372,30 +372,30 @@ ANSWERS = [
         return requests
         """,
     ),
-    # -------------------------------------------------------------------------------- 5.8 Scheduler.choose_victim
-    wrong("5.8", "the first in the policy's order, instead of the last", "return max(", "return min("),
+    # -------------------------------------------------------------------------------- 5.9 Scheduler.choose_victim
+    wrong("5.9", "the first in the policy's order, instead of the last", "return max(", "return min("),
     wrong(
-        "5.8",
+        "5.9",
         "one that is in flight",
         "for request in self.running if not request.in_flight)",
         "for request in self.running)",
     ),
-    wrong("5.8", "the last to arrive, whatever the policy", "key=self.rank", "key=lambda request: request.arrival"),
+    wrong("5.9", "the last to arrive, whatever the policy", "key=self.rank", "key=lambda request: request.arrival"),
     wrong_body(
-        "5.8",
+        "5.9",
         "the last that was admitted",
         "return ([each for each in self.running if not each.in_flight] or [None])[-1]",
         recognised=False,
     ),
     wrong(
-        "5.8",
+        "5.9",
         "the samples of one prompt in no order",
         "key=self.rank",
         "key=lambda request: self.policy(request, self.served)",
     ),
-    wrong("5.8", "waiting requests, too", "in self.running if", "in [*self.running, *self.waiting] if"),
+    wrong("5.9", "waiting requests, too", "in self.running if", "in [*self.running, *self.waiting] if"),
     wrong_body(
-        "5.8",
+        "5.9",
         "never the only one",
         """
         candidates = [request for request in self.running if not request.in_flight]
@@ -403,104 +403,104 @@ ANSWERS = [
         """,
     ),
     right(
-        "5.8",
+        "5.9",
         "sorted",
         """
         candidates = sorted([each for each in self.running if not each.in_flight], key=self.rank)
         return candidates.pop() if candidates else None
         """,
     ),
-    # -------------------------------------------------------------------------- 5.9 Scheduler.preempt_by_recompute
-    wrong("5.9", "its blocks not given up", "self.manager.free(request)", "pass"),
-    wrong("5.9", "its tokens still counted as computed", "request.num_computed_tokens = 0", "pass"),
+    # -------------------------------------------------------------------------- 5.10 Scheduler.preempt_by_recompute
+    wrong("5.10", "its blocks not given up", "self.manager.free(request)", "pass"),
+    wrong("5.10", "its tokens still counted as computed", "request.num_computed_tokens = 0", "pass"),
     wrong(
-        "5.9",
+        "5.10",
         "only the output computed again",
         "request.num_computed_tokens = 0",
         "request.num_computed_tokens = len(request.prompt_token_ids)",
     ),
     wrong(
-        "5.9",
+        "5.10",
         "its output thrown away",
         "request.num_computed_tokens = 0",
         "request.num_computed_tokens = 0\n        request.output_token_ids.clear()",
     ),
-    wrong("5.9", "its status still running", "request.status = RequestStatus.WAITING", "pass"),
+    wrong("5.10", "its status still running", "request.status = RequestStatus.WAITING", "pass"),
     wrong(
-        "5.9",
+        "5.10",
         "appended to `waiting`, which `preempt` does",
         "request.status = RequestStatus.WAITING",
         "request.status = RequestStatus.WAITING\n        self.waiting.append(request)",
     ),
     wrong(
-        "5.9",
+        "5.10",
         "the preemption counted a second time",
         "request.status = RequestStatus.WAITING",
         "request.status = RequestStatus.WAITING\n        request.num_preemptions += 1",
     ),
     right(
-        "5.9",
+        "5.10",
         "in another order",
         """
         request.status, request.num_computed_tokens = RequestStatus.WAITING, 0
         self.manager.free(request)
         """,
     ),
-    # ------------------------------------------------------------------------------------- 5.10 Scheduler.swap_out
+    # ------------------------------------------------------------------------------------- 5.11 Scheduler.swap_out
     wrong(
-        "5.10",
+        "5.11",
         "whole blocks moved, filled or not",
         "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "num_filled = block_size",
     ),
     wrong(
-        "5.10",
+        "5.11",
         "nothing of a last block that is full",
         "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "num_filled = request.num_computed_tokens % block_size if i == num_blocks - 1 else block_size",
     ),
-    wrong("5.10", "the blocks on the device not given up", "self.manager.free(request)", "pass"),
+    wrong("5.11", "the blocks on the device not given up", "self.manager.free(request)", "pass"),
     wrong(
-        "5.10",
+        "5.11",
         "from the host to the device",
         "BlockCopy(block_id, host.block_id, num_filled)",
         "BlockCopy(host.block_id, block_id, num_filled)",
     ),
     wrong(
-        "5.10",
+        "5.11",
         "a host block for every block that it holds, filled or not",
         "num_blocks = cdiv(request.num_computed_tokens, block_size)",
         "num_blocks = len(self.manager.block_table(request.request_id))",
     ),
-    wrong("5.10", "its status still running", "request.status = RequestStatus.SWAPPED", "pass"),
+    wrong("5.11", "its status still running", "request.status = RequestStatus.SWAPPED", "pass"),
     wrong(
-        "5.10",
+        "5.11",
         "its tokens counted as lost",
         "request.status = RequestStatus.SWAPPED",
         "request.status = RequestStatus.SWAPPED\n        request.num_computed_tokens = 0",
     ),
     wrong(
-        "5.10",
+        "5.11",
         "the preemption counted a second time",
         "request.status = RequestStatus.SWAPPED",
         "request.status = RequestStatus.SWAPPED\n        request.num_preemptions += 1",
     ),
     wrong(
-        "5.10",
+        "5.11",
         "refused where a block is shared",
         "if num_blocks > self.host_pool.num_free_blocks:",
         "blocks = self.manager.block_tables[request.request_id]\n"
         "        if num_blocks > self.host_pool.num_free_blocks or any(block.ref_cnt > 1 for block in blocks):",
     ),
     wrong(
-        "5.10",
+        "5.11",
         "shared blocks not given up",
         "self.manager.free(request)",
         "table = self.manager.block_tables.pop(request.request_id)\n"
         "        self.manager.pool.free_blocks([block for block in table if block.ref_cnt == 1])",
     ),
     right(
-        "5.10",
+        "5.11",
         "slot by slot counted down",
         """
         size, left = self.manager.block_size, request.num_computed_tokens
@@ -517,36 +517,36 @@ ANSWERS = [
         return True
         """,
     ),
-    # -------------------------------------------------------------------------------------- 5.11 Scheduler.swap_in
+    # -------------------------------------------------------------------------------------- 5.12 Scheduler.swap_in
     wrong(
-        "5.11",
+        "5.12",
         "from the device to the host",
         "BlockCopy(host.block_id, block_id, num_filled)",
         "BlockCopy(block_id, host.block_id, num_filled)",
     ),
     wrong(
-        "5.11",
+        "5.12",
         "whole blocks moved, filled or not",
         "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "num_filled = block_size",
     ),
     wrong(
-        "5.11",
+        "5.12",
         "nothing of a last block that is full",
         "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "num_filled = request.num_computed_tokens % block_size if i == len(hosts) - 1 else block_size",
     ),
     wrong(
-        "5.11",
+        "5.12",
         "slots for tokens that are not computed",
         "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "num_filled = min(block_size, request.num_tokens - i * block_size)",
     ),
-    wrong("5.11", "the host's blocks never freed", "self.host_pool.free_blocks(hosts)", "pass"),
-    wrong("5.11", "noted as moves out", "plan.swaps_in.append", "plan.swaps_out.append"),
-    wrong("5.11", "still known as swapped", "self.swapped.pop(request.request_id)", "self.swapped[request.request_id]"),
+    wrong("5.12", "the host's blocks never freed", "self.host_pool.free_blocks(hosts)", "pass"),
+    wrong("5.12", "noted as moves out", "plan.swaps_in.append", "plan.swaps_out.append"),
+    wrong("5.12", "still known as swapped", "self.swapped.pop(request.request_id)", "self.swapped[request.request_id]"),
     right(
-        "5.11",
+        "5.12",
         "from the table",
         """
         table, size = self.manager.block_table(request.request_id), self.manager.block_size
@@ -602,30 +602,30 @@ ANSWERS = [
             found.finish_reason = "abort"
         """,
     ),
-    # --------------------------------------------------------------------------------------- 5.15 Scheduler.finish
+    # --------------------------------------------------------------------------------------- 5.14 Scheduler.finish
     planted(
-        "5.15",
+        "5.14",
         "the host's blocks of a swapped request never freed",
         "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
         "self.swapped.pop(request.request_id, ())",
     ),
     wrong(
-        "5.15",
+        "5.14",
         "the blocks freed, but still kept under its name",
         "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
         'self.host_pool.free_blocks(self.swapped.get(request.request_id, ()) if reason != "?" else ())',
         recognised=False,
     ),
     wrong(
-        "5.15",
+        "5.14",
         "all requests' blocks on the host freed",
         "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
         "[self.host_pool.free_blocks(self.swapped.pop(name)) for name in list(self.swapped)]",
     ),
-    wrong("5.15", "the reason not noted", "request.finish_reason = reason", "request.finish_reason = None"),
-    wrong("5.15", "not entered into finished_ids", "self.finished_ids.append(request.request_id)", "pass"),
+    wrong("5.14", "the reason not noted", "request.finish_reason = reason", "request.finish_reason = None"),
+    wrong("5.14", "not entered into finished_ids", "self.finished_ids.append(request.request_id)", "pass"),
     right(
-        "5.15",
+        "5.14",
         "only where there is something",
         """
         request.finish_reason, request.status = reason, RequestStatus.FINISHED
@@ -642,7 +642,7 @@ ANSWERS = [
 
 EQUIVALENT = [
     equivalent(
-        "5.16",
+        "5.5",
         "an active tenant is itself among those whose least is taken, so it has at least that",
         "active and tenant not in active -> active",
     ),

@@ -191,43 +191,43 @@ ANSWERS = [
                 return tokens
         """,
     ),
-    # --------------------------------------------------------------------------------------- 8.6 Lookahead.commit
-    wrong("8.6", "the cache not taken back", "self.cache.truncate(kept)", "pass"),
-    wrong("8.6", "`cached_token_ids` not taken back", "self.cached_token_ids = self.cached_token_ids[:kept]", "pass"),
+    # --------------------------------------------------------------------------------------- 8.3 Lookahead.commit
+    wrong("8.3", "the cache not taken back", "self.cache.truncate(kept)", "pass"),
+    wrong("8.3", "`cached_token_ids` not taken back", "self.cached_token_ids = self.cached_token_ids[:kept]", "pass"),
     wrong(
-        "8.6",
+        "8.3",
         "the new token counted as computed where it was proposed wrong",
         "len(token_ids) - 1)",
         "len(token_ids))",
     ),
-    wrong("8.6", "one token too many taken back", "len(token_ids) - 1)", "max(0, len(token_ids) - 2))"),
-    wrong("8.6", "everything taken back, the prompt too", "min(len(self.cached_token_ids), len(token_ids) - 1)", "0"),
+    wrong("8.3", "one token too many taken back", "len(token_ids) - 1)", "max(0, len(token_ids) - 2))"),
+    wrong("8.3", "everything taken back, the prompt too", "min(len(self.cached_token_ids), len(token_ids) - 1)", "0"),
     wrong(
-        "8.6",
+        "8.3",
         "any row of that length, whether the token was proposed or not",
         "if self.cached_token_ids[: len(token_ids)] == list(token_ids):",
         "if len(token_ids) in self.rows and len(token_ids) <= len(self.cached_token_ids):",
     ),
     wrong(
-        "8.6",
+        "8.3",
         "the row before, of which the new token came",
         "self.rows[len(token_ids)]",
         "self.rows[len(token_ids) - 1]",
     ),
     wrong(
-        "8.6",
+        "8.3",
         "the row after the last draft token, whichever draft token has come",
         "self.rows[len(token_ids)]",
         "self.rows[max(self.rows)]",
     ),
     wrong(
-        "8.6",
+        "8.3",
         "the prompt taken for cached on the first call",
         "min(len(self.cached_token_ids), len(token_ids) - 1)",
         "len(token_ids) - 1",
     ),
     right(
-        "8.6",
+        "8.3",
         "only the newest token looked at: the others have been",
         """
         known = len(token_ids) - 1
@@ -238,7 +238,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "8.6",
+        "8.3",
         "as much as both have in common",
         """
         common = 0
@@ -254,118 +254,118 @@ ANSWERS = [
         return None
         """,
     ),
-    # -------------------------------------------------------------------------------------- 8.3 accept_or_recover
+    # -------------------------------------------------------------------------------------- 8.4 accept_or_recover
     wrong(
-        "8.3",
+        "8.4",
         "the ratio upside down",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "chance * float(target[token_id]) < float(draft[token_id])",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "kept when the random number is above the ratio, not below it",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "chance * float(draft[token_id]) > float(target[token_id])",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "the other token drawn from all of the target, not from the residual",
         "weights = residual if residual.sum() > 0 else target",
         "weights = target",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "the other token drawn from the target without the draft token",
         "residual = (target - draft).clamp(min=0)",
         "residual = target.index_fill(0, torch.tensor(token_id), 0.0)",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "the other token drawn from the draft",
         "weights = residual if residual.sum() > 0 else target",
         "weights = draft",
     ),
-    wrong("8.3", "draft less target, instead of target less draft", "(target - draft)", "(draft - target)"),
+    wrong("8.4", "draft less target, instead of target less draft", "(target - draft)", "(draft - target)"),
     wrong(
-        "8.3",
+        "8.4",
         "distances, where what is too much must count as 0",
         "(target - draft).clamp(min=0)",
         "(target - draft).abs()",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "a residual that is not cut off at 0",
         "torch.multinomial(weights, 1, generator=generator)",
         "torch.multinomial(target - draft, 1, generator=generator)",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "no chance: kept wherever the target likes it as well as the draft, and nowhere else",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "float(draft[token_id]) <= float(target[token_id])",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "kept with the target's probability, whatever the draft's is",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "chance < float(target[token_id])",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "a chance that does not come from `generator`",
         "torch.rand((), generator=generator, dtype=torch.float64)",
         "torch.rand((), dtype=torch.float64)",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "another token that does not come from `generator`",
         "torch.multinomial(weights, 1, generator=generator)",
         "torch.multinomial(weights, 1)",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "no way out where the residual is 0",
         "residual if residual.sum() > 0 else target",
         "residual",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "a little of every token, so that there is something to draw from, and of forbidden ones too",
         "(target - draft).clamp(min=0)",
         "(target - draft).clamp(min=1e-8)",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "a tensor of one token, instead of its number",
         "int(torch.multinomial(weights, 1, generator=generator))",
         "torch.multinomial(weights, 1, generator=generator)",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "the draft token returned, though it was not kept",
         "False, int(torch.multinomial(weights, 1, generator=generator))",
         "False, token_id",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "accepted with probability 1 - draft / target",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "chance * float(target[token_id]) >= float(draft[token_id])",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "the likeliest token of the residual, instead of one that is sampled",
         "int(torch.multinomial(weights, 1, generator=generator))",
         "int(weights.argmax())",
     ),
     wrong(
-        "8.3",
+        "8.4",
         "the square of the residual",
         "(target - draft).clamp(min=0)",
         "(target - draft).clamp(min=0) ** 2",
     ),
     right(
-        "8.3",
+        "8.4",
         "by the ratio, in float32",
         """
         ratio = torch.clamp(target[token_id] / draft[token_id], max=1.0)
@@ -378,7 +378,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "8.3",
+        "8.4",
         "the residual as target less what they share",
         """
         keep = bool(torch.rand((), generator=generator) <= target[token_id].double() / draft[token_id].double())
@@ -388,46 +388,46 @@ ANSWERS = [
         return keep, token_id
         """,
     ),
-    # --------------------------------------------------------------------------------------- 8.4 rejection_sample
+    # --------------------------------------------------------------------------------------- 8.5 rejection_sample
     wrong(
-        "8.4",
+        "8.5",
         "no bonus where all draft tokens are accepted",
         "return [*tokens, int(torch.multinomial(target[last], 1, generator=generator(last)))]",
         "return tokens or [int(torch.multinomial(target[last], 1, generator=generator(last)))]",
     ),
     wrong(
-        "8.4",
+        "8.5",
         "the bonus sampled from the row of the last draft token",
         "torch.multinomial(target[last], 1,",
         "torch.multinomial(target[max(0, last - 1)], 1,",
     ),
-    wrong("8.4", "going on after a rejected draft token", "if not is_accepted:", "if False:"),
+    wrong("8.5", "going on after a rejected draft token", "if not is_accepted:", "if False:"),
     wrong(
-        "8.4",
+        "8.5",
         "a bonus even where a draft token was rejected",
         "return tokens\n",
         "return [*tokens, int(torch.multinomial(target[i + 1], 1, generator=generator(i + 1)))]\n",
     ),
     wrong(
-        "8.4",
+        "8.5",
         "nothing in place of the rejected draft token",
         "        tokens.append(token_id)\n        if not is_accepted:\n            return tokens",
         "        if not is_accepted:\n            return tokens\n        tokens.append(token_id)",
     ),
     wrong(
-        "8.4",
+        "8.5",
         "the same randomness for every token",
         "draft[i], token_id, generator(i))",
         "draft[i], token_id, generator(0))",
     ),
     wrong(
-        "8.4",
+        "8.5",
         "one generator for all tokens, made once",
         "tokens = []",
         "tokens, generator = [], (lambda i, only=generator(0): only)",
     ),
     wrong(
-        "8.4",
+        "8.5",
         "another token sampled from the target where a draft token is rejected, not its replacement",
         "        tokens.append(token_id)\n        if not is_accepted:\n            return tokens",
         "        if not is_accepted:\n"
@@ -435,38 +435,38 @@ ANSWERS = [
         "        tokens.append(token_id)",
     ),
     wrong(
-        "8.4",
+        "8.5",
         "the likeliest token for the bonus, instead of one that is sampled",
         "int(torch.multinomial(target[last], 1, generator=generator(last)))",
         "int(torch.multinomial(target[last].pow(1000).clamp(min=1e-30), 1, generator=generator(last)))",
     ),
     wrong(
-        "8.4",
+        "8.5",
         "target and draft exchanged",
         "accept_or_recover(target[i], draft[i],",
         "accept_or_recover(draft[i], target[i],",
     ),
-    wrong("8.4", "the draft's first row for every draft token", "draft[i], token_id", "draft[0], token_id"),
+    wrong("8.5", "the draft's first row for every draft token", "draft[i], token_id", "draft[0], token_id"),
     wrong(
-        "8.4",
+        "8.5",
         "the target's row after the draft token, not the one before it",
         "accept_or_recover(target[i],",
         "accept_or_recover(target[i + 1],",
     ),
     wrong(
-        "8.4",
+        "8.5",
         "the bonus from the residual of the last row, as if a draft token had been rejected",
         "torch.multinomial(target[last], 1,",
         "torch.multinomial((target[last] - draft[-1]).clamp(min=0) if last else target[last], 1,",
     ),
     wrong(
-        "8.4",
+        "8.5",
         "the bonus with the generator of the last draft token",
         "generator=generator(last)",
         "generator=generator(max(0, last - 1))",
     ),
     right(
-        "8.4",
+        "8.5",
         "until one is rejected",
         """
         tokens, k = [], len(draft_token_ids)
@@ -482,7 +482,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "8.4",
+        "8.5",
         "recursive",
         """
         def follow(i):
@@ -494,48 +494,48 @@ ANSWERS = [
         return follow(0)
         """,
     ),
-    # ---------------------------------------------------------------------------------------- 8.7 expected_tokens
+    # ---------------------------------------------------------------------------------------- 8.6 expected_tokens
     wrong(
-        "8.7",
+        "8.6",
         "the token that every pass brings forgotten",
         "range(num_draft_tokens + 1)",
         "range(1, num_draft_tokens + 1)",
     ),
-    wrong("8.7", "the last draft token forgotten", "range(num_draft_tokens + 1)", "range(max(1, num_draft_tokens))"),
-    wrong("8.7", "one draft token too many", "range(num_draft_tokens + 1)", "range(num_draft_tokens + 2)"),
+    wrong("8.6", "the last draft token forgotten", "range(num_draft_tokens + 1)", "range(max(1, num_draft_tokens))"),
+    wrong("8.6", "one draft token too many", "range(num_draft_tokens + 1)", "range(num_draft_tokens + 2)"),
     wrong(
-        "8.7",
+        "8.6",
         "draft tokens counted behind wrong ones too",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "1 + rate * num_draft_tokens",
     ),
     wrong(
-        "8.7",
+        "8.6",
         "the token that every pass brings forgotten where all draft tokens are right",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "float(num_draft_tokens) if rate == 1 else (1 - rate ** (num_draft_tokens + 1)) / (1 - rate)",
         recognised=False,
     ),
     wrong(
-        "8.7",
+        "8.6",
         "the closed sum, which divides by 0 where every draft token is right",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "(1 - rate ** (num_draft_tokens + 1)) / (1 - rate)",
     ),
     wrong(
-        "8.7",
+        "8.6",
         "all or nothing: the draft tokens counted only if all are right",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "1 + num_draft_tokens * rate**num_draft_tokens",
     ),
     wrong(
-        "8.7",
+        "8.6",
         "the mean number of draft tokens until the first wrong one, without an end",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "min(num_draft_tokens + 1, 1 / (1 - rate) if rate < 1 else num_draft_tokens + 1)",
     ),
     right(
-        "8.7",
+        "8.6",
         "the geometric sum, closed",
         """
         if rate == 1:
@@ -544,7 +544,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "8.7",
+        "8.6",
         "from the last draft token to the first",
         """
         expected = 1.0
@@ -553,30 +553,30 @@ ANSWERS = [
         return expected
         """,
     ),
-    # ----------------------------------------------------------------------------------------------- 8.8 choose_k
+    # ----------------------------------------------------------------------------------------------- 8.7 choose_k
     wrong(
-        "8.8",
+        "8.7",
         "the most tokens, whatever they take",
         "expected_tokens(rate, k) / seconds[k]",
         "expected_tokens(rate, k)",
     ),
-    wrong("8.8", "the shortest step, whatever it brings", "expected_tokens(rate, k) / seconds[k]", "-seconds[k]"),
+    wrong("8.7", "the shortest step, whatever it brings", "expected_tokens(rate, k) / seconds[k]", "-seconds[k]"),
     wrong(
-        "8.8",
+        "8.7",
         "of equals the largest",
         "key=lambda k: expected_tokens(rate, k) / seconds[k]",
         "key=lambda k: (expected_tokens(rate, k) / seconds[k], k)",
     ),
-    wrong("8.8", "one draft token at least", "range(len(seconds))", "range(min(1, len(seconds) - 1), len(seconds))"),
-    wrong("8.8", "the most seconds a token", "max(range", "min(range"),
+    wrong("8.7", "one draft token at least", "range(len(seconds))", "range(min(1, len(seconds) - 1), len(seconds))"),
+    wrong("8.7", "the most seconds a token", "max(range", "min(range"),
     wrong(
-        "8.8",
+        "8.7",
         "the draft tokens alone counted, without the token that every step brings",
         "expected_tokens(rate, k) / seconds[k]",
         "(expected_tokens(rate, k) - 1) / seconds[k]",
     ),
     wrong_body(
-        "8.8",
+        "8.7",
         "stopped at the first k that is no better",
         """
         k = 0
@@ -588,15 +588,15 @@ ANSWERS = [
         """,
     ),
     wrong(
-        "8.8",
+        "8.7",
         "tokens per second weighed against the step without draft tokens, in the same time",
         "expected_tokens(rate, k) / seconds[k]",
         "expected_tokens(rate, k) - seconds[k] / seconds[0]",
         recognised=False,
     ),
-    wrong("8.8", "the largest k never tried", "range(len(seconds))", "range(max(1, len(seconds) - 1))"),
+    wrong("8.7", "the largest k never tried", "range(len(seconds))", "range(max(1, len(seconds) - 1))"),
     right(
-        "8.8",
+        "8.7",
         "one after the other",
         """
         best, most = 0, 0.0
@@ -608,48 +608,48 @@ ANSWERS = [
         """,
     ),
     right(
-        "8.8",
+        "8.7",
         "the least time a token",
         """
         costs = [duration / expected_tokens(rate, k) for k, duration in enumerate(seconds)]
         return costs.index(min(costs))
         """,
     ),
-    # ------------------------------------------------------------------------------------ 8.11 Acceptance.observe
+    # ------------------------------------------------------------------------------------ 8.8 Acceptance.observe
     planted(
-        "8.11",
+        "8.8",
         "draft tokens after the first rejected one counted as tried",
         "num_accepted + (num_accepted < num_draft_tokens)  # those after a rejected one were not tried",
         "num_draft_tokens",
     ),
     wrong(
-        "8.11",
+        "8.8",
         "the rejected draft token not counted as tried",
         "num_accepted + (num_accepted < num_draft_tokens)",
         "num_accepted",
     ),
     wrong(
-        "8.11",
+        "8.8",
         "a rejected draft token counted where there was none",
         "num_accepted + (num_accepted < num_draft_tokens)",
         "num_accepted + 1",
     ),
-    wrong("8.11", "older draft tokens forgotten once a step, not once a draft token", "MEMORY**tried", "MEMORY"),
+    wrong("8.8", "older draft tokens forgotten once a step, not once a draft token", "MEMORY**tried", "MEMORY"),
     wrong(
-        "8.11",
+        "8.8",
         "older draft tokens forgotten for those, too, that were not tried",
         "MEMORY**tried",
         "MEMORY**num_draft_tokens",
     ),
-    wrong("8.11", "nothing forgotten", "MEMORY**tried", "1.0"),
+    wrong("8.8", "nothing forgotten", "MEMORY**tried", "1.0"),
     wrong(
-        "8.11",
+        "8.8",
         "the new draft tokens weighed down with the old ones",
         "self.accepted * weight + num_accepted",
         "(self.accepted + num_accepted) * weight",
     ),
     right(
-        "8.11",
+        "8.8",
         "by a conditional",
         """
         tried = num_draft_tokens if num_accepted == num_draft_tokens else num_accepted + 1
@@ -658,7 +658,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "8.11",
+        "8.8",
         "the smaller of the two",
         """
         tried = min(num_accepted + 1, num_draft_tokens)
@@ -668,21 +668,21 @@ ANSWERS = [
         self.tried += tried
         """,
     ),
-    # ---------------------------------------------------------------------------------- 8.5 DraftProposer.propose
+    # ---------------------------------------------------------------------------------- 8.9 DraftProposer.propose
     wrong(
-        "8.5",
+        "8.9",
         "only the newest token computed, whatever else the cache lacks",
         "draft.token_ids[self.num_computed[draft.request.request_id] :]",
         "draft.token_ids[-1:]",
     ),
     wrong(
-        "8.5",
+        "8.9",
         "everything computed again, pass after pass: `num_computed` not moved on",
         "self.num_computed[draft.request.request_id] = len(draft.token_ids)",
         "pass",
     ),
     wrong(
-        "8.5",
+        "8.9",
         "`num_computed` noted after the draft token is appended",
         "                self.num_computed[draft.request.request_id] = len(draft.token_ids)\n"
         "                draft.append(*self.draw(draft, row))",
@@ -690,80 +690,80 @@ ANSWERS = [
         "                self.num_computed[draft.request.request_id] = len(draft.token_ids)",
     ),
     wrong(
-        "8.5",
+        "8.9",
         "as many draft tokens for every request as for the one with the most",
         "< draft.limit]",
         "< max(each.limit for each in drafts)]",
     ),
     wrong(
-        "8.5",
+        "8.9",
         "the fewest draft tokens for every request",
         "< draft.limit]",
         "< min(each.limit for each in drafts)]",
     ),
     wrong(
-        "8.5",
+        "8.9",
         "limits ignored unless they are 0: always as many as fit",
         "draft.limit = min(draft.limit, capacity)",
         "draft.limit = min(draft.limit and 99, capacity)",
     ),
     wrong(
-        "8.5",
+        "8.9",
         "limits that stay as they are, whatever fits",
         "draft.limit = min(draft.limit, capacity)",
         "pass",
         recognised=False,
     ),
     wrong(
-        "8.5",
+        "8.9",
         "a slot for the last draft token, which needs none",
         "+ 1 - len(draft.token_ids)",
         "- len(draft.token_ids)",
     ),
     wrong(
-        "8.5", "one draft token too many", "+ 1 - len(draft.token_ids)", "+ 2 - len(draft.token_ids)", recognised=False
+        "8.9", "one draft token too many", "+ 1 - len(draft.token_ids)", "+ 2 - len(draft.token_ids)", recognised=False
     ),
     wrong(
-        "8.5",
+        "8.9",
         "the draft model's context forgotten",
         "min(num_slots, self.model.config.max_position_embeddings)",
         "num_slots",
         recognised=False,
     ),
     wrong(
-        "8.5",
+        "8.9",
         "the request's blocks forgotten",
         "min(num_slots, self.model.config.max_position_embeddings)",
         "self.model.config.max_position_embeddings",
         recognised=False,
     ),
     wrong(
-        "8.5",
+        "8.9",
         "a draft token for requests that may have none",
         "< draft.limit]",
         "< max(1, draft.limit)]",
     ),
-    wrong("8.5", "one pass too many", "< draft.limit]", "<= draft.limit]"),
+    wrong("8.9", "one pass too many", "< draft.limit]", "<= draft.limit]"),
     wrong(
-        "8.5",
+        "8.9",
         "requests mixed up: the rows in another order",
         "self.logits(unfinished, new))",
         "self.logits(unfinished, new).flip(0))",
     ),
     wrong(
-        "8.5",
+        "8.9",
         "the distributions left out",
         "draft.append(*self.draw(draft, row))",
         "draft.append(self.draw(draft, row)[0])",
     ),
     wrong(
-        "8.5",
+        "8.9",
         "the likeliest token, instead of what `draw` returns",
         "draft.append(*self.draw(draft, row))",
         "draft.append(int(row.argmax()), self.draw(draft, row)[1])",
     ),
     wrong_body(
-        "8.5",
+        "8.9",
         "one request after the other, instead of all in each pass",
         """
         for draft in drafts:
@@ -777,7 +777,7 @@ ANSWERS = [
         """,
     ),
     wrong_body(
-        "8.5",
+        "8.9",
         "each pass ends when the first request has all its draft tokens",
         """
         for draft in drafts:
@@ -794,7 +794,7 @@ ANSWERS = [
         recognised=False,
     ),
     right(
-        "8.5",
+        "8.9",
         "a fixed number of passes",
         """
         context = self.model.config.max_position_embeddings
@@ -812,7 +812,7 @@ ANSWERS = [
         """,
     ),
     right(
-        "8.5",
+        "8.9",
         "each request's newest tokens kept apart from what it has",
         """
         new, left = {}, {}
@@ -848,10 +848,10 @@ EQUIVALENT = [
         "len(text) - 1 -> len(text) - 0",
         "max(0, end - n) -> max(-1, end - n)",
     ),
-    equivalent("8.6", "lesson 2's loop hands in a list", "list(token_ids) -> token_ids"),
-    equivalent("8.6", "a function that ends returns None", "return None -> pass"),
+    equivalent("8.3", "lesson 2's loop hands in a list", "list(token_ids) -> token_ids"),
+    equivalent("8.3", "a function that ends returns None", "return None -> pass"),
     equivalent(
-        "8.3",
+        "8.4",
         "a tensor of one number compares like the number",
         "float(torch.rand((), generator=generator, dtype=torch.float64)) -> torch.rand((), generator=generator, "
         "dtype=torch.float64)",
@@ -859,16 +859,16 @@ EQUIVALENT = [
         "float(target[token_id]) -> target[token_id]",
     ),
     equivalent(
-        "8.3",
+        "8.4",
         "a chance in float32 is off by less than any number of draws can show",
         "torch.rand((), generator=generator, dtype=torch.float64) -> torch.rand((), generator=generator)",
         "torch.float64 -> torch.float32",
     ),
     equivalent(
-        "8.3",
+        "8.4",
         "the two differ where a drawn chance equals a quotient to the last bit",
         "chance * float(draft[token_id]) < float(target[token_id]) -> chance * float(draft[token_id]) <= "
         "float(target[token_id])",
     ),
-    equivalent("8.3", "a mean is above 0 where the sum is", "residual.sum() -> residual.mean()"),
+    equivalent("8.4", "a mean is above 0 where the sum is", "residual.sum() -> residual.mean()"),
 ]
