@@ -549,6 +549,11 @@ ANSWERS = [
 
 EQUIVALENT = [
     equivalent(
+        "7.4",
+        "a float32 number times a half-precision scale is float32 as well, with the same value",
+        "upcast(layer.weight_scale) -> layer.weight_scale",
+    ),
+    equivalent(
         "7.1",
         "the scale is the row's largest magnitude / 127, so no quotient rounds to more than 127 in magnitude",
         "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round()",

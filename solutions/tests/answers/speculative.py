@@ -875,5 +875,4 @@ EQUIVALENT = [
         "chance * float(draft[token_id]) < float(target[token_id]) -> chance * float(draft[token_id]) <= "
         "float(target[token_id])",
     ),
-    equivalent("8.4", "a mean is above 0 where the sum is", "residual.sum() -> residual.mean()"),
 ]
