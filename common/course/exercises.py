@@ -11,6 +11,7 @@ and everything after it, to the end of that function, is the answer. What breaks
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -112,7 +113,12 @@ def find_exercises(source: str, file: str, number: int | None = None) -> list[Ex
 
 def exercises_of(lesson: Lesson) -> list[Exercise]:
     """The lesson's exercises, in the order of the file: that is the order to work in, whatever the numbers."""
-    return find_exercises(lesson.solution.read_text(encoding="utf-8"), shown(lesson.solution), lesson.number)
+    return list(read_exercises(lesson.solution.read_text(encoding="utf-8"), shown(lesson.solution), lesson.number))
+
+
+@functools.lru_cache(maxsize=32)  # a grading asks with every check
+def read_exercises(source: str, file: str, number: int) -> tuple[Exercise, ...]:
+    return tuple(find_exercises(source, file, number))
 
 
 def unfinished(source: str) -> list[str]:

@@ -106,7 +106,7 @@ def work(
     torch.set_num_threads(1)
     subject = Subject(lesson, file)
     options = [str(lesson.checks), "-o", "addopts=", "-p", "common.grading.plugin"]
-    options += ["-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    options += ["--disable-plugin-autoload", "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
     if show_prints:
         options.append("--capture=no")
 

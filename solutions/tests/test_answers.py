@@ -12,25 +12,25 @@ from common.course import LESSONS, MODULES, ROOT
 from common.course.catalogue import apply, load_answers
 from common.course.exercises import TOGETHER, exercises_of
 from common.grading.runner import grade
+from common.tests.forked import ForkedWorker
 
 
 @pytest.mark.parametrize("lesson", MODULES, ids=lambda lesson: lesson.slug)
 def test_reference_passes(lesson):
-    results = grade(lesson, lesson.solution)
+    results = grade(lesson, lesson.solution, start=ForkedWorker)
     assert {result.id: result.sentence for result in results if result.status != "passed"} == {}
     assert [result.id for result in results] == [*(exercise.id for exercise in exercises_of(lesson)), TOGETHER]
 
 
 @pytest.mark.parametrize("lesson", MODULES, ids=lambda lesson: lesson.slug)
-def test_wrong_answer_fails_in_its_exercise_only(lesson, tmp_path):
-    """One answer a lesson, graded as a student's file would be; the catalogue's proof below has them all."""
+def test_a_wrong_answer_is_recognised(lesson, tmp_path):
+    """One answer a lesson, graded as a student's exercise would be; the catalogue's proof below has them all."""
     exercises = {exercise.id: exercise for exercise in exercises_of(lesson)}
     answer = next(answer for answer in load_answers(lesson) if not answer.is_right and answer.recognised)
     file = tmp_path / f"{lesson.slug}.py"
     file.write_text(apply(answer, lesson.solution.read_text(), exercises[answer.exercise]))
-    results = {result.id: result for result in grade(lesson, file)}
-    assert [id for id, result in results.items() if result.status == "wrong"] == [answer.exercise]
-    assert results[answer.exercise].mistake == answer.name
+    [result] = grade(lesson, file, only=[answer.exercise], start=ForkedWorker)
+    assert (result.status, result.mistake) == ("wrong", answer.name)
 
 
 @pytest.mark.slow

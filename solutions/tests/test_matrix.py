@@ -1,7 +1,7 @@
 """The composition matrix: whatever is combined with whatever, the tokens are those of one model and one request.
 
-Six axes. All combinations that need no second process are tried, on a tiny random model; on `tales` with its draft, and
-over ranks, every pair of values is, in some cell. Cells are exact: float64, plain kernels. The same with the real
+Six axes. All combinations that need no second process are tried, on a tiny random model (`make test` tries few of them,
+in which every pair of values is); on `tales` with its draft, and over ranks, every pair of values is, in some cell. Cells are exact: float64, plain kernels. The same with the real
 kernels in float32 holds up to near-ties.
 """
 
@@ -194,7 +194,9 @@ def letters(monkeypatch):
     monkeypatch.setattr(engine, "load_tokenizer", lambda folder: Letters())
 
 
-@pytest.mark.parametrize("cell", ALONE, ids=name)
+@pytest.mark.parametrize(
+    "cell", [pytest.param(cell, marks=[] if cell in FEW else pytest.mark.slow) for cell in ALONE], ids=name
+)
 def test_every_combination_in_one_process(cell, tiny, plain, letters):
     check_exact(cell, tiny)
 

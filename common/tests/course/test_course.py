@@ -60,7 +60,6 @@ def test_sabotage_in_an_earlier_module_reaches_the_later_ones(tmp_path):
         "from reference.llama_pytorch import RMSNorm as Kept\n"
         "print(RMSNorm(4, 0.0)(torch.ones(4)).sum().item(), Kept(4, 0.0)(torch.ones(4)).sum().item())"
     )
-    assert run(script, tmp_path).stdout.split() == ["4.0", "4.0"]
     assert run(script, tmp_path, COURSE_MODULES=f"llm_basics={mine}").stdout.split() == ["0.0", "4.0"]
 
 

@@ -53,6 +53,10 @@ def test_a_lesson_imports_no_later_one(lesson):
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.slug)
 def test_a_notebook_was_run_from_top_to_bottom_and_imports_no_later_lesson(lesson):
     later = {each.slug for each in MODULES if each.number > lesson.number}
+    if (
+        lesson.number >= 6
+    ):  # ranks and quantized weights are options of the assembly, which imports no more than they need
+        later -= {"engine"}
     cells = [cell for cell in nbformat.read(lesson.notebook, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "make notebooks"
     for cell in cells:

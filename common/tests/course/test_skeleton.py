@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
-import subprocess
-import sys
+import runpy
 import textwrap
 
 import pytest
@@ -15,6 +15,7 @@ from common.course.catalogue import planted_answers
 from common.course.exercises import SkeletonError, exercises_of, find_exercises, walk_functions
 from common.course.skeleton import cut
 from common.grading.runner import grade
+from common.tests.forked import ForkedWorker, fork
 
 SOLUTION = '''\
 """A lesson."""
@@ -140,7 +141,8 @@ def test_skeleton_of_each_lesson_imports_and_holds_no_answer(lesson, tmp_path):
     assert sorted(unfinished(text)) == sorted(exercise.id for exercise in exercises)
     file = tmp_path / f"{lesson.slug}.py"
     file.write_text(text)
-    subprocess.run([sys.executable, "-c", f"import runpy; runpy.run_path({str(file)!r})"], check=True)
+    _, status = os.waitpid(fork(runpy.run_path, str(file)), 0)
+    assert status == 0, "its import fails"
     functions = dict(walk_functions(ast.parse(text)))
     bugs = planted_answers(lesson)
     for exercise in exercises:
@@ -164,10 +166,10 @@ def test_a_bug_to_be_found_stays_in_the_skeleton(tmp_path, monkeypatch):
     lines = [line for line in text.splitlines() if 'TODO 9.2")' not in line]
     assert unfinished("\n".join(lines)) == ["9.1"]
     lesson.module.write_text("\n".join(lines))
-    results = {result.id: result for result in grade(lesson, lesson.module)}
+    results = {result.id: result for result in grade(lesson, lesson.module, start=ForkedWorker)}
     assert results["9.2"].status == "wrong" and results["9.2"].mistake is None, "its name would give it away"
     lesson.module.write_text("\n".join(lines).replace("return 3 * x", "return 2 * x"))
-    assert {result.id: result.status for result in grade(lesson, lesson.module)}["9.2"] == "passed"
+    assert {result.id: result.status for result in grade(lesson, lesson.module, start=ForkedWorker)}["9.2"] == "passed"
     lesson.answers.write_text(lesson.answers.read_text().replace("return 2", "return 5"))
     with pytest.raises(CourseError, match="occurs 0 times"):
         skeleton.cut_lesson(lesson)

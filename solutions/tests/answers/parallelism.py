@@ -689,6 +689,17 @@ ANSWERS = [
 
 EQUIVALENT = [
     equivalent(
+        "6.10",
+        "a range that begins after the end of its axis is empty, wherever it begins",
+        "min(axis.start, size) -> axis.start",
+    ),
+    equivalent(
+        "6.10",
+        "laying all of it into a tensor of its own size gives the same numbers, with one more copy",
+        "inside == list(part) -> inside == part",
+        "return found -> pass",
+    ),
+    equivalent(
         "6.6",
         "a batch is ready, and the first stage free, at tick 0 or before: the larger of the two is the same",
         "[0] * num_batches -> [-1] * num_batches",

@@ -549,12 +549,22 @@ ANSWERS = [
 
 EQUIVALENT = [
     equivalent(
+        "7.4",
+        "a float32 number times a half-precision scale is float32 as well, with the same value",
+        "upcast(layer.weight_scale) -> layer.weight_scale",
+    ),
+    equivalent(
         "7.1",
         "the scale is the row's largest magnitude / 127, so no quotient rounds to more than 127 in magnitude",
         "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round()",
         "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-127)",
         "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-128, 127)",
         "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-127, 128)",
+    ),
+    equivalent(
+        "7.4",
+        "float32 times float16 is float32 as well",
+        "upcast(layer.weight_scale) -> layer.weight_scale",
     ),
     equivalent("7.5", "a slice begins at 0 by itself", "numbers[:, 0::2] -> numbers[:, ::2]"),
     equivalent(

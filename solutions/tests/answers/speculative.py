@@ -871,6 +871,11 @@ ANSWERS = [
 
 EQUIVALENT = [
     equivalent(
+        "8.4",
+        "no residual is negative, so their mean is positive exactly where their sum is",
+        "residual.sum -> residual.mean",
+    ),
+    equivalent(
         "8.1",
         "`ends` leaves out places that cannot match, to save time; the comparison of n tokens rejects them as well",
         "[i for i in range(1, len(text)) if text[i - 1] == text[-1]] -> [i for i in range(1, len(text))]",
@@ -906,5 +911,4 @@ EQUIVALENT = [
         "chance * float(draft[token_id]) < float(target[token_id]) -> chance * float(draft[token_id]) <= "
         "float(target[token_id])",
     ),
-    equivalent("8.4", "a mean is above 0 where the sum is", "residual.sum() -> residual.mean()"),
 ]
