@@ -1,7 +1,8 @@
 """The composition matrix: whatever is combined with whatever, the tokens are those of one model and one request.
 
 Six axes. All combinations that need no second process are tried, on a tiny random model (`make test` tries few of them,
-in which every pair of values is); on `tales` with its draft, and over ranks, every pair of values is, in some cell. Cells are exact: float64, plain kernels. The same with the real
+in which every pair of values is); on `tales` with its draft, and over ranks, every pair of values is, in some cell.
+Cells are exact: float64, plain kernels. The same with the real
 kernels in float32 holds up to near-ties.
 """
 
