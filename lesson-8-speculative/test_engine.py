@@ -238,7 +238,7 @@ class TestBuildRunner:
 
 TEMPLATE = (
     "{{ bos_token }}{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
 TALK = [
     {"role": "system", "content": "Tell a tale."},
@@ -246,7 +246,7 @@ TALK = [
     {"role": "assistant", "content": "It was old."},
     {"role": "user", "content": "What did it say?"},
 ]
-WRITTEN = "<s>system: Tell a tale.\nuser: Of an owl.\nassistant: It was old.\nuser: What did it say?\nassistant:"
+WRITTEN = "<s>system: Tell a tale.\nuser: Of an owl.\nassistant: It was old.\nuser: What did it say?\nassistant:\n"
 
 
 def storyteller(code, **settings):
@@ -287,7 +287,7 @@ class TestChat:
     def test_the_answer(self, code):
         params = code.SamplingParams(max_tokens=5, temperature=0.8, seed=4, ignore_eos=True)
         output, own = self.asked(code, TALK[1:2], params)
-        prompt = own.tokenizer.encode("<s>user: Of an owl.\nassistant:", add_special_tokens=False)
+        prompt = own.tokenizer.encode("<s>user: Of an owl.\nassistant:\n", add_special_tokens=False)
         expected = own.generate([prompt], params, progress=False)[0]
         equal(output.token_ids, expected.token_ids, "the tokens of the answer: temperature 0.8, seed 4, max_tokens 5")
         equal(output.text, expected.text, "the text of the answer")

@@ -160,6 +160,7 @@ class TestLookaheadCommit:
         got = answer(code, f"commit, {what},", lambda: own.commit(list(PROMPT)))
         holds(got is None, f"commit returned something {what}; there is no row yet.", actual=got)
         equal(own.cache.num_tokens, 0, f"how many tokens the cache holds, {what},")
+        equal(list(own.cached_token_ids), [], f"cached_token_ids, {what},")
 
     def test_as_proposed(self, code):
         self.check(code, [21, 22, 23], [*PROMPT, 21], "where 21, 22, 23 were proposed and 21 has come")
@@ -284,10 +285,34 @@ class TestAcceptOrRecover:
 
     def test_nothing_is_missing(self, code):
         """The target does not quite sum to 1: it may be rejected though no other token lacks anything."""
-        target, draft = [0.3, 0.3, 0.3, 0.0], [0.4, 0.3, 0.3, 0.0]
+        target, draft = [0.3, 0.0, 0.3, 0.0], [0.4, 0.0, 0.3, 0.5]
         tokens = sorted({token for _, token in drawn(code, target, draft, 0, 100)})
         what = f"target {target}, draft {draft}: rounding has left nothing missing"
-        holds(3 not in tokens, f"Token 3 came, which neither model ever says ({what}).", actual=tokens)
+        holds(3 not in tokens, f"Token 3 came, which the target never says ({what}).", actual=tokens)
+
+    def test_a_token_that_the_draft_hardly_ever_says(self, code):
+        self.outcomes(
+            code,
+            [0.0001, 0.9999],
+            [0.0005, 0.9995],
+            0,
+            [(False, 1), (True, 0)],
+            "0.0001 / 0.0005 of the time it is accepted",
+        )
+        kept = sum(is_kept for is_kept, _ in drawn(code, [0.0003, 0.9997], [0.0006, 0.9994], 0, 300)) / 300
+        close(
+            kept, 0.5, "how often token 0 is kept of 300 draws, target [0.0003, ...], draft [0.0006, ...],", atol=0.12
+        )
+
+    def test_the_arguments_are_left_alone(self, code):
+        target, draft = torch.tensor([0.2, 0.3, 0.5, 0.1]), torch.tensor([0.8, 0.1, 0.1, 0.1])
+        before = target.clone(), draft.clone()
+        for seed in range(10):
+            generator = torch.Generator().manual_seed(seed)
+            what = "accept_or_recover, with the same two tensors ten times,"
+            answer(code, what, lambda own=generator: code.accept_or_recover(target, draft, 0, own))
+        equal(target.tolist(), before[0].tolist(), "target, after ten calls,")
+        equal(draft.tolist(), before[1].tolist(), "draft, after ten calls,")
 
     def test_nothing_is_drawn_without_the_generator(self, code):
         target, draft = [0.2, 0.3, 0.5], [0.8, 0.1, 0.1]
@@ -353,6 +378,25 @@ class TestRejectionSample:
     def test_no_draft_tokens(self, code):
         got = self.sampled(code, sure(3), torch.empty(0, 5), [])
         equal(got, [3], "no draft tokens, where the target is sure of 3,")
+        target = torch.tensor([[0.0, 0.0, 0.6, 0.4, 0.0]])
+        got = sorted({tuple(self.sampled(code, target, torch.empty(0, 5), [], seed)) for seed in range(60)})
+        equal(
+            got, [(2,), (3,)], "what comes without draft tokens in 60 draws, where the target has 0.6 for 2, 0.4 for 3,"
+        )
+
+    def test_token_0(self, code):
+        got = self.sampled(code, sure(0, 0, 3), sure(0, 0), [0, 0])
+        equal(got, [0, 0, 3], "draft tokens 0, 0, where the target is sure of 0, 0, 3,")
+        got = self.sampled(code, sure(0, 4, 3), sure(1, 2), [1, 2])
+        equal(got, [0], "draft tokens 1, 2, where the target is sure of 0, 4, 3,")
+
+    def test_the_arguments_are_left_alone(self, code):
+        target, draft, ids = 2 * sure(1, 2, 3), 2 * sure(1, 4), [1, 4]
+        before = target.clone(), draft.clone()
+        self.sampled(code, target, draft, ids)
+        equal(target.tolist(), before[0].tolist(), "target, afterwards,")
+        equal(draft.tolist(), before[1].tolist(), "draft, afterwards,")
+        equal(ids, [1, 4], "the draft tokens, afterwards,")
 
     def test_the_draft_of_the_same_place(self, code):
         """The draft has no doubt about the second draft token; of the first it had many."""
@@ -464,6 +508,18 @@ class TestChooseK:
         self.check(code, 0.5, [10.0, 12.0, 15.0, 17.5], 1, "0.1, 0.125, 0.117 and 0.107 tokens a second")
         self.check(code, 0.5, [10.0, 12.0, 13.0, 17.5], 2, "0.1, 0.125, 0.135 and 0.107 tokens a second")
         self.check(code, 0.9, [10.0, 11.0, 12.0, 13.0], 3, "0.1, 0.173, 0.226 and 0.265 tokens a second")
+
+    def test_a_small_difference(self, code):
+        self.check(code, 0.5, [20.0, 24.0, 27.9], 2, "0.05, 0.0625 and 0.0627 tokens a second")
+
+    def test_many(self, code):
+        seconds = [10.0 + k for k in range(13)]
+        self.check(code, 1.0, seconds, 12, "0.1 tokens a second, 0.18, and more with each k")
+
+    def test_the_seconds_are_left_alone(self, code):
+        seconds = [10.0, 30.0, 9.0]
+        code.choose_k(0.5, seconds)
+        equal(seconds, [10.0, 30.0, 9.0], "the list of seconds, afterwards,")
 
     def test_any_step_times(self, code):
         why = "0.1, 0.05, 0.194, 0.197, 0.194 and 0.164 tokens a second"
@@ -617,13 +673,23 @@ class TestDraftProposerPropose:
             scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7]),
             scheduled(code, "b", 0, LONG, 9, [1, 0, 9, 3]),
             scheduled(code, "c", 0, LONG[:4], 4, [10, 11]),
+            scheduled(code, "d", 0, LONG[:3], 3, [12, 13]),
         ]
-        got = own.propose(requests, {"a": [17], "b": [8], "c": [20]}, {"a": 1, "b": 3, "c": 0})
+        limits = {"a": 1, "b": 3, "c": 0, "d": 2}
+        got = own.propose(requests, {"a": [17], "b": [8], "c": [20], "d": [4]}, limits)
         expected = {"a": own.continued([*PROMPT, 17], 1), "b": own.continued([*LONG, 8], 3), "c": []}
-        equal(own.tokens(got), expected, "the draft tokens, with limits a: 1, b: 3, c: 0,")
+        expected["d"] = own.continued([*LONG[:3], 4], 2)
+        equal(own.tokens(got), expected, "the draft tokens, with limits a: 1, b: 3, c: 0, d: 2,")
         equal(
-            own.passes, [17, 1, 1], "how many tokens each pass computes, of a (7 tokens, 1 draft token) and b (10, 3),"
+            own.passes,
+            [21, 2, 1],
+            "how many tokens each pass computes, of a (7 tokens, limit 1), b (10, 3) and d (4, 2),",
         )
+
+    def test_many(self, code):
+        own = Drafting(code)
+        got = own.propose([scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7, 8, 9])], {"a": [17]}, {"a": 11})
+        equal(own.tokens(got), {"a": own.continued([*PROMPT, 17], 11)}, "eleven draft tokens")
 
     def test_no_draft_tokens_allowed(self, code):
         own = Drafting(code)

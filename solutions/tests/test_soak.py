@@ -147,17 +147,17 @@ def test_a_scheduler_that_takes_nothing_back(models, monkeypatch):
 
 def test_draft_tokens_that_can_be_found(models, monkeypatch):
     """Blocks enter the prefix cache while their last tokens are draft tokens."""
-    grant = Scheduler.grant
+    schedule_request = Scheduler.schedule_request
 
     def too_soon(self, request, num_tokens, plan):
-        grant(self, request, num_tokens, plan)
+        schedule_request(self, request, num_tokens, plan)
         proposed = plan.scheduled[-1].token_ids[-plan.scheduled[-1].num_spec_tokens :]
         if plan.scheduled[-1].num_spec_tokens:
             request.all_token_ids += proposed
             self.manager.cache_blocks(request, request.num_computed_tokens)
             del request.all_token_ids[-len(proposed) :]
 
-    monkeypatch.setattr(Scheduler, "grant", too_soon)
+    monkeypatch.setattr(Scheduler, "schedule_request", too_soon)
     with pytest.raises(AssertionError, match="nobody has verified"):
         tight("loose", greedy_asks()).execute(models)
 

@@ -128,8 +128,9 @@ def judge(
         return torch.nn.functional.one_hot(torch.tensor(tokens[len(token_ids) - len(prompt)]), rows.shape[-1]).double()
 
     rows = oracle.rows([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+    max_tokens = len(tokens) if was_cut else params.max_tokens
     plain = SamplingParams(
-        max_tokens=len(tokens) if was_cut else params.max_tokens,
+        max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens),  # before which no stop string ends it
         stop=params.stop, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos,
     )  # fmt: skip
     again = llama_pytorch.generate(oracle.model, oracle.tokenizer, prompt, plain, next_logits=retold)

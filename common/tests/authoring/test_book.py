@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 from common.authoring.readmes.checks import blocks
-from common.course import LESSONS, MODULES, ROOT
+from common.course import LESSONS, MODULES, ROOT, modules_of
 from common.course.exercises import read_hints
 
 pytest.importorskip("sphinx", reason="the extra `book` is not installed; `make book` installs it")
@@ -181,12 +181,15 @@ def test_the_search_knows_every_lesson_and_no_hint(site):
     stem = SearchEnglish({}).stem
     for lesson in LESSONS:
         text = lesson.readme.read_text(encoding="utf-8")
-        names = re.findall(r"^(?:def|class) (\w+)", lesson.solution.read_text(encoding="utf-8"), re.MULTILINE)
-        words = {stem(name.lower()) for name in names if f"`{name}`" in text}
-        assert words
-        assert words <= found[f"{lesson.folder.name}/README"]
-        assert words & found[f"{lesson.folder.name}/{lesson.notebook.stem}"]
-        assert words <= found[f"solutions/{lesson.slug}"]
+        in_lesson: set[str] = set()
+        for module in modules_of(lesson.number):
+            names = re.findall(r"^(?:def|class) (\w+)", module.solution.read_text(encoding="utf-8"), re.MULTILINE)
+            words = {stem(name.lower()) for name in names if f"`{name}`" in text}
+            assert words <= found[f"solutions/{module.slug}"]
+            in_lesson |= words
+        assert in_lesson
+        assert in_lesson <= found[f"{lesson.folder.name}/README"]
+        assert in_lesson & found[f"{lesson.folder.name}/{lesson.notebook.stem}"]
     assert not any(page.endswith("hints") for page in found)
 
 

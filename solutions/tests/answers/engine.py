@@ -272,6 +272,12 @@ ANSWERS = [
         return output
         """,
     ),
+    wrong(
+        "8.12",
+        "the line's end after the opening of the assistant's turn taken off",
+        "self.tokenizer.encode(text, add",
+        "self.tokenizer.encode(text.strip(), add",
+    ),
     right(
         "8.12",
         "in steps",

@@ -561,6 +561,11 @@ EQUIVALENT = [
         "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-128, 127)",
         "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-127, 128)",
     ),
+    equivalent(
+        "7.4",
+        "float32 times float16 is float32 as well",
+        "upcast(layer.weight_scale) -> layer.weight_scale",
+    ),
     equivalent("7.5", "a slice begins at 0 by itself", "numbers[:, 0::2] -> numbers[:, ::2]"),
     equivalent(
         "7.7",

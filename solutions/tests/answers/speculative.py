@@ -24,6 +24,7 @@ ANSWERS = [
                     return text[start + n : start + n + num_tokens]
         return []
         """,
+        recognised=False,
     ),
     wrong(
         "8.1",
@@ -51,6 +52,7 @@ ANSWERS = [
         "places that overlap the ending left out",
         "in reversed(ends)",
         "in [end for end in reversed(ends) if end <= len(text) - n]",
+        recognised=False,
     ),
     wrong("8.1", "the text returned with the draft tokens", "return text[len(token_ids) :]", "return text"),
     wrong(
@@ -226,6 +228,12 @@ ANSWERS = [
         "min(len(self.cached_token_ids), len(token_ids) - 1)",
         "len(token_ids) - 1",
     ),
+    wrong(
+        "8.3",
+        "the text without its new token noted as cached, even if nothing is",
+        "self.cached_token_ids = self.cached_token_ids[:kept]",
+        "self.cached_token_ids = list(token_ids[:-1])",
+    ),
     right(
         "8.3",
         "only the newest token looked at: the others have been",
@@ -364,6 +372,20 @@ ANSWERS = [
         "(target - draft).clamp(min=0)",
         "(target - draft).clamp(min=0) ** 2",
     ),
+    wrong("8.4", "the draft as the way out where the residual is 0", "else target", "else draft"),
+    wrong(
+        "8.4",
+        "the draft's probability not less than a thousandth",
+        "chance * float(draft[token_id])",
+        "chance * max(1e-3, float(draft[token_id]))",
+    ),
+    wrong(
+        "8.4",
+        "the target changed in place",
+        "(target - draft).clamp(min=0)",
+        "target.sub_(draft).clamp_(min=0)",
+        recognised=False,
+    ),
     right(
         "8.4",
         "by the ratio, in float32",
@@ -465,6 +487,13 @@ ANSWERS = [
         "generator=generator(last)",
         "generator=generator(max(0, last - 1))",
     ),
+    wrong(
+        "8.5",
+        "the likeliest token where there are no draft tokens",
+        "last = len(draft_token_ids)",
+        "last = len(draft_token_ids)\n    if last == 0:\n        return [int(target[0].argmax())]",
+    ),
+    wrong("8.5", "token 0 taken for none", "if not is_accepted:", "if not is_accepted or not token_id:"),
     right(
         "8.5",
         "until one is rejected",
@@ -595,6 +624,13 @@ ANSWERS = [
         recognised=False,
     ),
     wrong("8.7", "the largest k never tried", "range(len(seconds))", "range(max(1, len(seconds) - 1))"),
+    wrong(
+        "8.7",
+        "tokens per second in whole hundredths",
+        "expected_tokens(rate, k) / seconds[k]",
+        "round(expected_tokens(rate, k) / seconds[k], 2)",
+    ),
+    wrong("8.7", "at most eight draft tokens", "range(len(seconds))", "range(min(9, len(seconds)))"),
     right(
         "8.7",
         "one after the other",
