@@ -88,10 +88,12 @@ class Spare(Worker):
         self.is_used = False
 
     def __call__(self, *what) -> Worker:
+        if self.is_used:
+            return Worker(*what)
+        self.is_used = True
         try:
-            self.is_used = True
             self.connection.send(what)
-        except OSError:  # it has ended: the one after a crash, or the machine lacked memory
+        except OSError:  # it has ended, perhaps because the machine lacked memory
             return Worker(*what)
         return self
 

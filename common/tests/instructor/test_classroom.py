@@ -464,7 +464,6 @@ def test_attacks_on_the_machine_stay_inside(walls, tmp_path):
     if walls == "sandbox":  # without it only the instructor's own account protects these, as `walls()` warns
         assert not leak.exists() and not grade_file.exists()
         assert "FileNotFoundError" in results["0.5"].sentence
-    assert "calls open" in "".join(found.review)
     deadline = time.monotonic() + 10  # a process that was killed takes a moment to go
     while left_behind() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -469,4 +469,4 @@ class TestStudent:
         code, said = course(student, "run", MODEL="tales", PROMPT="Once upon a time")
         assert code == 0 and "lesson 3 yours, lesson 4 reference" in said, said
         code, said = course(student, "run", MODEL="tales", PROMPT="Once upon a time", MINE="5")
-        assert code == 2 and "batching.py cannot be used yet" in said
+        assert code == 2 and "scheduler.py cannot be used yet" in said
