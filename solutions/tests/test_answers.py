@@ -12,12 +12,11 @@ from common.course import LESSONS, MODULES, ROOT
 from common.course.catalogue import apply, load_answers
 from common.course.exercises import TOGETHER, exercises_of
 from common.grading.runner import grade
-from common.tests.forked import ForkedWorker
 
 
 @pytest.mark.parametrize("lesson", MODULES, ids=lambda lesson: lesson.slug)
 def test_reference_passes(lesson):
-    results = grade(lesson, lesson.solution, start=ForkedWorker)
+    results = grade(lesson, lesson.solution)
     assert {result.id: result.sentence for result in results if result.status != "passed"} == {}
     assert [result.id for result in results] == [*(exercise.id for exercise in exercises_of(lesson)), TOGETHER]
 
@@ -29,7 +28,7 @@ def test_a_wrong_answer_is_recognised(lesson, tmp_path):
     answer = next(answer for answer in load_answers(lesson) if not answer.is_right and answer.recognised)
     file = tmp_path / f"{lesson.slug}.py"
     file.write_text(apply(answer, lesson.solution.read_text(), exercises[answer.exercise]))
-    [result] = grade(lesson, file, only=[answer.exercise], start=ForkedWorker)
+    [result] = grade(lesson, file, only=[answer.exercise])
     assert (result.status, result.mistake) == ("wrong", answer.name)
 
 

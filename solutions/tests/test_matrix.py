@@ -2,8 +2,7 @@
 
 Six axes. All combinations that need no second process are tried, on a tiny random model (`make test` tries few of them,
 in which every pair of values is); on `tales` with its draft, and over ranks, every pair of values is, in some cell.
-Cells are exact: float64, plain kernels. The same with the real
-kernels in float32 holds up to near-ties.
+Cells are exact: float64, plain kernels. The same with the real kernels in float32 holds up to near-ties.
 """
 
 from __future__ import annotations

@@ -86,6 +86,7 @@ def test_a_gap_in_the_checks_survives_and_an_endless_loop_does_not(tmp_path):
     assert unknown_equivalents(lesson, left) == ["9.1: gone -> away"]
 
 
+@pytest.mark.slow
 def test_the_committed_summary_is_of_these_answers_and_good_enough():
     """Whoever changes an answer runs `make mutate-lesson-N` again."""
     committed = json.loads(SUMMARY.read_text())

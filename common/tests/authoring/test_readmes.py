@@ -390,7 +390,7 @@ def test_lesson_2_shows_what_the_real_model_thinks():
         filters = ((lesson.keep_top_k, 40), (lesson.keep_top_p, 0.9), (lesson.keep_min_p, 0.1))
         kept = [int((keep(logits, most) > -torch.inf).sum()) for keep, most in filters]
         assert f'| "{prompt}" | {" | ".join(map(str, kept))} |' in text
-    assert f"tail there is {model.config.vocab_size - kept[1]:,} tokens" in " ".join(text.split())
+    assert f"tail, {model.config.vocab_size - kept[1]:,} tokens," in " ".join(text.split())
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import runpy
 import textwrap
@@ -15,7 +14,7 @@ from common.course.catalogue import planted_answers
 from common.course.exercises import SkeletonError, exercises_of, find_exercises, walk_functions
 from common.course.skeleton import cut
 from common.grading.runner import grade
-from common.tests.forked import ForkedWorker, fork
+from common.workers import call
 
 SOLUTION = '''\
 """A lesson."""
@@ -133,6 +132,10 @@ def test_reset_keeps_every_earlier_state(tmp_path, monkeypatch):
     assert unfinished(lesson.module.read_text()) == ["9.1"]
 
 
+def import_file(connection, file: str) -> None:
+    runpy.run_path(file)
+
+
 @pytest.mark.parametrize("lesson", MODULES, ids=lambda lesson: lesson.slug)
 def test_skeleton_of_each_lesson_imports_and_holds_no_answer(lesson, tmp_path):
     """Cut afresh from the solution: a student's own file may be in any state."""
@@ -141,8 +144,9 @@ def test_skeleton_of_each_lesson_imports_and_holds_no_answer(lesson, tmp_path):
     assert sorted(unfinished(text)) == sorted(exercise.id for exercise in exercises)
     file = tmp_path / f"{lesson.slug}.py"
     file.write_text(text)
-    _, status = os.waitpid(fork(runpy.run_path, str(file)), 0)
-    assert status == 0, "its import fails"
+    process, connection = call("common.tests.course.test_skeleton:import_file", str(file))
+    connection.close()
+    assert process.wait() == 0, "its import fails"
     functions = dict(walk_functions(ast.parse(text)))
     bugs = planted_answers(lesson)
     for exercise in exercises:
@@ -166,10 +170,10 @@ def test_a_bug_to_be_found_stays_in_the_skeleton(tmp_path, monkeypatch):
     lines = [line for line in text.splitlines() if 'TODO 9.2")' not in line]
     assert unfinished("\n".join(lines)) == ["9.1"]
     lesson.module.write_text("\n".join(lines))
-    results = {result.id: result for result in grade(lesson, lesson.module, start=ForkedWorker)}
+    results = {result.id: result for result in grade(lesson, lesson.module)}
     assert results["9.2"].status == "wrong" and results["9.2"].mistake is None, "its name would give it away"
     lesson.module.write_text("\n".join(lines).replace("return 3 * x", "return 2 * x"))
-    assert {result.id: result.status for result in grade(lesson, lesson.module, start=ForkedWorker)}["9.2"] == "passed"
+    assert {result.id: result.status for result in grade(lesson, lesson.module)}["9.2"] == "passed"
     lesson.answers.write_text(lesson.answers.read_text().replace("return 2", "return 5"))
     with pytest.raises(CourseError, match="occurs 0 times"):
         skeleton.cut_lesson(lesson)

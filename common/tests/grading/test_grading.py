@@ -18,20 +18,12 @@ from common.course.skeleton import cut_lesson
 from common.grading import compare, isolate
 from common.grading.arguments import snapshot, unchanged
 from common.grading.results import Result
-from common.grading.runner import Worker
-from common.grading.runner import grade as really_grade
+from common.grading.runner import grade
 from common.grading.subject import Subject
-from common.tests.forked import ForkedWorker
 from common.tests.sample_lesson import SampleLesson, write_lesson
 
 
-def grade(lesson: SampleLesson, file: Path, start: type[Worker] = ForkedWorker, **options) -> list[Result]:
-    return really_grade(lesson, file, start=start, **options)
-
-
-def graded(
-    lesson: SampleLesson, bodies: dict[str, str], top: str = "", start: type[Worker] = ForkedWorker
-) -> dict[str, Result]:
+def graded(lesson: SampleLesson, bodies: dict[str, str], top: str = "") -> dict[str, Result]:
     """Grade the solution with the answers of these functions replaced. Returns results by function name."""
     source = lesson.solution.read_text()
     for name, body in bodies.items():
@@ -44,7 +36,7 @@ def graded(
         assert body in source
     file = lesson.base / "student.py"
     file.write_text(source.replace("import torch\n", "import torch\n" + top, 1))
-    return {result.name: result for result in grade(lesson, file, start)}
+    return {result.name: result for result in grade(lesson, file)}
 
 
 def statuses(results: dict[str, Result]) -> dict[str, str]:
@@ -72,7 +64,7 @@ def test_untouched_skeleton_is_to_do_and_imports(tmp_path):
 
 def test_solution_passes(tmp_path):
     lesson = write_lesson(tmp_path, ["one", "two"])
-    assert {result.status for result in grade(lesson, lesson.solution, Worker)} == {"passed"}
+    assert {result.status for result in grade(lesson, lesson.solution)} == {"passed"}
 
 
 def test_each_kind_of_mistake_gets_its_sentence(tmp_path):
@@ -209,7 +201,7 @@ def test_code_that_hangs_dies_or_cheats_fails_alone(tmp_path):
         "eager": "return type('Equal', (), {'__eq__': lambda *a: True, 'shape': x.shape, 'dtype': x.dtype})()",
         "innocent": "return x + x",
     }
-    results = graded(write_lesson(tmp_path, list(bodies)), bodies, start=Worker)
+    results = graded(write_lesson(tmp_path, list(bodies)), bodies)
     found = statuses(results)
     assert found == {**dict.fromkeys(bodies, "wrong"), "innocent": "passed", "together": "waiting"}
     assert results["looping"].sentence == "took longer than 1.5 s: an endless loop?"
@@ -222,7 +214,7 @@ def test_code_that_hangs_dies_or_cheats_fails_alone(tmp_path):
 def test_thread_left_behind_does_not_hold_up_the_grader(tmp_path):
     body = "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start(); return 2 * x"
     start = time.monotonic()
-    results = graded(write_lesson(tmp_path, ["one"]), {"one": body}, start=Worker)
+    results = graded(write_lesson(tmp_path, ["one"]), {"one": body})
     assert statuses(results) == {"one": "passed", "together": "passed"}
     assert time.monotonic() - start < 45
 
@@ -230,7 +222,7 @@ def test_thread_left_behind_does_not_hold_up_the_grader(tmp_path):
 def test_what_a_killed_answer_started_is_killed_with_it(tmp_path):
     body = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {!r}]); time.sleep(60)"
     script = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
-    results = graded(write_lesson(tmp_path, ["one"]), {"one": body.format(script)}, start=Worker)
+    results = graded(write_lesson(tmp_path, ["one"]), {"one": body.format(script)})
     assert results["one"].status == "wrong"
     time.sleep(3)
     assert not (tmp_path / "alive").exists()
@@ -386,7 +378,7 @@ def test_refuses_wants_the_error_and_its_words():
 def test_workers_leave_nothing_behind(tmp_path):
     before = set(os.listdir("/proc")) if os.path.isdir("/proc") else set()
     lesson = write_lesson(tmp_path, ["one"])
-    grade(lesson, lesson.solution, Worker)
+    grade(lesson, lesson.solution)
     mine = [
         pid
         for pid in (set(os.listdir("/proc")) - before if before else ())

@@ -52,6 +52,13 @@ def start_a_child() -> None:
     time.sleep(3600)
 
 
+@pytest.fixture(autouse=True)
+def really_start(monkeypatch):
+    """Elsewhere workers are forked from a process that has torch: see common/tests/zygote.py."""
+    monkeypatch.setattr("common.workers.calls.start", start)
+    monkeypatch.setattr("common.workers.workers.start", start)
+
+
 @pytest.fixture
 def pair():
     workers = Workers(range(1, 3))

@@ -163,7 +163,7 @@ ANSWERS = [
         "next_token_distribution(logits)[token_id]",
     ),
     wrong_body(
-        "0.9",
+        "0.3",
         "the logarithm of the product, which underflows",
         """
         product = 1.0
@@ -210,7 +210,7 @@ ANSWERS = [
     ),
     wrong("0.4", "the text alone, without the prompt around it", "encode(prompt.format(text=text))", "encode(text)"),
     wrong_body(
-        "0.3",
+        "0.4",
         "the mean over a label's tokens, which favours long labels",
         """
         prompt_ids = encode(prompt.format(text=text))
@@ -220,7 +220,7 @@ ANSWERS = [
         """,
     ),
     wrong_body(
-        "0.3",
+        "0.4",
         "the model's likeliest token of all, and neutral if that begins no label",
         """
         logits = next_token_logits(encode(prompt.format(text=text)))
@@ -330,7 +330,7 @@ ANSWERS = [
     wrong("0.8", "the operations of one request only", "batch_size * token_flops", "token_flops"),
     wrong("0.8", "the KV cache not read at all", " + batch_size * cache_bytes", ""),
     wrong_body(
-        "0.7",
+        "0.8",
         "bytes per operation, upside down",
         "return (model_bytes + batch_size * cache_bytes) / (batch_size * token_flops)",
     ),
@@ -348,7 +348,7 @@ ANSWERS = [
         "batch_size * (model_bytes + cache_bytes)",
     ),
     wrong_body(
-        "0.8",
+        "0.9",
         "operations a second (FLOP/s), not divided by the operations of a token",
         """
         intensity = arithmetic_intensity(token_flops, model_bytes, cache_bytes, batch_size)

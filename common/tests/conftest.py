@@ -1,0 +1,1 @@
+from common.tests.zygote import quick_workers  # noqa: F401  (a fixture for every test)
