@@ -114,7 +114,7 @@ def tiny(code, rank: int = 0):
 class TestBuildRunner:
     def build(self, code, layers: range = range(2), rank: int = 0, **options):
         options = {"num_blocks": 7, "block_size": 4, "num_host_blocks": 5, "dtype": torch.float64, **options}
-        config = code.EngineConfig(device="cpu", **options)
+        config = code.EngineConfig(**{"device": "cpu", **options})
         runner = code.build_runner(config, tiny(code, rank), layers)
         holds(isinstance(runner, code.ModelRunner), f"build_runner returned {runner!r}, expected a runner.")
         return runner
@@ -194,6 +194,12 @@ class TestBuildRunner:
         runner = self.build(code, speculative=draft_folder().name, quantization="int8")
         weight = self.speculative(code, runner, "DraftProposer").model.model.layers[0].mlp.up_proj.weight
         equal(weight.dtype, torch.float64, "the dtype of the draft's weights, with a target in int8,")
+
+    def test_the_draft_is_on_the_targets_device(self, code):
+        """The meta device stands for a GPU: tensors there have shapes and no numbers."""
+        runner = self.build(code, speculative=draft_folder().name, device="meta")
+        weight = self.speculative(code, runner, "DraftProposer").model.model.norm.weight
+        equal(weight.device.type, "meta", 'the device of the draft, with device="meta",')
 
     def test_the_draft_is_whole(self, code):
         runner = self.build(code, speculative=draft_folder().name, tensor_parallel=2)

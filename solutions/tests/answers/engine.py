@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.course.catalogue import right, wrong, wrong_body
+from common.course.catalogue import equivalent, right, wrong, wrong_body
 
 ANSWERS = [
     # --------------------------------------------------------------------------------------------- 8.10 slot_bytes
@@ -159,6 +159,12 @@ ANSWERS = [
     ),
     wrong(
         "8.11",
+        "the draft on the device that is chosen where none is given",
+        "dtype=config.dtype, device=config.device",
+        "dtype=config.dtype",
+    ),
+    wrong(
+        "8.11",
         "the target's layers for the draft's cache",
         "make_cache(config, draft, draft_layers)",
         "make_cache(config, draft, layers)",
@@ -300,4 +306,13 @@ ANSWERS = [
         return output
         """,
     ),
+]
+
+EQUIVALENT = [
+    equivalent(
+        "8.12",
+        "there is one output",
+        "self.generate([self.tokenizer.encode(text, add_special_tokens=False)], params, progress=False)[0] -> "
+        "self.generate([self.tokenizer.encode(text, add_special_tokens=False)], params, progress=False)[-1]",
+    )
 ]
