@@ -38,7 +38,7 @@ GROUPS = {
             "reset-lesson", "N", "student.grade:reset_lesson", "", "start lesson N again; your file is kept beside it"
         ),
         Command("lab", "", "authoring.notebooks:lab", "open the notebooks in JupyterLab", "lab"),
-        Command("book", "", "authoring.book.build:book", "the course as a web site that needs no network", "book"),
+        Command("book", "", "authoring.book.command:book", "the course as a web site that needs no network", "book"),
         Command("update", "", "student.update:main", "a new version, your answers in it; FROM=a.zip: a download", None),
     ),
     "A class": (

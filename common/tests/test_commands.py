@@ -94,8 +94,6 @@ def test_help_names_every_command_once_and_fits_a_screen():
 def test_every_command_has_its_function_and_says_what_its_options_are_for(command):
     if command.extra is None:
         return
-    if command.extra == "book":
-        pytest.importorskip("ziamath")  # comes with the extra
     function = options.find(command)
     assert function.help and isinstance(function, click.Command)
     assert bool(command.argument) == any(isinstance(each, click.Argument) and each.required for each in function.params)

@@ -1,4 +1,4 @@
-"""What the book looks like: the configuration of Sphinx. What is done to the texts stands in build.py.
+"""What the book looks like: the configuration of Sphinx. What is done to the texts stands in extension.py.
 
 Why Sphinx, with MyST, myst-nb and Furo: MyST reads Markdown with a CommonMark parser, as GitHub does, so the READMEs
 need no second dialect. It resolves their relative links and anchors and reports broken ones. myst-nb shows a notebook's
@@ -7,12 +7,12 @@ opened from a disk. All are maintained, and run on every Python that the course 
 to which the READMEs' folded answers are one block of HTML.)
 """
 
-from common.authoring.book.build import pages
+from common.authoring.book.extension import pages
 
 project = "The same tokens, sooner"
 html_title = project
 root_doc = "README"
-extensions = ["myst_nb", "common.authoring.book.build"]
+extensions = ["myst_nb", "common.authoring.book.extension"]
 
 include_patterns = pages()
 exclude_patterns = [".*"]  # .venv and .git need not be searched

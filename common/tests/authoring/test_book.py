@@ -22,7 +22,8 @@ from bs4 import BeautifulSoup
 from sphinx.errors import ExtensionError
 from sphinx.search.en import SearchEnglish
 
-from common.authoring.book import build as book
+from common.authoring.book import command
+from common.authoring.book import extension as book
 from common.tests.typed import typed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:myst_parser", "ignore::PendingDeprecationWarning")
@@ -90,7 +91,7 @@ def test_a_formula_that_cannot_be_read_is_named(tex):
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.txt").write_text("years")
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(book, "build", lambda site: pytest.fail("it would have been overwritten"))
+    monkeypatch.setattr(command, "build", lambda site: pytest.fail("it would have been overwritten"))
     assert typed("book") == 2
     assert "name a new folder" in capsys.readouterr().err
 
@@ -104,7 +105,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, monkeypatch,
 def site(tmp_path_factory) -> Path:
     """The whole book, built once."""
     folder = tmp_path_factory.mktemp("book") / "site"
-    assert book.build(folder) == 0
+    assert command.build(folder) == 0
     return folder
 
 
@@ -244,9 +245,10 @@ def test_a_page_of_source_has_every_line(site):
 def test_a_link_that_leads_nowhere_stops_the_build(tmp_path, capfd, monkeypatch):
     """The rest of the course need not be built for that: one page is enough."""
     (tmp_path / "README.md").write_text("# A\n\n[b](#b) [c](c.md) [d](#d)\n\n## b\n")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.setattr(book, "ROOT", tmp_path)
     monkeypatch.setattr(book, "LESSONS", ())
     monkeypatch.setattr(book, "MODULES", ())
-    assert book.build(tmp_path / "work" / "site") == 1
+    assert command.build(tmp_path / "work" / "site") == 1
     complaints = capfd.readouterr().err
     assert "README.md:3" in complaints and "'c.md'" in complaints and "'d'" in complaints and "'b'" not in complaints

@@ -1,7 +1,4 @@
-"""`make book`: the whole course as a web site, in .course/book, to read without an editor or to put on a server.
-
-Sphinx does the work, as conf.py tells it. This file is the command, and a Sphinx extension with what
-the course's own files need:
+"""A Sphinx extension for `make book`, with what the course's own files need:
 
 - hints.md: each hint folded away, the second inside the first and the third inside the second
 - solutions/*.py: pages with a section for each of the file's own headings
@@ -17,26 +14,18 @@ import gzip
 import html
 import posixpath
 import re
-import shutil
-import sys
-import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-import click
 import ziamath
 from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.cmd.build import build_main
 from sphinx.errors import ExtensionError
 from sphinx.parsers import Parser
 from sphinx.util.docutils import SphinxDirective
 
-from common.course import LESSONS, MODULES, ROOT, CourseError, shown
-from common.options import option
-
-FILES = Path(__file__).resolve().parent
-MERMAID = "mermaid.tiny.js"
+from common.authoring.book.command import FILES, MERMAID
+from common.course import LESSONS, MODULES, ROOT
 
 # ---------------------------------------------------------------------------------------------------------------
 # The texts
@@ -228,45 +217,3 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-read", label, priority=400)  # before Sphinx takes note of the titles
     app.connect("builder-inited", unpack_mermaid)
     app.connect("html-page-context", load_mermaid)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def build(site: Path) -> int:
-    """Build the book into a folder; returns Sphinx's exit status, which a warning makes an error."""
-    options = ["-b", "html", "-W", "--keep-going", "-q", "-c", str(FILES), "-d", str(site.parent / "doctrees")]
-    status = build_main([*options, str(ROOT), str(site)])
-    if status == 0:
-        shutil.copy(site / "README.html", site / "index.html")
-    return status
-
-
-@click.command()
-@option(
-    "--out",
-    "OUT",
-    type=Path,
-    metavar="FOLDER",
-    default=ROOT / ".course" / "book",
-    help="where it goes",
-    show_default=False,
-)
-def book(out: Path) -> int:
-    """Make the course into a web site that needs no network."""
-    earlier = (out / "_static" / MERMAID).exists()
-    if out.exists() and not earlier and (out.is_file() or any(out.iterdir())):
-        raise CourseError(f"OUT={out} is there already and is no book: name a new folder.")
-    print("Building the book, about 15 seconds ...", flush=True)
-    with tempfile.TemporaryDirectory() as work:
-        site = Path(work) / "site"
-        if status := build(site):
-            print("The book was not built: what stands above must be mended first.", file=sys.stderr)
-            return status
-        if earlier:
-            shutil.rmtree(out)
-        shutil.copytree(site, out, dirs_exist_ok=True)
-    print(f"Open {shown(out / 'index.html')} in a browser, or put the folder on a web server. It needs no network.")
-    return 0

@@ -1,0 +1,58 @@
+"""`make book`: the whole course as a web site, in .course/book, to read without an editor or to put on a server.
+
+Sphinx does the work, as conf.py and extension.py tell it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from common.course import ROOT, CourseError, shown
+from common.options import option
+
+FILES = Path(__file__).resolve().parent
+MERMAID = "mermaid.tiny.js"
+
+
+def build(site: Path) -> int:
+    """Build the book into a folder; returns Sphinx's exit status, which a warning makes an error."""
+    from sphinx.cmd.build import build_main  # only the extra `book` brings it; the command is listed without it
+
+    options = ["-b", "html", "-W", "--keep-going", "-q", "-c", str(FILES), "-d", str(site.parent / "doctrees")]
+    status = build_main([*options, str(ROOT), str(site)])
+    if status == 0:
+        shutil.copy(site / "README.html", site / "index.html")
+    return status
+
+
+@click.command()
+@option(
+    "--out",
+    "OUT",
+    type=Path,
+    metavar="FOLDER",
+    default=ROOT / ".course" / "book",
+    help="where it goes",
+    show_default=False,
+)
+def book(out: Path) -> int:
+    """Make the course into a web site that needs no network."""
+    earlier = (out / "_static" / MERMAID).exists()
+    if out.exists() and not earlier and (out.is_file() or any(out.iterdir())):
+        raise CourseError(f"OUT={out} is there already and is no book: name a new folder.")
+    print("Building the book, about 15 seconds ...", flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        site = Path(work) / "site"
+        if status := build(site):
+            print("The book was not built: what stands above must be mended first.", file=sys.stderr)
+            return status
+        if earlier:
+            shutil.rmtree(out)
+        shutil.copytree(site, out, dirs_exist_ok=True)
+    print(f"Open {shown(out / 'index.html')} in a browser, or put the folder on a web server. It needs no network.")
+    return 0
