@@ -34,51 +34,31 @@ GROUPS = {
         Command("hint", "N.M", "student.grade:hint", "a hint for it; LEVEL=2 and LEVEL=3 say more"),
         Command("diff-lesson", "N", "student.difference:diff_lesson", "your answers beside the reference's"),
         Command("diff-exercise", "N.M", "student.difference:diff_exercise", "your answer to one exercise so"),
-        Command(
-            "reset-lesson", "N", "student.grade:reset_lesson", "", "start lesson N again; your file is kept beside it"
-        ),
+        Command("reset-lesson", "N", "student.grade:reset_lesson", "start lesson N again; your file is kept beside it"),
         Command("lab", "", "authoring.notebooks:lab", "open the notebooks in JupyterLab", "lab"),
         Command("book", "", "authoring.book.command:book", "the course as a web site that needs no network", "book"),
         Command("update", "", "student.update:main", "a new version, your answers in it; FROM=a.zip: a download", None),
     ),
     "A class": (
         Command(
-            "release",
-            "",
-            "instructor.release:release_course",
-            "",
-            "a copy for a class; LESSONS=0-3: their solutions stay here",
+            "release", "", "instructor.release:release_course", "a copy for a class, LESSONS=0-3 without solutions"
         ),
         Command("grade", "", "instructor.classroom:grade_class", "grade what a class has handed in"),
     ),
     "The course itself": (
         Command("setup", "", "setup:main", "install the packages into .venv, as every target does", None),
         Command("test", "", "authoring.checks:test", "test the course; your unfinished work does not matter"),
-        Command(
-            "test-all", "", "authoring.checks:test_all", "dev", "also the slow tests, the real model and the notebooks"
-        ),
+        Command("test-all", "", "authoring.checks:test_all", "slow tests, real model and notebooks too", "dev"),
         Command("check", "", "authoring.checks:check", "lint, skeletons and READMEs", "dev"),
         Command("lint", "", "authoring.checks:lint_command", "ruff: mistakes and formatting", "dev"),
+        Command("skeletons", "", "authoring.checks:skeletons_command", "cut the lessons' skeletons from solutions/"),
+        Command("prove-lesson", "N", "authoring.prove:prove_lesson", "try its checks on known right and wrong answers"),
         Command(
-            "skeletons", "", "authoring.checks:skeletons_command", "", "cut the lessons' skeletons from solutions/"
-        ),
-        Command(
-            "prove-lesson", "N", "authoring.prove:prove_lesson", "", "try its checks on known right and wrong answers"
-        ),
-        Command(
-            "mutate-lesson",
-            "N",
-            "authoring.mutate:mutate_lesson",
-            "",
-            "try its checks on every small change of the answers",
+            "mutate-lesson", "N", "authoring.mutate:mutate_lesson", "try its checks on small changes of the answers"
         ),
         Command("mutate", "", "authoring.mutate:mutate_all", "the same for every lesson; takes most of an hour"),
-        Command(
-            "notebooks", "", "authoring.notebooks:notebooks_command", "", "run every notebook and save its outputs"
-        ),
-        Command(
-            "test-notebooks", "", "authoring.notebooks:test_notebooks", "", "run every notebook, compare the outputs"
-        ),
+        Command("notebooks", "", "authoring.notebooks:notebooks_command", "run every notebook and save its outputs"),
+        Command("test-notebooks", "", "authoring.notebooks:test_notebooks", "run every notebook, compare the outputs"),
         Command("figures", "", "bench.plots:figures", "draw the READMEs' figures"),
         Command("bench", "", "bench.cli:bench", "measure this machine and the engine on it"),
         Command("soak", "", "authoring.soak.command:soak_command", "random load on the engine, all answers compared"),

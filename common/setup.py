@@ -242,7 +242,7 @@ def explain(failure: str, lines: list[str]) -> str:
         advice = "\nThe disk is full: the packages take about 1.5 GB, and several more with TORCH=cuda."
     said = [line.strip() for line in lines if line.strip()]
     # pip ends with remarks about itself; its errors are what matters, if it names any.
-    errors = [line for line in said if re.match(r"(ERROR|error): (?!subprocess-exited)", line)]
+    errors = [line for line in said if re.match(r"(ERROR|error): (?!subprocess-exited|Exception:)", line)]
     quoted = "\n".join(f"    {line}" for line in (errors or said)[-6:])
     return f"{failure}:\n{quoted}{advice}"
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import click
 import pytest
@@ -88,6 +89,14 @@ def test_help_names_every_command_once_and_fits_a_screen():
     named = [line.split()[0] for line in lines if line.startswith("  ")]
     assert sorted(named) == sorted(commands.TARGETS) and len(named) == len(set(named))
     assert all(len(line) <= 110 for line in lines) and len(lines) <= 50
+
+
+def test_every_command_has_a_line_of_help_and_an_extra_that_exists():
+    """The two are easily exchanged, and only on a new machine would anybody notice."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for command in commands.BY_NAME.values():
+        assert " " in command.help, command
+        assert command.extra in ("", None, *extras), command
 
 
 @pytest.mark.parametrize("command", commands.BY_NAME.values(), ids=lambda command: command.name)

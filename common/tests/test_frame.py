@@ -202,6 +202,9 @@ def test_a_failed_installer_is_quoted_and_explained(monkeypatch):
     with pytest.raises(setup.SetupError) as caught:
         setup.run([sys.executable, "-c", told], "pip failed")
     assert "ERROR: the cause" in str(caught.value) and "note:" not in str(caught.value)
+    crash = "print('ERROR: Exception:\\nTraceback (most recent call last):\\nValueError: the cause'); exit(2)"
+    with pytest.raises(setup.SetupError, match="ValueError: the cause"):
+        setup.run([sys.executable, "-c", crash], "pip failed")
     many = "for n in range(100): print('line', n)\nexit(1)"
     with pytest.raises(setup.SetupError) as caught:
         setup.run([sys.executable, "-c", many], "pip failed")
