@@ -21,7 +21,7 @@ from common.serving.tenants import Tenant, Tenants
 
 
 class ClientGone(ApiError):
-    """The client has closed its connection; nobody reads this answer."""
+    """The client has closed its connection and will not read this answer."""
 
     def __init__(self):
         super().__init__(499, "The client has closed the connection.")

@@ -268,7 +268,7 @@ class EngineLoop:
     def call(self, event_loop: asyncio.AbstractEventLoop, function: Callable, *arguments: Any) -> None:
         try:
             event_loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the event loop is closed, and with it everyone who could listen
+        except RuntimeError:  # the event loop is closed, and with it all connections
             LOG.debug("An event loop ended before its requests.")
 
 

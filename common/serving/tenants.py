@@ -1,4 +1,4 @@
-"""Who may ask, and how much: a file of keys, one table for each tenant.
+"""Tenants, their keys and their limits: a file with one table for each tenant.
 
     [alice]
     key = "a long random text"
@@ -85,7 +85,7 @@ def admitted(tenant: Tenant) -> Iterator[None]:
 
 
 class Tenants:
-    """All tenants. Without any, everyone is the tenant `default`, which has no limits."""
+    """All tenants. Without any, every request is the tenant `default`'s, and it has no limits."""
 
     def __init__(self, tenants: list[Tenant]):
         self.tenants = tenants
