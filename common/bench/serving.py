@@ -40,11 +40,13 @@ class Answer:
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between events with text: tokens, up to those that the server holds back until a character is whole."""
+        """Seconds between events with text: tokens, except those that are held back until a character is whole."""
         return [after - before for before, after in zip(self.times, self.times[1:])]
 
 
-async def request(port: int, path: str, body: dict | None = None) -> tuple[int, asyncio.StreamReader, asyncio.StreamWriter]:
+async def request(
+    port: int, path: str, body: dict | None = None
+) -> tuple[int, asyncio.StreamReader, asyncio.StreamWriter]:
     """Send a request and read the head of the answer. Returns the status, and what reads the rest and closes it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = b"" if body is None else json.dumps(body).encode()
@@ -126,10 +128,10 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running_server(*options: str, prefix: Sequence[str] = ()) -> Iterator[RunningServer]:
-    """`make serve` at a free port, in a process group of its own, until the `with` ends.
+    """`make serve` at a free port, until the `with` ends.
 
-    options: as on the command line. prefix: a command that runs it, such as `torchrun`. Raises RuntimeError with what it
-    wrote if it ends before it serves.
+    options: as on the command line. prefix: a command that runs it, such as `torchrun`. Raises RuntimeError with what
+    the server wrote if it ends before it serves.
     """
     command = [*(prefix or [sys.executable]), "-m", "common", "serve", "--port", "0", *options]
     environment = {**os.environ, "COURSE_PYTHON": "here"}

@@ -16,7 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "serving" / "page"
-MARKUP = "<img src=x onerror=\"window.harmed = 1\"><script>window.harmed = 1</script> **bold**\n```js\nlet a = '<b>';\n```\nend"
+MARKUP = """\
+<img src=x onerror="window.harmed = 1"><script>window.harmed = 1</script> **bold**
+```js
+let a = '<b>';
+```
+end"""
 METRICS = """\
 # HELP vllm:num_requests_running Requests that run.
 vllm:num_requests_running{model_name="fake"} 3.0
