@@ -116,7 +116,8 @@ def choose_modules(mine: str) -> None:
         imported = sys.modules.get(f"solutions.{each.slug}")
         if imported and Path(imported.__file__) != substitutes().get(each.slug, each.solution):
             raise CourseError(f"This kernel has imported {shown(Path(imported.__file__))} already: restart it.")
-    print(files_used())
+    mine = [each for each in LESSONS if any(module.slug in substitutes() for module in modules_of(each.number))]
+    print(f"Yours: {named(mine)}. All others run the reference." if mine else "All lessons run the reference.")
 
 
 # ---------------------------------------------------------------------------------------------------------------
