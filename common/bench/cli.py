@@ -214,6 +214,7 @@ NAMES = (
     "ladder-smollm2-135m",
     "speculation-smollm2-135m",
     "speculation-tales",
+    "serving-smollm2-135m",
 )
 DEFAULT = ("machine", "ladder", "speculation")
 
@@ -270,6 +271,10 @@ def bench(what: tuple[str, ...], quick: bool, threads: int | None, out: Path) ->
             from common.bench.quality import measure_quality
 
             result = measure_quality("tales" if quick else name.removeprefix("quality-"), quick)
+        elif name.startswith("serving-"):
+            from common.bench.serving import measure_serving
+
+            result = measure_serving("tales" if quick else name.removeprefix("serving-"), quick)
         elif name.startswith("preemption-"):
             model = "tales" if quick else name.removeprefix("preemption-")
             sizes = [8, 16] if quick else [64, 256, 1024]

@@ -59,6 +59,7 @@ def serve(
         create_app(server), host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain
     )
     socket = config.bind_socket()
+    socket.listen(config.backlog)  # clients that come before the loop below wait for it, and are not refused
     port = socket.getsockname()[1]
     print(welcome(server, f"http://{'localhost' if is_loopback(host) else host}:{port}"), flush=True)
     loop.start()

@@ -62,7 +62,7 @@ def encode_prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
 async def pieces(
     generation: Generation, body: CompletionRequest, prompts: list[list[int]]
 ) -> AsyncIterator[tuple[int, Piece]]:
-    """What is added to each choice: first the prompt, if it is to be repeated, then the answer as it comes."""
+    """What is added to each choice: first the prompt, if `echo` asks for it, then the answer as it comes."""
     scores: dict[int, dict] = {}  # of the prompts' tokens, by the prompt's number; the first sample brings them
     begun: set[int] = set()
     async for delta in generation.deltas():

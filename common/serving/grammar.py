@@ -1,8 +1,8 @@
 """Answers that must match a grammar: `llguidance` says which tokens may come next, and the others get a score of -inf.
 
 A `Grammar` is one of a request's `logits_processors`. It is a function of the output so far, so batching, preemption
-and speculation need nothing of their own: a draft token that the grammar forbids has probability 0 and is rejected, and
-a draft model, which is asked through the same function, proposes none. What it keeps in memory is only a parser that
+and speculation need nothing of their own. A draft token that the grammar forbids has probability 0 and is rejected. A
+draft model is asked through the same function and proposes none of them. What it keeps in memory is only a parser that
 stands somewhere in the output; it goes back or forward to where it is asked.
 
 From Willard and Louf, "Efficient Guided Generation for Large Language Models" (2023); llguidance parses with Earley's
