@@ -337,11 +337,18 @@ def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges
             "on. Take the model's own tokenizer.json and safetensors."
         )
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind != UNUSED}
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
+    for merge, pair in zip(merges, pairs):
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
+            raise CheckpointError(
+                f"{path}: {merge!r:.80} is no merge of this vocabulary: two tokens with a space between them, which "
+                "together are a token."
+            )
     # Llama 3 takes a word that is a token as it is, even where its merges would not lead there.
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=[tuple(merge.split(" ")) for merge in merges],
+            merges=pairs,
             ignore_merges=pre in ("llama-bpe", "llama3"),
         )
     )
