@@ -132,7 +132,9 @@ def render_chat(
         return text
     end = text.rfind(CONTINUE.strip())
     if end < 0 or final.strip() not in text:
-        raise ChatTemplateError(f"the chat template leaves out {final!r:.80}, so the final message cannot be continued.")
+        raise ChatTemplateError(
+            f"the chat template leaves out {final!r:.80}, so the final message cannot be continued."
+        )
     return text[:end] if text.startswith(CONTINUE, end) else text[:end].rstrip()
 
 
@@ -162,7 +164,7 @@ def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it. What is of another type shows as its type's name: its methods are none of a template's."""
+    """The value as JSON has it. Objects of other types become their type's name: no template may call a method."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):

@@ -166,7 +166,10 @@ class Tokenizer:
         eos, named = self._named_id("eos_token", "eos_token_id"), self.side_files.special_tokens().get("eos_token")
         if eos is None and named is not None:
             raise refusal(
-                self.folder / "tokenizer_config.json", "eos_token", named, "the vocabulary has no such token, so that no text would end"
+                self.folder / "tokenizer_config.json",
+                "eos_token",
+                named,
+                "the vocabulary has no such token, so that no text would end",
             )
         return frozenset() if eos is None else frozenset([eos])
 
@@ -198,7 +201,9 @@ class SentencePieceTokenizer(Tokenizer):
                 "tokenizer.model, which is another format, take the tokenizer.json that belongs to it."
             ) from error
         self.side_files = read_side_files(folder)
-        control = [i for i in range(self.model.get_piece_size()) if self.model.is_control(i) or self.model.is_unknown(i)]
+        control = [
+            i for i in range(self.model.get_piece_size()) if self.model.is_control(i) or self.model.is_unknown(i)
+        ]
         self.added = {i: AddedToken(content=self.model.id_to_piece(i), special=True) for i in control}
         self.added |= self.side_files.added
         for role, token_id in (("bos_token", self.model.bos_id()), ("eos_token", self.model.eos_id())):
@@ -324,7 +329,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return JsonTokenizer(folder)
     raise CheckpointError(
-        f"{folder} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt, so its text cannot be read. Copy the one that "
+        f"{folder} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt, so its text cannot "
+        "be read. Copy the one that "
         "belongs to this checkpoint into it."
     )
 

@@ -401,16 +401,8 @@ class PagedKVCache:
         # (num_layers, num_blocks, block_size, K, D) each
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
         self.host_keys, self.host_values = (torch.zeros(host_shape, dtype=dtype, pin_memory=pin) for _ in range(2))
-
-    @property
-    def device_tensors(self) -> list[Tensor]:
-        """All tensors of the device's blocks, each (num_layers, num_blocks, block_size, ...)."""
-        return [self.keys, self.values]
-
-    @property
-    def host_tensors(self) -> list[Tensor]:
-        """Their counterparts in host memory, in the same order."""
-        return [self.host_keys, self.host_values]
+        self.device_tensors = [self.keys, self.values]  # all that is stored for a block: lesson 7 adds to it
+        self.host_tensors = [self.host_keys, self.host_values]  # their counterparts, in the same order
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store the keys and values of T tokens. slots: (T,), as from `slot_mapping`; k, v: (T, K, D).

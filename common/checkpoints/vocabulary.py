@@ -160,7 +160,9 @@ def _added_tokens(folder: Path, settings: TokenizerSettings, special: set[str]) 
     ids: dict[str, int] = {}
     for token_id, token in sorted(added.items()):
         if ids.setdefault(token.content, token_id) != token_id:
-            raise CheckpointError(f"{folder}: the added token {token.content!r:.80} has two ids, {ids[token.content]} and {token_id}.")
+            raise CheckpointError(
+                f"{folder}: the added token {token.content!r:.80} has two ids, {ids[token.content]} and {token_id}."
+            )
     return added
 
 
@@ -172,7 +174,12 @@ def _fields(token: AddedToken) -> dict[str, Any]:
 # vocab.json and merges.txt
 # ---------------------------------------------------------------------------------------------------------------
 
-RULES = {"Qwen2Tokenizer": "qwen2", "Qwen2TokenizerFast": "qwen2", "GPT2Tokenizer": "gpt-2", "GPT2TokenizerFast": "gpt-2"}
+RULES = {
+    "Qwen2Tokenizer": "qwen2",
+    "Qwen2TokenizerFast": "qwen2",
+    "GPT2Tokenizer": "gpt-2",
+    "GPT2TokenizerFast": "gpt-2",
+}
 """How the tokenizers that have such files split a text into words, by their names in transformers."""
 CLASSES = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 """Families that have always the same one, whatever their tokenizer_config.json says."""

@@ -66,13 +66,16 @@ QWEN3 = """{%- if tools %}
     {%- set reasoning = message.reasoning_content if message.reasoning_content is string else '' %}
     {%- if '</think>' in content %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}
     {{- '<|im_start|>' + message.role }}
-    {%- if reasoning and loop.index0 > ns.last_query_index %}{{- '\\n<think>\\n' ~ reasoning.strip('\\n') ~ '\\n</think>' }}{% endif %}
+    {%- if reasoning and loop.index0 > ns.last_query_index %}
+        {{- '\\n<think>\\n' ~ reasoning.strip('\\n') ~ '\\n</think>' }}
+    {%- endif %}
     {{- '\\n' + content }}
     {%- if message.tool_calls %}
         {%- for tool_call in message.tool_calls %}
             {%- if tool_call.function %}{%- set tool_call = tool_call.function %}{%- endif %}
             {{- '\\n<tool_call>\\n{"name": "' }}{{- tool_call.name }}{{- '", "arguments": ' }}
-            {%- if tool_call.arguments is string %}{{- tool_call.arguments }}{%- else %}{{- tool_call.arguments | tojson }}{%- endif %}
+            {%- if tool_call.arguments is string %}{{- tool_call.arguments }}
+            {%- else %}{{- tool_call.arguments | tojson }}{%- endif %}
             {{- '}\\n</tool_call>' }}
         {%- endfor %}
     {%- endif %}
@@ -94,19 +97,21 @@ LLAMA3 = """{{- bos_token }}
 {%- endif %}
 {%- for message in messages %}
     {%- if not (message.role == 'tool' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- elif 'tool_calls' in message %}
         {%- if not message.tool_calls|length == 1 %}{{- raise_exception("This model supports one call") }}{%- endif %}
         {%- for arg_name, arg_val in message.tool_calls[0].function.arguments | items %}
             {{- arg_name + '="' ~ arg_val ~ '"' }}{%- if not loop.last %}{{- ", " }}{%- endif %}
         {%- endfor %}
     {%- else %}
-        {{- message.content | tojson if message.content is mapping or message.content is iterable else message.content }}
+        {{- message.content | tojson if message.content is mapping or message.content is iterable else '' }}
     {%- endif %}
 {%- endfor %}"""
 # As Mistral does it.
 MISTRAL = """{{ bos_token }}{% for message in messages %}
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate user/assistant') }}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Roles must alternate user/assistant') }}
 {% endif %}{% if message['role'] == 'user' %}{{ ' [INST] ' + message['content'] + ' [/INST]' }}
 {% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"""
 
@@ -114,8 +119,8 @@ TABLE = {
     "chatml": (CHATML, CHAT, {}),
     "chatml, no prompt": (CHATML, CHAT, {"add_generation_prompt": False}),
     "chatml, continued": (CHATML, CHAT, {"continue_final_message": True}),
-    "trimmed, continued": (CHATML.replace("['content']", "['content']|trim"), CHAT, {"continue_final_message": True}),
-    "parts": ("{% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %}|{% endfor %}", PARTS, {}),
+    "trimmed, continued": (CHATML.replace("nt']", "nt']|trim"), CHAT, {"continue_final_message": True}),
+    "parts": ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}|{% endfor %}", PARTS, {}),
     "parts, continued": (
         "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}</s>{% endfor %}", PARTS,
         {"continue_final_message": True},
@@ -153,9 +158,10 @@ TABLE = {
         "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", CHAT, {},
     ),
     "macros": (
-        "{% macro turn(m, sep='|') %}{{ m.role }}{{ sep }}{{ caller() if caller else '' }}{% endmacro %}{{ turn(messages[0]) }}"
-        "{% call turn(messages[1], sep='-') %}inside{% endcall %}{% set ns = namespace(a=1) %}{% set ns.a = ns.a + 2 ** 3 %}"
-        "{{ ns.a }}{% set block %}{{ 'a' ~ 1 ~ none ~ [2] }}{% endset %}{{ block|upper }}{% filter lower %}ABC{% endfilter %}",
+        "{% macro turn(m, sep='|') %}{{ m.role }}{{ sep }}{{ caller() if caller else '' }}{% endmacro %}"
+        "{{ turn(messages[0]) }}{% call turn(messages[1], sep='-') %}inside{% endcall %}{% set ns = namespace(a=1) %}"
+        "{% set ns.a = ns.a + 2 ** 3 %}{{ ns.a }}{% set block %}{{ 'a' ~ 1 ~ none ~ [2] }}{% endset %}"
+        "{{ block|upper }}{% filter lower %}ABC{% endfilter %}",
         CHAT, {},
     ),
     "values": (
@@ -229,8 +235,14 @@ def test_nothing_of_python_reaches_a_template():
         ("{{ ([0] * 10 ** 8)|length }}", "repeats something"),
         ("{{ 10 ** (10 ** 10) }}", "a power of 10000000000"),
         ("{{ (2 ** 64 * 2 ** 64) ** 64 }}", "value of size"),
-        ("{% set n = namespace(a='a') %}{% for i in range(40) %}{% set n.a = n.a ~ n.a %}{% endfor %}", "value of size"),
-        ("{% set n = namespace(a=[0]) %}{% for i in range(40) %}{% set n.a = n.a + n.a %}{% endfor %}", "value of size"),
+        (
+            "{% set n = namespace(a='a') %}{% for i in range(40) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+            "value of size",
+        ),
+        (
+            "{% set n = namespace(a=[0]) %}{% for i in range(40) %}{% set n.a = n.a + n.a %}{% endfor %}",
+            "value of size",
+        ),
     ],
 )
 def test_hostile_and_failing_templates_are_stopped(template, says):
@@ -238,13 +250,18 @@ def test_hostile_and_failing_templates_are_stopped(template, says):
         render_chat(template, [{"role": "user", "content": "Hi"}])
 
 
-@pytest.mark.parametrize("inner", ["{% for j in range(99999) %}{% endfor %}", "{{ f(i) }}", "{% call g() %}{% endcall %}"])
+@pytest.mark.parametrize(
+    "inner", ["{% for j in range(99999) %}{% endfor %}", "{{ f(i) }}", "{% call g() %}{% endcall %}"]
+)
 def test_a_template_that_writes_nothing_for_ever_is_stopped(inner, monkeypatch):
     monkeypatch.setattr(chat_templates, "LONGEST_TIME", 0.2)
     loop = "{% for i in range(99999) %}{% for k in range(99999) %}" + inner + "{% endfor %}{% endfor %}"
     start = time.monotonic()
     with pytest.raises(ChatTemplateError, match="it ran for more than 0.2 seconds"):
-        render_chat("{% macro f(x) %}{% endmacro %}{% macro g() %}{{ caller() }}{% endmacro %}" + loop, [{"role": "user", "content": "Hi"}])
+        render_chat(
+            "{% macro f(x) %}{% endmacro %}{% macro g() %}{{ caller() }}{% endmacro %}" + loop,
+            [{"role": "user", "content": "Hi"}],
+        )
     assert time.monotonic() - start < 2
 
 
@@ -292,7 +309,11 @@ def test_what_cannot_be_asked_is_refused(values, says):
     ("template", "message", "says"),
     [
         ("{% for m in messages %}{{ m.role }}{% endfor %}content", CHAT[2], "leaves out"),
-        ("{{ messages[-1].content }}", {"role": "assistant", "content": [{"type": "image"}]}, "has no text in 'content'"),
+        (
+            "{{ messages[-1].content }}",
+            {"role": "assistant", "content": [{"type": "image"}]},
+            "has no text in 'content'",
+        ),
         ("{{ messages[-1].content }}", {"role": "assistant", "tool_calls": [CALL]}, "has no text in 'content'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say: added and special tokens as transformers reads them, refusals that name the key."""
+"""What the files beside a tokenizer say: added and special tokens as transformers reads them, or a refusal by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ MASK = {"content": "<mask>", "special": True, "lstrip": True, "rstrip": True}
 TABLE = {
     "in the decoder": ({"tokenizer_config.json": decoder(TOOL, EOT, MASK)}, ["<tool>", "<eot>", "<mask>"]),
     "special because it ends": (
-        {"tokenizer_config.json": {"eos_token": "<eot>", **decoder(TOOL, {**EOT, "special": False})}}, ["<tool>", "<eot>"],
+        {"tokenizer_config.json": {"eos_token": "<eot>", **decoder(TOOL, {**EOT, "special": False})}},
+        ["<tool>", "<eot>"],
     ),
     "in added_tokens.json": ({"added_tokens.json": {"<tool>": "N0", "<eot>": "N1"}}, ["<tool>", "<eot>"]),
     "in added_tokens.json, and it ends": (
@@ -130,7 +131,9 @@ def test_vocab_json_and_merges_txt(folders, name, model_type, tmp_path):
         assert tokenizer.encode(text) == theirs.encode(text)
     assert tokenizer.side_files.special_tokens() == theirs.special_tokens_map
     assert tokenizer.vocab_size == len(theirs)
-    copy(tmp_path, tmp_path, {"tokenizer_config.json": {"tokenizer_class": "X"}, "config.json": {"model_type": "llama"}})
+    copy(
+        tmp_path, tmp_path, {"tokenizer_config.json": {"tokenizer_class": "X"}, "config.json": {"model_type": "llama"}}
+    )
     with pytest.raises(CheckpointError, match=r"tokenizer_class is 'X'; .*Qwen2Tokenizer"):
         load_tokenizer(tmp_path)
 

@@ -12,9 +12,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from common.chat_templates import ChatTemplateError
 from common.checkpoints import CheckpointError, cached, find_checkpoint
 from common.checkpoints.gguf import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
-from common.chat_templates import ChatTemplateError
 from common.tokenizer import load_tokenizer
 from solutions.llama_pytorch import TextStream
 
