@@ -329,7 +329,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return JsonTokenizer(folder)
     raise CheckpointError(
-        f"{folder} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt, so its text cannot "
+        f"{folder} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt, so no text can "
         "be read. Copy the one that "
         "belongs to this checkpoint into it."
     )

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from common.checkpoints.folder import CheckpointError, read_json
-from common.checkpoints.gguf import NORMAL, UNUSED, byte_level_tokenizer
+from common.checkpoints.gguf_vocabulary import NORMAL, UNUSED, byte_level_tokenizer
 from common.checkpoints.schema import check, refusal
 
 LARGEST = 256 << 20  # bytes of a file with a vocabulary; those of real models have up to 35 MB

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from common.chat_templates import ChatTemplateError
 from common.checkpoints import CheckpointError, cached, find_checkpoint
-from common.checkpoints.gguf import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
+from common.checkpoints.gguf_vocabulary import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
 from common.tokenizer import load_tokenizer
 from solutions.llama_pytorch import TextStream
 
