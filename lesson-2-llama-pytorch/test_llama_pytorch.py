@@ -96,7 +96,9 @@ class TestParseConfig:
         equal(config.max_position_embeddings, 4096, "max_position_embeddings of Llama 2 7B")
 
     def test_head_dim_absent(self, code):
-        equal(code.parse_config(LLAMA_2_7B).head_dim, 128, "head_dim where the file has none: 4096 hidden, 32 heads")
+        self.given(
+            code.parse_config(LLAMA_2_7B), "head_dim", 128, "head_dim where the file has none: 4096 hidden, 32 heads"
+        )
         config = code.parse_config({**LLAMA_2_7B, "head_dim": None})
         self.given(config, "head_dim", 128, "head_dim where the file says null: 4096 hidden, 32 heads")
         holds(
