@@ -26,6 +26,7 @@ from torch import Tensor
 from common import kernels
 from common.kernels.groups import QueryGroup, group_queries
 from common.tokenizer import Tokenizer
+from common.windows import window_attention
 from solutions import llama_pytorch
 from solutions.kv_cache import fold_groups
 from solutions.llama_pytorch import Attend, Llama, RequestOutput, SamplingParams
@@ -440,12 +441,15 @@ class PagedKVCache:
         # may read what another one of the batch writes. Then it fills each group's rows from `group_attention`.
         raise NotImplementedError("TODO 4.17")
 
-    def group_attention(self, layer: int, q: Tensor, group: QueryGroup) -> Tensor:
+    def group_attention(self, layer: int, q: Tensor, group: QueryGroup, window: int | None = None) -> Tensor:
         """Attention of one group to its own keys. q: (B, T, H, D). Returns the same shape."""
 
         def read(start: int, end: int) -> tuple[Tensor, Tensor]:
             return group.clear_padding(start, end, *self.gather(layer, group.block_tables, start, end))
 
+        if window is not None:  # read nothing that lies before all windows of the group
+            first = max(0, group.first_position - window + 1)
+            return window_attention(q, *read(first, group.num_keys), group.positions, first, window)
         if kernels.enabled():  # the kernel takes all keys at once, the plain code in segments
             return kernels.attention(q, *read(0, group.num_keys), group.positions)
         return blockwise_attention(q, group.positions, group.num_keys, read, SEGMENT)
