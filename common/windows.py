@@ -1,7 +1,7 @@
 """Attention through a sliding window: a token attends to itself and to the window - 1 tokens before it.
 
-Mistral's layers have one, and some layers of Qwen2. What lies further back still acts through the layers below: a window
-of W tokens in each of L layers reaches L x W tokens back. From Beltagy et al., "Longformer" (2020).
+Mistral's layers have one, and some layers of Qwen2. What lies further back still acts through the layers below: a
+window of W tokens in each of L layers reaches L x W tokens back. From Beltagy et al., "Longformer" (2020).
 """
 
 from __future__ import annotations

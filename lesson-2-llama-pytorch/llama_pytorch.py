@@ -266,7 +266,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama, Mistral, Qwen2 or Qwen3, depending on the config. Parameters have the names that they have in a checkpoint.
+    """Llama, Mistral, Qwen2 or Qwen3, as the config says. Parameters have the names that they have in a checkpoint.
 
     `embed`, `run_layers` and `logits` can be called separately: a pipeline stage (lesson 6) runs only some layers, and
     only tokens that will be sampled need logits.

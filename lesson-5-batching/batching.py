@@ -318,7 +318,9 @@ class Engine:
         self.executor = executor
         self.tokenizer = tokenizer
         self.config = config
-        self.manager = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.manager = KVCacheManager(
+            config.num_blocks, config.block_size, config.enable_prefix_caching, config.sliding_window
+        )
         self.scheduler = Scheduler(self.manager, config)
         self.scheduler.depth = executor.depth
         self.processor = OutputProcessor(tokenizer)

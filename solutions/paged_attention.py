@@ -348,6 +348,8 @@ class KVCacheManager:
             return
         first_key = max(0, request.num_computed_tokens - self.sliding_window + 1)  # that the next token reads
         passed = table[: first_key // self.block_size]
+        if not passed or passed[-1] is self.dropped:
+            return
         self.pool.free_blocks(block for block in reversed(passed) if block is not self.dropped)
         table[: len(passed)] = [self.dropped] * len(passed)
 
@@ -554,8 +556,9 @@ class PagedKVCache:
         """Return lesson 2's `attend` for a batch of requests. What does not depend on the layer is computed once."""
         groups = group_queries(metadata, self.block_size)
 
-        # Exercise 4.17: return a function of (layer, q, k, v). It first writes all keys and values, because a request
-        # may read what another one of the batch writes. Then it fills each group's rows from `group_attention`.
+        # Exercise 4.17: return a function of (layer, q, k, v, window=None). It first writes all keys and values, because
+        # a request may read what another one of the batch writes. Then it fills each group's rows from
+        # `group_attention`, which takes the window, None in most models.
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
             self.write(layer, metadata.slot_mapping, k, v)
             mixed = torch.empty_like(q)

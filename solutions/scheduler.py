@@ -448,7 +448,7 @@ class Scheduler:
         request.spec_token_ids = []
         self.running.remove(request)
         self.waiting.append(request)
-        # A request without its first blocks cannot return to a table of its own blocks only.
+        # Swapping moves every block of a table, and has none to move for those that a window has dropped.
         is_swapped = self.preemption == "swap" and not self.manager.has_dropped(request)
         if not is_swapped or not self.swap_out(request, plan):
             self.preempt_by_recompute(request)

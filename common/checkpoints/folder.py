@@ -41,7 +41,9 @@ def write_json(path: Path, value: dict) -> None:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder, by name, with the prefix `model.` even if the files omit it. Opening reads headers only; a tensor is read when asked for.
+    """The tensors of a checkpoint folder, by name. Opening reads headers only; a tensor is read when asked for.
+
+    Names have the prefix `model.`, even if the files omit it.
 
     config: config.json as it is. The tensors lie in model.safetensors, or in several files ('shards') that
     model.safetensors.index.json lists.
