@@ -556,8 +556,8 @@ class PagedKVCache:
         """Return lesson 2's `attend` for a batch of requests. What does not depend on the layer is computed once."""
         groups = group_queries(metadata, self.block_size)
 
-        # Exercise 4.17: return a function of (layer, q, k, v, window=None). It first writes all keys and values, because
-        # a request may read what another one of the batch writes. Then it fills each group's rows from
+        # Exercise 4.17: return a function of (layer, q, k, v, window=None). It first writes all keys and values: a
+        # request may read what another one of the batch writes. Then it fills each group's rows from
         # `group_attention`, which takes the window, None in most models.
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
             self.write(layer, metadata.slot_mapping, k, v)

@@ -999,7 +999,7 @@ ANSWERS = [
         """
         order = torch.cat([group.rows.flatten() for group in groups])
 
-        def answer(layer, q, k, v):
+        def answer(layer, q, k, v, window=None):
             self.write(layer, metadata.slot_mapping, k, v)
             parts = [self.group_attention(layer, q[group.rows], group, window).flatten(0, 1) for group in groups]
             return torch.cat(parts)[order.argsort()]
