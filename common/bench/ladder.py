@@ -25,9 +25,8 @@ from common.config import EngineConfig
 from common.tokenizer import Tokenizer
 from solutions import kv_cache, llama_pytorch, paged_attention
 from solutions.batching import Engine, LocalExecutor
-from solutions.engine import build_runner, slot_bytes
+from solutions.engine import build_runner, load_model, slot_bytes
 from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
-from solutions.quantization import Quantization, load_quantized
 
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Two ways may go on with different tokens where the likeliest two are closer than this: the last digits of sums
@@ -283,7 +282,6 @@ def measure_ladder(name: str, quick: bool) -> dict:
     bandwidth = read_bandwidth(*(16, 3) if quick else (1024, 9), device=device)
     print(f"reads {bandwidth:.1f} GB/s", flush=True)
     model, _ = load(name, dtype, device)
-    kinds = {"INT8": Quantization("int8"), "INT4": Quantization("int4")}
     skipped: dict[str, str] = {}
     before = os.environ.get("KERNELS")
     results = []
@@ -291,7 +289,10 @@ def measure_ladder(name: str, quick: bool) -> dict:
         os.environ["KERNELS"] = "fast"  # loading also packs the weights
         packed, _ = load(name, dtype, device)
         use_kernels(packed)
-        quantized = {each: load_quantized(name, kind, dtype, device) for each, kind in kinds.items()}
+        options = {"model": name, "dtype": dtype, "device": device}
+        quantized = {
+            kind.upper(): load_model(EngineConfig(quantization=kind, **options))[0] for kind in ("int8", "int4")
+        }
         theirs = load_transformers(find_checkpoint(name), dtype, device)
         if theirs is None:
             skipped |= dict.fromkeys(("transformers", "transformers, continuous"), "transformers is not installed")
