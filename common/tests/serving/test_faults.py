@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from common.bench.serving import complete, request, running_server  # noqa: E402
-from common.tests.serving.conftest import eventually, is_empty  # noqa: E402
+from common.bench.serving import complete, request, running_server
+from common.tests.serving.conftest import eventually, is_empty
 
 pytestmark = pytest.mark.slow
 BODY = {"prompt": "There was once a", "max_tokens": 8, "ignore_eos": True, "temperature": 0}

@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from common.bench.serving import closed_loop_alone, complete  # noqa: E402
-from common.tests.serving.conftest import eventually, is_empty, make_engine, serving  # noqa: E402
+from common.bench.serving import closed_loop_alone, complete
+from common.tests.serving.conftest import eventually, is_empty, make_engine, serving
 
-OPTIONS = {"dtype": "float64", "num_blocks": 96, "max_batch_size": 16}
+OPTIONS = {"dtype": "float64", "num_blocks": 24, "max_batch_size": 16}
 """In float64 tokens do not depend on what else is in the batch, and with so few blocks requests are preempted."""
 NUM_CLIENTS = 32
 
