@@ -3,11 +3,9 @@
     with InferenceEngine("smollm2-135m", tensor_parallel=2, quantization="int8", speculative="ngram") as engine:
         outputs = engine.generate(prompts, SamplingParams(max_tokens=64))
 
-    EngineConfig     all options, checked                                     common/config.py
-    resolve          decides what the options leave open                      exercise 8.10: slot_bytes
-    start_executor   one process (lesson 5), or a grid of ranks (lesson 6)
-    load_model       called by each rank: its share of the weights            lessons 2, 6 and 7
-    build_runner     called by each rank: its cache, and its part of a step   exercise 8.11
+`resolve` decides what the options leave open (exercise 8.10); `start_executor` starts one process (lesson 5), or a grid
+of ranks (lesson 6). Each rank calls `load_model` for its share of the weights (lessons 2, 6 and 7), then `build_runner`
+for its cache and its part of a step (exercise 8.11).
 
 Lessons 6 and 7 are imported only where an option needs them.
 """
@@ -33,9 +31,7 @@ from solutions.speculative import AdaptiveSpeculation, DraftProposer, NgramPropo
 if TYPE_CHECKING:
     from solutions.parallelism import Group, RankCoordinates
 
-# ---------------------------------------------------------------------------------------------------------------
-# What the options leave open
-# ---------------------------------------------------------------------------------------------------------------
+# --- What the options leave open --------------------------------------------------------------------------------------
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -98,9 +94,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
     return config.resolve(model_config, slot_bytes(config, model_config, draft_config)), load_tokenizer(config.model)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The parts: each rank calls `load_model`, then `build_runner`
-# ---------------------------------------------------------------------------------------------------------------
+# --- The parts: each rank calls `load_model`, then `build_runner` -----------------------------------------------------
 
 
 def load_model(
