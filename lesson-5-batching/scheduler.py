@@ -142,7 +142,7 @@ class ModelRunnerOutput:
 
 def tokens_to_schedule(request: Request, budget: int, max_chunk: int) -> int:
     """Number of tokens to schedule for this request: everything not yet computed, draft tokens included, capped by both
-    limits: the budget that is left in this step, and the most that one request may have of a step, max_chunk.
+    limits. budget: tokens that are left in this step. max_chunk: the most that one request may have of a step.
     """
     # TODO 5.3: its tokens and its draft tokens, minus the computed ones, capped by both limits.
     raise NotImplementedError("TODO 5.3")

@@ -151,7 +151,7 @@ class ModelRunnerOutput:
 
 def tokens_to_schedule(request: Request, budget: int, max_chunk: int) -> int:
     """Number of tokens to schedule for this request: everything not yet computed, draft tokens included, capped by both
-    limits: the budget that is left in this step, and the most that one request may have of a step, max_chunk.
+    limits. budget: tokens that are left in this step. max_chunk: the most that one request may have of a step.
     """
     # Exercise 5.3: its tokens and its draft tokens, minus the computed ones, capped by both limits.
     num_uncomputed = request.num_tokens + len(request.spec_token_ids) - request.num_computed_tokens
