@@ -428,10 +428,11 @@ class AttentionMetadata:
 SEGMENT = 512  # keys that the plain attention reads at a time
 
 
-def move(copies: Iterable[BlockCopy], source: Tensor, target: Tensor) -> None:
-    """Copy the filled slots of blocks, in all layers. source, target: (num_layers, num_blocks, block_size, ...)."""
-    for copy in copies:
-        target[:, copy.target, : copy.num_tokens] = source[:, copy.source, : copy.num_tokens]
+def move(copies: Iterable[BlockCopy], sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy the filled slots of blocks. Each tensor: (num_layers, num_blocks, block_size, ...)."""
+    for source, target in zip(sources, targets):
+        for copy in copies:
+            target[:, copy.target, : copy.num_tokens] = source[:, copy.source, : copy.num_tokens]
 
 
 class PagedKVCache:
@@ -520,18 +521,15 @@ class PagedKVCache:
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks, in all layers. Call it before the forward pass that writes to the targets."""
-        for tensor in self.device_tensors:
-            move(copies, tensor, tensor)
+        move(copies, self.device_tensors, self.device_tensors)
 
     def swap_out(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks of the device (sources) to blocks of the host (targets)."""
-        for tensor, host in zip(self.device_tensors, self.host_tensors):
-            move(copies, tensor, host)
+        move(copies, self.device_tensors, self.host_tensors)
 
     def swap_in(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks of the host (sources) to blocks of the device (targets)."""
-        for tensor, host in zip(self.device_tensors, self.host_tensors):
-            move(copies, host, tensor)
+        move(copies, self.host_tensors, self.device_tensors)
 
 
 # --- One sequence, paged ----------------------------------------------------------------------------------------------
