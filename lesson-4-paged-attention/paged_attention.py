@@ -58,6 +58,15 @@ def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
     raise NotImplementedError("TODO 4.1")
 
 
+def salt_hash(salt: str) -> BlockHash | None:
+    """Return the parent of a sequence's first block: None without a salt.
+
+    With a prefix cache, the time to the first token tells whether these tokens were asked about before. A salt, which
+    all later blocks inherit through their parents, keeps that among the requests that share it.
+    """
+    return BlockHash(hashlib.blake2b(salt.encode(), digest_size=16).digest(), b"", ()) if salt else None
+
+
 @dataclass
 class KVCacheBlock:
     """Bookkeeping of one block, which stores the keys and values of `block_size` tokens in all layers."""
@@ -134,6 +143,7 @@ class TokenSequence(Protocol):
     request_id: str
     all_token_ids: Sequence[int]  # prompt and output
     num_computed_tokens: int  # the first tokens, whose keys and values are in the cache
+    cache_salt: str  # only sequences with the same salt share blocks; "" is a salt, too
 
 
 class BlockCopy(NamedTuple):
@@ -174,7 +184,7 @@ class KVCacheManager:
         known = self.block_hashes.setdefault(request.request_id, [])
         for i in range(len(known), num_blocks):
             token_ids = request.all_token_ids[i * self.block_size : (i + 1) * self.block_size]
-            known.append(hash_block(known[-1] if known else None, token_ids))
+            known.append(hash_block(known[-1] if known else salt_hash(request.cache_salt), token_ids))
         return known[:num_blocks]
 
     def get_computed_blocks(self, request: TokenSequence) -> tuple[list[KVCacheBlock], int]:
@@ -351,10 +361,11 @@ class AttentionMetadata:
 SEGMENT = 512  # keys that the plain attention reads at a time
 
 
-def move(copies: Iterable[BlockCopy], source: Tensor, target: Tensor) -> None:
-    """Copy the filled slots of blocks, in all layers. source, target: (num_layers, num_blocks, block_size, ...)."""
-    for copy in copies:
-        target[:, copy.target, : copy.num_tokens] = source[:, copy.source, : copy.num_tokens]
+def move(copies: Iterable[BlockCopy], sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy the filled slots of blocks. Each tensor: (num_layers, num_blocks, block_size, ...)."""
+    for source, target in zip(sources, targets):
+        for copy in copies:
+            target[:, copy.target, : copy.num_tokens] = source[:, copy.source, : copy.num_tokens]
 
 
 class PagedKVCache:
@@ -424,18 +435,15 @@ class PagedKVCache:
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks, in all layers. Call it before the forward pass that writes to the targets."""
-        for tensor in self.device_tensors:
-            move(copies, tensor, tensor)
+        move(copies, self.device_tensors, self.device_tensors)
 
     def swap_out(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks of the device (sources) to blocks of the host (targets)."""
-        for tensor, host in zip(self.device_tensors, self.host_tensors):
-            move(copies, tensor, host)
+        move(copies, self.device_tensors, self.host_tensors)
 
     def swap_in(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks of the host (sources) to blocks of the device (targets)."""
-        for tensor, host in zip(self.device_tensors, self.host_tensors):
-            move(copies, host, tensor)
+        move(copies, self.host_tensors, self.device_tensors)
 
 
 # --- One sequence, paged ----------------------------------------------------------------------------------------------
@@ -448,6 +456,7 @@ class PagedSequence:
     request_id: str
     all_token_ids: Sequence[int]
     num_computed_tokens: int = 0
+    cache_salt: str = ""
 
 
 def compute(model: Llama, cache: PagedKVCache, manager: KVCacheManager, sequence: PagedSequence) -> Tensor:

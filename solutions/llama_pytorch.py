@@ -501,10 +501,13 @@ def sample(logits: Tensor, params: SamplingParams, index: int) -> int:
 def adjust_logits(
     logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], stop_ids: Sequence[int]
 ) -> Tensor:
-    """Apply the penalties, and forbid stop tokens before `min_tokens`. logits: (V,), left unchanged. Returns new ones.
+    """Apply the request's own processors and the penalties, and forbid stop tokens before `min_tokens`.
 
-    The repetition penalty divides positive scores and multiplies negative ones: both make the token less likely.
+    logits: (V,), left unchanged. Returns new ones. Processors are grammars, say, which forbid tokens. The repetition
+    penalty divides positive scores and multiplies negative ones: both make the token less likely.
     """
+    for process in params.logits_processors:
+        logits = process(output, logits)
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt, *output}), device=logits.device)
         scores = logits[seen]
