@@ -17,6 +17,7 @@ from common.sampling import SamplingParams
 from common.serving.errors import ApiError, as_api_error
 from common.serving.grammar import Grammar, compiled, grammar_of, logit_bias
 from common.serving.loop import Delta, EngineLoop, Job, Stream
+from common.serving.metrics import Metrics
 from common.serving.protocol import PromptTokensDetails, SamplingBody, Usage
 from common.serving.tenants import Tenant, Tenants
 
@@ -37,6 +38,7 @@ class Server:
     config: Any  # the resolved EngineConfig
     model_name: str
     tenants: Tenants
+    metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, model: str | None) -> None:
