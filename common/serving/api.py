@@ -7,8 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -124,6 +125,11 @@ def add_routes(app: FastAPI, server: Server) -> None:
         """Status 200 while the engine computes, 503 once it does not. Needs no key."""
         server.loop.check()
         return Response()
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> Response:
+        """What the server measures, in Prometheus' text format, under vLLM's names."""
+        return Response(server.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/version")
     async def show_version() -> protocol.Version:

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from common.serving.errors import ApiError
-from common.serving.generation import Generation, Server, begin, events, sampling_params
+from common.serving.generation import Generation, Server, begin, events, processors, sampling_params
 from common.serving.protocol import Answer, ChatChoice, ChatRequest, ChatResponse, Message
 from common.serving.tokens import chat_logprobs
 
@@ -30,7 +30,8 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
     server.check_model(body.model)
     prompt = encode_chat(server, body)
     max_tokens = server.limit(len(prompt), body.max_completion_tokens or body.max_tokens)
-    params = sampling_params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = sampling_params(body, max_tokens, num_logprobs, await processors(server, body))
     generation = await begin(server, request, body, [prompt], [params])
     choices = [Choice(i) for i in range(body.n)]
     if body.stream:

@@ -42,6 +42,7 @@ def serve(
     from common.serving.api import create_app
     from common.serving.generation import Server
     from common.serving.loop import EngineLoop
+    from common.serving.metrics import Metrics
     from common.serving.tenants import KeysError, load_tenants
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -53,8 +54,9 @@ def serve(
     if tenants.tenants and options["scheduling_policy"] == "fcfs":
         options["scheduling_policy"] = "fair"
     engine = start_engine(options, mine, threads)
-    loop = EngineLoop(engine, max_waiting)
-    server = Server(loop, engine.tokenizer, engine.config, name, tenants)
+    metrics = Metrics(engine, name)
+    loop = EngineLoop(engine, max_waiting, metrics)
+    server = Server(loop, engine.tokenizer, engine.config, name, tenants, metrics)
     config = uvicorn.Config(
         create_app(server), host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain
     )

@@ -15,7 +15,9 @@ from fastapi.responses import StreamingResponse
 
 from common.sampling import SamplingParams
 from common.serving.errors import ApiError, as_api_error
+from common.serving.grammar import Grammar, compiled, grammar_of, logit_bias
 from common.serving.loop import Delta, EngineLoop, Job, Stream
+from common.serving.metrics import Metrics
 from common.serving.protocol import PromptTokensDetails, SamplingBody, Usage
 from common.serving.tenants import Tenant, Tenants
 
@@ -36,6 +38,7 @@ class Server:
     config: Any  # the resolved EngineConfig
     model_name: str
     tenants: Tenants
+    metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, model: str | None) -> None:
@@ -62,7 +65,30 @@ class Server:
         return max_tokens or left
 
 
-def sampling_params(body: SamplingBody, max_tokens: int, logprobs: int | None) -> SamplingParams:
+async def processors(server: Server, body: SamplingBody, grammar: str | None = None) -> list[Any]:
+    """The logits processors of a request. grammar: one that it asks for in another way. Raises ValueError if one is
+    wrong, before anything is computed.
+    """
+    asked = grammar_of(body)
+    if grammar and asked:
+        raise ValueError("response_format and structured_outputs cannot be combined with a tool that must be called.")
+    grammar = grammar or asked
+    found: list[Any] = [bias] if (bias := logit_bias(body, server.config.model_config.vocab_size)) else []
+    if grammar is not None:
+        if body.min_tokens:
+            raise ValueError("min_tokens cannot be combined with a grammar, which may end the answer earlier.")
+        await asyncio.to_thread(compiled, str(server.tokenizer.folder), grammar)  # takes up to a second
+        found.append(Grammar(str(server.tokenizer.folder), grammar))
+    return found
+
+
+def sampling_params(
+    body: SamplingBody,
+    max_tokens: int,
+    logprobs: int | None,
+    processors: Sequence[Any] = (),
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
     """The engine's words for what a request asks."""
     same = ("n", "temperature", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "presence_penalty")
     values = {name: getattr(body, name) for name in (*same, "frequency_penalty", "repetition_penalty")}
@@ -73,6 +99,8 @@ def sampling_params(body: SamplingBody, max_tokens: int, logprobs: int | None) -
         max_tokens=max_tokens,
         stop=body.stop or (),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        logits_processors=processors,
     )
 
 
@@ -138,7 +166,7 @@ async def begin(
     server.loop.check()
     tenant.admit()
     try:
-        options = {"tenant": tenant.name, "priority": body.priority}
+        options = {"tenant": tenant.name, "priority": body.priority, "cache_salt": tenant.salt(body.cache_salt)}
         jobs = [Job(prompt, own, options) for prompt, own in zip(prompts, params)]
         stream = await server.loop.submit(jobs)
     except BaseException:

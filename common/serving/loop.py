@@ -15,6 +15,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -98,25 +99,29 @@ class Reader:
     choice: int
     num_characters: int = 0
     num_tokens: int = 0
+    last_time: float | None = None  # when its newest token came, in seconds of time.perf_counter
+
+
+class Observer:
+    """Is told in the engine's thread what happens to requests. output: a RequestOutput."""
+
+    def on_tokens(self, output: Any, seconds: float | None) -> None:
+        """A step has added tokens. seconds: since the step before that did; None for the first."""
+
+    def on_end(self, output: Any, reason: str) -> None:
+        """A request has ended: "stop", "length", "error" or "abort"."""
 
 
 class EngineLoop:
     """Runs an engine.
 
-    max_waiting: sequences that may wait beside those that run; above that, `submit` raises QueueFull. observe(outputs,
-    num_new_tokens) is called in the engine's thread after each step, with the outputs of its requests and how many
-    tokens each has got.
+    max_waiting: sequences that may wait beside those that run; above that, `submit` raises QueueFull.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        max_waiting: int = 256,
-        observe: Callable[[Sequence[Any], Sequence[int]], None] = lambda outputs, num_new_tokens: None,
-    ):
+    def __init__(self, engine: Any, max_waiting: int = 256, observer: Observer | None = None):
         self.engine = engine
         self.capacity = engine.config.max_num_seqs + max_waiting
-        self.observe = observe
+        self.observer = observer or Observer()
         self.commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.streams: dict[str, Stream] = {}  # those that have not ended, by request id; the event loop's thread
         self.readers: dict[str, Reader] = {}  # by the engine's request id, which names a sample; the engine's thread
@@ -237,25 +242,28 @@ class EngineLoop:
         """Abort the requests of a stream whose reader has left."""
         for request_id in [id for id, reader in self.readers.items() if reader.stream is stream]:
             del self.readers[request_id]
+            self.observer.on_end(self.engine.output(request_id), "abort")
             self.engine.abort(request_id)
 
     def deliver(self, outputs: Sequence[Any]) -> None:
         """Hand on what a step has added."""
         news: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta]]] = {}
-        num_new_tokens = []
+        now = time.perf_counter()
         for output in outputs:
             reader = self.readers.get(output.request_id)
-            start = reader.num_tokens if reader else len(output.token_ids)
-            num_new_tokens.append(len(output.token_ids) - start)
+            start = reader.num_tokens if reader else 0
             if reader is None or (start == len(output.token_ids) and output.finish_reason is None):
                 continue  # its reader has left, or this was a part of its prompt
+            if start < len(output.token_ids):
+                self.observer.on_tokens(output, reader.last_time and now - reader.last_time)
+                reader.last_time = now
             text, logprobs = output.text[reader.num_characters :], output.logprobs[start:]
             delta = Delta(reader.choice, text, output.token_ids[start:], logprobs, output.finish_reason, output)
             reader.num_characters, reader.num_tokens = len(output.text), len(output.token_ids)
             news.setdefault(reader.stream.event_loop, []).append((reader.stream, delta))
             if output.finish_reason is not None:
                 del self.readers[output.request_id]
-        self.observe(outputs, num_new_tokens)
+                self.observer.on_end(output, output.finish_reason)
         for event_loop, deltas in news.items():
             self.call(event_loop, put_all, deltas)
 

@@ -22,10 +22,13 @@ def serving(engine, tenants=None, template: str | None = TEMPLATE, **options):
     from common.serving.api import create_app
     from common.serving.generation import Server
     from common.serving.loop import EngineLoop
+    from common.serving.metrics import Metrics
     from common.serving.tenants import Tenants
 
     engine.tokenizer.chat_template = template
-    server = Server(EngineLoop(engine, **options), engine.tokenizer, engine.config, "tales", tenants or Tenants([]))
+    metrics = Metrics(engine, "tales")
+    loop = EngineLoop(engine, observer=metrics, **options)
+    server = Server(loop, engine.tokenizer, engine.config, "tales", tenants or Tenants([]), metrics)
     config = uvicorn.Config(
         create_app(server), "127.0.0.1", 0, log_level="warning", access_log=False, timeout_graceful_shutdown=5
     )

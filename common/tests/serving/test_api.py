@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
@@ -89,6 +90,45 @@ def test_logprobs_of_a_completion(client, alone):
     )
 
 
+def test_a_prompt_s_own_logprobs(client, alone):
+    """What evaluation harnesses ask: how likely was this text?"""
+    from solutions.llama_pytorch import causal_attend
+
+    text = "There was once a thoughtful toad. " * 12  # several chunks of a prompt, and it is asked for twice
+    prompt = alone.tokenizer.encode(text)
+    tokens = torch.tensor(prompt)
+    model = alone.executor.runner.model
+    with torch.inference_mode():
+        hidden = model(tokens, torch.arange(len(prompt)), causal_attend)
+        wanted = model.logits(hidden).log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+    for stream in (False, False, True):
+        asked = {"model": "tales", "prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1, "stream": stream}
+        answer = client.completions.create(**asked)
+        answers = [answer] if not stream else list(answer)
+        (choice,) = (each.choices[0] for each in answers if each.choices[0].text)
+        found = choice.logprobs
+        assert choice.text == text.strip() or choice.text == text
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None and len(found.tokens) == len(prompt)
+        assert torch.allclose(torch.tensor(found.token_logprobs[1:]), wanted, atol=1e-4)
+        assert answers[-1].choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == 0 if not stream else True
+    both = client.completions.create(model="tales", prompt=[text, PROMPT], max_tokens=2, n=2, echo=True, logprobs=0)
+    assert [len(each.logprobs.tokens) for each in both.choices] == [len(prompt) + 2] * 2 + [7] * 2
+    assert all(None not in each.logprobs.token_logprobs[1:] for each in both.choices)
+
+
+def test_a_bias_forbids_and_forces(client, alone):
+    letter = alone.tokenizer.encode("x", add_special_tokens=False)[-1]
+    asked = {"model": "tales", "prompt": PROMPT, "max_tokens": 5, "temperature": 1}
+    assert client.completions.create(**asked, logit_bias={letter: 100}).choices[0].text.strip() == "x" * 5
+    chosen = alone.generate(PROMPT, SamplingParams(max_tokens=1), progress=False)[0].token_ids[0]
+    asked["temperature"], asked["logprobs"] = 0, 0
+    assert (
+        client.completions.create(**asked, logit_bias={chosen: -100}).choices[0].logprobs.tokens[0]
+        != (client.completions.create(**asked).choices[0].logprobs.tokens[0])
+    )
+
+
 # --- chats ------------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +188,10 @@ def test_parts_of_a_message_and_other_roles(client):
         ("completions", {"prompt": PROMPT, "max_tokens": 2000}, 400, "maximum context length is 1024 tokens"),
         ("completions", {"prompt": "a " * 2000}, 400, "maximum context length is 1024 tokens"),
         ("completions", {"prompt": [5000]}, 400, "5000"),
+        ("completions", {"prompt": PROMPT, "logit_bias": {"9999": 1}}, 400, "'9999' is not a token id below 1024"),
+        ("completions", {"prompt": PROMPT, "logit_bias": {"9": 101}}, 400, "must be from -100 to 100"),
+        ("completions", {"prompt": PROMPT, "structured_outputs": {"regex": "(a"}}, 400, "unclosed group"),
+        ("completions", {"prompt": PROMPT, "structured_outputs": {}}, 400, "needs one of json, regex"),
         ("completions", {"prompt": PROMPT, "stream_options": {}}, 400, "stream_options needs stream"),
         ("chat/completions", {"messages": []}, 400, "messages: List should have at least 1 item"),
         ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role: Input should be"),
