@@ -72,15 +72,10 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
         trace.write_text(json.dumps(chrome_events(done)), encoding="utf-8")
     found = totals(done)
     written = ", ".join(map(str, (out, own, *([trace] if trace else []))))
-    print(
-        f"{found.num_steps} steps, {found.num_output_tokens} tokens, {found.num_preemptions} preemptions. {files_used()}"
-    )
+    print(f"{found.num_steps} steps, {found.num_output_tokens} tokens, {found.num_preemptions} preemptions. {whose()}")
     print(f"Written: {written}. Open {out} in a browser.")
     if failure:
-        print(
-            f"The run ended early, and the page shows it until then. {type(failure).__name__}: {failure}",
-            file=sys.stderr,
-        )
+        print("The run ended early, and the page shows it until then.", file=sys.stderr)
         raise failure
     return 0
 
@@ -91,10 +86,15 @@ def prompts(talker: Talker, count: int) -> list[list[int]]:
     return [kind(talker).ask(text)[0] for text in itertools.islice(itertools.cycle(texts), count)]
 
 
+def whose() -> str:
+    """Whose modules run, in a sentence."""
+    return files_used() if substitutes() else "The reference's modules."
+
+
 def record(engine, prompts: list[list[int]], params: SamplingParams, file: Path, folder: Path) -> Exception | None:
     """Answer the prompts and write the trace. Returns what ended the run early, if anything did."""
-    failure, whose = None, files_used() if substitutes() else "The reference's modules."
-    with file.open("w", encoding="utf-8") as lines, recording(engine, lines, whose) as recorder:
+    failure = None
+    with file.open("w", encoding="utf-8") as lines, recording(engine, lines, whose()) as recorder:
         try:
             engine.generate(prompts, params)
         except ValueError as error:

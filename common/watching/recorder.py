@@ -1,4 +1,4 @@
-"""Record what an engine does, from outside: what its scheduler decides, which blocks move, what its verification accepts.
+"""Record what an engine does, from outside: what its scheduler decides, which blocks move, which drafts are accepted.
 
     with recording(engine, open("run.jsonl", "w")):
         engine.generate(prompts, params)
@@ -11,8 +11,8 @@ lines before is left out, and state is written as differences, so a decoding req
 
     {"trace": 1, "config": {...}, "model": ..., "files": ...}       first
     {"plan": step, ...}     a step is scheduled and submitted
-        "requests"          new ones: {"id", "prompt", "max_tokens", "priority", "tenant", "parent", "time"}. parent: the
-                            number of the first sample of the prompt, whose prompt it is; or null
+        "requests"          new ones: {"id", "prompt", "max_tokens", "priority", "tenant", "parent", "time"}; parent is
+                            the number of the first sample of its prompt, or null; its prompt is then null
         "run"               what each scheduled request computes, in order: its number for one token, which follows the
                             computed ones; or [number, tokens, draft tokens, start], where the last two may be left out
         "drafts"            draft tokens that are verified, by request

@@ -159,7 +159,7 @@ def test_an_interrupted_step_and_an_abort_leave_no_gap(tmp_path):
 
 
 def test_texts_are_the_outputs(recorded):
-    engine, file = recorded
+    _, file = recorded
     pieces, vocab = {}, {}
     trace = read_trace(file)
     for line in trace.lines:
@@ -231,7 +231,7 @@ def test_the_command_records_compares_and_explains(tmp_path, capsys, monkeypatch
         return code, "".join(capsys.readouterr())
 
     page, other, events = tmp_path / "a.html", tmp_path / "b.html", tmp_path / "a.json"
-    code, said = call("--out", str(page), "--trace", str(events), "--samples", "2")
+    code, said = call("--out", str(page), "--trace", str(events), "--samples", "2", "--num-blocks", "50")
     assert code == 0 and f"Open {page}" in said, said
     assert len(read_trace(tmp_path / "a.jsonl").requests) == 16
     assert json.loads(events.read_text())["traceEvents"]
