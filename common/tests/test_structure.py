@@ -24,6 +24,10 @@ grimp = pytest.importorskip("grimp", reason="import-linter is not installed (pyt
 LIMITS = {
     "lines of a module of common/": 500,
     "lines of common/": 19_200,
+    "lines of a module of solutions/": 700,
+    "lines of solutions/": 4_950,
+    "lines of code of solutions/": 2_750,
+    "percent of a lesson's code that students write": 15,
 }
 
 
