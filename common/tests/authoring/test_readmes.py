@@ -324,7 +324,7 @@ def test_what_is_the_same_is_run_once():
 
 
 def test_what_a_command_can_do_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme_commands, "SECONDS", 2)
+    monkeypatch.setattr(readme_commands, "SECONDS", 1)
 
     def wrong(text: str, prints: str | None = None) -> str | None:
         return readme_commands.run(readme_commands.Command(tmp_path / "a.md", 7, text, False, prints), tmp_path)
@@ -333,7 +333,7 @@ def test_what_a_command_can_do_wrong(tmp_path, monkeypatch):
     assert wrong("cat", "Hello! /quit") is None
     assert "a.md:7: `echo so; exit 3` ended with exit status 3:\nso" in wrong("echo so; exit 3")
     assert "the text shows\n46 places" in wrong("echo 47 places", "46 places")
-    assert "takes more than 2 seconds:\nso" in wrong("echo so; sleep 9 | sleep 9")  # with all that it has started
+    assert "takes more than 1 seconds:\nso" in wrong("echo so; sleep 9 | sleep 9")  # with all that it has started
 
 
 REAL = pytest.mark.skipif(
