@@ -24,6 +24,7 @@ GROUPS = {
     "A model answers": (
         Command("run", "", "student.chat:run_command", "eight prompts at once; PROMPT='...' one of your own"),
         Command("chat", "", "student.chat:chat_command", "a conversation"),
+        Command("serve", "", "serving.command:serve", "an OpenAI-compatible server at PORT=8000, and a page", "serve"),
         Command("quantize", "", "student.quantize:quantize_command", "write a checkpoint with fewer bits"),
     ),
     "Your lessons": (
@@ -49,7 +50,7 @@ GROUPS = {
         Command("setup", "", "setup:main", "install the packages into .venv, as every target does", None),
         Command("test", "", "authoring.checks:test", "test the course; your unfinished work does not matter"),
         Command("test-all", "", "authoring.checks:test_all", "slow tests, real model and notebooks too", "dev"),
-        Command("check", "", "authoring.checks:check", "lint, skeletons and READMEs", "dev"),
+        Command("check", "", "authoring.checks:check", "lint, skeletons, READMEs, prose and spelling", "dev"),
         Command("lint", "", "authoring.checks:lint_command", "ruff: mistakes and formatting", "dev"),
         Command("skeletons", "", "authoring.checks:skeletons_command", "cut the lessons' skeletons from solutions/"),
         Command("prove-lesson", "N", "authoring.prove:prove_lesson", "try its checks on known right and wrong answers"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from typing import Any
 
 
 def stable_hash(*numbers: int) -> int:
@@ -43,11 +45,14 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()  # tokens that end the text, like the end of sequence
     ignore_eos: bool = False  # continue after an end of sequence
     logprobs: int | None = None  # report at each step this many of the likeliest tokens, and the chosen one
+    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
     repetition_penalty: float = (
         1.0  # divides the positive scores of tokens in prompt or output, multiplies negative ones
     )
     presence_penalty: float = 0.0  # subtracted once from the score of each token in the output
     frequency_penalty: float = 0.0  # subtracted once for each occurrence of the token in the output
+    logits_processors: Sequence[Callable[[Sequence[int], Any], Any]] = ()
+    """Each is called with the output's token ids and the scores (V,) of the next token, and returns new scores."""
 
     def __post_init__(self):
         values = {f.name: f.default if (v := getattr(self, f.name)) is None else v for f in fields(self)}
@@ -55,7 +60,8 @@ class SamplingParams:
             "temperature": (Real, 0, 1e6), "top_k": (Integral, 0, math.inf), "top_p": (Real, 1e-6, 1),
             "min_p": (Real, 0, 1), "seed": (Integral, -(2**63), 2**63), "n": (Integral, 1, math.inf),
             "max_tokens": (Integral, 1, math.inf), "min_tokens": (Integral, 0, values["max_tokens"]),
-            "logprobs": (Integral, 0, math.inf), "repetition_penalty": (Real, 1e-3, 1e3),
+            "logprobs": (Integral, 0, math.inf), "prompt_logprobs": (Integral, 0, math.inf),
+            "repetition_penalty": (Real, 1e-3, 1e3),
             "presence_penalty": (Real, -1e3, 1e3), "frequency_penalty": (Real, -1e3, 1e3),
         }  # fmt: skip
         for name, (kind, low, high) in limits.items():
@@ -64,7 +70,7 @@ class SamplingParams:
             if value is not None and not (is_number and low <= value <= high):
                 rule = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
                 refuse(name, f"a {'whole ' if kind is Integral else ''}number {rule}", value)
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "logits_processors"):
             several = isinstance(values[name], Iterable) and not isinstance(values[name], str)
             values[name] = tuple(values[name]) if several else (values[name],)
         if not all(isinstance(string, str) and string for string in values["stop"]):
@@ -73,14 +79,21 @@ class SamplingParams:
             refuse("stop", f"at most {MAX_STOP_CHARACTERS} characters long in all", length)
         if not all(isinstance(token_id, Integral) and token_id >= 0 for token_id in values["stop_token_ids"]):
             refuse("stop_token_ids", "token ids", values["stop_token_ids"])
+        if not all(map(callable, values["logits_processors"])):
+            refuse("logits_processors", "functions of the output and the scores", values["logits_processors"])
         if values["temperature"] < GREEDY:
             values["temperature"] = 0.0
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def children(self) -> list[SamplingParams]:
-        """Return the n samples as requests of their own. The first keeps the seed, each other gets one made from it."""
-        return [
-            replace(self, n=1, seed=self.seed if self.seed is None or not child else stable_hash(self.seed, child))
-            for child in range(self.n)
-        ]
+        """Return the n samples as requests of their own. The first keeps the seed, each other gets one made from it.
+
+        Each has copies of the logits processors, since they may keep in memory where in the output they are.
+        """
+
+        def own(child: int) -> dict[str, Any]:
+            seed = self.seed if self.seed is None or not child else stable_hash(self.seed, child)
+            return {"n": 1, "seed": seed, "logits_processors": copy.deepcopy(self.logits_processors)}
+
+        return [replace(self, **own(child)) for child in range(self.n)]

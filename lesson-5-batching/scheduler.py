@@ -61,6 +61,7 @@ class Request:
     arrival: int = 0  # its number among all requests; the n samples of a prompt share it
     priority: int = 0  # the lowest is served first
     tenant: str = "default"
+    cache_salt: str = ""  # only requests with the same salt share blocks of the prefix cache
     parent: Request | None = None  # of n samples, the first is the parent of the others
     child: int = 0  # its number among the n samples
     output_token_ids: list[int] = field(default_factory=list)
@@ -143,6 +144,7 @@ class ModelRunnerOutput:
     sampled_token_ids: dict[str, list[int]] = field(default_factory=dict)
     spec_token_ids: dict[str, list[int]] = field(default_factory=dict)  # draft tokens for the next step (lesson 8)
     logprobs: dict[str, list[dict[int, float]]] = field(default_factory=dict)  # one dict for each sampled token
+    prompt_logprobs: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)  # by position in the prompt
     errors: dict[str, str] = field(default_factory=dict)  # why a request failed
 
 

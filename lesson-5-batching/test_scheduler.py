@@ -128,8 +128,8 @@ class TestFinishReason:
         self.check(code, each, None, "when a stop token stands before the last")
 
     def test_its_own_limit(self, code):
-        each = request(code, "a", 3, 6, max_tokens=5, asked_for=128)  # the context has no space for 128
-        self.check(code, each, "length", "with 6 tokens, where request.max_tokens is 5 and sampling_params allow 128,")
+        each = request(code, "a", 3, 5, max_tokens=5, asked_for=128)  # the context has no space for 128
+        self.check(code, each, "length", "with 5 tokens, where request.max_tokens is 5 and sampling_params allow 128,")
 
 
 @exercise("5.3")

@@ -15,6 +15,7 @@ from torch import nn
 
 from common.checkpoints import Checkpoint
 from common.grading import close, equal, exercise, holds, together
+from solutions.llama_pytorch import ModelConfig, parse_config
 
 
 def quantized(code, method, weight: torch.Tensor, columns: range | None = None):
@@ -332,7 +333,7 @@ class TestQuantize:
             num_key_value_heads=2, head_dim=4, qkv_bias=True, qk_norm=True,
         )  # fmt: skip
         with torch.device("meta"):
-            return code.Llama(code.ModelConfig(**{**config, **changes}))
+            return code.Llama(ModelConfig(**{**config, **changes}))
 
     def methods(self, model) -> dict[str, str]:
         layers = ((name, module) for name, module in model.named_modules() if hasattr(module, "method"))
@@ -444,7 +445,7 @@ def tiny(code, **changes):
         vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=4, max_position_embeddings=64,
     )  # fmt: skip
-    model = code.Llama(code.ModelConfig(**{**config, **changes}))
+    model = code.Llama(ModelConfig(**{**config, **changes}))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
@@ -642,13 +643,26 @@ def scores(code, model, cache) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def loaded(code, folder: Path, quantization=None, limit: int | None = None):
+    """A model from a checkpoint that is quantized, or is quantized as it is read; streamed within a limit of bytes."""
+    checkpoint = Checkpoint(folder)
+    with torch.device("meta"):
+        model = (code.Llama if limit is None else code.OffloadedLlama)(parse_config(CONFIG))
+    code.quantize_for(model, checkpoint, quantization)
+    if limit is None:
+        code.load_weights(model, checkpoint)
+    else:
+        model.stream_from(checkpoint, range(CONFIG["num_hidden_layers"]), limit)
+    return model
+
+
 @together()
 class TestTogether:
     """Your whole file: a checkpoint quantized as it is read, saved, read again, streamed from the disk."""
 
     def test_every_kind(self, code):
         torch.manual_seed(0)
-        plain = code.Llama(code.parse_config(CONFIG))
+        plain = code.Llama(parse_config(CONFIG))
         for parameter in plain.parameters():
             nn.init.normal_(parameter, std=0.3)
         with tempfile.TemporaryDirectory() as name:
@@ -658,15 +672,15 @@ class TestTogether:
             exact = scores(code, plain, code.PagedKVCache(plain, 4, 4))
             for kind, limit in (("int8", 0.02), ("w8a8", 0.1), ("int4", 0.4)):
                 quantization = code.Quantization(kind, 4)
-                model = code.load_quantized(name, quantization, torch.float32, "cpu")
+                model = loaded(code, folder, quantization)
                 got = scores(code, model, code.Int8KVCache(model, 4, 4))
                 distance = float(code.kl_divergence(exact, got))
                 holds(0 < distance < limit, f"with {kind} the predictions are {distance:.4f} nats away; below {limit}.")
                 code.save_quantized(model, quantization, folder, folder / kind)
-                again = code.load_quantized(str(folder / kind), None, torch.float32, "cpu")
+                again = loaded(code, folder / kind)
                 close(scores(code, again, code.Int8KVCache(again, 4, 4)), got, f"the scores of a saved {kind} model")
                 limit = code.weight_bytes(model) - 1
-                streamed = code.load_quantized(name, quantization, torch.float32, "cpu", offload=limit)
+                streamed = loaded(code, folder, quantization, limit)
                 what = f"the scores of a streamed {kind} model"
                 close(scores(code, streamed, code.Int8KVCache(streamed, 4, 4)), got, what)
                 Checkpoint(folder / kind)._open.clear()

@@ -72,7 +72,7 @@ def flatten_batch(scheduled: Sequence[ScheduledRequest], block_size: int, device
     Logits are needed of the last row of each request that samples. With draft tokens, they are needed of its last
     `num_spec_tokens` + 1 rows. All tensors are of dtype long, on `device`.
     """
-    # Exercise 5.15: for each request extend the lists: token ids, positions, slots (4.3), the end of its rows, its
+    # Exercise 5.15: for each request extend the lists: token ids, positions, slots (4.14), the end of its rows, its
     # context length, its rows of logits.
     token_ids, positions, slots, logit_rows, query_start, context_lens = [], [], [], [], [0], []
     for request in scheduled:
@@ -120,7 +120,21 @@ class ModelRunner:
             return hidden
         if len(batch.logit_rows):
             self.sample(plan, self.model.logits(hidden[batch.logit_rows]), output)
+        self.score_prompts(plan, hidden, output)
         return output
+
+    def score_prompts(self, plan: SchedulerOutput, hidden: Tensor, output: ModelRunnerOutput) -> None:
+        """Write the log-probabilities of prompt tokens into `output`, for the requests that ask for them.
+
+        hidden: (T, hidden_size). The row of a token says how likely the token after it was.
+        """
+        rows = hidden.split([len(request.token_ids) for request in plan.scheduled])
+        for request, own_rows in zip(plan.scheduled, rows):
+            first, num = request.start + 1, request.params.prompt_logprobs
+            targets = request.prompt_token_ids[first : first + len(own_rows)]
+            if num is not None and targets:
+                likely = map(top_logprobs, self.model.logits(own_rows[: len(targets)]), targets, itertools.repeat(num))
+                output.prompt_logprobs[request.request_id] = dict(enumerate(likely, first))
 
     def sample(self, plan: SchedulerOutput, logits: Tensor, output: ModelRunnerOutput) -> None:
         """Choose the next tokens of each request that samples, and write them into `output`.
@@ -192,6 +206,7 @@ class LocalExecutor:
             else:
                 output.sampled_token_ids |= alone.sampled_token_ids
                 output.logprobs |= alone.logprobs
+                output.prompt_logprobs |= alone.prompt_logprobs
                 output.errors |= alone.errors
         return output
 
@@ -213,6 +228,7 @@ class RequestOutput(llama_pytorch.RequestOutput):
 
     request_id: str = ""
     prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # by position, from 1
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None  # why it failed
     siblings: list[RequestOutput] = field(default_factory=list, repr=False)  # the other n - 1 samples
@@ -259,6 +275,7 @@ class OutputProcessor:
                 break
         logprobs = result.logprobs.get(request_id, [])
         output.logprobs += logprobs[: len(output.token_ids) - len(output.logprobs)]
+        output.prompt_logprobs |= result.prompt_logprobs.get(request_id, {})
         output.error = result.errors.get(request_id)
         output.metrics.num_preemptions = request.num_preemptions
         output.metrics.num_cached_tokens = request.num_cached_tokens
@@ -356,8 +373,12 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         tenant: str = "default",
+        cache_salt: str = "",
     ) -> str:
         """Queue a request; `step` will serve it. prompt: text, or token ids. Returns its id.
+
+        It shares blocks of the prefix cache with requests that have the same cache_salt. With prompt_logprobs it shares
+        none, since all of its prompt must be computed.
 
         Raises ValueError, naming what is wrong, for a request that can never be served.
         """
@@ -373,6 +394,8 @@ class Engine:
             (*params.stop_token_ids, *(() if params.ignore_eos else self.tokenizer.eos_token_ids))
         )
         request_id = self.choose_id() if request_id is None else request_id
+        if params.prompt_logprobs is not None:
+            cache_salt = f"{cache_salt}/{self.num_arrivals}"
         requests: list[Request] = []
         for child, own_params in enumerate(params.children()):
             own_id = f"{request_id}/{child}" if child else request_id
@@ -381,6 +404,7 @@ class Engine:
             parent = requests[0] if requests else None
             request = Request(own_id, token_ids, own_params, max_tokens, stop_token_ids, parent=parent, child=child)
             request.arrival, request.priority, request.tenant = self.num_arrivals, priority, tenant
+            request.cache_salt = cache_salt
             requests.append(request)
         self.num_arrivals += 1
         outputs = [self.processor.add(request) for request in requests]

@@ -64,6 +64,15 @@ def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
     return BlockHash(hashlib.blake2b(before + text, digest_size=16).digest(), before, tuple(token_ids))
 
 
+def salt_hash(salt: str) -> BlockHash | None:
+    """Return the parent of a sequence's first block: None without a salt.
+
+    With a prefix cache, the time to the first token tells whether these tokens were asked about before. A salt, which
+    all later blocks inherit through their parents, keeps that among the requests that share it.
+    """
+    return BlockHash(hashlib.blake2b(salt.encode(), digest_size=16).digest(), b"", ()) if salt else None
+
+
 @dataclass
 class KVCacheBlock:
     """Bookkeeping of one block, which stores the keys and values of `block_size` tokens in all layers."""
@@ -155,6 +164,7 @@ class TokenSequence(Protocol):
     request_id: str
     all_token_ids: Sequence[int]  # prompt and output
     num_computed_tokens: int  # the first tokens, whose keys and values are in the cache
+    cache_salt: str  # only sequences with the same salt share blocks; "" is a salt, too
 
 
 class BlockCopy(NamedTuple):
@@ -195,7 +205,7 @@ class KVCacheManager:
         known = self.block_hashes.setdefault(request.request_id, [])
         for i in range(len(known), num_blocks):
             token_ids = request.all_token_ids[i * self.block_size : (i + 1) * self.block_size]
-            known.append(hash_block(known[-1] if known else None, token_ids))
+            known.append(hash_block(known[-1] if known else salt_hash(request.cache_salt), token_ids))
         return known[:num_blocks]
 
     def get_computed_blocks(self, request: TokenSequence) -> tuple[list[KVCacheBlock], int]:
@@ -478,16 +488,8 @@ class PagedKVCache:
         # (num_layers, num_blocks, block_size, K, D) each
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
         self.host_keys, self.host_values = (torch.zeros(host_shape, dtype=dtype, pin_memory=pin) for _ in range(2))
-
-    @property
-    def device_tensors(self) -> list[Tensor]:
-        """All tensors of the device's blocks, each (num_layers, num_blocks, block_size, ...)."""
-        return [self.keys, self.values]
-
-    @property
-    def host_tensors(self) -> list[Tensor]:
-        """Their counterparts in host memory, in the same order."""
-        return [self.host_keys, self.host_values]
+        self.device_tensors = [self.keys, self.values]  # all that is stored for a block: lesson 7 adds to it
+        self.host_tensors = [self.host_keys, self.host_values]  # their counterparts, in the same order
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store the keys and values of T tokens. slots: (T,), as from `slot_mapping`; k, v: (T, K, D).
@@ -572,6 +574,7 @@ class PagedSequence:
     request_id: str
     all_token_ids: Sequence[int]
     num_computed_tokens: int = 0
+    cache_salt: str = ""
 
 
 def compute(model: Llama, cache: PagedKVCache, manager: KVCacheManager, sequence: PagedSequence) -> Tensor:

@@ -1,16 +1,8 @@
 """Lesson 7: fewer bits. Weights in eight bits or four, activations in eight, keys and values in eight, layers on disk.
 
-Decoding reads every weight in every step. A weight of a quarter of the bytes is read in a quarter of the time, and a
-model of a quarter of the bytes fits where the whole one did not. What this costs is measured: perplexity, and the
-distance between two models' predictions.
-
-    QuantizedMethod  how a linear layer stores fewer bits: Int8Method, W8A8Method, Int4Method
-    quantize         chooses a method for each layer of a model on the meta device
-    Int8KVCache      lesson 4's blocks, in eight bits
-    OffloadedLlama   a model some of whose layers stay on disk until they are needed
-
-A weight keeps its name, and its scales are stored beside it (`q_proj.weight`, `q_proj.weight_scale`). So a quantized
-model is a checkpoint like any other, and a rank reads its slices of it.
+Decoding reads every weight in every step: a quarter of the bytes is read in a quarter of the time, and fits where the
+whole did not. A weight keeps its name, and its scales are stored beside it (`q_proj.weight`, `q_proj.weight_scale`). So
+a quantized model is a checkpoint like any other, and a rank reads its slices of it.
 
 From Dettmers et al., "LLM.int8()" (2022); for activations, Xiao et al., "SmoothQuant" (2023). Lin et al., "AWQ" (2024),
 quantize weights with their inputs in mind. Groups of four bits are as in llama.cpp's Q4_0 and Q4_1.
@@ -34,26 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import kernels
-from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
-from solutions.llama_pytorch import (
-    Attend,
-    Linear,
-    LinearMethod,
-    Llama,
-    ModelConfig,
-    layers_of,
-    load_weights,
-    parse_config,
-    reader,
-    use_kernels,
-)
-from solutions.llm_basics import rotary_tables, upcast
+from common.checkpoints import Checkpoint, CheckpointError
+from solutions.llama_pytorch import Attend, Linear, LinearMethod, Llama, layers_of, load_weights, reader
+from solutions.llm_basics import upcast
 from solutions.paged_attention import PagedKVCache, cdiv
 from solutions.parallelism import Absent
 
-# ---------------------------------------------------------------------------------------------------------------
-# Eight bits
-# ---------------------------------------------------------------------------------------------------------------
+# --- Eight bits ------------------------------------------------------------------------------------------------------
 
 
 def quantize_int8(weight: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -115,9 +94,8 @@ class QuantizedMethod(LinearMethod):
 
     def create_weights(self, layer: Linear, like: Tensor) -> None:
         for name, part in self.parts(layer.rows, layer.columns).items():
-            dtype = self.dtypes.get(name, like.dtype)
-            empty = torch.empty([len(axis) for axis in part], dtype=dtype, device=like.device)
-            setattr(layer, name, nn.Parameter(empty, requires_grad=False))
+            tensor = like.new_empty([len(axis) for axis in part], dtype=self.dtypes.get(name))
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
 
     def shapes(self, layer: Linear) -> dict[str, tuple[int, ...]]:
         return super().shapes(layer) if self.is_saved else {"weight": layer.shape}
@@ -173,9 +151,7 @@ class W8A8Method(Int8Method):
         """Nothing: torch has no fast product of whole numbers on a CPU."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Four bits
-# ---------------------------------------------------------------------------------------------------------------
+# --- Four bits -------------------------------------------------------------------------------------------------------
 
 
 def pack_int4(numbers: Tensor) -> Tensor:
@@ -198,8 +174,8 @@ def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Ten
 
     The last group of a row may be shorter. number x scale + minimum is about the weight. Asymmetric: 0 stands for the
     group's smallest weight and 15 for its largest. Symmetric: 8 stands for 0, and 15 and 1 for the largest magnitude
-    and its negative; the minimum is -8 scales, and need not be stored. Scales and minima are rounded to float16, as
-    they are stored, before the numbers are chosen. A scale that would be 0 in float16 is 1.
+    and its negative, so the minimum is -8 scales. Scales and minima are rounded to float16, as they are stored, before
+    the numbers are chosen. A scale that would be 0 in float16 is 1.
 
     Returns the numbers, uint8 (out, in), the scales and the minima, both float16 (out, groups).
     """
@@ -276,9 +252,7 @@ class Int4Method(QuantizedMethod):
         kernels.pack_int4(layer, self.group_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tree
-# ---------------------------------------------------------------------------------------------------------------
+# --- A model and its checkpoint --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -311,9 +285,8 @@ def set_method(layer: Linear, method: LinearMethod) -> None:
 def quantize(model: Llama, quantization: Quantization, is_saved: bool = False) -> None:
     """Choose how a model on the meta device stores its matrices. is_saved: as in `QuantizedMethod`.
 
-    The linear layers of the blocks get the quantization's method. The head, which decides on every token and is the
-    most sensitive, always gets `Int8Method`. The embedding table stays in floats, except in a tied model: there it
-    shares the head's eight bits.
+    The linear layers of the blocks get the quantization's method. The head is the most sensitive and always gets
+    `Int8Method`. The embedding table stays in floats, except in a tied model: there it shares the head's eight bits.
     """
     # Exercise 7.10: `set_method` for each of `layers_of(model.model.layers)` that has a `method` (norms have none),
     # then for the head and, if tied, the table. `set_method` makes new tensors, so tie them again.
@@ -327,8 +300,7 @@ def quantize(model: Llama, quantization: Quantization, is_saved: bool = False) -
     model.tie_weights()
 
 
-METHOD = "inference-course"
-"""By which a `config.json` says that its checkpoint was quantized here."""
+METHOD = "inference-course"  # by which a config.json says that its checkpoint was quantized here
 
 
 def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
@@ -347,16 +319,9 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
         raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {error}") from None
 
 
-def plain_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Returns the model's config without the entry for which lesson 2 refuses a quantized checkpoint."""
-    return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
-
-
 def quantize_for(model: Llama, checkpoint: Checkpoint, quantization: Quantization | None) -> None:
-    """Choose how a model on the meta device stores a checkpoint's matrices, whether they are quantized yet or not.
-
-    A checkpoint that is quantized already is read as it is: `quantization` must be None or the same, or this raises
-    ValueError.
+    """Choose how a model on the meta device stores a checkpoint's matrices: as `quantization` says, or, if the
+    checkpoint is quantized already, as it is. If they contradict each other, this raises ValueError.
     """
     saved = quantization_of(checkpoint)
     if saved and quantization and saved != quantization:
@@ -395,9 +360,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Weights quantized with their inputs in mind
-# ---------------------------------------------------------------------------------------------------------------
+# --- Weights quantized with their inputs in mind ---------------------------------------------------------------------
 
 
 def activation_aware_scales(
@@ -406,13 +369,12 @@ def activation_aware_scales(
     """Find a factor for each input channel, such that quantizing the scaled weights changes the outputs least.
 
     x: (T, in), real inputs. weights: the matrices (out, in) that are multiplied by them. round_trip(weight) quantizes
-    a weight and returns what can be read back. A channel with large inputs matters more, so its weights are multiplied
-    by a larger factor before they are rounded; the inputs are divided by it.
+    a weight and returns what can be read back. Weights are multiplied by the factors before they are rounded, and
+    inputs divided by them.
 
     The candidates are mean |x| ** (i / num_trials), for i from 0 (no scaling) to num_trials - 1, divided by the square
     root of (their largest x their smallest); means below 1e-4 count as 1e-4. The error of a candidate is the mean
     square of the change in the outputs, summed over the weights. Returns the best one, (in,), the first of equals.
-    From Lin et al., "AWQ" (2024).
     """
     # Exercise 7.11: for each candidate and weight, compare x @ weight.T with what the scaled weight gives: round-trip
     # weight x factors, then divide by the factors again.
@@ -443,38 +405,28 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
         numbers, scale = quantize_int8(weight)
         return numbers * scale[:, None]
 
-    inputs: dict[nn.Module, Tensor] = {}
-
-    def note(module: nn.Module, arguments: tuple) -> None:
-        inputs[module] = arguments[0]
-
-    hidden = model.embed(torch.tensor(token_ids))
-    positions = torch.arange(len(token_ids))
-    for number, block in enumerate(model.model.layers):
+    pairs: list[tuple[nn.Module, list[Linear]]] = []  # what makes inputs, and the layers that read them
+    for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
-        pairs = (
-            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-            (mlp.up_proj, (mlp.down_proj,)),
-        )
-        hooks = [readers[0].register_forward_pre_hook(note) for _, readers in pairs]
-        following = model.run_layers(hidden, positions, attend, range(number, number + 1))
-        for hook in hooks:
-            hook.remove()
-        for maker, readers in pairs:
-            factors = activation_aware_scales(inputs[readers[0]], [each.weight for each in readers], round_trip)
-            for layer in readers:
-                layer.weight.mul_(factors)
-            maker.weight.div_(factors[:, None] if maker.weight.ndim == 2 else factors)
-            if getattr(maker, "bias", None) is not None:
-                maker.bias.div_(factors)
-        inputs.clear()
-        hidden = following
+        pairs.append((block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]))
+        pairs.append((block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]))
+        pairs.append((mlp.up_proj, [mlp.down_proj]))
+    inputs: dict[nn.Module, Tensor] = {}
+    note = lambda module, arguments: inputs.update({module: arguments[0]})  # noqa: E731
+    hooks = [readers[0].register_forward_pre_hook(note) for _, readers in pairs]
+    model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
+    for hook in hooks:
+        hook.remove()
+    for maker, readers in pairs:
+        factors = activation_aware_scales(inputs.pop(readers[0]), [each.weight for each in readers], round_trip)
+        for layer in readers:
+            layer.weight.mul_(factors)
+        maker.weight.div_(factors[:, None] if maker.weight.ndim == 2 else factors)
+        if getattr(maker, "bias", None) is not None:
+            maker.bias.div_(factors)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Keys and values in eight bits
-# ---------------------------------------------------------------------------------------------------------------
+# --- Keys and values in eight bits -----------------------------------------------------------------------------------
 
 
 class Int8KVCache(PagedKVCache):
@@ -495,15 +447,8 @@ class Int8KVCache(PagedKVCache):
             return torch.zeros(tensor.shape[:-1], dtype=self.dtype, device=tensor.device, pin_memory=pin)
 
         self.scales = [scales_of(self.keys), scales_of(self.values)]
-        self.host_scales = [scales_of(self.host_keys), scales_of(self.host_values)]
-
-    @property
-    def device_tensors(self) -> list[Tensor]:
-        return [self.keys, self.values, *self.scales]
-
-    @property
-    def host_tensors(self) -> list[Tensor]:
-        return [self.host_keys, self.host_values, *self.host_scales]
+        self.device_tensors += self.scales
+        self.host_tensors += [scales_of(self.host_keys), scales_of(self.host_values)]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store the keys and values of T tokens. slots: (T,); k, v: (T, K, D)."""
@@ -529,9 +474,7 @@ class Int8KVCache(PagedKVCache):
         return found[0], found[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Layers that stay on disk
-# ---------------------------------------------------------------------------------------------------------------
+# --- Layers that stay on disk ----------------------------------------------------------------------------------------
 
 
 def stream_layers(numbers: Iterable[int], read: Callable[[int], nn.Module]) -> Iterator[tuple[int, nn.Module]]:
@@ -592,36 +535,14 @@ class OffloadedLlama(Llama):
         return layer.to(self.model.norm.weight.device)
 
     def run_layers(self, hidden: Tensor, positions: Tensor, attend: Attend, layers: range) -> Tensor:
-        cos, sin = rotary_tables(positions, self.frequencies.to(hidden.device))
+        cos, sin = self.rotary(positions)
         for _, layer in stream_layers(layers, self.read_layer):
             hidden = layer(hidden, cos, sin, attend)
             del layer  # or three layers would be in memory when the next one is asked for
         return hidden
 
 
-def load_quantized(
-    name: str, quantization: Quantization | None, dtype: torch.dtype, device: str, offload: int | None = None
-) -> Llama:
-    """Load a model as lesson 2's `load` does, quantized on the way: the whole model never stands in memory.
-
-    offload: the largest number of bytes of weights that may stand in memory; None: all.
-    """
-    checkpoint = Checkpoint(find_checkpoint(name))
-    with torch.device("meta"):
-        model = (Llama if offload is None else OffloadedLlama)(plain_config(checkpoint)).to(dtype)
-    quantize_for(model, checkpoint, quantization)
-    if offload is None:
-        load_weights(model, checkpoint)
-        model = model.to(device)
-    else:
-        model.stream_from(checkpoint, range(model.config.num_hidden_layers), offload)
-    use_kernels(model)
-    return model
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What it costs
-# ---------------------------------------------------------------------------------------------------------------
+# --- What it costs ---------------------------------------------------------------------------------------------------
 
 
 def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:

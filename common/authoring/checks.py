@@ -98,13 +98,16 @@ def skeletons(check: bool) -> int:
 
 @click.command()
 def check() -> int:
-    """Lint, compare the skeletons and look through the READMEs; every part runs, to show all there is to mend."""
+    """Lint, compare the skeletons, and check READMEs, prose and spelling; every part runs, whatever failed before."""
+    from common.authoring import prose
     from common.authoring.readmes import checks as readme_checks
 
     parts: dict[str, Callable[[], int]] = {
         "lint": lint,
         "skeletons": lambda: skeletons(check=True),
         "READMEs": lambda: readme_checks.main([]),
+        "prose": prose.main,
+        "spelling": lambda: call("-m", "codespell_lib"),
     }
     failed = []
     for name, part in parts.items():

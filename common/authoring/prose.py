@@ -143,7 +143,8 @@ def main() -> int:
     """Print all complaints; returns 1 if there are any."""
     rules = tomllib.loads(RULES.read_text(encoding="utf-8"))
     found = [line for file in texts() for line in complaints(file, rules)]
-    print("\n".join(found))
+    for line in found:
+        print(line)
     return int(bool(found))
 
 

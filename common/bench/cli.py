@@ -175,6 +175,7 @@ NAMES = (
     "ladder-smollm2-135m",
     "speculation-smollm2-135m",
     "speculation-tales",
+    "serving-smollm2-135m",
 )
 KINDS = {name.partition("-smollm2")[0].removesuffix("-tales") for name in NAMES}
 DEFAULT = ("machine", "ladder", "speculation")
@@ -199,6 +200,8 @@ def measure(name: str, quick: bool) -> dict:
         from common.bench.ladder import measure_ladder as measure_kind
     elif kind == "quality":
         from common.bench.quality import measure_quality as measure_kind
+    elif kind == "serving":
+        from common.bench.serving import measure_serving as measure_kind
     else:
         from common.bench.grids import measure_grids as measure_kind
     return measure_kind(model, quick)

@@ -27,9 +27,8 @@ from common.machine import read_bandwidth
 from common.tokenizer import Tokenizer
 from solutions import kv_cache, llama_pytorch, paged_attention
 from solutions.batching import Engine, LocalExecutor
-from solutions.engine import build_runner, slot_bytes
+from solutions.engine import build_runner, load_model, slot_bytes
 from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
-from solutions.quantization import Quantization, load_quantized
 
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Two ways may go on with different tokens where the likeliest two are closer than this: the last digits of sums
@@ -278,8 +277,8 @@ def measure_ladder(name: str, quick: bool) -> dict:
     os.environ["KERNELS"] = "fast"  # loading also packs the weights
     packed, _ = load(name, dtype, device)
     use_kernels(packed)
-    kinds = {"INT8": Quantization("int8"), "INT4": Quantization("int4")}
-    quantized = {each: load_quantized(name, kind, dtype, device) for each, kind in kinds.items()}
+    options = {"model": name, "dtype": dtype, "device": device}
+    quantized = {kind.upper(): load_model(EngineConfig(quantization=kind, **options))[0] for kind in ("int8", "int4")}
     skipped: dict[str, str] = {}
     theirs = rivals.load_transformers(find_checkpoint(name), dtype, device)
     if theirs is None:

@@ -18,6 +18,7 @@ from common.course.modules import (
     MODULES_VARIABLE,
     UnfinishedModule,
     activate,
+    choose_modules,
     files_used,
     install_finder,
     parse_mine,

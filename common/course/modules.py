@@ -106,6 +106,20 @@ def files_used(lessons: tuple[Lesson, ...] = LESSONS) -> str:
     return ", ".join(f"lesson {each.number} {'yours' if each.slug in mine else 'reference'}" for each in lessons) + "."
 
 
+def choose_modules(mine: str) -> None:
+    """The first cell of a notebook: `mine` is written as MINE is; "" keeps what the kernel was started with. Prints
+    whose files run. Raises CourseError if others are imported already, since a kernel keeps them until it restarts.
+    """
+    if mine:
+        activate(mine)
+    for each in MODULES:
+        imported = sys.modules.get(f"solutions.{each.slug}")
+        if imported and Path(imported.__file__) != substitutes().get(each.slug, each.solution):
+            raise CourseError(f"This kernel has imported {shown(Path(imported.__file__))} already: restart it.")
+    mine = [each for each in LESSONS if any(module.slug in substitutes() for module in modules_of(each.number))]
+    print(f"Yours: {named(mine)}. All others run the reference." if mine else "All lessons run the reference.")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Where solutions are withheld
 # ---------------------------------------------------------------------------------------------------------------

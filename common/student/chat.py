@@ -18,20 +18,16 @@ from typing import Any
 import click
 
 from common.checkpoints import CheckpointError
-from common.config import EngineConfig
-from common.course import CourseError, activate, files_used, substitutes
-from common.course.modules import UnfinishedModule, listed
-from common.options import ENGINE_FIELDS, engine_options, mine, number, option, threads
+from common.course import CourseError, files_used
+from common.options import engine_options, mine, number, option, threads
+from common.sampling import SamplingParams
+from common.serving.start import OptionError, start_engine
 
 HELP = """\
 /reset         forget the conversation
 /system TEXT   tell the model who it is, and start again; without TEXT: show what it was told
 /help          this list
 /quit          leave; so does Ctrl-D. Ctrl-C stops an answer."""
-
-
-class OptionError(CourseError):
-    """A wrong option or prompt; the text says what to change."""
 
 
 @dataclass
@@ -298,51 +294,13 @@ def take_turn(talker: Talker, conversation: Conversation | Story, line: str) -> 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-LESSON_5 = ("model", "num_blocks", "max_num_batched_tokens", "scheduling_policy", "preemption")
-"""Options that an engine of lesson 5 has, too."""
-
-
-def make_engine(options: dict) -> Any:
-    """The assembled engine; lesson 5's, in a copy of the course in which lesson 8 is withheld and not finished yet.
-
-    options: those that were given. Raises OptionError if one of them needs a later lesson that waits.
-    """
-    try:
-        from solutions.engine import InferenceEngine
-    except UnfinishedModule as error:
-        if later := [option for option in options if option not in LESSON_5]:
-            raise OptionError(f"{listed(later)} cannot be used yet: {error}") from None
-        print(quiet(f"Lesson 5's engine answers; parallelism, quantization and speculation wait. {error}"))
-        from solutions.batching import load_engine
-
-        return load_engine(options.pop("model", EngineConfig.model), **options)
-    return InferenceEngine(**options)
-
-
 def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -> tuple[Talker, Any]:
     """Return a talker and its engine. options: EngineConfig's; sampling: SamplingParams'."""
-    activate(mine)  # before anything of `solutions` is imported: it decides which files that means
-    if substitutes() and not os.environ.get("KERNELS"):
-        os.environ["KERNELS"] = "plain"  # so that the student's code is what runs
-    import torch
-
-    from solutions.llama_pytorch import SamplingParams
-
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from solutions.parallelism import serve_as_worker
-
-        serve_as_worker()
-    if threads:
-        torch.set_num_threads(threads)
     try:
         params = SamplingParams(**sampling)
-        EngineConfig(**options)
-        chosen = {name: options[name] for name, each in ENGINE_FIELDS.items() if options[name] != each.default}
-        engine = make_engine(chosen)
-    except CheckpointError:
-        raise
     except ValueError as error:
         raise OptionError(str(error)) from None
+    engine = start_engine(options, mine, threads)
     return Talker(options["model"], engine.config.model_config, engine.tokenizer, answer_with(engine), params), engine
 
 

@@ -44,10 +44,11 @@ def quantize_command(model: str, mine: str, out: Path, **settings) -> None:
 def quantize(name: str, quantization: str, group_size: int, symmetric: bool, activation_aware: bool, out: Path) -> None:
     import torch
 
+    from common.config import EngineConfig
+    from solutions.engine import load_model
     from solutions.llama_pytorch import causal_attend, load
     from solutions.quantization import (
         Quantization,
-        load_quantized,
         quantization_of,
         quantized_copy,
         save_quantized,
@@ -71,7 +72,8 @@ def quantize(name: str, quantization: str, group_size: int, symmetric: bool, act
             scale_for_activations(model, token_ids[half : half + length], kind, causal_attend)
             model = quantized_copy(model, kind)
     else:
-        model = load_quantized(name, kind, torch.float32, "cpu")
+        options = {"quantization": quantization, "group_size": group_size, "symmetric": symmetric}
+        model, *_ = load_model(EngineConfig(model=name, dtype="float32", device="cpu", **options))
     save_quantized(model, kind, source, out)
     before = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"{out}: {weight_bytes(model) / 1e6:.1f} MB of weights ({name}: {before / 1e6:.1f} MB). make run MODEL={out}")

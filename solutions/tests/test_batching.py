@@ -77,14 +77,12 @@ def test_same_tokens_as_alone_on_tales():
 def test_real_model_with_kernels(kernels, monkeypatch):
     """float32 on SmolLM2: equal to lesson 2's up to the first near-tie, with preemption, sharing and chunks."""
     monkeypatch.setenv("KERNELS", kernels)
-    from common import kernels as fast
-
     model, tokenizer = load("smollm2-135m", torch.float32, "cpu")
     story = tokenizer.encode("The river was wide and slow, and nobody in the village had ever crossed it.")
     prompts = [story[: 6 + 3 * i] for i in range(4)] + [story + tokenizer.encode(f" Chapter {i}")[:4] for i in range(3)]
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     alone = [llama_pytorch.generate(model, tokenizer, prompt, params).token_ids for prompt in prompts]
-    fast.pack(model)
+    llama_pytorch.use_kernels(model)
     settings = dict(num_blocks=16, block_size=8, max_num_batched_tokens=24, preemption="swap")
     with local_engine(model, tokenizer, **settings) as engine:
         outputs = engine.generate(prompts, params, progress=False)

@@ -18,11 +18,11 @@ import torch
 from common.authoring.soak.load import Models
 from common.authoring.soak.requests import Letters
 from common.checkpoints import find_checkpoint
+from common.config import EngineConfig
 from common.tokenizer import load_tokenizer
 from solutions import engine, llama_pytorch
 from solutions.engine import InferenceEngine
 from solutions.llama_pytorch import Llama, SamplingParams, recompute
-from solutions.quantization import Quantization, load_quantized
 
 AXES = {
     "memory": ("contiguous", "paged", "paged, prefixes cached"),
@@ -74,7 +74,8 @@ class Subject:
     @functools.cache  # noqa: B019
     def model(self, quantization: str | None, dtype: torch.dtype) -> Llama:
         """One process, no engine: the model that `generate` is given, with the very weights."""
-        return load_quantized(self.target, quantization and Quantization(quantization, 32), dtype, "cpu")
+        options = {"quantization": quantization, "group_size": 32, "dtype": dtype, "device": "cpu"}
+        return engine.load_model(EngineConfig(model=str(self.target), **options))[0]
 
     @functools.cache  # noqa: B019
     def answers(self, quantization: str | None, dtype: torch.dtype) -> list[list[llama_pytorch.RequestOutput]]:

@@ -13,16 +13,16 @@ from common.authoring.soak.load import drive, options_of
 from common.authoring.soak.oracle import Oracle
 from common.authoring.soak.requests import MAX_MODEL_LEN, Letters, random_asks
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from common.config import EngineConfig
 from common.tests.typed import typed
 from solutions.batching import SamplingParams
-from solutions.engine import InferenceEngine
+from solutions.engine import InferenceEngine, load_model
 from solutions.llama_pytorch import causal_attend, layers_of, load_weights, parse_config
 from solutions.parallelism import Group, RankCoordinates, shard
 from solutions.quantization import (
     Quantization,
     dequantize_int4,
     int8_matmul,
-    load_quantized,
     pack_int4,
     quantize,
     quantize_int4,
@@ -43,6 +43,10 @@ def engine(folder, quantization: Quantization | None = None, **settings) -> Infe
     return InferenceEngine(str(folder), **options_of(quantization), **settings)
 
 
+def load(name, quantization: Quantization | None, dtype: torch.dtype):
+    return load_model(EngineConfig(model=str(name), dtype=dtype, device="cpu", **options_of(quantization)))[0]
+
+
 def tokens(folder, **settings) -> list[list[int]]:
     with engine(folder, **settings) as own:
         return [output.token_ids for output in own.generate(PROMPTS, PARAMS, progress=False)]
@@ -52,7 +56,7 @@ def tokens(folder, **settings) -> list[list[int]]:
 def test_shares_are_of_the_whole_matrix(checkpoints, kind):  # noqa: F811
     """What three ranks hold, laid side by side, is what one process holds: numbers and scales."""
     folder = checkpoints["qwen3"]
-    whole = load_quantized(str(folder), kind, torch.float64, "cpu")
+    whole = load(folder, kind, torch.float64)
     numbers = dict(whole.named_parameters())
     for rank in range(3):
         checkpoint = Checkpoint(folder)
@@ -135,9 +139,9 @@ class AloneInEngine(Oracle):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_saved_and_loaded(checkpoints, kind, tmp_path):  # noqa: F811
     folder = checkpoints["llama"]
-    model = load_quantized(str(folder), kind, torch.float64, "cpu")
+    model = load(folder, kind, torch.float64)
     save_quantized(model, kind, folder, tmp_path / "saved")
-    again = load_quantized(str(tmp_path / "saved"), None, torch.float64, "cpu")
+    again = load(tmp_path / "saved", None, torch.float64)
     for (name, one), (other_name, other) in zip(model.named_parameters(), again.named_parameters()):
         assert name == other_name and one.dtype == other.dtype and torch.equal(one, other), name
     assert tokens(tmp_path / "saved") == tokens(folder, quantization=kind)
@@ -145,7 +149,7 @@ def test_saved_and_loaded(checkpoints, kind, tmp_path):  # noqa: F811
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(checkpoints, tmp_path):  # noqa: F811
-    model = load_quantized(str(checkpoints["llama"]), KINDS[0], torch.float64, "cpu")
+    model = load(checkpoints["llama"], KINDS[0], torch.float64)
     save_quantized(model, KINDS[0], checkpoints["llama"], tmp_path / "saved")
     with pytest.raises(ValueError, match="is quantized already"):
         engine(tmp_path / "saved", quantization=Quantization("int4"))
@@ -165,13 +169,13 @@ def test_a_weight_of_the_wrong_shape_is_refused(checkpoints, tmp_path):  # noqa:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     for kind in KINDS:
         with pytest.raises(CheckpointError, match="down_proj.weight has shape"):
-            load_quantized(str(tmp_path), kind, torch.float64, "cpu")
+            load(tmp_path, kind, torch.float64)
 
 
 def test_offload_streams_and_says_what_it_needs(checkpoints):  # noqa: F811
     folder = checkpoints["qwen2"]
     expected = tokens(folder, quantization=Quantization("int8"))
-    model = load_quantized(str(folder), Quantization("int8"), torch.float64, "cpu")
+    model = load(folder, Quantization("int8"), torch.float64)
     whole = weight_bytes(model)
     with pytest.raises(ValueError, match="needs (\\d+) at least") as refused:
         engine(folder, quantization=Quantization("int8"), offload=1)
@@ -241,7 +245,7 @@ def test_compiled_products(rows, outputs, columns):
 def test_kernels_leave_other_dtypes_alone(kind, monkeypatch):
     """They compute in float32; a model in float64 keeps its plain layers."""
     monkeypatch.setenv("KERNELS", "fast")
-    model = load_quantized("tales", kind, torch.float64, "cpu")
+    model = load("tales", kind, torch.float64)
     assert not any(kernels.has_kernel(layer) for layer in layers_of(model).values() if hasattr(layer, "method"))
     with torch.inference_mode():
         assert model.logits(model(torch.arange(5, 9), torch.arange(4), causal_attend)).dtype == torch.float64
@@ -251,9 +255,9 @@ def test_kernels_leave_other_dtypes_alone(kind, monkeypatch):
 def test_packed_quantized_model(kind, monkeypatch):
     """With kernels a model says what it says without, up to rounding; and it takes no more memory."""
     monkeypatch.setenv("KERNELS", "fast")
-    packed = load_quantized("tales", kind, torch.float32, "cpu")
+    packed = load("tales", kind, torch.float32)
     monkeypatch.setenv("KERNELS", "plain")
-    model = load_quantized("tales", kind, torch.float32, "cpu")
+    model = load("tales", kind, torch.float32)
     ids, positions = torch.arange(5, 45), torch.arange(40)
     assert weight_bytes(packed) == weight_bytes(model)
     with torch.inference_mode():

@@ -32,6 +32,7 @@ highlight_language = "none"  # of a block that does not name one
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "How it is drawn", "How it is drawn"
 
 html_theme = "furo"
 html_static_path = ["static"]

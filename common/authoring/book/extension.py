@@ -117,10 +117,13 @@ def label(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def split_source(text: str) -> list[tuple[str, str]]:
-    """A module in parts: the heading that each has in a comment between two rules ("" before the first); its text."""
-    rule = r"^# -{20,}\n"
-    parts = ["", *re.split(rf"{rule}# (.+)\n{rule}", text, flags=re.MULTILINE)]
-    return [(title, body.strip("\n") + "\n") for title, body in zip(parts[::2], parts[1::2])]
+    """A module in parts: the heading that each has in a comment between two rules, or within one ("" before the first);
+    its text.
+    """
+    rule = r"# -{20,}\n"
+    parts = re.split(rf"^{rule}# (.+)\n{rule}|^# --- (.+?) -{{10,}}\n", text, flags=re.MULTILINE)
+    titles = ["", *(between or within for between, within in zip(parts[1::3], parts[2::3]))]
+    return [(title, body.strip("\n") + "\n") for title, body in zip(titles, parts[::3])]
 
 
 class PythonParser(Parser):

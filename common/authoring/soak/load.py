@@ -31,7 +31,7 @@ from solutions.batching import Engine, LocalExecutor, ModelRunner
 from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import Llama
 from solutions.paged_attention import PagedKVCache
-from solutions.quantization import Int8KVCache, Quantization, load_quantized
+from solutions.quantization import Int8KVCache, Quantization
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 from solutions.speculative import AdaptiveSpeculation, SpeculativeRunner
 
@@ -261,7 +261,8 @@ class Models:
         key = name, quantization, kv_cache_dtype
         if key not in self.oracles:
             folder = self.folder(name) if name in FAMILIES else name
-            model = load_quantized(folder, quantization, torch.float64, "cpu")
+            options = options_of(quantization)
+            model, *_ = load_model(EngineConfig(model=folder, dtype=torch.float64, device="cpu", **options))
             cache = Int8KVCache if kv_cache_dtype == "int8" else None
             self.oracles[key] = Oracle(model, self.tokenizer(name), cache)
         return self.oracles[key]

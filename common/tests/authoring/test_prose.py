@@ -1,11 +1,14 @@
 """The check of the texts finds what it should, and only that."""
 
 import json
+import subprocess
+import sys
 import tomllib
 
 import pytest
 
 from common.authoring import prose
+from common.course import ROOT
 
 RULES = tomllib.loads(prose.RULES.read_text(encoding="utf-8"))
 
@@ -65,3 +68,17 @@ def test_a_readme_has_a_budget(monkeypatch, tmp_path):
     text = "\n\n".join(["word word word."] * 1001)
     assert len(complaints(monkeypatch, tmp_path, text, "lesson-3-kv-cache/README.md")) == 1
     assert complaints(monkeypatch, tmp_path, text, "lesson-0-intro/README.md") == []
+
+
+def test_spelling_is_checked_in_a_notebook_s_cells_but_not_in_their_outputs(tmp_path):
+    pytest.importorskip("codespell_lib", reason="codespell is not installed (python -m common setup dev)")
+
+    def found(cell: str, output: str) -> bool:
+        outputs = [{"name": "stdout", "output_type": "stream", "text": [output]}]
+        cells = [{"cell_type": "code", "metadata": {}, "outputs": outputs, "source": [cell]}]
+        (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}, indent=1), encoding="utf-8")
+        command = [sys.executable, "-m", "codespell_lib", "--toml", ROOT / "pyproject.toml", tmp_path]
+        return bool(subprocess.run(command, stdout=subprocess.DEVNULL).returncode)
+
+    wrong = "teh"  # codespell:ignore
+    assert found(wrong, "the") and not found("the", wrong)

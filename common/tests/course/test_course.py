@@ -70,6 +70,22 @@ def test_unfinished_module_is_refused_at_import(tmp_path):
     assert "mine.py cannot be used yet: 1.4 still to do" in result.stderr
 
 
+def test_a_notebook_chooses_modules_before_they_are_imported(tmp_path, monkeypatch):
+    mine = tmp_path / "mine.py"
+    mine.write_text((ROOT / "solutions" / "llm_basics.py").read_text())
+    choose = (
+        "import os\nfrom common import course\nfrom common.course import modules\n"
+        f"modules.activate = lambda mine: os.environ.update(COURSE_MODULES='llm_basics={mine}')\n"
+        "course.choose_modules({!r})\nimport solutions.llm_basics as one\nprint(one.__file__)\n"
+    )
+    first, second = run(choose.format("1"), tmp_path, COURSE_MODULES="").stdout.splitlines()
+    assert first == "Yours: lesson 1. All others run the reference." and second == str(mine)
+    first, second = run(choose.format(""), tmp_path, COURSE_MODULES="").stdout.splitlines()
+    assert first == "All lessons run the reference." and second != str(mine)
+    late = choose.format("") + "course.choose_modules('1')"
+    assert "llm_basics.py already: restart it" in run(late, tmp_path, COURSE_MODULES="").stderr
+
+
 def test_activate_names_what_is_unfinished(tmp_path, monkeypatch):
     monkeypatch.delenv(course.MODULES_VARIABLE, raising=False)
     monkeypatch.setattr("common.course.lessons.ROOT", tmp_path)

@@ -10,15 +10,16 @@ function isDark() {
 
 let drawn = 0;
 async function draw() {
-  const background = getComputedStyle(document.body).getPropertyValue("--color-background-primary").trim();
-  const themeVariables = { edgeLabelBackground: background, clusterBkg: "transparent" };
+  const style = getComputedStyle(document.body);
+  const background = style.getPropertyValue("--color-background-primary").trim();
+  const themeVariables = { edgeLabelBackground: background, clusterBkg: "transparent", fontSize: style.fontSize };
   mermaid.initialize({ startOnLoad: false, theme: isDark() ? "dark" : "neutral", themeVariables });
   for (const { element, text } of diagrams) {
     const { svg } = await mermaid.render(`diagram-${drawn++}`, text);
     element.innerHTML = svg;
-    // On a narrow screen it is moved rather than shrunk until nobody can read it.
+    // On a narrow screen it is moved rather than shrunk: its text stays as large as the text around it.
     const drawing = element.firstElementChild;
-    drawing.style.minWidth = `${Math.min(720, 0.6 * parseFloat(drawing.style.maxWidth))}px`;
+    drawing.style.minWidth = drawing.style.maxWidth;
   }
 }
 

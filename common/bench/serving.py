@@ -1,0 +1,239 @@
+"""What the server costs: the same requests over HTTP and given to the engine in Python, in turn, on one machine.
+
+Clients are a closed loop: each sends its next request once its last answer is complete, as the engine alone starts the
+next of its requests when one has finished. The client is this process and the server another, so on a machine with few
+cores the client's own work is part of what is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from common.course import ROOT
+
+# ---------------------------------------------------------------------------------------------------------------
+# A client, on asyncio's sockets: little work for each token
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """What came back for one request. Times are in seconds of `time.perf_counter`."""
+
+    sent: float = 0.0
+    times: list[float] = field(default_factory=list)  # of each event with text
+    text: str = ""
+    usage: dict | None = None
+    finish_reason: str | None = None
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between events with text: tokens, except those that are held back until a character is whole."""
+        return [after - before for before, after in zip(self.times, self.times[1:])]
+
+
+async def request(
+    port: int, path: str, body: dict | None = None
+) -> tuple[int, asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send a request and read the head of the answer. Returns the status, and what reads the rest and closes it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = b"" if body is None else json.dumps(body).encode()
+    head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    return int(lines[0].split()[1]), reader, writer
+
+
+async def chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The chunks of an answer in HTTP's chunked encoding."""
+    while size := int(await reader.readline(), 16):
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)
+
+
+async def complete(port: int, body: dict, leave_after: int | None = None) -> Answer:
+    """Ask for a streamed completion. leave_after: close the connection after this many events with text.
+
+    Raises RuntimeError if the server refuses, or breaks the answer off.
+    """
+    answer = Answer(time.perf_counter())
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    status, reader, writer = await request(port, "/v1/completions", body)
+    try:
+        if status != 200:
+            raise RuntimeError(f"status {status}: {(await reader.read(1000)).decode(errors='replace')}")
+        rest = b""
+        async for chunk in chunks(reader):
+            *events, rest = (rest + chunk).split(b"\n\n")
+            for event in events:
+                if event == b"data: [DONE]":
+                    return answer
+                take(answer, json.loads(event.removeprefix(b"data: ")))
+                if leave_after is not None and len(answer.times) >= leave_after:
+                    return answer
+        raise RuntimeError("the server broke the answer off.")
+    finally:
+        writer.close()
+
+
+def take(answer: Answer, event: dict) -> None:
+    """Add an event of a stream to the answer."""
+    if "error" in event:
+        raise RuntimeError(event["error"]["message"])
+    answer.usage = event.get("usage") or answer.usage
+    for choice in event["choices"]:
+        answer.finish_reason = choice["finish_reason"] or answer.finish_reason
+        if choice["text"]:
+            answer.text += choice["text"]
+            answer.times.append(time.perf_counter())
+
+
+async def closed_loop(port: int, bodies: Sequence[dict], num_clients: int) -> list[Answer]:
+    """Let clients send all requests; each has one at a time. Returns the answers in the order of the requests."""
+    answers: dict[int, Answer] = {}
+    waiting = iter(enumerate(bodies))
+
+    async def client() -> None:
+        for number, body in waiting:
+            answers[number] = await complete(port, body)
+
+    async with asyncio.TaskGroup() as clients:
+        for _ in range(num_clients):
+            clients.create_task(client())
+    return [answers[number] for number in range(len(bodies))]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A server in a process of its own
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunningServer:
+    process: subprocess.Popen
+    port: int
+
+
+@contextlib.contextmanager
+def running_server(*options: str, prefix: Sequence[str] = ()) -> Iterator[RunningServer]:
+    """`make serve` at a free port, until the `with` ends.
+
+    options: as on the command line. prefix: a command that runs it, such as `torchrun`. Raises RuntimeError with what
+    the server wrote if it ends before it serves.
+    """
+    command = [*(prefix or [sys.executable]), "-m", "common", "serve", "--port", "0", *options]
+    environment = {**os.environ, "COURSE_PYTHON": "here"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        lines: list[str] = []
+        for line in process.stdout:
+            lines.append(line)
+            if match := re.search(r"answers at https?://[^:]+:(\d+)", line):
+                break
+        else:
+            raise RuntimeError(f"{' '.join(command)} ended before it served:\n{''.join(lines)}")
+        yield RunningServer(process, int(match[1]))
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The measurement
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_serving(model: str, quick: bool) -> dict:
+    """Output tokens per second over HTTP and in Python, for some numbers of clients; and times between tokens."""
+    from solutions.engine import InferenceEngine
+    from solutions.llama_pytorch import SamplingParams
+
+    rounds = 1 if quick else 3
+    num_prompt_tokens, num_tokens = (16, 8) if quick else (64, 48)
+    threads = torch.get_num_threads()
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    with (
+        InferenceEngine(model, enable_prefix_caching=False) as engine,
+        running_server("--model", model, "--no-enable-prefix-caching", "--threads", str(threads)) as server,
+    ):
+        vocab_size = engine.config.model_config.vocab_size
+        for num_clients in (1, 8, 32):
+            num_requests = 2 * num_clients + (0 if quick else 2)
+            prompts = torch.randint(vocab_size, (num_requests, num_prompt_tokens), generator=generator).tolist()
+            params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+            bodies = [
+                {"prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0} for prompt in prompts
+            ]
+            speeds: dict[str, list[float]] = {"server": [], "engine": []}
+            for number in range(rounds):
+                for way in ("server", "engine") if number % 2 == 0 else ("engine", "server"):
+                    start = time.perf_counter()
+                    if way == "server":
+                        answers = asyncio.run(closed_loop(server.port, bodies, num_clients))
+                    else:
+                        outputs = closed_loop_alone(engine, prompts, params, num_clients)
+                    speeds[way].append(num_requests * num_tokens / (time.perf_counter() - start))
+            gaps = sorted(gap for answer in answers for gap in answer.gaps)
+            row = {
+                "clients": num_clients,
+                "num_requests": num_requests,
+                "server_tokens_per_second": statistics.median(speeds["server"]),
+                "engine_tokens_per_second": statistics.median(speeds["engine"]),
+                "ratio": statistics.median(ours / alone for ours, alone in zip(speeds["server"], speeds["engine"])),
+                "rounds": speeds,
+                "time_to_first_token_p50": statistics.median(answer.times[0] - answer.sent for answer in answers),
+                "time_between_tokens_p50": statistics.median(gaps),
+                "time_between_tokens_p99": gaps[int(0.99 * len(gaps))],
+                "equal_texts": sum(answer.text == output.text for answer, output in zip(answers, outputs)),
+            }
+            rows.append(row)
+            print(
+                f"{num_clients} clients: {row['server_tokens_per_second']:.1f} tokens/s over HTTP, "
+                f"{row['engine_tokens_per_second']:.1f} in Python, ratio {row['ratio']:.3f}; "
+                f"p99 between tokens {row['time_between_tokens_p99'] * 1e3:.0f} ms; "
+                f"{row['equal_texts']} of {num_requests} texts are equal",
+                flush=True,
+            )
+    return {
+        "model": model,
+        "threads": threads,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "num_prompt_tokens": num_prompt_tokens,
+        "num_output_tokens": num_tokens,
+        "rows": rows,
+    }
+
+
+def closed_loop_alone(engine, prompts: Sequence[list[int]], params, num_clients: int) -> list:
+    """The same load without a server: as many requests at once as there are clients. Returns the outputs in order."""
+    waiting, unfinished, outputs = iter(prompts), 0, {}
+    ids: list[str] = []
+    while True:
+        while unfinished < num_clients and (prompt := next(waiting, None)) is not None:
+            ids.append(engine.add_request(prompt, params))
+            unfinished += 1
+        if not unfinished:
+            return [outputs[request_id] for request_id in ids]
+        for output in engine.step():
+            if output.is_finished:
+                outputs[output.request_id] = output
+                unfinished -= 1

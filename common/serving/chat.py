@@ -1,0 +1,131 @@
+"""/v1/chat/completions: a conversation is answered, as the model's chat template writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request, Response
+
+from common.serving.errors import ApiError
+from common.serving.generation import Generation, Server, begin, events, processors, sampling_params
+from common.serving.protocol import Answer, ChatChoice, ChatRequest, ChatResponse, Message
+from common.serving.tokens import chat_logprobs
+
+
+@dataclass
+class Choice:
+    """One answer so far."""
+
+    index: int
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    finish_reason: str | None = None
+    is_begun: bool = False
+
+
+async def chat(server: Server, request: Request, body: ChatRequest) -> ChatResponse | Response:
+    server.check_model(body.model)
+    prompt = encode_chat(server, body)
+    max_tokens = server.limit(len(prompt), body.max_completion_tokens or body.max_tokens)
+    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = sampling_params(body, max_tokens, num_logprobs, await processors(server, body))
+    generation = await begin(server, request, body, [prompt], [params])
+    choices = [Choice(i) for i in range(body.n)]
+    if body.stream:
+        return events(chunks(generation, body, choices))
+    async for delta in generation.deltas():
+        choice = choices[delta.choice]
+        choice.pieces.append(delta.text)
+        choice.logprobs += delta.logprobs
+        choice.finish_reason = delta.finish_reason
+    return ChatResponse(
+        id=f"chatcmpl-{generation.stream.request_id}",
+        created=generation.created,
+        model=server.model_name,
+        choices=[
+            ChatChoice(
+                index=choice.index,
+                message=Answer(content="".join(choice.pieces)),
+                finish_reason=choice.finish_reason,
+                logprobs=logprobs(server, body, choice.logprobs),
+            )
+            for choice in choices
+        ],
+        usage=generation.usage,
+    )
+
+
+def encode_chat(server: Server, body: Any) -> list[int]:
+    """The prompt's token ids. body: has messages, add_generation_prompt and chat_template_kwargs."""
+    if server.tokenizer.chat_template is None:
+        raise ApiError(
+            400,
+            f"{server.model_name} has no chat template: it was not trained to converse. Use /v1/completions.",
+            param="messages",
+        )
+    messages = [plain_message(message) for message in body.messages]
+    own = {"add_generation_prompt": body.add_generation_prompt}
+    text = server.tokenizer.apply_chat_template(messages, **{**(body.chat_template_kwargs or {}), **own})
+    return server.encode(text, add_special_tokens=False)  # the template writes them itself
+
+
+def plain_message(message: Message) -> dict:
+    """A message as chat templates expect it: text, and the arguments of calls as data."""
+    content = message.content or ""
+    if not isinstance(content, str):
+        content = "\n".join(part.text for part in content)
+    role = "system" if message.role == "developer" else message.role
+    plain: dict = {"role": role, "content": content}
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {"type": "function", "id": call.id, "function": {"name": call.function.name, "arguments": arguments(call)}}
+            for call in message.tool_calls
+        ]
+    return plain
+
+
+def arguments(call: Any) -> dict:
+    try:
+        return json.loads(call.function.arguments or "{}")
+    except ValueError as error:
+        message = f"The arguments of the call of {call.function.name} are not JSON: {error}."
+        raise ApiError(400, message, param="messages") from None
+
+
+def logprobs(server: Server, body: ChatRequest, positions: list) -> dict | None:
+    return chat_logprobs(server.tokenizer, positions, body.top_logprobs or 0) if body.logprobs else None
+
+
+async def chunks(generation: Generation, body: ChatRequest, choices: list[Choice]) -> AsyncIterator[dict]:
+    server = generation.server
+    head = {
+        "id": f"chatcmpl-{generation.stream.request_id}",
+        "object": "chat.completion.chunk",
+        "created": generation.created,
+        "model": server.model_name,
+    }
+    usage = {"usage": None} if body.includes_usage else {}
+
+    def chunk(choice: Choice, delta: dict, positions: dict | None = None, reason: str | None = None) -> dict:
+        own = {"index": choice.index, "delta": delta, "logprobs": positions, "finish_reason": reason}
+        return {**head, "choices": [own], **usage}
+
+    async for delta in generation.deltas():
+        choice = choices[delta.choice]
+        if not choice.is_begun:
+            choice.is_begun = True
+            yield chunk(choice, {"role": "assistant", "content": ""})
+        positions = logprobs(server, body, delta.logprobs)
+        if delta.text or (positions and positions["content"]):
+            yield chunk(choice, {"content": delta.text}, positions)
+        if delta.finish_reason:
+            yield chunk(choice, {}, None, delta.finish_reason)
+    if body.includes_usage:
+        yield {**head, "choices": [], "usage": generation.usage.model_dump()}

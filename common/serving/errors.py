@@ -1,0 +1,93 @@
+"""Errors as OpenAI's API words them: a status code, and a JSON body with message, type, param and code."""
+
+from __future__ import annotations
+
+import logging
+import math
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from common.serving.loop import EngineDead, QueueFull, RequestFailed
+from common.serving.protocol import ErrorInfo, ErrorResponse
+
+LOG = logging.getLogger("common.serving")
+
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+DOCUMENTED = {status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)}
+
+
+class ApiError(Exception):
+    """An answer other than success. code: a word for programs, such as model_not_found."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.info = ErrorInfo(message=message, type=error_type(status), param=param, code=code)
+        self.headers = headers
+
+    @property
+    def body(self) -> dict:
+        return {"error": self.info.model_dump()}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def error_type(status: int) -> str:
+    return TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The answer that a failure becomes. A mistake of ours is logged, and its answer does not say what it was."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(math.ceil(error.retry_after))})
+    if isinstance(error, EngineDead):
+        return ApiError(503, str(error), code="engine_dead")
+    if isinstance(error, RequestFailed):
+        return ApiError(500, f"The engine could not compute this request: {error}", code="request_failed")
+    if isinstance(error, ValueError):  # the engine's own words, which name the field
+        return ApiError(400, str(error))
+    LOG.error("A request has failed.", exc_info=error)
+    return ApiError(500, "The server has failed in this request; its log says how.", code="internal_error")
+
+
+def validation_error(error: RequestValidationError) -> ApiError:
+    """Status 400 for a body that does not fit, naming the first field that is wrong."""
+    first = error.errors()[0]
+    where = [str(each) for each in first["loc"] if each != "body"]
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{'.'.join(where)}: {message}" if where else message, param=where[0] if where else None)
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Let every failure in a route become an answer of this form."""
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        return validation_error(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        message = error.detail
+        if message == HTTPStatus(error.status_code).phrase:  # FastAPI's own words
+            message = f"{request.method} {request.url.path}: {message}. /docs lists what there is."
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    async def on_failure(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    for kind in (ApiError, QueueFull, EngineDead, RequestFailed, ValueError, Exception):
+        app.exception_handler(kind)(on_failure)

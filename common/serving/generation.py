@@ -1,0 +1,197 @@
+"""What completions and chats share: from a request's body to the engine, and from the engine to the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from common.sampling import SamplingParams
+from common.serving.errors import ApiError, as_api_error
+from common.serving.grammar import Grammar, compiled, grammar_of, logit_bias
+from common.serving.loop import Delta, EngineLoop, Job, Stream
+from common.serving.metrics import Metrics
+from common.serving.protocol import PromptTokensDetails, SamplingBody, Usage
+from common.serving.tenants import Tenant, Tenants
+
+
+class ClientGone(ApiError):
+    """The client has closed its connection and will not read this answer."""
+
+    def __init__(self):
+        super().__init__(499, "The client has closed the connection.")
+
+
+@dataclass
+class Server:
+    """What the routes need."""
+
+    loop: EngineLoop
+    tokenizer: Any
+    config: Any  # the resolved EngineConfig
+    model_name: str
+    tenants: Tenants
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, model: str | None) -> None:
+        if model is not None and model != self.model_name:
+            message = f"The model `{model}` does not exist; this server has `{self.model_name}`."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """How many tokens an answer may have. Raises ApiError if prompt and answer together exceed the context."""
+        config = self.config
+        left = min(config.max_model_len, config.num_blocks * config.block_size) - num_prompt_tokens
+        if left < 1 or (max_tokens or 0) > config.max_model_len - num_prompt_tokens:
+            asked = f" and max_tokens is {max_tokens}" if max_tokens else ""
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {config.max_model_len} tokens. The prompt has "
+                f"{num_prompt_tokens}{asked}; shorten one of them.",
+                param="max_tokens" if left > 0 else "prompt",
+                code="context_length_exceeded",
+            )
+        return max_tokens or left
+
+
+async def processors(server: Server, body: SamplingBody, grammar: str | None = None) -> list[Any]:
+    """The logits processors of a request. grammar: one that it asks for in another way. Raises ValueError if one is
+    wrong, before anything is computed.
+    """
+    asked = grammar_of(body)
+    if grammar and asked:
+        raise ValueError("response_format and structured_outputs cannot be combined with a tool that must be called.")
+    grammar = grammar or asked
+    found: list[Any] = [bias] if (bias := logit_bias(body, server.config.model_config.vocab_size)) else []
+    if grammar is not None:
+        if body.min_tokens:
+            raise ValueError("min_tokens cannot be combined with a grammar, which may end the answer earlier.")
+        await asyncio.to_thread(compiled, str(server.tokenizer.folder), grammar)  # takes up to a second
+        found.append(Grammar(str(server.tokenizer.folder), grammar))
+    return found
+
+
+def sampling_params(
+    body: SamplingBody,
+    max_tokens: int,
+    logprobs: int | None,
+    processors: Sequence[Any] = (),
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The engine's words for what a request asks."""
+    same = ("n", "temperature", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "presence_penalty")
+    values = {name: getattr(body, name) for name in (*same, "frequency_penalty", "repetition_penalty")}
+    return SamplingParams(
+        **values,
+        top_k=max(0, body.top_k),
+        min_tokens=min(body.min_tokens, max_tokens),
+        max_tokens=max_tokens,
+        stop=body.stop or (),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        logits_processors=processors,
+    )
+
+
+@dataclass
+class Generation:
+    """A request that the engine has taken: its stream, whose it is, and what it has cost."""
+
+    server: Server
+    stream: Stream
+    tenant: Tenant
+    num_prompt_tokens: int
+    num_choices: int
+    created: int = field(default_factory=lambda: int(time.time()))
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    is_ended: bool = False
+    watcher: asyncio.Task | None = None
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """What comes, counted. Whatever ends it, nothing of it is left in the engine."""
+        try:
+            async for delta in self.stream:
+                self.num_output_tokens += len(delta.token_ids)
+                self.tenant.spend(len(delta.token_ids))
+                if delta.finish_reason is not None:
+                    self.num_cached_tokens += delta.output.metrics.num_cached_tokens
+                yield delta
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        if not self.is_ended:
+            self.is_ended = True
+            self.server.loop.finished(self.stream)
+            self.tenant.leave()
+            self.watcher.cancel()
+
+    async def watch(self, request: Request) -> None:
+        """Abort as soon as the client leaves, whether or not anything is being sent."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        if not self.is_ended:
+            self.stream.queue.put_nowait(ClientGone())
+            self.server.loop.finished(self.stream)
+            self.stream.num_open = 1  # the one who reads it must wake up
+            self.end()
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=self.num_output_tokens,
+            total_tokens=self.num_prompt_tokens + self.num_output_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.num_cached_tokens),
+        )
+
+
+async def begin(
+    server: Server, request: Request, body: SamplingBody, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+) -> Generation:
+    """Give the prompts to the engine. Raises ApiError and whatever `EngineLoop.submit` raises."""
+    tenant: Tenant = request.scope["state"]["tenant"]
+    server.loop.check()
+    tenant.admit()
+    try:
+        options = {"tenant": tenant.name, "priority": body.priority, "cache_salt": tenant.salt(body.cache_salt)}
+        jobs = [Job(prompt, own, options) for prompt, own in zip(prompts, params)]
+        stream = await server.loop.submit(jobs)
+    except BaseException:
+        tenant.leave()
+        raise
+    num_prompt_tokens = sum(map(len, prompts))
+    tenant.spend(num_prompt_tokens)
+    generation = Generation(server, stream, tenant, num_prompt_tokens, stream.num_open)
+    generation.watcher = asyncio.create_task(generation.watch(request))
+    return generation
+
+
+def events(chunks: AsyncIterator[dict]) -> StreamingResponse:
+    """Server-sent events: each chunk as JSON, then [DONE]. A failure is a chunk with `error`, as OpenAI's."""
+    dumps = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+
+    async def lines() -> AsyncIterator[bytes]:
+        try:
+            async for chunk in chunks:
+                yield f"data: {dumps(chunk)}\n\n".encode()
+        except ClientGone:
+            return
+        except Exception as error:  # the status is sent already
+            yield f"data: {dumps(as_api_error(error).body)}\n\n".encode()
+        yield b"data: [DONE]\n\n"
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)

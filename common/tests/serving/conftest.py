@@ -1,0 +1,90 @@
+"""A server over `tales`, which has been given a chat template, at a free port of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] There was once{% endif %}"
+)
+
+
+@contextlib.contextmanager
+def serving(engine, tenants=None, template: str | None = TEMPLATE, **options):
+    """Serve an engine as `make serve` does; yields (base URL, Server). When it ends, the engine is closed."""
+    import uvicorn
+
+    from common.serving.api import create_app
+    from common.serving.generation import Server
+    from common.serving.loop import EngineLoop
+    from common.serving.metrics import Metrics
+    from common.serving.tenants import Tenants
+
+    engine.tokenizer.chat_template = template
+    metrics = Metrics(engine, "tales")
+    loop = EngineLoop(engine, observer=metrics, **options)
+    server = Server(loop, engine.tokenizer, engine.config, "tales", tenants or Tenants([]), metrics)
+    config = uvicorn.Config(
+        create_app(server), "127.0.0.1", 0, log_level="warning", access_log=False, timeout_graceful_shutdown=5
+    )
+    socket = config.bind_socket()
+    runner = uvicorn.Server(config)
+    server.loop.start()
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [socket]}, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not runner.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}", server
+    finally:
+        runner.should_exit = True
+        thread.join(20)
+        socket.close()
+
+
+def make_engine(**options):
+    from solutions.engine import InferenceEngine
+
+    return InferenceEngine("tales", **{"num_blocks": 256, "max_batch_size": 8, **options})
+
+
+@pytest.fixture(scope="package")
+def served():
+    """(base URL, Server), one for all tests that leave it as it was."""
+    pytest.importorskip("fastapi")
+    with serving(make_engine(), max_waiting=64) as found:
+        yield found
+
+
+@pytest.fixture(scope="package")
+def url(served) -> str:
+    return served[0]
+
+
+@pytest.fixture(scope="package")
+def client(url):
+    """The official client."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def eventually(condition, seconds: float = 10.0) -> None:
+    """Wait until a condition holds; fail if it does not within these seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def is_empty(engine) -> bool:
+    """Whether nothing of any request is left: no block is held, no request is known."""
+    pool = engine.manager.pool
+    scheduler = engine.scheduler
+    return pool.num_free_blocks == len(pool.blocks) and not scheduler.requests and not engine.processor.states

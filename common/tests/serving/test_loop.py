@@ -1,0 +1,127 @@
+"""What happens when clients leave, too many come, a request fails, or the engine does."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx")
+
+from common.tests.serving.conftest import eventually, is_empty, make_engine, serving  # noqa: E402
+
+LONG = {"prompt": "There was once a", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
+SHORT = {**LONG, "max_tokens": 4}
+
+
+def slowly(engine):
+    """The same engine, whose steps take 10 ms at least."""
+    step = engine.step
+
+    def slow_step():
+        time.sleep(0.01)
+        return step()
+
+    engine.step = slow_step
+    return engine
+
+
+def post(url: str, body: dict, **options):
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60, **options)
+
+
+def test_a_client_that_leaves_a_stream_is_aborted(served, url):
+    engine = served[1].loop.engine
+    with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True, "n": 3}, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert len(engine.scheduler.requests) == 3
+    steps = engine.totals.num_steps
+    eventually(lambda: is_empty(engine))
+    assert engine.totals.num_steps - steps < 50  # of 900: what passed before the server saw it
+
+
+def test_a_client_that_leaves_before_its_answer_is_aborted(served, url):
+    engine = served[1].loop.engine
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json={**LONG, "n": 2}, timeout=0.5)
+    eventually(lambda: is_empty(engine))
+    eventually(lambda: not served[1].loop.streams)
+
+
+def test_too_many_wait_and_are_told_when_to_come_back():
+    with serving(slowly(make_engine(max_batch_size=1)), max_waiting=1) as (url, server):
+        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as first:
+            lines = first.iter_lines()  # to be kept: httpx closes the response of an iterator that is gone
+            next(lines)
+            waiting = threading.Thread(target=post, args=(url, SHORT))
+            waiting.start()
+            eventually(lambda: server.loop.num_sequences == 2)
+            refused = post(url, SHORT)
+            assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert httpx.get(f"{url}/health").status_code == 200
+        waiting.join(30)
+        assert post(url, SHORT).status_code == 200
+        eventually(lambda: is_empty(server.loop.engine))
+
+
+def test_a_request_that_fails_fails_alone():
+    engine = make_engine()
+    runner, choose = engine.executor.runner, engine.executor.runner.choose
+
+    def failing(request, logits):
+        if request.params.seed == 13:
+            raise ArithmeticError("thirteen")
+        return choose(request, logits)
+
+    runner.choose = failing
+    with serving(engine) as (url, _):
+        answers = {}
+        threads = [
+            threading.Thread(target=lambda seed=seed: answers.update({seed: post(url, {**SHORT, "seed": seed})}))
+            for seed in (12, 13, 14)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert [answers[seed].status_code for seed in (12, 13, 14)] == [200, 500, 200]
+        assert "thirteen" in answers[13].json()["error"]["message"]
+        streamed = post(url, {**SHORT, "seed": 13, "stream": True}).text.split("\n\n")
+        assert "thirteen" in json.loads(streamed[0].removeprefix("data: "))["error"]["message"]
+        assert streamed[-2] == "data: [DONE]" and httpx.get(f"{url}/health").status_code == 200
+        eventually(lambda: is_empty(engine))
+
+
+def test_a_dead_engine_answers_503_and_says_why(caplog):
+    engine = make_engine()
+    step = engine.step
+
+    def dying():
+        if engine.totals.num_steps >= 3:
+            raise RuntimeError("the memory is on fire")
+        return step()
+
+    engine.step = dying
+    with serving(engine) as (url, _):
+        start = time.monotonic()
+        for answer in (post(url, LONG), post(url, SHORT), httpx.get(f"{url}/health")):
+            assert answer.status_code == 503 and "the memory is on fire" in answer.json()["error"]["message"]
+        assert post(url, {**SHORT, "stream": True}).status_code == 503
+        assert time.monotonic() - start < 10
+    assert "the memory is on fire" in caplog.text and "Traceback" in caplog.text
+
+
+def test_shutting_down_lets_answers_end():
+    with serving(slowly(make_engine())) as (url, server):
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(post(url, {**LONG, "max_tokens": 60})))
+        thread.start()
+        eventually(lambda: server.loop.num_sequences == 1)
+    thread.join(10)
+    assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 60
+    assert not server.loop.thread.is_alive()

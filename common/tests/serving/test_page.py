@@ -1,0 +1,267 @@
+"""The page in a real browser: Debian's Chromium, driven by Playwright, against a server with answers from a list."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from common.tests.serving.fake import FakeServer
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra dev")
+expect = playwright.expect
+CHROMIUM = Path("/usr/bin/chromium")
+ARGUMENTS = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not CHROMIUM.exists(), reason="the page is tested in Chromium, which apt-get install chromium brings"
+    ),
+]
+PHONE, WIDE = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[f"--{each}" for each in ARGUMENTS])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page, just opened. It must not fetch anything from elsewhere, and no script may fail."""
+    context = browser.new_context(viewport=WIDE)
+    context.set_default_timeout(20_000)
+    page = context.new_page()
+    failures: list[str] = []
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.on("request", lambda request: request.url.startswith((server.url, "data:")) or failures.append(request.url))
+    page.goto(server.url)
+    yield page
+    context.close()
+    assert failures == []
+
+
+expect.set_options(timeout=20_000)
+
+
+def send(pane, text: str) -> None:
+    pane.get_by_label("Message", exact=True).fill(text)
+    pane.get_by_role("button", name="Send").click()
+
+
+def answers(place):
+    return place.locator(".message.assistant")
+
+
+def test_two_conversations_are_answered_at_once(page, server) -> None:
+    page.get_by_role("button", name="+ Beside").click()
+    first, second = page.locator(".pane").all()
+    send(first, "60")
+    send(second, "60")
+    expect(page.locator("[aria-busy=true]")).to_have_count(2)
+    expect(answers(first)).to_contain_text("word59")
+    expect(answers(second)).to_contain_text("word59")
+    assert server.most_streams == 2
+    assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "60"}]] * 2
+    for pane in (first, second):
+        figures = r"first token after \d+\.\d\d s · \d+\.\d tokens/s · 600 tokens · cut off at max_tokens"
+        expect(answers(pane).locator(".foot")).to_contain_text(re.compile(figures))
+
+
+def test_one_question_goes_to_all_and_no_draft_is_lost(page, server) -> None:
+    page.get_by_role("button", name="+ Beside").click()
+    page.get_by_label("Ask all").check()
+    first, second = page.locator(".pane").all()
+    second.get_by_label("Message", exact=True).fill("a draft")
+    send(first, "hello")
+    expect(answers(page)).to_have_count(2)
+    expect(page.locator("[aria-busy=true]")).to_have_count(0)
+    assert len(server.bodies) == 2
+    expect(second.get_by_label("Message", exact=True)).to_have_value("a draft")
+
+
+def test_an_answer_is_stopped_and_asked_for_again(page, server) -> None:
+    send(page, "400")
+    expect(answers(page)).to_contain_text("word5 ")
+    page.keyboard.press("Escape")
+    expect(answers(page)).to_contain_text("stopped")
+    expect(answers(page)).to_contain_text("word5 ")
+    for _ in range(100):
+        if server.num_aborted:
+            break
+        time.sleep(0.05)
+    assert server.num_aborted == 1
+    server.bodies.clear()
+    page.get_by_role("button", name="Regenerate").click()
+    page.get_by_role("button", name="Stop").click()
+    expect(answers(page)).to_have_count(1)
+    assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "400"}]]
+
+
+def test_a_reload_loses_nothing(page, server) -> None:
+    send(page, "hello")
+    expect(answers(page)).to_contain_text("word2")
+    expect(page.locator("[aria-busy=true]")).to_have_count(0)
+    page.locator("summary").click()
+    page.get_by_label("temperature").fill("1.5")
+    page.get_by_role("button", name="+ Beside").click()
+    second = page.locator(".pane").nth(1)
+    send(second, "400")
+    expect(answers(second)).to_contain_text("word5 ")
+    second.get_by_label("Message", exact=True).fill("not sent yet")
+    page.reload()
+    first, second = page.locator(".pane").nth(0), page.locator(".pane").nth(1)
+    expect(answers(first)).to_contain_text("word2")
+    expect(answers(second)).to_contain_text("word5 ")
+    expect(answers(second)).to_contain_text("the page was left during this answer")
+    expect(second.get_by_label("Message", exact=True)).to_have_value("not sent yet")
+    expect(first.locator("summary")).to_contain_text("temperature 1.5")
+    send(first, "and now?")
+    expect(answers(first)).to_have_count(2)
+    assert [each["role"] for each in server.bodies[-1]["messages"]] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ("refuse", "The server answered with status 400. top_p must be above 0."),
+        ("full", "The server is full; try again in 7 s. 64 requests wait."),
+        ("break", "The server broke the answer off before its end."),
+        ("late error", "the engine has stopped."),
+    ],
+)
+def test_an_error_is_shown_where_the_answer_would_be(page, wish, message) -> None:
+    send(page, wish)
+    expect(answers(page).get_by_role("alert")).to_have_text(message)
+    expect(page.get_by_role("button", name="Try again")).to_be_enabled()
+
+
+def test_a_server_that_is_gone_is_named_and_found_again(page, server) -> None:
+    expect(page.get_by_label("Model", exact=True)).to_have_value("fake")
+    server.__exit__()
+    expect(page.locator("#trouble")).to_contain_text("The server does not answer.")
+    send(page, "hello")
+    expect(answers(page).get_by_role("alert")).to_contain_text("The server does not answer.")
+
+
+def test_a_models_text_never_becomes_html(page) -> None:
+    send(page, "markup")
+    expect(answers(page)).to_contain_text("<img src=x")
+    expect(answers(page).locator("strong")).to_have_text("bold")
+    expect(answers(page).locator("pre")).to_have_text("let a = '<b>';")
+    expect(answers(page)).to_contain_text("end")
+    assert answers(page).locator("img, script, b").count() == 0
+    assert page.evaluate("window.harmed") is None
+
+
+def test_settings_are_sent_and_a_wrong_one_is_named(page, server) -> None:
+    page.locator("summary").click()
+    settings = {"temperature": 0.5, "top_p": 0.9, "top_k": 40, "max_tokens": 12, "seed": 7}
+    for name, value in settings.items():
+        page.get_by_label(name).fill(str(value))
+    page.get_by_label("System prompt").fill("Be brief.")
+    send(page, "hello")
+    expect(answers(page)).to_contain_text("word2")
+    [body] = server.bodies
+    assert {name: body[name] for name in settings} == settings
+    assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    page.get_by_label("max_tokens").fill("0")
+    expect(page.locator(".settings .problem")).to_contain_text("max_tokens")
+    send(page, "again")
+    expect(answers(page).last.get_by_role("alert")).to_contain_text("Nothing was asked. max_tokens")
+    assert len(server.bodies) == 1
+    page.get_by_label("max_tokens").fill("")
+    page.get_by_role("button", name="Try again").click()
+    expect(answers(page).last).to_contain_text("word2")
+    assert "max_tokens" not in server.bodies[-1]
+
+
+def test_a_message_is_edited_by_keyboard(page, server) -> None:
+    send(page, "first")
+    expect(answers(page)).to_contain_text("word2")
+    send(page, "second")
+    expect(answers(page)).to_have_count(2)
+    expect(page.locator("[aria-busy=true]")).to_have_count(0)
+    page.get_by_role("button", name="Edit").first.press("Enter")
+    field = page.get_by_label("The message, to be edited")
+    expect(field).to_be_focused()
+    field.fill("other")
+    field.press("Enter")
+    expect(answers(page)).to_have_count(1)
+    expect(answers(page)).to_contain_text("word2")
+    assert server.bodies[-1]["messages"] == [{"role": "user", "content": "other"}]
+
+
+def test_a_key_is_asked_for_and_is_not_kept_beyond_the_tab(page, server) -> None:
+    server.key = "secret"
+    expect(page.get_by_label("API key")).to_be_visible()
+    page.get_by_label("API key").fill("secret")
+    page.get_by_role("button", name="Use it").click()
+    expect(page.get_by_label("API key")).to_be_hidden()
+    send(page, "hello")
+    expect(answers(page)).to_contain_text("word2")
+    assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
+    page.reload()
+    expect(page.get_by_label("Model", exact=True)).to_have_value("fake")
+    expect(page.get_by_label("API key")).to_be_hidden()
+
+
+def test_conversations_are_listed_opened_and_deleted(page) -> None:
+    send(page, "the oldest")
+    expect(answers(page)).to_contain_text("word2")
+    page.get_by_role("button", name="Chats").click()
+    page.get_by_role("button", name="New", exact=True).click()
+    expect(page.locator(".message")).to_have_count(0)
+    page.get_by_role("button", name="Chats").click()
+    page.get_by_role("button", name="the oldest", exact=True).click()
+    expect(page.locator(".pane")).to_have_count(1)
+    expect(answers(page)).to_contain_text("word2")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Chats").click()
+    page.get_by_role("button", name="Delete: the oldest").click()
+    expect(page.locator(".message")).to_have_count(0)
+    page.reload()
+    expect(page.locator(".message")).to_have_count(0)
+
+
+def test_the_live_panel_shows_the_engines_metrics(page) -> None:
+    for metric, text in {"running": "3", "waiting": "2", "pool": "25%", "hits": "25%", "accepted": "80%"}.items():
+        expect(page.locator(f"[data-metric={metric}] dd")).to_have_text(text)
+    expect(page.locator("[data-metric=rate] dd")).to_have_text("0.0")
+
+
+@pytest.mark.parametrize("size", [PHONE, WIDE], ids=["phone", "wide"])
+def test_nothing_overflows_or_is_out_of_reach(page, size) -> None:
+    page.set_viewport_size(size)
+    page.get_by_role("button", name="+ Beside").click()
+    for pane in page.locator(".pane").all():
+        send(pane, "markup")
+    expect(page.locator(".message pre")).to_have_count(2)
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    assert page.evaluate("document.documentElement.scrollHeight") <= size["height"]
+    for pane in page.locator(".pane").all():
+        pane.scroll_into_view_if_needed()
+        for button in pane.get_by_role("button").all():
+            if button.is_visible():
+                button.click(trial=True)
+
+
+def test_everything_is_reached_with_the_tabulator(page) -> None:
+    send(page, "hello")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+    reached = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.ariaLabel"))
+    assert {"Chats", "+ Beside", "Edit", "Regenerate", "Send", "✕", "Message"} <= reached
