@@ -89,11 +89,12 @@ class Tokenizer:
         """
         raise NotImplementedError
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True, **values) -> str:
         """Write a conversation as the text that the model was trained on.
 
         messages: [{"role": "system" | "user" | "assistant" | "tool", "content": str}, ...].
         add_generation_prompt: end with the opening of the assistant's turn, so that the model answers.
+        values: what else this checkpoint's template knows, such as tools.
         """
         _check_messages(messages)
         if self.chat_template is None:
@@ -103,7 +104,8 @@ class Tokenizer:
             )
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         tokens = {name: text for name in names if (text := self._token_text(name)) is not None}
-        return render_chat(self.chat_template, messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+        values = {**tokens, **values, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        return render_chat(self.chat_template, **values)
 
     # What the two kinds of file answer, each in its way.
 
