@@ -28,6 +28,7 @@ from datetime import datetime
 from pathlib import Path
 
 from common.checkpoints import CheckpointError, read_json
+from common.checkpoints.schema import SpecialIds, check, refusal
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 LONGEST_CHAT = 10_000_000  # characters; a chat template that writes more is stopped
@@ -128,18 +129,17 @@ class Tokenizer:
         text = self._token_text(token_name)
         if text is not None:
             return self._token_id(text)
-        value = _settings(self.folder, "config.json").get(id_name)
+        value = getattr(check(SpecialIds, _settings(self.folder, "config.json"), self.folder / "config.json"), id_name)
         return value[0] if isinstance(value, list) and value else value if isinstance(value, int) else None
 
     def _find_eos(self) -> frozenset[int]:
+        vocab_size = _settings(self.folder, "config.json").get("vocab_size")
         for file in ("generation_config.json", "config.json"):
-            value = _settings(self.folder, file).get("eos_token_id")
-            if value is not None:
-                ids = value if isinstance(value, list) else [value]
-                if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-                    raise CheckpointError(
-                        f"{self.folder / file}: eos_token_id is {value!r}, not an id or a list of ids."
-                    )
+            ids = check(SpecialIds, _settings(self.folder, file), self.folder / file).eos_token_id
+            if ids is not None:
+                ids = ids if isinstance(ids, list) else [ids]
+                if isinstance(vocab_size, int) and max(ids, default=0) >= vocab_size:
+                    raise refusal(self.folder / file, "eos_token_id", ids, f"the vocabulary ends at {vocab_size - 1}")
                 return frozenset(ids)
         eos = self._named_id("eos_token", "eos_token_id")
         return frozenset() if eos is None else frozenset([eos])

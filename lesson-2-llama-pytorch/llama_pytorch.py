@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import kernels
-from common.checkpoints import Checkpoint, CheckpointError, check_supported, find_checkpoint
+from common import kernels, rope
+from common.checkpoints import Checkpoint, CheckpointError, check_config, find_checkpoint
 from common.sampling import SamplingParams, stable_hash
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions.llm_basics import (
@@ -50,31 +50,32 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 def parse_config(config: Mapping) -> ModelConfig:
     """Read a Hugging Face `config.json` of Llama 2 or 3, Qwen2, Qwen2.5 or Qwen3.
 
-    Defaults for absent keys, and for keys whose value is null: `num_key_value_heads` is `num_attention_heads`;
-    `head_dim` is hidden_size // num_attention_heads; `rms_norm_eps` is 1e-6; `rope_theta` is 10000;
-    `max_position_embeddings` is 2048; `tie_word_embeddings`, `attention_bias` and `mlp_bias` are false. Newer files
-    have `rope_theta` and the scaling together in `rope_parameters`; older ones have `rope_theta` and `rope_scaling`.
+    `check_config`, which is given, checks every value and fills in each family's defaults. In what it returns,
+    `num_key_value_heads` may be None, which means `num_attention_heads`, and so may `head_dim`, which means
+    hidden_size // num_attention_heads. All else has a value, except that `rope_scaling` is None without a scaling.
 
     `attention_bias` adds a bias to q, k, v and o, but Qwen2 always has one on q, k and v and never on o. Only Llama
-    reads `mlp_bias`. Only Qwen3 has QK norm. `rope_scaling` is None without a `factor`, otherwise the whole mapping.
-    Raises CheckpointError for a model that the engine cannot run.
+    reads `mlp_bias`. Only Qwen3 has QK norm. Raises CheckpointError for a model that the engine cannot run.
     """
-    check_supported(config)
-    # TODO 2.1: fill a ModelConfig. Mind absent and null keys, and that head_dim need not be hidden / heads.
+    given = check_config(config)
+    # TODO 2.1: fill a ModelConfig. Mind the values that may be None, and what follows from the family alone.
     raise NotImplementedError("TODO 2.1")
 
 
-def scaled_frequencies(config: ModelConfig) -> Tensor:
-    """Return the rotary frequencies, scaled as in Llama 3.1 for contexts longer than in training: (D / 2,) float32.
+def scaled_frequencies(config: ModelConfig, length: int = 0) -> Tensor:
+    """Return the rotary frequencies, scaled for contexts longer than in training: (D / 2,) float32.
 
-    `config.rope_scaling` has `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`,
-    the context in training. A pair of dimensions that makes more than `high_freq_factor` turns within that context
-    keeps its frequency. One that makes fewer than `low_freq_factor` turns has it divided by `factor`. In between, mix
-    both frequencies, linearly in the number of turns.
+    Rules other than Llama 3's are given, in `common/rope.py`; two of them depend on `length`, that of the whole text.
+    For Llama 3.1, `config.rope_scaling` has `factor`, `low_freq_factor`, `high_freq_factor` and
+    `original_max_position_embeddings`, the context in training. A pair of dimensions that makes more than
+    `high_freq_factor` turns within that context keeps its frequency. One that makes fewer than `low_freq_factor` turns
+    has it divided by `factor`. In between, mix both frequencies, linearly in the number of turns.
     """
-    frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
-    if config.rope_scaling is None:
+    frequencies, scaling = rotary_frequencies(config.head_dim, config.rope_theta), config.rope_scaling
+    if scaling is None:
         return frequencies
+    if rule := rope.RULES.get(scaling.get("rope_type")):
+        return rule(frequencies, scaling, config.rope_theta, length)
     # TODO 2.2: compute each pair's turns in the original context, then the share (0 to 1) of its frequency to keep.
     raise NotImplementedError("TODO 2.2")
 
@@ -274,12 +275,24 @@ class Llama(nn.Module):
         # model on the meta device must leave it real.
         with torch.device("cpu"):
             self.frequencies = scaled_frequencies(config)
+        # If the frequencies depend on the length of the text: the length to assume; None: what the positions say. A
+        # cache holds keys that were rotated earlier, so an engine assumes the longest text that it accepts, as vLLM.
+        self.max_length: int | None = None
 
     def tie_weights(self) -> None:
         """If the config says so, the output head shares the embedding table: the same tensors, used twice."""
         if self.config.tie_word_embeddings:
             for name, tensor in self.model.embed_tokens.named_parameters(recurse=False):
                 setattr(self.lm_head, name, tensor)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the `rotary_tables` of these positions, (T,), on their device, scaled as the config says."""
+        frequencies, scaling = self.frequencies, self.config.rope_scaling
+        if rope.depends_on_length(scaling):
+            frequencies = scaled_frequencies(self.config, self.max_length or int(positions.max()) + 1)
+        factor = rope.attention_factor(scaling)
+        cos, sin = rotary_tables(positions, frequencies.to(positions.device))
+        return cos * factor, sin * factor
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(T,) token ids -> (T, hidden_size)."""
@@ -290,7 +303,7 @@ class Llama(nn.Module):
 
         positions: (T,), of each token in its own sequence; they need not start at 0 or be consecutive.
         """
-        # TODO 2.5: make the cos and sin tables once, on hidden's device, then call each layer in turn.
+        # TODO 2.5: make the `rotary` tables once, then call each layer in turn.
         raise NotImplementedError("TODO 2.5")
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -344,6 +357,17 @@ def use_kernels(model: Llama) -> None:
         kernels.pack(model, linear=Linear, attention=Attention, mlp=MLP, norm=RMSNorm)
 
 
+def matching_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer:
+    """Load a checkpoint's tokenizer. Raises CheckpointError if it has ids for which the embedding has no row."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens and the embedding "
+            f"{config.vocab_size} rows; they are not of one model."
+        )
+    return tokenizer
+
+
 def load(name: str, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[Llama, Tokenizer]:
     """Load the model and tokenizer of a checkpoint: `tales`, `smollm2-135m`, a folder, a `.gguf` file or `org/name`.
 
@@ -354,12 +378,7 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     checkpoint = Checkpoint(find_checkpoint(name))
     config = parse_config(checkpoint.config)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens and the embedding "
-            f"{config.vocab_size} rows; they are not of one model."
-        )
+    tokenizer = matching_tokenizer(checkpoint, config)
     with torch.device("meta"):  # shapes without memory: each tensor is allocated when it is read, once
         model = Llama(config).to(dtype)
     load_weights(model, checkpoint)

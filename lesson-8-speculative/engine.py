@@ -26,7 +26,15 @@ from common.config import EngineConfig
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions.batching import Engine, Executor, LocalExecutor, ModelRunner, RequestOutput
 from solutions.kv_cache import cache_bytes
-from solutions.llama_pytorch import Llama, ModelConfig, SamplingParams, load_weights, parse_config, use_kernels
+from solutions.llama_pytorch import (
+    Llama,
+    ModelConfig,
+    SamplingParams,
+    load_weights,
+    matching_tokenizer,
+    parse_config,
+    use_kernels,
+)
 from solutions.paged_attention import PagedKVCache
 from solutions.speculative import AdaptiveSpeculation, DraftProposer, NgramProposer, SpeculativeRunner
 
@@ -84,6 +92,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
     """
     checkpoint = Checkpoint(find_checkpoint(config.model))
     model_config, draft_config = read_config(checkpoint), None
+    tokenizer = matching_tokenizer(checkpoint, model_config)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     config = replace(config, model=str(checkpoint.folder), device=device, dtype=dtype)
@@ -91,7 +100,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
         draft = Checkpoint(find_checkpoint(config.draft))
         check_draft(draft, checkpoint)
         config, draft_config = replace(config, speculative=str(draft.folder)), read_config(draft)
-    return config.resolve(model_config, slot_bytes(config, model_config, draft_config)), load_tokenizer(config.model)
+    return config.resolve(model_config, slot_bytes(config, model_config, draft_config)), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -112,6 +121,7 @@ def load_model(
         from solutions.quantization import OffloadedLlama as make
     with torch.device("meta"):
         model = make(read_config(checkpoint)).to(config.dtype)
+    model.max_length = config.max_model_len
     if config.quantization is not None or "quantization_config" in checkpoint.config:
         from solutions.quantization import Quantization, quantize_for
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError
 from solutions.llama_pytorch import Attend, Linear, LinearMethod, Llama, layers_of, load_weights, reader
-from solutions.llm_basics import rotary_tables, upcast
+from solutions.llm_basics import upcast
 from solutions.paged_attention import PagedKVCache, cdiv
 from solutions.parallelism import Absent
 
@@ -535,7 +535,7 @@ class OffloadedLlama(Llama):
         return layer.to(self.model.norm.weight.device)
 
     def run_layers(self, hidden: Tensor, positions: Tensor, attend: Attend, layers: range) -> Tensor:
-        cos, sin = rotary_tables(positions, self.frequencies.to(hidden.device))
+        cos, sin = self.rotary(positions)
         for _, layer in stream_layers(layers, self.read_layer):
             hidden = layer(hidden, cos, sin, attend)
             del layer  # or three layers would be in memory when the next one is asked for

@@ -2,4 +2,4 @@
 
 from common.checkpoints.folder import Checkpoint, CheckpointError, read_json
 from common.checkpoints.names import MODELS, cache_folder, cached, find_checkpoint
-from common.checkpoints.supported import check_supported
+from common.checkpoints.schema import check_config

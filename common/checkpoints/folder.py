@@ -13,6 +13,8 @@ import re
 import struct
 from pathlib import Path
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls what a weight may be stored as
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or corrupt. The text names the file and, if one is at fault, the tensor."""
@@ -142,9 +144,17 @@ class Checkpoint:
 
         try:
             self._open[file] = safe_open(file, framework="pt")
-            return list(self._open[file].keys())
+            names = list(self._open[file].keys())
         except Exception as error:  # as above
             raise CheckpointError(f"{file}: {_what_is_wrong(file) or error}. Download it again.") from error
+        for name in names:
+            dtype = self._open[file].get_slice(name).get_dtype()
+            if name.endswith((".weight", ".bias")) and dtype not in FLOATS and "quantization_config" not in self.config:
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} is stored as {dtype}; a weight is one of {', '.join(FLOATS)}. Take the "
+                    "unquantized checkpoint."
+                )
+        return names
 
 
 def _what_is_wrong(file: Path) -> str | None:

@@ -17,13 +17,15 @@ A quantized model stays what quantization made of it: converting does not bring 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 from common.checkpoints.download import progress
 from common.checkpoints.folder import CheckpointError
+from common.checkpoints.schema import check_config
 
-VERSION = 1  # part of the cached folders' names: raise it when what is written changes
+VERSION = 2  # part of the cached folders' names: raise it when what is written changes
 SHARD_BYTES = 2 << 30  # a file's tensors stand in memory together while it is written
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -97,55 +99,86 @@ class _Source:
                 f"{path}: the architecture is {self.architecture!r}; this course runs {', '.join(ARCHITECTURES)}."
             )
 
-    _REQUIRED = object()
+    REQUIRED = object()
 
-    def get(self, key: str, default=_REQUIRED):
+    def get(self, key: str, default=REQUIRED):
         field = self.reader.get_field(key)
         if field is not None:
             return field.contents()
-        if default is self._REQUIRED:
+        if default is self.REQUIRED:
             raise CheckpointError(f"{self.path}: the key {key!r} is missing, so the model cannot be rebuilt.")
         return default
 
-    def of_model(self, key: str, default=_REQUIRED):
+    def of_model(self, key: str, default=REQUIRED):
         return self.get(f"{self.architecture}.{key}", default)
+
+    def uniform(self, key: str, default=REQUIRED):
+        """A value of the model, which may be written once for each layer if it is the same in all of them."""
+        value = self.of_model(key, default)
+        if isinstance(value, list) and value:
+            if value.count(value[0]) != len(value):
+                raise CheckpointError(
+                    f"{self.path}: {self.architecture}.{key} is {value!r:.80}; this course runs models whose layers "
+                    "are all of one shape."
+                )
+            return value[0]
+        return value
+
+
+# config.json's keys -> GGUF's, which begin with the architecture.
+KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
 
 
 def _config(source: _Source) -> dict:
-    """What config.json says, from GGUF's keys."""
+    """What config.json says, from GGUF's keys. Values and their limits are those of a config.json."""
     path, tensors, of_model = source.path, source.tensors, source.of_model
     if of_model("expert_count", 0):
         raise CheckpointError(f"{path}: a mixture of experts, which this course does not run.")
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{path}: tensor 'token_embd.weight' is missing.")
-    hidden_size, heads = of_model("embedding_length"), of_model("attention.head_count")
-    head_dim = of_model("attention.key_length", hidden_size // heads)
-    if of_model("rope.dimension_count", head_dim) != head_dim:
-        raise CheckpointError(f"{path}: only a part of each head is rotated, which this course does not do.")
-    eos = {source.get(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot")} - {None}
-    return {
+    optional = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10000.0}
+    config = {
         "architectures": [ARCHITECTURES[source.architecture]],
         "model_type": source.architecture,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),  # GGUF writes shapes innermost first
-        "hidden_size": hidden_size,
-        "intermediate_size": of_model("feed_forward_length"),
-        "num_hidden_layers": of_model("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": of_model("attention.head_count_kv", heads),
-        "head_dim": head_dim,
+        **{key: source.uniform(name, optional.get(key, source.REQUIRED)) for key, name in KEYS.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": of_model("context_length"),
-        "rms_norm_eps": _as_written(of_model("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _as_written(of_model("rope.freq_base", 10000.0)),
-        "rope_scaling": _rope_scaling(source, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": source.get("tokenizer.ggml.bos_token_id", None),
-        "eos_token_id": sorted(eos) if len(eos) > 1 else eos.pop() if eos else None,
-        "pad_token_id": source.get("tokenizer.ggml.padding_token_id", None),
         "torch_dtype": str(_dtype(tensors["token_embd.weight"])).removeprefix("torch."),
     }
+    eos = {source.get(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot")} - {None}
+    config["bos_token_id"] = source.get("tokenizer.ggml.bos_token_id", None)
+    config["eos_token_id"] = sorted(eos) if len(eos) > 1 else eos.pop() if eos else None
+    config["pad_token_id"] = source.get("tokenizer.ggml.padding_token_id", None)
+    names = {key: f"{source.architecture}.{name}" for key, name in KEYS.items()}
+    # GGUF files say what other families leave open: no value is a family's default.
+    heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
+    if config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = heads
+    if config["head_dim"] is None and isinstance(heads, int) and isinstance(hidden_size, int) and heads > 0:
+        config["head_dim"] = hidden_size // heads
+    checked = check_config(config, path, names)
+    config["rms_norm_eps"], config["rope_theta"] = _as_written(checked.rms_norm_eps), _as_written(checked.rope_theta)
+    if (rotated := of_model("rope.dimension_count", checked.head_dim)) != checked.head_dim:
+        raise CheckpointError(
+            f"{path}: {source.architecture}.rope.dimension_count is {rotated!r:.80}, and a head has {checked.head_dim} "
+            "dimensions; only a part of each head is rotated, which this course does not do."
+        )
+    config["rope_scaling"] = _rope_scaling(source, checked.head_dim, checked.max_position_embeddings)
+    check_config(config, path, names)
+    return config
 
 
 def _as_written(value: float) -> float:
@@ -155,7 +188,7 @@ def _as_written(value: float) -> float:
     return float(str(numpy.float32(value)))
 
 
-def _rope_scaling(source: _Source, head_dim: int) -> dict | None:
+def _rope_scaling(source: _Source, head_dim: int, context: int) -> dict | None:
     """How the rotary frequencies were stretched for long texts.
 
     For Llama 3, GGUF stores the result, a divisor for each frequency (`rope_freqs.weight`), and not the rule. The
@@ -164,11 +197,20 @@ def _rope_scaling(source: _Source, head_dim: int) -> dict | None:
     """
     import numpy
 
-    kind = source.of_model("rope.scaling.type", "none")
+    factor = source.of_model("rope.scaling.factor", source.of_model("rope.scale_linear", None))
+    # As llama.cpp reads it: a factor without a type is linear, and a factor of 0 or 1 scales nothing.
+    kind = source.of_model("rope.scaling.type", "linear" if factor else "none")
+    original = source.of_model("rope.scaling.original_context_length", context)
+    if kind == "linear" and factor not in (None, 0, 1):
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn" and factor:
+        more = {key: source.of_model(f"rope.scaling.yarn_{key}", None) for key in ("beta_fast", "beta_slow")}
+        if (temperature := source.of_model("rope.scaling.yarn_attn_factor", None)) is not None:
+            more["attention_factor"] = temperature * (1 + 0.1 * math.log(factor))
+        more = {key: value for key, value in more.items() if value is not None}
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **more}
     if kind not in ("none", "linear"):
         raise CheckpointError(f"{source.path}: rope scaling of type {kind!r}, which this course does not do.")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": source.of_model("rope.scaling.factor")}
     if "rope_freqs.weight" not in source.tensors:
         return None
     divisors = numpy.asarray(source.tensors["rope_freqs.weight"].data, dtype=numpy.float64)

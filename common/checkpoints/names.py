@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def _smollm2_folder() -> Path:
-    return cache_folder() / f"smollm2-135m-v{VERSION}"
+    return cache_folder() / "smollm2-135m-v1"  # of this file nothing else has been written since
 
 
 def _gguf_folder(path: Path) -> Path:

@@ -40,6 +40,10 @@ TINY = dict(
 LLAMA3_ROPE = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
+LONGROPE = dict(
+    rope_type="longrope", original_max_position_embeddings=8, short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    long_factor=[1.0, 2.0, 3.0, 5.0, 8.0, 13.0],
+)  # fmt: skip
 FAMILIES = {
     # As the families are ...
     "llama-2": ("Llama", dict(num_key_value_heads=4, rms_norm_eps=1e-5)),
@@ -48,6 +52,32 @@ FAMILIES = {
     "qwen2": ("Qwen2", dict(rope_theta=1_000_000.0)),
     "qwen2.5": ("Qwen2", dict(rope_theta=1_000_000.0, tie_word_embeddings=True)),
     "qwen3": ("Qwen3", dict(rope_theta=1_000_000.0, head_dim=16)),
+    # Contexts longer than in training, of 8 tokens, so that every test goes beyond.
+    "linear": ("Llama", dict(rope_scaling=dict(rope_type="linear", factor=4.0))),
+    "dynamic": ("Llama", dict(rope_scaling=dict(rope_type="dynamic", factor=4.0), max_position_embeddings=8)),
+    "yarn": ("Qwen2", dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8))),
+    "yarn, all": (
+        "Qwen3",
+        dict(
+            head_dim=32,
+            rope_scaling=dict(
+                rope_type="yarn",
+                factor=8.0,
+                original_max_position_embeddings=64,
+                beta_fast=8,
+                beta_slow=2,
+                mscale=0.7,
+                mscale_all_dim=1.2,
+                truncate=False,
+            ),
+        ),
+    ),
+    "yarn, attention": (
+        "Llama",
+        dict(rope_scaling=dict(rope_type="yarn", factor=4.0, attention_factor=1.3, original_max_position_embeddings=8)),
+    ),
+    "longrope": ("Qwen2", dict(rope_scaling=LONGROPE, max_position_embeddings=64)),
+    "longrope, factor": ("Llama", dict(rope_scaling={**LONGROPE, "factor": 3.0}, max_position_embeddings=64)),
     # ... and as they might be.
     "llama, heads narrower than hidden": ("Llama", dict(head_dim=8)),
     "llama, heads wider than hidden": ("Llama", dict(head_dim=32, tie_word_embeddings=True)),
@@ -99,8 +129,10 @@ def test_logits_equal_transformers(family, tmp_path):
     model = ours(tmp_path)
     token_ids = torch.randint(0, TINY["vocab_size"], (9,), generator=torch.Generator().manual_seed(1))
     for start in (0, 1, 1000):
-        logits, expected = both_logits(theirs, model, token_ids, torch.arange(start, start + 9))
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        for length in (5, 9):  # at first within and beyond the context of 8 tokens that some were trained on
+            positions = torch.arange(start, start + length)
+            logits, expected = both_logits(theirs, model, token_ids[:length], positions)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.5, "logits near zero would agree whatever is computed"
 
 
@@ -158,7 +190,7 @@ def test_greedy_tokens_equal_transformers(family, tmp_path):
     theirs = tiny(family, tmp_path)
     prompt = [5, 17, 99, 3]
     expected = theirs.generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0, use_cache=False
     )[0, 4:]
     output = generate(ours(tmp_path), NoTokenizer(), prompt, SamplingParams(max_tokens=12))
     assert output.token_ids == expected.tolist()
@@ -261,9 +293,7 @@ def test_old_rotary_buffers_and_a_stored_tied_head_are_skipped(tmp_path):
         (dict(model_type="gpt2"), ["model_type", "gpt2", "qwen3"]),
         (dict(model_type=None), ["model_type", "None"]),
         (dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["yarn"]),
-        (dict(rope_scaling={"type": "linear", "factor": 4.0}), ["linear"]),
-        (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), ["dynamic"]),
+        (dict(rope_scaling={"rope_type": "su", "factor": 4.0}), ["rope_scaling.rope_type", "'su'", "longrope"]),
         (dict(quantization_config={"quant_method": "gptq"}), ["quantization_config"]),
         (dict(use_sliding_window=True), ["use_sliding_window"]),
         (dict(num_hidden_layers=None), ["num_hidden_layers"]),

@@ -460,6 +460,42 @@ def llama3_divisors(factor: float, theta: float = 10000.0, original: int = 8192,
     return numpy.array(divisors, dtype=numpy.float32)
 
 
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scaling.factor": 4.0, "scaling.type": "linear"}, {"rope_type": "linear", "factor": 4.0}),
+        ({"scaling.factor": 1.0}, None),
+        ({"scaling.factor": 4.0, "scaling.type": "none"}, None),
+        (
+            {"scaling.factor": 4.0, "scaling.type": "yarn", "scaling.original_context_length": 32.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+    ],
+)
+def test_a_scaled_rotary_embedding_is_read_as_llama_cpp_reads_it(tmp_path, values, expected):
+    def change(writer):
+        for key, value in values.items():
+            add = {str: writer.add_string, float: writer.add_float32}[type(value)]
+            if "length" in key:
+                add, value = writer.add_uint32, int(value)
+            add(f"llama.rope.{key}", value)
+
+    config = Checkpoint(find_checkpoint(str(write_gguf(tmp_path / "a.gguf", "llama", change)))).config
+    assert config["rope_scaling"] == expected
+
+
+def test_head_counts_that_are_the_same_in_every_layer_are_one_number(tmp_path):
+    path = write_gguf(
+        tmp_path / "a.gguf",
+        "llama",
+        lambda writer: writer.add_array("llama.attention.head_count_kv", [2, 2]),
+        skip=["attention.head_count_kv"],
+    )
+    assert Checkpoint(find_checkpoint(str(path))).config["num_key_value_heads"] == 2
+
+
 def test_llama_3_s_scaled_rotary_embedding_is_recognised(tmp_path):
     divisors = llama3_divisors(8.0)
     assert len(set(divisors)) > 2  # the example has dimensions of each kind
@@ -488,8 +524,23 @@ def test_llama_3_s_scaled_rotary_embedding_is_recognised(tmp_path):
             {},
             "tensor 'blk.0.odd.wei",
         ),
-        ("llama", lambda w: w.add_string("llama.rope.scaling.type", "yarn"), {}, "'yarn'"),
+        ("llama", lambda w: w.add_string("llama.rope.scaling.type", "longrope"), {}, "'longrope'"),
+        (
+            "llama",
+            lambda w: w.add_float32("llama.rope.scaling.factor", 0.5),
+            {},
+            "rope_scaling.factor is 0.5; expected",
+        ),
         ("llama", lambda w: w.add_uint32("llama.rope.dimension_count", 8), {}, "only a part of each head"),
+        ("llama", None, {"attention.head_count": 0}, "llama.attention.head_count is 0; expected"),
+        ("llama", None, {"block_count": 2**31}, "llama.block_count is 2147483648; expected"),
+        ("llama", None, {"attention.key_length": 15}, "llama.attention.key_length is 15; it must be even"),
+        (
+            "llama",
+            lambda w: w.add_array("llama.attention.head_count_kv", [2, 1]),
+            {"skip": ["attention.head_count_kv"]},
+            "llama.attention.head_count_kv is [2, 1]; this course runs models whose layers",
+        ),
         ("llama", None, {"skip": ["block_count"]}, "key 'llama.block_count' is missing"),
         ("llama", None, {"vocabulary": lambda w: byte_level_vocabulary(w, "dbrx")}, "the rule 'dbrx'"),
         ("llama", None, {"vocabulary": lambda w: w.add_tokenizer_model("bert")}, "tokenizer.ggml.tokens' is missing"),

@@ -7,62 +7,51 @@ ANSWERS = [
     wrong(
         "2.1",
         "head_dim taken as hidden_size / num_attention_heads even where the file gives it",
-        'given.get("head_dim", given["hidden_size"] // heads)',
-        'given["hidden_size"] // heads',
+        "given.head_dim or given.hidden_size // heads",
+        "given.hidden_size // heads",
     ),
+    wrong("2.1", "head_dim left None where the file does not give it", " or given.hidden_size // heads", ""),
+    wrong("2.1", "head_dim divided as a float", "given.hidden_size // heads", "given.hidden_size / heads"),
+    wrong(
+        "2.1", "as many KV heads as query heads, whatever the file says", "given.num_key_value_heads or heads", "heads"
+    ),
+    wrong("2.1", "a default of one KV head", "given.num_key_value_heads or heads", "given.num_key_value_heads or 1"),
+    wrong("2.1", "num_key_value_heads left None", "given.num_key_value_heads or heads", "given.num_key_value_heads"),
     wrong(
         "2.1",
-        "as many KV heads as query heads, whatever the file says",
-        'given.get("num_key_value_heads", heads)',
-        "heads",
+        "Qwen2's bias on q, k and v forgotten",
+        'family == "qwen2" or given.attention_bias',
+        "given.attention_bias",
     ),
-    wrong("2.1", "a default of one KV head", '"num_key_value_heads", heads', '"num_key_value_heads", 1'),
-    wrong("2.1", "Qwen2's bias on q, k and v forgotten", 'family == "qwen2" or attention_bias', "attention_bias"),
     wrong(
         "2.1",
         "a bias on o_proj too in Qwen2",
-        'family != "qwen2" and attention_bias',
-        'family == "qwen2" or attention_bias',
+        'family != "qwen2" and given.attention_bias',
+        'family == "qwen2" or given.attention_bias',
     ),
-    wrong("2.1", "mlp_bias read for every family", 'family == "llama" and given.get', "given.get"),
+    wrong("2.1", "mlp_bias read for every family", 'family == "llama" and given.mlp_bias', "given.mlp_bias"),
     wrong(
-        "2.1",
-        "a null taken for a value, where it means absent",
-        "if value is not None}",
-        'if value is not None or "rope" in key or key.endswith(("heads", "head_dim"))}\n'
-        '    given.pop("rope_scaling", None) if given.get("rope_scaling", 0) is None else None',
-    ),
-    wrong(
-        "2.1",
-        "rope_parameters not read, where newer files keep theta and scaling",
-        'rope |= given.get("rope_parameters", {})',
-        "pass",
-    ),
-    wrong(
-        "2.1", "plain RoPE taken for a scaling, though it has no factor", 'rope if "factor" in rope else None', "rope"
+        "2.1", "the scaling of the rotary embedding left out", "rope_scaling=given.rope_scaling", "rope_scaling=None"
     ),
     wrong("2.1", "QK norm given to Qwen2 as well", 'family == "qwen3"', 'family.startswith("qwen")'),
-    wrong("2.1", "a default rms_norm_eps of 1e-5", '"rms_norm_eps", 1e-6', '"rms_norm_eps", 1e-5'),
+    wrong("2.1", "the default rms_norm_eps of ModelConfig", "        rms_norm_eps=given.rms_norm_eps,\n", ""),
     right(
         "2.1",
-        "key by key, with a small function for what is absent",
+        "by the names of the fields",
         """
-        def value(key, default):
-            return default if config.get(key) is None else config[key]
-
-        heads, hidden, kind = config["num_attention_heads"], config["hidden_size"], config["model_type"]
-        nested = value("rope_parameters", {})
-        scaling = nested if nested.get("factor") else value("rope_scaling", {})
+        names = list(ModelConfig.__dataclass_fields__)
+        values = {name: getattr(given, name) for name in names if hasattr(given, name)}
+        if values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = given.num_attention_heads
+        if values["head_dim"] is None:
+            values["head_dim"] = given.hidden_size // given.num_attention_heads
+        is_qwen2 = given.model_type == "qwen2"
+        values["mlp_bias"] = given.mlp_bias and given.model_type == "llama"
         return ModelConfig(
-            config["vocab_size"], hidden, config["intermediate_size"], config["num_hidden_layers"], heads,
-            value("num_key_value_heads", heads), value("head_dim", hidden // heads), value("rms_norm_eps", 1e-6),
-            nested.get("rope_theta", value("rope_theta", 10000.0)),
-            dict(scaling) if "factor" in scaling else None,
-            value("max_position_embeddings", 2048), bool(value("tie_word_embeddings", False)),
-            kind == "qwen2" or bool(config.get("attention_bias")),
-            kind in ("llama", "qwen3") and bool(config.get("attention_bias")),
-            kind == "llama" and bool(config.get("mlp_bias")),
-            kind == "qwen3",
+            **values,
+            qkv_bias=is_qwen2 or given.attention_bias,
+            o_bias=given.attention_bias and not is_qwen2,
+            qk_norm=given.model_type == "qwen3",
         )
         """,
     ),
@@ -733,8 +722,8 @@ ANSWERS = [
     wrong(
         "2.5",
         "positions counted from 0, whatever was handed in",
-        "rotary_tables(positions,",
-        "rotary_tables(torch.arange(len(positions)),",
+        "self.rotary(positions)",
+        "self.rotary(torch.arange(len(positions)))",
     ),
     wrong("2.5", "all layers, whichever were asked for", "in layers:", "in range(len(self.model.layers)):"),
     wrong("2.5", "so many layers as were asked for, but counted from 0", "in layers:", "in range(len(layers)):"),
@@ -753,10 +742,10 @@ ANSWERS = [
     wrong(
         "2.5",
         "unscaled frequencies, instead of the model's own",
-        "self.frequencies.to(hidden.device)",
-        "rotary_frequencies(self.config.head_dim, self.config.rope_theta)",
+        "self.rotary(positions)",
+        "rotary_tables(positions, rotary_frequencies(self.config.head_dim, self.config.rope_theta))",
     ),
-    wrong("2.5", "sine and cosine swapped", "cos, sin = rotary", "sin, cos = rotary"),
+    wrong("2.5", "sine and cosine swapped", "cos, sin = self", "sin, cos = self"),
     right(
         "2.5",
         "over the modules themselves",

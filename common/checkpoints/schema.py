@@ -1,0 +1,258 @@
+"""What the JSON files of a checkpoint may say: which keys, of which type, in which range, and what an absent key means.
+
+Everything is declared here once, as `msgspec` structs, and everything that reads a checkpoint goes through it. So no
+later code meets a string where a size should be, an infinite epsilon, or a model of two billion layers. What a file
+may say and the engine cannot compute is refused here too. Every refusal names the file, the key and its value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from common.checkpoints.folder import CheckpointError
+
+# The limits are far above any model that there is, and low enough that a corrupt number cannot exhaust the memory.
+Size = Annotated[int, Meta(ge=1, le=2**24)]
+Count = Annotated[int, Meta(ge=1, le=2**16)]
+Layers = Annotated[int, Meta(ge=1, le=4096)]
+Index = Annotated[int, Meta(ge=0, le=4096)]
+Context = Annotated[int, Meta(ge=1, le=2**31)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
+Positive = Annotated[float, Meta(gt=0, le=1e12)]
+Factor = Annotated[float, Meta(ge=1, le=1e6)]
+Scale = Annotated[float, Meta(ge=0, le=1e6)]
+Original = Annotated[int, Meta(ge=2, le=2**31)]
+
+SAME: Mapping[str, str] = {}  # a file that calls its keys as config.json does
+
+# ---------------------------------------------------------------------------------------------------------------
+# config.json
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Linear(Struct, tag_field="rope_type", tag="linear"):
+    """Every frequency divided by `factor`."""
+
+    factor: Factor
+
+
+class Dynamic(Struct, tag_field="rope_type", tag="dynamic"):
+    """A larger theta, the further a text goes beyond the original context."""
+
+    factor: Factor
+    original_max_position_embeddings: Original
+
+
+class Yarn(Struct, tag_field="rope_type", tag="yarn"):
+    """Slow frequencies divided by `factor`, fast ones kept, and the attention's temperature changed."""
+
+    factor: Factor
+    original_max_position_embeddings: Original
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive | None = None
+    mscale: Scale | None = None
+    mscale_all_dim: Scale | None = None
+    truncate: bool = True
+
+
+class LongRope(Struct, tag_field="rope_type", tag="longrope"):
+    """A factor for every frequency, one list for texts within the original context and one for longer ones."""
+
+    short_factor: list[Positive]
+    long_factor: list[Positive]
+    original_max_position_embeddings: Original
+    factor: Factor | None = None
+    attention_factor: Positive | None = None
+
+
+class Llama3(Struct, tag_field="rope_type", tag="llama3"):
+    """Slow frequencies divided by `factor`, fast ones kept."""
+
+    factor: Factor
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Original
+
+
+class _Scaled(Struct):
+    rope_scaling: Linear | Dynamic | Yarn | LongRope | Llama3
+
+
+class _Context(Struct):
+    max_position_embeddings: Context
+
+
+class Config(Struct, kw_only=True, frozen=True):
+    """What a `config.json` says, checked. None stands only where a value follows from others."""
+
+    model_type: Literal["llama", "qwen2", "qwen3"]
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None  # None: num_attention_heads
+    head_dim: Count | None = None  # None: hidden_size // num_attention_heads
+    hidden_act: Literal["silu"] = "silu"
+    max_position_embeddings: Context  # "dynamic" and "yarn" reach further than the original context: by `factor`
+    rms_norm_eps: Annotated[float, Meta(gt=0, le=0.1)] = 1e-6
+    rope_theta: Annotated[float, Meta(gt=1, le=1e15)] = 10_000.0
+    rope_scaling: dict[str, Any] | None = (
+        None  # None: plain frequencies; otherwise the keys of one of the structs above
+    )
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: Context | None = None
+    bos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+# What an absent key means, where families differ: as transformers 5.23 has it.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+# Null means absent, except for these: a null is a value of its own there.
+NULLABLE = {"num_key_value_heads": ("qwen2", "qwen3")}
+
+# What would do, for keys whose error does not say it by itself.
+ADVICE = {
+    "model_type": f"this engine runs {', '.join(map(repr, FAMILIES))}",
+    "hidden_act": "this engine computes 'silu'",
+    "rope_type": "this engine computes 'default', 'linear', 'dynamic', 'yarn', 'longrope' and 'llama3'",
+}
+
+
+def check_config(config: Mapping, file: object = "config.json", names: Mapping[str, str] = SAME) -> Config:
+    """Check a `config.json` and fill in what its family means by absent keys.
+
+    file: named in errors. names: what the keys are called there, if it is no config.json. Raises CheckpointError for
+    what is wrong and for what the engine does not compute.
+    """
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise refusal(file, names.get("model_type", "model_type"), family, ADVICE["model_type"])
+    given = {key: value for key, value in config.items() if value is not None or family in NULLABLE.get(key, ())}
+    given = {**FAMILIES[family], **given}
+    checked = check(Config, {**given, **_rope(given, file, names)}, file, names)
+    for key, value, problem in _contradictions(checked):
+        raise refusal(file, names.get(key, key), value, problem)
+    return checked
+
+
+def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, Any]:
+    """The rotary settings, which may stand in three places, as a `rope_theta` and a `rope_scaling`.
+
+    Newer files have both in `rope_parameters`, older ones beside each other. Some have the original context there too.
+    """
+    place = "rope_parameters" if given.get("rope_scaling", {}) == {} else "rope_scaling"
+    rope = given.get(place, {})
+    if not isinstance(rope, Mapping):
+        raise refusal(file, names.get(place, place), rope, "a JSON object was expected")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    theta = rope.pop("rope_theta", given.get("rope_theta", 10_000.0))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    part = rope.pop("partial_rotary_factor", given.get("partial_rotary_factor", 1.0))
+    if part != 1.0:
+        raise refusal(file, "partial_rotary_factor", part, "this engine rotates whole heads, which is 1.0")
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    original = "original_max_position_embeddings"
+    context = given["max_position_embeddings"]
+    if kind == "dynamic":
+        rope[original] = context
+    elif kind in ("yarn", "longrope"):
+        rope[original] = given.get(original, rope.get(original, context))
+    scaling = {"rope_type": kind, **rope}
+    checked = check(_Scaled, {"rope_scaling": scaling}, file, {"rope_scaling": place, **names}).rope_scaling
+    check(_Context, given, file, names)
+    if isinstance(checked, LongRope) and checked.factor is None:
+        checked.factor = max(context / checked.original_max_position_embeddings, 1.0)
+    if isinstance(checked, Dynamic | Yarn):
+        context = min(max(context, int(checked.factor * checked.original_max_position_embeddings)), 2**31)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": msgspec.to_builtins(checked),
+        "max_position_embeddings": context,
+    }
+
+
+def _contradictions(config: Config):
+    """Yields keys that do not fit the others, and what is not computed: (key, value, what would do)."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if kv_heads is not None and heads % kv_heads:
+        yield "num_key_value_heads", kv_heads, f"it must divide num_attention_heads, which is {heads}"
+    if config.head_dim is None and config.hidden_size % heads:
+        yield "num_attention_heads", heads, f"without a head_dim it must divide hidden_size, {config.hidden_size}"
+    head_dim = config.head_dim or config.hidden_size // heads
+    if head_dim % 2:
+        yield "head_dim", head_dim, "it must be even, since dimensions are rotated in pairs"
+    for key in ("bos_token_id", "eos_token_id"):
+        ids = getattr(config, key)
+        if any(token_id >= config.vocab_size for token_id in (ids if isinstance(ids, list) else [ids or 0])):
+            yield key, ids, f"the vocabulary ends at {config.vocab_size - 1}"
+    if config.quantization_config:
+        kind = config.quantization_config.get("quant_method")
+        yield "quantization_config", kind, "load the unquantized checkpoint instead"
+    if config.use_sliding_window:
+        yield "use_sliding_window", True, "this engine attends to the whole context"
+    rope = config.rope_scaling or {"rope_type": None}
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        yield "high_freq_factor", rope["high_freq_factor"], f"low_freq_factor, {rope['low_freq_factor']}, must be less"
+    for key in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
+        if len(rope[key]) != head_dim // 2:
+            yield key, rope[key], f"it needs {head_dim // 2} numbers, one for each pair of a head's dimensions"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The other files
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class SpecialIds(Struct, frozen=True):
+    """What is read of a `generation_config.json`; a `config.json` may say it too."""
+
+    bos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One check for all of them
+# ---------------------------------------------------------------------------------------------------------------
+
+Checked = TypeVar("Checked", bound=Struct)
+
+
+def check(kind: type[Checked], given: Mapping, file: object, names: Mapping[str, str] = SAME) -> Checked:
+    """Returns `given` as a `kind`. Raises CheckpointError, with file, key and value, if it is none."""
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$")
+    steps: list[str] = re.findall(r"[^.\[\]`]+", path)
+    missing = re.fullmatch(r"Object missing required field `(\w+)`", problem)
+    if missing:
+        steps.append(missing[1])
+    value = given
+    for step in steps:
+        value = value[int(step)] if isinstance(value, (list, tuple)) else value.get(step)
+    key = ".".join([names.get(steps[0], steps[0]), *steps[1:]])
+    problem = ADVICE.get(steps[-1], problem[:1].lower() + problem[1:])
+    raise refusal(file, key, value, "it has to be given" if missing else problem)
+
+
+def refusal(file: object, key: str, value: object, problem: str) -> CheckpointError:
+    """The error for a key of a file; `problem` says what is expected instead."""
+    return CheckpointError(
+        f"{file}: {key} is {'None (missing)' if value is None else format(repr(value), '.80')}; {problem}."
+    )
