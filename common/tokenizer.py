@@ -22,20 +22,32 @@ This module knows no model and no tensors. The work is done by the libraries `se
 
 from __future__ import annotations
 
-import json
 import re
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from common.chat_templates import (
+    ChatTemplateError,
+    check_messages,
+    choose_template,
+    find_chat_templates,
+    render_chat,
+)
 from common.checkpoints import CheckpointError, read_json
 from common.checkpoints.schema import SpecialIds, check, refusal
+from common.checkpoints.vocabulary import (
+    LARGEST,
+    LARGEST_ID,
+    AddedToken,
+    SideFiles,
+    TokenizerFile,
+    read_settings,
+    read_side_files,
+    vocabulary_from_merges,
+)
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-LONGEST_CHAT = 10_000_000  # characters; a chat template that writes more is stopped
-
-
-class ChatTemplateError(ValueError):
-    """A chat cannot be written as a prompt: there is no template, it failed, or the messages do not fit it."""
 
 
 class Tokenizer:
@@ -52,10 +64,17 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.settings = _settings(folder, "tokenizer_config.json")
-        self.chat_template = _find_chat_template(folder, self.settings)
+        self.chat_templates = find_chat_templates(folder, self.side_files.settings.chat_template)
         self.bos_token_id = self._named_id("bos_token", "bos_token_id")
         self.eos_token_ids = self._find_eos()
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.chat_templates.get("default")
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self.chat_templates = {} if template is None else {"default": template}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Added tokens written out in the text become their ids, as with transformers.
@@ -90,23 +109,33 @@ class Tokenizer:
         """
         raise NotImplementedError
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True, **values) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        add_generation_prompt: bool | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **values: Any,
+    ) -> str:
         """Write a conversation as the text that the model was trained on.
 
-        messages: [{"role": "system" | "user" | "assistant" | "tool", "content": str}, ...].
-        add_generation_prompt: end with the opening of the assistant's turn, so that the model answers.
-        values: what else this checkpoint's template knows, such as tools.
+        messages: [{"role": "system" | "user" | "assistant" | "tool", "content": str}, ...]; content may have parts.
+        add_generation_prompt: end with the opening of the assistant's turn, so that the model answers; the default,
+        unless `continue_final_message` is set. tools: what the model may call, as JSON objects. chat_template: the name
+        of one, if the checkpoint has several. The other values are those of `render_chat`: `documents`,
+        `continue_final_message`, and what else the template reads, such as `enable_thinking`.
         """
-        _check_messages(messages)
-        if self.chat_template is None:
+        check_messages(messages)
+        if not self.chat_templates:
             raise ChatTemplateError(
                 f"{self.folder} has no chat template (neither in tokenizer_config.json nor in chat_template.jinja): it "
                 "is a base model, which continues a text and does not converse. Give it a plain prompt instead."
             )
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        tokens = {name: text for name in names if (text := self._token_text(name)) is not None}
-        values = {**tokens, **values, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        return render_chat(self.chat_template, **values)
+        template = choose_template(self.chat_templates, chat_template, tools is not None)
+        own = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        return render_chat(template, messages, **{**self.side_files.special_tokens(), **values, **own})
 
     # What the two kinds of file answer, each in its way.
 
@@ -121,27 +150,31 @@ class Tokenizer:
 
     # What tokenizer_config.json, generation_config.json and config.json say about special tokens.
 
-    def _token_text(self, name: str) -> str | None:
-        value = self.settings.get(name)
-        return value.get("content") if isinstance(value, dict) else value
-
     def _named_id(self, token_name: str, id_name: str) -> int | None:
-        text = self._token_text(token_name)
+        text = self.side_files.special_tokens().get(token_name)
         if text is not None:
             return self._token_id(text)
-        value = getattr(check(SpecialIds, _settings(self.folder, "config.json"), self.folder / "config.json"), id_name)
-        return value[0] if isinstance(value, list) and value else value if isinstance(value, int) else None
+        config = self.folder / "config.json"
+        value = getattr(check(SpecialIds, read_settings(config), config), id_name)
+        return next(iter(value), None) if isinstance(value, list) else value
 
     def _find_eos(self) -> frozenset[int]:
-        vocab_size = _settings(self.folder, "config.json").get("vocab_size")
+        vocab_size = read_settings(self.folder / "config.json").get("vocab_size")
         for file in ("generation_config.json", "config.json"):
-            ids = check(SpecialIds, _settings(self.folder, file), self.folder / file).eos_token_id
+            ids = check(SpecialIds, read_settings(self.folder / file), self.folder / file).eos_token_id
             if ids is not None:
                 ids = ids if isinstance(ids, list) else [ids]
                 if isinstance(vocab_size, int) and max(ids, default=0) >= vocab_size:
                     raise refusal(self.folder / file, "eos_token_id", ids, f"the vocabulary ends at {vocab_size - 1}")
                 return frozenset(ids)
-        eos = self._named_id("eos_token", "eos_token_id")
+        eos, named = self._named_id("eos_token", "eos_token_id"), self.side_files.special_tokens().get("eos_token")
+        if eos is None and named is not None:
+            raise refusal(
+                self.folder / "tokenizer_config.json",
+                "eos_token",
+                named,
+                "the vocabulary has no such token, so that no text would end",
+            )
         return frozenset() if eos is None else frozenset([eos])
 
 
@@ -158,6 +191,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import sentencepiece_model_pb2
 
         path = folder / "tokenizer.model"
+        _check_size(path)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
             # The same model without the space in front: for text that follows an added token.
@@ -170,20 +204,38 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{path}: not a SentencePiece model ({error}). Download it again; if this is Llama 3's "
                 "tokenizer.model, which is another format, take the tokenizer.json that belongs to it."
             ) from error
-        self.added = _added_tokens(folder, self.model)  # id -> {"content", "special", "lstrip", "rstrip"}
-        self.added_ids = {token["content"]: token_id for token_id, token in self.added.items()}
-        self.vocab_size = max([self.model.get_piece_size(), *(token_id + 1 for token_id in self.added)])
+        self.side_files = read_side_files(folder)
+        control = [
+            i for i in range(self.model.get_piece_size()) if self.model.is_control(i) or self.model.is_unknown(i)
+        ]
+        self.added = {i: AddedToken(content=self.model.id_to_piece(i), special=True) for i in control}
+        self.added |= self.side_files.added
+        for role, token_id in (("bos_token", self.model.bos_id()), ("eos_token", self.model.eos_id())):
+            if token_id >= 0:
+                piece = AddedToken(content=self.model.id_to_piece(token_id), special=True)
+                self.side_files.special.setdefault(role, piece)
+        self._add_special_tokens()
+        self.added_ids = {token.content: token_id for token_id, token in self.added.items()}
         super().__init__(folder)
-        if self.bos_token_id is None and self.model.bos_id() >= 0:
-            self.bos_token_id = self.model.bos_id()
-        if not self.eos_token_ids and self.model.eos_id() >= 0:
-            self.eos_token_ids = frozenset([self.model.eos_id()])
         self.splitter = _splitter(self.added.values())
-        self.adds_space = self.adds_space and self.settings.get("add_prefix_space") is not False
+        self.settings = self.side_files.settings
+        self.adds_space = self.adds_space and self.settings.add_prefix_space is not False
+
+    def _add_special_tokens(self) -> None:
+        """Special tokens that have no id yet are a piece, or get the next id where the embedding has a row for it."""
+        known = {token.content for token in self.added.values()}
+        self.vocab_size = max(self.model.get_piece_size(), *(token_id + 1 for token_id in self.added))
+        for token in self.side_files.without_id():
+            token_id = self.model.piece_to_id(token.content)
+            is_piece = self.model.id_to_piece(token_id) == token.content
+            if token.content not in known and (is_piece or self.side_files.has_row(self.vocab_size)):
+                self.added[token_id if is_piece else self.vocab_size] = token
+                self.vocab_size += not is_piece
+                known.add(token.content)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         token_ids = []
-        if add_special_tokens and self.settings.get("add_bos_token", True) and self.bos_token_id is not None:
+        if add_special_tokens and self.settings.add_bos_token is not False and self.bos_token_id is not None:
             token_ids.append(self.bos_token_id)
         # re.split with one group gives text, added token, text, added token, ..., text.
         for position, part in enumerate(self.splitter.split(text) if self.splitter else [text]):
@@ -192,16 +244,16 @@ class SentencePieceTokenizer(Tokenizer):
                 token_ids.append(self.added_ids[part if part in self.added_ids else part.strip()])
             elif part:
                 # 'Legacy' tokenizers put a space in front of every stretch of text, newer ones only at the start.
-                starts = position == 0 or self.settings.get("legacy", False)
+                starts = position == 0 or self.settings.legacy
                 token_ids.extend((self.model if starts and self.adds_space else self.continuing).encode(part))
-        if add_special_tokens and self.settings.get("add_eos_token", False):
+        if add_special_tokens and self.settings.add_eos_token:
             token_ids.extend(sorted(self.eos_token_ids)[:1])
         return token_ids
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self.added:
             token = self.added[token_id]
-            return b"" if token["special"] else token["content"].encode()
+            return b"" if token.special else token.content.encode()
         if not 0 <= token_id < self.model.get_piece_size():
             return b""
         return _piece_bytes(self.model.id_to_piece(token_id))
@@ -213,7 +265,7 @@ class SentencePieceTokenizer(Tokenizer):
         return token_id if self.model.id_to_piece(token_id) == token else None
 
     def _added_text(self, token_id: int) -> str | None:
-        return self.added[token_id]["content"] if token_id in self.added else None
+        return self.added[token_id].content if token_id in self.added else None
 
 
 class JsonTokenizer(Tokenizer):
@@ -223,13 +275,12 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, folder: Path) -> None:
-        import tokenizers
-
+        self.side_files = read_side_files(folder)
         path = folder / "tokenizer.json"
-        try:
-            self.model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{path}: not a tokenizer that `tokenizers` can read ({error}).") from error
+        if path.is_file():
+            self.model = _read_tokenizer(path)
+        else:
+            self.model, path = vocabulary_from_merges(folder, self.side_files), folder / "vocab.json"
         # Some files still carry their training's settings, which would cut or lengthen every text.
         self.model.no_truncation()
         self.model.no_padding()
@@ -241,8 +292,11 @@ class JsonTokenizer(Tokenizer):
                 "SentencePiece kind (ByteFallback or Metaspace)."
             )
         self.adds_space = self.model.decoder.decode([SPACE + "a"]) == "a"
+        _add_tokens(self.model, self.side_files, path)
         self.added = self.model.get_added_tokens_decoder()  # id -> tokenizers.AddedToken
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values(), default=-1)
+        if self.vocab_size > LARGEST_ID:
+            raise CheckpointError(f"{path}: a token has the id {self.vocab_size - 1}; no vocabulary is so large.")
         super().__init__(folder)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -251,12 +305,13 @@ class JsonTokenizer(Tokenizer):
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self.added:
             token = self.added[token_id]
-            return b"" if token.special else token.content.encode()
+            if token.special or self.byte_level:
+                return b"" if token.special else token.content.encode()
         piece = self.model.id_to_token(token_id) if token_id >= 0 else None
         if piece is None:
             return b""
         if not self.byte_level:
-            return _piece_bytes(piece)
+            return _piece_bytes(piece)  # of an added token that is looked for in normalized text, too
         if not all(character in BYTE_OF_CHARACTER for character in piece):
             return piece.encode()  # not written in the alphabet, so it stands for itself
         return bytes(BYTE_OF_CHARACTER[character] for character in piece)
@@ -275,8 +330,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return JsonTokenizer(folder)
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(folder)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return JsonTokenizer(folder)
     raise CheckpointError(
-        f"{folder} holds neither tokenizer.json nor tokenizer.model, so its text cannot be read. Copy the one that "
+        f"{folder} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt, so no text can "
+        "be read. Copy the one that "
         "belongs to this checkpoint into it."
     )
 
@@ -316,98 +374,60 @@ def _refuse_surrogates(text: str) -> None:
         ) from None
 
 
+# Reading
+
+
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > LARGEST:
+        raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes; no vocabulary is so large.")
+
+
+def _read_tokenizer(path: Path):
+    """A tokenizer.json, read by the library. It says only that something is wrong, so we look for what it is."""
+    import tokenizers
+
+    _check_size(path)
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        check(TokenizerFile, read_json(path), path)
+        raise CheckpointError(f"{path}: not a tokenizer that `tokenizers` can read ({error}).") from error
+
+
+def _add_tokens(model, side: SideFiles, path: Path) -> None:
+    """Add to a `tokenizers.Tokenizer` what only the files beside it name: in the order of ids, then those without."""
+    import tokenizers
+
+    def add(token: AddedToken) -> None:
+        normalized = not token.special if token.normalized is None else token.normalized
+        model.add_tokens([
+            tokenizers.AddedToken(
+                token.content, special=token.special, normalized=normalized, lstrip=token.lstrip, rstrip=token.rstrip,
+                single_word=token.single_word,
+            )
+        ])  # fmt: skip
+
+    for token_id, token in sorted(side.added.items()):
+        add(token)
+        if model.token_to_id(token.content) != token_id:
+            raise CheckpointError(
+                f"{path.parent}: the added token {token.content!r:.80} should have the id {token_id}, and in "
+                f"{path.name} it gets {model.token_to_id(token.content)}. The files are of different checkpoints."
+            )
+    known = {token.content for token in model.get_added_tokens_decoder().values()}
+    for token in side.without_id():
+        is_piece = model.token_to_id(token.content) is not None
+        if token.content not in known and (is_piece or side.has_row(model.get_vocab_size(with_added_tokens=True))):
+            add(token)
+
+
 # Added tokens beside a tokenizer.model
-
-
-def _added_tokens(folder: Path, model) -> dict[int, dict]:
-    """The tokens that are found in the text first: the model's control pieces, and what the folder's JSON files add."""
-    control = [i for i in range(model.get_piece_size()) if model.is_control(i) or model.is_unknown(i)]
-    added = {i: {"content": model.id_to_piece(i), "special": True} for i in control}
-    settings = _settings(folder, "tokenizer_config.json")
-    named = [value for key, value in settings.items() if key.endswith("_token")]
-    named += settings.get("additional_special_tokens") or []
-    special = {value["content"] if isinstance(value, dict) else value for value in named if value}
-    for content, token_id in _settings(folder, "added_tokens.json").items():
-        added[int(token_id)] = {"content": content, "special": content in special}
-    for token_id, token in (settings.get("added_tokens_decoder") or {}).items():
-        added[int(token_id)] = {"special": False, **token}
-    return added
 
 
 def _splitter(tokens) -> re.Pattern | None:
     """A pattern that finds added tokens, the longest first, with the white space that they swallow."""
     patterns = [
-        (r"\s*" if token.get("lstrip") else "") + re.escape(token["content"]) + (r"\s*" if token.get("rstrip") else "")
-        for token in sorted(tokens, key=lambda token: -len(token["content"]))
+        (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+        for token in sorted(tokens, key=lambda token: -len(token.content))
     ]
     return re.compile("(" + "|".join(patterns) + ")") if patterns else None
-
-
-# Chat templates
-
-
-def _settings(folder: Path, file: str) -> dict:
-    """A JSON file of the folder, or nothing where it has none."""
-    return read_json(folder / file) if (folder / file).is_file() else {}
-
-
-def _find_chat_template(folder: Path, settings: dict) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name: [{"name": "default", "template": ...}, ...]
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-def _check_messages(messages: list[dict]) -> None:
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ChatTemplateError('a chat is a list of messages, such as [{"role": "user", "content": "Hello"}].')
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ChatTemplateError(f'message {position} is {message!r}; it needs a "role" and a "content", both text.')
-        if message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise ChatTemplateError(
-                f"message {position} has the role {message.get('role')!r}; the roles are system, user, assistant, tool."
-            )
-
-
-def render_chat(template: str, **values) -> str:
-    """Run a chat template, which is a program that came with the checkpoint, written by a stranger.
-
-    So it runs in Jinja's sandbox: no attribute that starts with an underscore, nothing that changes its inputs, no
-    range above 100,000; and what it may write is bounded. The rest of the environment is as transformers makes it.
-    One thing it can still do is waste time: loops within loops that write nothing. Ctrl-C ends that.
-    """
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # Jinja's own filter escapes < and > for web pages.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    pieces, length = [], 0
-    try:
-        for piece in environment.from_string(template).generate(**values):
-            pieces.append(piece)
-            length += len(piece)
-            if length > LONGEST_CHAT:
-                raise jinja2.TemplateError(f"it wrote more than {LONGEST_CHAT:,} characters")
-    except jinja2.TemplateSyntaxError as error:
-        raise ChatTemplateError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
-    except jinja2.sandbox.SecurityError as error:
-        raise ChatTemplateError(
-            f"the chat template tried something that the sandbox forbids: {error} Do not trust this checkpoint."
-        ) from error
-    except Exception as error:  # a stranger's program may raise anything
-        raise ChatTemplateError(f"the chat template refused these messages or failed: {error}") from error
-    return "".join(pieces)

@@ -72,7 +72,7 @@ def flatten_batch(scheduled: Sequence[ScheduledRequest], block_size: int, device
     Logits are needed of the last row of each request that samples. With draft tokens, they are needed of its last
     `num_spec_tokens` + 1 rows. All tensors are of dtype long, on `device`.
     """
-    # TODO 5.15: for each request extend the lists: token ids, positions, slots (4.3), the end of its rows, its
+    # TODO 5.15: for each request extend the lists: token ids, positions, slots (4.14), the end of its rows, its
     # context length, its rows of logits.
     raise NotImplementedError("TODO 5.15")
 

@@ -13,6 +13,7 @@ import re
 import struct
 from pathlib import Path
 
+LARGEST_JSON = 256 << 20  # bytes; the largest vocabularies have 35 MB
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls what a weight may be stored as
 
 
@@ -23,14 +24,20 @@ class CheckpointError(ValueError):
 def read_json(path: Path) -> dict:
     """A JSON object from a file of a checkpoint."""
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes, and no more than {LARGEST_JSON:,} are read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of 5,000 digits
         raise CheckpointError(f"{path}: not valid JSON ({error}). Download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object was expected, and it holds a {type(value).__name__}.")
     return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class Checkpoint:

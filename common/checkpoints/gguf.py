@@ -16,13 +16,14 @@ A quantized model stays what quantization made of it: converting does not bring 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 
 from common.checkpoints.download import progress
-from common.checkpoints.folder import CheckpointError
+from common.checkpoints.folder import CheckpointError, write_json
+from common.checkpoints.gguf_header import check_header
+from common.checkpoints.gguf_vocabulary import Vocabulary, read_vocabulary, write_tokenizer
 from common.checkpoints.schema import check_config
 
 VERSION = 2  # part of the cached folders' names: raise it when what is written changes
@@ -46,35 +47,15 @@ LAYER_NAMES = {
 }
 OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
-# How each family splits a text into words before BPE. GGUF stores only the rule's name, `tokenizer.ggml.pre`.
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit by itself
-SPLITTING_RULES = {
-    "gpt-2": [],  # ByteLevel's own rule is GPT-2's
-    "smollm": ["digits"],
-    "llama-bpe": [LLAMA3_WORDS],
-    "llama3": [LLAMA3_WORDS],
-    "qwen2": [QWEN2_WORDS],
-    "deepseek-r1-qwen": [QWEN2_WORDS],
-    # What llama.cpp does when the file does not say: punctuation, words, then digits by threes.
-    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"],
-}
-
-# The kinds of token, as GGUF and SentencePiece both number them.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
 
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write the model in `path` to `folder`: safetensors, config.json, generation_config.json and the tokenizer."""
     source = _Source(path)
-    config = _config(source)
+    vocabulary = read_vocabulary(source.get, path)
+    config = _config(source, vocabulary)
     _write_tensors(source, config, folder)
-    _write_tokenizer(source, config, folder)
-    _write_json(folder / "config.json", config)
+    write_tokenizer(vocabulary, path, config, folder)
+    write_json(folder / "config.json", config)
 
 
 class _Source:
@@ -88,6 +69,7 @@ class _Source:
             raise CheckpointError(
                 f"{path} is one part of a split GGUF; join the parts with llama.cpp's `llama-gguf-split --merge`."
             )
+        check_header(path)
         try:
             self.reader = gguf.GGUFReader(path)
         except Exception as error:  # the library raises what numpy raises
@@ -139,7 +121,7 @@ KEYS = {
 }
 
 
-def _config(source: _Source) -> dict:
+def _config(source: _Source, vocabulary: Vocabulary) -> dict:
     """What config.json says, from GGUF's keys. Values and their limits are those of a config.json."""
     path, tensors, of_model = source.path, source.tensors, source.of_model
     if of_model("expert_count", 0):
@@ -158,10 +140,10 @@ def _config(source: _Source) -> dict:
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": str(_dtype(tensors["token_embd.weight"])).removeprefix("torch."),
     }
-    eos = {source.get(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot")} - {None}
-    config["bos_token_id"] = source.get("tokenizer.ggml.bos_token_id", None)
-    config["eos_token_id"] = sorted(eos) if len(eos) > 1 else eos.pop() if eos else None
-    config["pad_token_id"] = source.get("tokenizer.ggml.padding_token_id", None)
+    eos = vocabulary.end_ids()
+    config["bos_token_id"] = vocabulary.bos_token_id
+    config["eos_token_id"] = eos if len(eos) > 1 else eos[0] if eos else None
+    config["pad_token_id"] = vocabulary.padding_token_id
     names = {key: f"{source.architecture}.{name}" for key, name in KEYS.items()}
     # GGUF files say what other families leave open: no value is a family's default.
     heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
@@ -288,7 +270,7 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
     if len(shards) > 1:
         weight_map = {names[name]: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _tensor(source: _Source, name: str, config: dict):
@@ -310,140 +292,3 @@ def _tensor(source: _Source, name: str, config: dict):
         # (heads, pair, 2, ...) -> (heads, 2, pair, ...): from neighbours to halves.
         values = values.reshape(heads[kind], -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
     return torch.from_numpy(numpy.array(values, dtype=numpy.float32, order="C")).to(_dtype(stored))
-
-
-# Vocabulary
-
-
-def _write_tokenizer(source: _Source, config: dict, folder: Path) -> None:
-    tokens = source.get("tokenizer.ggml.tokens")
-    kinds = source.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
-    if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens) or len(tokens) > config["vocab_size"]:
-        raise CheckpointError(
-            f"{source.path}: {len(tokens)} tokens ({len(set(tokens))} different ones, {len(kinds)} kinds) do not fit "
-            f"tensor 'token_embd.weight' of {config['vocab_size']} rows."
-        )
-    pre = source.get("tokenizer.ggml.pre", "default")
-    model = source.get("tokenizer.ggml.model")
-    # Where the file does not say whether a BOS comes first, llama.cpp knows it from the kind of vocabulary.
-    add_bos = bool(source.get("tokenizer.ggml.add_bos_token", model == "llama" or pre in ("llama-bpe", "llama3")))
-    settings = {
-        "add_bos_token": add_bos,
-        "add_eos_token": bool(source.get("tokenizer.ggml.add_eos_token", False)),
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config["max_position_embeddings"],
-    }
-    for name in ("bos", "eos", "unknown", "padding"):
-        token_id = source.get(f"tokenizer.ggml.{name}_token_id", None)
-        if token_id is not None and token_id < len(tokens):
-            settings[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = tokens[token_id]
-    if model == "gpt2":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        bos = settings.get("bos_token") if add_bos else None
-        merges = source.get("tokenizer.ggml.merges")
-        tokenizer = byte_level_tokenizer(source.path, tokens, kinds, merges, pre, bos)
-        tokenizer.save(str(folder / "tokenizer.json"))
-    elif model == "llama":
-        settings["tokenizer_class"] = "LlamaTokenizer"
-        settings["legacy"] = False
-        settings["added_tokens_decoder"] = {
-            str(token_id): {"content": token, "special": kind != USER_DEFINED, "normalized": False,
-                            "lstrip": False, "rstrip": False, "single_word": False}
-            for token_id, (token, kind) in enumerate(zip(tokens, kinds))
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-        }  # fmt: skip
-        _write_sentencepiece(source, tokens, kinds, folder)
-    else:
-        raise CheckpointError(
-            f"{source.path}: the vocabulary is of kind {model!r}; this course reads 'gpt2' (byte-level BPE) and "
-            "'llama' (SentencePiece)."
-        )
-    template = source.get("tokenizer.chat_template", None)
-    if template is not None:
-        settings["chat_template"] = template
-    _write_json(folder / "tokenizer_config.json", settings)
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(
-        folder / "generation_config.json", {key: value for key, value in generation.items() if value is not None}
-    )
-
-
-def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges: list[str], pre: str, bos: str | None):
-    """A `tokenizers.Tokenizer` from a vocabulary, its merges ("a b", the most frequent first), and a rule's name."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    if pre not in SPLITTING_RULES:
-        raise CheckpointError(
-            f"{path}: its text is split into words by the rule {pre!r}, and this course knows only "
-            f"{', '.join(SPLITTING_RULES)}. With another rule the model would read other tokens than it was trained "
-            "on. Take the model's own tokenizer.json and safetensors."
-        )
-    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind != UNUSED}
-    # Llama 3 takes a word that is a token as it is, even where its merges would not lead there.
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=[tuple(merge.split(" ")) for merge in merges],
-            ignore_merges=pre in ("llama-bpe", "llama3"),
-        )
-    )
-    if SPLITTING_RULES[pre] == [QWEN2_WORDS]:
-        tokenizer.normalizer = normalizers.NFC()
-    steps = [
-        pre_tokenizers.Digits(individual_digits=True)
-        if rule == "digits"
-        else pre_tokenizers.Split(Regex(rule), behavior="isolated")
-        for rule in SPLITTING_RULES[pre]
-    ]
-    own_rule = pre in ("gpt-2", "smollm")
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_rule))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, kinds):
-        if kind in (UNKNOWN, CONTROL):
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
-    if bos is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
-    return tokenizer
-
-
-def _write_sentencepiece(source: _Source, tokens: list[str], kinds: list[int], folder: Path) -> None:
-    """tokenizer.model: a protocol buffer with a score for each piece; BPE merges the pair with the highest first."""
-    import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
-
-    scores = source.get("tokenizer.ggml.scores")
-    if len(scores) != len(tokens):
-        raise CheckpointError(f"{source.path}: {len(tokens)} tokens but {len(scores)} scores.")
-    model = sentencepiece_model_pb2.ModelProto()
-    for token, score, kind in zip(tokens, scores, kinds):
-        model.pieces.add(piece=token, score=score, type=kind)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
-    trainer.vocab_size = len(tokens)
-    trainer.byte_fallback = BYTE in kinds
-    for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        token_id = source.get(f"tokenizer.ggml.{key}_token_id", None)
-        if name == "unk" and token_id is None and UNKNOWN in kinds:
-            token_id = kinds.index(UNKNOWN)
-        setattr(trainer, f"{name}_id", -1 if token_id is None else token_id)
-        if token_id is not None:
-            setattr(trainer, f"{name}_piece", tokens[token_id])
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = bool(source.get("tokenizer.ggml.add_space_prefix", True))
-    normalizer.remove_extra_whitespaces = bool(source.get("tokenizer.ggml.remove_extra_whitespaces", False))
-    normalizer.escape_whitespaces = True
-    serialized = model.SerializeToString()
-    try:
-        sentencepiece.SentencePieceProcessor(model_proto=serialized)
-    except RuntimeError as error:
-        raise CheckpointError(f"{source.path}: its vocabulary is no SentencePiece model: {error}") from error
-    (folder / "tokenizer.model").write_bytes(serialized)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

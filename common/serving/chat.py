@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request, Response
 
+from common.chat_templates import choose_template
 from common.serving.errors import ApiError
 from common.serving.generation import Generation, Server, begin, events, processors, sampling_params
 from common.serving.grammar import json_grammar
@@ -62,7 +63,8 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
     own = await processors(server, body, json_grammar(schema) if schema is not None else None)
     params = sampling_params(body, max_tokens, num_logprobs, own)
     generation = await begin(server, request, body, [prompt], [params])
-    choices = [Choice(i, reader_of(body, server.tokenizer.chat_template)) for i in range(body.n)]
+    template = choose_template(server.tokenizer.chat_templates, None, bool(tools_of(body)))
+    choices = [Choice(i, reader_of(body, template)) for i in range(body.n)]
     if body.stream:
         return events(chunks(generation, body, choices))
     async for delta in generation.deltas():
@@ -89,15 +91,19 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
 
 def encode_chat(server: Server, body: ChatRequest | TokenizeRequest, tools: Sequence[Tool]) -> list[int]:
     """The prompt's token ids. tools: those that the model is told of."""
-    template = server.tokenizer.chat_template
-    if template is None:
+    templates = server.tokenizer.chat_templates
+    if not templates:
         raise ApiError(
             400,
             f"{server.model_name} has no chat template: it was not trained to converse. Use /v1/completions.",
             param="messages",
         )
+    template = choose_template(templates, None, bool(tools))
     messages, values = describe(tools, template, [plain_message(message) for message in body.messages])
-    own = {"add_generation_prompt": body.add_generation_prompt}
+    own = {
+        "add_generation_prompt": body.add_generation_prompt,
+        "continue_final_message": bool(body.continue_final_message),
+    }
     text = server.tokenizer.apply_chat_template(messages, **{**(body.chat_template_kwargs or {}), **values, **own})
     return server.encode(text, add_special_tokens=False)  # the template writes them itself
 

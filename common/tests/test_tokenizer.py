@@ -12,9 +12,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from common.chat_templates import ChatTemplateError
 from common.checkpoints import CheckpointError, cached, find_checkpoint
-from common.checkpoints.gguf import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
-from common.tokenizer import ChatTemplateError, load_tokenizer, render_chat
+from common.checkpoints.gguf_vocabulary import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
+from common.tokenizer import load_tokenizer
 from solutions.llama_pytorch import TextStream
 
 TEXTS = [
@@ -394,7 +395,7 @@ def test_broken_files_are_named(tmp_path, byte_level_folder):
     with pytest.raises(CheckpointError, match=r"tokenizer\.model: not a SentencePiece model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not valid JSON"):
         load_tokenizer(tmp_path)
     saved = json.loads((byte_level_folder / "tokenizer.json").read_text(encoding="utf-8"))
     write_json(tmp_path / "tokenizer.json", saved | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}})
@@ -451,43 +452,6 @@ def test_what_templates_use_is_what_transformers_gives_them(byte_level_folder, t
 def test_a_base_model_has_no_template(byte_level_folder):
     with pytest.raises(ChatTemplateError, match="no chat template.*base model"):
         load_tokenizer(byte_level_folder).apply_chat_template(CHAT)
-
-
-@pytest.mark.parametrize(
-    "messages, words",
-    [
-        ([], "list of messages"),
-        ("Hello", "list of messages"),
-        (["Hello"], "message 0 is 'Hello'"),
-        ([{"role": "user"}], 'needs a "role" and a "content"'),
-        ([*CHAT, {"role": "robot", "content": "Hi"}], "message 2 has the role 'robot'"),
-    ],
-)
-def test_messages_that_are_none_are_refused(byte_level_folder, tmp_path, messages, words):
-    tokenizer = load_tokenizer(copy_with(byte_level_folder, tmp_path, chat_template=CHATML))
-    with pytest.raises(ChatTemplateError, match=words):
-        tokenizer.apply_chat_template(messages)
-
-
-@pytest.mark.parametrize(
-    "template, words",
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for %}", "not valid Jinja: line 1"),
-        ("{{ messages[9]['role'] }}", "refused these messages or failed"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "sandbox forbids"),
-        ("{{ raise_exception.__globals__['os'] }}", "sandbox forbids"),
-        ("{{ cycler.__init__.__globals__ }}", "sandbox forbids"),
-        ("{{ '{0.__class__.__mro__}'.format(messages) }}", "sandbox forbids"),
-        ("{{ messages.append(1) }}", "sandbox forbids"),
-        ("{% for i in range(1000000000) %}{% endfor %}", "failed: Range too big"),
-        ("{% for i in range(99999) %}{% for j in range(9999) %}{{ 'a' * 999 }}{% endfor %}{% endfor %}", "wrote more"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    ],
-)
-def test_hostile_and_failing_templates_are_stopped(template, words):
-    with pytest.raises(ChatTemplateError, match=words):
-        render_chat(template, messages=[{"role": "user", "content": "Hi"}])
 
 
 # The real one

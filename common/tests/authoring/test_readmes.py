@@ -74,9 +74,10 @@ def test_commands_are_found_in_every_kind_of_block():
     assert told("````text\n```bash\nmake rum\n```\n````") == []  # a block that shows a block
 
 
-def test_no_reader_types_a_long_line():
-    assert "121 characters" in told(f"```bash\n{'x' * 121}\n```")[0]
-    assert told(f"```bash\n{'x' * 120}\n```") == told(f"```text\n{'x' * 121}\n```") == []
+def test_the_lines_of_a_block_fit_a_page():
+    assert "README.md:2: this line has 121 characters" in told(f"```bash\n{'x' * 121}\n```")[0]
+    assert len(told(f"```\n{'x' * 121}\n```")) == 1
+    assert told(f"```bash\n{'x' * 120}\n```") == told(f"```mermaid\n{'x' * 121}\n```") == []
 
 
 def test_marks_need_a_reason_and_excuse_no_wrong_name():

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 import zipfile
+from functools import partialmethod
 from pathlib import Path
 
 import gguf
@@ -553,6 +554,89 @@ def test_a_gguf_that_we_cannot_run_says_why(tmp_path, cache, family, change, val
         find_checkpoint(str(path))
     assert str(path) in str(caught.value) and words in str(caught.value)
     assert not [found for found in cache.iterdir() if found.suffix != ".lock"]  # nothing half made is left
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_end_of_turn_that_is_stored_as_an_ordinary_token(tmp_path, named):
+    """As many files have it; llama.cpp issue 6772. And if the file does not say which token ends a turn."""
+
+    def vocabulary(writer):
+        words = [*sorted(BYTE_OF_CHARACTER), "<|endoftext|>", "<|eot_id|>"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_token_list(words)
+        writer.add_token_types([1] * len(words))
+        writer.add_token_merges([])
+        writer.add_eos_token_id(256)
+        if named:
+            writer.add_eot_token_id(257)
+
+    tokenizer = load_tokenizer(find_checkpoint(str(write_gguf(tmp_path / "a.gguf", "llama", vocabulary=vocabulary))))
+    assert tokenizer.encode("a<|eot_id|>") == [tokenizer.encode("a")[0], 257]
+    assert tokenizer.eos_token_ids == {256, 257}
+    assert tokenizer.decode([257]) == ""
+
+
+def test_a_big_endian_gguf_is_refused(tmp_path, monkeypatch):
+    swapped = partialmethod(gguf.GGUFWriter.__init__, endianess=gguf.GGUFEndian.BIG)
+    monkeypatch.setattr(gguf.GGUFWriter, "__init__", swapped)
+    path = write_gguf(tmp_path / "big.gguf", "llama")
+    with pytest.raises(CheckpointError, match=r"big\.gguf: its numbers are big-endian"):
+        find_checkpoint(str(path))
+
+
+def test_a_gguf_with_impossible_lengths_is_refused_before_it_is_read(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", "llama")
+    right = path.read_bytes()
+
+    def refused(place: bytes, offset: int, value: int, size: int, says: str) -> None:
+        start = right.index(place) + len(place) + offset
+        path.write_bytes(right[:start] + value.to_bytes(size, "little") + right[start + size :])
+        with pytest.raises(CheckpointError, match=rf"a\.gguf: .*{says}"):
+            find_checkpoint(str(path))
+
+    tokens, matrix = b"tokenizer.ggml.tokens", b"token_embd.weight"
+    refused(b"", 4, 4, 4, "version 4; 2 and 3 are read")
+    refused(b"", 8, 2**62, 8, "4,611,686,018,427,387,904 tensors")
+    refused(b"", 16, 2**62, 8, "4,611,686,018,427,387,904 keys")
+    refused(b"", 24, 2**62, 8, "key number 0 should end at byte")
+    refused(tokens, 0, 77, 4, "'tokenizer.ggml.tokens' has a value of type 77")
+    refused(tokens, 8, 2**60, 8, "'tokenizer.ggml.tokens' says that it has 1,152,921,504,606,846,976")
+    refused(tokens, 16, 2**60, 8, "'tokenizer.ggml.tokens' should end at byte")
+    refused(tokens, 24, 0xFF, 1, "'tokenizer.ggml.tokens' has text that is no UTF-8")
+    refused(matrix, 0, 99, 4, "tensor 'token_embd.weight' has 99 dimensions")
+    refused(matrix, 4, 2**62, 8, "tensor 'token_embd.weight' of shape .* does not fit")
+    refused(matrix, 4, 0, 8, "tensor 'token_embd.weight' has the shape .0, 320")
+    refused(matrix, 20, 77, 4, "tensor 'token_embd.weight' is stored as type 77")
+    refused(matrix, 24, 2**62, 8, "tensor 'token_embd.weight' of shape .* does not fit")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("bos_token_id", 2**31, "bos_token_id is 2147483648"),
+        ("eos_token_id", 320, "eos_token_id is 320; the last of the tokens is 319"),
+        ("eot_token_id", "a", "eot_token_id is 'a'"),
+        ("merges", [1, 2], "merges.0 is 1"),
+        ("merges", ["a", "b"], "'a' is no merge of this vocabulary"),
+        ("tokens", "a", "tokens is 'a'"),
+        ("tokens", ["a", "a"], "2 tokens .1 different ones., and .* 320 kinds"),
+        ("token_type", [7] * 320, "token_type.0 is 7"),
+        ("pre", 5, "pre is 5"),
+        ("model", 5, "model is 5"),
+        ("add_bos_token", 5, "add_bos_token is 5"),
+    ],
+)
+def test_a_vocabulary_that_is_none_names_the_key(tmp_path, key, value, says):
+    def change(writer):
+        writer.kv_data[0].pop(f"tokenizer.ggml.{key}", None)
+        add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[type(value)]
+        add(f"tokenizer.ggml.{key}", value)
+
+    path = write_gguf(tmp_path / "a.gguf", "llama", change)
+    with pytest.raises(CheckpointError, match=rf"a\.gguf: .*{says}") as refusal:
+        find_checkpoint(str(path))
+    assert len(str(refusal.value)) < 400
 
 
 def test_a_gguf_that_is_cut_short_or_none(tmp_path):

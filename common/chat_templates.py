@@ -1,0 +1,293 @@
+"""Chat templates: programs in Jinja, which came with a checkpoint and write a conversation as one text.
+
+They are written for transformers, so they get what transformers gives them: the same filters, functions and values.
+A stranger wrote them. So they run in Jinja's sandbox (no attribute that starts with an underscore, nothing that changes
+its inputs, no range above 100,000), see plain data only, and are stopped at limits of time and size.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from common.checkpoints import CheckpointError, read_json
+
+LONGEST_CHAT = 10_000_000  # characters that a template may write, or join to one text
+LONGEST_TIME = 10.0  # seconds that a template may run
+LARGEST_POWER = 64  # exponent
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first or the second
+CONTINUE = "THE_FINAL_MESSAGE_ENDS_HERE "  # a template that strips a message strips this space
+
+
+class ChatTemplateError(ValueError):
+    """A chat cannot be written as a prompt: there is no template, it failed, or the messages do not fit it."""
+
+
+def find_chat_templates(folder: Path, written: Any) -> dict[str, str]:
+    """The chat templates of a checkpoint folder, by name; most have none, or only one, "default".
+
+    written: what tokenizer_config.json says, one template or a list of them. Files with templates count before it, as
+    with transformers. A chat_template.json, which belongs to models that see images, counts last.
+    """
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if found := {name: _read(file) for name, file in files.items() if file.is_file()}:
+        return found
+    source = folder / "tokenizer_config.json"
+    if written is None and (folder / "chat_template.json").is_file():
+        source = folder / "chat_template.json"
+        written = read_json(source).get("chat_template")
+    several = [{"name": "default", "template": written}] if isinstance(written, str) else written or []
+    if isinstance(several, Mapping):
+        several = [{"name": name, "template": template} for name, template in several.items()]
+    found = {}
+    for entry in several if isinstance(several, list) else [several]:
+        pair = [entry.get("name"), entry.get("template")] if isinstance(entry, Mapping) else [entry]
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise CheckpointError(
+                f"{source}: chat_template is {written!r:.80}; a template is text, and several are a list of objects "
+                'with a "name" and a "template".'
+            )
+        found[pair[0]] = pair[1]
+    return found
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.stat().st_size <= LONGEST_CHAT:
+            return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as text ({error}).") from error
+    raise CheckpointError(f"{file}: has {file.stat().st_size:,} bytes, which is no chat template.")
+
+
+def choose_template(templates: Mapping[str, str], name: str | None, has_tools: bool) -> str:
+    """The template of this name; without a name, "tool_use" if there are tools to be used, otherwise "default"."""
+    if name is None:
+        name = "tool_use" if has_tools and "tool_use" in templates else "default"
+    if name not in templates:
+        raise ChatTemplateError(f"there is no chat template {name!r}; there are {', '.join(sorted(templates))}.")
+    return templates[name]
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ChatTemplateError, with the position, for what is no message."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ChatTemplateError('a chat is a list of messages, such as [{"role": "user", "content": "Hello"}].')
+    for position, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        is_parts = isinstance(content, (list, tuple)) and all(isinstance(part, Mapping) for part in content)
+        is_without = isinstance(message, Mapping) and content is None and message.get("tool_calls")
+        if not (isinstance(content, str) or is_parts or is_without):
+            raise ChatTemplateError(
+                f'message {position} is {message!r:.200}; it needs a "role" and a "content". The content is text, or a '
+                'list of parts such as {"type": "text", "text": "Hello"}; with "tool_calls" it may be left out.'
+            )
+        if message.get("role") not in ROLES:
+            raise ChatTemplateError(
+                f"message {position} has the role {message.get('role')!r:.80}; the roles are {', '.join(ROLES)}."
+            )
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    /,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | str = False,
+    **values: Any,
+) -> str:
+    """Run a chat template. Returns the text that the model was trained on.
+
+    messages: in each, "role", "content" (text or a list of parts) and what else the template reads. tools, documents:
+    JSON objects. add_generation_prompt: end with the opening of the assistant's turn, so that the model answers; True
+    unless the final message is continued. continue_final_message: end within the final message, after its content
+    (True) or after another field of it (its name). values: anything else that the template reads, `enable_thinking`
+    perhaps. Raises ChatTemplateError if the template refuses these messages or is stopped.
+    """
+    if add_generation_prompt and continue_final_message:
+        raise ChatTemplateError(
+            "add_generation_prompt and continue_final_message are both set: the model either begins a turn or "
+            "continues one."
+        )
+    for name, objects in (("tools", tools), ("documents", documents)):
+        if objects is not None and not all(isinstance(item, Mapping) for item in objects):
+            raise ChatTemplateError(f"{name} is {objects!r:.80}; it must be a list of JSON objects.")
+    chat = [_message(message) for message in messages]
+    if continue_final_message:
+        final = _mark_end(chat[-1], continue_final_message, template)
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
+    own = {"messages": chat, "tools": _plain(tools), "documents": _plain(documents)}
+    text = _run(template, {**_plain(values), **own, "add_generation_prompt": add_generation_prompt})
+    if not continue_final_message:
+        return text
+    end = text.rfind(CONTINUE.strip())
+    if end < 0 or final.strip() not in text:
+        raise ChatTemplateError(
+            f"the chat template leaves out {final!r:.80}, so the final message cannot be continued."
+        )
+    return text[:end] if text.startswith(CONTINUE, end) else text[:end].rstrip()
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without what is None, and with its reasoning under each name that templates read."""
+    kept = _plain({key: value for key, value in message.items() if value is not None})
+    reasoning = next((kept[name] for name in REASONING if name in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
+    """Append the mark to a field of the message, "content" if `field` is True. Returns the text before the mark."""
+    field = field if isinstance(field, str) else "content"
+    text = message.get(field)
+    fields = [name for name in REASONING if message.get(name) == text] if field in REASONING else [field]
+    if not any(name in template for name in fields):
+        raise ChatTemplateError(f"the chat template does not read {field!r}, which is to be continued.")
+    if isinstance(text, list):
+        part = next((part for part in reversed(text) if isinstance(part.get("text"), str)), {})
+        text = part.get("text")
+        part["text"] = f"{text}{CONTINUE}"
+    elif isinstance(text, str):
+        message.update({name: text + CONTINUE for name in fields})
+    if not isinstance(text, str):
+        raise ChatTemplateError(f"the final message has no text in {field!r} that could be continued.")
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it. Objects of other types become their type's name: no template may call a method."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (tuple if isinstance(value, tuple) else list)(map(_plain, value))
+    kind = next((kind for kind in (str, int, float) if isinstance(value, kind)), None)
+    return f"<{type(value).__name__}>" if kind is None else kind(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Jinja
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _jinja():
+    """Our environment's class, made when it is first needed: most commands need no Jinja."""
+    import jinja2.ext
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.visitor import NodeTransformer
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}`, which marks what the model has written; a trainer reads it, we write what is in it."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            lineno = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=lineno)
+
+    class Namespace(jinja2.utils.Namespace):
+        """Jinja's, without names that begin with an underscore."""
+
+        def __init__(*args, **kwargs):
+            self, names = args[0], dict(*args[1:], **kwargs)
+            jinja2.utils.Namespace.__init__(self, {Namespace._allowed(name): item for name, item in names.items()})
+
+        def __setitem__(self, name, value):
+            super().__setitem__(Namespace._allowed(name), value)
+
+        @staticmethod
+        def _allowed(name):
+            if str(name).startswith("_"):
+                raise jinja2.sandbox.SecurityError(f"a namespace cannot hold {name!r}.")
+            return name
+
+    class Limits(NodeTransformer):
+        """Puts a check of the time into each loop and macro, and a check of the size around each `~`."""
+
+        def visit_For(self, node):
+            tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
+            node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
+            return self.generic_visit(node)
+
+        visit_Macro = visit_CallBlock = visit_For
+
+        def visit_Concat(self, node):
+            self.generic_visit(node)
+            return nodes.Call(nodes.EnvironmentAttribute("join"), node.nodes, [], None, None, lineno=node.lineno)
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("+", "*", "**"))
+
+        def __init__(self):
+            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+            self.end = time.monotonic() + LONGEST_TIME
+            self.filters["tojson"] = tojson
+            self.globals |= {"raise_exception": raise_exception, "namespace": Namespace}
+            self.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+
+        def limited(self, template):
+            return self.from_string(Limits().visit(self.parse(template)))
+
+        def tick(self):
+            if time.monotonic() > self.end:
+                raise jinja2.TemplateError(f"it ran for more than {LONGEST_TIME:g} seconds")
+
+        def join(self, *parts):
+            return checked_size("".join(map(str, parts)))
+
+        def call_binop(self, context, operator, left, right):
+            if operator == "**" and not abs(right) <= LARGEST_POWER:
+                raise jinja2.TemplateError(f"it computes a power of {right!r:.20}")
+            sized, times = (left, right) if hasattr(left, "__len__") else (right, left)
+            if operator == "*" and hasattr(sized, "__len__") and len(sized) * times > LONGEST_CHAT:
+                raise jinja2.TemplateError(f"it repeats something {times!r:.20} times")
+            return checked_size(super().call_binop(context, operator, left, right))
+
+    def checked_size(value):
+        size = value.bit_length() if isinstance(value, int) else len(value) if hasattr(value, "__len__") else 0
+        if size > LONGEST_CHAT or (isinstance(value, int) and size > 4096):
+            raise jinja2.TemplateError(f"it made a value of size {size:,}")
+        return value
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        # Jinja's own filter escapes < and > for web pages.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    return Sandbox
+
+
+def _run(template: str, values: Mapping[str, Any]) -> str:
+    import jinja2
+
+    pieces, length = [], 0
+    try:
+        for piece in _jinja()().limited(template).generate(values):
+            pieces.append(piece)
+            length += len(piece)
+            if length > LONGEST_CHAT:
+                raise jinja2.TemplateError(f"it wrote more than {LONGEST_CHAT:,} characters")
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatTemplateError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
+    except jinja2.sandbox.SecurityError as error:
+        raise ChatTemplateError(
+            f"the chat template tried something that the sandbox forbids: {error} Do not trust this checkpoint."
+        ) from error
+    except Exception as error:  # a stranger's program may raise anything
+        raise ChatTemplateError(f"the chat template refused these messages or failed: {error}") from error
+    return "".join(pieces)

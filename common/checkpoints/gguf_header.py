@@ -1,0 +1,122 @@
+"""The header of a GGUF file, checked before the `gguf` library reads it.
+
+The library believes every length in the file. One wrong byte makes it read an array of 2**60 numbers, for hours, or
+take values of the wrong byte order for weights. So each length is first compared with what is left of the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+
+from common.checkpoints.folder import CheckpointError
+
+SIZES = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8)))  # bytes of a value, by its type
+STRING, ARRAY = 8, 9
+MOST = 100_000  # keys, and tensors
+DEEPEST = 4  # arrays in arrays
+MOST_DIMENSIONS = 4
+
+
+def check_header(path: Path) -> None:
+    """Walk through the header. Raises CheckpointError, naming the key or the tensor, where it does not fit the file."""
+    size = path.stat().st_size
+    if size < 24:
+        raise CheckpointError(f"{path}: cut short, or not a GGUF file: it has {size} bytes.")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _Walk(path, data).header()
+
+
+class _Walk:
+    """Reads values one after another; `what` is named if one of them does not fit."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.position, self.what = path, data, 0, "the header"
+
+    def wrong(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: cut short, or not a GGUF file: {self.what} {problem}. Download it again.")
+
+    def skip(self, size: int) -> int:
+        """Go on by `size` bytes. Returns where they begin."""
+        start, self.position = self.position, self.position + size
+        if self.position > len(self.data):
+            raise self.wrong(f"should end at byte {self.position:,}, and the file has {len(self.data):,}")
+        return start
+
+    def number(self, format: str) -> int:
+        return struct.unpack_from(f"<{format}", self.data, self.skip(struct.calcsize(format)))[0]
+
+    def text(self) -> str:
+        size = self.number("Q")
+        start = self.skip(size)
+        try:
+            return self.data[start : start + size].decode()
+        except UnicodeDecodeError as error:
+            raise self.wrong(f"has text that is no UTF-8 ({error.reason})") from None
+
+    def header(self) -> None:
+        if self.data[self.skip(4) : 4] != b"GGUF":
+            raise self.wrong(f"begins with {self.data[:4]!r}")
+        version = self.number("I")
+        if version & 0xFFFF == 0:
+            raise CheckpointError(
+                f"{self.path}: its numbers are big-endian, for another kind of processor; take the little-endian file."
+            )
+        if version not in (2, 3):
+            raise self.wrong(f"says that it is version {version}; 2 and 3 are read")
+        num_tensors, num_keys = self.number("Q"), self.number("Q")
+        if max(num_tensors, num_keys) > MOST:
+            raise self.wrong(f"says that there are {num_keys:,} keys and {num_tensors:,} tensors")
+        keys: set[str] = set()
+        for i in range(num_keys):
+            self.what = f"key number {i}"
+            key = self.text()
+            self.what = f"key {key!r:.80}"
+            if key in keys:
+                raise self.wrong("is there twice")
+            keys.add(key)
+            self.value(self.number("I"))
+        for i in range(num_tensors):
+            self.what = f"tensor number {i}"
+            self.what = f"tensor {self.text()!r:.80}"
+            num_dimensions = self.number("I")
+            if num_dimensions > MOST_DIMENSIONS:
+                raise self.wrong(f"has {num_dimensions:,} dimensions")
+            shape = [self.number("Q") for _ in range(num_dimensions)]
+            self.tensor(shape, self.number("I"), self.number("Q"))
+
+    def value(self, kind: int, depth: int = 0) -> None:
+        if kind == STRING:
+            self.text()
+        elif kind == ARRAY:
+            item, length = self.number("I"), self.number("Q")
+            if depth == DEEPEST:
+                raise self.wrong("has arrays in arrays in arrays")
+            if item in SIZES and SIZES[item] is not None:
+                self.skip(length * SIZES[item])
+            else:
+                if length * 8 > len(self.data):  # a text has a length of 8 bytes, an array 12
+                    raise self.wrong(f"says that it has {length:,} values")
+                for _ in range(length):
+                    self.value(item, depth + 1)
+        elif kind in SIZES:
+            self.skip(SIZES[kind])
+        else:
+            raise self.wrong(f"has a value of type {kind}, which there is not")
+
+    def tensor(self, shape: list[int], kind: int, offset: int) -> None:
+        """Whether the numbers lie within the file. Where they begin depends on what follows, so that is not counted."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        try:
+            per_block, block_size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except (ValueError, KeyError):
+            raise self.wrong(f"is stored as type {kind}, which cannot be read") from None
+        count = 1
+        for length in shape:
+            count *= length
+        if not shape or not count or shape[0] % per_block:
+            raise self.wrong(f"has the shape {shape}")
+        if offset + count // per_block * block_size > len(self.data):
+            raise self.wrong(f"of shape {shape} does not fit into the file")
