@@ -24,6 +24,7 @@ GROUPS = {
     "A model answers": (
         Command("run", "", "student.chat:run_command", "eight prompts at once; PROMPT='...' one of your own"),
         Command("chat", "", "student.chat:chat_command", "a conversation"),
+        Command("watch-engine", "", "student.watch_engine:watch_engine", "record it: OUT=run.html replays each step"),
         Command("serve", "", "serving.command:serve", "an OpenAI-compatible server at PORT=8000, and a page", "serve"),
         Command("quantize", "", "student.quantize:quantize_command", "write a checkpoint with fewer bits"),
     ),
