@@ -30,7 +30,7 @@ SCALING = {
 
 
 def make(kind: str, folder: Path) -> Path:
-    """Write a checkpoint of this kind into the folder. Returns what is to be loaded: the folder or a file in it."""
+    """Write a checkpoint of this kind into the folder. Returns the path to load: the folder or a file in it."""
     if kind.startswith("gguf"):
         return write_gguf(folder / "tiny.gguf", "llama" if kind == "gguf" else "qwen2", is_bpe=kind == "gguf")
     vocabulary = sentencepiece_vocabulary() if kind == "sentencepiece" else byte_level_vocabulary()
