@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(what: str, total: float, shown: bool = True) -> Iterator[Callable[[float, str], None]]:
     """A bar that disappears at the end. Yields `update(done, note)`: how many of `total` are done, and a few words."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     with Progress(TextColumn("{task.description}"), *columns, disable=not shown, transient=True) as bar:

@@ -23,9 +23,7 @@ from solutions import llama_pytorch
 from solutions.llama_pytorch import Llama, RequestOutput, SamplingParams
 from solutions.llm_basics import ModelConfig, attention
 
-# ---------------------------------------------------------------------------------------------------------------
-# Attention of new tokens to all tokens
-# ---------------------------------------------------------------------------------------------------------------
+# --- Attention of new tokens to all tokens ----------------------------------------------------------------------------
 
 
 def offset_mask(positions: Tensor, num_keys: int) -> Tensor:
@@ -97,9 +95,7 @@ class KVCache:
         raise NotImplementedError("TODO 3.5")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Prefill and decode
-# ---------------------------------------------------------------------------------------------------------------
+# --- Prefill and decode -----------------------------------------------------------------------------------------------
 
 
 def prefill(model: Llama, cache: KVCache, token_ids: Sequence[int], chunk_size: int = 512) -> Tensor:
@@ -156,9 +152,7 @@ def resume(model: Llama, cache: KVCache, cached_token_ids: Sequence[int], token_
     return prefill(model, cache, token_ids[shared:])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Memory, waste and latency
-# ---------------------------------------------------------------------------------------------------------------
+# --- Memory, waste and latency ----------------------------------------------------------------------------------------
 
 
 def cache_bytes(config: ModelConfig, num_tokens: int, bytes_per_number: int) -> int:

@@ -5,7 +5,7 @@ few tokens each. A sequence takes blocks as it grows: block i of the sequence is
 Sequences that begin alike share blocks, and a shared block is copied before one of them writes to it: what an
 operating system does with pages, page tables and fork().
 
-The file has two halves that do not know each other: `BlockPool` and `KVCacheManager` handle ids and counts, and
+The file has two halves that do not know each other: `BlockPool` and `KVCacheManager` handle ids and counts,
 `PagedKVCache` holds the tensors. It does not know about queues, budgets or scheduling (lesson 5).
 
 From Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
@@ -32,9 +32,7 @@ from solutions.kv_cache import fold_groups
 from solutions.llama_pytorch import Attend, Llama, RequestOutput, SamplingParams
 from solutions.llm_basics import upcast
 
-# ---------------------------------------------------------------------------------------------------------------
-# Blocks and the block pool
-# ---------------------------------------------------------------------------------------------------------------
+# --- Blocks and the block pool ----------------------------------------------------------------------------------------
 
 
 def cdiv(a: int, b: int) -> int:
@@ -43,9 +41,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 class BlockHash(NamedTuple):
-    """The key of a full block in the prefix cache: its tokens and everything before them.
-
-    Two blocks are the same only if all three fields agree, so a hash collision costs a hit and never gives a wrong one.
+    """The key of a full block in the prefix cache: its tokens and everything before them. Two blocks are the same only
+    if all three fields agree, so a hash collision costs a hit and never gives a wrong one.
     """
 
     value: bytes  # digest of all tokens from the start of the sequence to the end of this block
@@ -54,10 +51,9 @@ class BlockHash(NamedTuple):
 
 
 def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
-    """Return the key of a full block with these tokens after `parent`, or, if that is None, of a first block.
-
-    A token's key and value depend on all tokens before it, so the same tokens after another parent are another block.
-    Token ids may exceed 100,000.
+    """Return the key of a full block with these tokens after `parent`, or, if that is None, of a first block. A token's
+    key and value depend on all tokens before it, so the same tokens after another parent are another block. Token ids
+    may exceed 100,000.
     """
     # TODO 4.1: take a 16-byte `hashlib.blake2b` digest of the parent's value and of these tokens.
     raise NotImplementedError("TODO 4.1")
@@ -100,9 +96,8 @@ class BlockPool:
         return len(self.free)
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
-        """Take `num_blocks` free blocks, the least recently used first, each with ref_cnt 1 and no hash.
-
-        Raises ValueError, and takes none, if fewer are free.
+        """Take `num_blocks` free blocks, the least recently used first, each with ref_cnt 1 and no hash. Raises
+        ValueError, and takes none, if fewer are free.
         """
         # TODO 4.2: `free.popitem(last=False)` removes the oldest as (id, block). Its old content must no longer be
         # found: `forget` it.
@@ -110,7 +105,6 @@ class BlockPool:
 
     def free_blocks(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Decrement each block's reference count. At 0 it becomes the newest free block; it keeps its content and hash.
-
         Raises ValueError for a block whose count is 0 already.
         """
         # TODO 4.3: decrement; at zero, and only then, append the block to `free`, in the order given.
@@ -141,9 +135,7 @@ class BlockPool:
             block.block_hash = None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Block tables
-# ---------------------------------------------------------------------------------------------------------------
+# --- Block tables -----------------------------------------------------------------------------------------------------
 
 
 class TokenSequence(Protocol):
@@ -210,7 +202,7 @@ class KVCacheManager:
         """Return the cached blocks that hold the beginning of this sequence, and their number of tokens.
 
         They are only looked up; `allocate_slots` takes them. The last token is never among them, even if its block is
-        cached: it must be computed to get its logits. If `enable_prefix_caching` is false, there are none.
+        cached: it must be computed to get its logits. Without `enable_prefix_caching`, there are none.
         """
         # TODO 4.4: look up one block after the other until one is missing; stop before the last token's block.
         raise NotImplementedError("TODO 4.4")
@@ -219,7 +211,7 @@ class KVCacheManager:
         """Enter the full blocks among the first `num_verified_tokens` tokens into the prefix cache.
 
         Verified tokens are computed (at the latest in this step) and are not draft tokens, which may be rejected. Other
-        blocks get no hash. If `enable_prefix_caching` is false, do nothing.
+        blocks get no hash. Without `enable_prefix_caching`, do nothing.
         """
         # TODO 4.5: pair the sequence's blocks with `hashes`; the pool remembers those that have no hash yet.
         raise NotImplementedError("TODO 4.5")
@@ -244,8 +236,7 @@ class KVCacheManager:
 
     def can_allocate(self, num_tokens: int, computed_blocks: Sequence[KVCacheBlock] = ()) -> bool:
         """Whether a sequence of `num_tokens` tokens that begins with these computed blocks fits into the free blocks.
-
-        Nothing is taken: `allocate_slots` does that. A computed block that no sequence holds is itself a free block.
+        A computed block that no sequence holds is itself a free block.
         """
         num_missing = cdiv(num_tokens, self.block_size) - len(computed_blocks)
         return num_missing <= self.pool.num_free_blocks - sum(block.ref_cnt == 0 for block in computed_blocks)
@@ -267,9 +258,8 @@ class KVCacheManager:
         raise NotImplementedError("TODO 4.7")
 
     def copy_on_write(self, request: TokenSequence, places: Sequence[int]) -> None:
-        """Replace the blocks at these indices of the sequence's table with new blocks of the same content.
-
-        `copies` records which slots to copy: those that the sequence has filled. `PagedKVCache.copy` copies them later.
+        """Replace the blocks at these indices of the sequence's table with new blocks of the same content. `copies`
+        records which slots to copy: those that the sequence has filled. `PagedKVCache.copy` copies them later.
         """
         # TODO 4.8: take a new block, append to `copies`, put the block into the table, free the shared one.
         raise NotImplementedError("TODO 4.8")
@@ -317,17 +307,14 @@ class KVCacheManager:
 
 
 def utilisation(num_tokens: Sequence[int], block_size: int) -> float:
-    """Return the fraction of reserved slots that hold a token, for sequences of these lengths: between 0 and 1.
-
-    No block is shared. With blocks for the longest possible sequence, this is the contiguous cache of lesson 3.
+    """Return the fraction of reserved slots that hold a token, for sequences of these lengths, without shared blocks.
+    With blocks for the longest possible sequence, this is the contiguous cache of lesson 3.
     """
     # TODO 4.10: divide the tokens by the slots; a sequence reserves whole blocks.
     raise NotImplementedError("TODO 4.10")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Online softmax: attention to some keys, then to the others
-# ---------------------------------------------------------------------------------------------------------------
+# --- Online softmax: attention to some keys, then to the others -------------------------------------------------------
 
 
 class Partial(NamedTuple):
@@ -376,9 +363,7 @@ def blockwise_attention(
     raise NotImplementedError("TODO 4.13")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tensors
-# ---------------------------------------------------------------------------------------------------------------
+# --- The tensors ------------------------------------------------------------------------------------------------------
 
 
 def slot_mapping(block_table: Sequence[int], start: int, num_tokens: int, block_size: int) -> list[int]:
@@ -394,8 +379,8 @@ def slot_mapping(block_table: Sequence[int], start: int, num_tokens: int, block_
 class AttentionMetadata:
     """Which tokens of a flat batch of T belong to which of its R requests, and where their keys and values are.
 
-    Request r has tokens query_start[r] to query_start[r + 1] of the batch. They are its newest, so the first of them is
-    at position context_lens[r] minus their number.
+    Request r has tokens query_start[r] to query_start[r + 1]: its newest, so the first of them is at position
+    context_lens[r] minus their number.
     """
 
     query_start: list[int]  # (R + 1)
@@ -404,21 +389,20 @@ class AttentionMetadata:
     block_tables: list[list[int]]  # (R, blocks of the request)
 
 
-SEGMENT = 512
-"""How many keys the plain attention reads at a time."""
+SEGMENT = 512  # keys that the plain attention reads at a time
 
 
-def move(copies: Iterable[BlockCopy], source: Tensor, target: Tensor) -> None:
-    """Copy the filled slots of blocks, in all layers. source, target: (num_layers, num_blocks, block_size, ...)."""
-    for copy in copies:
-        target[:, copy.target, : copy.num_tokens] = source[:, copy.source, : copy.num_tokens]
+def move(copies: Iterable[BlockCopy], sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy the filled slots of blocks. Each tensor: (num_layers, num_blocks, block_size, ...)."""
+    for source, target in zip(sources, targets):
+        for copy in copies:
+            target[:, copy.target, : copy.num_tokens] = source[:, copy.source, : copy.num_tokens]
 
 
 class PagedKVCache:
     """The tensors: keys and values of some layers, on the model's device, and in host memory for swapped blocks.
 
-    Methods take a layer's index in the whole model. K follows from the width of the projections, so a model with a
-    slice of the heads gets a cache for that slice.
+    Methods take a layer's index in the whole model. A model with a slice of the heads gets a cache for that slice.
     """
 
     def __init__(
@@ -446,9 +430,8 @@ class PagedKVCache:
         self.host_tensors = [self.host_keys, self.host_values]  # their counterparts, in the same order
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values of T tokens. slots: (T,), as from `slot_mapping`; k, v: (T, K, D).
-
-        layer: the index in the whole model; this cache has the layers in `self.layers`.
+        """Store the keys and values of T tokens. slots: (T,), as from `slot_mapping`; k, v: (T, K, D). layer: the index
+        in the whole model; this cache has the layers in `self.layers`.
         """
         # TODO 4.15: viewed as (num_blocks * block_size, K, D), a layer's memory is indexed by slot.
         raise NotImplementedError("TODO 4.15")
@@ -487,23 +470,18 @@ class PagedKVCache:
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks, in all layers. Call it before the forward pass that writes to the targets."""
-        for tensor in self.device_tensors:
-            move(copies, tensor, tensor)
+        move(copies, self.device_tensors, self.device_tensors)
 
     def swap_out(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks of the device (sources) to blocks of the host (targets)."""
-        for tensor, host in zip(self.device_tensors, self.host_tensors):
-            move(copies, tensor, host)
+        move(copies, self.device_tensors, self.host_tensors)
 
     def swap_in(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks of the host (sources) to blocks of the device (targets)."""
-        for tensor, host in zip(self.device_tensors, self.host_tensors):
-            move(copies, host, tensor)
+        move(copies, self.host_tensors, self.device_tensors)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One sequence, paged
-# ---------------------------------------------------------------------------------------------------------------
+# --- One sequence, paged ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -517,9 +495,8 @@ class PagedSequence:
 
 
 def compute(model: Llama, cache: PagedKVCache, manager: KVCacheManager, sequence: PagedSequence) -> Tensor:
-    """Compute the sequence's remaining tokens. Returns the last one's logits, (V,).
-
-    Raises MemoryError if the pool has too few free blocks.
+    """Compute the sequence's remaining tokens. Returns the last one's logits, (V,). Raises MemoryError if the pool has
+    too few free blocks.
     """
     computed_blocks: list[KVCacheBlock] = []
     if not manager.block_table(sequence.request_id):

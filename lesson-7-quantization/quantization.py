@@ -38,9 +38,9 @@ from solutions.parallelism import Absent
 def quantize_int8(weight: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round each row to whole numbers from -127 to 127, with one scale for the row. weight: (out, in).
 
-    absmax: (out,), the largest magnitude in each row; by default that of `weight`, which may be only a part of the
-    rows. Returns the numbers, int8 (out, in), and the scales, (out,): number x scale is about the weight. A scale that
-    would be 0, as for a row of zeros, is 1.
+    absmax: (out,), the largest magnitude in each row; by default that of `weight`, which may be only a part of it.
+    Returns the numbers, int8 (out, in), and the scales, (out,): number x scale is about the weight. A scale that would
+    be 0, as for a row of zeros, is 1.
     """
     # TODO 7.1: the largest magnitude in a row becomes 127. (-128 is not used, so that every number has a negative.)
     raise NotImplementedError("TODO 7.1")
@@ -69,8 +69,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def whole_row_absmax(layer: Linear, x: Tensor) -> Tensor:
     """Returns the largest magnitude in each row, over all ranks that have a part of it. x: (rows, columns) -> (rows,).
-
-    x is the layer's part of its matrix, or the layer's inputs: its columns are those of the layer.
+    The columns of x are the layer's: it is the layer's part of its matrix, or the layer's inputs.
     """
     absmax = x.abs().amax(dim=1)
     is_part = len(layer.columns) < layer.shape[1]
@@ -80,8 +79,7 @@ def whole_row_absmax(layer: Linear, x: Tensor) -> Tensor:
 class QuantizedMethod(LinearMethod):
     """A linear layer's matrix in fewer bits. Subclasses define `parts`, `quantized` and `product`.
 
-    is_saved: the checkpoint was written by `save_quantized`. Otherwise it has floats, which are quantized as they are
-    read, one matrix at a time.
+    is_saved: the checkpoint was written by `save_quantized`. Otherwise its floats are quantized as they are read.
     """
 
     dtypes: Mapping[str, torch.dtype] = {"weight": torch.int8}  # of the tensors that are not of the activations' dtype
@@ -410,8 +408,7 @@ class Int8KVCache(PagedKVCache):
         self.dtype = model.model.norm.weight.dtype
 
         def scales_of(tensor: Tensor) -> Tensor:
-            pin = tensor.is_pinned()
-            return torch.zeros(tensor.shape[:-1], dtype=self.dtype, device=tensor.device, pin_memory=pin)
+            return tensor.new_zeros(tensor.shape[:-1], dtype=self.dtype, pin_memory=tensor.is_pinned())
 
         self.scales = [scales_of(self.keys), scales_of(self.values)]
         self.device_tensors += self.scales
@@ -448,7 +445,6 @@ class OffloadedLlama(Llama):
 
     def stream_from(self, checkpoint: Checkpoint, numbers: range, limit: int) -> None:
         """Read what stays in memory: all that is no layer, and the first of these layers. limit: bytes of all weights.
-
         Raises ValueError if the limit is too small for all that is no layer and two layers.
         """
         self.checkpoint, layers = checkpoint, self.model.layers

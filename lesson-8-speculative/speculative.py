@@ -5,12 +5,8 @@ same read computes several positions, and the logits of each say what comes afte
 token, one step yields several tokens; a rejected draft token only costs the computation of its position. The output is
 the same: token for token where draft tokens are only compared, in distribution where they were sampled.
 
-    propose_ngram        draft tokens from the text itself: what followed these tokens before?
-    DraftProposer        draft tokens from a smaller model, with a cache of its own under the target's block ids
-    rejection_sample     accepts sampled draft tokens such that the output is distributed as the target says
-    AdaptiveSpeculation  decides, from measurements, how many draft tokens are worth proposing
-    SpeculativeRunner    lesson 5's runner; it verifies where lesson 5 samples, and proposes afterwards
-
+Draft tokens come from the text itself (`propose_ngram`) or from a smaller model (`DraftProposer`). `SpeculativeRunner`
+is lesson 5's runner; it verifies where lesson 5 samples, and then proposes as many as `AdaptiveSpeculation` says.
 Rollback needs no code here: the scheduler moves `num_computed_tokens` back, and attention reads nothing beyond it.
 
 From Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), and Chen et al.,
@@ -36,17 +32,10 @@ from solutions.llama_pytorch import Llama, RequestOutput, SamplingParams, adjust
 from solutions.paged_attention import PagedKVCache
 from solutions.scheduler import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 
-# ---------------------------------------------------------------------------------------------------------------
-# Draft tokens from the text, and their verification
-# ---------------------------------------------------------------------------------------------------------------
-
-MAX_NGRAM, MIN_NGRAM = 4, 2
-"""The longest and the shortest n-gram at the end of a text that is looked up in it."""
+# --- Draft tokens from the text, and their verification ---------------------------------------------------------------
 
 
-def propose_ngram(
-    token_ids: Sequence[int], num_tokens: int, max_ngram: int = MAX_NGRAM, min_ngram: int = MIN_NGRAM
-) -> list[int]:
+def propose_ngram(token_ids: Sequence[int], num_tokens: int, max_ngram: int = 4, min_ngram: int = 2) -> list[int]:
     """Propose `num_tokens` draft tokens: those that followed when the text last ended as it ends now.
 
     The last `max_ngram` tokens are looked up earlier in the text, then fewer, down to `min_ngram`; of several matches
@@ -62,26 +51,20 @@ def verify_greedy(chosen: Iterable[int], draft_token_ids: Sequence[int]) -> list
 
     chosen: what the model chooses after the newest token, after the first draft token, after the second, and so on, one
     more than there are draft tokens. Choosing takes time, so only as many are consumed as are needed. A choice after a
-    wrong draft token was made for a text that is not this one. Returns 1 to len(draft_token_ids) + 1 of the choices.
+    wrong draft token was made for another text. Returns 1 to len(draft_token_ids) + 1 of the choices.
     """
     # TODO 8.2: append each choice; continue only while it equals its draft token.
     raise NotImplementedError("TODO 8.2")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One sequence
-# ---------------------------------------------------------------------------------------------------------------
+# --- One sequence -----------------------------------------------------------------------------------------------------
 
 
 class Lookahead:
-    """Serves `next_logits` of lesson 2's loop from logits that were computed for draft tokens.
-
-    The loop is unchanged. It samples a token by its own rules; if that is the draft token, its logits are there.
-    """
+    """Serves `next_logits` of lesson 2's loop, which is unchanged, from logits that were computed for draft tokens."""
 
     def __init__(self, model: Llama, capacity: int, propose: Callable[[Sequence[int]], list[int]]):
-        self.model = model
-        self.propose = propose
+        self.model, self.propose = model, propose
         self.cache = KVCache(model, capacity)
         self.cached_token_ids: list[int] = []  # the tokens in the cache: the text, then draft tokens
         self.rows: dict[int, Tensor] = {}  # length of a text -> logits (V,) of its next token
@@ -91,8 +74,7 @@ class Lookahead:
         """Returns the logits (V,) after this text, which is one token longer than before, if they were computed.
 
         They were if the new token equals its draft token. Otherwise returns None and removes the rejected draft tokens:
-        the cache then holds the text without its new token. In the first call the text is the prompt, and the cache is
-        empty.
+        the cache then holds the text without its new token. At first the text is the prompt, and the cache is empty.
         """
         # TODO 8.3: compare the text with the cached tokens; truncate `cached_token_ids` and the cache alike.
         raise NotImplementedError("TODO 8.3")
@@ -129,9 +111,7 @@ def generate(
     return llama_pytorch.generate(model, tokenizer, prompt_token_ids, params, on_text, lookahead.next_logits)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Draft tokens that were sampled
-# ---------------------------------------------------------------------------------------------------------------
+# --- Draft tokens that were sampled -----------------------------------------------------------------------------------
 
 
 def accept_or_recover(target: Tensor, draft: Tensor, token_id: int, generator: torch.Generator) -> tuple[bool, int]:
@@ -153,22 +133,18 @@ def rejection_sample(
     target: (k + 1, V), the model's probabilities after the newest token and after each of the k draft tokens. draft:
     (k, V), the probabilities that these were sampled from. generator(i): the randomness of the i-th token. The first
     rejected draft token is replaced, and nothing follows it; if all are accepted, a bonus token is sampled from the
-    last row. Returns 1 to k + 1 token ids. From Leviathan et al. (2023) and Chen et al. (2023).
+    last row. Returns 1 to k + 1 token ids.
     """
     # TODO 8.5: call `accept_or_recover` for one draft token after the other; then sample the bonus token.
     raise NotImplementedError("TODO 8.5")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# How many draft tokens?
-# ---------------------------------------------------------------------------------------------------------------
+# --- How many draft tokens? -------------------------------------------------------------------------------------------
 
 
 def expected_tokens(rate: float, num_draft_tokens: int) -> float:
     """Returns the mean number of tokens that a step with this many draft tokens yields, including the one that every
     step yields. rate: the probability, 0 to 1, that a draft token is accepted if all before it were.
-
-    From Leviathan et al. (2023), equation 1.
     """
     # TODO 8.6: add up, for each i, the probability that the first i draft tokens are all accepted.
     raise NotImplementedError("TODO 8.6")
@@ -183,8 +159,7 @@ def choose_k(rate: float, seconds: Sequence[float]) -> int:
     raise NotImplementedError("TODO 8.7")
 
 
-MEMORY = 0.9
-"""The weight of an observation after one more draft token was observed: about the last ten count."""
+MEMORY = 0.9  # weight of an observation after one more draft token was observed: about the last ten count
 
 
 @dataclass
@@ -264,9 +239,7 @@ class AdaptiveSpeculation:
         return [max(least, choose_k((rate + mean) / 2, seconds)) for rate in rates]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Proposers
-# ---------------------------------------------------------------------------------------------------------------
+# --- Proposers --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -305,19 +278,17 @@ DRAFT_SEED = -1
 class DraftProposer:
     """Proposes tokens with a smaller model that has the target's vocabulary.
 
-    Its keys and values are in a cache of its own, under the target's block ids: every copy and swap of the scheduler
-    happens in both. The draft model computes a request's tokens when it proposes for it, and catches up then; also on a
-    prompt that the target found in the prefix cache, which the draft may never have seen. A wrong entry in the draft's
-    cache would cost acceptance, never correctness.
+    Its cache has the target's block ids: every copy and swap of the scheduler happens in both. The draft model computes
+    a request's tokens when it proposes for it; also those that the target found in the prefix cache, and the draft may
+    never have seen. A wrong entry in the draft's cache would cost acceptance, never correctness.
     """
 
     def __init__(self, model: Llama, cache: PagedKVCache):
-        self.model = model
-        self.cache = cache
+        self.model, self.cache = model, cache
         self.num_computed: dict[str, int] = {}  # by request id: how many of its tokens are in the draft's cache
 
     def follow(self, plan: SchedulerOutput) -> None:
-        """Move the draft's blocks as the target's, and take back what the target has taken back."""
+        """Move the draft's blocks as the target's, and drop what the target has dropped."""
         self.cache.swap_out(plan.swaps_out)
         self.cache.swap_in(plan.swaps_in)
         self.cache.copy(plan.copies)
@@ -331,7 +302,7 @@ class DraftProposer:
         """Append draft tokens to each draft: `limit`, or as many as fit into its blocks and the draft model's context.
 
         Each forward pass adds one token to every draft that still needs one. In the first pass a draft computes all
-        tokens that this cache lacks, later only its newest token; its last token is never computed, and needs no slot.
+        tokens that this cache lacks, later only its newest token. Its last token is never computed, and needs no slot.
         """
         # TODO 8.9: lower each limit to what fits; while drafts lack tokens, compute their `logits`, note in
         # `num_computed` what is in the cache now, and append what `draw` returns for each row.
@@ -361,9 +332,7 @@ class DraftProposer:
         return int(torch.multinomial(probs, 1, generator=llama_pytorch.draw_generator(seed, len(output)))), probs
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In the engine
-# ---------------------------------------------------------------------------------------------------------------
+# --- In the engine ----------------------------------------------------------------------------------------------------
 
 Proposer = NgramProposer | DraftProposer
 
@@ -373,8 +342,7 @@ class SpeculativeRunner(ModelRunner):
 
     def __init__(self, model: Llama, cache: PagedKVCache, proposer: Proposer, adaptive: AdaptiveSpeculation):
         super().__init__(model, cache)
-        self.proposer = proposer
-        self.adaptive = adaptive
+        self.proposer, self.adaptive = proposer, adaptive
         self.drafts: dict[str, Draft] = {}  # by request id, until they are verified
         self.draft_seconds = 0.0  # spent on proposing them
 
@@ -423,10 +391,10 @@ class SpeculativeRunner(ModelRunner):
         drafts = []
         for request in plan.scheduled:
             new = output.sampled_token_ids.get(request.request_id, [])
-            num_left = request.max_tokens - len(request.output_token_ids) - len(new)
-            if new and num_left > 1 and not request.stop_token_ids.intersection(new):
+            num_left = request.max_tokens - len(request.output_token_ids) - len(new) - 1  # the last needs no draft
+            if new and num_left > 0 and not request.stop_token_ids.intersection(new):
                 text = [*request.prompt_token_ids, *request.output_token_ids, *new]
-                drafts.append(Draft(request, text, num_left - 1))  # the last token needs no draft
+                drafts.append(Draft(request, text, num_left))
         limits = self.adaptive.limits([draft.request.request_id for draft in drafts]) if drafts else []
         for draft, limit in zip(drafts, limits):
             draft.limit = min(draft.limit, limit)

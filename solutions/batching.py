@@ -26,34 +26,13 @@ from common.config import EngineConfig
 from common.metrics import EngineMetrics, RequestMetrics
 from common.progress import progress_bar
 from common.tokenizer import Tokenizer
-from solutions import llama_pytorch
+from solutions import llama_pytorch, scheduler
 from solutions.kv_cache import cache_bytes
-from solutions.llama_pytorch import (
-    Llama,
-    SamplingParams,
-    StopChecker,
-    TextStream,
-    adjust_logits,
-    check_prompt,
-    load,
-    sample,
-    top_logprobs,
-    use_kernels,
-)
+from solutions.llama_pytorch import Llama, SamplingParams, StopChecker, TextStream, adjust_logits, sample, top_logprobs
 from solutions.paged_attention import AttentionMetadata, KVCacheManager, PagedKVCache, slot_mapping
-from solutions.scheduler import (
-    ModelRunnerOutput,
-    Request,
-    RequestStatus,
-    ScheduledRequest,
-    Scheduler,
-    SchedulerOutput,
-    finish_reason,
-)
+from solutions.scheduler import ModelRunnerOutput, Request, RequestStatus, ScheduledRequest, Scheduler, SchedulerOutput
 
-# ---------------------------------------------------------------------------------------------------------------
-# The model runner
-# ---------------------------------------------------------------------------------------------------------------
+# --- The model runner -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,8 +48,8 @@ class Batch:
 def flatten_batch(scheduled: Sequence[ScheduledRequest], block_size: int, device: torch.device) -> Batch:
     """Lay the tokens of the requests side by side, in order, without a batch axis and without padding.
 
-    Logits are needed of the last row of each request that samples. With draft tokens, they are needed of its last
-    `num_spec_tokens` + 1 rows. All tensors are of dtype long, on `device`.
+    Logits are needed of the last row of each request that samples, and of `num_spec_tokens` rows before it. All tensors
+    are of dtype long, on `device`.
     """
     # Exercise 5.15: for each request extend the lists: token ids, positions, slots (4.14), the end of its rows, its
     # context length, its rows of logits.
@@ -97,14 +76,12 @@ class ModelRunner:
     """Computes a step with some layers of a model (all of them, until lesson 6), and samples."""
 
     def __init__(self, model: Llama, cache: PagedKVCache):
-        self.model = model
-        self.cache = cache
+        self.model, self.cache = model, cache
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput, hidden: Tensor | None = None) -> Tensor | ModelRunnerOutput:
-        """Move blocks, compute, and sample. A stage without the last layer returns (T, hidden_size) for the next one.
-
-        hidden: (T, hidden_size), the output of the stage before; None: begin with the tokens.
+        """Move blocks, compute, and sample. hidden: (T, hidden_size), the output of the stage before; None: begin with
+        the tokens. A stage without the last layer returns (T, hidden_size) for the next one.
         """
         self.cache.swap_out(plan.swaps_out)
         self.cache.swap_in(plan.swaps_in)
@@ -150,10 +127,9 @@ class ModelRunner:
                 if (num := request.params.logprobs) is not None:
                     likely = [top_logprobs(row, token, num) for row, token in zip(rows, tokens)]
                     output.logprobs[request.request_id] = likely
-            except (ValueError, RuntimeError) as error:
-                output.errors[request.request_id] = str(error)
             except Exception as error:  # whatever it is, it must not end the requests beside it
-                output.errors[request.request_id] = f"{type(error).__name__}: {error}"
+                kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+                output.errors[request.request_id] = f"{kind}{error}"
             else:
                 output.sampled_token_ids[request.request_id] = tokens
 
@@ -217,9 +193,7 @@ class LocalExecutor:
         self.outputs.clear()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From tokens to text
-# ---------------------------------------------------------------------------------------------------------------
+# --- From tokens to text ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -263,27 +237,26 @@ class OutputProcessor:
         return output
 
     def process(self, request: Request, result: ModelRunnerOutput) -> RequestOutput:
-        """Bring a request's output up to date with its tokens. result: of the step that brought the newest ones.
-
-        Its finish_reason is set if the request has finished, or if a stop string is complete.
+        """Bring a request's output up to date with its tokens. result: of the step that brought the newest ones. Its
+        finish_reason is set if the request has finished, or if a stop string is complete.
         """
         state = self.states[request.request_id]
-        output, request_id = state.output, request.request_id
+        output = state.output
         for token_id in request.output_token_ids[len(output.token_ids) :]:
             self.push(state, token_id)
             if state.checker.found:
                 break
-        logprobs = result.logprobs.get(request_id, [])
+        logprobs = result.logprobs.get(request.request_id, [])
         output.logprobs += logprobs[: len(output.token_ids) - len(output.logprobs)]
-        output.prompt_logprobs |= result.prompt_logprobs.get(request_id, {})
-        output.error = result.errors.get(request_id)
+        output.prompt_logprobs |= result.prompt_logprobs.get(request.request_id, {})
+        output.error = result.errors.get(request.request_id)
         output.metrics.num_preemptions = request.num_preemptions
         output.metrics.num_cached_tokens = request.num_cached_tokens
         if state.checker.found or request.status is RequestStatus.FINISHED:
             if not state.checker.found:  # no token follows that could change the text which was held back
                 output.text += state.checker.push(state.stream.flush()) + state.checker.flush()
             output.finish_reason = "stop" if state.checker.found else request.finish_reason
-            del self.states[request_id]
+            del self.states[request.request_id]
         return output
 
     def push(self, state: RequestState, token_id: int) -> None:
@@ -308,16 +281,14 @@ class OutputProcessor:
             state.stream, state.checker = TextStream(self.tokenizer), StopChecker(request.sampling_params.stop)
             for token_id in request.output_token_ids:
                 self.push(state, token_id)
-            request.finish_reason = "abort" if request.finish_reason == "abort" else finish_reason(request)
+            request.finish_reason = "abort" if request.finish_reason == "abort" else scheduler.finish_reason(request)
             if request.finish_reason or state.checker.found:
                 request.status = RequestStatus.FINISHED
                 self.process(request, ModelRunnerOutput(0))
         return [state.request for state in self.states.values()]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The engine
-# ---------------------------------------------------------------------------------------------------------------
+# --- The engine -------------------------------------------------------------------------------------------------------
 
 
 class Engine:
@@ -331,9 +302,7 @@ class Engine:
     """
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer, config: EngineConfig):
-        self.executor = executor
-        self.tokenizer = tokenizer
-        self.config = config
+        self.executor, self.tokenizer, self.config = executor, tokenizer, config
         self.manager = KVCacheManager(
             config.num_blocks, config.block_size, config.enable_prefix_caching, config.sliding_window
         )
@@ -379,10 +348,9 @@ class Engine:
     ) -> str:
         """Queue a request; `step` will serve it. prompt: text, or token ids. Returns its id.
 
-        It shares blocks of the prefix cache with requests that have the same cache_salt. With prompt_logprobs it shares
-        none, since all of its prompt must be computed.
-
-        Raises ValueError, naming what is wrong, for a request that can never be served.
+        It shares blocks of the prefix cache with requests that have the same cache_salt; with prompt_logprobs it shares
+        none, since all of its prompt must be computed. Raises ValueError, naming what is wrong, for a request that can
+        never be served.
         """
         params = params or SamplingParams()
         if not isinstance(tenant, str) or not isinstance(priority, int):
@@ -390,11 +358,10 @@ class Engine:
                 f"tenant must be a name and priority a whole number; they are {tenant!r} and {priority!r}."
             )
         token_ids = self.encode(prompt)
-        check_prompt(token_ids, self.config.model_config, replace(params, n=1))
+        llama_pytorch.check_prompt(token_ids, self.config.model_config, replace(params, n=1))
         max_tokens = self.config.limit_output(len(token_ids), params.max_tokens)
-        stop_token_ids = frozenset(
-            (*params.stop_token_ids, *(() if params.ignore_eos else self.tokenizer.eos_token_ids))
-        )
+        eos_token_ids = () if params.ignore_eos else self.tokenizer.eos_token_ids
+        stop_token_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
         request_id = self.choose_id() if request_id is None else request_id
         if params.prompt_logprobs is not None:
             cache_salt = f"{cache_salt}/{self.num_arrivals}"
@@ -459,8 +426,8 @@ class Engine:
         """Submit steps until `depth` of them are in flight, then collect the oldest. Returns the outputs of its
         requests, those that finish and those in the middle of their prompt included.
 
-        If no step is in flight after that, returns an empty list; or raises RuntimeError if requests are waiting and
-        none of them can be served, which would be a mistake of ours.
+        If no step is in flight, returns an empty list; or raises RuntimeError if requests are waiting and none of them
+        can be served, which would be a mistake of ours.
         """
         start = time.perf_counter()
         # Exercise 5.16: `schedule` and `submit` while fewer than `depth` are in flight and the plan is not empty.
@@ -574,6 +541,6 @@ def local_engine(model: Llama, tokenizer: Tokenizer, /, **options) -> Engine:
 def load_engine(name: str, **options) -> Engine:
     """An engine for a checkpoint, named as for `load`, with kernels unless the environment says `KERNELS=plain`."""
     config = EngineConfig(model=name, **options)
-    model, tokenizer = load(name, config.dtype, config.device)
-    use_kernels(model)
+    model, tokenizer = llama_pytorch.load(name, config.dtype, config.device)
+    llama_pytorch.use_kernels(model)
     return local_engine(model, tokenizer, model=name, **options)

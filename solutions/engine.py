@@ -3,11 +3,9 @@
     with InferenceEngine("smollm2-135m", tensor_parallel=2, quantization="int8", speculative="ngram") as engine:
         outputs = engine.generate(prompts, SamplingParams(max_tokens=64))
 
-    EngineConfig     all options, checked                                     common/config.py
-    resolve          decides what the options leave open                      exercise 8.10: slot_bytes
-    start_executor   one process (lesson 5), or a grid of ranks (lesson 6)
-    load_model       called by each rank: its share of the weights            lessons 2, 6 and 7
-    build_runner     called by each rank: its cache, and its part of a step   exercise 8.11
+`resolve` decides what the options leave open (exercise 8.10); `start_executor` starts one process (lesson 5), or a grid
+of ranks (lesson 6). Each rank calls `load_model` for its share of the weights (lessons 2, 6 and 7), then `build_runner`
+for its cache and its part of a step (exercise 8.11).
 
 Lessons 6 and 7 are imported only where an option needs them.
 """
@@ -24,26 +22,17 @@ import torch
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.config import EngineConfig
 from common.tokenizer import Tokenizer, load_tokenizer
+from solutions import llama_pytorch
 from solutions.batching import Engine, Executor, LocalExecutor, ModelRunner, RequestOutput
 from solutions.kv_cache import cache_bytes
-from solutions.llama_pytorch import (
-    Llama,
-    ModelConfig,
-    SamplingParams,
-    load_weights,
-    matching_tokenizer,
-    parse_config,
-    use_kernels,
-)
+from solutions.llama_pytorch import Llama, ModelConfig, SamplingParams, load_weights, parse_config, use_kernels
 from solutions.paged_attention import PagedKVCache
 from solutions.speculative import AdaptiveSpeculation, DraftProposer, NgramProposer, SpeculativeRunner
 
 if TYPE_CHECKING:
     from solutions.parallelism import Group, RankCoordinates
 
-# ---------------------------------------------------------------------------------------------------------------
-# What the options leave open
-# ---------------------------------------------------------------------------------------------------------------
+# --- What the options leave open --------------------------------------------------------------------------------------
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -96,7 +85,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
     """
     checkpoint = Checkpoint(find_checkpoint(config.model))
     model_config, draft_config = read_config(checkpoint), None
-    tokenizer = matching_tokenizer(checkpoint, model_config)
+    tokenizer = llama_pytorch.matching_tokenizer(checkpoint, model_config)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     config = replace(config, model=str(checkpoint.folder), device=device, dtype=dtype)
@@ -107,9 +96,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
     return config.resolve(model_config, slot_bytes(config, model_config, draft_config)), tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The parts: each rank calls `load_model`, then `build_runner`
-# ---------------------------------------------------------------------------------------------------------------
+# --- The parts: each rank calls `load_model`, then `build_runner` -----------------------------------------------------
 
 
 def load_model(

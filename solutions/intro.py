@@ -24,9 +24,7 @@ Encode = Callable[[str], list[int]]
 """Text -> its token ids, without special tokens."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Classification by rules
-# ---------------------------------------------------------------------------------------------------------------
+# --- Classification by rules ------------------------------------------------------------------------------------------
 
 LABELS = ("positive", "negative", "neutral")
 POSITIVE_WORDS = frozenset({"good", "great", "excellent", "happy", "love"})
@@ -50,9 +48,7 @@ def classify_by_rules(text: str) -> str:
     return "positive" if score > 0 else "negative"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Classification by probabilities
-# ---------------------------------------------------------------------------------------------------------------
+# --- Classification by probabilities ----------------------------------------------------------------------------------
 
 ZERO_SHOT = "Is the sentiment of the sentence positive, negative or neutral?\n\nSentence: {text}\nSentiment:"
 """A prompt that asks without examples."""
@@ -159,9 +155,7 @@ def real_model(name: str = "smollm2-135m") -> tuple[NextTokenLogits, Encode]:
     return lambda token_ids: logits_after(tuple(token_ids)), encode
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a token costs, and what a machine allows
-# ---------------------------------------------------------------------------------------------------------------
+# --- What a token costs, and what a machine allows --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

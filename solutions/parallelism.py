@@ -5,13 +5,8 @@ columns, and twice a layer the ranks add up their results. *Pipeline parallelism
 sends its hidden states to the next one, and several batches are in flight at once so that no stage is idle. Both
 together form a grid of ranks.
 
-    ParallelExecutor  sends each plan to all ranks, computes rank 0's part, waits for the sampled tokens
-    serve_as_worker   the main function of every other rank
-    Rank              one rank's share of the model, and its part of each step
-    shard             gives a model the layers of one rank
-
 Commands and results travel through sockets (`common.workers`), tensors through torch.distributed: gloo between CPUs,
-NCCL between GPUs.
+NCCL between GPUs. `ParallelExecutor` is rank 0, `serve_as_worker` the main function of every other rank.
 
 From Shoeybi et al., "Megatron-LM" (2019), for the cut through the layers; Huang et al., "GPipe" (2019), for the stages.
 """
@@ -32,19 +27,11 @@ from torch import Tensor, nn
 from common.workers import Failure, describe, guarded, is_consequence
 from common.workers.rendezvous import is_worker, join_ranks, report_for_work, start_ranks
 from solutions.batching import ModelRunner
-from solutions.llama_pytorch import (
-    Layer,
-    Linear,
-    Llama,
-    ModelConfig,
-    layers_of,
-)
+from solutions.llama_pytorch import Layer, Linear, Llama, ModelConfig, layers_of
 from solutions.paged_attention import cdiv
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
-# ---------------------------------------------------------------------------------------------------------------
-# Arithmetic: which rank computes what
-# ---------------------------------------------------------------------------------------------------------------
+# --- Arithmetic: which rank computes what -----------------------------------------------------------------------------
 
 
 def shard_range(size: int, rank: int, world_size: int) -> range:
@@ -62,8 +49,8 @@ def head_groups(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -
     """Returns the query heads and the key/value heads of a rank.
 
     Query heads stay with the key/value head that they attend to: `shard_range` assigns whole groups to the ranks. With
-    fewer key/value heads than ranks it assigns the ranks to the heads instead. Then each rank has one key/value head,
-    and the ranks that have the same one share its group's query heads.
+    fewer key/value heads than ranks it assigns the ranks to the heads instead: each rank has one key/value head, and
+    the ranks that have the same one share its group's query heads.
     """
     # Exercise 6.2: distinguish two cases, and use `shard_range` in both.
     group_size = num_heads // num_kv_heads
@@ -78,11 +65,10 @@ def head_groups(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -
 
 
 def rank_grid(tensor_parallel: int, pipeline_parallel: int) -> list[list[int]]:
-    """Returns a row for each stage: the ranks that share its layers.
-
-    These communicate twice in each layer, stages only once in each step. So a stage's ranks have consecutive numbers,
-    and are likely to be on the same machine.
+    """Returns a row for each stage: the ranks that share its layers, with consecutive numbers. They communicate twice
+    in each layer, stages once in each step, so a stage's ranks should be on the same machine.
     """
+
     # Exercise 6.3: number the grid row by row.
     return [list(range(stage * tensor_parallel, (stage + 1) * tensor_parallel)) for stage in range(pipeline_parallel)]
 
@@ -132,10 +118,10 @@ class RankCoordinates:
 
 
 def largest_share(config: ModelConfig, tensor_parallel: int, pipeline_parallel: int) -> float:
-    """The largest fraction of a token's keys and values that any rank stores.
-
-    All ranks have the same number of blocks, so the memory of this rank decides how many blocks there can be.
+    """The largest fraction of a token's keys and values that any rank stores. All ranks have the same number of blocks,
+    so this rank's memory decides how many there can be.
     """
+
     # Exercise 6.5: find the bug. SmolLM2 with two stages, and each process allowed 1 GiB of cache: the second stage
     # uses 0.7 GiB and the first 1.3. Where both stages have equally many layers, both use 1 GiB.
 
@@ -149,9 +135,9 @@ def largest_share(config: ModelConfig, tensor_parallel: int, pipeline_parallel: 
 def pipeline_timeline(num_stages: int, num_batches: int, num_steps: int) -> list[list[tuple[int, int] | None]]:
     """What each stage computes at each tick, when each of several batches makes `num_steps` steps.
 
-    A stage takes one tick for a step of a batch and hands it on. The batches take turns, in order; the next step of a
-    batch begins when its step before has left the last stage, for only then its tokens are known. Returns a row for
-    each stage, of (batch, step) or None where it stands idle, up to the tick when all is done.
+    A stage takes one tick for a step of a batch and hands it on. The batches take turns, in order; a batch's next step
+    begins when the one before has left the last stage, for only then its tokens are known. Returns a row for each
+    stage, of (batch, step) or None where it stands idle, up to the tick when all is done.
     """
     # Exercise 6.6: for each step of each batch: when may it enter the first stage? The others follow, tick by tick.
     ready, free, starts = [0] * num_batches, 0, {}
@@ -186,9 +172,7 @@ def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidt
     return num_messages * (latency + num_bytes / world_size / bandwidth)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# How ranks talk
-# ---------------------------------------------------------------------------------------------------------------
+# --- How ranks talk ---------------------------------------------------------------------------------------------------
 
 
 class Group:
@@ -199,9 +183,7 @@ class Group:
     """
 
     def __init__(self, rank: int = 0, ranks: Sequence[int] = (0,), handle: dist.ProcessGroup | None = None):
-        self.rank = rank
-        self.ranks = list(ranks)
-        self.handle = handle
+        self.rank, self.ranks, self.handle = rank, list(ranks), handle
 
     @property
     def size(self) -> int:
@@ -255,9 +237,7 @@ def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Layers of which every rank has a share
-# ---------------------------------------------------------------------------------------------------------------
+# --- Layers of which every rank has a share ---------------------------------------------------------------------------
 
 
 def read_shard(read: Callable[..., Tensor], shape: Sequence[int], part: Sequence[range]) -> Tensor:
@@ -278,15 +258,19 @@ def read_shard(read: Callable[..., Tensor], shape: Sequence[int], part: Sequence
 
 
 class ShardedLinear(Linear):
-    """What one rank has of a linear layer: some rows of its matrix, or some columns. `whole` is on the meta device."""
+    """What one rank has of a linear layer: `part` of the rows of its matrix, or of the columns. `whole` is on the meta
+    device.
+    """
 
-    def __init__(self, whole: Linear, group: Group, rows: range | None = None, columns: range | None = None):
+    cut = "rows"
+
+    def __init__(self, whole: Linear, part: range, group: Group):
         nn.Module.__init__(self)
         self.group, self.shape, self.method = group, whole.shape, whole.method
-        self.rows, self.columns = rows or whole.rows, columns or whole.columns
+        self.rows, self.columns = (part, whole.columns) if self.cut == "rows" else (whole.rows, part)
         self.out_features, self.in_features = len(self.rows), len(self.columns)
-        for name, part in self.method.parts(self.rows, self.columns).items():
-            tensor = getattr(whole, name).new_empty([len(axis) for axis in part])
+        for name, ranges in self.method.parts(self.rows, self.columns).items():
+            tensor = getattr(whole, name).new_empty([len(axis) for axis in ranges])
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
         bias = whole.bias
         self.bias = None if bias is None else nn.Parameter(bias.new_empty(self.out_features), requires_grad=False)
@@ -298,9 +282,6 @@ class ShardedLinear(Linear):
 
 class ColumnParallelLinear(ShardedLinear):
     """Some of a linear layer's outputs: rows `part` of its matrix, and of its bias. (T, in) -> (T, len(part))."""
-
-    def __init__(self, whole: Linear, part: range, group: Group):
-        super().__init__(whole, group, rows=part)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, in), the same on every rank. Returns (T, len(part)): this rank's outputs."""
@@ -314,8 +295,7 @@ class RowParallelLinear(ShardedLinear):
     The bias is whole on every rank.
     """
 
-    def __init__(self, whole: Linear, part: range, group: Group):
-        super().__init__(whole, group, columns=part)
+    cut = "columns"
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, len(part)), this rank's inputs. Returns (T, out), the same on every rank: the whole layer's output."""
@@ -327,9 +307,6 @@ class RowParallelLinear(ShardedLinear):
 
 class VocabParallelEmbedding(ShardedLinear):
     """Some rows of the embedding table: those of the token ids in `part`. (T,) -> (T, hidden_size)."""
-
-    def __init__(self, whole: Linear, part: range, group: Group):
-        super().__init__(whole, group, rows=part)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (T,), any of the whole vocabulary. Returns (T, hidden_size), the same on every rank."""
@@ -343,12 +320,8 @@ class VocabParallelEmbedding(ShardedLinear):
 class ParallelLMHead(ShardedLinear):
     """Some rows of the output head: the scores of the token ids in `part`. (R, hidden_size) -> (R, V), on one rank.
 
-    Each rank has the same number of rows, so that the scores can be gathered. Where the size of the vocabulary is not
-    divisible by the number of ranks, the last rows are padding.
+    The ranks have equally many rows, so that the scores can be gathered: the last ones may be padding.
     """
-
-    def __init__(self, whole: Linear, part: range, group: Group):
-        super().__init__(whole, group, rows=part)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, hidden_size). Returns (R, V) on the group's first rank, which samples, and (0, V) on the others."""
@@ -387,9 +360,6 @@ def check_parallel(config: ModelConfig, tensor_parallel: int, pipeline_parallel:
         heads = (config.num_attention_heads, config.num_key_value_heads)
         return config.intermediate_size >= size and all(head_groups(*heads, rank, size)[0] for rank in range(size))
 
-    for name, size in (("tensor_parallel", tensor_parallel), ("pipeline_parallel", pipeline_parallel)):
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1; it is {size!r}.")
     if not fits(tensor_parallel):
         possible = [str(size) for size in range(1, config.num_attention_heads + 1) if fits(size)]
         raise ValueError(
@@ -412,7 +382,7 @@ SHARDED = (
     ("mlp", "up_proj", ColumnParallelLinear, "intermediate"),
     ("mlp", "down_proj", RowParallelLinear, "intermediate"),
 )
-"""The linear layers of a block: module, name in it, the class that takes its place, its part as in `rank_parts`."""
+"""The linear layers of a block: module, name in it, the class that replaces it, its part as in `rank_parts`."""
 
 
 def rank_parts(config: ModelConfig, group: Group) -> dict[str, range]:
@@ -458,16 +428,11 @@ def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
     return layers
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A rank's part of a step
-# ---------------------------------------------------------------------------------------------------------------
+# --- A rank's part of a step ------------------------------------------------------------------------------------------
 
 
 class StageLink:
-    """The connection to the neighbouring stages: to the rank in the same column of the grid, one row up and one down.
-
-    previous, next: those ranks, or None for the first and the last stage.
-    """
+    """The connection to the ranks in the same column of the grid, in the stage before (previous) and after (next)."""
 
     def __init__(self, coordinates: RankCoordinates, model: Llama):
         self.previous = None if coordinates.is_first_stage else coordinates.rank - coordinates.tensor_parallel
@@ -489,9 +454,8 @@ class StageLink:
 
 
 def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> ModelRunnerOutput | None:
-    """Compute one stage's part of a step. Returns the sampled tokens on the last stage, and None on the others.
-
-    A plan that schedules no request still moves blocks, on every stage, but no hidden states are sent or received.
+    """Compute one stage's part of a step. Returns the sampled tokens on the last stage, and None on the others. A plan
+    that schedules no request still moves blocks, on every stage, but no hidden states are sent or received.
     """
     # Exercise 6.16: every `send` of a stage needs exactly one `receive` in the next stage. When does a stage receive,
     # and `plan.num_tokens` of what? The kind of result that `runner.execute(plan, hidden)` returns says who sends.
@@ -505,9 +469,7 @@ def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> Mo
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A rank
-# ---------------------------------------------------------------------------------------------------------------
+# --- A rank -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -572,10 +534,8 @@ def worker_loop(
 
 
 def serve_as_worker() -> None:
-    """Work as one of the ranks until rank 0 ends, then exit the process.
-
-    Returns at once in rank 0, and in a program that was not started with torchrun. A program for torchrun calls it in
-    its first line. On a second machine, `torchrun -m solutions.parallelism` does nothing else.
+    """Work as one of the ranks until rank 0 ends, then exit the process. Returns at once in rank 0, and in a program
+    that was not started with torchrun, which calls it in its first line.
     """
     if not is_worker():
         return
@@ -584,17 +544,14 @@ def serve_as_worker() -> None:
     commands.exit()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The executor
-# ---------------------------------------------------------------------------------------------------------------
+# --- The executor -----------------------------------------------------------------------------------------------------
 
 
 class ParallelExecutor:
     """Lesson 5's executor on a grid of ranks. This process is rank 0; the others are started here or by torchrun.
 
-    config: an EngineConfig; load, build: see `Start`. A rank waits for another one within a step for `config.timeout`
-    seconds. If a rank fails, all of them are ended and a WorkerError says why. num_bytes_read: of the checkpoint, by
-    rank.
+    config: an EngineConfig; load, build: see `Start`. If a rank fails, or another one waits for it for more than
+    `config.timeout` seconds, all of them are ended and a WorkerError says why. num_bytes_read: by rank.
     """
 
     def __init__(self, config: Any, load: Callable, build: Callable):

@@ -3,10 +3,7 @@
 A `Request` is a list of tokens and a number, `num_computed_tokens`: the tokens whose keys and values are in the cache.
 In every step the number catches up with the list a little. There is no prefill phase and no decode phase. A new prompt,
 the rest of a prompt that was found in the prefix cache, a request that was preempted, draft tokens to be verified: all
-are one case, tokens that are not computed yet.
-
-All requests share one budget of tokens in a step and one pool of blocks. When blocks run out, a running request is
-preempted: it gives up its blocks and waits. This file deals in ids and counts, without tensors, text or time.
+are one case, tokens that are not computed yet. This file deals in ids and counts, without tensors, text or time.
 
 From Yu et al., "Orca" (2022), for scheduling at each step; Agrawal et al., "Sarathi-Serve" (2024), for chunks of
 prompts beside decoding requests; and vLLM, whose names these are.
@@ -22,13 +19,11 @@ from common.config import EngineConfig
 from common.sampling import SamplingParams
 from solutions.paged_attention import BlockCopy, BlockPool, KVCacheBlock, KVCacheManager, cdiv
 
-# ---------------------------------------------------------------------------------------------------------------
-# Before: batches that wait for their longest request
-# ---------------------------------------------------------------------------------------------------------------
+# --- Before: batches that wait for their longest request --------------------------------------------------------------
 
 
 def static_batch(output_lengths: Sequence[int], batch_size: int) -> list[range]:
-    """The steps in which each request is computed, if batches are formed once and kept until all members are done.
+    """The steps in which each request is computed, if a batch is kept until all of its members are done.
 
     Requests are served in order, `batch_size` at a time, one token a step. Returns a range of step numbers for each
     request, counted from 0. A batch begins when the batch before it has ended.
@@ -42,9 +37,7 @@ def static_batch(output_lengths: Sequence[int], batch_size: int) -> list[range]:
     return steps
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Requests, and what is decided about them
-# ---------------------------------------------------------------------------------------------------------------
+# --- Requests, and what is decided about them -------------------------------------------------------------------------
 
 
 class RequestStatus(Enum):
@@ -124,9 +117,7 @@ class ScheduledRequest:
 
 @dataclass
 class SchedulerOutput:
-    """The plan of one step. Blocks move first, in this order: swaps out, swaps in, copies. Then all tokens are computed
-    at once.
-    """
+    """The plan of one step. Blocks move first: swaps out, swaps in, copies. Then all tokens are computed at once."""
 
     step_id: int
     scheduled: list[ScheduledRequest] = field(default_factory=list)
@@ -157,16 +148,12 @@ class ModelRunnerOutput:
     errors: dict[str, str] = field(default_factory=dict)  # why a request failed
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Policies: which request is served first
-# ---------------------------------------------------------------------------------------------------------------
+# --- Policies: which request is served first --------------------------------------------------------------------------
 
 
 def tokens_to_schedule(request: Request, budget: int, max_chunk: int) -> int:
     """Number of tokens to schedule for this request: everything not yet computed, draft tokens included, capped by both
-    limits.
-
-    budget: tokens that are left in this step. max_chunk: the most that one request may have of a step.
+    limits. budget: tokens that are left in this step. max_chunk: the most that one request may have of a step.
     """
     # Exercise 5.3: its tokens and its draft tokens, minus the computed ones, capped by both limits.
     num_uncomputed = request.num_tokens + len(request.spec_token_ids) - request.num_computed_tokens
@@ -187,8 +174,7 @@ def join(served: dict[str, float], tenant: str, active: Collection[str]) -> None
     """Account for a tenant that makes a request: an idle tenant must not claim the time in which it asked for nothing.
 
     served: changed in place. active: the tenants with requests that wait or run. A tenant that is not active is raised
-    to the least served active tenant, if it is below. An active tenant keeps its number, and so does every tenant while
-    none is active. A tenant that is new starts at 0.
+    to the least served active tenant, if it is below. Otherwise it keeps its number; a tenant that is new starts at 0.
     """
     # Exercise 5.5: enter a new tenant first; then raise it if some tenant is active and this one is not.
     own = served.setdefault(tenant, 0.0)
@@ -207,9 +193,8 @@ POLICIES: dict[str, Callable[[Request, Mapping[str, float]], tuple]] = {
 class Scheduler:
     """Decides in each step which requests compute how many tokens, and which is preempted when blocks run out.
 
-    manager: the pool of blocks. config: resolved; the limits of a step, the policy, and how to preempt. "recompute"
-    frees a request's blocks and computes its tokens again later. "swap" moves the blocks to the host, while it has free
-    ones.
+    manager: the pool of blocks. config: resolved. Preemption by "recompute" frees a request's blocks and computes its
+    tokens again later; "swap" moves the blocks to the host, while it has free ones.
     """
 
     def __init__(self, manager: KVCacheManager, config: EngineConfig):
@@ -222,7 +207,7 @@ class Scheduler:
         self.host_pool = BlockPool(max(1, config.num_host_blocks))  # a pool has a block, used or not
         self.num_lookahead_tokens = config.num_lookahead_tokens  # slots for a draft model's tokens (lesson 8)
         self.depth = 1  # steps in flight at once (lesson 6)
-        self.requests: dict[str, Request] = {}  # all that are not finished
+        self.requests: dict[str, Request] = {}  # all that are not finished: those that wait and those that run
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.swapped: dict[str, list[KVCacheBlock]] = {}  # the host's blocks of each swapped request
@@ -292,9 +277,7 @@ class Scheduler:
 
     def schedule_waiting(self, plan: SchedulerOutput, budget: int) -> None:
         """Admit waiting requests in the policy's order, while there are tokens in the budget, fewer than `max_num_seqs`
-        running requests, and enough free blocks.
-
-        If there are too few blocks for the first, none after it is admitted: small requests would starve a large one.
+        running requests, and blocks enough for the first: small requests after it would starve a large one.
         """
         # Exercise 5.7: ask `next_waiting` and `can_allocate`; `admit` schedules the request and returns its tokens.
         while budget > 0 and len(self.running) < self.max_num_seqs:
@@ -361,8 +344,8 @@ class Scheduler:
         return num_tokens
 
     def schedule_request(self, request: Request, num_tokens: int, plan: SchedulerOutput) -> None:
-        """Add a request's next tokens to the plan; blocks are allocated. They count as computed from now on: they will
-        be, before any later step reads them.
+        """Add a request's next tokens to the plan; blocks are allocated. The tokens count as computed from now on,
+        since no later step reads them before they are.
         """
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
         num_spec_tokens = max(0, end - request.num_tokens)

@@ -28,7 +28,8 @@ def pytest(*arguments: str, **environment: str) -> int:
     variables = ("COURSE_MODULES", "MINE", "SOLUTION", "FILE", "VERBOSE", "PDB", "MODEL")
     clean = dict.fromkeys([*variables, "TP", "PP", "QUANT", "GROUP", "KV", "OFFLOAD", "SPEC"], "")
     # Small tensors gain nothing from a second thread; the second core runs tests of its own.
-    spread = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
+    spread = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal", "-p", "xdist.plugin"]
+    spread.append("--disable-plugin-autoload")  # the others take each process seconds to import, and none is used
     options = ["-q", "-p", "common.authoring.remaining", *spread, *arguments]
     return call("-m", "pytest", *options, *FOLDERS, **{**clean, "OMP_NUM_THREADS": "1", **environment})
 

@@ -15,10 +15,6 @@ from dataclasses import dataclass
 from common.course import Lesson
 from common.course.exercises import Exercise, exercises_of, walk_functions
 
-UNCHANGED, RENAMED, BY_HELPER = "(unchanged)", "(own names renamed)", "(done by a helper)"
-STYLES = (UNCHANGED, RENAMED, BY_HELPER)
-"""What must pass, among the mutants: else the checks are too narrow, or catching mutants means nothing."""
-
 
 @dataclass(frozen=True)
 class Mutant:
@@ -209,37 +205,6 @@ def told(path: list[ast.AST], like: tuple[int, str] | None = None) -> tuple[int,
     raise AssertionError("a statement ends the search")
 
 
-def renamed(source: str, name: str) -> str:
-    """The module with every variable of one function called otherwise."""
-    tree = ast.parse(source)
-    function = dict(walk_functions(tree))[name]
-    parts = list(ast.walk(function))
-    own = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
-    own -= {part.arg for part in parts if isinstance(part, ast.arg)}
-    for part in parts:
-        if isinstance(part, ast.Name) and part.id in own:
-            part.id = f"my_{part.id}"
-    return ast.unparse(tree)
-
-
-def by_helper(source: str, name: str) -> str:
-    """The module with one function's work done by a new one at the top of the file."""
-    tree = ast.parse(source)
-    function = dict(walk_functions(tree))[name]
-    given = function.args
-    names = [
-        each.arg for each in (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg) if each
-    ]
-    first = bool(ast.get_docstring(function))
-    body, function.body = function.body[first:], function.body[:first]
-    helper = ast.parse(f"def my_helper({', '.join(names)}):\n    pass").body[0]
-    helper.body = body
-    function.body += ast.parse(f"return my_helper({', '.join(names)})").body
-    place = next(i for i, each in enumerate(tree.body) if isinstance(each, (ast.FunctionDef, ast.ClassDef)))
-    tree.body.insert(place, helper)
-    return ast.unparse(ast.fix_missing_locations(tree))
-
-
 def changes(source: str, function: ast.FunctionDef, exercise: Exercise) -> Iterator[tuple[int, str, str]]:
     """(line, what changed, source of the module) for each change of one answer."""
     lines = source.splitlines()
@@ -250,10 +215,6 @@ def changes(source: str, function: ast.FunctionDef, exercise: Exercise) -> Itera
         text = textwrap.indent(ast.unparse(ast.fix_missing_locations(function)), " " * function.col_offset)
         return f"{above_it}\n{text}\n{below_it}\n"
 
-    yield exercise.first_answer_line, UNCHANGED, module()
-    yield exercise.first_answer_line, RENAMED, renamed(source, exercise.function)
-    if "super()" not in ast.unparse(function):  # which a plain function cannot call
-        yield exercise.first_answer_line, BY_HELPER, by_helper(source, exercise.function)
     for above, field, index, node in list(sites(function)):
         outermost = next((each for each in [*above[1:], node] if isinstance(each, ast.stmt)), None)
         if outermost is None or outermost.lineno < exercise.first_answer_line:

@@ -1,16 +1,16 @@
 """A pytest plugin, so that `make test-all` right after `make test` repeats nothing: it runs what was left out.
 
 Left out were the slow tests, and those that skipped themselves because transformers or the real model was not there.
-`--record` writes down what a whole run has passed; `--remaining` runs the rest. The record counts only while every
-file of the repository is as it was then; otherwise, or if that run failed, `--remaining` runs everything.
+`--record` writes down what a whole run has passed; `--remaining` runs the rest. The record counts only while no file of
+the repository is younger than that run; otherwise, or if that run failed, `--remaining` runs everything.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,28 +18,17 @@ import pytest
 from common.course import ROOT
 
 RECORD = ROOT / ".course" / "tested.json"
-IGNORED = {
-    ".git",
-    ".venv",
-    ".course",
-    "__pycache__",
-    ".pytest_cache",
-    ".ruff_cache",
-    ".ipynb_checkpoints",
-    ".hypothesis",
-}
+IGNORED = {".git", ".venv", ".course", "__pycache__", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints"}
+IGNORED |= {".hypothesis", "inference_course.egg-info"}
 
 
-def fingerprint(root: Path = ROOT) -> str:
-    """Of every file's place, size and time of change, and of the Python that runs."""
-    digest = hashlib.sha256(sys.version.encode())
+def last_change(root: Path = ROOT) -> float:
+    """When a file of the repository was written last, in seconds since the epoch."""
+    latest = 0.0
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in IGNORED and not name.endswith(".egg-info"))
-        for name in sorted(files):
-            file = Path(folder, name)
-            state = file.lstat()
-            digest.update(f"{file}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
+        folders[:] = set(folders) - IGNORED
+        latest = max([latest, *(os.lstat(os.path.join(folder, name)).st_mtime for name in files)])
+    return latest
 
 
 def pytest_addoption(parser):
@@ -54,31 +43,25 @@ def pytest_configure(config):
 
 class Recorder:
     def __init__(self):
-        self.start = fingerprint()
-        self.passed: set[str] = set()
+        self.record = {"python": sys.version, "started": time.time(), "passed": []}
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed:
-            self.passed.add(report.nodeid)
+            self.record["passed"].append(report.nodeid)
 
     def pytest_sessionfinish(self, session, exitstatus):
         RECORD.unlink(missing_ok=True)
-        if exitstatus == 0 and fingerprint() == self.start:
+        if exitstatus == 0:
             RECORD.parent.mkdir(exist_ok=True)
-            record = {"fingerprint": self.start, "passed": sorted(self.passed)}
-            RECORD.write_text(json.dumps(record, indent=0), encoding="utf-8")
+            RECORD.write_text(json.dumps(self.record, indent=0), encoding="utf-8")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--remaining"):
+    if not config.getoption("--remaining") or not RECORD.exists():
         return
-    try:
-        record = json.loads(RECORD.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if record.get("fingerprint") != fingerprint():
-        return
-    passed = set(record["passed"])
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
-    items[:] = [item for item in items if item.nodeid not in passed]
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    if record["python"] == sys.version and last_change() < record["started"]:
+        passed = set(record["passed"])
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+        items[:] = [item for item in items if item.nodeid not in passed]

@@ -10,9 +10,9 @@ every measurement there is. A name's beginning stands for all that begin so: `py
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -37,43 +37,15 @@ def measure_machine(quick: bool) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lesson 2: the cost of remembering nothing
+# Lessons 2 and 3: the cost of remembering nothing, and what remembering gains
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def measure_recompute(name: str, lengths: list[int], repeats: int) -> dict:
-    """Seconds for one more token after a context of each length: ours computes the whole context again.
+def measure_contexts(name: str, lengths: list[int], repeats: int, with_cache: bool) -> dict:
+    """Seconds for one more token after a context of each length: recomputed, and with lesson 3's cache if asked for.
 
-    Beside it, if transformers is installed, its model over the same weights, without a cache and with one.
-    """
-    from common.bench.peers import load_transformers, transformers_steps
-    from solutions.llama_pytorch import causal_attend, load
-
-    model, _ = load(name, torch.float32, "cpu")
-    theirs = load_transformers(find_checkpoint(name))
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in lengths:
-        token_ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
-        ways = {"recompute": lambda ids=token_ids: model.logits(model(ids, torch.arange(len(ids)), causal_attend)[-1:])}
-        if theirs is not None:
-            ways |= transformers_steps(theirs, token_ids)
-        with torch.inference_mode():
-            row = {"context": length, **interleaved_medians(ways, repeats)}
-        rows.append(row)
-        print(f"{name}, {length} tokens: " + ", ".join(f"{way} {row[way] * 1e3:.1f} ms" for way in ways), flush=True)
-    return {"model": name, "dtype": "float32", "repeats": repeats, "unit": "seconds per token", "rows": rows}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 3: what remembering gains
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def measure_kv_cache(name: str, lengths: list[int], repeats: int) -> dict:
-    """Seconds for one more token after a context of each length: recomputed, and with lesson 3's cache.
-
-    Beside them, if transformers is installed, its model over the same weights with its own cache.
+    Beside them, if transformers is installed, its model over the same weights: with its own cache, and without one
+    where ours has none either.
     """
     from common.bench.peers import load_transformers, transformers_steps
     from solutions.kv_cache import KVCache, decode_step, prefill
@@ -82,22 +54,25 @@ def measure_kv_cache(name: str, lengths: list[int], repeats: int) -> dict:
     model, _ = load(name, torch.float32, "cpu")
     theirs = load_transformers(find_checkpoint(name))
     generator = torch.Generator().manual_seed(0)
+
+    def ways_after(token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
+        ids = token_ids.tolist()
+        ways: dict[str, Callable[[], object]] = {"recompute": lambda: recompute(model, ids)}
+        if with_cache:
+            cache = KVCache(model, len(ids))
+            prefill(model, cache, ids[:-1])
+            # Truncated, so that the next repeat finds what this one did.
+            ways["cache"] = lambda: (decode_step(model, cache, ids[-1]), cache.truncate(len(ids) - 1))
+        if theirs is not None:
+            ways |= transformers_steps(theirs, token_ids)
+            if with_cache:
+                del ways["transformers, no cache"]
+        return ways
+
     rows = []
     for length in lengths:
-        token_ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
-        ids = token_ids.tolist()
-
         with torch.inference_mode():
-            cache = KVCache(model, length)
-            prefill(model, cache, ids[:-1])
-
-            def cached(cache=cache, ids=ids) -> None:
-                decode_step(model, cache, ids[-1])
-                cache.truncate(len(ids) - 1)  # so that the next repeat finds what this one did
-
-            ways = {"recompute": lambda ids=ids: recompute(model, ids), "cache": cached}
-            if theirs is not None:
-                ways["transformers, cache"] = transformers_steps(theirs, token_ids)["transformers, cache"]
+            ways = ways_after(torch.randint(model.config.vocab_size, (length,), generator=generator))
             row = {"context": length, **interleaved_medians(ways, repeats)}
         rows.append(row)
         print(f"{name}, {length} tokens: " + ", ".join(f"{way} {row[way] * 1e3:.1f} ms" for way in ways), flush=True)
@@ -123,6 +98,12 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
     use_kernels(model)
     block_size, chunk = 16, 256
     generator = torch.Generator().manual_seed(0)
+
+    def part(ids: list[int], start: int, table: list[int]) -> ScheduledRequest:
+        """A chunk of a prompt, after which nothing is sampled."""
+        tokens, params = ids[start : start + chunk], SamplingParams()
+        return ScheduledRequest("0", start, tokens, 0, table, params, None, ids, [], frozenset(), 1)
+
     rows = []
     for length in lengths:
         blocks = -(-length // block_size)
@@ -131,27 +112,7 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
         ids = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
         table = list(range(blocks))
         moves = [BlockCopy(block, block, min(block_size, length - block * block_size)) for block in table]
-        plans = [
-            SchedulerOutput(
-                1,
-                [
-                    ScheduledRequest(
-                        "0",
-                        start,
-                        ids[start : start + chunk],
-                        0,
-                        table,
-                        SamplingParams(),
-                        None,
-                        ids,
-                        [],
-                        frozenset(),
-                        1,
-                    )
-                ],
-            )
-            for start in range(0, length, chunk)
-        ]
+        plans = [SchedulerOutput(1, [part(ids, start, table)]) for start in range(0, length, chunk)]
         ways = {
             "recompute": lambda plans=plans, runner=runner: [runner.execute(plan) for plan in plans],
             "swap": lambda cache=cache, moves=moves: (cache.swap_out(moves), cache.swap_in(moves)),
@@ -216,7 +177,34 @@ NAMES = (
     "speculation-tales",
     "serving-smollm2-135m",
 )
+KINDS = {name.partition("-smollm2")[0].removesuffix("-tales") for name in NAMES}
 DEFAULT = ("machine", "ladder", "speculation")
+
+
+def measure(name: str, quick: bool) -> dict:
+    """The measurement of this name, which ends with a model's, but for the machine's own."""
+    kind = next(each for each in KINDS if name.startswith(each))
+    model = "tales" if quick else name.removeprefix(kind).lstrip("-")
+    lengths, repeats = ([4, 8], 2) if quick else ([16, 32, 64, 128, 256, 384, 512], 9)
+    if kind == "machine":
+        return measure_machine(quick)
+    if kind in ("recompute", "kv-cache"):
+        return measure_contexts(model, lengths, repeats, with_cache=kind == "kv-cache")
+    if kind == "preemption":
+        return measure_preemption(model, [8, 16] if quick else [64, 256, 1024], repeats, quick)
+    if kind == "speculation":
+        from common.bench.speculation import measure_speculation
+
+        return measure_speculation(model, "tales-draft" if name == "speculation-tales" else None, quick)
+    if kind == "ladder":
+        from common.bench.ladder import measure_ladder as measure_kind
+    elif kind == "quality":
+        from common.bench.quality import measure_quality as measure_kind
+    elif kind == "serving":
+        from common.bench.serving import measure_serving as measure_kind
+    else:
+        from common.bench.grids import measure_grids as measure_kind
+    return measure_kind(model, quick)
 
 
 @click.command(
@@ -242,45 +230,9 @@ def bench(what: tuple[str, ...], quick: bool, threads: int | None, out: Path) ->
     command = " ".join(["python -m common bench", *what])
     if threads:
         command += f" --threads {threads}"
-    lengths, repeats = ([4, 8], 2) if quick else ([16, 32, 64, 128, 256, 384, 512], 9)
     for name in chosen:
         start = time.perf_counter()
-        if name == "machine":
-            result = measure_machine(quick)
-        elif name.startswith("ladder-"):
-            from common.bench.ladder import measure_ladder
-
-            model = "tales" if quick else name.removeprefix("ladder-")
-            result = measure_ladder(model, quick)
-        elif name.startswith("speculation-"):
-            from common.bench.speculation import measure_speculation
-
-            own = name.removeprefix("speculation-")
-            draft = "tales-draft" if own == "tales" else None
-            result = measure_speculation("tales" if quick else own, draft, quick)
-        elif name.startswith("kv-cache-"):
-            model = "tales" if quick else name.removeprefix("kv-cache-")
-            result = measure_kv_cache(model, lengths, repeats)
-        elif name.startswith("grids-"):
-            from common.bench.grids import measure_grids
-
-            os.environ["KERNELS"] = "plain"  # the layers of tensor-parallel ranks are not packed
-            result = measure_grids("tales" if quick else name.removeprefix("grids-"), quick)
-            del os.environ["KERNELS"]
-        elif name.startswith("quality-"):
-            from common.bench.quality import measure_quality
-
-            result = measure_quality("tales" if quick else name.removeprefix("quality-"), quick)
-        elif name.startswith("serving-"):
-            from common.bench.serving import measure_serving
-
-            result = measure_serving("tales" if quick else name.removeprefix("serving-"), quick)
-        elif name.startswith("preemption-"):
-            model = "tales" if quick else name.removeprefix("preemption-")
-            sizes = [8, 16] if quick else [64, 256, 1024]
-            result = measure_preemption(model, sizes, repeats, quick)
-        else:
-            result = measure_recompute(name.removeprefix("recompute-"), lengths, repeats)
+        result = measure(name, quick)
         print(f"{name}: measured in {time.perf_counter() - start:.0f} s.", flush=True)
         if quick:
             print(f"{name}: not kept, since --quick measures nothing worth keeping.")

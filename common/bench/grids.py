@@ -13,6 +13,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,7 @@ def observed_engine(build, name: str, grid: tuple[int, int], **options) -> Engin
     return Engine(start_executor(config, partial(load_model, config), partial(build, config)), tokenizer, config)
 
 
+@mock.patch.dict(os.environ, KERNELS="plain")  # the layers of tensor-parallel ranks are not packed
 def measure_grids(name: str, quick: bool) -> dict:
     """One process with one thread and with two, two tensor-parallel ranks, two stages with one batch and with two."""
     model, tokenizer = load(name, torch.float32, "cpu")

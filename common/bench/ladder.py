@@ -14,14 +14,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from common import kernels
 from common.bench import peers as rivals
+from common.bench.results import show_table
+from common.checkpoints import find_checkpoint
 from common.config import EngineConfig
+from common.machine import read_bandwidth
 from common.tokenizer import Tokenizer
 from solutions import kv_cache, llama_pytorch, paged_attention
 from solutions.batching import Engine, LocalExecutor
@@ -70,6 +72,11 @@ class Load:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and answer together."""
+        return max(len(prompt) + length for prompt, length in zip(self.prompts, self.lengths))
+
 
 def stamped(request_times: list[float], start: float) -> tuple[float, list[float]]:
     """Time to the first token, and the mean gap after it if there is one."""
@@ -95,8 +102,7 @@ def one_by_one(model: Llama, load: Load, answer: Callable[[list[int], int, list[
         ttft, gap = stamped(times, start)
         first.append(ttft)
         gaps += gap
-    longest = max(len(prompt) + length for prompt, length in zip(load.prompts, load.lengths))
-    held = kv_cache.cache_bytes(model.config, longest, model.model.norm.weight.element_size())
+    held = kv_cache.cache_bytes(model.config, load.longest, model.model.norm.weight.element_size())
     return Run(time.perf_counter() - start, tokens, first, gaps, held, *weights_of(model))
 
 
@@ -125,38 +131,26 @@ def greedy(length: int) -> SamplingParams:
 def ways_of(model: Llama, packed: Llama, quantized: dict[str, Llama], theirs, llama_cpp) -> dict[str, Callable]:
     """Every rung, by its name: a function from a load to a run. theirs, llama_cpp: None where they are not there."""
 
-    def timed(generate: Callable) -> Callable[[list[int], int, list[float]], list[int]]:
-        def answer(prompt: list[int], length: int, times: list[float]) -> list[int]:
-            return generate(prompt, greedy(length), lambda piece: times.append(time.perf_counter())).token_ids
+    def alone(generate: Callable, of_load: Callable[[Load], tuple] = lambda load: ()) -> Callable[[Load], Run]:
+        """A lesson's `generate`, for one request after another. of_load: what it takes beyond lesson 2's arguments."""
 
-        return answer
+        def run(load: Load) -> Run:
+            more = of_load(load)
 
-    def recompute(load: Load) -> Run:
-        return one_by_one(
-            model,
-            load,
-            timed(lambda prompt, params, show: llama_pytorch.generate(model, Silent(), prompt, params, show)),
-        )
+            def answer(prompt: list[int], length: int, times: list[float]) -> list[int]:
+                def show(piece: str) -> None:
+                    times.append(time.perf_counter())
 
-    def cache(load: Load) -> Run:
-        return one_by_one(
-            model, load, timed(lambda prompt, params, show: kv_cache.generate(model, Silent(), prompt, params, show))
-        )
+                return generate(model, Silent(), prompt, greedy(length), *more, show).token_ids
 
-    def paged(load: Load) -> Run:
-        longest = max(len(prompt) + length for prompt, length in zip(load.prompts, load.lengths))
-        num_blocks = longest // 16 + 1
-        blocks = paged_attention.PagedKVCache(model, num_blocks, 16)
+            return one_by_one(model, load, answer)
+
+        return run
+
+    def blocks(load: Load) -> tuple[paged_attention.PagedKVCache, paged_attention.KVCacheManager]:
+        num_blocks = load.longest // 16 + 1
         manager = paged_attention.KVCacheManager(num_blocks, 16, enable_prefix_caching=False)
-        return one_by_one(
-            model,
-            load,
-            timed(
-                lambda prompt, params, show: paged_attention.generate(
-                    model, Silent(), prompt, params, blocks, manager, show
-                )
-            ),
-        )
+        return paged_attention.PagedKVCache(model, num_blocks, 16), manager
 
     def engine(own: Llama, choice: str, **options) -> Callable[[Load], Run]:
         def run(load: Load) -> Run:
@@ -184,7 +178,8 @@ def ways_of(model: Llama, packed: Llama, quantized: dict[str, Llama], theirs, ll
 
         return run
 
-    ways = {"recompute": recompute, "cache": cache, "paged": paged, "engine": engine(model, "plain")}
+    ways = {"recompute": alone(llama_pytorch.generate), "cache": alone(kv_cache.generate)}
+    ways["paged"], ways["engine"] = alone(paged_attention.generate, blocks), engine(model, "plain")
     ways["engine, kernels"] = engine(packed, "fast")
     ways |= {name: engine(own, "fast") for name, own in quantized.items()}
     ways["speculation"] = engine(packed, "fast", speculative="ngram")
@@ -271,49 +266,40 @@ LONGEST = 64
 """The longest prompt and the longest answer of the mixed requests; the shortest have 16 tokens."""
 
 
+@mock.patch.dict(os.environ)  # KERNELS is as it was in the end
 def measure_ladder(name: str, quick: bool) -> dict:
     """Climb it, beside whatever else is installed that can serve the same checkpoint."""
-    from common.bench.peers import load_transformers
-    from common.checkpoints import find_checkpoint
-    from common.machine import read_bandwidth
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bandwidth = read_bandwidth(*(16, 3) if quick else (1024, 9), device=device)
     print(f"reads {bandwidth:.1f} GB/s", flush=True)
     model, _ = load(name, dtype, device)
+    os.environ["KERNELS"] = "fast"  # loading also packs the weights
+    packed, _ = load(name, dtype, device)
+    use_kernels(packed)
+    options = {"model": name, "dtype": dtype, "device": device}
+    quantized = {kind.upper(): load_model(EngineConfig(quantization=kind, **options))[0] for kind in ("int8", "int4")}
     skipped: dict[str, str] = {}
-    before = os.environ.get("KERNELS")
-    results = []
+    theirs = rivals.load_transformers(find_checkpoint(name), dtype, device)
+    if theirs is None:
+        skipped |= dict.fromkeys(("transformers", "transformers, continuous"), "transformers is not installed")
+    else:
+        theirs.generation_config.eos_token_id = None
+        theirs.generation_config.pad_token_id = 0
+    llama_cpp = None
     try:
-        os.environ["KERNELS"] = "fast"  # loading also packs the weights
-        packed, _ = load(name, dtype, device)
-        use_kernels(packed)
-        options = {"model": name, "dtype": dtype, "device": device}
-        quantized = {
-            kind.upper(): load_model(EngineConfig(quantization=kind, **options))[0] for kind in ("int8", "int4")
-        }
-        theirs = load_transformers(find_checkpoint(name), dtype, device)
-        if theirs is None:
-            skipped |= dict.fromkeys(("transformers", "transformers, continuous"), "transformers is not installed")
-        else:
-            theirs.generation_config.eos_token_id = None
-            theirs.generation_config.pad_token_id = 0
-        llama_cpp = None
-        try:
-            if device != "cpu":
-                raise rivals.Unable("its weights are float32 and on the CPU, the others' are not")
-            llama_cpp = rivals.LlamaCpp(rivals.float32_gguf(find_checkpoint(name)), torch.get_num_threads())
-        except rivals.Unable as error:
-            skipped["llama.cpp"] = str(error)
-        ways = ways_of(model, packed, quantized, theirs, llama_cpp)
-        for each, names, rounds in loads(model.config.vocab_size, quick):
-            chosen = {way: ways[way] for way in names if way in ways and way not in skipped}
-            results.append(climb(model, each, chosen, rounds, skipped))
-        if llama_cpp is not None:
-            llama_cpp.close()
-    finally:
-        os.environ.pop("KERNELS") if before is None else os.environ.update(KERNELS=before)
+        if device != "cpu":
+            raise rivals.Unable("its weights are float32 and on the CPU, the others' are not")
+        llama_cpp = rivals.LlamaCpp(rivals.float32_gguf(find_checkpoint(name)), torch.get_num_threads())
+    except rivals.Unable as error:
+        skipped["llama.cpp"] = str(error)
+    ways = ways_of(model, packed, quantized, theirs, llama_cpp)
+    results = []
+    for each, names, rounds in loads(model.config.vocab_size, quick):
+        chosen = {way: ways[way] for way in names if way in ways and way not in skipped}
+        results.append(climb(model, each, chosen, rounds, skipped))
+    if llama_cpp is not None:
+        llama_cpp.close()
     for way, reason in skipped.items():
         print(f"{way}: not measured: {reason}")
     show(results)
@@ -340,15 +326,13 @@ def climb(model: Llama, load: Load, ways: dict[str, Callable], rounds: int, skip
     start = time.perf_counter()
 
     def attempt(way: str, load: Load) -> Run | None:
-        os.environ["KERNELS"] = "plain"
         try:
-            return ways[way](load)
+            with mock.patch.dict(os.environ, KERNELS="plain"):
+                return ways[way](load)
         except rivals.Unable as error:
             skipped[way] = str(error)
             runs.pop(way)
             return None
-        finally:
-            os.environ["KERNELS"] = "plain"
 
     for way in ways:
         attempt(way, short)
@@ -410,16 +394,13 @@ def row(load: Load, done: list[Run], ties: int) -> dict:
 
 def show(results: list[dict]) -> None:
     """The ladder as a table; ratios are to transformers, where it was measured."""
-    table = Table(box=None, header_style="dim", padding=(0, 1))
-    for column in ("", "tokens/s", "x", "first token", "a token", "GB/s", "weights", "cache", "draft tokens right"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    groups: dict[str, dict[str, list[str]]] = {}
     for result in results:
-        table.add_row(f"[bold]{result['name']}[/]")
+        rows = groups[result["name"]] = {}
         theirs = result["ways"].get("transformers")
         for way, told in result["ways"].items():
             first, rate = told["time_to_first_token"], told.get("acceptance_rate")
-            table.add_row(
-                "  " + way,
+            rows[way] = [
                 f"{told['tokens_per_second']:.1f}",
                 f"{told['tokens_per_second'] / theirs['tokens_per_second']:.2f}" if theirs else "",
                 "" if first is None else f"{first * 1e3:.0f} ms",
@@ -428,5 +409,6 @@ def show(results: list[dict]) -> None:
                 f"{told['weight_bytes'] / 1e6:.0f} MB",
                 f"{told['cache_bytes'] / 2**20:.1f} MiB",
                 "" if rate is None else f"{rate:.0%}",
-            )
-    Console(width=120).print(table)
+            ]
+    columns = "tokens/s", "x", "first token", "a token", "GB/s", "weights", "cache", "draft tokens right"
+    show_table(columns, groups)

@@ -28,6 +28,7 @@ from common.bench.style import (
     VERMILION,
     figure,
     label_end,
+    name_rows,
     new_figure,
     source_line,
     svg,
@@ -84,15 +85,8 @@ def schedule() -> Figure:
         last = max(last, end)
     left.set_title(f"static batches of 4: {last} steps")
 
-    plans, _ = simulate(
-        prompts,
-        outputs,
-        num_blocks=200,
-        block_size=4,
-        max_num_seqs=4,
-        max_num_batched_tokens=12,
-        long_prefill_token_threshold=8,
-    )
+    settings = dict(max_num_seqs=4, max_num_batched_tokens=12, long_prefill_token_threshold=8)
+    plans, _ = simulate(prompts, outputs, num_blocks=200, block_size=4, **settings)
     for step, plan in enumerate(plans):
         for each in plan.scheduled:
             is_prompt = each.start < prompts[int(each.request_id)]
@@ -153,12 +147,8 @@ def pipeline() -> Figure:
             for step, _, began, ended in stage:
                 color = (BLUE, ORANGE)[step % 2] if "two batches" in way else BLUE
                 axes.barh(row, ended - began, left=began, height=0.7, color=color, edgecolor="white", linewidth=0.6)
-        axes.set_yticks(range(len(stages)), [f"stage {row}" for row in range(len(stages))])
-        axes.invert_yaxis()
+        name_rows(axes, [f"stage {row}" for row in range(len(stages))])
         axes.set_title(way.removeprefix("two stages, ") + " under way")
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
     axes.set_xlabel("seconds")
     axes.set_xlim(0, 0.9 * max(stage[-1][3] for stage in stages))
     source_line(fig, measurement)
@@ -197,21 +187,12 @@ def quality() -> Figure:
         (True, True): ("symmetric, activation-aware", GREEN, "s--"),
     }
     for (symmetric, aware), (name, color, style) in styles.items():
-        chosen = [
-            row
-            for row in rows
-            if row["kind"] == "int4" and (row["symmetric"], row["activation_aware"]) == (symmetric, aware)
-        ]
-        four.plot(
-            [row["bytes"] / 1e6 for row in chosen],
-            [row["perplexity"] for row in chosen],
-            style,
-            color=color,
-            label=name,
-        )
-        for row in chosen:
-            size = str(row["group_size"])
-            four.annotate(size, (row["bytes"] / 1e6, row["perplexity"]), (4, 5), textcoords="offset points", fontsize=8)
+        asked = {"kind": "int4", "symmetric": symmetric, "activation_aware": aware}
+        chosen = [row for row in rows if asked.items() <= row.items()]
+        points = [(row["bytes"] / 1e6, row["perplexity"]) for row in chosen]
+        four.plot(*zip(*points), style, color=color, label=name)
+        for row, point in zip(chosen, points):
+            four.annotate(str(row["group_size"]), point, (4, 5), textcoords="offset points", fontsize=8)
     four.set_title("four bits, in groups of 32, 64 and 128")
     four.legend(frameon=False, fontsize=9)
     source_line(fig, measurement)
@@ -231,23 +212,19 @@ def speculation() -> Figure:
     left, right = fig.subplots(1, 2, width_ratios=(1.35, 1), sharey=True)
 
     singles = [case for case in chats["cases"] if case["num_streams"] == 1]
-    shades = {"adaptive": BLUE, "k=2": "#BDD7EE", "k=4": SKY, "k=8": "#9AA0A6"}
-    ways = [way for way in shades if way in singles[0]["ways"]]
+    named = {"adaptive": ("as many draft tokens as pay", BLUE), "k=2": ("always 2", "#BDD7EE")}
+    named |= {"k=4": ("always 4", SKY), "k=8": ("always 8", "#9AA0A6")}
+    ways = [way for way in named if way in singles[0]["ways"]]
     width = 0.84 / len(ways)
-    for place, case in enumerate(singles):
-        for i, way in enumerate(ways):
-            x = place + (i - (len(ways) - 1) / 2) * width
-            left.bar(x, case["ways"][way]["ratio"], width * 0.92, color=shades[way], label=way if place == 0 else None)
-    left.set_xticks(
-        range(len(singles)),
-        [f"{case['name']}\n{right_share([case]).replace(' of', chr(10) + 'of')}" for case in singles],
-    )
+    for i, way in enumerate(ways):
+        places = [place + (i - (len(ways) - 1) / 2) * width for place in range(len(singles))]
+        label, color = named[way]
+        left.bar(places, [case["ways"][way]["ratio"] for case in singles], width * 0.92, color=color, label=label)
+    shares = [right_share([case]).replace(" of", "\nof") for case in singles]
+    left.set_xticks(range(len(singles)), [f"{case['name']}\n{share}" for case, share in zip(singles, shares)])
     left.tick_params(axis="x", length=0)
     left.set_ylabel("tokens/s, times those without draft tokens")
     left.set_title("SmolLM2, n-grams, one stream")
-    named = {"adaptive": "as many draft tokens as pay", **{f"k={k}": f"always {k}" for k in (2, 4, 8)}}
-    handles, _ = left.get_legend_handles_labels()
-    left.legend(handles, [named[way] for way in ways], frameon=False, fontsize=9, loc="upper right")
 
     lines = (
         (chats, lambda case: case["is_repetitive"], "n-grams, repeating", BLUE),
@@ -255,46 +232,21 @@ def speculation() -> Figure:
         (tales, lambda case: case["temperature"] == 0, "draft model, greedy", GREEN),
         (tales, lambda case: case["temperature"] > 0, "draft model, drawn", ORANGE),
     )
-    ends = []
     for measurement, belongs, name, color in lines:
         cases = [case for case in measurement["cases"] if belongs(case)]
-        counts = sorted({case["num_streams"] for case in cases})
-        ratios = [
-            statistics.geometric_mean(
-                case["ways"]["adaptive"]["ratio"] for case in cases if case["num_streams"] == count
-            )
-            for count in counts
-        ]
-        right.plot(range(len(counts)), ratios, "o-", color=color)
-        right.set_xticks(range(len(counts)), counts)
-        ends.append((ratios[-1], len(counts) - 1, f"{name}\n{right_share(cases)}", color))
-    top = 1.12 * max(
-        max(case["ways"][way]["ratio"] for case in singles for way in ways),
-        max(case["ways"]["adaptive"]["ratio"] for case in tales["cases"]),
-    )
-    # Names of lines that end side by side stand in a stack, its middle where theirs is, in the order of the ends.
-    ends.sort()
-    gap = top / 9
-    lowest = max(0.07 * top, statistics.mean(ratio for ratio, *_ in ends) - gap * (len(ends) - 1) / 2)
-    for i, (_, x, name, color) in enumerate(ends):
-        height = lowest + i * gap
-        right.annotate(
-            name,
-            (x, height),
-            (10, 0),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )
-    right.set_xlim(-0.2, 3.9)
+        by_count: dict[int, list[float]] = {}
+        for case in cases:
+            by_count.setdefault(case["num_streams"], []).append(case["ways"]["adaptive"]["ratio"])
+        ratios = [statistics.geometric_mean(by_count[count]) for count in sorted(by_count)]
+        right.plot(range(len(ratios)), ratios, "o-", color=color, label=f"{name}, {right_share(cases)}")
+        right.set_xticks(range(len(ratios)), sorted(by_count))
     right.set_xlabel("streams at once")
     right.set_title("as many draft tokens as pay")
     for axes in (left, right):
         axes.axhline(1, color="#202124", linewidth=1, linestyle=":")
-        axes.set_ylim(0, top)
+        axes.set_ylim(0, 1.35 * max(case["ways"][way]["ratio"] for case in singles for way in ways))
         axes.grid(axis="x", visible=False)
+        axes.legend(frameon=False, fontsize=9, loc="upper right")
     source_line(fig, chats)
     return fig
 
@@ -352,13 +304,10 @@ def ladder() -> Figure:
             axes.text(speed, place, f" {speed:.0f}", va="center", color="#202124")
         axes.axhline(ours - 0.5, color=GREY, linewidth=0.8, linestyle=":")
         axes.set_title(name)
-        axes.set_yticks(range(len(rungs)), [RUNGS[way][0] for way in rungs])
-        axes.set_ylim(len(rungs) - 0.4, -0.6)  # the first on top
+        name_rows(axes, [RUNGS[way][0] for way in rungs])
+        axes.set_ylim(len(rungs) - 0.4, -0.6)
         axes.set_xlim(0, 1.18 * max(ways[way]["tokens_per_second"] for way in ways))
         axes.set_xlabel("tokens/s")
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
     source_line(fig, measurement)
     return fig
 

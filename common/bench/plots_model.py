@@ -18,7 +18,9 @@ from common.bench.style import (
     SKY,
     VERMILION,
     figure,
+    footnote,
     label_end,
+    name_rows,
     new_figure,
     source_line,
 )
@@ -124,38 +126,30 @@ def attention_heads() -> Figure:
     """Three heads of SmolLM2, reading a sentence in which something happens twice."""
     import torch
 
-    from common.checkpoints import Checkpoint, cached
-    from common.tokenizer import load_tokenizer
-    from solutions import llm_basics
+    from common.checkpoints import cached
+    from solutions.llama_pytorch import causal_attend, load
 
     heads = {
         (18, 8): "layer 18, head 8\nrests on the first token",
         (11, 1): "layer 11, head 1\nlooks one token back",
         (17, 5): "layer 17, head 5\nlooks for what came next, last time",
     }
-    folder = cached("smollm2-135m")
-    if folder is None:
+    if cached("smollm2-135m") is None:
         raise CourseError("SmolLM2 is not on this machine; `make run` fetches it")
-    checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
+    model, tokenizer = load("smollm2-135m", torch.float32, "cpu")
     token_ids = tokenizer.encode(SENTENCE)
     words = [tokenizer.decode([token_id]).strip() for token_id in token_ids]
-    config = llm_basics.ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 100_000.0, tie_word_embeddings=True)
-    x = checkpoint.read("model.embed_tokens.weight")[token_ids]
-    frequencies = llm_basics.rotary_frequencies(config.head_dim, config.rope_theta)
-    tables = llm_basics.rotary_tables(torch.arange(len(x)), frequencies)
-    mask, maps = llm_basics.causal_mask(len(x), len(x)), {}
-    for number in range(max(layer for layer, _ in heads) + 1):
-        prefix = f"model.layers.{number}."
-        names = [name for name in checkpoint.names() if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): checkpoint.read(name) for name in names}
-        normed = llm_basics.rms_norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
-        projected = (normed @ weights[f"self_attn.{name}_proj.weight"].T for name in "qk")
-        q, k = (llm_basics.apply_rotary(each.unflatten(1, (-1, 64)), *tables) for each in projected)
-        for _, head in (each for each in heads if each[0] == number):
-            scores = q[:, head] @ k[:, head // 3].T / math.sqrt(config.head_dim)
-            maps[number, head] = llm_basics.softmax(scores.masked_fill(~mask, -math.inf))
-        x = llm_basics.block(x, weights, config, *tables)
+    maps = {}
 
+    def attend(layer: int, q, k, v):
+        for _, head in (each for each in heads if each[0] == layer):
+            scores = q[:, head] @ k[:, head // 3].T / math.sqrt(q.shape[-1])
+            mask = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            maps[layer, head] = scores.masked_fill(mask, -math.inf).softmax(-1)
+        return causal_attend(layer, q, k, v)
+
+    with torch.inference_mode():
+        model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
     fig = Figure(layout="constrained", figsize=(12.5, 4.9))
     all_axes = fig.subplots(1, 3, sharey=True)
     for axes, (which, title) in zip(all_axes, heads.items()):
@@ -201,11 +195,8 @@ def where_parameters_are() -> Figure:
             axes.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center", color="white", fontsize=9)
             left += share
         axes.text(101, row, f"{total / 1e6:,.0f} M" if total < 1e9 else f"{total / 1e9:.2f} B", va="center")
-    axes.set_yticks(range(len(models)), models)
-    axes.invert_yaxis()
+    name_rows(axes, models)
     axes.set(xlim=(0, 100), xlabel="share of the parameters (the norms have less than 0.1 %)")
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
     axes.grid(False)
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return fig
@@ -239,85 +230,62 @@ def ceilings() -> Figure:
     axes.set_ylabel("tokens/s of all requests together, at most")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
     axes.set_title("Batching is nearly free, until the caches are what is read")
-    fig.supxlabel(
-        "By arithmetic: Llama 2 7B, 16 bits, one H100 SXM (3.35 TB/s, 989 TFLOP/s), if its memory were large enough",
-        fontsize=7,
-        color=GREY,
-        x=0.01,
-        ha="left",
-    )
+    model_and_machine = "Llama 2 7B, 16 bits, one H100 SXM (3.35 TB/s, 989 TFLOP/s), if its memory were large enough"
+    footnote(fig, f"By arithmetic: {model_and_machine}")
     return fig
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lesson 2: seconds per token without a memory
+# Lessons 2 and 3: seconds for one more token, without a memory and with one
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def recompute_figure(measurement: dict, title: str) -> Figure:
-    """Seconds for the next token against the tokens before it, for each way that was measured."""
-    ways = {
-        "recompute": ("ours: all again", VERMILION),
-        "transformers, no cache": ("transformers, no cache", ORANGE),
-        "transformers, cache": ("transformers, with its cache", BLUE),
-    }
+def over_contexts(name: str, title: str, ways: dict[str, tuple[str, str, int]]) -> tuple[Figure, matplotlib.axes.Axes]:
+    """Milliseconds for the next token against the tokens before it. ways: what each is called, its colour, and by how
+    many points its name stands above the end of its line.
+    """
+    measurement = results.read(name)
     rows = measurement["rows"]
     contexts = [row["context"] for row in rows]
     fig, axes = new_figure()
-    lines = [(name, color, [1e3 * row[way] for row in rows]) for way, (name, color) in ways.items() if way in rows[0]]
-    top = max(max(values) for _, _, values in lines)
-    ends: list[float] = []
-    for name, color, values in sorted(lines, key=lambda line: line[2][-1]):
-        axes.plot(contexts, values, "o-", color=color)
-        # Labels of lines that end side by side are pushed apart by a line of text.
-        height = max(values[-1], ends[-1] + top / 15) if ends else values[-1]
-        ends.append(height)
-        axes.annotate(name, (contexts[-1], height), (8, 0), textcoords="offset points", color=color, va="center")
-    axes.set_xlim(0, contexts[-1] * 1.45)
+    for way, (label, color, dy) in ways.items():
+        if way in rows[0]:
+            values = [1e3 * row[way] for row in rows]
+            axes.plot(contexts, values, "o-", color=color)
+            label_end(axes, contexts[-1], values[-1], label, color, dx=8, dy=dy)
+    axes.set_xlim(0, contexts[-1] * 1.5)
     axes.set_xticks([x for x in contexts if x >= contexts[-1] / 8])
-    axes.set_ylim(0, top * 1.12)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens before it")
     axes.set_ylabel("milliseconds for one more token")
     axes.set_title(title)
     source_line(fig, measurement)
-    return fig
+    return fig, axes
 
 
 @figure("lesson-2-llama-pytorch/figures/recompute.svg")
 def recompute() -> Figure:
-    return recompute_figure(results.read("recompute-smollm2-135m"), "SmolLM2: a token costs more, the more came before")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 3: with a memory
-# ---------------------------------------------------------------------------------------------------------------
+    ways = {
+        "recompute": ("ours: all again", VERMILION, 0),
+        "transformers, no cache": ("transformers, no cache", ORANGE, 0),
+        "transformers, cache": ("transformers, with its cache", BLUE, 0),
+    }
+    return over_contexts("recompute-smollm2-135m", "SmolLM2: a token costs more, the more came before", ways)[0]
 
 
 @figure("lesson-3-kv-cache/figures/kv-cache.svg")
 def kv_cache() -> Figure:
-    """Milliseconds for one more token with and without the cache; the scale is logarithmic."""
-    measurement = results.read("kv-cache-smollm2-135m")
-    rows = measurement["rows"]
-    contexts = [row["context"] for row in rows]
-    fig, axes = new_figure()
-    for way, name, color, dy in (
-        ("recompute", "lesson 2: all again", VERMILION, 0),
-        ("cache", "lesson 3: the cache", BLUE, 8),
-        ("transformers, cache", "transformers' cache", GREY, -8),
-    ):
-        if way in rows[0]:
-            values = [1e3 * row[way] for row in rows]
-            axes.plot(contexts, values, "o-", color=color)
-            label_end(axes, contexts[-1], values[-1], name, color, dx=8, dy=dy)
+    """The scale is logarithmic: two lines are near each other, and far below the third."""
+    ways = {
+        "recompute": ("lesson 2: all again", VERMILION, 0),
+        "cache": ("lesson 3: the cache", BLUE, 8),
+        "transformers, cache": ("transformers' cache", GREY, -8),
+    }
+    title = "SmolLM2: with a cache a token costs the same, whatever came before"
+    fig, axes = over_contexts("kv-cache-smollm2-135m", title, ways)
     axes.set_yscale("log", base=10)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
     axes.set_ylim(30, 2_000)
-    axes.set_xlim(0, contexts[-1] * 1.4)
-    axes.set_xticks([x for x in contexts if x >= contexts[-1] / 8])
-    axes.set_xlabel("tokens before it")
-    axes.set_ylabel("milliseconds for one more token")
-    axes.set_title("SmolLM2: with a cache a token costs the same, whatever came before")
-    source_line(fig, measurement)
     return fig
 
 

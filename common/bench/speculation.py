@@ -12,12 +12,12 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from common.bench.ladder import Load, Run, assembled, check_same, serve
+from common.bench.results import show_table
 from common.checkpoints import find_checkpoint
 from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
 from solutions.speculative import propose_ngram
@@ -136,33 +136,27 @@ def tale_cases(tokenizer, quick: bool) -> list[Case]:
     return cases
 
 
+@mock.patch.dict(os.environ, KERNELS="fast")
 def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
     """Ratios, acceptance and tokens a step. draft: the draft model; None: n-grams of the text itself."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    before = os.environ.get("KERNELS")
-    os.environ["KERNELS"] = "fast"
-    try:
-        model, tokenizer = load(name, dtype, device)
-        use_kernels(model)
-        folder = None if draft is None else str(find_checkpoint(draft))
-        plain, _ = load(name, dtype, device)  # for near-ties
-        cases = chat_cases(tokenizer, quick) if draft is None else tale_cases(tokenizer, quick)
-        rows = [measure_case(case, model, plain, tokenizer, folder) for case in cases]
-        repeats = 1 if quick else 7
-        row_seconds = measure_rows({"kernels": model, "plain": plain}, repeats)
-        lookup_seconds = measure_lookup(repeats)
-    finally:
-        os.environ.pop("KERNELS") if before is None else os.environ.update(KERNELS=before)
+    model, tokenizer = load(name, dtype, device)
+    use_kernels(model)
+    folder = None if draft is None else str(find_checkpoint(draft))
+    plain, _ = load(name, dtype, device)  # for near-ties
+    cases = chat_cases(tokenizer, quick) if draft is None else tale_cases(tokenizer, quick)
+    rows = [measure_case(case, model, plain, tokenizer, folder) for case in cases]
     show(rows)
+    repeats = 1 if quick else 7
     return {
         "model": name,
         "draft": draft,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "num_speculative_tokens": 8,
-        "row_seconds": row_seconds,
-        "lookup_seconds": lookup_seconds,
+        "row_seconds": measure_rows({"kernels": model, "plain": plain}, repeats),
+        "lookup_seconds": measure_lookup(repeats),
         "cases": rows,
     }
 
@@ -205,7 +199,7 @@ def measure_case(case: Case, model: Llama, plain: Llama, tokenizer, draft: str |
         ways[f"k={k}"] = {**ways["adaptive"], "num_speculative_tokens": k, "adaptive_speculation": False}
     is_greedy = all(each.temperature == 0 for each in case.params)
     runs: dict[str, list[Run]] = {way: [] for way in ways}
-    ties = dict.fromkeys(ways, 0)
+    ties = dict.fromkeys(ways, 0)  # with the temperature above 0 tokens may differ
     rng = random.Random(1)
     start = time.perf_counter()
     for options in ways.values():
@@ -221,10 +215,8 @@ def measure_case(case: Case, model: Llama, plain: Llama, tokenizer, draft: str |
             )
     if is_greedy:
         wanted = Load(case.name, case.prompts, [each.max_tokens for each in case.params])
-        os.environ["KERNELS"] = "plain"
-        for way in ways:
-            ties[way] = check_same(plain, wanted, runs["none"][0].tokens, runs[way][0].tokens, way)
-        os.environ["KERNELS"] = "fast"
+        with mock.patch.dict(os.environ, KERNELS="plain"):
+            ties = {way: check_same(plain, wanted, runs["none"][0].tokens, runs[way][0].tokens, way) for way in ways}
     return {
         "name": case.name,
         "is_repetitive": case.is_repetitive,
@@ -268,20 +260,12 @@ def row(done: list[Run], without: list[Run], ties: int) -> dict:
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(box=None, header_style="dim", padding=(0, 1))
-    for column in ("", "tokens/s", "x", "drafts", "right", "tokens/step", "near-ties"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    groups: dict[str, dict[str, list[str]]] = {}
     for each in rows:
-        table.add_row(f"[bold]{each['num_streams']} x {each['name']}[/]")
+        cells = groups[f"{each['num_streams']} x {each['name']}"] = {}
         for way, told in each["ways"].items():
             rate = told["acceptance_rate"]
-            table.add_row(
-                "  " + way,
-                f"{told['tokens_per_second']:.1f}",
-                f"{told['ratio']:.2f}",
-                str(told["num_draft_tokens"]),
-                "" if rate is None else f"{rate:.0%}",
-                f"{told['tokens_per_step']:.2f}",
-                str(told["near_ties"]),
-            )
-    Console(width=110).print(table)
+            cells[way] = [f"{told['tokens_per_second']:.1f}", f"{told['ratio']:.2f}", str(told["num_draft_tokens"])]
+            cells[way] += ["" if rate is None else f"{rate:.0%}", f"{told['tokens_per_step']:.2f}"]
+            cells[way].append(str(told["near_ties"]))
+    show_table(("tokens/s", "x", "drafts", "right", "tokens/step", "near-ties"), groups)

@@ -8,7 +8,7 @@ bytes, so a figure changes only if its data does.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import matplotlib
 
@@ -16,15 +16,8 @@ matplotlib.use("Agg")
 
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#5F6368",
-)
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#5F6368"
 STYLE = {
     "svg.hashsalt": "inference-course",
     "svg.fonttype": "path",  # looks alike wherever it is opened
@@ -84,7 +77,21 @@ def source_line(fig: Figure, measurement: dict) -> None:
         f"{machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}; {measurement['date']}; "
         f"{measurement['command']}"
     )
+    footnote(fig, text)
+
+
+def footnote(fig: Figure, text: str) -> None:
     fig.supxlabel(text, fontsize=7, color=GREY, x=0.01, ha="left")
+
+
+def name_rows(axes, names: Iterable[str]) -> None:
+    """For horizontal bars: a name beside each row, from the top down, and no lines along the rows."""
+    names = list(names)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
 
 
 def svg(draw: Callable[[], Figure]) -> bytes:

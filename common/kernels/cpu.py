@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -168,38 +169,49 @@ def replace_weight(weight: Tensor, *layers: nn.Module) -> None:
 @functools.cache
 def compiled():
     """The operators of cpu.cpp, compiled for this processor: once, then kept. None where there is no compiler."""
-    from torch.utils import cpp_extension
-
     from common.machine import cpu_name
 
-    source = Path(__file__).with_suffix(".cpp")
-    made_for = (torch.__version__, sys.version, cpu_name(), source.read_text(encoding="utf-8"))
-    folder = cache_folder() / f"kernels-{hashlib.sha256(repr(made_for).encode()).hexdigest()[:12]}"
-    tools = Path(sys.executable).parent  # ninja is installed beside this Python, which need not be on the PATH
-    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
-    before = os.environ.get("PATH", "")
+    text = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
+    made_for = repr((torch.__version__, sys.version, cpu_name(), text))
+    folder = cache_folder() / f"kernels-{hashlib.sha256(made_for.encode()).hexdigest()[:12]}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = folder / "lock"
-        if lock.exists() and time.time() - lock.stat().st_mtime > STALE_SECONDS:
-            lock.unlink()  # of a process that was killed while it compiled; torch would wait for it for ever
-        os.environ["PATH"] = f"{tools}{os.pathsep}{before}"
-        cpp_extension.load(
-            name="inference_course",
-            sources=[str(source)],
-            extra_cflags=["-O3", "-march=native", "-ffast-math", *wide],
-            build_directory=str(folder),
-            is_python_module=False,
-        )
+        if not (folder / "whole").exists():
+            compile_into(folder, text)
+        torch.ops.load_library(folder / f"{LIBRARY}{'.pyd' if os.name == 'nt' else '.so'}")
         return torch.ops.inference_course
     except Exception as error:  # no compiler, no ninja, a folder that cannot be written, a system it does not know, ...
         reason = str(error).strip().partition("\n")[0]
         print(f"Some layers run without kernels, slowly: they cannot be compiled here ({reason}).", file=sys.stderr)
         return None
-    finally:
-        os.environ["PATH"] = before
 
 
+def compile_into(folder: Path, text: str) -> None:
+    """Compile this C++ source in a folder. In the end there is a file `whole` in it.
+
+    The source is copied there, or each copy of the course would compile it again for the sake of its path.
+    """
+    from torch.utils import cpp_extension
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source, lock = folder / "cpu.cpp", folder / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_SECONDS:
+        lock.unlink()  # of a process that was killed while it compiled; torch would wait for it for ever
+    if not source.exists():
+        source.write_text(text, encoding="utf-8")
+    tools = Path(sys.executable).parent  # ninja is installed beside this Python, which need not be on the PATH
+    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+    with mock.patch.dict(os.environ, PATH=f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"):
+        cpp_extension.load(
+            name=LIBRARY,
+            sources=[str(source)],
+            extra_cflags=["-O3", "-march=native", "-ffast-math", *wide],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    (folder / "whole").touch()
+
+
+LIBRARY = "inference_course"
 STALE_SECONDS = 300
 """Compiling takes less than this: an older lock is that of a process that was killed."""
 

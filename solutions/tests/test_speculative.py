@@ -964,7 +964,7 @@ STEP_TIMES = {  # seconds by number of tokens
 
 
 @pytest.mark.parametrize("name", STEP_TIMES)
-@pytest.mark.parametrize("num_requests", [1, 8, 32])
+@pytest.mark.parametrize("num_requests", [1, 8, pytest.param(32, marks=pytest.mark.slow)])
 def test_speculation_never_costs_much(name, num_requests):
     """Whatever a step takes and however rarely a draft token is accepted."""
     for draft_time in (0.0, 0.3 * STEP_TIMES[name](num_requests)):

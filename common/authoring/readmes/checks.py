@@ -195,11 +195,6 @@ def first_exercise() -> str:
     return exercise_ids(LESSONS[0].number)[0]
 
 
-def ids_of(readme: Path) -> list[str]:
-    """Of the exercises of the lesson whose README this is; none if it is no lesson's."""
-    return [id for each in LESSONS if each.readme == readme for id in exercise_ids(each.number)]
-
-
 def exercise_ids(number: int | str) -> list[str]:
     """Of all modules of a lesson."""
     return [exercise.id for module in modules_of(number) for exercise in exercises_of(module)]
@@ -243,7 +238,7 @@ def complaints() -> list[str]:
         text = path.read_text(encoding="utf-8")
         found += check_commands(path, text, runnable)
         if path.name == "README.md":
-            found += check_figures(path, prose(text), frozenset(ids_of(path)))
+            found += check_figures(path, prose(text))
     for each in LESSONS:
         found += check_lesson(each)
         for cell, text in between_cells(each.notebook):

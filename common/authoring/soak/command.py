@@ -16,17 +16,15 @@ import traceback
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from common.course import activate, files_used
 from common.options import mine, number, option
+from common.progress import progress_bar
 
 if TYPE_CHECKING:
-    from common.authoring.soak.load import Models, Report, Run
+    from common.authoring.soak.load import Report
 
 COUNTED = {
     "steps": ("steps", 0),
@@ -65,62 +63,28 @@ def missing(counts: dict[str, int]) -> list[str]:
     return [label.strip() for name, (label, due) in COUNTED.items() if due and runs >= due and not counts[name]]
 
 
-class Soak:
-    """The runs so far, and how they are shown."""
-
-    def __init__(self, minutes: float, models: Models, total: Report):
-        self.seconds, self.models, self.total = 60 * minutes, models, total
-        self.start = self.told = time.monotonic()
-        self.doing = ""
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(40), TextColumn("{task.fields[clock]}"))
-        self.task = self.bar.add_task("soak", total=self.seconds, clock="")
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.start
-
-    def execute(self, run: Run) -> None:
-        with_whom = f", draft tokens: {run.speculative}" if run.speculative else ""
-        self.doing = f"run {run.seed}: {run.model}{with_whom}" + (" over two processes" if run.grid != (1, 1) else "")
-        self.total.add(run.execute(self.models))
-
-    def line(self) -> str:
-        counts, total = self.total.counts, self.total
-        return (
-            f"{counts['runs']} runs, {total.num_outputs} answers, {total.num_steps} steps; "
-            f"{counts['preemptions']} preemptions, {counts['swaps_out'] + counts['swaps_in']} blocks swapped, "
-            f"{counts['aborted']} aborted; draft tokens: {counts['accepted']} right, {counts['rejected']} wrong"
-        )
-
-    def render(self) -> Group:
-        """Called several times a second, by another thread."""
-        self.bar.update(self.task, completed=min(self.elapsed, self.seconds), clock=f"{clock(self.elapsed)}")
-        return Group(self.bar, Text(self.line()), Text(self.doing, style="dim"))
-
-    def tell(self, console: Console) -> None:
-        """A line each minute, where there is no terminal for a bar."""
-        if not console.is_terminal and time.monotonic() - self.told > 60:
-            self.told = time.monotonic()
-            print(f"{clock(self.elapsed)}  {self.line()}", flush=True)
-
-    def summary(self) -> Table:
-        counts = self.total.counts
-        table = Table(box=None, show_header=False, padding=(0, 1))
-        table.add_column(justify="right")
-        table.add_column()
-        table.add_row(clock(self.elapsed), "minutes and seconds")
-        for count, label in ((counts["runs"], "runs"), (self.total.num_outputs, "answers")):
-            table.add_row(f"{count:,}", label)
-        for name, (label, _) in COUNTED.items():
-            table.add_row(f"{self.total.num_steps if name == 'steps' else counts[name]:,}", label)
-        if own := counts["own_accepted"] + counts["own_rejected"]:
-            share = counts["own_accepted"] / own
-            table.add_row(f"{share:.1%}", "of a draft's draft tokens accepted where it is the target itself")
-        return table
+def line(total: Report) -> str:
+    counts = total.counts
+    return (
+        f"{counts['runs']} runs, {total.num_outputs} answers, {total.num_steps} steps; "
+        f"{counts['preemptions']} preemptions, {counts['swaps_out'] + counts['swaps_in']} blocks swapped, "
+        f"{counts['aborted']} aborted; draft tokens: {counts['accepted']} right, {counts['rejected']} wrong"
+    )
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+def summary(total: Report, seconds: float) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row(f"{seconds / 60:.1f}", "minutes")
+    for count, label in ((total.counts["runs"], "runs"), (total.num_outputs, "answers")):
+        table.add_row(f"{count:,}", label)
+    for name, (label, _) in COUNTED.items():
+        table.add_row(f"{total.num_steps if name == 'steps' else total.counts[name]:,}", label)
+    if own := total.counts["own_accepted"] + total.counts["own_rejected"]:
+        share = total.counts["own_accepted"] / own
+        table.add_row(f"{share:.1%}", "of a draft's draft tokens accepted where it is the target itself")
+    return table
 
 
 def verdict(total: Report) -> list[str]:
@@ -150,26 +114,28 @@ def soak_command(minutes: float, seed: int | None, only: int | None, mine: str) 
     from common.authoring.soak.load import Models, Report, Run
 
     torch.set_num_threads(1)  # of tiny models more would only wait for each other
-    console, total = Console(), Report()
-    soak = Soak(minutes, Models(), total)
+    console, total, models = Console(), Report(), Models()
     seed = random.randrange(10**6) if seed is None else seed
     first = seed = seed if only is None else only
-    code = 0
-    try:
-        with Live(get_renderable=soak.render, console=console, refresh_per_second=4, transient=True):
+    code, start, told = 0, time.monotonic(), 0.0
+    with progress_bar("soak", 60 * minutes, console.is_terminal) as update:
+        try:
             while True:
-                run = Run.number(seed, soak.models)
-                try:
-                    soak.execute(run)
-                except Exception:
-                    failure, code = traceback.format_exc(), 1
-                soak.tell(console)
-                if code or only is not None or soak.elapsed > soak.seconds:
+                run = Run.number(seed, models)
+                total.add(run.execute(models))
+                seconds = time.monotonic() - start
+                update(seconds, line(total))
+                if not console.is_terminal and seconds > told + 60:
+                    told = seconds
+                    print(f"{seconds / 60:.0f} min  {line(total)}", flush=True)
+                if only is not None or seconds > 60 * minutes:
                     break
                 seed += 1
-    except KeyboardInterrupt:
-        code = 130
-    console.print(soak.summary())
+        except KeyboardInterrupt:
+            code = 130
+        except Exception:
+            failure, code = traceback.format_exc(), 1
+    console.print(summary(total, time.monotonic() - start))
     same = f" --mine {mine}" if mine else ""
     if code == 1:
         print(f"\n{failure}\n{run}\n")

@@ -29,12 +29,7 @@ from common.config import EngineConfig
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions.batching import Engine, LocalExecutor, ModelRunner
 from solutions.engine import build_runner, load_model, resolve, start_executor
-from solutions.llama_pytorch import (
-    Llama,
-    adjust_logits,
-    sample,
-    top_logprobs,
-)
+from solutions.llama_pytorch import Llama
 from solutions.paged_attention import PagedKVCache
 from solutions.quantization import Int8KVCache, Quantization
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
@@ -47,40 +42,6 @@ class Pipelined(LocalExecutor):
     def __init__(self, runner, depth: int):
         super().__init__(runner)
         self.depth = depth
-
-
-class GuessingRunner(ModelRunner):
-    """Makes draft tokens, few of them right, and verifies them: a draft token is accepted if it is sampled anyway.
-
-    The reference's sampling depends on the seed and the index alone, so this changes no token, and every rejected one
-    has left its key and value in some block.
-    """
-
-    def __init__(self, model: Llama, cache, rng: random.Random):
-        super().__init__(model, cache)
-        self.rng = rng
-
-    def sample(self, plan: SchedulerOutput, logits: torch.Tensor, output: ModelRunnerOutput) -> None:
-        start = 0
-        for each in plan.scheduled:
-            if each.sample_index is None:
-                continue
-            rows = logits[start : start + each.num_spec_tokens + 1]
-            start += len(rows)
-            drafts = each.token_ids[len(each.token_ids) - each.num_spec_tokens :]
-            tokens: list[int] = []
-            for i, row in enumerate(rows):
-                so_far = each.output_token_ids + tokens
-                adjusted = adjust_logits(row, each.params, each.prompt_token_ids, so_far, each.stop_token_ids)
-                tokens.append(sample(adjusted, each.params, each.sample_index + i))
-                if each.params.logprobs is not None:
-                    entry = top_logprobs(row, tokens[-1], each.params.logprobs)
-                    output.logprobs.setdefault(each.request_id, []).append(entry)
-                if i < len(drafts) and drafts[i] != tokens[-1]:
-                    break
-            output.sampled_token_ids[each.request_id] = tokens
-            likely = rows[-1].topk(3).indices.tolist()
-            output.spec_token_ids[each.request_id] = self.rng.choices(likely, k=self.rng.randint(0, 4))
 
 
 @dataclass
@@ -184,8 +145,6 @@ def drive(
     executor, runner = original, getattr(getattr(original, "rank", original), "runner", None)
     is_speculative, has_draft = isinstance(runner, SpeculativeRunner), engine.config.draft is not None
     if isinstance(executor, LocalExecutor):
-        if rng.random() < 0.4 and not is_speculative:
-            runner = GuessingRunner(runner.model, runner.cache, rng)
         executor = Pipelined(runner, rng.choice([2, 3])) if rng.random() < 0.4 else LocalExecutor(runner)
         engine.scheduler.depth = rng.choice([1, executor.depth])
         if may_be_interrupted and executor.depth == 1 and rng.random() < 0.5:

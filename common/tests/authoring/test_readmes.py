@@ -154,7 +154,7 @@ def said(tmp_path, monkeypatch):
     (tmp_path / "ladder.json").write_text(json.dumps(LADDER))
     (tmp_path / "own.ipynb").write_text(json.dumps({"cells": [{"cell_type": "code", "outputs": [output]}]}))
     monkeypatch.setattr(readme_figures, "MEASUREMENTS", tmp_path)
-    return lambda text, ids=(): list(check_figures(tmp_path / "README.md", prose(text), frozenset(ids)))
+    return lambda text: list(check_figures(tmp_path / "README.md", prose(text)))
 
 
 TABLE = """<!-- measured: ladder; = [INT8/tokens_per_second] / [one stream/float32/tokens_per_second] -->
@@ -170,8 +170,7 @@ TABLE = """<!-- measured: ladder; = [INT8/tokens_per_second] / [one stream/float
     [
         "SmolLM2 makes 22.5 tokens/s, 23 tokens a second or 22.53 tokens/s, from 135.4 MB.",
         "A step takes 60 ms (59.8 ms, 0.06 s), and 91 % (or 91.4 per cent) of the guesses are right.",
-        "From 16.1 to 22.5 tokens/s, 135 and 538 MB, 0.77 ms and 122 ms for 33 rows",
-        "with 8 requests; lesson 5.1, `99.9 ms`, $99.9$ ms, ![99.9 ms](x), [it](#99.9), 2021, smollm2-135m, 2.13.0",
+        "with 17 requests; `99.9 ms`, $99.9$ ms, ![99.9 ms](x), [it](#99.9), 2021, smollm2-135m, 2.13.0 s",
         "```\n99.9 ms\n```",
     ],
 )
@@ -182,13 +181,11 @@ def test_numbers_that_are_measured(said, text):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("22.6 tokens/s", "22.6 tokens/s is not in ladder"),
+        ("22.6 tokens/s", "22.6 tokens/s is not in what"),
         ("one line\nof 61 ms, say", ":3: 61 ms is not"),
-        ("from 16.2 to 22.5 tokens/s", "16.2 is not"),
         ("60 s", "60 s is not"),
         ("135 MiB", "135 MiB is not"),
         ("25.9 tokens/s", "25.9 tokens/s is not"),  # of one round, and no median
-        ("twice as fast with 17 requests", "17 is not"),
         ("1,122 ms", "1,122 ms is not"),
     ],
 )
@@ -197,9 +194,9 @@ def test_numbers_that_are_not(said, text, problem):
 
 
 def test_a_path_narrows_and_a_formula_adds(said):
-    assert said("<!-- measured: ladder/one stream/INT8 -->\n22.5 tokens/s with 8 requests") == []
+    assert said("<!-- measured: ladder/one stream/INT8 -->\n22.5 tokens/s") == []
     assert len(said("<!-- measured: ladder/one stream/INT8 -->\n40.1 tokens/s, and 16.1 tokens/s")) == 2
-    assert said("<!-- measured: ladder/num_requests=8; ladder/float32 -->\n40.1 and 16.1 tokens/s") == []
+    assert said("<!-- measured: ladder/num_requests=8; ladder/float32 -->\n40.1 tokens/s and 16.1 tokens/s") == []
     ratio = "= [one stream/INT8/tokens_per_second] / [float32/tokens_per_second]"
     assert said(f"<!-- measured: ladder; {ratio}; {ratio} - 1 -->\n1.4 times as fast, 40 % more") == []
     assert len(said(f"<!-- measured: ladder; {ratio} -->\n2.5 times as fast")) == 1
@@ -210,14 +207,14 @@ def test_tables(said):
     for wrong in (("22.5", "22.6"), ("1.4", "1.5"), ("538", "537")):
         assert len(said(TABLE.replace(*wrong))) == 1
     notebook = "<!-- measured: own.ipynb -->\n| | no | yes | of 24 |\n| --- | --- | --- | --- |\n| it | {} |\n"
-    assert said(notebook.format("6 | 4 | 13")) == said(notebook.format("4 | | 13")) == []
-    assert "no line of own.ipynb" in said(notebook.format("3 | 4 | 13"))[0]
+    assert said(notebook.format("6 | 4 | 13")) == []
+    assert "5 is not" in said(notebook.format("6 | 5 | 13"))[0]
     assert said("<!-- measured: own.ipynb -->\n2 % of it") == []
 
 
 def test_a_comment_holds_up_to_the_next_one_or_a_heading(said):
     text = "<!-- measured: ladder -->\n60 ms\n\n- 60 ms\n\n```\n# no heading\n```\n99 ms"
-    assert [complaint.split(": ")[1] for complaint in said(text)] == ["99 ms is not in ladder."]
+    assert [complaint.split(": ")[1] for complaint in said(text)] == ["99 ms is not in what the comment above names."]
     assert len(said("<!-- measured: ladder -->\n60 ms\n## Next\n60 ms")) == 1
     assert said("<!-- not measured: arithmetic -->\n99 ms\n<!-- measured: ladder -->\n60 ms") == []
     assert len(said("<!-- measured: ladder -->\n60 ms\n<!-- not measured: sums -->\n99 ms\n# Next\n99 ms")) == 1
@@ -235,8 +232,6 @@ def test_what_looks_measured_must_say_where(said, claim):
 
 def test_what_does_not_look_measured_need_not(said):
     assert said("In lesson 5, 32 requests of 64 tokens have 538 MB of weights, 1,024 rows, 3 times, and 7.2.") == []
-    assert said("<!-- measured: ladder -->\nYou have it from 7.2, which is an exercise.", ["7.2"]) == []
-    assert len(said("<!-- measured: ladder -->\nYou have it in 7.2 ms.", ["7.2"])) == 1
 
 
 @pytest.mark.parametrize(
@@ -248,7 +243,6 @@ def test_what_does_not_look_measured_need_not(said):
         ("measured: ladder; = [INT8/rounds]", "no entry"),
         ("measured: ladder; = [INT8/bytes] / ", "no arithmetic"),
         ("measured: ladder; = __import__('os')", "no arithmetic"),
-        ("measured: ladder; = [INT8/bytes] ** 2", "no arithmetic"),
         ("not measured:", "without a reason"),
     ],
 )
@@ -260,15 +254,11 @@ def test_most_changes_of_a_number_in_the_readmes_would_be_noticed():
     """A comment may name so much that any number is somewhere in it. Here each number is changed in its last digit."""
     noticed = []
     for path in readme_commands.texts():
-        for line, paragraph, source in readme_figures.sourced(path, prose(path.read_text())):
-            if isinstance(source, readme_figures.Source):
-                for row in readme_figures.rows(paragraph, line):
-                    for index, figure in enumerate(row):
-                        digit = str((int(figure.number[-1]) + 1) % 10)
-                        changed = [*row]
-                        changed[index] = dataclasses.replace(figure, number=figure.number[:-1] + digit)
-                        noticed.append(not source.has(changed[index]) or not source.prints(changed))
-    assert len(noticed) > 250 and sum(noticed) > 0.8 * len(noticed)
+        for line, paragraph, values in readme_figures.sourced(path, prose(path.read_text())):
+            for figure in readme_figures.to_check(paragraph, line) if isinstance(values, list) else ():
+                digit = str((int(figure.number[-1]) + 1) % 10)
+                noticed.append(not dataclasses.replace(figure, number=figure.number[:-1] + digit).is_in(values))
+    assert len(noticed) > 200 and sum(noticed) > 0.8 * len(noticed)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -340,7 +330,7 @@ def test_what_is_the_same_is_run_once():
 
 
 def test_what_a_command_can_do_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme_commands, "SECONDS", 2)
+    monkeypatch.setattr(readme_commands, "SECONDS", 1)
 
     def wrong(text: str, prints: str | None = None) -> str | None:
         return readme_commands.run(readme_commands.Command(tmp_path / "a.md", 7, text, False, prints), tmp_path)
@@ -349,7 +339,7 @@ def test_what_a_command_can_do_wrong(tmp_path, monkeypatch):
     assert wrong("cat", "Hello! /quit") is None
     assert "a.md:7: `echo so; exit 3` ended with exit status 3:\nso" in wrong("echo so; exit 3")
     assert "the text shows\n46 places" in wrong("echo 47 places", "46 places")
-    assert "takes more than 2 seconds:\nso" in wrong("echo so; sleep 9 | sleep 9")  # with all that it has started
+    assert "takes more than 1 seconds:\nso" in wrong("echo so; sleep 9 | sleep 9")  # with all that it has started
 
 
 REAL = pytest.mark.skipif(

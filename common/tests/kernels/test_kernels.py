@@ -74,6 +74,13 @@ class TestEnabled:
             kernels.enabled()
 
 
+@COMPILED
+def test_what_was_compiled_is_not_compiled_again(monkeypatch):
+    """Whichever copy of the course asks for it."""
+    monkeypatch.setattr("common.kernels.cpu.compile_into", lambda folder, text: pytest.fail("compiled again"))
+    assert kernels.compiled.__wrapped__() is torch.ops.inference_course
+
+
 class TestPack:
     @pytest.mark.parametrize("num_tokens", [1, 3, 8, 40])
     @pytest.mark.parametrize("family", FAMILIES)

@@ -286,7 +286,11 @@ def at_that_time(path: str) -> str:
     return shown.stdout
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.slug)
+@pytest.mark.parametrize(
+    "lesson",
+    [lesson if lesson.number == 5 else pytest.param(lesson, marks=pytest.mark.slow) for lesson in LESSONS],
+    ids=lambda lesson: lesson.slug,
+)
 def test_half_done_work_from_before_the_renumbering_is_where_it_belongs(lesson):
     """Every second exercise was answered, with a helper above the first."""
     name = "batching" if lesson.number == 5 else lesson.slug

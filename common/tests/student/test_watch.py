@@ -45,8 +45,9 @@ def test_only_what_a_save_may_have_changed_is_graded(lesson):
     assert edited(lesson, TODO, TODO.replace("def two", "def deux")) is None
 
 
-def test_every_way_to_save_is_seen_once(tmp_path):
+def test_every_way_to_save_is_seen_once(tmp_path, monkeypatch):
     """Written over, put in its place by renaming, deleted, and written anew; the other file is left alone."""
+    monkeypatch.setattr(watch, "PAUSE", 0.02)
     file, other = tmp_path / "a.py", tmp_path / "b.py"
     file.write_text("1")
     other.write_text("1")
