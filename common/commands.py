@@ -24,6 +24,7 @@ GROUPS = {
     "A model answers": (
         Command("run", "", "student.chat:run_command", "eight prompts at once; PROMPT='...' one of your own"),
         Command("chat", "", "student.chat:chat_command", "a conversation"),
+        Command("watch-engine", "", "student.watch_engine:watch_engine", "record it: OUT=run.html replays each step"),
         Command("serve", "", "serving.command:serve", "an OpenAI-compatible server at PORT=8000, and a page", "serve"),
         Command("quantize", "", "student.quantize:quantize_command", "write a checkpoint with fewer bits"),
     ),
@@ -62,6 +63,9 @@ GROUPS = {
         Command("test-notebooks", "", "authoring.notebooks:test_notebooks", "run every notebook, compare the outputs"),
         Command("figures", "", "bench.plots:figures", "draw the READMEs' figures"),
         Command("bench", "", "bench.cli:bench", "measure this machine and the engine on it"),
+        Command(
+            "fuzz", "", "authoring.fuzz.command:fuzz_command", "damaged checkpoints: each loads or is refused clearly"
+        ),
         Command("soak", "", "authoring.soak.command:soak_command", "random load on the engine, all answers compared"),
         Command("clean", "", "authoring.clean:main", "remove caches; .venv, the model and your work stay", None),
         Command("help", "", None, "this list", None),

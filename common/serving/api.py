@@ -106,9 +106,10 @@ def add_routes(app: FastAPI, server: Server) -> None:
         """The token ids of a prompt, or of a conversation as the chat template writes it."""
         server.check_model(body.model)
         special = body.add_special_tokens
-        token_ids = (
-            encode_chat(server, body) if body.prompt is None else server.encode(body.prompt, special is not False)
-        )
+        if body.prompt is None:
+            token_ids = encode_chat(server, body, body.tools or [])
+        else:
+            token_ids = server.encode(body.prompt, special is not False)
         texts = [token_text(server.tokenizer, each)[0] for each in token_ids] if body.return_token_strs else None
         limit = server.config.max_model_len
         return protocol.TokenizeResponse(count=len(token_ids), max_model_len=limit, tokens=token_ids, token_strs=texts)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastapi import Request, Response
 
+from common.chat_templates import choose_template
 from common.serving.errors import ApiError
 from common.serving.generation import Generation, Server, begin, events, processors, sampling_params
-from common.serving.protocol import Answer, ChatChoice, ChatRequest, ChatResponse, Message
+from common.serving.grammar import json_grammar
+from common.serving.loop import Delta
+from common.serving.protocol import (
+    Answer,
+    ChatChoice,
+    ChatRequest,
+    ChatResponse,
+    Message,
+    NamedToolChoice,
+    TokenizeRequest,
+    Tool,
+    ToolCall,
+)
 from common.serving.tokens import chat_logprobs
+from common.serving.tools import Call, Reader, describe, reader_of, schema_of, tools_of
 
 
 @dataclass
@@ -20,27 +33,42 @@ class Choice:
     """One answer so far."""
 
     index: int
-    pieces: list[str] = field(default_factory=list)
-    logprobs: list = field(default_factory=list)
+    reader: Reader
+    content: str = ""
+    calls: list[Call] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     is_begun: bool = False
+
+    def add(self, delta: Delta, is_chosen: bool) -> list[str | Call]:
+        """Take what a step has added. Returns the text and the calls that are certain now.
+
+        is_chosen: the request names the tool that is called, so that calling it is no reason of the model's.
+        """
+        found = self.reader.push(delta.text) + (self.reader.flush() if delta.finish_reason else [])
+        self.content += "".join(each for each in found if isinstance(each, str))
+        self.calls += [each for each in found if isinstance(each, Call)]
+        self.logprobs += delta.logprobs
+        has_called = self.calls and delta.finish_reason == "stop" and not is_chosen
+        self.finish_reason = "tool_calls" if has_called else delta.finish_reason
+        return found
 
 
 async def chat(server: Server, request: Request, body: ChatRequest) -> ChatResponse | Response:
     server.check_model(body.model)
-    prompt = encode_chat(server, body)
+    prompt = encode_chat(server, body, tools_of(body))
     max_tokens = server.limit(len(prompt), body.max_completion_tokens or body.max_tokens)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = sampling_params(body, max_tokens, num_logprobs, await processors(server, body))
+    schema = schema_of(body)
+    own = await processors(server, body, json_grammar(schema) if schema is not None else None)
+    params = sampling_params(body, max_tokens, num_logprobs, own)
     generation = await begin(server, request, body, [prompt], [params])
-    choices = [Choice(i) for i in range(body.n)]
+    template = choose_template(server.tokenizer.chat_templates, None, bool(tools_of(body)))
+    choices = [Choice(i, reader_of(body, template)) for i in range(body.n)]
     if body.stream:
         return events(chunks(generation, body, choices))
     async for delta in generation.deltas():
-        choice = choices[delta.choice]
-        choice.pieces.append(delta.text)
-        choice.logprobs += delta.logprobs
-        choice.finish_reason = delta.finish_reason
+        choices[delta.choice].add(delta, isinstance(body.tool_choice, NamedToolChoice))
     return ChatResponse(
         id=f"chatcmpl-{generation.stream.request_id}",
         created=generation.created,
@@ -48,7 +76,10 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
         choices=[
             ChatChoice(
                 index=choice.index,
-                message=Answer(content="".join(choice.pieces)),
+                message=Answer(
+                    content=choice.content or (None if choice.calls else ""),
+                    tool_calls=[call.as_dict() for call in choice.calls] or None,
+                ),
                 finish_reason=choice.finish_reason,
                 logprobs=logprobs(server, body, choice.logprobs),
             )
@@ -58,17 +89,22 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
     )
 
 
-def encode_chat(server: Server, body: Any) -> list[int]:
-    """The prompt's token ids. body: has messages, add_generation_prompt and chat_template_kwargs."""
-    if server.tokenizer.chat_template is None:
+def encode_chat(server: Server, body: ChatRequest | TokenizeRequest, tools: Sequence[Tool]) -> list[int]:
+    """The prompt's token ids. tools: those that the model is told of."""
+    templates = server.tokenizer.chat_templates
+    if not templates:
         raise ApiError(
             400,
             f"{server.model_name} has no chat template: it was not trained to converse. Use /v1/completions.",
             param="messages",
         )
-    messages = [plain_message(message) for message in body.messages]
-    own = {"add_generation_prompt": body.add_generation_prompt}
-    text = server.tokenizer.apply_chat_template(messages, **{**(body.chat_template_kwargs or {}), **own})
+    template = choose_template(templates, None, bool(tools))
+    messages, values = describe(tools, template, [plain_message(message) for message in body.messages])
+    own = {
+        "add_generation_prompt": body.add_generation_prompt,
+        "continue_final_message": bool(body.continue_final_message),
+    }
+    text = server.tokenizer.apply_chat_template(messages, **{**(body.chat_template_kwargs or {}), **values, **own})
     return server.encode(text, add_special_tokens=False)  # the template writes them itself
 
 
@@ -91,7 +127,8 @@ def plain_message(message: Message) -> dict:
     return plain
 
 
-def arguments(call: Any) -> dict:
+def arguments(call: ToolCall) -> dict:
+    """A call's arguments as data, which templates expect."""
     try:
         return json.loads(call.function.arguments or "{}")
     except ValueError as error:
@@ -123,9 +160,14 @@ async def chunks(generation: Generation, body: ChatRequest, choices: list[Choice
             choice.is_begun = True
             yield chunk(choice, {"role": "assistant", "content": ""})
         positions = logprobs(server, body, delta.logprobs)
-        if delta.text or (positions and positions["content"]):
-            yield chunk(choice, {"content": delta.text}, positions)
-        if delta.finish_reason:
-            yield chunk(choice, {}, None, delta.finish_reason)
+        num_calls = len(choice.calls)
+        found = choice.add(delta, isinstance(body.tool_choice, NamedToolChoice))
+        text = "".join(each for each in found if isinstance(each, str))
+        if text or (positions and positions["content"]):
+            yield chunk(choice, {"content": text}, positions)
+        for number, call in enumerate(choice.calls[num_calls:], num_calls):
+            yield chunk(choice, {"tool_calls": [{"index": number, **call.as_dict()}]})
+        if choice.finish_reason:
+            yield chunk(choice, {}, None, choice.finish_reason)
     if body.includes_usage:
         yield {**head, "choices": [], "usage": generation.usage.model_dump()}

@@ -236,7 +236,8 @@ class ChatRequest(SamplingBody):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = True
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = True
+    add_generation_prompt: bool | None = Field(None, description="default: true, unless the final message is continued")
+    continue_final_message: bool | None = False
 
     @model_validator(mode="after")
     def chooses_well(self) -> ChatRequest:
@@ -324,7 +325,8 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
-    add_generation_prompt: bool | None = True
+    add_generation_prompt: bool | None = Field(None, description="default: true, unless the final message is continued")
+    continue_final_message: bool | None = False
     return_token_strs: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None

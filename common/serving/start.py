@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from common.checkpoints import CheckpointError
@@ -19,8 +20,11 @@ class OptionError(CourseError):
     """A wrong option or prompt; the text says what to change."""
 
 
-def start_engine(options: dict[str, Any], mine: str = "", threads: int | None = None) -> Any:
-    """Load the engine that the options ask for. options: every field of EngineConfig.
+def start_engine(
+    options: dict[str, Any], mine: str = "", threads: int | None = None, make: Callable[[dict], Any] | None = None
+) -> Any:
+    """Load the engine that the options ask for. options: every field of EngineConfig. make: assembles it, if not
+    `make_engine`, from the options that differ from the default.
 
     Raises OptionError for options that do not fit, and CheckpointError.
     """
@@ -37,9 +41,8 @@ def start_engine(options: dict[str, Any], mine: str = "", threads: int | None = 
         torch.set_num_threads(threads)
     try:
         EngineConfig(**options)
-        return make_engine(
-            {name: options[name] for name, each in ENGINE_FIELDS.items() if options[name] != each.default}
-        )
+        given = {name: options[name] for name, each in ENGINE_FIELDS.items() if options[name] != each.default}
+        return (make or make_engine)(given)
     except CheckpointError:
         raise
     except ValueError as error:

@@ -543,3 +543,65 @@ def test_a_plan_that_only_moves_blocks_and_fails_is_told():
 
     with pytest.raises(RuntimeError, match="no such block"):
         batching.LocalExecutor(Broken()).submit(SchedulerOutput(1))
+
+
+# --- what a server asks for -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_num_batched_tokens": 7}, {"num_blocks": 12, "max_num_batched_tokens": 9}]
+)
+def test_logprobs_of_prompts_are_those_of_one_pass(model, settings):
+    """In chunks, beside others, after a preemption, and although the prefix cache knows the prompt."""
+    prompts, params = [list(range(5, 34)), list(range(5, 40))], SamplingParams(max_tokens=8, prompt_logprobs=2)
+    with local_engine(model, Letters(), **{"block_size": 8, "num_blocks": 64, **settings}) as engine:
+        engine.generate(prompts[:1], SamplingParams(max_tokens=2), progress=False)
+        outputs = engine.generate(
+            [*prompts, prompts[0]], [params, params, SamplingParams(max_tokens=8)], progress=False
+        )
+        assert engine.totals.num_preemptions > 0 or "num_blocks" not in settings
+    assert outputs[2].prompt_logprobs == {} and outputs[0].metrics.num_cached_tokens == 0
+    for prompt, output in zip(prompts, outputs):
+        assert list(output.prompt_logprobs) == list(range(1, len(prompt)))
+        for position, found in output.prompt_logprobs.items():
+            logits = llama_pytorch.recompute(model, prompt[:position])
+            wanted = llama_pytorch.top_logprobs(logits, prompt[position], 2)
+            assert found.keys() == wanted.keys()
+            assert all(abs(found[token_id] - wanted[token_id]) < 1e-4 for token_id in wanted)
+
+
+def test_blocks_are_shared_only_under_the_same_salt(model):
+    prompt, params = list(range(5, 38)), SamplingParams(max_tokens=4)
+    with local_engine(model, Letters(), block_size=8, num_blocks=64) as engine:
+
+        def ask(salt: str) -> int:
+            output = engine.output(engine.add_request(prompt, params, cache_salt=salt))
+            while not output.is_finished:
+                engine.step()
+            return output.metrics.num_cached_tokens
+
+        assert [ask(salt) for salt in ("", "a", "b", "", "a", "a\0", "b")] == [0, 0, 0, 32, 32, 0, 32]
+
+
+def test_logits_processors_see_the_output_and_each_sample_has_its_own(model):
+    """After 5 the next number, as often as asked; the samples do not share a processor's memory."""
+
+    class Counting:
+        def __init__(self):
+            self.num_calls = 0
+
+        def __call__(self, output, logits):
+            assert self.num_calls == len(output)  # one call for each token, of this sample alone
+            self.num_calls += 1
+            scores = torch.full_like(logits, -torch.inf)
+            scores[5 + len(output)] = 0
+            return scores
+
+    processor = Counting()
+    params = SamplingParams(max_tokens=6, n=3, temperature=1, ignore_eos=True, logits_processors=[processor])
+    with local_engine(model, Letters(), num_blocks=64) as engine:
+        output = engine.generate([[5, 6, 7]], params, progress=False)[0]
+    assert [each.token_ids for each in (output, *output.siblings)] == [list(range(5, 11))] * 3
+    assert processor.num_calls == 0
+    with pytest.raises(ValueError, match="logits_processors must be functions"):
+        SamplingParams(logits_processors=[7])

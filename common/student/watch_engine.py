@@ -1,0 +1,108 @@
+"""`make watch-engine`: the engine answers as in `make run`, is recorded, and one HTML file replays it.
+
+Beside the page lies its trace, `run.jsonl` for `run.html`; COMPARE takes the trace of another run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import click
+
+from common.course import files_used, substitutes
+from common.options import engine_options, mine, number, option, threads
+from common.sampling import SamplingParams
+from common.serving.start import OptionError, start_engine
+from common.student.chat import Conversation, Story, Talker, answer_with
+from common.student.serve import BEGINNINGS, QUESTIONS
+from common.watching.chrome import chrome_events
+from common.watching.page import make_page
+from common.watching.recorder import recording
+from common.watching.trace import read_trace, totals
+
+PATH = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("watch-engine")
+@option("--out", "OUT", type=PATH, default=Path("run.html"), help="the page; its trace is written beside it, as .jsonl")
+@option("--compare", "COMPARE", type=PATH, help="the trace of another run, to be shown beside this one")
+@option("--trace", "TRACE", type=PATH, help="also write Chrome trace events, which ui.perfetto.dev opens")
+@option("--requests", "REQUESTS", type=number(), default=8, help="prompts at once: those of make run, repeated")
+@option("--samples", "SAMPLES", type=number(), default=1, help="answers to each prompt")
+@click.option("--max-tokens", type=number(), default=48, help="of an answer")
+@click.option("--temperature", type=float, default=0.0)
+@click.option("--seed", type=int, default=0, help="the same seed, the same answers")
+@mine()
+@engine_options
+@threads
+def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str, threads: int | None, **options) -> int:
+    """Record the engine while it answers, and write a page that replays it step by step."""
+    count, samples = options.pop("requests"), options.pop("samples")
+    try:
+        sampling = {name: options.pop(name) for name in ("max_tokens", "temperature", "seed")}
+        params = SamplingParams(n=samples, **sampling)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    own = out.with_suffix(".jsonl")
+    if out.suffix != ".html":
+        raise OptionError(f"OUT is {out}; the page's name must end with .html.")
+    if compare is not None and (not compare.is_file() or compare.resolve() == own.resolve()):
+        raise OptionError(f"COMPARE is {compare}: it must be the .jsonl of another run, and OUT another name than its.")
+    other = compare and read_trace(compare)
+    with tempfile.TemporaryDirectory() as folder:
+        make = None
+        if options["tensor_parallel"] * options["pipeline_parallel"] > 1:
+            from common.watching.ranks import timed_engine
+
+            make = partial(timed_engine, Path(folder))
+        with start_engine(options, mine, threads, make) as engine:
+            name = Path(options["model"]).name
+            talker = Talker(name, engine.config.model_config, engine.tokenizer, answer_with(engine), params)
+            failure = record(engine, prompts(talker, count), params, own, Path(folder))
+    done = read_trace(own)
+    if not done.steps:
+        raise failure or OptionError("No step was computed: there is nothing to show.")
+    out.write_text(make_page(own, other and compare), encoding="utf-8")
+    if trace is not None:
+        trace.write_text(json.dumps(chrome_events(done)), encoding="utf-8")
+    found = totals(done)
+    written = ", ".join(map(str, (out, own, *([trace] if trace else []))))
+    print(f"{found.num_steps} steps, {found.num_output_tokens} tokens, {found.num_preemptions} preemptions. {whose()}")
+    print(f"Written: {written}. Open {out} in a browser.")
+    if failure:
+        print("The run ended early, and the page shows it until then.", file=sys.stderr)
+        raise failure
+    return 0
+
+
+def prompts(talker: Talker, count: int) -> list[list[int]]:
+    """The prompts of `make run`, repeated, in tokens."""
+    kind, texts = (Conversation, QUESTIONS) if talker.has_template else (Story, BEGINNINGS)
+    return [kind(talker).ask(text)[0] for text in itertools.islice(itertools.cycle(texts), count)]
+
+
+def whose() -> str:
+    """Whose modules run, in a sentence."""
+    return files_used() if substitutes() else "The reference's modules."
+
+
+def record(engine, prompts: list[list[int]], params: SamplingParams, file: Path, folder: Path) -> Exception | None:
+    """Answer the prompts and write the trace. Returns what ended the run early, if anything did."""
+    failure = None
+    with file.open("w", encoding="utf-8") as lines, recording(engine, lines, whose()) as recorder:
+        try:
+            engine.generate(prompts, params)
+        except ValueError as error:
+            failure = OptionError(str(error))
+        except Exception as error:  # a mistake in the student's own scheduler, perhaps: the page shows what led to it
+            failure = error
+        if any(folder.iterdir()):
+            from common.watching.ranks import rank_times
+
+            recorder.rank_times = rank_times(folder, recorder.begin)
+    return failure

@@ -1,0 +1,21 @@
+"""The page: one HTML file that holds its scripts and the trace, and needs no server and no network."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "page"
+FILES = ("style.css", "trace.js", "views.js", "main.js")
+
+
+def make_page(trace: Path, other: Path | None = None) -> str:
+    """The page that replays a trace. other: a trace to compare it with."""
+    page = (FOLDER / "index.html").read_text(encoding="utf-8")
+    for name in FILES:
+        page = page.replace(f"/* {name} */", (FOLDER / name).read_text(encoding="utf-8"))
+    for name, file in (("trace", trace), ("other", other)):
+        packed = b"" if file is None else base64.b64encode(gzip.compress(file.read_bytes(), 9, mtime=0))
+        page = page.replace(f"<!-- {name} -->", packed.decode())
+    return page

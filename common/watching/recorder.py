@@ -1,0 +1,324 @@
+"""Record what an engine does, from outside: what its scheduler decides, which blocks move, which drafts are accepted.
+
+    with recording(engine, open("run.jsonl", "w")):
+        engine.generate(prompts, params)
+
+Everything passes through `SchedulerOutput`, `ModelRunnerOutput` and the block pool, so any engine of lesson 5 can be
+recorded, the student's own too. `recording` puts itself before some of their methods and takes itself away at the end.
+
+The trace is JSON Lines. Requests have numbers, in the order in which they were added. What could be derived from the
+lines before is left out, and state is written as differences, so a decoding request costs its number and its token.
+
+    {"trace": 1, "config": {...}, "model": ..., "files": ...}       first
+    {"plan": step, ...}     a step is scheduled and submitted
+        "requests"          new ones: {"id", "prompt", "max_tokens", "priority", "tenant", "parent", "time"}; parent is
+                            the number of the first sample of its prompt, or null; its prompt is then null
+        "run"               what each scheduled request computes, in order: its number for one token, which follows the
+                            computed ones; or [number, tokens, draft tokens, start], where the last two may be left out
+        "drafts"            draft tokens that are verified, by request
+        "preempt"           [victim, the request that needs blocks, blocks that it lacks, free blocks]
+        "refused"           the waiting request for which there were too few blocks: [number, blocks that it needs]
+        "swaps_out", "swaps_in", "copies"    [source, target, filled slots]
+        "served"            with the policy "fair": tokens computed and sampled for each tenant, before the step
+        "t"                 seconds since the recording began: scheduling began, ended; submitting ended
+    {"result": step, ...}   it is collected, and its requests are up to date
+        "out"               in the order of "run": null, a sampled token, or several
+        "kept"              how many of them became output, by request, where not all did
+        "text"              text that became certain, by request, where it is not that of the tokens
+        "errors"            why a request failed
+        "t"                 collecting began, ended; requests up to date. "seconds": of the whole `Engine.step`
+    {"metrics": {...}, "ranks": {...}}      last: `engine.metrics()`; of each rank [step, start, end], if it was timed
+
+and in a plan or a result, as far as something has changed since the line before:
+
+    "tables"    block tables: [blocks that stay, new block, ...] by request
+    "host"      host blocks of swapped requests: [block, ...] by request
+    "blocks"    [block, reference count], or [block, reference count, hash or null, hash of its parent]
+    "free"      number of free blocks; always written
+    "computed"  number of computed tokens, by request, where they are not those that "run" brought
+    "ends"      why a request ended
+    "vocab"     the text of token ids that are new
+    "reset"     true: a step was interrupted, and all blocks were freed
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any, TextIO
+
+CONFIG = (
+    "block_size", "num_blocks", "num_host_blocks", "max_num_seqs", "max_num_batched_tokens",
+    "long_prefill_token_threshold", "scheduling_policy", "preemption", "enable_prefix_caching", "tensor_parallel",
+    "pipeline_parallel", "quantization", "speculative",
+)  # fmt: skip
+"""The options of an engine that a trace notes."""
+
+
+@contextmanager
+def recording(engine: Any, file: TextIO, files: str = "") -> Iterator[Recorder]:
+    """Record an engine, lesson 5's or any made of it, while the context lasts. files: whose code runs, in a line.
+
+    The trace is complete up to the last line if the engine fails.
+    """
+    recorder = Recorder(engine, file, files)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+
+
+class Recorder:
+    """Writes the trace of an engine; see the head of this module. rank_times: to be written at the end, by rank."""
+
+    def __init__(self, engine: Any, file: TextIO, files: str = ""):
+        self.engine, self.file = engine, file
+        self.scheduler, self.manager = engine.scheduler, engine.manager
+        self.pool: Any = None
+        self.undo, self.undo_pool = ExitStack(), ExitStack()
+        self.begin = time.perf_counter()
+        self.rank_times: dict[int, list[list[float]]] = {}
+        self.number: dict[str, int] = {}  # of each request, by id
+        self.line: dict[str, Any] = {}  # what has happened since the last line
+        self.scheduling = self.collecting = (0.0, 0.0)
+        # What the lines so far say.
+        self.tables: dict[int, list[int]] = {}
+        self.hosts: dict[int, list[int]] = {}
+        self.blocks: dict[int, tuple] = {}
+        self.computed: dict[int, int] = {}
+        self.num_characters: dict[int, int] = {}
+        self.pieces: dict[int, str] = {}
+        self.touched: dict[int, Any] = {}  # blocks that may have changed, by id
+        config = {name: getattr(engine.config, name) for name in CONFIG}
+        self.write({"trace": 1, "config": config, "model": engine.config.model.rsplit("/", 1)[-1], "files": files})
+        self.attach()
+        for request in self.scheduler.requests.values():
+            self.enter(request)
+
+    def attach(self) -> None:
+        scheduler = self.scheduler
+        self.watch_pool()
+        for owner, name in (
+            (scheduler, "add"), (scheduler, "schedule"), (scheduler, "make_room"), (scheduler, "can_allocate"),
+            (self.engine.executor, "submit"), (self.engine.executor, "collect"), (self.engine.totals, "observe"),
+            (self.engine.totals, "observe_end"),
+        ):  # fmt: skip
+            self.replace(owner, name, getattr(self, name), self.undo)
+
+    def replace(self, owner: Any, name: str, method: Any, undo: ExitStack) -> None:
+        """Let `method`, which gets the original as its first argument, take a method's place."""
+        setattr(owner, name, partial(method, getattr(owner, name)))
+        undo.callback(delattr, owner, name)
+
+    def check_pool(self) -> None:
+        """After an interrupted step the pool is another one, and all requests begin again."""
+        if self.manager.pool is not self.pool:
+            self.line["reset"] = True
+            self.tables, self.hosts, self.blocks, self.computed = {}, {}, {}, dict.fromkeys(self.computed, 0)
+            self.watch_pool()
+
+    def watch_pool(self) -> None:
+        """Note the blocks that the pool's methods touch."""
+        self.undo_pool.close()
+        self.pool = self.manager.pool
+        self.touched = {block.block_id: block for block in self.pool.blocks if block.ref_cnt or block.block_hash}
+        for name in ("get_new_blocks", "free_blocks", "touch", "remember", "forget"):
+            self.replace(self.pool, name, self.touch, self.undo_pool)
+
+    def close(self) -> None:
+        self.undo.close()
+        self.check_pool()
+        if self.line or self.touched:
+            self.changes(self.line)
+        self.undo_pool.close()
+        self.write({**self.line, "metrics": asdict(self.engine.metrics()), "ranks": self.rank_times})
+
+    def now(self) -> float:
+        return round(time.perf_counter() - self.begin, 6)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps(line, separators=(",", ":"), ensure_ascii=False) + "\n")
+
+    # What the engine calls, each with the original first -------------------------------------------------------
+
+    def add(self, original, request) -> None:
+        original(request)
+        self.enter(request)
+
+    def enter(self, request) -> None:
+        parent = None if request.parent is None else self.number[request.parent.request_id]
+        number = self.number[request.request_id] = len(self.computed)  # an id may be used again
+        self.computed[number] = self.num_characters[number] = 0
+        prompt = list(request.prompt_token_ids) if parent is None else None
+        self.learn(prompt or ())
+        self.line.setdefault("requests", []).append(
+            {
+                "id": request.request_id, "prompt": prompt, "max_tokens": request.max_tokens,
+                "priority": request.priority, "tenant": request.tenant, "parent": parent, "time": self.now(),
+            }
+        )  # fmt: skip
+
+    def schedule(self, original):
+        start = self.now()
+        plan = original()
+        self.scheduling = start, self.now()
+        if plan.is_empty:
+            self.line.pop("refused", None)
+        return plan
+
+    def make_room(self, original, request, num_tokens, plan) -> int:
+        """Notes whom each preemption in this call is for: one that is already noted had another cause."""
+        before, lacks = len(plan.preempted_ids), self.lacking(request, num_tokens)
+        result = original(request, num_tokens, plan)
+        for victim in plan.preempted_ids[before:]:
+            self.line.setdefault("preempt", []).append([self.number[victim], self.number[request.request_id], *lacks])
+        return result
+
+    def lacking(self, request, num_tokens: int) -> tuple[int, int]:
+        """The blocks that a request lacks for its next tokens, copies of shared ones included, and the free ones."""
+        size, table = self.manager.block_size, self.manager.block_tables.get(request.request_id, ())
+        num_missing = max(0, -(-(request.num_computed_tokens + num_tokens) // size) - len(table))
+        return num_missing + len(self.manager.shared_blocks(request)), self.manager.pool.num_free_blocks
+
+    def can_allocate(self, original, request) -> bool:
+        answer = original(request)
+        if not answer:
+            num_blocks = -(-request.num_tokens // self.manager.block_size)
+            self.line["refused"] = [self.number[request.request_id], num_blocks]
+        return answer
+
+    def submit(self, original, plan) -> None:
+        self.check_pool()
+        line, number = {"plan": plan.step_id, **self.line}, self.number
+        self.line = {}
+        line["run"], drafts = [], {}
+        for scheduled in plan.scheduled:
+            k, num_tokens = number[scheduled.request_id], len(scheduled.token_ids)
+            entry = [k, num_tokens, scheduled.num_spec_tokens]
+            if scheduled.start != self.computed[k]:
+                entry.append(scheduled.start)
+            is_plain = num_tokens == 1 and entry[2:] == [0]
+            line["run"].append(k if is_plain else entry if any(entry[2:]) or len(entry) > 3 else entry[:2])
+            self.computed[k] = scheduled.start + num_tokens
+            if scheduled.num_spec_tokens:
+                drafts[k] = scheduled.token_ids[num_tokens - scheduled.num_spec_tokens :]
+                self.learn(drafts[k], line)
+        moves = {name: getattr(plan, name) for name in ("swaps_out", "swaps_in", "copies")}
+        served = self.scheduler.served if self.engine.config.scheduling_policy == "fair" else None
+        line |= {name: found for name, found in {"drafts": drafts, "served": served, **moves}.items() if found}
+        self.changes(line)
+        try:
+            original(plan)
+        finally:
+            line["t"] = [*self.scheduling, self.now()]
+            self.write(line)
+
+    def collect(self, original):
+        start = self.now()
+        result = original()
+        self.collecting = start, self.now()
+        return result
+
+    def observe(self, original, scheduler, plan, result, outputs: Sequence, seconds: float) -> None:
+        self.check_pool()
+        counts = [output.metrics.num_output_tokens for output in outputs]
+        original(scheduler, plan, result, outputs, seconds)
+        line: dict[str, Any] = {"result": plan.step_id, "out": [], **self.line}
+        self.line = {}
+        texts, kept = {}, {}
+        for scheduled, output, before in zip(plan.scheduled, outputs, counts):
+            k, sampled = self.number[scheduled.request_id], result.sampled_token_ids.get(scheduled.request_id)
+            line["out"].append(sampled[0] if sampled and len(sampled) == 1 else sampled or None)
+            if sampled:
+                self.learn(sampled, line)
+                if (num_kept := len(output.token_ids) - before) != len(sampled):
+                    kept[k] = num_kept
+            text = output.text[self.num_characters[k] :]
+            if text != "".join(self.pieces[token] for token in sampled or ()):
+                texts[k] = text
+            self.num_characters[k] += len(text)
+        errors = {self.number[request_id]: why for request_id, why in result.errors.items()}
+        line |= {name: found for name, found in {"text": texts, "kept": kept, "errors": errors}.items() if found}
+        self.changes(line)
+        line |= {"t": [*self.collecting, self.now()], "seconds": round(seconds, 6)}
+        self.write(line)
+
+    def observe_end(self, original, output) -> None:
+        original(output)
+        self.line.setdefault("ends", {})[self.number[output.request_id]] = output.finish_reason
+
+    def touch(self, original, *arguments):
+        """Of any method of the pool: its argument, or what it returns, is a block or several of them."""
+        first = arguments[0] if hasattr(arguments[0], "block_id") else None
+        if first is None and not isinstance(arguments[0], int):
+            arguments = (list(arguments[0]), *arguments[1:])  # an iterator can be read only once
+        result = original(*arguments)
+        blocks = [first] if first is not None else result if isinstance(arguments[0], int) else arguments[0]
+        self.touched |= {block.block_id: block for block in blocks or ()}
+        return result
+
+    # Differences -----------------------------------------------------------------------------------------------
+
+    def learn(self, token_ids: Sequence[int], line: dict[str, Any] | None = None) -> None:
+        """Write the text of those tokens that the trace has not had yet."""
+        for token_id in token_ids:
+            if token_id not in self.pieces:
+                piece = self.engine.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+                self.pieces[token_id] = piece
+                (self.line if line is None else line).setdefault("vocab", {})[token_id] = piece
+
+    def changes(self, line: dict[str, Any]) -> None:
+        """Add to a line what has changed since the last one."""
+        number = self.number
+        tables = {
+            number[request_id]: [block.block_id for block in table]
+            for request_id, table in self.manager.block_tables.items()
+            if request_id in number
+        }
+        hosts = {number[id]: [block.block_id for block in blocks] for id, blocks in self.scheduler.swapped.items()}
+        if new := difference(self.tables, tables):
+            line["tables"] = {k: since(self.tables.get(k, []), table) for k, table in new.items()}
+        if new := difference(self.hosts, hosts):
+            line["host"] = new
+        self.tables, self.hosts = tables, hosts
+        blocks = []
+        for block_id, block in self.touched.items():
+            key = block.block_hash
+            state, before = (block.ref_cnt, key and key.value), self.blocks.get(block_id, (0, None))
+            if state != before:
+                names = () if state[1] == before[1] else (short(state[1]), short(key.parent) if key else None)
+                blocks.append([block_id, block.ref_cnt, *names])
+                self.blocks[block_id] = state
+        self.touched = {}
+        if blocks:
+            line["blocks"] = blocks
+        line["free"] = self.pool.num_free_blocks
+        computed = {number[request.request_id]: request.num_computed_tokens for request in self.requests()}
+        if new := {k: count for k, count in computed.items() if count != self.computed[k]}:
+            line["computed"] = new
+            self.computed |= new
+
+    def requests(self) -> Iterator[Any]:
+        return (request for request in self.scheduler.requests.values() if request.request_id in self.number)
+
+
+def difference(before: dict[int, list[int]], after: dict[int, list[int]]) -> dict[int, list[int]]:
+    """What to change in `before` to get `after`; an entry that is gone becomes an empty list."""
+    if before == after:
+        return {}
+    changed = {k: value for k, value in after.items() if before.get(k) != value}
+    return changed | {k: [] for k in before.keys() - after.keys()}
+
+
+def since(before: list[int], after: list[int]) -> list[int]:
+    """A block table as the number of blocks that stay, then the others."""
+    num_same = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
+    return [num_same, *after[num_same:]]
+
+
+def short(digest: bytes | None) -> str | None:
+    return digest.hex()[:8] if digest else None
