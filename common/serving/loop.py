@@ -74,7 +74,7 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Yield what comes until every sample has ended. Raises EngineDead, or RequestFailed if a sample failed."""
-        while self.num_open:
+        while self.num_open > 0:
             item = await self.queue.get()
             if isinstance(item, Exception):
                 self.num_open = 0
@@ -240,10 +240,12 @@ class EngineLoop:
 
     def remove(self, stream: Stream) -> None:
         """Abort the requests of a stream whose reader has left."""
-        for request_id in [id for id, reader in self.readers.items() if reader.stream is stream]:
+        ids = [request_id for request_id, reader in self.readers.items() if reader.stream is stream]
+        outputs = [self.engine.output(request_id) for request_id in ids]  # before the first takes its siblings along
+        for request_id, output in zip(ids, outputs):
             del self.readers[request_id]
-            self.observer.on_end(self.engine.output(request_id), "abort")
             self.engine.abort(request_id)
+            self.observer.on_end(output, "abort")
 
     def deliver(self, outputs: Sequence[Any]) -> None:
         """Hand on what a step has added."""
