@@ -26,7 +26,10 @@ def read_json(path: Path) -> dict:
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, and no more than {LARGEST_JSON:,} are read")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # halves of characters, which may lack their other half
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of 5,000 digits
@@ -42,6 +45,8 @@ def write_json(path: Path, value: dict) -> None:
 
 class Checkpoint:
     """The tensors of a checkpoint folder, by name. Opening reads headers only; a tensor is read when asked for.
+
+    Names have the prefix `model.`, even if the files omit it.
 
     config: config.json as it is. The tensors lie in model.safetensors, or in several files ('shards') that
     model.safetensors.index.json lists.
@@ -60,6 +65,10 @@ class Checkpoint:
         self.num_bytes_read = 0  # of tensors, in the file's dtype
         self._open = {}  # file -> safetensors handle; the file is mapped, not read
         self._files = self._find_tensors()  # tensor name -> file
+        # A base model, without a head, is stored without the name under which a whole model has it.
+        self._prefix = "model." if "embed_tokens.weight" in self._files else ""
+        self._files = {self._public(name): file for name, file in self._files.items()}
+        self._check_layers()
 
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
@@ -73,7 +82,7 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`, without reading it."""
-        return tuple(self._open[self.file(name)].get_slice(name).get_shape())
+        return tuple(self._open[self.file(name)].get_slice(self._stored(name)).get_shape())
 
     def read(self, name: str, index=...):
         """Tensor `name`, or the part of it that `index` (a slice, or a tuple of slices) names, in the file's dtype.
@@ -82,13 +91,32 @@ class Checkpoint:
         """
         handle = self._open[self.file(name)]
         try:
-            tensor = handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
+            stored = self._stored(name)
+            tensor = handle.get_tensor(stored) if index is ... else handle.get_slice(stored)[index]
         except Exception as error:  # the library's error is no subclass of anything narrower
             raise CheckpointError(
                 f"{self.file(name)}: tensor {name!r} of shape {self.shape(name)} cannot be read at {index}: {error}"
             ) from error
         self.num_bytes_read += tensor.nbytes
         return tensor
+
+    def _public(self, name: str) -> str:
+        return name if name.startswith("lm_head.") else self._prefix + name
+
+    def _stored(self, name: str) -> str:
+        return name.removeprefix(self._prefix)
+
+    def _check_layers(self) -> None:
+        """A config.json that speaks of thousands of layers would take minutes before their tensors are missed."""
+        said = self.config.get("num_hidden_layers")
+        found = (
+            max((int(number) for number in re.findall(r"\blayers\.(\d{1,9})\.", " ".join(self._files))), default=-1) + 1
+        )
+        if isinstance(said, int) and said > found > 0:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: num_hidden_layers is {said}; the tensors are those of {found} "
+                "layers. Is a file missing?"
+            )
 
     def _find_tensors(self) -> dict[str, Path]:
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
@@ -153,7 +181,8 @@ class Checkpoint:
             self._open[file] = safe_open(file, framework="pt")
             names = list(self._open[file].keys())
         except Exception as error:  # as above
-            raise CheckpointError(f"{file}: {_what_is_wrong(file) or error}. Download it again.") from error
+            problem = _what_is_wrong(file) or f"{error}"[:200]
+            raise CheckpointError(f"{file}: {problem}. Download it again.") from error
         for name in names:
             dtype = self._open[file].get_slice(name).get_dtype()
             if name.endswith((".weight", ".bias")) and dtype not in FLOATS and "quantization_config" not in self.config:
@@ -178,8 +207,8 @@ def _what_is_wrong(file: Path) -> str | None:
             )
         try:
             header = json.loads(stream.read(header_size))
-            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            ends = {name: int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
             return "corrupt: its header is not what safetensors write"
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         if 8 + header_size + end > size:

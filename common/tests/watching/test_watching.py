@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 
-from common.authoring.soak.load import GuessingRunner, Pipelined
+from common.authoring.soak.load import Pipelined
 from common.authoring.soak.requests import Letters, random_model
 from common.config import EngineConfig
 from common.course import CourseError
@@ -19,15 +19,26 @@ from common.watching.trace import Replay
 from solutions.batching import Engine
 from solutions.llama_pytorch import SamplingParams
 from solutions.paged_attention import PagedKVCache
+from solutions.speculative import AdaptiveSpeculation, DraftProposer, SpeculativeRunner
+
+
+class HalfRight(DraftProposer):
+    """Proposes what the target itself would say, or, half of the time, anything."""
+
+    rng = random.Random(0)
+
+    def draw(self, draft, logits):
+        return self.rng.randrange(4, 40) if self.rng.random() < 0.5 else int(logits.argmax()), None
 
 
 def tiny_engine(depth: int = 1, **options) -> Engine:
-    """Random weights; a few draft tokens after each token, some of them right; a pool that is too small for all."""
+    """Random weights; a few draft tokens after each token, half of them right; a pool that is too small for all."""
     model = random_model()
     options = {"num_blocks": 24, "block_size": 4, "max_num_batched_tokens": 24, "max_model_len": 64, **options}
     config = EngineConfig(**options).resolve(model.config, 1)
-    cache = PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks)
-    return Engine(Pipelined(GuessingRunner(model, cache, random.Random(0)), depth), Letters(), config)
+    caches = [PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks) for _ in range(2)]
+    speculation = HalfRight(model, caches[1]), AdaptiveSpeculation(3, is_adaptive=False)
+    return Engine(Pipelined(SpeculativeRunner(model, caches[0], *speculation), depth), Letters(), config)
 
 
 def ask(engine: Engine, num_requests: int = 32) -> None:
