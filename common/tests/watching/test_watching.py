@@ -25,7 +25,9 @@ from solutions.speculative import AdaptiveSpeculation, DraftProposer, Speculativ
 class HalfRight(DraftProposer):
     """Proposes what the target itself would say, or, half of the time, anything."""
 
-    rng = random.Random(0)
+    def __init__(self, model, cache):
+        super().__init__(model, cache)
+        self.rng = random.Random(0)
 
     def draw(self, draft, logits):
         return self.rng.randrange(4, 40) if self.rng.random() < 0.5 else int(logits.argmax()), None
