@@ -76,7 +76,10 @@ expect.set_options(timeout=20_000)
 
 
 def settle(page) -> None:
-    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    """Wait for the pictures, and then for the texts, which follow within a tenth of a second."""
+    page.evaluate(
+        "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 150))))"
+    )
 
 
 def test_the_page_s_numbers_are_the_engine_s(open_page, swapping) -> None:
@@ -132,7 +135,6 @@ def test_it_is_driven_by_keys_alone(open_page, swapping) -> None:
     assert page.evaluate("page.run.steps[page.index].plan.preempt.some(([victim]) => victim === page.chosen)")
     page.keyboard.press("ArrowUp")
     page.keyboard.press("b")
-    settle(page)
     page.keyboard.press("ArrowRight")
     expect(page.locator("#block")).to_contain_text("Block 1:")
     page.keyboard.press("End")

@@ -110,9 +110,8 @@ def test_after_every_step_the_trace_has_the_engine_s_tables_and_counts(tmp_path)
             states.append((tables, [block.ref_cnt for block in engine.manager.pool.blocks], computed))
     replay, seen = Replay(24), []
     for line in read_trace(file).lines:
-        replay.read([line] if "result" not in line else [])
+        replay.apply(line)
         if "result" in line:
-            replay.update(line)
             tables = {k: table for k, table in replay.tables.items() if table}
             seen.append((tables, list(replay.counts), dict(replay.computed)))
     assert seen == states
