@@ -63,6 +63,9 @@ GROUPS = {
         Command("test-notebooks", "", "authoring.notebooks:test_notebooks", "run every notebook, compare the outputs"),
         Command("figures", "", "bench.plots:figures", "draw the READMEs' figures"),
         Command("bench", "", "bench.cli:bench", "measure this machine and the engine on it"),
+        Command(
+            "fuzz", "", "authoring.fuzz.command:fuzz_command", "damaged checkpoints: each loads or is refused clearly"
+        ),
         Command("soak", "", "authoring.soak.command:soak_command", "random load on the engine, all answers compared"),
         Command("clean", "", "authoring.clean:main", "remove caches; .venv, the model and your work stay", None),
         Command("help", "", None, "this list", None),

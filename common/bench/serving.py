@@ -167,7 +167,7 @@ def measure_serving(model: str, quick: bool) -> dict:
     from solutions.llama_pytorch import SamplingParams
 
     rounds = 1 if quick else 3
-    num_prompt_tokens, num_tokens = (16, 8) if quick else (64, 48)
+    num_prompt_tokens, num_tokens = (16, 8) if quick else (64, 32)
     threads = torch.get_num_threads()
     rows = []
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ def measure_serving(model: str, quick: bool) -> dict:
     ):
         vocab_size = engine.config.model_config.vocab_size
         for num_clients in (1, 8, 32):
-            num_requests = 2 * num_clients + (0 if quick else 2)
+            num_requests = 2 * num_clients
             prompts = torch.randint(vocab_size, (num_requests, num_prompt_tokens), generator=generator).tolist()
             params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
             bodies = [

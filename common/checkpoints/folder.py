@@ -26,7 +26,10 @@ def read_json(path: Path) -> dict:
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, and no more than {LARGEST_JSON:,} are read")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # halves of characters, which may lack their other half
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of 5,000 digits
@@ -60,6 +63,7 @@ class Checkpoint:
         self.num_bytes_read = 0  # of tensors, in the file's dtype
         self._open = {}  # file -> safetensors handle; the file is mapped, not read
         self._files = self._find_tensors()  # tensor name -> file
+        self._check_layers()
 
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
@@ -89,6 +93,18 @@ class Checkpoint:
             ) from error
         self.num_bytes_read += tensor.nbytes
         return tensor
+
+    def _check_layers(self) -> None:
+        """A config.json that speaks of thousands of layers would take minutes before their tensors are missed."""
+        said = self.config.get("num_hidden_layers")
+        found = (
+            max((int(number) for number in re.findall(r"\blayers\.(\d{1,9})\.", " ".join(self._files))), default=-1) + 1
+        )
+        if isinstance(said, int) and said > found > 0:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: num_hidden_layers is {said}; the tensors are those of {found} "
+                "layers. Is a file missing?"
+            )
 
     def _find_tensors(self) -> dict[str, Path]:
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
@@ -153,7 +169,8 @@ class Checkpoint:
             self._open[file] = safe_open(file, framework="pt")
             names = list(self._open[file].keys())
         except Exception as error:  # as above
-            raise CheckpointError(f"{file}: {_what_is_wrong(file) or error}. Download it again.") from error
+            problem = _what_is_wrong(file) or f"{error}"[:200]
+            raise CheckpointError(f"{file}: {problem}. Download it again.") from error
         for name in names:
             dtype = self._open[file].get_slice(name).get_dtype()
             if name.endswith((".weight", ".bias")) and dtype not in FLOATS and "quantization_config" not in self.config:
@@ -178,8 +195,8 @@ def _what_is_wrong(file: Path) -> str | None:
             )
         try:
             header = json.loads(stream.read(header_size))
-            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            ends = {name: int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
             return "corrupt: its header is not what safetensors write"
     for name, end in sorted(ends.items(), key=lambda item: item[1]):
         if 8 + header_size + end > size:

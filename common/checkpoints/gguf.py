@@ -76,9 +76,9 @@ class _Source:
             raise CheckpointError(f"{path}: cut short, or not a GGUF file ({error}). Download it again.") from error
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         self.architecture = self.get("general.architecture")
-        if self.architecture not in ARCHITECTURES:
+        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
             raise CheckpointError(
-                f"{path}: the architecture is {self.architecture!r}; this course runs {', '.join(ARCHITECTURES)}."
+                f"{path}: the architecture is {self.architecture!r:.80}; this course runs {', '.join(ARCHITECTURES)}."
             )
 
     REQUIRED = object()
@@ -192,7 +192,7 @@ def _rope_scaling(source: _Source, head_dim: int, context: int) -> dict | None:
         more = {key: value for key, value in more.items() if value is not None}
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **more}
     if kind not in ("none", "linear"):
-        raise CheckpointError(f"{source.path}: rope scaling of type {kind!r}, which this course does not do.")
+        raise CheckpointError(f"{source.path}: rope scaling of type {kind!r:.80}, which this course does not do.")
     if "rope_freqs.weight" not in source.tensors:
         return None
     divisors = numpy.asarray(source.tensors["rope_freqs.weight"].data, dtype=numpy.float64)

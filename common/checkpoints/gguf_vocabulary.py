@@ -140,7 +140,7 @@ def write_tokenizer(vocabulary: Vocabulary, path: Path, config: dict, folder: Pa
         _write_sentencepiece(vocabulary, path, folder)
     else:
         raise CheckpointError(
-            f"{path}: the vocabulary is of kind {model!r}; this course reads 'gpt2' (byte-level BPE) and "
+            f"{path}: the vocabulary is of kind {model!r:.80}; this course reads 'gpt2' (byte-level BPE) and "
             "'llama' (SentencePiece)."
         )
     if vocabulary.chat_template is not None:
@@ -158,7 +158,7 @@ def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges
 
     if pre not in SPLITTING_RULES:
         raise CheckpointError(
-            f"{path}: its text is split into words by the rule {pre!r}, and this course knows only "
+            f"{path}: its text is split into words by the rule {pre!r:.80}, and this course knows only "
             f"{', '.join(SPLITTING_RULES)}. With another rule the model would read other tokens than it was trained "
             "on. Take the model's own tokenizer.json and safetensors."
         )

@@ -161,7 +161,11 @@ class Generation:
 async def begin(
     server: Server, request: Request, body: SamplingBody, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
 ) -> Generation:
-    """Give the prompts to the engine. Raises ApiError and whatever `EngineLoop.submit` raises."""
+    """Give the prompts to the engine. Raises ApiError and whatever `EngineLoop.submit` raises.
+
+    For a stream it returns with the first token. What fails before is answered with a status, so that a load balancer
+    may ask another replica.
+    """
     tenant: Tenant = request.scope["state"]["tenant"]
     server.loop.check()
     tenant.admit()
@@ -176,6 +180,12 @@ async def begin(
     tenant.spend(num_prompt_tokens)
     generation = Generation(server, stream, tenant, num_prompt_tokens, stream.num_open)
     generation.watcher = asyncio.create_task(generation.watch(request))
+    if body.stream:
+        try:
+            await stream.begun()
+        except BaseException:
+            generation.end()
+            raise
     return generation
 
 

@@ -70,19 +70,29 @@ class Stream:
         self.event_loop = asyncio.get_running_loop()
         self.accepted: asyncio.Future[None] = self.event_loop.create_future()
         self.queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self.peeked: list[Delta] = []
         self.abort = abort
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Yield what comes until every sample has ended. Raises EngineDead, or RequestFailed if a sample failed."""
+        """Yield what comes until every sample has ended. Raises as `get` does."""
         while self.num_open:
-            item = await self.queue.get()
-            if isinstance(item, Exception):
-                self.num_open = 0
-                raise item
-            if item.finish_reason == "error":
-                raise RequestFailed(item.output.error)
-            self.num_open -= item.finish_reason is not None
-            yield item
+            delta = self.peeked.pop() if self.peeked else await self.get()
+            self.num_open -= delta.finish_reason is not None
+            yield delta
+
+    async def get(self) -> Delta:
+        """Wait for what comes next. Raises EngineDead, or RequestFailed if a sample failed."""
+        item = await self.queue.get()
+        if isinstance(item, Exception):
+            self.num_open = 0
+            raise item
+        if item.finish_reason == "error":
+            raise RequestFailed(item.output.error)
+        return item
+
+    async def begun(self) -> None:
+        """Wait for the first that comes, and keep it for `__aiter__`. Raises as `get` does."""
+        self.peeked.append(await self.get())
 
     def close(self) -> None:
         """Abort what has not ended: the reader has left."""
@@ -240,9 +250,11 @@ class EngineLoop:
 
     def remove(self, stream: Stream) -> None:
         """Abort the requests of a stream whose reader has left."""
-        for request_id in [id for id, reader in self.readers.items() if reader.stream is stream]:
+        ids = [request_id for request_id, reader in self.readers.items() if reader.stream is stream]
+        for request_id in ids:
             del self.readers[request_id]
             self.observer.on_end(self.engine.output(request_id), "abort")
+        for request_id in ids:  # the first one's abort ends the other samples of its prompt, too
             self.engine.abort(request_id)
 
     def deliver(self, outputs: Sequence[Any]) -> None:

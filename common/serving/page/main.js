@@ -168,7 +168,7 @@ async function readModels() {
 let modelsAreKnown = false;
 async function onReading(error) {
   try {
-    if (error) throw error;
+    if (error && error.status !== 404) throw error; // a server without metrics can be talked to
     if (!modelsAreKnown) await readModels();
     modelsAreKnown = true;
     $("#key-form").hidden = true;

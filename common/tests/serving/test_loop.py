@@ -72,9 +72,10 @@ def test_too_many_wait_and_are_told_when_to_come_back():
 def test_a_request_that_fails_fails_alone():
     engine = make_engine()
     runner, choose = engine.executor.runner, engine.executor.runner.choose
+    later = []  # seeds of requests that fail after their first token
 
     def failing(request, logits):
-        if request.params.seed == 13:
+        if request.params.seed == 13 or (request.params.seed in later and request.sample_index):
             raise ArithmeticError("thirteen")
         return choose(request, logits)
 
@@ -91,8 +92,12 @@ def test_a_request_that_fails_fails_alone():
             thread.join(30)
         assert [answers[seed].status_code for seed in (12, 13, 14)] == [200, 500, 200]
         assert "thirteen" in answers[13].json()["error"]["message"]
-        streamed = post(url, {**SHORT, "seed": 13, "stream": True}).text.split("\n\n")
-        assert "thirteen" in json.loads(streamed[0].removeprefix("data: "))["error"]["message"]
+        streamed = post(url, {**SHORT, "seed": 13, "stream": True})  # nothing was sent, so there is still a status
+        assert streamed.status_code == 500 and "thirteen" in streamed.json()["error"]["message"]
+        later.append(14)
+        streamed = post(url, {**SHORT, "seed": 14, "stream": True}).text.split("\n\n")
+        assert json.loads(streamed[0].removeprefix("data: "))["choices"]
+        assert "thirteen" in json.loads(streamed[-3].removeprefix("data: "))["error"]["message"]
         assert streamed[-2] == "data: [DONE]" and httpx.get(f"{url}/health").status_code == 200
         eventually(lambda: is_empty(engine))
 

@@ -1,0 +1,143 @@
+"""`make fuzz`: damaged checkpoints of every kind. Each must load, or be refused by a sentence that names the file.
+
+    make fuzz SECONDS=60
+    make fuzz SEED=7 ONLY=123
+
+A variant is a small checkpoint with one or two changes, and follows from the seed and its number. It is tried in
+another process, which is ended and started again if a variant takes too long or ends it. The command lists what went
+wrong, grouped by what was said, and how to try it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from common.authoring.fuzz.variants import LOADED, REFUSED, UNCLEAR
+from common.course import ROOT
+from common.options import number, option
+
+LONGEST = 5.0  # seconds for a variant
+LONGEST_START = 120.0  # seconds to import everything
+MEGABYTES = 2048
+HANGS, CRASHES = "hangs", "crashes"
+TARGET = "common.authoring.fuzz.variants:try_variant"
+
+
+@dataclass
+class Report:
+    """What came of all variants. failures: those that neither loaded nor were refused clearly."""
+
+    counts: Counter = field(default_factory=Counter)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    slowest: float = 0.0
+    megabytes: int = 0
+
+    def add(self, result: dict[str, Any]) -> None:
+        self.counts[result["outcome"]] += 1
+        self.slowest = max(self.slowest, result.get("seconds", 0.0))
+        self.megabytes = max(self.megabytes, result.get("megabytes", 0))
+        if result["outcome"] not in (LOADED, REFUSED):
+            self.failures.append(result)
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def lines(self) -> list[str]:
+        counts = [f"{self.counts[name]:,} {name}" for name in (LOADED, REFUSED, UNCLEAR, HANGS, CRASHES)]
+        lines = [f"{self.total:,} variants: {', '.join(counts)}."]
+        lines += [f"The slowest took {self.slowest:.1f} s; the process had {self.megabytes:,} MB at most."]
+        groups: dict[str, list[dict]] = {}
+        for failure in self.failures:
+            groups.setdefault(f"{failure['outcome']}: {failure['says'][:160]}", []).append(failure)
+        for says, found in sorted(groups.items(), key=lambda item: -len(item[1])):
+            lines += ["", f"{len(found)} x {says}"]
+            lines += [f"    {each['number']}: {each.get('kind')}: {each.get('change')}" for each in found[:3]]
+        return lines
+
+
+class Process:
+    """The other process, and the lines that it writes. It is started when it is first needed."""
+
+    def __init__(self, target: str, seed: int, first: int, step: int) -> None:
+        arguments = [target, *map(str, (seed, first, step, MEGABYTES))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "KERNELS": "plain"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "common.authoring.fuzz.variants", *arguments],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+        self.lines: queue.Queue[bytes] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(b"")
+
+    def message(self, seconds: float) -> dict[str, Any] | None:
+        """What it says next. None: it has ended. Raises queue.Empty if it says nothing for so long."""
+        line = self.lines.get(timeout=seconds)
+        return json.loads(line) if line else None
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def fuzz(seed: int, seconds: float, most: int | None, target: str = TARGET, first: int = 0, longest: float = LONGEST):
+    """Try variants until the time is over or `most` are tried. Returns the Report."""
+    report, number, end = Report(), first, time.monotonic() + seconds
+    process, is_new = Process(target, seed, number, 1), True
+    try:
+        while time.monotonic() < end and (most is None or report.total < most):
+            try:
+                message = process.message(LONGEST_START if is_new else longest)
+            except queue.Empty:
+                message = {"ends": number, "outcome": HANGS, "says": f"took more than {longest:g} s"}
+            if message is None:
+                message = {"ends": number, "outcome": CRASHES, "says": f"exit status {process.process.wait()}"}
+            is_new = False
+            if "ends" in message:
+                report.add({**message, "number": message["ends"]})
+                number = message["ends"] + 1
+                if message["outcome"] in (HANGS, CRASHES):
+                    process.end()
+                    process, is_new = Process(target, seed, number, 1), True
+    finally:
+        process.end()
+    return report
+
+
+@click.command("fuzz")
+@option("--seconds", "SECONDS", type=number(1, float), default=60.0, help="begin no new variant after these")
+@option("--seed", "SEED", type=int, help="determines all variants; default: any")
+@option("--variants", "VARIANTS", type=number(1, int), help="stop after this number; default: when the time is over")
+@option("--only", "ONLY", type=int, help="this variant and no other, in this process")
+def fuzz_command(seconds: float, seed: int | None, variants: int | None, only: int | None) -> int:
+    """Load damaged checkpoints: each must work, or be refused by a sentence that names the file."""
+    seed = random.randrange(10**6) if seed is None else seed
+    if only is not None:
+        from common.authoring.fuzz.variants import try_variant
+
+        result = try_variant(seed, only)
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return int(result["outcome"] == UNCLEAR)
+    report = fuzz(seed, seconds, variants)
+    print("\n".join(report.lines()))
+    if report.failures:
+        print(f"\nOne of them again:\n\n    python -m common fuzz --seed {seed} --only {report.failures[0]['number']}")
+    else:
+        print(f"All are clear. The same again:\n\n    python -m common fuzz --seed {seed} --variants {report.total}")
+    return int(bool(report.failures))

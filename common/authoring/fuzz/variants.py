@@ -1,0 +1,130 @@
+"""What runs in a process of its own: one variant after another, each reported before and after it is tried."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LOADED, REFUSED, UNCLEAR = "loaded", "refused", "unclear"
+LONGEST_REFUSAL = 1000  # characters: a sentence, and no dump of the file
+PROMPT = "the cat <|im_start|> \U0001f680"
+
+
+def try_variant(seed: int, number: int) -> dict[str, Any]:
+    """Make a checkpoint, change it, and use it. What comes of it depends on both numbers only."""
+    from common.authoring.fuzz import changes, files
+
+    source = random.Random(f"{seed} {number}")
+    kind = source.choice(files.KINDS)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "checkpoint"
+        shutil.copytree(_made(kind), folder)
+        os.environ["COURSE_CACHE"] = f"{place}/cache"
+        done = changes.change(kind, folder, source)
+        path = folder / "tiny.gguf" if kind.startswith("gguf") else folder
+        return {"kind": kind, "change": done, **outcome(lambda: use(path), place)}
+
+
+_PLACES: dict[str, tempfile.TemporaryDirectory] = {}
+
+
+def _made(kind: str) -> Path:
+    """The folder with the unchanged checkpoint of this kind; it is made once in a process."""
+    from common.authoring.fuzz import files
+
+    if kind not in _PLACES:
+        _PLACES[kind] = tempfile.TemporaryDirectory()
+        files.make(kind, Path(_PLACES[kind].name))
+    return Path(_PLACES[kind].name)
+
+
+def use(path: Path) -> None:
+    """Do what an engine does with a checkpoint: load it, encode a text, compute a token, write a chat."""
+    import torch
+
+    from solutions.engine import InferenceEngine
+    from solutions.llama_pytorch import SamplingParams, causal_attend, load
+
+    model, tokenizer = load(str(path))
+    token_ids = tokenizer.encode(PROMPT)[:8] or [0]
+    tokenizer.decode(token_ids, skip_special_tokens=False)
+    with torch.inference_mode():
+        layers = range(model.config.num_hidden_layers)
+        hidden = model.embed(torch.tensor(token_ids))
+        model.logits(model.run_layers(hidden, torch.arange(len(token_ids)), causal_attend, layers))
+    if tokenizer.chat_template is not None:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+    with InferenceEngine(str(path), kv_cache_memory=2**22) as engine:
+        if engine.config.max_model_len > 4:
+            engine.generate([token_ids[:4]], SamplingParams(max_tokens=3), progress=False)
+
+
+def outcome(action: Callable[[], None], place: str) -> dict[str, Any]:
+    """What came of it. A refusal is clear if it is one of ours and names a file in `place`, or what a request asks."""
+    from common.chat_templates import ChatTemplateError
+    from common.checkpoints import CheckpointError
+
+    try:
+        action()
+    except ChatTemplateError as error:
+        return {"outcome": REFUSED, "says": str(error)}
+    except CheckpointError as error:
+        says = str(error)
+        is_named = place in says or says.startswith("config.json: ")
+        is_clear = is_named and len(says.replace(place, "")) < LONGEST_REFUSAL
+        return {"outcome": REFUSED if is_clear else UNCLEAR, "says": says.replace(place, "")}
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a library in Rust may raise one that is no Exception
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        return {"outcome": UNCLEAR, "says": f"{type(error).__name__} at {where}: {str(error)[:300]}"}
+    return {"outcome": LOADED, "says": ""}
+
+
+def main(target: str, seed: int, first: int, step: int, megabytes: int) -> None:
+    """Try the variants first, first + step, ... until the process is ended. A line of JSON goes out before each and
+    after it. megabytes: the address space that it may take, beyond what it has once everything is imported.
+    """
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    function(seed, -1)  # imports everything, makes the checkpoints' files
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _has_proc() else 0
+    if used:
+        resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
+    number = first
+    while True:
+        _tell({"begins": number})
+        start = time.monotonic()
+        result = function(seed, number)
+        _tell({"ends": number, "seconds": time.monotonic() - start, "megabytes": _peak_megabytes(), **result})
+        number += step
+
+
+def _has_proc() -> bool:
+    return Path("/proc/self/statm").exists()
+
+
+def _peak_megabytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+def _tell(message: dict[str, Any]) -> None:
+    os.write(OUTPUT, (json.dumps(message) + "\n").encode())
+
+
+if __name__ == "__main__":
+    OUTPUT = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no report
+    main(sys.argv[1], *map(int, sys.argv[2:]))
