@@ -78,6 +78,18 @@ FAMILIES = {
     ),
     "longrope": ("Qwen2", dict(rope_scaling=LONGROPE, max_position_embeddings=64)),
     "longrope, factor": ("Llama", dict(rope_scaling={**LONGROPE, "factor": 3.0}, max_position_embeddings=64)),
+    # Windows of 4 tokens, so that every test goes beyond.
+    "mistral": ("Mistral", dict(sliding_window=4)),
+    "mistral, no window": ("Mistral", dict(sliding_window=None, head_dim=32)),
+    "qwen2, windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
+    "qwen3, windows": (
+        "Qwen3",
+        dict(
+            use_sliding_window=True,
+            sliding_window=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
     # ... and as they might be.
     "llama, heads narrower than hidden": ("Llama", dict(head_dim=8)),
     "llama, heads wider than hidden": ("Llama", dict(head_dim=32, tie_word_embeddings=True)),
@@ -279,6 +291,20 @@ def test_a_misshapen_tensor_in_a_shard_names_the_shard(tmp_path):
     refused(tmp_path, shard, "lm_head.weight", "(101, 48)", "(102, 48)")
 
 
+def test_a_base_model_without_the_prefix(tmp_path):
+    theirs = tiny("llama-3.2", tmp_path)
+    base = tmp_path / "base"
+    theirs.model.save_pretrained(base)
+    assert Checkpoint(base).file("model.layers.0.mlp.up_proj.weight")
+    assert "embed_tokens.weight" in load_file(base / "model.safetensors")
+    token_ids = torch.arange(7)
+    logits, expected = both_logits(theirs, ours(base), token_ids, token_ids)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    model = ours(tmp_path)
+    for name, tensor in ours(base).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
 def test_old_rotary_buffers_and_a_stored_tied_head_are_skipped(tmp_path):
     theirs = tiny("llama-3.2", tmp_path)
     embedding = theirs.model.embed_tokens.weight.detach()
@@ -295,7 +321,6 @@ def test_old_rotary_buffers_and_a_stored_tied_head_are_skipped(tmp_path):
         (dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
         (dict(rope_scaling={"rope_type": "su", "factor": 4.0}), ["rope_scaling.rope_type", "'su'", "longrope"]),
         (dict(quantization_config={"quant_method": "gptq"}), ["quantization_config"]),
-        (dict(use_sliding_window=True), ["use_sliding_window"]),
         (dict(num_hidden_layers=None), ["num_hidden_layers"]),
         (dict(hidden_size="48"), ["hidden_size"]),
     ],
