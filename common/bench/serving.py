@@ -172,7 +172,7 @@ def measure_serving(model: str, quick: bool) -> dict:
     from solutions.llama_pytorch import SamplingParams
 
     rounds = 1 if quick else 3
-    num_prompt_tokens, num_tokens = (16, 8) if quick else (32, 16)
+    num_prompt_tokens, num_tokens = (16, 8) if quick else (64, 64)
     threads = torch.get_num_threads()
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     sampling = {"max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}
