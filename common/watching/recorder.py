@@ -106,9 +106,9 @@ class Recorder:
         scheduler = self.scheduler
         self.watch_pool()
         for owner, name in (
-            (scheduler, "add"), (scheduler, "schedule"), (scheduler, "make_room"), (scheduler, "can_allocate"),
-            (self.engine.executor, "submit"), (self.engine.executor, "collect"), (self.engine.totals, "observe"),
-            (self.engine.totals, "observe_end"),
+            (scheduler, "add"), (scheduler, "schedule"), (scheduler, "make_room"), (scheduler, "preempt"),
+            (scheduler, "can_allocate"), (self.engine.executor, "submit"), (self.engine.executor, "collect"),
+            (self.engine.totals, "observe"), (self.engine.totals, "observe_end"),
         ):  # fmt: skip
             self.replace(owner, name, getattr(self, name), self.undo)
 
@@ -175,18 +175,20 @@ class Recorder:
         return plan
 
     def make_room(self, original, request, num_tokens, plan) -> int:
-        """Notes whom each preemption in this call is for: one that is already noted had another cause."""
-        before, lacks = len(plan.preempted_ids), self.lacking(request, num_tokens)
-        result = original(request, num_tokens, plan)
-        for victim in plan.preempted_ids[before:]:
-            self.line.setdefault("preempt", []).append([self.number[victim], self.number[request.request_id], *lacks])
-        return result
+        self.needy = request, num_tokens
+        return original(request, num_tokens, plan)
 
-    def lacking(self, request, num_tokens: int) -> tuple[int, int]:
-        """The blocks that a request lacks for its next tokens, copies of shared ones included, and the free ones."""
+    def preempt(self, original, victim, plan) -> None:
+        """Notes for whom, the blocks that it lacks, copies of shared ones included, and the free ones."""
+        request, num_tokens = self.needy
+        if not request.spec_token_ids:  # those that it had were dropped
+            num_tokens = min(num_tokens, request.num_tokens - request.num_computed_tokens)
         size, table = self.manager.block_size, self.manager.block_tables.get(request.request_id, ())
         num_missing = max(0, -(-(request.num_computed_tokens + num_tokens) // size) - len(table))
-        return num_missing + len(self.manager.shared_blocks(request)), self.manager.pool.num_free_blocks
+        lacks = num_missing + len(self.manager.shared_blocks(request)), self.manager.pool.num_free_blocks
+        names = self.number[victim.request_id], self.number[request.request_id]
+        self.line.setdefault("preempt", []).append([*names, *lacks])
+        original(victim, plan)
 
     def can_allocate(self, original, request) -> bool:
         answer = original(request)
@@ -258,6 +260,8 @@ class Recorder:
 
     def touch(self, original, *arguments):
         """Of any method of the pool: its argument, or what it returns, is a block or several of them."""
+        if not arguments[0]:  # no block at all
+            return original(*arguments)
         first = arguments[0] if hasattr(arguments[0], "block_id") else None
         if first is None and not isinstance(arguments[0], int):
             arguments = (list(arguments[0]), *arguments[1:])  # an iterator can be read only once
@@ -279,19 +283,9 @@ class Recorder:
     def changes(self, line: dict[str, Any]) -> None:
         """Add to a line what has changed since the last one."""
         number = self.number
-        tables = {
-            number[request_id]: [block.block_id for block in table]
-            for request_id, table in self.manager.block_tables.items()
-            if request_id in number
-        }
-        hosts = {number[id]: [block.block_id for block in blocks] for id, blocks in self.scheduler.swapped.items()}
-        if new := difference(self.tables, tables):
-            line["tables"] = {k: since(self.tables.get(k, []), table) for k, table in new.items()}
-            for k, (num_same, *blocks) in line["tables"].items():
-                self.before |= zip(blocks, [tables[k][num_same - 1] if num_same else None, *blocks])
-        if new := difference(self.hosts, hosts):
-            line["host"] = new
-        self.tables, self.hosts = tables, hosts
+        num_held = sum(map(len, self.manager.block_tables.values()))
+        if self.touched or num_held != sum(map(len, self.tables.values())):  # or no table has changed
+            self.table_changes(line)
         blocks = []
         for block_id, block in self.touched.items():
             key = block.block_hash
@@ -312,6 +306,23 @@ class Recorder:
         if new := {k: count for k, count in computed.items() if count != self.computed[k]}:
             line["computed"] = new
             self.computed |= new
+
+    def table_changes(self, line: dict[str, Any]) -> None:
+        """Add the block tables, and the lists of host blocks, that have changed."""
+        number = self.number
+        tables = {
+            number[request_id]: [block.block_id for block in table]
+            for request_id, table in self.manager.block_tables.items()
+            if request_id in number
+        }
+        hosts = {number[id]: [block.block_id for block in blocks] for id, blocks in self.scheduler.swapped.items()}
+        if new := difference(self.tables, tables):
+            line["tables"] = {k: since(self.tables.get(k, []), table) for k, table in new.items()}
+            for k, (num_same, *blocks) in line["tables"].items():
+                self.before |= zip(blocks, [tables[k][num_same - 1] if num_same else None, *blocks])
+        if new := difference(self.hosts, hosts):
+            line["host"] = new
+        self.tables, self.hosts = tables, hosts
 
     def requests(self) -> Iterator[Any]:
         return (request for request in self.scheduler.requests.values() if request.request_id in self.number)
