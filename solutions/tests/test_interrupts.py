@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import signal
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,14 +42,19 @@ ENGINES = {
 
 
 class AtLine:
-    """Presses Ctrl-C once, at the n-th line of our own code; n too large: counts the lines."""
+    """Presses Ctrl-C once, at the n-th line of our own code; n too large: counts the lines.
 
-    def __init__(self, number: int):
-        self.number, self.count, self.place = number, 0, ""
+    functions: count only lines of functions with these names; empty: of all.
+    """
+
+    def __init__(self, number: int, functions: tuple[str, ...] = ()):
+        self.number, self.functions, self.count, self.place = number, functions, 0, ""
 
     def __call__(self, frame, event, argument):
         file = frame.f_code.co_filename
         if not file.startswith(OURS) or "/tests/" in file:
+            return None
+        if self.functions and frame.f_code.co_name not in self.functions:
             return None
         if event == "line":
             self.count += 1
@@ -65,7 +68,6 @@ class AtLine:
 @contextmanager
 def tracing(tracer: AtLine) -> Iterator[None]:
     before = sys.gettrace()
-    gc.collect()
     sys.settrace(tracer)
     try:
         yield
@@ -76,8 +78,8 @@ def tracing(tracer: AtLine) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    config = dict(model_type="llama", hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
-                  num_hidden_layers=2, vocab_size=40, max_position_embeddings=64, tie_word_embeddings=True)  # fmt: skip
+    config = dict(model_type="llama", hidden_size=16, intermediate_size=24, num_attention_heads=4, vocab_size=40)
+    config |= dict(num_key_value_heads=2, num_hidden_layers=2, max_position_embeddings=64, tie_word_embeddings=True)
     tensors = {key: tensor.detach().clone() for key, tensor in random_model(1, **config).named_parameters()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -101,42 +103,85 @@ def start(folder, monkeypatch):
 
 
 def told(outputs) -> list:
-    return [(each.token_ids, each.text, each.finish_reason) for output in outputs for each in (output, *output.siblings)]
+    return [
+        (each.token_ids, each.text, each.finish_reason) for output in outputs for each in (output, *output.siblings)
+    ]
 
 
-def interrupt(engine: InferenceEngine, number: int, expected: list) -> str:
-    """Press Ctrl-C at a line of `generate`. Returns where, or "" if there is no such line."""
-    tracer, is_raised = AtLine(number), False
+def asked(engine: InferenceEngine) -> list[SamplingParams]:
+    """With a draft model, drawn tokens depend on how many are proposed, which depends on the time: so none is drawn."""
+    return [replace(params, temperature=0.0) for params in PARAMS] if engine.config.draft else PARAMS
+
+
+def interrupted(engine: InferenceEngine, tracer: AtLine, action: Callable) -> None:
+    """Press Ctrl-C at a line of action(), and check that nothing is left of it."""
+    is_raised = False
     try:
         with tracing(tracer):
-            engine.generate(PROMPTS, PARAMS, progress=False)
+            action()
     except KeyboardInterrupt:
         is_raised = True
-    assert is_raised == bool(tracer.place)
+    assert is_raised == bool(tracer.place), tracer.place
+    assert not engine.has_unfinished_requests and not engine.scheduler.requests, tracer.place
+    assert not engine.in_flight and engine.manager.pool.num_free_blocks == engine.config.num_blocks, tracer.place
     check_books(engine)
-    assert not engine.has_unfinished_requests and not engine.in_flight and not engine.scheduler.requests
-    assert engine.manager.pool.num_free_blocks == engine.config.num_blocks
-    assert told(engine.generate(PROMPTS, PARAMS, progress=False)) == expected
-    check_books(engine)
-    return tracer.place
 
 
-def places(name: str, start, most: int, seed: int = 1) -> tuple[list[str], dict[str, str]]:
-    """Press Ctrl-C at so many different lines. Returns those that were reached, and what went wrong at which."""
-    reached, wrong = [], {}
-    engine = start(name)
-    try:
-        expected = told(engine.generate(PROMPTS, PARAMS, progress=False))
-        counter = AtLine(10**9)
+def interrupt_at_many_lines(engine: InferenceEngine, most: int, seed: int) -> None:
+    def generate() -> list:
+        return told(engine.generate(PROMPTS, asked(engine), progress=False))
+
+    expected, counter = generate(), AtLine(10**9)
+    with tracing(counter):
+        generate()
+    for number in random.Random(seed).sample(range(1, counter.count), most):
+        tracer = AtLine(number)
+        interrupted(engine, tracer, generate)
+        assert generate() == expected, tracer.place
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_ctrl_c_at_any_line_leaves_nothing(start, name):
+    with start(name) as engine:
+        interrupt_at_many_lines(engine, 2, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_ctrl_c_at_many_more_lines_leaves_nothing(start, name):
+    with start(name) as engine:
+        interrupt_at_many_lines(engine, 100, seed=2)
+
+
+BEGINNING = (
+    "add_request",
+    "add",
+    "samples",
+    "choose_id",
+    "generate",
+    "stream",
+    "abort",
+    "start_over",
+    "rewind",
+    "close",
+)
+
+
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_ctrl_c_at_every_line_at_which_a_request_begins_and_ends(start, call):
+    """Here it is known to one part of the engine and not to the other."""
+    params = SamplingParams(max_tokens=2, n=2 if call == "generate" else 1, ignore_eos=True)
+
+    def action():
+        return (
+            list(engine.stream([5, 6, 7], params)) if call == "stream" else engine.generate([[5, 6, 7]], params, False)
+        )
+
+    with start("plain") as engine:
+        counter = AtLine(10**9, BEGINNING)
         with tracing(counter):
-            engine.generate(PROMPTS, PARAMS, progress=False)
-        for number in random.Random(seed).sample(range(1, counter.count), most):
-            try:
-                reached.append(interrupt(engine, number, expected))
-            except BaseException as error:
-                wrong[f"line {number} of {counter.count}: {len(wrong)}"] = f"{type(error).__name__}: {str(error)[:200]}"
-                engine.close()
-                engine = start(name)
-    finally:
-        engine.close()
-    return reached, wrong
+            action()
+        assert counter.count > 30
+        for number in range(1, counter.count + 1):
+            interrupted(engine, AtLine(number, BEGINNING), action)
+        assert len(engine.generate([[5, 6, 7]], params, False)[0].token_ids) == 2
