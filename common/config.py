@@ -128,6 +128,12 @@ class EngineConfig:
         return None if self.speculative == "ngram" else self.speculative
 
     @property
+    def sliding_window(self) -> int | None:
+        """The tokens beyond which nothing reads a key again; None if some layer, or a draft model, reads them all."""
+        windows = self.model_config.layer_windows
+        return max(windows) if windows and None not in windows and self.draft is None else None
+
+    @property
     def num_lookahead_tokens(self) -> int:
         """Slots that the scheduler reserves after a request's tokens, for a draft model to write to."""
         return (self.num_speculative_tokens or 8) if self.draft else 0

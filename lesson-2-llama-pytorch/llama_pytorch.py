@@ -27,6 +27,7 @@ from common import kernels, rope
 from common.checkpoints import Checkpoint, CheckpointError, check_config, find_checkpoint
 from common.sampling import SamplingParams, stable_hash
 from common.tokenizer import Tokenizer, load_tokenizer
+from common.windows import window_attention
 from solutions.llm_basics import (
     ModelConfig,
     apply_rotary,
@@ -39,14 +40,16 @@ from solutions.llm_basics import (
 )
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, q (T, H, D), k (T, K, D), v (T, K, D)) -> (T, H, D): attention, which may remember k and v."""
+"""attend(layer, q (T, H, D), k (T, K, D), v (T, K, D)) -> (T, H, D): attention, which may remember k and v.
+
+A layer with a sliding window passes it as well: attend(layer, q, k, v, window=4096)."""
 
 
 # --- Configuration ----------------------------------------------------------------------------------------------------
 
 
 def parse_config(config: Mapping) -> ModelConfig:
-    """Read a Hugging Face `config.json` of Llama 2 or 3, Qwen2, Qwen2.5 or Qwen3.
+    """Read a Hugging Face `config.json` of Llama 2 or 3, Mistral, Qwen2, Qwen2.5 or Qwen3.
 
     `check_config`, which is given, checks every value and fills in each family's defaults. In what it returns,
     `num_key_value_heads` may be None, which means `num_attention_heads`, and so may `head_dim`, which means
@@ -81,11 +84,15 @@ def scaled_frequencies(config: ModelConfig, length: int = 0) -> Tensor:
 # --- The model --------------------------------------------------------------------------------------------------------
 
 
-def causal_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     """The simplest `attend`: these tokens are the whole sequence, and nothing is remembered.
 
-    q: (T, H, D); k, v: (T, K, D). Returns (T, H, D). Every token attends to itself and to all before it.
+    q: (T, H, D); k, v: (T, K, D). Returns (T, H, D). Every token attends to itself and to all before it, in a window to
+    the last ones only.
     """
+    if window is not None:
+        positions = torch.arange(len(q), device=q.device)
+        return window_attention(q[None], k[None], v[None], positions[None], 0, window)[0]
     # TODO 2.3: combine two functions of lesson 1. (`layer` is for functions that remember k and v.)
     raise NotImplementedError("TODO 2.3")
 
@@ -241,18 +248,21 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.window = config.layer_windows[layer] if config.layer_windows else None
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        if self.window is not None:
+            attend = partial(attend, window=self.window)
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Llama(nn.Module):
-    """Llama, Qwen2 or Qwen3, depending on the config. Parameters have the names that they have in a checkpoint.
+    """Llama, Mistral, Qwen2 or Qwen3, as the config says. Parameters have the names that they have in a checkpoint.
 
     `embed`, `run_layers` and `logits` can be called separately: a pipeline stage (lesson 6) runs only some layers, and
     only tokens that will be sampled need logits.
@@ -351,15 +361,13 @@ def use_kernels(model: Llama) -> None:
         kernels.pack(model, linear=Linear, attention=Attention, mlp=MLP, norm=RMSNorm)
 
 
-def matching_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer:
-    """Load a checkpoint's tokenizer. Raises CheckpointError if it has ids for which the embedding has no row."""
-    tokenizer = load_tokenizer(checkpoint.folder)
+def check_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise CheckpointError if the tokenizer of a checkpoint has ids for which the embedding has no row."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens and the embedding "
             f"{config.vocab_size} rows; they are not of one model."
         )
-    return tokenizer
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[Llama, Tokenizer]:
@@ -372,7 +380,8 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     checkpoint = Checkpoint(find_checkpoint(name))
     config = parse_config(checkpoint.config)
-    tokenizer = matching_tokenizer(checkpoint, config)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    check_tokenizer(tokenizer, checkpoint, config)
     with torch.device("meta"):  # shapes without memory: each tensor is allocated when it is read, once
         model = Llama(config).to(dtype)
     load_weights(model, checkpoint)

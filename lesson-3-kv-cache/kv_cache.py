@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common.tokenizer import Tokenizer
+from common.windows import window_attention
 from solutions import llama_pytorch
 from solutions.llama_pytorch import Llama, RequestOutput, SamplingParams
 from solutions.llm_basics import ModelConfig, attention
@@ -72,11 +73,15 @@ class KVCache:
         # TODO 3.3: copy them after the layer's filled slots, heads first; update its length; return views.
         raise NotImplementedError("TODO 3.3")
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Lesson 2's `attend`: cache these tokens, then let each attend to itself and to all before it.
 
         q: (T, H, D); k, v: (T, K, D), of the T tokens that follow the cached ones. Returns (T, H, D).
         """
+        if window is not None:
+            keys, values = (x.transpose(0, 1)[None] for x in self.append(layer, k, v))  # (1, S, K, D) each
+            positions = torch.arange(keys.shape[1] - len(q), keys.shape[1], device=q.device)
+            return window_attention(q[None], keys, values, positions[None], 0, window)[0]
         # TODO 3.4: append, fold the queries, mask by position (repeated for each head of a group), call lesson 1's
         # `attention`, unfold.
         raise NotImplementedError("TODO 3.4")

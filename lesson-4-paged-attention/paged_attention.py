@@ -26,6 +26,7 @@ from torch import Tensor
 from common import kernels
 from common.kernels.groups import QueryGroup, group_queries
 from common.tokenizer import Tokenizer
+from common.windows import window_attention
 from solutions import llama_pytorch
 from solutions.kv_cache import fold_groups
 from solutions.llama_pytorch import Attend, Llama, RequestOutput, SamplingParams
@@ -160,12 +161,22 @@ class KVCacheManager:
     `copies` collects the copies to make before the next forward pass; its caller gets them from `take_copies`.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        sliding_window: int | None = None,  # of all layers; None: some layer reads all keys
+    ):
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1; it is {block_size}.")
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.sliding_window = sliding_window
+        # Stands in a table for a block that was freed because the window had passed it. It is never read, and has a
+        # hash, so that it is not entered into the prefix cache.
+        self.dropped = KVCacheBlock(0, ref_cnt=1, block_hash=BlockHash(b"", b"", ()))
         self.block_tables: dict[str, list[KVCacheBlock]] = {}  # by request id
         self.block_hashes: dict[str, list[BlockHash]] = {}  # by request id: keys of full blocks, computed so far
         self.copies: list[BlockCopy] = []
@@ -255,8 +266,28 @@ class KVCacheManager:
 
     def free(self, request: TokenSequence) -> None:
         """Free all blocks of the sequence, the last first: the prefix is the most likely to be needed again."""
-        self.pool.free_blocks(reversed(self.block_tables.pop(request.request_id, [])))
+        table = self.block_tables.pop(request.request_id, [])
+        self.pool.free_blocks(block for block in reversed(table) if block is not self.dropped)
         self.block_hashes.pop(request.request_id, None)
+
+    def has_dropped(self, request: TokenSequence) -> bool:
+        """Whether blocks of the sequence were freed because the window had passed them."""
+        return self.dropped in self.block_tables.get(request.request_id, ())
+
+    def drop_outside_window(self, request: TokenSequence) -> None:
+        """Free the blocks that the window has passed: neither the next token nor a later one reads any key in them.
+
+        They keep their content and hash, as all free blocks do: a new sequence may still find them.
+        """
+        table = self.block_tables.get(request.request_id, [])
+        if self.sliding_window is None or not table:
+            return
+        first_key = max(0, request.num_computed_tokens - self.sliding_window + 1)  # that the next token reads
+        passed = table[: first_key // self.block_size]
+        if not passed or passed[-1] is self.dropped:
+            return
+        self.pool.free_blocks(block for block in reversed(passed) if block is not self.dropped)
+        table[: len(passed)] = [self.dropped] * len(passed)
 
     def trim(self, request: TokenSequence) -> None:
         """Free the blocks after the computed tokens: slots for draft tokens that were rejected."""
@@ -419,16 +450,20 @@ class PagedKVCache:
         """Return lesson 2's `attend` for a batch of requests. What does not depend on the layer is computed once."""
         groups = group_queries(metadata, self.block_size)
 
-        # TODO 4.17: return a function of (layer, q, k, v). It first writes all keys and values, because a request
-        # may read what another one of the batch writes. Then it fills each group's rows from `group_attention`.
+        # TODO 4.17: return a function of (layer, q, k, v, window=None). It first writes all keys and values: a
+        # request may read what another one of the batch writes. Then it fills each group's rows from
+        # `group_attention`, which takes the window, None in most models.
         raise NotImplementedError("TODO 4.17")
 
-    def group_attention(self, layer: int, q: Tensor, group: QueryGroup) -> Tensor:
+    def group_attention(self, layer: int, q: Tensor, group: QueryGroup, window: int | None = None) -> Tensor:
         """Attention of one group to its own keys. q: (B, T, H, D). Returns the same shape."""
 
         def read(start: int, end: int) -> tuple[Tensor, Tensor]:
             return group.clear_padding(start, end, *self.gather(layer, group.block_tables, start, end))
 
+        if window is not None:  # read nothing that lies before all windows of the group
+            first = max(0, group.first_position - window + 1)
+            return window_attention(q, *read(first, group.num_keys), group.positions, first, window)
         if kernels.enabled():  # the kernel takes all keys at once, the plain code in segments
             return kernels.attention(q, *read(0, group.num_keys), group.positions)
         return blockwise_attention(q, group.positions, group.num_keys, read, SEGMENT)
@@ -466,6 +501,7 @@ def compute(model: Llama, cache: PagedKVCache, manager: KVCacheManager, sequence
     computed_blocks: list[KVCacheBlock] = []
     if not manager.block_table(sequence.request_id):
         computed_blocks, sequence.num_computed_tokens = manager.get_computed_blocks(sequence)
+    manager.drop_outside_window(sequence)
     start, end = sequence.num_computed_tokens, len(sequence.all_token_ids)
     if manager.allocate_slots(sequence, end - start, computed_blocks=computed_blocks) is None:
         raise MemoryError(

@@ -287,7 +287,9 @@ class Engine:
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer, config: EngineConfig):
         self.executor, self.tokenizer, self.config = executor, tokenizer, config
-        self.manager = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.manager = KVCacheManager(
+            config.num_blocks, config.block_size, config.enable_prefix_caching, config.sliding_window
+        )
         self.scheduler = Scheduler(self.manager, config)
         self.scheduler.depth = executor.depth
         self.processor = OutputProcessor(tokenizer)

@@ -12,7 +12,7 @@ Tokens lie flat: there is no batch axis and no padding. One sequence of T tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's sizes, named as in Hugging Face's `config.json`, and four parts that not every model has."""
+    """A model's sizes, named as in Hugging Face's `config.json`, and parts that not every model has."""
 
     vocab_size: int
     hidden_size: int
@@ -39,6 +39,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    layer_windows: Sequence[int | None] = ()  # the sliding window of each layer; empty: no layer has one
 
 
 def upcast(x: Tensor) -> Tensor:

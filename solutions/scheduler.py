@@ -235,6 +235,9 @@ class Scheduler:
         """Decide the next step. Running requests come first; waiting ones get the rest, unless blocks ran out."""
         self.step_id += 1
         plan = SchedulerOutput(self.step_id)
+        for request in self.running:
+            if not request.in_flight:
+                self.manager.drop_outside_window(request)
         self.release_lookahead()
         budget = self.schedule_running(plan)
         if not plan.preempted_ids:
@@ -307,7 +310,7 @@ class Scheduler:
         parent = request.parent
         if parent is None or request.output_token_ids or parent.status is not RequestStatus.RUNNING:
             return False
-        return parent.last_start >= len(request.prompt_token_ids)
+        return parent.last_start >= len(request.prompt_token_ids) and not self.manager.has_dropped(parent)
 
     def can_allocate(self, request: Request) -> bool:
         """Whether there are free blocks for all tokens of a waiting request. With blocks for its first chunk alone, it
@@ -428,7 +431,9 @@ class Scheduler:
         request.spec_token_ids = []
         self.running.remove(request)
         self.waiting.append(request)
-        if self.preemption == "recompute" or not self.swap_out(request, plan):
+        # Swapping moves every block of a table, and has none to move for those that a window has dropped.
+        is_swapped = self.preemption == "swap" and not self.manager.has_dropped(request)
+        if not is_swapped or not self.swap_out(request, plan):
             self.preempt_by_recompute(request)
 
     def preempt_by_recompute(self, request: Request) -> None:

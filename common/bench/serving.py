@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 
 from common.course import ROOT
@@ -162,44 +163,53 @@ def running_server(*options: str, prefix: Sequence[str] = ()) -> Iterator[Runnin
 
 
 def measure_serving(model: str, quick: bool) -> dict:
-    """Output tokens per second over HTTP and in Python, for some numbers of clients; and times between tokens."""
+    """Output tokens per second over HTTP and in Python, for some numbers of clients; and times between tokens.
+
+    Beside them the processor time for each token, in the server's process and in that of the engine alone, which other
+    work on the machine changes little.
+    """
     from solutions.engine import InferenceEngine
     from solutions.llama_pytorch import SamplingParams
 
     rounds = 1 if quick else 3
-    num_prompt_tokens, num_tokens = (16, 8) if quick else (64, 32)
+    num_prompt_tokens, num_tokens = (16, 8) if quick else (64, 64)
     threads = torch.get_num_threads()
-    rows = []
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+    sampling = {"max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}
     generator = torch.Generator().manual_seed(0)
+    rows = []
     with (
         InferenceEngine(model, enable_prefix_caching=False) as engine,
         running_server("--model", model, "--no-enable-prefix-caching", "--threads", str(threads)) as server,
     ):
-        vocab_size = engine.config.model_config.vocab_size
+        process = psutil.Process(server.process.pid)
         for num_clients in (1, 8, 32):
-            num_requests = 2 * num_clients
-            prompts = torch.randint(vocab_size, (num_requests, num_prompt_tokens), generator=generator).tolist()
-            params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-            bodies = [
-                {"prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0} for prompt in prompts
-            ]
-            speeds: dict[str, list[float]] = {"server": [], "engine": []}
+            shape = (2 * num_clients, num_prompt_tokens)
+            prompts = torch.randint(engine.config.model_config.vocab_size, shape, generator=generator).tolist()
+            bodies = [{"prompt": prompt, **sampling} for prompt in prompts]
+            num_output_tokens = len(prompts) * num_tokens
+            speeds, cpu = {"server": [], "engine": []}, {"server": [], "engine": []}
             for number in range(rounds):
                 for way in ("server", "engine") if number % 2 == 0 else ("engine", "server"):
-                    start = time.perf_counter()
+                    start, cpu_start = time.perf_counter(), processor_time(process if way == "server" else None)
                     if way == "server":
                         answers = asyncio.run(closed_loop(server.port, bodies, num_clients))
                     else:
                         outputs = closed_loop_alone(engine, prompts, params, num_clients)
-                    speeds[way].append(num_requests * num_tokens / (time.perf_counter() - start))
+                    speeds[way].append(num_output_tokens / (time.perf_counter() - start))
+                    cpu[way].append(
+                        (processor_time(process if way == "server" else None) - cpu_start) / num_output_tokens
+                    )
             gaps = sorted(gap for answer in answers for gap in answer.gaps)
             row = {
                 "clients": num_clients,
-                "num_requests": num_requests,
+                "num_requests": len(prompts),
                 "server_tokens_per_second": statistics.median(speeds["server"]),
                 "engine_tokens_per_second": statistics.median(speeds["engine"]),
                 "ratio": statistics.median(ours / alone for ours, alone in zip(speeds["server"], speeds["engine"])),
                 "rounds": speeds,
+                "server_processor_seconds_per_token": statistics.median(cpu["server"]),
+                "engine_processor_seconds_per_token": statistics.median(cpu["engine"]),
                 "time_to_first_token_p50": statistics.median(answer.times[0] - answer.sent for answer in answers),
                 "time_between_tokens_p50": statistics.median(gaps),
                 "time_between_tokens_p99": gaps[int(0.99 * len(gaps))],
@@ -208,9 +218,11 @@ def measure_serving(model: str, quick: bool) -> dict:
             rows.append(row)
             print(
                 f"{num_clients} clients: {row['server_tokens_per_second']:.1f} tokens/s over HTTP, "
-                f"{row['engine_tokens_per_second']:.1f} in Python, ratio {row['ratio']:.3f}; "
+                f"{row['engine_tokens_per_second']:.1f} in Python, ratio {row['ratio']:.3f}; processor time a token "
+                f"{row['server_processor_seconds_per_token'] * 1e3:.2f} and "
+                f"{row['engine_processor_seconds_per_token'] * 1e3:.2f} ms; "
                 f"p99 between tokens {row['time_between_tokens_p99'] * 1e3:.0f} ms; "
-                f"{row['equal_texts']} of {num_requests} texts are equal",
+                f"{row['equal_texts']} of {len(prompts)} texts are equal",
                 flush=True,
             )
     return {
@@ -221,6 +233,12 @@ def measure_serving(model: str, quick: bool) -> dict:
         "num_output_tokens": num_tokens,
         "rows": rows,
     }
+
+
+def processor_time(process: psutil.Process | None) -> float:
+    """Seconds of processor time that a process, or this one, has used so far."""
+    times = (process or psutil.Process()).cpu_times()
+    return times.user + times.system
 
 
 def closed_loop_alone(engine, prompts: Sequence[list[int]], params, num_clients: int) -> list:

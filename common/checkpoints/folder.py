@@ -46,6 +46,8 @@ def write_json(path: Path, value: dict) -> None:
 class Checkpoint:
     """The tensors of a checkpoint folder, by name. Opening reads headers only; a tensor is read when asked for.
 
+    Names have the prefix `model.`, even if the files omit it.
+
     config: config.json as it is. The tensors lie in model.safetensors, or in several files ('shards') that
     model.safetensors.index.json lists.
     """
@@ -63,6 +65,9 @@ class Checkpoint:
         self.num_bytes_read = 0  # of tensors, in the file's dtype
         self._open = {}  # file -> safetensors handle; the file is mapped, not read
         self._files = self._find_tensors()  # tensor name -> file
+        # A base model, without a head, is stored without the name under which a whole model has it.
+        self._prefix = "model." if "embed_tokens.weight" in self._files else ""
+        self._files = {self._public(name): file for name, file in self._files.items()}
         self._check_layers()
 
     def names(self) -> list[str]:
@@ -77,7 +82,7 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`, without reading it."""
-        return tuple(self._open[self.file(name)].get_slice(name).get_shape())
+        return tuple(self._open[self.file(name)].get_slice(self._stored(name)).get_shape())
 
     def read(self, name: str, index=...):
         """Tensor `name`, or the part of it that `index` (a slice, or a tuple of slices) names, in the file's dtype.
@@ -86,13 +91,20 @@ class Checkpoint:
         """
         handle = self._open[self.file(name)]
         try:
-            tensor = handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
+            stored = self._stored(name)
+            tensor = handle.get_tensor(stored) if index is ... else handle.get_slice(stored)[index]
         except Exception as error:  # the library's error is no subclass of anything narrower
             raise CheckpointError(
                 f"{self.file(name)}: tensor {name!r} of shape {self.shape(name)} cannot be read at {index}: {error}"
             ) from error
         self.num_bytes_read += tensor.nbytes
         return tensor
+
+    def _public(self, name: str) -> str:
+        return name if name.startswith("lm_head.") else self._prefix + name
+
+    def _stored(self, name: str) -> str:
+        return name.removeprefix(self._prefix)
 
     def _check_layers(self) -> None:
         """A config.json that speaks of thousands of layers would take minutes before their tensors are missed."""

@@ -91,7 +91,7 @@ class _Context(Struct):
 class Config(Struct, kw_only=True, frozen=True):
     """What a `config.json` says, checked. None stands only where a value follows from others."""
 
-    model_type: Literal["llama", "qwen2", "qwen3"]
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
@@ -109,21 +109,29 @@ class Config(Struct, kw_only=True, frozen=True):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    use_sliding_window: bool = False
+    use_sliding_window: bool = False  # Qwen's files have a `sliding_window` that counts only if this is true
     sliding_window: Context | None = None
+    max_window_layers: Annotated[int, Meta(ge=0, le=2**31)] = 0  # Qwen: the first layer with a window
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None  # Qwen: says the same, and counts
+    layer_windows: tuple[int | None, ...] = ()  # in no file: follows from the four above; empty if no layer has one
     bos_token_id: TokenId | list[TokenId] | None = None
     eos_token_id: TokenId | list[TokenId] | None = None
     quantization_config: dict[str, Any] | None = None
 
 
+WINDOWS = {"sliding_window": 4096, "max_window_layers": 28}
+
 # What an absent key means, where families differ: as transformers 5.23 has it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, **WINDOWS},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128, **WINDOWS},
 }
 # Null means absent, except for these: a null is a value of its own there.
-NULLABLE = {"num_key_value_heads": ("qwen2", "qwen3")}
+NULLABLE = {"num_key_value_heads": ("qwen2", "qwen3"), "sliding_window": ("mistral", "qwen2", "qwen3")}
+# Keys that a family does not read, whatever its files say.
+IGNORED = {"llama": ("sliding_window", "layer_types"), "mistral": ("attention_bias", "mlp_bias", "layer_types")}
 
 # What would do, for keys whose error does not say it by itself.
 ADVICE = {
@@ -144,10 +152,12 @@ def check_config(config: Mapping, file: object = "config.json", names: Mapping[s
         raise refusal(file, names.get("model_type", "model_type"), family, ADVICE["model_type"])
     given = {key: value for key, value in config.items() if value is not None or family in NULLABLE.get(key, ())}
     given = {**FAMILIES[family], **given}
+    for key in ("layer_windows", *IGNORED.get(family, ())):
+        given.pop(key, None)
     checked = check(Config, {**given, **_rope(given, file, names)}, file, names)
     for key, value, problem in _contradictions(checked):
         raise refusal(file, names.get(key, key), value, problem)
-    return checked
+    return msgspec.structs.replace(checked, layer_windows=_layer_windows(checked))
 
 
 def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, Any]:
@@ -187,6 +197,20 @@ def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, A
     }
 
 
+def _layer_windows(config: Config) -> tuple[int | None, ...]:
+    """The window of each layer, or nothing if no layer has one."""
+    is_qwen = config.model_type.startswith("qwen")
+    window = config.sliding_window if config.use_sliding_window or not is_qwen else None
+    if window is None or window >= config.max_position_embeddings:
+        return ()
+    layers = range(config.num_hidden_layers)
+    if config.layer_types is not None:
+        has_window = [kind == "sliding_attention" for kind in config.layer_types]
+    else:
+        has_window = [not is_qwen or layer >= config.max_window_layers for layer in layers]
+    return tuple(window if has_window[layer] else None for layer in layers) if any(has_window) else ()
+
+
 def _contradictions(config: Config):
     """Yields keys that do not fit the others, and what is not computed: (key, value, what would do)."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -204,8 +228,8 @@ def _contradictions(config: Config):
     if config.quantization_config:
         kind = config.quantization_config.get("quant_method")
         yield "quantization_config", kind, "load the unquantized checkpoint instead"
-    if config.use_sliding_window:
-        yield "use_sliding_window", True, "this engine attends to the whole context"
+    if config.layer_types is not None and len(config.layer_types) != config.num_hidden_layers:
+        yield "layer_types", config.layer_types, f"it needs an entry for each of {config.num_hidden_layers} layers"
     rope = config.rope_scaling or {"rope_type": None}
     if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         yield "high_freq_factor", rope["high_freq_factor"], f"low_freq_factor, {rope['low_freq_factor']}, must be less"

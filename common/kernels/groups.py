@@ -33,6 +33,7 @@ class QueryGroup(NamedTuple):
     positions: Tensor  # (B, T): the position of each token in its sequence
     block_tables: Tensor  # (B, blocks of the longest), padded with 0
     num_keys: int  # the longest context
+    first_position: int  # of the tokens computed now
     padding: tuple[Tensor, Tensor]  # request and position, (P) each, of all slots after the end of a context
 
     def clear_padding(self, start: int, end: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +80,7 @@ def group_queries(metadata: Metadata, block_size: int) -> list[QueryGroup]:
         padding = (torch.arange(longest) >= key_ends).nonzero(as_tuple=True)
         tensors = (query_ends + new, key_ends + new, torch.tensor(tables), *padding)
         rows, positions, block_tables, *padding = (x.to(metadata.slot_mapping.device) for x in tensors)
-        return QueryGroup(rows, positions, block_tables, longest, tuple(padding))
+        first_position = num_keys[members[0]] - num_new[members[0]]
+        return QueryGroup(rows, positions, block_tables, longest, first_position, tuple(padding))
 
     return [build(members) for members in groups]

@@ -24,6 +24,7 @@ from common.serving.tokens import token_text
 PAGE = Path(__file__).parent / "page"
 OPEN = ("/", "/health", "/ping", "/favicon.ico")
 """Paths that need no key: a browser cannot send one when it opens the page, nor can most load balancers."""
+REVALIDATE = {"Cache-Control": "no-cache"}
 LARGEST_BODY = 32 * 2**20  # bytes
 
 
@@ -140,9 +141,18 @@ def add_routes(app: FastAPI, server: Server) -> None:
     async def page() -> Response:
         if not (PAGE / "index.html").is_file():
             raise ApiError(404, "There is no page here; /docs lists the routes.")
-        return FileResponse(PAGE / "index.html")
+        return FileResponse(PAGE / "index.html", headers=REVALIDATE)
 
-    app.mount("/static", StaticFiles(directory=PAGE, check_dir=False), name="static")
+    app.mount("/static", PageFiles(directory=PAGE, check_dir=False), name="static")
+
+
+class PageFiles(StaticFiles):
+    """The page's files, which a browser asks for again each time, so that they are of one version."""
+
+    def file_response(self, *arguments, **options) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(REVALIDATE)
+        return response
 
 
 def model_card(server: Server) -> protocol.ModelCard:

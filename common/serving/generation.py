@@ -143,9 +143,7 @@ class Generation:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         if not self.is_ended:
-            self.stream.queue.put_nowait(ClientGone())
-            self.server.loop.finished(self.stream)
-            self.stream.num_open = 1  # the one who reads it must wake up
+            self.stream.queue.put_nowait(ClientGone())  # wakes up what reads it
             self.end()
 
     @property

@@ -75,7 +75,7 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Yield what comes until every sample has ended. Raises as `get` does."""
-        while self.num_open:
+        while self.num_open > 0:
             delta = self.peeked.pop() if self.peeked else await self.get()
             self.num_open -= delta.finish_reason is not None
             yield delta

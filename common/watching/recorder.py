@@ -33,9 +33,11 @@ and in a plan or a result, as far as something has changed since the line before
 
     "tables"    block tables: [blocks that stay, new block, ...] by request
     "host"      host blocks of swapped requests: [block, ...] by request
-    "blocks"    [block, reference count], or [block, reference count, hash or null, hash of its parent]
+    "blocks"    [block, reference count], or [block, reference count, hash or null], or the same and its parent's hash,
+                where that is not the hash of the block before it, in the table to which it was added last
     "free"      number of free blocks; always written
-    "computed"  number of computed tokens, by request, where they are not those that "run" brought
+    "computed"  number of computed tokens, by request, where it is not what follows: "run" adds its tokens, and "out"
+                takes the draft tokens back that were rejected
     "ends"      why a request ended
     "vocab"     the text of token ids that are new
     "reset"     true: a step was interrupted, and all blocks were freed
@@ -89,6 +91,7 @@ class Recorder:
         self.tables: dict[int, list[int]] = {}
         self.hosts: dict[int, list[int]] = {}
         self.blocks: dict[int, tuple] = {}
+        self.before: dict[int, int | None] = {}  # of each block, the one before it in the table to which it was added
         self.computed: dict[int, int] = {}
         self.num_characters: dict[int, int] = {}
         self.pieces: dict[int, str] = {}
@@ -118,7 +121,8 @@ class Recorder:
         """After an interrupted step the pool is another one, and all requests begin again."""
         if self.manager.pool is not self.pool:
             self.line["reset"] = True
-            self.tables, self.hosts, self.blocks, self.computed = {}, {}, {}, dict.fromkeys(self.computed, 0)
+            self.tables, self.hosts, self.blocks, self.before = {}, {}, {}, {}
+            self.computed = dict.fromkeys(self.computed, 0)
             self.watch_pool()
 
     def watch_pool(self) -> None:
@@ -235,6 +239,7 @@ class Recorder:
             line["out"].append(sampled[0] if sampled and len(sampled) == 1 else sampled or None)
             if sampled:
                 self.learn(sampled, line)
+                self.computed[k] -= scheduled.num_spec_tokens + 1 - len(sampled)
                 if (num_kept := len(output.token_ids) - before) != len(sampled):
                     kept[k] = num_kept
             text = output.text[self.num_characters[k] :]
@@ -282,6 +287,8 @@ class Recorder:
         hosts = {number[id]: [block.block_id for block in blocks] for id, blocks in self.scheduler.swapped.items()}
         if new := difference(self.tables, tables):
             line["tables"] = {k: since(self.tables.get(k, []), table) for k, table in new.items()}
+            for k, (num_same, *blocks) in line["tables"].items():
+                self.before |= zip(blocks, [tables[k][num_same - 1] if num_same else None, *blocks])
         if new := difference(self.hosts, hosts):
             line["host"] = new
         self.tables, self.hosts = tables, hosts
@@ -290,9 +297,13 @@ class Recorder:
             key = block.block_hash
             state, before = (block.ref_cnt, key and key.value), self.blocks.get(block_id, (0, None))
             if state != before:
-                names = () if state[1] == before[1] else (short(state[1]), short(key.parent) if key else None)
-                blocks.append([block_id, block.ref_cnt, *names])
+                blocks.append([block_id, block.ref_cnt])
                 self.blocks[block_id] = state
+                if state[1] != before[1]:
+                    blocks[-1].append(short(state[1]))
+                    _, parent = self.blocks.get(self.before.get(block_id), (0, None))
+                    if key and (key.parent or None) != parent:
+                        blocks[-1].append(short(key.parent))
         self.touched = {}
         if blocks:
             line["blocks"] = blocks

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,10 @@ def read_trace(file: Path) -> Trace:
             raise CourseError(f"{file} is a trace of version {lines[0]['trace']}; this course reads version 1.")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CourseError(f"{file} is not a trace that make watch-engine wrote: {error!r}.") from None
-    return Replay(lines[0]["config"]["num_blocks"]).read(lines)
+    replay = Replay(lines[0]["config"]["num_blocks"])
+    for line in lines:
+        replay.apply(line)
+    return Trace(lines, replay.requests, list(replay.steps.values()))
 
 
 class Replay:
@@ -88,19 +90,17 @@ class Replay:
         self.running: set[int] = set()
         self.tables: dict[int, list[int]] = {}
         self.counts = [0] * num_blocks  # the reference count of each block
+        self.steps: dict[int, Step] = {}  # by number
 
-    def read(self, lines: Iterable[dict[str, Any]]) -> Trace:
-        lines, steps = list(lines), {}
-        for line in lines:
-            self.enter(line)
-            if "plan" in line:
-                steps[line["plan"]] = Step(line["plan"], self.schedule(line), line)
-            elif "result" in line:
-                self.collect(steps[line["result"]], line)
-            self.update(line)
-            if "result" in line:
-                self.note_state(steps[line["result"]])
-        return Trace(lines, self.requests, list(steps.values()))
+    def apply(self, line: dict[str, Any]) -> None:
+        self.enter(line)
+        if "plan" in line:
+            self.steps[line["plan"]] = Step(line["plan"], self.schedule(line), line)
+        elif "result" in line:
+            self.collect(self.steps[line["result"]], line)
+        self.update(line)
+        if "result" in line:
+            self.note_state(self.steps[line["result"]])
 
     def enter(self, line: dict[str, Any]) -> None:
         """New requests, and blocks that were all freed."""
@@ -133,6 +133,8 @@ class Replay:
         step.result = line
         for entry, out in zip(step.entries, line["out"]):
             entry.sampled = [] if out is None else [out] if isinstance(out, int) else out
+            if entry.sampled:
+                self.computed[entry.request] -= entry.num_spec_tokens + 1 - len(entry.sampled)
             entry.num_kept = line.get("kept", {}).get(str(entry.request), len(entry.sampled))
 
     def update(self, line: dict[str, Any]) -> None:

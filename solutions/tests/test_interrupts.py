@@ -122,6 +122,9 @@ def interrupted(engine: InferenceEngine, tracer: AtLine, action: Callable) -> No
     except KeyboardInterrupt:
         is_raised = True
     assert is_raised == bool(tracer.place), tracer.place
+    while engine.in_flight:  # between two steps of a pipeline: what is aborted ends when its step is collected
+        assert all(state.request.finish_reason == "abort" for state in engine.processor.states.values())
+        engine.step()
     assert not engine.has_unfinished_requests and not engine.scheduler.requests, tracer.place
     assert not engine.in_flight and engine.manager.pool.num_free_blocks == engine.config.num_blocks, tracer.place
     check_books(engine)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from common import rope
+from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint, schema
 from solutions.llama_pytorch import (
     Llama,
     SamplingParams,
@@ -31,7 +33,8 @@ transformers = pytest.importorskip("transformers")
 REAL = pytest.mark.skipif(
     os.environ.get("COURSE_REAL_MODEL") != "1", reason="set COURSE_REAL_MODEL=1 for the real model"
 )
-TALES = Path(__file__).resolve().parents[2] / "common" / "models" / "tales"
+ROOT = Path(__file__).resolve().parents[2]
+TALES = ROOT / "common" / "models" / "tales"
 
 TINY = dict(
     vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
@@ -78,6 +81,18 @@ FAMILIES = {
     ),
     "longrope": ("Qwen2", dict(rope_scaling=LONGROPE, max_position_embeddings=64)),
     "longrope, factor": ("Llama", dict(rope_scaling={**LONGROPE, "factor": 3.0}, max_position_embeddings=64)),
+    # Windows of 4 tokens, so that every test goes beyond.
+    "mistral": ("Mistral", dict(sliding_window=4)),
+    "mistral, no window": ("Mistral", dict(sliding_window=None, head_dim=32)),
+    "qwen2, windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
+    "qwen3, windows": (
+        "Qwen3",
+        dict(
+            use_sliding_window=True,
+            sliding_window=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
     # ... and as they might be.
     "llama, heads narrower than hidden": ("Llama", dict(head_dim=8)),
     "llama, heads wider than hidden": ("Llama", dict(head_dim=32, tie_word_embeddings=True)),
@@ -279,6 +294,20 @@ def test_a_misshapen_tensor_in_a_shard_names_the_shard(tmp_path):
     refused(tmp_path, shard, "lm_head.weight", "(101, 48)", "(102, 48)")
 
 
+def test_a_base_model_without_the_prefix(tmp_path):
+    theirs = tiny("llama-3.2", tmp_path)
+    base = tmp_path / "base"
+    theirs.model.save_pretrained(base)
+    assert Checkpoint(base).file("model.layers.0.mlp.up_proj.weight")
+    assert "embed_tokens.weight" in load_file(base / "model.safetensors")
+    token_ids = torch.arange(7)
+    logits, expected = both_logits(theirs, ours(base), token_ids, token_ids)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    model = ours(tmp_path)
+    for name, tensor in ours(base).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
 def test_old_rotary_buffers_and_a_stored_tied_head_are_skipped(tmp_path):
     theirs = tiny("llama-3.2", tmp_path)
     embedding = theirs.model.embed_tokens.weight.detach()
@@ -295,7 +324,6 @@ def test_old_rotary_buffers_and_a_stored_tied_head_are_skipped(tmp_path):
         (dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
         (dict(rope_scaling={"rope_type": "su", "factor": 4.0}), ["rope_scaling.rope_type", "'su'", "longrope"]),
         (dict(quantization_config={"quant_method": "gptq"}), ["quantization_config"]),
-        (dict(use_sliding_window=True), ["use_sliding_window"]),
         (dict(num_hidden_layers=None), ["num_hidden_layers"]),
         (dict(hidden_size="48"), ["hidden_size"]),
     ],
@@ -304,6 +332,40 @@ def test_a_config_that_the_engine_cannot_run_is_refused(changes, mentions, tmp_p
     tiny("llama-2", tmp_path)
     change(tmp_path, **changes)
     refused(tmp_path, "config.json", *mentions)
+
+
+def rows_of_the_readme() -> list[tuple[str, object, str]]:
+    """(key, value, "loads" or "refused") of lesson 2's table of what loads."""
+    text = (ROOT / "lesson-2-llama-pytorch" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## What loads")[1].split("\n## ")[0]
+    found = []
+    for settings, verdict in re.findall(r"^\| (`.*?`) \| (loads|refused) \|", section, re.MULTILINE):
+        for key, value in re.findall(r"`(\w+): (.*?)`", settings):
+            found.append((key, json.loads(value), verdict))
+    return found
+
+
+def test_the_readme_says_what_loads():
+    """Each row is true, every family and scaling has a row, and a model of its kind is compared with transformers."""
+    scalings = {
+        "linear": dict(factor=2.0), "dynamic": dict(factor=2.0), "yarn": dict(factor=2.0), "longrope": LONGROPE,
+        "llama3": LLAMA3_ROPE,
+    }  # fmt: skip
+    rows = rows_of_the_readme()
+    assert len(rows) >= 13
+    for key, value, verdict in rows:
+        config = {"model_type": "llama", **TINY, key: value}
+        if key == "rope_type":
+            config["rope_scaling"] = {**scalings[value], key: value}
+        if verdict == "loads":
+            parse_config(config)
+        else:
+            with pytest.raises(CheckpointError, match=key):
+                parse_config(config)
+    loads = {key: {value for name, value, verdict in rows if (name, verdict) == (key, "loads")} for key, *_ in rows}
+    assert loads["model_type"] == set(schema.FAMILIES) == {kind.lower() for kind, _ in FAMILIES.values()}
+    compared = [settings.get("rope_scaling", {}) for _, settings in FAMILIES.values()]
+    assert loads["rope_type"] == {*rope.RULES, "llama3"} == {scaling["rope_type"] for scaling in compared if scaling}
 
 
 def byte_level_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -19,6 +19,7 @@ def check_books(engine: Engine) -> None:
     manager, scheduler = engine.manager, engine.scheduler
     pool, holders = manager.pool, Counter()
     for table in manager.block_tables.values():
+        table = [block for block in table if block is not manager.dropped]
         holders.update(block.block_id for block in table)
         assert len({block.block_id for block in table}) == len(table), "a block stands twice in one table"
         assert engine.config.kv_cache_policy == "paged" or len(table) <= 1, "contiguous, and yet in two pieces"
@@ -59,7 +60,7 @@ class Texts:
             assert value in self.beginnings, "a block can be found by tokens that nobody has verified"
         for request in engine.scheduler.running:
             for place, block in enumerate(engine.manager.block_tables[request.request_id]):
-                if block.block_hash is not None:
+                if block.block_hash is not None and block is not engine.manager.dropped:
                     text = self.beginnings[block.block_hash.value]
                     assert text == request.all_token_ids[: len(text)] and len(text) == (place + 1) * size
                     assert len(text) <= request.num_computed_tokens, "found before it is computed"

@@ -19,7 +19,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 
-NAMES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,6 +30,8 @@ def test_an_absent_key_means_what_it_means_to_transformers(family):
     assert (ours.num_key_value_heads or 32) == theirs.num_key_value_heads
     assert (ours.head_dim or 4) == (getattr(theirs, "head_dim", None) or 4)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    theirs_windows = [theirs.sliding_window] * 2 if family == "mistral" else [None, None]
+    assert list(ours.layer_windows or [None] * 2) == theirs_windows
     for key in ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "hidden_act"):
         assert getattr(ours, key) == getattr(theirs, key), key
     for key in ("attention_bias", "mlp_bias"):
@@ -54,6 +56,24 @@ def test_rotary_settings_of_all_ages(place):
     assert (ours.rope_theta, ours.rope_scaling) == (9.0, {"rope_type": "linear", "factor": 4.0})
     assert check_config({**LLAMA, place: {"type": "yarn", "factor": 4}}).max_position_embeddings == 4 * 2048
     assert check_config({**LLAMA, place: {"type": "dynamic", "factor": 2}}).max_position_embeddings == 2 * 2048
+
+
+def test_windows_by_layer():
+    qwen = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 4, "sliding_window": 8, "max_window_layers": 1}
+    assert check_config(qwen).layer_windows == ()  # without use_sliding_window, Qwen's numbers mean nothing
+    qwen["use_sliding_window"] = True
+    assert check_config(qwen).layer_windows == (None, 8)
+    assert check_config({**qwen, "layer_types": ["sliding_attention", "full_attention"]}).layer_windows == (8, None)
+    assert check_config({**qwen, "max_window_layers": 2}).layer_windows == ()
+    mistral = {**LLAMA, "model_type": "mistral"}
+    assert check_config(mistral).layer_windows == (4096, 4096)
+    assert check_config({**mistral, "sliding_window": None}).layer_windows == ()
+    assert check_config({**mistral, "max_position_embeddings": 4096}).layer_windows == ()  # no text is longer
+    assert check_config({**LLAMA, "sliding_window": 4}).layer_windows == ()
+    with pytest.raises(CheckpointError, match="layer_types is .* each of 2 layers"):
+        check_config({**qwen, "layer_types": ["sliding_attention"]})
+    with pytest.raises(CheckpointError, match="layer_types.0 is 'linear_attention'"):
+        check_config({**qwen, "layer_types": ["linear_attention"] * 2})
 
 
 NAN, INF = float("nan"), float("inf")
@@ -87,7 +107,7 @@ def test_an_impossible_value_is_refused_by_file_and_key(key, value):
     assert words.endswith(".") and len(words) < 300
 
 
-@pytest.mark.parametrize("key", LLAMA3.keys() - {"rope_type"})
+@pytest.mark.parametrize("key", sorted(LLAMA3.keys() - {"rope_type"}))
 def test_a_scaling_without_one_of_its_keys_is_refused(key):
     rope = {name: value for name, value in LLAMA3.items() if name != key}
     with pytest.raises(CheckpointError, match=rf"config.json: rope_scaling.{key} is None \(missing\)"):

@@ -30,7 +30,7 @@ def serving(engine, tenants=None, template: str | None = TEMPLATE, **options):
     loop = EngineLoop(engine, observer=metrics, **options)
     server = Server(loop, engine.tokenizer, engine.config, "tales", tenants or Tenants([]), metrics)
     config = uvicorn.Config(
-        create_app(server), "127.0.0.1", 0, log_level="warning", access_log=False, timeout_graceful_shutdown=5
+        create_app(server), "127.0.0.1", 0, log_level="warning", access_log=False, timeout_graceful_shutdown=20
     )
     socket = config.bind_socket()
     runner = uvicorn.Server(config)
@@ -44,7 +44,7 @@ def serving(engine, tenants=None, template: str | None = TEMPLATE, **options):
         yield f"http://127.0.0.1:{socket.getsockname()[1]}", server
     finally:
         runner.should_exit = True
-        thread.join(20)
+        thread.join(30)
         socket.close()
 
 

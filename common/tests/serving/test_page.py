@@ -265,3 +265,29 @@ def test_everything_is_reached_with_the_tabulator(page) -> None:
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.textContent.trim() || document.activeElement.ariaLabel"))
     assert {"Chats", "+ Beside", "Edit", "Regenerate", "Send", "✕", "Message"} <= reached
+
+
+def test_the_real_server_and_the_page_understand_each_other(browser, url) -> None:
+    context = browser.new_context(viewport=PHONE, color_scheme="dark")
+    page = context.new_page()
+    page.goto(url)
+    expect(page.get_by_label("Model", exact=True)).to_have_value("tales")
+    page.locator("summary").click()
+    page.get_by_label("max_tokens").fill("24")
+    page.get_by_label("seed").fill("1")
+    page.locator("summary").click()
+    send(page, "Tell me a tale.")
+    figures = r"first token after \d+\.\d\d s · \d+\.\d tokens/s · 24 tokens · cut off at max_tokens"
+    expect(answers(page).locator(".foot")).to_contain_text(re.compile(figures))
+    first = answers(page).locator(".text").inner_text()
+    page.get_by_role("button", name="Regenerate").click()
+    expect(answers(page).locator(".foot")).to_contain_text("24 tokens")
+    assert answers(page).locator(".text").inner_text() == first  # the same seed
+    for metric, text in {"running": "0", "waiting": "0", "pool": "0.0%"}.items():
+        expect(page.locator(f"[data-metric={metric}] dd")).to_have_text(text)
+    expect(page.locator("[data-metric=hits] dd")).to_have_text(re.compile(r"\d%"))
+    page.locator("summary").click()
+    page.get_by_label("top_p").fill("0")
+    send(page, "Another one.")
+    expect(answers(page).last.get_by_role("alert")).to_contain_text("The server answered with status 400. top_p")
+    context.close()

@@ -25,7 +25,9 @@ from solutions.speculative import AdaptiveSpeculation, DraftProposer, Speculativ
 class HalfRight(DraftProposer):
     """Proposes what the target itself would say, or, half of the time, anything."""
 
-    rng = random.Random(0)
+    def __init__(self, model, cache):
+        super().__init__(model, cache)
+        self.rng = random.Random(0)
 
     def draw(self, draft, logits):
         return self.rng.randrange(4, 40) if self.rng.random() < 0.5 else int(logits.argmax()), None
@@ -108,9 +110,8 @@ def test_after_every_step_the_trace_has_the_engine_s_tables_and_counts(tmp_path)
             states.append((tables, [block.ref_cnt for block in engine.manager.pool.blocks], computed))
     replay, seen = Replay(24), []
     for line in read_trace(file).lines:
-        replay.read([line] if "result" not in line else [])
+        replay.apply(line)
         if "result" in line:
-            replay.update(line)
             tables = {k: table for k, table in replay.tables.items() if table}
             seen.append((tables, list(replay.counts), dict(replay.computed)))
     assert seen == states

@@ -11,7 +11,7 @@ async function unpack(id) {
 
 class Page {
   constructor(run, other) {
-    Object.assign(this, { run, other, index: 0, chosen: 0, showAll: false, timer: null, pending: false });
+    Object.assign(this, { run, other, index: 0, chosen: 0, showAll: false, timer: null, pending: false, texted: -Infinity });
     this.length = Math.max(run.steps.length, other?.steps.length ?? 0);
     this.partings = other ? partings(run, other) : [];
     this.pool = new Pool(run, element("grid"));
@@ -51,9 +51,10 @@ class Page {
   repaint() {
     readColours();
     legend(element("legend"), Object.entries(MEANING).map(([name, text]) => [colours[name], LETTERS[name] ?? "", text]));
-    const fills = { free: colours.paper, cached: colours.cached, held: colours.held, shared: colours.shared, lost: colours.bad, choice: colours.paper };
-    const words = { free: "free", cached: "free, cached", held: "held, by the request of this number", shared: "shared", lost: "lost", choice: "of the chosen request" };
-    legend(element("pool-legend"), BLOCKS.filter(([name]) => name !== "lost").map(([name, letter]) => [fills[name], letter, words[name]]));
+    legend(element("pool-legend"), [
+      [colours.paper, "", "free"], [colours.cached, "·", "free, cached"], [colours.held, "", "held, by the request of this number"],
+      [colours.shared, "", "shared"], [colours.paper, "", "of the chosen request"],
+    ]);
     element("pool-legend").lastChild.firstChild.style.borderColor = colours.choice;
     for (const timeline of this.timelines) timeline.paint();
     this.show();
@@ -92,11 +93,22 @@ class Page {
       timeline.draw(index, chosen, first, count, this.partings.length ? this.partings[0].index : null);
       timeline.canvas.ariaLabel = `Timeline of ${plural(timeline.run.requests.length, "request")} over ${plural(timeline.run.steps.length, "step")}; in words below.`;
     }
-    drawStep(run, step, chosen, this.choose, this.showAll);
     this.pool.draw(state, chosen);
+    this.lanes.draw(step);
+    drawBudget(run, step);
+    // While one scrubs, pictures follow at once, and texts ten times a second.
+    const wait = this.texted + 100 - performance.now();
+    clearTimeout(this.textTimer);
+    if (wait <= 0) this.renderTexts();
+    else this.textTimer = setTimeout(() => this.renderTexts(), wait);
+  }
+
+  renderTexts() {
+    const { run, index, chosen } = this, step = run.steps[Math.min(index, run.steps.length - 1)], state = run.state(step.index);
+    this.texted = performance.now();
+    drawStep(run, step, chosen, this.choose, this.showAll);
     this.pool.describe(state);
     drawText(run, step, chosen, this.choose);
-    this.lanes.draw(step);
     this.inWords("timeline", "timeline-words", () => [`${run.requests[chosen].id}, which is chosen:`, ...run.history(chosen).map(([name, from, to]) => `steps ${from + 1} to ${to + 1}: ${MEANING[name]}`)]);
     this.inWords("pool", "tables", () => tablesInWords(run, state));
   }

@@ -3,6 +3,7 @@
 
 const STATES = ["", "waiting", "idle", "prefill", "recompute", "decode", "verify", "preempted", "swapped"];
 const STATE = Object.fromEntries(STATES.map((name, number) => [name, number]));
+const BLOCKS = ["free", "cached", "held", "shared", "lost"];
 const KEYFRAME = 64; // lines from one full copy of the state to the next
 
 // What the lines so far say of the engine. Tables are replaced and never changed, so a copy may share them.
@@ -13,6 +14,7 @@ class State {
     this.parents = new Array(numBlocks).fill(null);
     this.holder = new Int32Array(numBlocks).fill(-1); // the request whose table had it last, and its place there
     this.place = new Int32Array(numBlocks);
+    this.before = new Int32Array(numBlocks).fill(-1); // and the block before it there
     this.fresh = []; // blocks whose content was replaced in the newest plan
     this.tables = new Map();
     this.hosts = new Map();
@@ -22,7 +24,7 @@ class State {
 
   copy() {
     const copy = Object.assign(Object.create(State.prototype), this);
-    for (const name of ["counts", "hashes", "parents", "holder", "place", "fresh"]) copy[name] = this[name].slice();
+    for (const name of ["counts", "hashes", "parents", "holder", "place", "before", "fresh"]) copy[name] = this[name].slice();
     for (const name of ["tables", "hosts", "computed"]) copy[name] = new Map(this[name]);
     return copy;
   }
@@ -32,6 +34,7 @@ class State {
     if (line.reset) {
       this.counts.fill(0);
       this.hashes.fill(null);
+      this.before.fill(-1);
       this.tables.clear();
       this.hosts.clear();
       for (const k of this.computed.keys()) this.computed.set(k, 0);
@@ -40,17 +43,27 @@ class State {
       this.fresh = [];
       for (const entry of line.run) this.computed.set(entry.k, entry.start + entry.n);
     }
+    for (const { k, spec, sampled } of line.entries ?? []) {
+      if (sampled.length) this.computed.set(k, this.computed.get(k) - (spec + 1 - sampled.length));
+    }
     for (const [k, [same, ...blocks]] of Object.entries(line.tables ?? {})) {
       const before = this.tables.get(+k) ?? [];
       const table = [...before.slice(0, same), ...blocks];
       if (table.length) this.tables.set(+k, table);
       else this.tables.delete(+k);
-      blocks.forEach((block, i) => { this.holder[block] = +k; this.place[block] = same + i; });
+      blocks.forEach((block, i) => {
+        this.holder[block] = +k;
+        this.place[block] = same + i;
+        this.before[block] = table[same + i - 1] ?? -1;
+      });
     }
     for (const [block, count, ...hash] of line.blocks ?? []) {
       if (line.plan !== undefined && count > 0 && this.counts[block] === 0) this.fresh.push(block);
       this.counts[block] = count;
-      if (hash.length) [this.hashes[block], this.parents[block]] = hash;
+      if (!hash.length) continue;
+      const [own, parent = this.hashes[this.before[block]] ?? null] = hash;
+      this.hashes[block] = own;
+      this.parents[block] = own === null ? null : parent;
     }
     for (const [k, blocks] of Object.entries(line.host ?? {})) blocks.length ? this.hosts.set(+k, blocks) : this.hosts.delete(+k);
     for (const [k, count] of Object.entries(line.computed ?? {})) this.computed.set(+k, count);
@@ -68,12 +81,14 @@ class State {
     return found;
   }
 
-  // Blocks that are not free although no table contains them.
-  lost() {
-    const held = new Set();
-    for (const table of this.tables.values()) for (const block of table) held.add(block);
-    const found = [];
-    this.counts.forEach((count, block) => { if (count > 0 && !held.has(block)) found.push(block); });
+  // What each block is, as a place in BLOCKS. Lost is one that is not free, although no table contains it.
+  kinds() {
+    const held = new Uint8Array(this.counts.length), found = new Uint8Array(this.counts.length);
+    for (const table of this.tables.values()) for (const block of table) held[block] = 1;
+    for (let block = 0; block < found.length; block++) {
+      const count = this.counts[block];
+      found[block] = count === 0 ? +(this.hashes[block] !== null) : !held[block] ? 4 : count === 1 ? 2 : 3;
+    }
     return found;
   }
 }
@@ -92,7 +107,7 @@ class Run {
       for (const request of line.requests ?? []) this.enter(request, highest);
       if (line.reset) running.clear();
       if (line.plan !== undefined) this.plan(line, number, state, running, highest);
-      if (line.result !== undefined) this.collect(line, number);
+      if (line.result !== undefined) this.collect(line);
       state.apply(line);
       for (const [k, reason] of Object.entries(line.ends ?? {})) {
         running.delete(+k);
@@ -146,10 +161,10 @@ class Run {
     this.atStep.set(line.plan, step);
   }
 
-  collect(line, number) {
+  collect(line) {
     const step = this.atStep.get(line.result);
     step.result = line;
-    step.resultLine = number;
+    line.entries = step.entries;
     step.entries.forEach((entry, i) => {
       const out = line.out[i], request = this.requests[entry.k];
       entry.sampled = out === null ? [] : Array.isArray(out) ? out : [out];
@@ -248,8 +263,18 @@ class Run {
     return found;
   }
 
-  textBefore(k, index) {
-    return this.requests[k].pieces.filter(([step]) => step < index).map(([, text]) => text).join("");
+  // The text that a request had before a step; of a long one the last characters.
+  textBefore(k, index, longest = Infinity) {
+    const { pieces } = this.requests[k];
+    let low = 0, high = pieces.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (pieces[middle][0] < index) low = middle + 1;
+      else high = middle;
+    }
+    let text = "";
+    while (low > 0 && text.length < longest) text = pieces[--low][1] + text;
+    return low > 0 ? `… ${text}` : text;
   }
 
   // A request's history as [state, first step, last step].

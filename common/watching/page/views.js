@@ -6,7 +6,7 @@ const MEANING = {
   waiting: "waits", idle: "runs, nothing in this step", prefill: "prefill", recompute: "computed again", decode: "decode",
   verify: "verifies draft tokens", preempted: "preempted", swapped: "waits, its blocks on the host",
 };
-const MAX_ROWS = 24; // of a table that follows every step
+const MAX_ROWS = 16; // of a table that follows every step
 
 const element = (id) => document.getElementById(id);
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
@@ -22,11 +22,17 @@ function fill(node, rows) {
   node.replaceChildren(...rows.map((row) => (typeof row === "string" ? make("li", { textContent: row }) : row)));
 }
 
-let colours = {};
+let colours = {}, packed = {}; // by name: as a style sheet has them, and as a pixel
 function readColours() {
   const style = getComputedStyle(document.documentElement);
   const names = [...STATES.slice(1), "paper", "raised", "line", "ink", "faint", "accent", "bad", "held", "shared", "cached", "choice"];
   colours = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  const probe = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  packed = Object.fromEntries(names.map((name) => {
+    probe.fillStyle = colours[name];
+    probe.fillRect(0, 0, 1, 1);
+    return [name, new Uint32Array(probe.getImageData(0, 0, 1, 1).data.buffer)[0]];
+  }));
 }
 
 // A canvas in CSS pixels, sharp on any screen.
@@ -68,12 +74,7 @@ class Timeline {
     const { run } = this, width = Math.max(1, run.steps.length), height = Math.max(1, run.requests.length);
     this.picture = new OffscreenCanvas(width, height);
     const pen = this.picture.getContext("2d"), image = pen.createImageData(width, height);
-    const probe = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-    const table = ["paper", ...STATES.slice(1)].map((name) => {
-      probe.fillStyle = colours[name];
-      probe.fillRect(0, 0, 1, 1);
-      return new Uint32Array(probe.getImageData(0, 0, 1, 1).data.buffer)[0];
-    });
+    const table = ["paper", ...STATES.slice(1)].map((name) => packed[name]);
     new Uint32Array(image.data.buffer).set(run.cells.length ? Uint32Array.from(run.cells, (cell) => table[cell]) : []);
     pen.putImageData(image, 0, 0);
   }
@@ -131,7 +132,7 @@ class Timeline {
 // The step
 // ---------------------------------------------------------------------------------------------------------------
 
-function drawStep(run, step, chosen, choose, showAll) {
+function drawBudget(run, step) {
   const budget = run.config.max_num_batched_tokens, entries = step.entries;
   const used = entries.reduce((sum, { n }) => sum + n, 0);
   const sums = {};
@@ -145,8 +146,11 @@ function drawStep(run, step, chosen, choose, showAll) {
   const words = `${used} of ${budget} tokens of the budget${parts.length ? `: ${parts.join(", ")}` : ""}. ${step.numBusy} run, ${step.waiting ?? 0} wait.`;
   element("budget").ariaLabel = words;
   element("budget-words").textContent = step.waiting ? `${words} ${whyWaiting(run, step)}` : words;
-  fill(element("events"), eventsOf(run, step));
+}
 
+function drawStep(run, step, chosen, choose, showAll) {
+  const { entries } = step;
+  fill(element("events"), eventsOf(run, step));
   const rows = showAll ? entries : entries.slice(0, MAX_ROWS);
   const at = entries.findIndex(({ k }) => k === chosen);
   if (at >= rows.length) rows.push(entries[at]);
@@ -192,16 +196,8 @@ function eventsOf(run, step) {
 // The pool
 // ---------------------------------------------------------------------------------------------------------------
 
-const BLOCKS = [["free", ""], ["cached", "·"], ["held", ""], ["shared", "2"], ["lost", "!"], ["choice", ""]];
-
 // A request's id, short enough for a block.
-const label = (run, k) => run.requests[k].id.replace(/^request-/, "").slice(0, 4);
-
-function blockKind(state, block, lost) {
-  if (lost.has(block)) return "lost";
-  const count = state.counts[block];
-  return count > 1 ? "shared" : count === 1 ? "held" : state.hashes[block] !== null ? "cached" : "free";
-}
+const label = (run, k) => (run.requests[k]?.id ?? "").replace(/^request-/, "").slice(0, 4);
 
 class Pool {
   constructor(run, canvas) {
@@ -210,68 +206,66 @@ class Pool {
   }
 
   draw(state, chosen) {
-    const numBlocks = this.run.config.num_blocks, room = this.canvas.clientWidth;
+    const numBlocks = this.run.config.num_blocks, numHost = Math.min(this.numHost, 4096), room = this.canvas.clientWidth;
     const size = Math.max(5, Math.min(30, Math.floor(Math.sqrt((room * 320) / numBlocks))));
     const columns = Math.max(1, Math.floor(room / size)), rows = Math.ceil(numBlocks / columns);
-    const hostRows = this.numHost ? Math.ceil(Math.min(this.numHost, 4096) / columns) : 0;
-    const [pen] = surface(this.canvas, rows * size + (hostRows ? hostRows * size + 22 : 0));
-    Object.assign(this, { size, columns });
-    this.lost = new Set(state.lost());
-    const own = new Set(state.tables.get(chosen) ?? []), fresh = new Set(state.fresh), paint = this.paint(pen, size);
+    const [pen] = surface(this.canvas, rows * size + (numHost ? Math.ceil(numHost / columns) * size + 22 : 0));
+    Object.assign(this, { size, columns, kinds: state.kinds() });
     pen.fillStyle = colours.paper;
-    pen.fillRect(0, 0, this.canvas.clientWidth, this.canvas.clientHeight);
+    pen.fillRect(0, 0, room, this.canvas.clientHeight);
     pen.textAlign = "center";
     pen.textBaseline = "middle";
     pen.font = `${Math.max(7, Math.min(11, size * 0.42))}px ui-monospace, monospace`;
-    for (let block = 0; block < numBlocks; block++) {
-      const kind = blockKind(state, block, this.lost), x = (block % columns) * size, y = Math.floor(block / columns) * size;
-      const text = kind === "shared" ? `×${state.counts[block]}` : kind === "held" ? label(this.run, state.holder[block]) : kind === "cached" ? "·" : kind === "lost" ? "!" : "";
-      paint(x, y, kind, text);
-      if (fresh.has(block)) {
-        pen.fillStyle = colours.paper;
-        pen.fillRect(x + 2, y + 2, size / 5, size / 5);
-      }
-      if (own.has(block)) this.frame(pen, x, y, colours.choice, 2);
-    }
-    if (hostRows) {
+    this.cells(pen, 0, this.kinds, (block) => ["", "·", label(this.run, state.holder[block]), `×${state.counts[block]}`, "!"][this.kinds[block]]);
+    if (numHost) {
       const hosted = new Map([...state.hosts].flatMap(([k, blocks]) => blocks.map((block) => [block, k])));
-      const top = rows * size + 20;
+      const kinds = Uint8Array.from({ length: numHost }, (_, block) => (hosted.has(block) ? 2 : 0));
       pen.fillStyle = colours.faint;
       pen.textAlign = "left";
-      pen.fillText("on the host", 2, top - 9);
+      pen.fillText("on the host", 2, rows * size + 11);
       pen.textAlign = "center";
-      for (let block = 0; block < Math.min(this.numHost, 4096); block++) {
-        const k = hosted.get(block);
-        paint((block % columns) * size, top + Math.floor(block / columns) * size, k === undefined ? "free" : "held", k === undefined ? "" : label(this.run, k));
-      }
+      this.cells(pen, rows * size + 20, kinds, (block) => (hosted.has(block) ? label(this.run, hosted.get(block)) : ""));
     }
-    this.frame(pen, (this.block % columns) * size, Math.floor(this.block / columns) * size, colours.ink, 2);
-    const counts = {};
-    for (let block = 0; block < numBlocks; block++) counts[blockKind(state, block, this.lost)] = (counts[blockKind(state, block, this.lost)] ?? 0) + 1;
-    const parts = [`${numBlocks - state.free} of ${numBlocks} blocks held`, `${counts.shared ?? 0} of them shared`, `${state.free} free`, `${counts.cached ?? 0} of those cached`];
+    pen.fillStyle = colours.paper;
+    for (const block of state.fresh) pen.fillRect((block % columns) * size + 2, Math.floor(block / columns) * size + 2, size / 5, size / 5);
+    for (const block of state.tables.get(chosen) ?? []) this.frame(pen, block, colours.choice);
+    this.frame(pen, this.block, colours.ink);
+    this.summary(state);
+  }
+
+  // A row of cells for each `columns` blocks: one pixel each, enlarged; then the lines between them, and their texts.
+  cells(pen, top, kinds, text) {
+    const { size, columns } = this, rows = Math.ceil(kinds.length / columns);
+    const picture = new OffscreenCanvas(columns, rows), small = picture.getContext("2d"), image = small.createImageData(columns, rows);
+    const pixels = new Uint32Array(image.data.buffer), table = ["paper", "cached", "held", "shared", "bad"].map((name) => packed[name]);
+    for (let block = 0; block < kinds.length; block++) pixels[block] = table[kinds[block]];
+    small.putImageData(image, 0, 0);
+    pen.imageSmoothingEnabled = false;
+    pen.drawImage(picture, 0, top, columns * size, rows * size);
+    pen.fillStyle = colours.line;
+    for (let i = 0; i <= columns; i++) pen.fillRect(i * size - 0.5, top, 1, rows * size);
+    for (let i = 0; i <= rows; i++) pen.fillRect(0, top + i * size - 0.5, columns * size, 1);
+    if (size < 14) return;
+    for (let block = 0; block < kinds.length; block++) {
+      pen.fillStyle = kinds[block] === 1 ? colours.ink : colours.paper;
+      pen.fillText(text(block), ((block % columns) + 0.5) * size, top + (Math.floor(block / columns) + 0.5) * size + 1);
+    }
+  }
+
+  summary(state) {
+    const counts = [0, 0, 0, 0, 0], numBlocks = this.run.config.num_blocks;
+    for (const kind of this.kinds) counts[kind]++;
+    const parts = [`${numBlocks - state.free} of ${numBlocks} blocks held`, `${counts[3]} of them shared`, `${state.free} free`, `${counts[1]} of those cached`];
     if (this.numHost) parts.push(`${[...state.hosts.values()].flat().length} of ${this.numHost} on the host used`);
     const words = element("pool-words");
     words.textContent = `${parts.join(", ")}.`;
-    if (this.lost.size) words.append(make("span", { className: "bad", textContent: ` ${plural(this.lost.size, "block")} lost: not free, and in no block table.` }));
+    if (counts[4]) words.append(make("span", { className: "bad", textContent: ` ${plural(counts[4], "block")} lost: not free, and in no block table.` }));
   }
 
-  paint(pen, size) {
-    const fills = { free: colours.paper, cached: colours.cached, held: colours.held, shared: colours.shared, lost: colours.bad };
-    return (x, y, kind, text) => {
-      pen.fillStyle = colours.line;
-      pen.fillRect(x, y, size, size);
-      pen.fillStyle = fills[kind];
-      pen.fillRect(x + 0.5, y + 0.5, size - 1, size - 1);
-      if (size < 14 || !text) return;
-      pen.fillStyle = kind === "cached" ? colours.ink : colours.paper;
-      pen.fillText(text, x + size / 2, y + size / 2 + 1);
-    };
-  }
-
-  frame(pen, x, y, colour, width) {
+  frame(pen, block, colour) {
     pen.strokeStyle = colour;
-    pen.lineWidth = width;
-    pen.strokeRect(x + 1, y + 1, this.size - 2, this.size - 2);
+    pen.lineWidth = 2;
+    pen.strokeRect((block % this.columns) * this.size + 1, Math.floor(block / this.columns) * this.size + 1, this.size - 2, this.size - 2);
   }
 
   at(event) {
@@ -289,7 +283,7 @@ class Pool {
 
   // What is in the chosen block, who holds it, and the chain of hashes that it ends.
   describe(state) {
-    const { run, block } = this, holders = state.holders(block), kind = blockKind(state, block, this.lost);
+    const { run, block } = this, holders = state.holders(block), kind = BLOCKS[this.kinds[block]];
     const lines = [];
     const count = state.counts[block];
     lines.push(`Block ${block}: ${{ free: "free", cached: "free, and in the prefix cache", held: "held", shared: "shared", lost: "lost: not free, and in no block table" }[kind]}, reference count ${count}.`);
@@ -329,14 +323,14 @@ function drawText(run, step, chosen, choose) {
   box.replaceChildren(
     make("b", { textContent: `${request.id}\n` }),
     make("span", { className: "prompt", textContent: request.prompt.map((token) => run.vocab[token] ?? "").join("") }),
-    run.textBefore(chosen, step.index),
+    run.textBefore(chosen, step.index, 1500),
     ...(entry ? newPieces(run, entry) : []),
   );
   box.scrollTop = box.scrollHeight;
   const others = step.entries.filter(({ k, sampled, drafts }) => k !== chosen && (sampled.length || drafts.length)).slice(0, 10);
   fill(element("others"), others.map((each) => {
     const name = make("button", { textContent: run.requests[each.k].id, onclick: () => choose(each.k) });
-    const text = run.textBefore(each.k, step.index).slice(-60).replaceAll("\n", " ");
+    const text = run.textBefore(each.k, step.index, 60).slice(-60).replaceAll("\n", " ");
     return make("li", {}, name, make("span", {}, make("bdi", {}, text, ...newPieces(run, each))));
   }));
 }

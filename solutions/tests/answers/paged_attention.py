@@ -930,12 +930,12 @@ ANSWERS = [
         "4.17",
         "each group's keys and values written just before its own attention",
         """
-        def attend(layer, q, k, v):
+        def attend(layer, q, k, v, window=None):
             mixed = torch.empty_like(q)
             for group in groups:
                 rows = group.rows.flatten()
                 self.write(layer, metadata.slot_mapping[rows], k[rows], v[rows])
-                mixed[group.rows] = self.group_attention(layer, q[group.rows], group)
+                mixed[group.rows] = self.group_attention(layer, q[group.rows], group, window)
             return mixed
 
         return attend
@@ -946,9 +946,9 @@ ANSWERS = [
         "attention first, writing afterwards",
         "self.write(layer, metadata.slot_mapping, k, v)\n            mixed = torch.empty_like(q)\n"
         "            for group in groups:\n"
-        "                mixed[group.rows] = self.group_attention(layer, q[group.rows], group)\n",
+        "                mixed[group.rows] = self.group_attention(layer, q[group.rows], group, window)\n",
         "mixed = torch.empty_like(q)\n            for group in groups:\n"
-        "                mixed[group.rows] = self.group_attention(layer, q[group.rows], group)\n"
+        "                mixed[group.rows] = self.group_attention(layer, q[group.rows], group, window)\n"
         "            self.write(layer, metadata.slot_mapping, k, v)\n",
     ),
     wrong(
@@ -983,11 +983,11 @@ ANSWERS = [
         """
         self.groups = getattr(self, "groups", groups)
 
-        def attend(layer, q, k, v):
+        def attend(layer, q, k, v, window=None):
             self.write(layer, metadata.slot_mapping, k, v)
             mixed = torch.empty_like(q)
             for group in self.groups:
-                mixed[group.rows % len(q)] = self.group_attention(layer, q[group.rows % len(q)], group)
+                mixed[group.rows % len(q)] = self.group_attention(layer, q[group.rows % len(q)], group, window)
             return mixed
 
         return attend
@@ -999,9 +999,9 @@ ANSWERS = [
         """
         order = torch.cat([group.rows.flatten() for group in groups])
 
-        def answer(layer, q, k, v):
+        def answer(layer, q, k, v, window=None):
             self.write(layer, metadata.slot_mapping, k, v)
-            parts = [self.group_attention(layer, q[group.rows], group).flatten(0, 1) for group in groups]
+            parts = [self.group_attention(layer, q[group.rows], group, window).flatten(0, 1) for group in groups]
             return torch.cat(parts)[order.argsort()]
 
         return answer

@@ -1,0 +1,141 @@
+"""The engine with sliding windows: the tokens of lesson 2's loop, whatever is batched, freed, found or preempted.
+
+The model is `tales` with a window, which no one trained: what counts is that all ways to compute it agree.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.authoring.soak.invariants import check_books
+from common.checkpoints import MODELS
+from solutions import kv_cache, paged_attention
+from solutions.engine import InferenceEngine
+from solutions.llama_pytorch import SamplingParams, generate, load
+
+PROMPTS = [
+    "Once upon a time there was a small brown mouse who lived in a big old house near the sea.",
+    "Once upon a time there was a small brown mouse who lived in a big old tree and liked to sing all day long.",
+    "One day, Lily found a key.",
+]
+PARAMS = SamplingParams(max_tokens=24, ignore_eos=True)
+WINDOWS = {
+    "mistral": {"model_type": "mistral", "sliding_window": 12},
+    "qwen2, some layers": {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=WINDOWS)
+def folder(request, tmp_path_factory) -> Path:
+    """`tales`, as a model with windows."""
+    folder = tmp_path_factory.mktemp("windows") / "model"
+    shutil.copytree(MODELS / "tales", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **WINDOWS[request.param]}))
+    if WINDOWS[request.param]["model_type"] == "qwen2":
+        add_biases(folder, config)
+    return folder
+
+
+def add_biases(folder: Path, config: dict) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(tensors):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            tensors[name.replace("weight", "bias")] = torch.zeros(len(tensors[name]))
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> list[list[int]]:
+    model, tokenizer = load(str(folder), dtype=torch.float64, device="cpu")
+    return [generate(model, tokenizer, tokenizer.encode(prompt), PARAMS).token_ids for prompt in PROMPTS]
+
+
+def test_the_window_matters_and_is_transformers(folder, expected):
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = load("tales", dtype=torch.float64, device="cpu")
+    whole = [generate(model, tokenizer, tokenizer.encode(prompt), PARAMS).token_ids for prompt in PROMPTS]
+    assert any(one != other for one, other in zip(whole, expected)), "the window changes nothing: test something else"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for prompt, token_ids in zip(PROMPTS, expected):
+        prompt_token_ids = torch.tensor([tokenizer.encode(prompt)])
+        found = theirs.generate(prompt_token_ids, do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0)
+        assert found[0, prompt_token_ids.shape[1] :].tolist() == token_ids
+
+
+def test_one_sequence_with_a_cache(folder, expected):
+    model, tokenizer = load(str(folder), dtype=torch.float64, device="cpu")
+    cache = paged_attention.PagedKVCache(model, 32, 4)
+    window = 12 if None not in model.config.layer_windows else None
+    manager = paged_attention.KVCacheManager(32, 4, sliding_window=window)
+    for prompt, token_ids in zip(PROMPTS, expected):
+        prompt_token_ids = tokenizer.encode(prompt)
+        assert kv_cache.generate(model, tokenizer, prompt_token_ids, PARAMS).token_ids == token_ids
+        output = paged_attention.generate(model, tokenizer, prompt_token_ids, PARAMS, cache, manager)
+        assert output.token_ids == token_ids
+        assert manager.pool.num_free_blocks == 32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(block_size=4, max_num_batched_tokens=16, num_blocks=40),
+        dict(block_size=4, num_blocks=18, max_num_batched_tokens=24),
+        dict(block_size=4, num_blocks=18, preemption="swap"),
+        dict(block_size=4, enable_prefix_caching=False, speculative="ngram"),
+        dict(block_size=4, speculative="tales-draft"),
+        dict(kv_cache_policy="contiguous"),
+    ],
+    ids=str,
+)
+def test_the_engine_gives_the_same_tokens(folder, expected, options):
+    with InferenceEngine(str(folder), dtype="float64", max_model_len=96, **options) as engine:
+        for _ in range(2):  # the second time, beginnings are found
+            outputs = engine.generate(PROMPTS, PARAMS, progress=False)
+            assert [output.token_ids for output in outputs] == expected
+            check_books(engine)
+
+
+def test_blocks_are_freed_as_they_leave_the_window(folder, expected):
+    with InferenceEngine(str(folder), dtype="float64", max_model_len=96, block_size=4) as engine:
+        is_mistral = engine.config.sliding_window == 12
+        engine.add_request(PROMPTS[0], PARAMS)
+        held = []
+        while engine.scheduler.requests:
+            engine.step()
+            check_books(engine)
+            held.append(len(engine.manager.pool.blocks) - engine.manager.pool.num_free_blocks)
+        num_tokens = len(engine.tokenizer.encode(PROMPTS[0])) + 24
+        assert (held[-2] <= 12 // 4 + 2) if is_mistral else (held[-2] >= num_tokens // 4)
+
+
+def test_samples_and_a_long_prompt(folder):
+    """Siblings find their parent's blocks dropped, and compute the prompt themselves."""
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=3, n=3, ignore_eos=True)
+    with InferenceEngine(str(folder), dtype="float64", max_model_len=160, block_size=4, max_num_seqs=2) as engine:
+        together = engine.generate([" ".join(PROMPTS[:2])], params, progress=False)[0]
+        check_books(engine)
+    model, tokenizer = load(str(folder), dtype=torch.float64, device="cpu")
+    prompt = tokenizer.encode(" ".join(PROMPTS[:2]))
+    alone = [generate(model, tokenizer, prompt, child).token_ids for child in params.children()]
+    assert [sample.token_ids for sample in [together, *together.siblings]] == alone
+
+
+@pytest.mark.slow
+def test_ranks_and_eight_bits(folder, expected):
+    options = dict(dtype="float64", max_model_len=96, block_size=4)
+    with InferenceEngine(str(folder), tensor_parallel=2, pipeline_parallel=2, **options) as engine:
+        assert [output.token_ids for output in engine.generate(PROMPTS, PARAMS, progress=False)] == expected
+    with InferenceEngine(str(folder), kv_cache_dtype="int8", **options) as engine:
+        first = [output.token_ids for output in engine.generate(PROMPTS, PARAMS, progress=False)]
+        assert [output.token_ids for output in engine.generate(PROMPTS[::-1], PARAMS, progress=False)] == first[::-1]
