@@ -81,7 +81,8 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
     """
     checkpoint = Checkpoint(find_checkpoint(config.model))
     model_config, draft_config = read_config(checkpoint), None
-    tokenizer = llama_pytorch.matching_tokenizer(checkpoint, model_config)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    llama_pytorch.check_tokenizer(tokenizer, checkpoint, model_config)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     config = replace(config, model=str(checkpoint.folder), device=device, dtype=dtype)

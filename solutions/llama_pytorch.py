@@ -407,15 +407,13 @@ def use_kernels(model: Llama) -> None:
         kernels.pack(model, linear=Linear, attention=Attention, mlp=MLP, norm=RMSNorm)
 
 
-def matching_tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> Tokenizer:
-    """Load a checkpoint's tokenizer. Raises CheckpointError if it has ids for which the embedding has no row."""
-    tokenizer = load_tokenizer(checkpoint.folder)
+def check_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise CheckpointError if the tokenizer of a checkpoint has ids for which the embedding has no row."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens and the embedding "
             f"{config.vocab_size} rows; they are not of one model."
         )
-    return tokenizer
 
 
 def load(name: str, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[Llama, Tokenizer]:
@@ -428,7 +426,8 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     checkpoint = Checkpoint(find_checkpoint(name))
     config = parse_config(checkpoint.config)
-    tokenizer = matching_tokenizer(checkpoint, config)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    check_tokenizer(tokenizer, checkpoint, config)
     with torch.device("meta"):  # shapes without memory: each tensor is allocated when it is read, once
         model = Llama(config).to(dtype)
     load_weights(model, checkpoint)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -102,9 +101,7 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
     def why_caught(subject: Subject, check: Callable, limit: float) -> str | None:
         try:
             signal.setitimer(signal.ITIMER_PROF, limit)
-            module = subject.untouched()
-            sys.modules[module.__name__] = module  # pickle looks for the mutant's classes there
-            failure = subject.attempt(check, lambda: module)
+            failure = subject.attempt(check, subject.untouched)
         except BaseException as error:
             return f"{type(error).__name__} when imported"
         finally:

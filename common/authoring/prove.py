@@ -46,10 +46,24 @@ class ProvingGrader(Grader):
         self.num_checks[exercise_id] = self.num_checks.get(exercise_id, 0) + 1
         for answer, of_answer in self.subjects.items():
             if answer.exercise == exercise_id or (answer.is_right and exercise_id == TOGETHER):
-                failure = of_answer.judge(exercise_id, check)
+                failure = self.judge_answer(of_answer, answer, exercise_id, check)
                 if failure is not None:
                     self.failures[answer].append(failure)
         return super().judge(subject, exercise_id, check)
+
+    def judge_answer(self, subject: Subject, answer: Answer, exercise_id: str, check: Callable) -> Failure | None:
+        """As a student's is judged. But a wrong one has no second chance in the untouched module: beside it there is
+        the reference here too.
+        """
+        if answer.is_right:
+            return subject.judge(exercise_id, check)
+        failure = subject.attempt(check, lambda: subject.module(exercise_id), exercise_id)
+        subject.note(exercise_id, check, failure)
+        return failure
+
+    def outcome(self, lesson: Lesson, answer: Answer, check: Callable) -> Failure | None:
+        """How an answer has fared in a check, without another run."""
+        return dict(self.subjects[answer].judged[answer.exercise])[check]
 
 
 def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
@@ -67,7 +81,7 @@ def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
             )
     for answer, failures in grader.failures.items():
         name = describe(answer, lesson)
-        mistake = None if answer.is_right else grader.subjects[answer].mistake(answer.exercise)
+        mistake = None if answer.is_right else grader.subjects[answer].mistake(answer.exercise, grader.outcome)
         crashes = [failure for failure in failures if not failure.what]
         if answer.is_right:
             found.extend(f"{name} fails: {failure.sentence}" for failure in failures)

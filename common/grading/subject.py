@@ -49,7 +49,7 @@ class Subject:
         self.todo = set(unfinished(self.source))
         self.judged: dict[str, list[tuple[Check, Failure | None]]] = {}  # by exercise: its checks so far
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  a subject lives as long as its grading
+    @functools.lru_cache(maxsize=64)  # noqa: B019  for all subjects: to prove a check, many answers face it in turn
     def module(self, exercise_id: str) -> ModuleType:
         """The reference with this exercise's function by the student; where it is withheld, all is the student's."""
         function = self.exercises[exercise_id].function
@@ -65,7 +65,7 @@ class Subject:
             function,
         )
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019
+    @functools.lru_cache(maxsize=64)  # noqa: B019
     def untouched(self) -> ModuleType:
         """The student's own module, whole."""
         return isolate.whole(f"graded_{self.lesson.slug}_whole", self.source, self.file)
@@ -89,18 +89,24 @@ class Subject:
             return self.in_company(exercise_id, check, failure)
         if failure is not None and self.attempt(check, self.untouched, exercise_id) is None:
             failure = None
-        self.judged.setdefault(exercise_id, []).append((check, failure))
+        self.note(exercise_id, check, failure)
         return failure
+
+    def note(self, exercise_id: str, check: Check, failure: Failure | None) -> None:
+        """Remember a check's verdict, to find out which mistake it was."""
+        self.judged.setdefault(exercise_id, []).append((check, failure))
 
     def attempt(self, check: Check, build: Callable[[], ModuleType], exercise_id: str = "") -> Failure | None:
         """Run the check once. Whatever the student's code raises is their failure, never the grader's."""
         function = self.exercises[exercise_id].function if exercise_id else ""
         try:
+            module = build()
+            sys.modules[module.__name__] = module  # where pickle looks for its classes
             if exercise_id and not self.lesson.is_withheld:
-                run_check(self.lesson, exercise_id, check, build())
+                run_check(self.lesson, exercise_id, check, module)
             else:
                 torch.manual_seed(0)
-                check(build())
+                check(module)
         except CheckFailed as failed:
             return Failure(failed.sentence, trace(failed), failed.what, failed.actual)
         except KeyboardInterrupt:
@@ -131,11 +137,15 @@ class Subject:
         through = [each.id for each in self.exercises.values() if lines.get(each.function) in begun]
         return replace(failure, through=tuple(id for id in through if id != exercise_id))
 
-    def mistake(self, exercise_id: str) -> str | None:
+    def mistake(
+        self, exercise_id: str, outcome: Callable[[Lesson, Answer, Check], Failure | None] | None = None
+    ) -> str | None:
         """The name of the known mistake that gives what this answer gave in every check so far, if exactly one does.
 
-        Only a value tells mistakes apart: NaN, an empty list or an exception may have any cause.
+        Only a value tells mistakes apart: NaN, an empty list or an exception may have any cause. outcome: says how an
+        answer of the catalogue fares in a check; by default the check is run.
         """
+        outcome = outcome or outcome_of
         judged = self.judged.get(exercise_id, [])
         telling = [each for each in judged if each[1] is not None and is_telling(each[1].actual)]
         if not telling or self.lesson.is_withheld:
@@ -198,28 +208,24 @@ def run_check(lesson: Lesson, exercise_id: str, check: Check, module: ModuleType
             raise CheckFailed(f"{what}, which belongs to the caller: work on a copy.", what, value)
 
 
-@functools.lru_cache(maxsize=2048)  # when the catalogue is proved, many answers face the same checks
-def outcome(lesson: Lesson, answer: Answer, check: Check) -> Exception | None:
-    """What a check says to an answer of the catalogue: CheckFailed, another exception, or None if it passes."""
-    try:
-        run_check(lesson, answer.exercise, check, variant(lesson, answer))
-    except Exception as error:
-        return error.with_traceback(None)
-    return None
+def outcome_of(lesson: Lesson, answer: Answer, check: Check) -> Failure | None:
+    """How an answer of the catalogue fares in a check, in the reference."""
+    known = variant(lesson, answer)
+    return known.attempt(check, known.untouched, answer.exercise)
 
 
-def agrees(known: Exception | None, failure: Failure | None) -> bool:
+def agrees(known: Failure | None, failure: Failure | None) -> bool:
     """Whether an answer of the catalogue fared in a check as the student's did."""
     if known is None or failure is None:
         return known is failure
     if not is_telling(failure.actual):
         return True  # both failed
-    return isinstance(known, CheckFailed) and known.what == failure.what and same(known.actual, failure.actual)
+    return known.what == failure.what and same(known.actual, failure.actual)
 
 
 @functools.lru_cache(maxsize=64)
-def variant(lesson: Lesson, answer: Answer) -> ModuleType:
+def variant(lesson: Lesson, answer: Answer) -> Subject:
     """The reference with one answer of the catalogue in it."""
     exercise = {each.id: each for each in exercises_of(lesson)}[answer.exercise]
     source = apply(answer, lesson.solution.read_text(encoding="utf-8"), exercise)
-    return isolate.whole(f"answer_{lesson.slug}", source, lesson.solution)
+    return Subject(lesson, lesson.solution, source)

