@@ -360,10 +360,16 @@ class Engine:
             request.cache_salt = cache_salt
             requests.append(request)
         self.num_arrivals += 1
-        outputs = [self.processor.add(request) for request in requests]
-        outputs[0].siblings = outputs[1:]
-        for request in requests:
-            self.scheduler.add(request)
+        try:
+            outputs = [self.processor.add(request) for request in requests]
+            outputs[0].siblings = outputs[1:]
+            for request in requests:
+                self.scheduler.add(request)
+        except BaseException:  # Ctrl-C, when some of them are known
+            for request in requests:
+                self.processor.states.pop(request.request_id, None)
+            self.start_over()
+            raise
         return request_id
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -401,10 +407,14 @@ class Engine:
         try:
             return self.run_step()
         except BaseException:
-            self.scheduler.finished_ids += [request_id for plan in self.in_flight for request_id in plan.finished_ids]
-            self.in_flight.clear()
-            self.scheduler.start_over(self.processor.rewind())
+            self.start_over()
             raise
+
+    def start_over(self) -> None:
+        """Return to what the outputs say, and let all unfinished requests begin again from their tokens."""
+        self.scheduler.finished_ids += [request_id for plan in self.in_flight for request_id in plan.finished_ids]
+        self.in_flight.clear()
+        self.scheduler.start_over(self.processor.rewind())
 
     def run_step(self) -> list[RequestOutput]:
         """Submit steps until `depth` of them are in flight, then collect the oldest. Returns the outputs of its
@@ -463,6 +473,7 @@ class Engine:
         if len(params) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts and {len(params)} SamplingParams.")
         outputs: list[RequestOutput] = []
+        others = set(self.processor.states)
         try:
             for number, (prompt, own_params) in enumerate(zip(prompts, params)):
                 try:
@@ -474,17 +485,17 @@ class Engine:
                     update(num_done, f"{self.totals.tokens_per_second:.0f} tokens/s")
                     self.step()
         finally:
-            for output in outputs:
-                if not output.is_finished:
-                    self.abort(output.request_id)
+            for request_id in self.processor.states.keys() - others:
+                self.abort(request_id)
         return outputs
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the answer's text piece by piece. Closing the iterator aborts the request; other requests go on."""
         if params is not None and params.n != 1:
             raise ValueError(f"SamplingParams: n is {params.n}; a stream is one answer.")
-        output, num_shown = self.output(self.add_request(prompt, params)), 0
+        request_id, output, num_shown = self.choose_id(), None, 0
         try:
+            output = self.output(self.add_request(prompt, params, request_id))
             while True:
                 if len(output.text) > num_shown:  # other calls of `step` may have brought it, too
                     piece, num_shown = output.text[num_shown:], len(output.text)
@@ -496,8 +507,8 @@ class Engine:
             if output.error:
                 raise RuntimeError(f"{output.request_id} failed: {output.error}")
         finally:
-            if not output.is_finished:
-                self.abort(output.request_id)
+            if output is None or not output.is_finished:
+                self.abort(request_id)
 
 
 def local_engine(model: Llama, tokenizer: Tokenizer, /, **options) -> Engine:

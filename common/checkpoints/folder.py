@@ -148,7 +148,7 @@ class Checkpoint:
             # A stranger wrote this index. A file of another folder is none of its business.
             if not isinstance(file, str) or not re.fullmatch(r"[^/\\:]+\.safetensors", file):
                 raise CheckpointError(
-                    f"{index}: tensor {name!r} is said to be in {file!r}; that must be the plain name of a "
+                    f"{index}: tensor {name!r} is said to be in {file!r:.80}; that must be the plain name of a "
                     ".safetensors file in the same folder."
                 )
             files[name] = self.folder / file

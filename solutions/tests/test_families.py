@@ -1,6 +1,6 @@
-"""The engine with sliding windows: the tokens of lesson 2's loop, whatever is batched, freed, found or preempted.
+"""The engine with windows and scaled rotary embeddings: the tokens of lesson 2's loop, whatever is batched or freed.
 
-The model is `tales` with a window, which no one trained: what counts is that all ways to compute it agree.
+The model is `tales` with a window or a scaling, which no one trained: what counts is that all ways to compute it agree.
 """
 
 from __future__ import annotations
@@ -139,3 +139,34 @@ def test_ranks_and_eight_bits(folder, expected):
     with InferenceEngine(str(folder), kv_cache_dtype="int8", **options) as engine:
         first = [output.token_ids for output in engine.generate(PROMPTS, PARAMS, progress=False)]
         assert [output.token_ids for output in engine.generate(PROMPTS[::-1], PARAMS, progress=False)] == first[::-1]
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope"])
+def test_scaled_rotary_embeddings(kind, tmp_path):
+    """In the engine, as in vLLM, the frequencies are those of the longest text that it accepts."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODELS / "tales", folder)
+    config = json.loads((folder / "config.json").read_text())
+    num_pairs = config["head_dim"] // 2
+    scaling = {"rope_type": kind, "factor": 2.0}
+    if kind in ("yarn", "longrope"):
+        scaling["original_max_position_embeddings"] = 32
+    if kind == "longrope":
+        scaling |= {"short_factor": [1.0] * num_pairs, "long_factor": [1 + i / 8 for i in range(num_pairs)]}
+    if kind == "dynamic":
+        config["max_position_embeddings"] = 32
+    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+    model, tokenizer = load(str(folder), dtype=torch.float64, device="cpu")
+    for max_model_len in (64, 32):  # beyond the original context of 32 tokens, and within it
+        model.max_length = max_model_len
+        params = SamplingParams(max_tokens=max_model_len - 24, ignore_eos=True)
+        prompts = [tokenizer.encode(prompt)[:20] for prompt in PROMPTS]
+        expected = [generate(model, tokenizer, prompt, params).token_ids for prompt in prompts]
+        options = dict(dtype="float64", max_model_len=max_model_len, block_size=4, max_num_batched_tokens=16)
+        with InferenceEngine(str(folder), **options) as engine:
+            outputs = engine.generate(prompts, params, progress=False)
+            assert [output.token_ids for output in outputs] == expected
+        if kind == "longrope" and max_model_len == 32:
+            model.max_length = None
+            for prompt, token_ids in zip(prompts, expected):  # within it, lesson 2's loop finds the same by itself
+                assert generate(model, tokenizer, prompt, params).token_ids == token_ids
