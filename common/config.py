@@ -47,11 +47,11 @@ class EngineConfig:
     # Lesson 4: the cache. Lesson 5: the scheduler.
     block_size: int = option(16, "tokens in a block of the cache", minimum=1, maximum=2**24)
     num_blocks: int | None = option(
-        None, "blocks in the cache; default: as many as kv_cache_memory holds", minimum=1, maximum=10**7
+        None, "blocks in the cache; default: as many as kv_cache_memory holds", minimum=1, maximum=10**6
     )
     kv_cache_memory: int = option(2**30, "bytes of cache, on each rank", minimum=1)
     num_host_blocks: int | None = option(
-        None, "blocks on the host for preemption by swap; default: as many as num_blocks", minimum=0, maximum=10**7
+        None, "blocks on the host for preemption by swap; default: as many as num_blocks", minimum=0, maximum=10**6
     )
     max_model_len: int | None = option(
         None, "tokens of a request, prompt and output together; default: the model's context", minimum=1

@@ -19,12 +19,16 @@ def stable_hash(*numbers: int) -> int:
 
 GREEDY = 1e-5
 """A lower temperature means 0: scores divided by it would leave the range of float32."""
+MAX_SAMPLES = 1024
+MAX_LOGPROBS = 1024
+"""Each token's are sorted and kept, and each sample is a request: more of either would hold up all requests."""
+MAX_STOP_TOKENS = 10_000
 MAX_STOP_CHARACTERS = 10_000
 """The most characters that the stop strings of a request have together: every token is compared with all of them."""
 
 
 def refuse(name: str, rule: str, value: object) -> None:
-    raise ValueError(f"SamplingParams: {name} must be {rule}; it is {value!r}.")
+    raise ValueError(f"SamplingParams: {name} must be {rule}; it is {format(repr(value), '.80')}.")
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,9 @@ class SamplingParams:
         values = {f.name: f.default if (v := getattr(self, f.name)) is None else v for f in fields(self)}
         limits = {  # kind of number, lowest, highest
             "temperature": (Real, 0, 1e6), "top_k": (Integral, 0, math.inf), "top_p": (Real, 1e-6, 1),
-            "min_p": (Real, 0, 1), "seed": (Integral, -(2**63), 2**63), "n": (Integral, 1, math.inf),
+            "min_p": (Real, 0, 1), "seed": (Integral, -(2**63), 2**63), "n": (Integral, 1, MAX_SAMPLES),
             "max_tokens": (Integral, 1, math.inf), "min_tokens": (Integral, 0, values["max_tokens"]),
-            "logprobs": (Integral, 0, math.inf), "prompt_logprobs": (Integral, 0, math.inf),
+            "logprobs": (Integral, 0, MAX_LOGPROBS), "prompt_logprobs": (Integral, 0, MAX_LOGPROBS),
             "repetition_penalty": (Real, 1e-3, 1e3),
             "presence_penalty": (Real, -1e3, 1e3), "frequency_penalty": (Real, -1e3, 1e3),
         }  # fmt: skip
@@ -77,6 +81,8 @@ class SamplingParams:
             refuse("stop", "one or several strings that are not empty", values["stop"])
         if (length := sum(map(len, values["stop"]))) > MAX_STOP_CHARACTERS:
             refuse("stop", f"at most {MAX_STOP_CHARACTERS} characters long in all", length)
+        if (length := len(values["stop_token_ids"])) > MAX_STOP_TOKENS:
+            refuse("stop_token_ids", f"at most {MAX_STOP_TOKENS} token ids", length)
         if not all(isinstance(token_id, Integral) and token_id >= 0 for token_id in values["stop_token_ids"]):
             refuse("stop_token_ids", "token ids", values["stop_token_ids"])
         if not all(map(callable, values["logits_processors"])):

@@ -20,7 +20,8 @@ def test_none_is_the_default():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 1.5), ("n", 0), ("n", True), ("top_k", 1.5), ("top_k", -1), ("top_p", 1e-46), ("top_p", 0),
+        ("n", 1.5), ("n", 10**9), ("logprobs", 10**6), ("prompt_logprobs", 10**6), ("stop_token_ids", range(10**5)),
+        ("stop", [5] * 1000), ("n", 0), ("n", True), ("top_k", 1.5), ("top_k", -1), ("top_p", 1e-46), ("top_p", 0),
         ("top_p", 1.1), ("min_p", -0.1), ("temperature", -1), ("temperature", math.inf), ("temperature", math.nan),
         ("temperature", "1"), ("seed", "a"), ("seed", 1.5), ("max_tokens", 0), ("max_tokens", 2.5),
         ("min_tokens", 129), ("min_tokens", -1), ("logprobs", -1), ("logprobs", 1.5), ("repetition_penalty", 1e39),

@@ -351,6 +351,7 @@ def test_streams_lose_nothing_when_others_step(model):
     "settings, says",
     [
         (dict(block_size=0), "block_size must be a whole number of at least 1; it is 0"),
+        (dict(num_blocks=10**12), "num_blocks must be a whole number of at most 1000000; it is 1000000000000"),
         (dict(scheduling_policy="random"), "scheduling_policy must be one of fcfs, priority, fair; it is 'random'"),
         (dict(preemption=None), "preemption must be one of recompute, swap; it is None"),
         (dict(max_model_len=129), "max_model_len is 129; the model's context is 128"),

@@ -205,7 +205,7 @@ export class Pane {
     try {
       if (this.problem) throw new Error(`Nothing was asked. ${this.problem}`);
       for await (const chunk of streamChat(body, { key: page.key(), signal: this.controller.signal })) {
-        const [choice] = chunk.choices;
+        const [choice] = chunk.choices ?? [];
         if (choice?.delta?.content) {
           message.content += choice.delta.content;
           message.seconds = elapsed();
