@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -100,8 +99,10 @@ def main(target: str, seed: int, first: int, step: int, megabytes: int) -> None:
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
     function(seed, -1)  # imports everything, makes the checkpoints' files
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _has_proc() else 0
-    if used:
+    if Path("/proc/self/statm").exists():
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
     number = first
     while True:
@@ -112,11 +113,11 @@ def main(target: str, seed: int, first: int, step: int, megabytes: int) -> None:
         number += step
 
 
-def _has_proc() -> bool:
-    return Path("/proc/self/statm").exists()
-
-
 def _peak_megabytes() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
