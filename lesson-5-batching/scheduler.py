@@ -256,7 +256,8 @@ class Scheduler:
         """Admit waiting requests in the policy's order, while there are tokens in the budget, fewer than `max_num_seqs`
         running requests, and blocks enough for the first: small requests after it would starve a large one.
         """
-        # TODO 5.7: ask `next_waiting` and `can_allocate`; `admit` schedules the request and returns its tokens.
+        # TODO 5.7: ask `next_waiting` and `can_allocate`; `admit` schedules the request, and returns how many
+        # tokens of the budget it takes.
         raise NotImplementedError("TODO 5.7")
 
     def next_waiting(self, plan: SchedulerOutput) -> Request | None:

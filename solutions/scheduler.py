@@ -279,7 +279,8 @@ class Scheduler:
         """Admit waiting requests in the policy's order, while there are tokens in the budget, fewer than `max_num_seqs`
         running requests, and blocks enough for the first: small requests after it would starve a large one.
         """
-        # Exercise 5.7: ask `next_waiting` and `can_allocate`; `admit` schedules the request and returns its tokens.
+        # Exercise 5.7: ask `next_waiting` and `can_allocate`; `admit` schedules the request, and returns how many
+        # tokens of the budget it takes.
         while budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.next_waiting(plan)
             if request is None or not self.can_allocate(request):

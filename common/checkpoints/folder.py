@@ -32,6 +32,9 @@ def read_json(path: Path) -> dict:
             json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise CheckpointError(f"{path}: a text in it has half of a character, {half}. Download it again.") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of 5,000 digits
         raise CheckpointError(f"{path}: not valid JSON ({error}). Download it again.") from error
     if not isinstance(value, dict):

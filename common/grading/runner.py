@@ -127,7 +127,10 @@ class Session:
                     fail(results[finished], "left the Python process hanging after its checks.")
                     return
                 seconds = self.worker.patience * self.checks[current][1]
-                fail(results[current], f"took longer than {seconds:g} s: an endless loop?")
+                fail(
+                    results[current],
+                    f"did not end within {seconds:g} s: an endless loop? If the machine is busy, try again.",
+                )
                 results[current].certain = False
                 yield current
                 return

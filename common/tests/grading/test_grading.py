@@ -204,7 +204,9 @@ def test_code_that_hangs_dies_or_cheats_fails_alone(tmp_path):
     results = graded(write_lesson(tmp_path, list(bodies)), bodies)
     found = statuses(results)
     assert found == {**dict.fromkeys(bodies, "wrong"), "innocent": "passed", "together": "waiting"}
-    assert results["looping"].sentence == "took longer than 1.5 s: an endless loop?"
+    assert (
+        results["looping"].sentence == "did not end within 1.5 s: an endless loop? If the machine is busy, try again."
+    )
     assert not results["looping"].certain
     assert "ended the Python process with exit code 0" in results["exiting"].sentence
     assert "SystemExit (a call of exit)" in results["leaving"].sentence
