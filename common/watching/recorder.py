@@ -31,7 +31,7 @@ lines before is left out, and state is written as differences, so a decoding req
 
 and in a plan or a result, as far as something has changed since the line before:
 
-    "tables"    block tables: [blocks that stay, new block, ...] by request
+    "tables"    block tables: [blocks that stay, new block, ...] by request; -1: a block that the window has passed
     "host"      host blocks of swapped requests: [block, ...] by request
     "blocks"    [block, reference count], or [block, reference count, hash or null], or the same and its parent's hash,
                 where that is not the hash of the block before it, in the table to which it was added last
@@ -309,9 +309,9 @@ class Recorder:
 
     def table_changes(self, line: dict[str, Any]) -> None:
         """Add the block tables, and the lists of host blocks, that have changed."""
-        number = self.number
+        number, dropped = self.number, getattr(self.manager, "dropped", None)
         tables = {
-            number[request_id]: [block.block_id for block in table]
+            number[request_id]: [-1 if block is dropped else block.block_id for block in table]
             for request_id, table in self.manager.block_tables.items()
             if request_id in number
         }

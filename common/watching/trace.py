@@ -153,7 +153,7 @@ class Replay:
         step.num_running = len(self.running)
         step.num_waiting = len(self.computed) - len(self.running)
         step.num_stored = sum(self.computed[k] for k in self.running)
-        held = {block for table in self.tables.values() for block in table}
+        held = {block for table in self.tables.values() for block in table} - {-1}
         step.lost = sum(count > 0 for count in self.counts) - len(held)
 
 

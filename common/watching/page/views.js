@@ -228,7 +228,7 @@ class Pool {
     }
     pen.fillStyle = colours.paper;
     for (const block of state.fresh) pen.fillRect((block % columns) * size + 2, Math.floor(block / columns) * size + 2, size / 5, size / 5);
-    for (const block of state.tables.get(chosen) ?? []) this.frame(pen, block, colours.choice);
+    for (const block of (state.tables.get(chosen) ?? []).filter((each) => each >= 0)) this.frame(pen, block, colours.choice);
     this.frame(pen, this.block, colours.ink);
     this.summary(state);
   }
