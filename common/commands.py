@@ -58,7 +58,7 @@ GROUPS = {
         Command(
             "mutate-lesson", "N", "authoring.mutate:mutate_lesson", "try its checks on small changes of the answers"
         ),
-        Command("mutate", "", "authoring.mutate:mutate_all", "the same for every lesson; takes most of an hour"),
+        Command("mutate", "", "authoring.mutate:mutate_all", "the same for every lesson; takes some minutes"),
         Command("notebooks", "", "authoring.notebooks:notebooks_command", "run every notebook and save its outputs"),
         Command("test-notebooks", "", "authoring.notebooks:test_notebooks", "run every notebook, compare the outputs"),
         Command("figures", "", "bench.plots:figures", "draw the READMEs' figures"),

@@ -140,6 +140,10 @@ class TestParseConfig:
             for name, value in zip(("qkv_bias", "o_bias", "mlp_bias"), expected):
                 equal(getattr(parsed, name), value, f"{name} of {case}")
 
+    def test_windows(self, code):
+        config = code.parse_config({**LLAMA_3_8B, "model_type": "mistral", "sliding_window": 4096})
+        equal(config.layer_windows, (4096,) * 32, "layer_windows of a Mistral of 32 layers with sliding_window 4096")
+
     def test_qk_norm(self, code):
         norms = [code.parse_config(config).qk_norm for config in (LLAMA_2_7B, LLAMA_3_8B, QWEN_2_5, QWEN_3)]
         equal(norms, [False, False, False, True], "qk_norm of Llama 2, Llama 3, Qwen2.5 and Qwen3")

@@ -1290,6 +1290,15 @@ class TestAttend:
             what = f"attend for tokens {start} to {end}, whose metadata is another than that of the call before"
             close(attend(1, q[start:end], k[start:end], v[start:end]), expected, what, rtol=1e-4, atol=1e-5)
 
+    def test_a_window(self, code):
+        cache, (k, v), q = small_cache(code, num_blocks=9), self.history(5, 1), noise(5, 4, 4, seed=9)
+        seen = [range(max(0, t - 1), t + 1) for t in range(5)]
+        expected = torch.stack([naive_attention(q[t], k[s], v[s], len(s) - 1) for t, s in enumerate(seen)])
+        got = cache.attend(self.metadata(code, 3, [([4, 2], 5, 5)]))(1, q, k, v, 2)
+        close(
+            got, expected, "attend(layer, q, k, v, window=2): a token reads itself and one before", rtol=1e-4, atol=1e-5
+        )
+
     def test_16_bits(self, code):
         cache, (k, v) = small_cache(code, num_blocks=9, dtype=torch.bfloat16), self.history(4, 1)
         q, k, v = noise(4, 4, 4, seed=9).bfloat16(), k.bfloat16(), v.bfloat16()

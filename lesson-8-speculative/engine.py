@@ -65,11 +65,11 @@ def largest_rank_share(config: EngineConfig, model_config: ModelConfig) -> float
 def slot_bytes(config: EngineConfig, model_config: ModelConfig, draft_config: ModelConfig | None) -> int:
     """Returns the bytes of one token's keys and values, on the rank that holds the largest part.
 
-    In eight bits each head has head_dim bytes and one scale in `config.dtype`. Ranks share the target's keys and
-    values. A draft's come on top: its model is whole on one rank, and its cache is in `config.dtype`.
+    In eight bits each head has head_dim bytes and one scale in `config.dtype`, instead of head_dim numbers. Ranks share
+    the target's keys and values. A draft's come on top: it is whole on one rank, and its cache is in `config.dtype`.
     """
     share = largest_rank_share(config, model_config)
-    # TODO 8.10: scale the `cache_bytes` of one token of the target by both factors; add those of the draft.
+    # TODO 8.10: round the target's `cache_bytes` of one token, times both factors; add the draft's, unscaled.
     raise NotImplementedError("TODO 8.10")
 
 
@@ -146,8 +146,8 @@ def make_cache(config: EngineConfig, model: Llama, layers: range, kv_cache_dtype
 def build_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
     """Make what computes one rank's part of each step.
 
-    Draft tokens are proposed and verified on the rank that samples, and only there a draft model is loaded, with the
-    target's dtype and with blocks of its own, never in eight bits. All other runners are lesson 5's.
+    Draft tokens are proposed and verified on the rank that samples, and only there a draft model is loaded. Its
+    weights are in the target's dtype and never quantized; its cache is its own and never INT8. Other ranks need none.
     """
     # TODO 8.11: `make_cache`; return a `ModelRunner` where nothing is proposed; make the proposer (`load_model`
     # if there is a draft); then the runner around it all. `config.num_speculative_tokens` is 8 if it is None.

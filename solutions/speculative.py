@@ -87,7 +87,8 @@ class Lookahead:
         """Returns the logits (V,) after this text, which is one token longer than before, if they were computed.
 
         They were if the new token equals its draft token. Otherwise returns None and removes the rejected draft tokens:
-        the cache then holds the text without its new token. At first the text is the prompt, and the cache is empty.
+        the cache then holds the text without its new token. In the first call the text is the prompt and the cache is
+        empty: there is nothing to remove. Nor is there if all draft tokens were accepted.
         """
         # Exercise 8.3: compare the text with the cached tokens; truncate `cached_token_ids` and the cache alike.
         if self.cached_token_ids[: len(token_ids)] == list(token_ids):

@@ -4,6 +4,7 @@ from common.course.catalogue import equivalent, right, wrong, wrong_body
 
 ANSWERS = [
     # --------------------------------------------------------------------------------------------- 2.1 parse_config
+    wrong("2.1", "windows left out", "        layer_windows=given.layer_windows,\n", ""),
     wrong(
         "2.1",
         "head_dim taken as hidden_size / num_attention_heads even where the file gives it",

@@ -969,6 +969,7 @@ ANSWERS = [
         "mixed = torch.empty_like(q)",
         "mixed = q",
     ),
+    wrong("4.17", "the window not handed on", "q[group.rows], group, window)", "q[group.rows], group)"),
     wrong("4.17", "keys and values exchanged", "metadata.slot_mapping, k, v)", "metadata.slot_mapping, v, k)"),
     wrong(
         "4.17",
