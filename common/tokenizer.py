@@ -35,10 +35,9 @@ from common.chat_templates import (
     render_chat,
 )
 from common.checkpoints import CheckpointError, read_json
-from common.checkpoints.schema import SpecialIds, check, refusal
+from common.checkpoints.folder import LARGEST_JSON
+from common.checkpoints.schema import LARGEST_ID, SpecialIds, check, refusal
 from common.checkpoints.vocabulary import (
-    LARGEST,
-    LARGEST_ID,
     AddedToken,
     SideFiles,
     TokenizerFile,
@@ -378,7 +377,7 @@ def _refuse_surrogates(text: str) -> None:
 
 
 def _check_size(path: Path) -> None:
-    if path.stat().st_size > LARGEST:
+    if path.stat().st_size > LARGEST_JSON:
         raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes; no vocabulary is so large.")
 
 

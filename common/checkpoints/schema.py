@@ -20,9 +20,9 @@ from common.checkpoints.folder import CheckpointError
 Size = Annotated[int, Meta(ge=1, le=2**24)]
 Count = Annotated[int, Meta(ge=1, le=2**16)]
 Layers = Annotated[int, Meta(ge=1, le=4096)]
-Index = Annotated[int, Meta(ge=0, le=4096)]
 Context = Annotated[int, Meta(ge=1, le=2**31)]
-TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
+LARGEST_ID = 2**24
+TokenId = Annotated[int, Meta(ge=0, lt=LARGEST_ID)]
 Positive = Annotated[float, Meta(gt=0, le=1e12)]
 Factor = Annotated[float, Meta(ge=1, le=1e6)]
 Scale = Annotated[float, Meta(ge=0, le=1e6)]

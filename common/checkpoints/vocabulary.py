@@ -16,12 +16,8 @@ from msgspec import Meta, Struct
 
 from common.checkpoints.folder import CheckpointError, read_json
 from common.checkpoints.gguf_vocabulary import NORMAL, UNUSED, byte_level_tokenizer
-from common.checkpoints.schema import check, refusal
+from common.checkpoints.schema import LARGEST_ID, TokenId, check, refusal
 
-LARGEST = 256 << 20  # bytes of a file with a vocabulary; those of real models have up to 35 MB
-LARGEST_ID = 2**24
-
-TokenId = Annotated[int, Meta(ge=0, lt=LARGEST_ID)]
 Text = Annotated[str, Meta(min_length=1)]
 
 
@@ -136,20 +132,22 @@ def _described(value: object, file: Path, key: str) -> dict[str, Any]:
 
 
 def _token(value: Mapping, file: Path, key: str) -> AddedToken:
-    token = check(AddedToken, value, f"{file}: {key}")
-    try:
-        token.content.encode()
-    except UnicodeEncodeError:
-        raise refusal(file, key, token.content, "half of a character was not expected") from None
-    return token
+    return check(AddedToken, value, f"{file}: {key}")
+
+
+def _read_ids(file: Path) -> dict[str, int]:
+    """A JSON file of tokens and their ids."""
+    ids = read_json(file)
+    for token, token_id in ids.items():
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < LARGEST_ID:
+            raise refusal(file, token, token_id, "a token id was expected")
+    return ids
 
 
 def _added_tokens(folder: Path, settings: TokenizerSettings, special: set[str]) -> dict[int, AddedToken]:
     file, older = folder / "tokenizer_config.json", folder / "added_tokens.json"
     added: dict[int, AddedToken] = {}
-    for content, token_id in read_settings(older).items():
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < LARGEST_ID:
-            raise refusal(older, content, token_id, "a token id was expected")
+    for content, token_id in (_read_ids(older) if older.is_file() else {}).items():
         added[token_id] = _token({"content": content, "special": content in special}, older, str(token_id))
     for key, value in (settings.added_tokens_decoder or {}).items():
         name = f"added_tokens_decoder.{key}"
@@ -194,10 +192,7 @@ def vocabulary_from_merges(folder: Path, side: SideFiles):
             folder / "tokenizer_config.json", "tokenizer_class", name,
             f"beside vocab.json and merges.txt it has to be one of {', '.join(RULES)}; take a tokenizer.json instead",
         )  # fmt: skip
-    vocabulary = read_json(file)
-    for token, token_id in vocabulary.items():
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < LARGEST_ID:
-            raise refusal(file, token, token_id, "a token id was expected")
+    vocabulary = _read_ids(file)
     tokens = [f"unused {token_id}" for token_id in range(1 + max(vocabulary.values(), default=-1))]
     kinds = [UNUSED] * len(tokens)
     for token, token_id in vocabulary.items():

@@ -6,29 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from common.tests.browser import PHONE, WIDE, chromium, expect  # noqa: F401  (the fixture `browser`)
 from common.tests.watching.test_watching import ask, run, tiny_engine
 from common.watching import read_trace, recording, totals
 from common.watching.page import make_page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra dev")
-expect = playwright.expect
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not CHROMIUM.exists(), reason="the page is tested in Chromium, which apt-get install chromium brings"
-    ),
-]
-PHONE, WIDE = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[f"--{each}" for each in ARGUMENTS])
-        yield browser
-        browser.close()
+pytestmark = pytest.mark.slow
 
 
 def record(file: Path, spoil=None, **options):
