@@ -217,25 +217,27 @@ class TestJoin:
         equal(
             self.joined(code, {"a": 50.0, "late": 70.0}, "late", {"a"})["late"],
             70.0,
-            "what late was served (70) after joining a (50): it is not lowered",
+            "served['late'], which was 70 when a had 50, and must not be lowered,",
         )
 
     def test_idle_tenants_do_not_count(self, code):
         equal(
             self.joined(code, {"a": 50.0, "idle": 3.0, "late": 1.0}, "late", {"a"})["late"],
             50.0,
-            "late (1) joins a (50); idle (3) has no requests",
+            "served['late'], which was 1 when a had 50, and idle, which has no requests, 3,",
         )
 
     def test_no_tenant_or_itself_active(self, code):
         equal(
-            self.joined(code, {"a": 50.0}, "new", set()), {"a": 50.0, "new": 0.0}, "a new tenant, while none is active"
+            self.joined(code, {"a": 50.0}, "new", set()),
+            {"a": 50.0, "new": 0.0},
+            "served, after a new tenant came while none was active,",
         )
-        equal(self.joined(code, {"a": 9.0}, "a", set()), {"a": 9.0}, "a comes back, while none is active")
+        equal(self.joined(code, {"a": 9.0}, "a", set()), {"a": 9.0}, "served, after a came back while none was active,")
         equal(
             self.joined(code, {"a": 9.0, "b": 20.0}, "a", {"a", "b"}),
             {"a": 9.0, "b": 20.0},
-            "one more request of a (9), which is active, as is b (20)",
+            "served, after one more request of a (9), which is active, as is b (20),",
         )
 
 

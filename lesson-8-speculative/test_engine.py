@@ -201,6 +201,13 @@ class TestBuildRunner:
         weight = self.speculative(code, runner, "DraftProposer").model.model.norm.weight
         equal(weight.device.type, "meta", 'the device of the draft, with device="meta",')
 
+    def test_the_draft_is_for_the_targets_texts(self, code):
+        """Some rotary embeddings depend on the longest text that may come."""
+        runner = self.build(code, speculative=draft_folder().name, max_model_len=20)
+        got = self.speculative(code, runner, "DraftProposer").model.max_length
+        sentence = f"The draft's max_length is {got}, with max_model_len=20; expected 20."
+        holds(got == 20, sentence, actual=str(got))
+
     def test_the_draft_is_whole(self, code):
         runner = self.build(code, speculative=draft_folder().name, tensor_parallel=2)
         rows = len(self.speculative(code, runner, "DraftProposer").model.lm_head.weight)

@@ -40,10 +40,10 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
 
 
-def check_draft(draft: Checkpoint, target: Checkpoint) -> None:
-    """Raise ValueError if a token id does not mean the same to both models."""
+def check_draft(draft: Checkpoint, target: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if a token id does not mean the same to both models. tokenizer: the target's."""
     sizes = [read_config(checkpoint).vocab_size for checkpoint in (draft, target)]
-    tokenizers = [load_tokenizer(checkpoint.folder) for checkpoint in (draft, target)]
+    tokenizers = (load_tokenizer(draft.folder), tokenizer)
     pieces = [[each.token_bytes(token_id) for token_id in range(each.vocab_size)] for each in tokenizers]
     if sizes[0] != sizes[1] or pieces[0] != pieces[1]:
         raise ValueError(
@@ -92,7 +92,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
     config = replace(config, model=str(checkpoint.folder), device=device, dtype=dtype)
     if config.draft is not None:
         draft = Checkpoint(find_checkpoint(config.draft))
-        check_draft(draft, checkpoint)
+        check_draft(draft, checkpoint, tokenizer)
         config, draft_config = replace(config, speculative=str(draft.folder)), read_config(draft)
     return config.resolve(model_config, slot_bytes(config, model_config, draft_config)), tokenizer
 
@@ -153,15 +153,16 @@ def build_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunn
     Draft tokens are proposed and verified on the rank that samples, and only there a draft model is loaded. Its
     weights are in the target's dtype and never quantized; its cache is its own and never INT8. Other ranks need none.
     """
-    # Exercise 8.11: `make_cache`; return a `ModelRunner` where nothing is proposed; make the proposer (`load_model`
-    # if there is a draft); then the runner around it all. `config.num_speculative_tokens` is 8 if it is None.
+    # Exercise 8.11: `make_cache`; return a `ModelRunner` where nothing is proposed; make the proposer (if there is a
+    # draft, `load_model` with the target's dtype, device and max_model_len); then the runner around it all.
+    # `config.num_speculative_tokens` is 8 if it is None.
     cache = make_cache(config, model, layers, config.kv_cache_dtype)
     if config.speculative is None or not is_sampling_rank(model, layers):
         return ModelRunner(model, cache)
     proposer = NgramProposer()
     if config.draft is not None:
-        draft, draft_layers, _ = load_model(EngineConfig(model=config.draft, dtype=config.dtype, device=config.device))
-        draft.max_length = config.max_model_len
+        same = {name: getattr(config, name) for name in ("dtype", "device", "max_model_len")}
+        draft, draft_layers, _ = load_model(EngineConfig(model=config.draft, **same))
         proposer = DraftProposer(draft, make_cache(config, draft, draft_layers))
     adaptive = AdaptiveSpeculation(config.num_speculative_tokens or 8, config.adaptive_speculation)
     return SpeculativeRunner(model, cache, proposer, adaptive)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,7 +114,8 @@ def elsewhere(call: Callable[[], Tensor], what: str, place: str) -> None:
 def check_type(actual: Any, expected: Any, what: str) -> None:
     """Refuse None, and a value of another kind than expected."""
     if actual is None and expected is not None:
-        raise CheckFailed(f"{what} is None: is a `return` missing?", what, actual)
+        missing = "a `return`" if re.match(r"[\w.]+\(", what) else "a `return` or an assignment"
+        raise CheckFailed(f"{what} is None: is {missing} missing?", what, actual)
     kinds = {
         Tensor: "a tensor",
         bool: "True or False",

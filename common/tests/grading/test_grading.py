@@ -96,6 +96,14 @@ def test_each_kind_of_mistake_gets_its_sentence(tmp_path):
     assert results["together"].status == "waiting"
 
 
+def test_an_attribute_that_is_none_may_lack_an_assignment():
+    """A call's None lacks a `return`; what is none of a call may be an attribute that was never set."""
+    with pytest.raises(
+        compare.CheckFailed, match="^status of a request is None: is a `return` or an assignment missing"
+    ):
+        compare.equal(None, 1, "status of a request")
+
+
 def test_known_mistake_is_named_only_when_one_explains_the_value(tmp_path):
     lesson = write_lesson(tmp_path, ["one", "two"])
     lesson.answers.write_text(

@@ -134,7 +134,7 @@ ANSWERS = [
         cache = make_cache(config, model, layers, config.kv_cache_dtype)
         proposer = NgramProposer()
         if config.draft is not None:
-            options = dict(dtype=config.dtype, device=config.device)
+            options = dict(dtype=config.dtype, device=config.device, max_model_len=config.max_model_len)
             draft, draft_layers, _ = load_model(EngineConfig(model=config.draft, **options))
             proposer = DraftProposer(draft, make_cache(config, draft, draft_layers))
         if config.speculative is None or not is_sampling_rank(model, layers):
@@ -147,21 +147,27 @@ ANSWERS = [
     wrong(
         "8.11",
         "the draft quantized as the target is",
-        "EngineConfig(model=config.draft, dtype=config.dtype, device=config.device)",
+        "EngineConfig(model=config.draft, **same)",
         "replace(config, model=config.draft)",
     ),
     wrong(
         "8.11",
         "the draft in the dtype that is chosen where none is given",
-        "EngineConfig(model=config.draft, dtype=config.dtype, device=config.device)",
-        "EngineConfig(model=config.draft, dtype=torch.float32, device=config.device)",
+        "EngineConfig(model=config.draft, **same)",
+        'EngineConfig(model=config.draft, **{**same, "dtype": torch.float32})',
         recognised=False,
     ),
     wrong(
         "8.11",
         "the draft on the device that is chosen where none is given",
-        "dtype=config.dtype, device=config.device",
-        "dtype=config.dtype",
+        '("dtype", "device", "max_model_len")',
+        '("dtype", "max_model_len")',
+    ),
+    wrong(
+        "8.11",
+        "the draft for texts of any length, not for the target's",
+        '("dtype", "device", "max_model_len")',
+        '("dtype", "device")',
     ),
     wrong(
         "8.11",
@@ -206,7 +212,7 @@ ANSWERS = [
                 proposer = NgramProposer()
             else:
                 options = EngineConfig(model=config.draft, device=config.device, dtype=config.dtype)
-                draft, own_layers, _ = load_model(options)
+                draft, own_layers, _ = load_model(replace(options, max_model_len=config.max_model_len))
                 proposer = DraftProposer(draft, make_cache(config, draft, own_layers))
             most = 8 if config.num_speculative_tokens is None else config.num_speculative_tokens
             runner = SpeculativeRunner(model, cache, proposer, AdaptiveSpeculation(most, config.adaptive_speculation))
