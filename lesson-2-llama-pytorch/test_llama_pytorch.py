@@ -141,8 +141,11 @@ class TestParseConfig:
                 equal(getattr(parsed, name), value, f"{name} of {case}")
 
     def test_windows(self, code):
-        config = code.parse_config({**LLAMA_3_8B, "model_type": "mistral", "sliding_window": 4096})
-        equal(config.layer_windows, (4096,) * 32, "layer_windows of a Mistral of 32 layers with sliding_window 4096")
+        mistral = {**LLAMA_3_8B, "model_type": "mistral", "num_hidden_layers": 3, "sliding_window": 4096}
+        windows = code.parse_config(mistral).layer_windows
+        case = "layer_windows of a Mistral of 3 layers with sliding_window 4096"
+        holds(windows != (), f"{case} is (): was given.layer_windows passed on?", actual="()")
+        equal(windows, (4096,) * 3, case)
 
     def test_qk_norm(self, code):
         norms = [code.parse_config(config).qk_norm for config in (LLAMA_2_7B, LLAMA_3_8B, QWEN_2_5, QWEN_3)]

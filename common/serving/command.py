@@ -10,7 +10,7 @@ import click
 
 from common.course import files_used, substitutes
 from common.options import engine_options, mine, number, option, threads
-from common.serving.start import OptionError, start_engine
+from common.start import OptionError, start_engine
 
 
 def is_loopback(host: str) -> bool:

@@ -21,7 +21,7 @@ from common.checkpoints import CheckpointError
 from common.course import CourseError, files_used
 from common.options import engine_options, mine, number, option, threads
 from common.sampling import SamplingParams
-from common.serving.start import OptionError, start_engine
+from common.start import OptionError, start_engine
 
 HELP = """\
 /reset         forget the conversation

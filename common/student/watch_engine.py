@@ -17,7 +17,7 @@ import click
 from common.course import files_used, substitutes
 from common.options import engine_options, mine, number, option, threads
 from common.sampling import SamplingParams
-from common.serving.start import OptionError, start_engine
+from common.start import OptionError, start_engine
 from common.student.chat import Conversation, Story, Talker, answer_with
 from common.student.serve import BEGINNINGS, QUESTIONS
 from common.watching.chrome import chrome_events
