@@ -64,7 +64,7 @@ def test_lesson(lesson_number: int, solution: bool, file: str | None, mine: str,
 
 
 def grade_optional(lesson: Lesson, file: Path, verbose: bool) -> None:
-    """One line for an optional module that nobody has begun, or what became of its exercises."""
+    """One line for an optional module that is not begun, or what became of its exercises."""
     ids = [each.id for each in exercises_of(lesson)]
     console.print(f"\n[bold]Optional: {lesson.title}[/]   {ids[0]} to {ids[-1]} in {shown(file)}")
     if not lesson.is_importable:
