@@ -21,6 +21,7 @@ from common.grading.runner import grade, grade_and_keep
 from common.options import exercise_id, lesson_number, mine, number, option
 from common.student import update
 from common.student.board import Standing, draw
+from common.student.watch_exercise import RECORDED
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -135,7 +136,8 @@ def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
     if verbose and result.traceback:
         tell(result.traceback.rstrip(), "dim")
     elif result.id != TOGETHER:
-        tell(f"{shown(file)}:{result.line}\nmake test-{result.id} VERBOSE=1   make hint-{result.id}", "dim")
+        watch = f"   make watch-{result.id}" if result.id in RECORDED and not lesson.is_withheld else ""
+        tell(f"{shown(file)}:{result.line}\nmake test-{result.id} VERBOSE=1   make hint-{result.id}{watch}", "dim")
 
 
 def tell(text: str, style: str = "") -> None:
