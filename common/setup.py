@@ -305,10 +305,11 @@ def enter(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`make setup`, or `python -m common setup EXTRA` for dev, book, lab, serve or hub."""
+    """`make setup`, or `python -m common setup EXTRA` for dev, book, lab, serve, triton or hub."""
     extra = argv[0] if argv else ""
-    if extra not in ("", "dev", "book", "lab", "serve", "hub"):
-        print(f"There is no extra {extra!r}: dev, book, lab, serve and hub are in pyproject.toml.", file=sys.stderr)
+    if extra not in ("", "dev", "book", "lab", "serve", "triton", "hub"):
+        names = "dev, book, lab, serve, triton and hub"
+        print(f"There is no extra {extra!r}: {names} are in pyproject.toml.", file=sys.stderr)
         return 2
     try:
         if fits(read_stamp(), extra):

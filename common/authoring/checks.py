@@ -31,7 +31,11 @@ def pytest(*arguments: str, **environment: str) -> int:
     spread = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal", "-p", "xdist.plugin"]
     spread.append("--disable-plugin-autoload")  # the others take each process seconds to import, and none is used
     options = ["-q", "-p", "common.authoring.remaining", *spread, *arguments]
-    return call("-m", "pytest", *options, *FOLDERS, **{**clean, "OMP_NUM_THREADS": "1", **environment})
+    code = call("-m", "pytest", *options, *FOLDERS, **{**clean, "OMP_NUM_THREADS": "1", **environment})
+    for each in MODULES:
+        if not each.is_importable:
+            print(f"Left out: {shown(each.module)}, which needs the package {each.needs}.")
+    return code
 
 
 @click.command()

@@ -89,7 +89,7 @@ class Lesson:
 
     @property
     def second_pages(self) -> list[Path]:
-        """What the exercises do not need: `more.md`, where the lesson has one."""
+        """What the required exercises do not need: `more.md`, where the lesson has one."""
         return sorted(self.folder.glob("more.md"))
 
     @property
@@ -120,7 +120,13 @@ GAINS = {
     8: "It drafts tokens ahead and says the same, in fewer steps; and it is whole.",
 }
 """What each lesson makes possible."""
-MODULES = (*LESSONS[:5], replace(LESSONS[5], part="scheduler"), *LESSONS[5:], replace(LESSONS[8], part="engine"))
+MODULES = (
+    *LESSONS[:5],
+    replace(LESSONS[4], part="triton_kernels", title="Kernels for a GPU", is_optional=True, needs="triton"),
+    replace(LESSONS[5], part="scheduler"),
+    *LESSONS[5:],
+    replace(LESSONS[8], part="engine"),
+)
 """All that can be filled in and graded, in the order in which they build on each other: a module for each lesson, and a
 second one for some of them.
 """

@@ -43,8 +43,8 @@ class Subject:
 
     def __init__(self, lesson: Lesson, file: Path, source: str | None = None):
         self.lesson = lesson
-        self.file = file
         self.source = file.read_text(encoding="utf-8-sig") if source is None else source
+        self.file = file if source is None else isolate.edited(file, source)
         self.exercises = {exercise.id: exercise for exercise in exercises_of(lesson)}
         self.todo = set(unfinished(self.source))
         self.judged: dict[str, list[tuple[Check, Failure | None]]] = {}  # by exercise: its checks so far

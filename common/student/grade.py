@@ -168,6 +168,9 @@ LAST = "It was the last one: the engine is yours, all of it. make run MINE=0-8 S
 
 
 def congratulate(lesson: Lesson) -> None:
+    if lesson.is_optional:
+        console.print(f"[green bold]The optional part of lesson {lesson.number} is complete.[/]")
+        return
     following = [each for each in LESSONS if each.number == lesson.number + 1]
     after = f"Next: {shown(following[0].readme)}" if following else LAST
     gain = GAINS.get(lesson.number, "")

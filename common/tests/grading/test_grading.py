@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import time
@@ -386,3 +387,14 @@ def test_workers_leave_nothing_behind(tmp_path):
         if pid.isdigit() and b"sample_lesson" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     assert mine == []
+
+
+def test_a_source_that_is_in_no_file_is_found_as_if_it_were(tmp_path):
+    """Triton runs what `inspect` says that a kernel's source is: an edited answer's, not the file's."""
+    lesson = write_lesson(tmp_path, ["one", "two"])
+    source = lesson.solution.read_text()
+    edited = Subject(lesson, lesson.solution, source.replace("return 2 * x", "y = x\n    return 3 * y"))
+    for module in (edited.module("9.1"), edited.untouched()):
+        assert "return 3 * y" in inspect.getsource(module.one)
+    assert "return 2 * x" in inspect.getsource(edited.module("9.1").two)
+    assert "return 2 * x" in inspect.getsource(Subject(lesson, lesson.solution).untouched().one)

@@ -1,0 +1,50 @@
+"""The optional kernels: that they compile for a GPU, for which no GPU is needed; their checks run them interpreted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from common.course import ROOT
+
+pytest.importorskip("triton", reason="Triton is not installed (python -m common setup triton)")
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from solutions import triton_kernels as kernels
+
+pointer, half, ids, number = "*fp32", "*bf16", "*i64", "i32"
+sizes = {"HEAD_DIM": 80, "DIMS": 128}
+attention = {"GROUP": 3, "BLOCK_SIZE": 7, "TILE": kernels.TILE, **sizes}
+for kernel, types, constants in (
+    (kernels.add_kernel, [pointer] * 3 + [number], {"BLOCK": 1024}),
+    (kernels.softmax_kernel, [half] * 2 + [number] * 3, {"BLOCK": 1024}),
+    (kernels.add_rms_norm_kernel, [half] * 4 + [number, "fp32"], {"BLOCK": 1024}),
+    (
+        kernels.decode_kernel,
+        [half] * 3 + [ids] * 2 + [pointer] * 3 + ["fp32"] + [number] * 4,
+        {"ROWS": 16, **attention},
+    ),
+    (kernels.merge_kernel, [pointer] * 3 + [half, number], {"SPLITS": 4, **sizes}),
+    (kernels.prefill_kernel, [half] * 3 + [ids] * 3 + [half, "fp32"] + [number] * 4, attention),
+):
+    names = [name for name in kernel.arg_names if name not in constants]
+    assert len(names) == len(types), kernel
+    signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
+    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"], kernel
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    """The interpreter accepts what a compiler does not: products of small tiles, and values of two types."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
