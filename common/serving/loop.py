@@ -8,9 +8,9 @@ An `Engine` is not thread-safe, so only its own thread touches it. Between two s
 an abort is therefore obeyed within a step. After each step it hands the new tokens of all requests to the event loop at
 once. If the engine fails, every stream ends with `EngineDead`, later requests get the same answer, and nothing waits.
 
-The engine is also loaded in that thread. OpenMP keeps worker threads for each thread that has computed anything, and
-once there are more of them than cores, libgomp no longer lets them spin between two operators but puts them to sleep:
-an engine that was loaded in another thread than the one that steps takes a third longer for a step.
+The engine is also loaded in that thread. OpenMP keeps a team of threads for each thread that has ever computed
+anything. Once two teams are more threads than there are cores, libgomp puts them to sleep at the end of every operator
+instead of letting them spin. Steps took a third longer when the main thread had loaded the engine.
 """
 
 from __future__ import annotations
