@@ -124,7 +124,9 @@ MODULES = (
     *LESSONS[:5],
     replace(LESSONS[4], part="triton_kernels", title="Kernels for a GPU", is_optional=True, needs="triton"),
     replace(LESSONS[5], part="scheduler"),
-    *LESSONS[5:],
+    *LESSONS[5:8],
+    replace(LESSONS[7], part="triton_int4", title="Four bits on a GPU", is_optional=True, needs="triton"),
+    LESSONS[8],
     replace(LESSONS[8], part="engine"),
 )
 """All that can be filled in and graded, in the order in which they build on each other: a module for each lesson, and a

@@ -17,6 +17,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from solutions import triton_int4
 from solutions import triton_kernels as kernels
 
 pointer, half, ids, number = "*fp32", "*bf16", "*i64", "i32"
@@ -33,6 +34,11 @@ for kernel, types, constants in (
     ),
     (kernels.merge_kernel, [pointer] * 3 + [half, number], {"SPLITS": 4, **sizes}),
     (kernels.prefill_kernel, [half] * 3 + [ids] * 3 + [half, "fp32"] + [number] * 4, attention),
+    (
+        triton_int4.int4_kernel,
+        [half, "*u8", "*fp16", "*fp16", half] + [number] * 5,
+        {"GROUP_SIZE": 32, "TOKENS": 16, "OUTPUTS": 16, "PAIRS": 16},
+    ),
 ):
     names = [name for name in kernel.arg_names if name not in constants]
     assert len(names) == len(types), kernel

@@ -16,7 +16,8 @@ from common.tests.sample_lesson import write_lesson
 
 def standing(lesson: Lesson, passed: int, wrong: int = 0) -> Standing:
     """The first so many exercises have passed, so many after them are wrong, the rest is to do."""
-    exercises = [each for module in modules_of(lesson.number) for each in exercises_of(module)]
+    required = [module for module in modules_of(lesson.number) if not module.is_optional]
+    exercises = [each for module in required for each in exercises_of(module)]
     statuses = ["passed"] * passed + ["wrong"] * wrong + ["to do"] * len(exercises)
     results = [Result(each.id, each.function, status, points=2) for each, status in zip(exercises, statuses)]
     together = "passed" if passed >= len(exercises) else "waiting"
