@@ -65,6 +65,9 @@ GROUPS = {
         Command("figures", "", "bench.plots:figures", "draw the READMEs' figures"),
         Command("bench", "", "bench.cli:bench", "measure this machine and the engine on it"),
         Command(
+            "gpu-check", "", "bench.gpu:gpu_check", "try and measure the kernels and the engine on a GPU", "triton"
+        ),
+        Command(
             "fuzz", "", "authoring.fuzz.command:fuzz_command", "damaged checkpoints: each loads or is refused clearly"
         ),
         Command("soak", "", "authoring.soak.command:soak_command", "random load on the engine, all answers compared"),

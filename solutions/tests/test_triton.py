@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from common.course import ROOT
 
@@ -54,3 +55,29 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_gpu_check_in_miniature_and_its_refusal(tmp_path):
+    """Every part of it on a CPU, where only its verdicts mean something."""
+    environment = {**os.environ, "COURSE_PYTHON": "here", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "common", "gpu-check", "--out", str(tmp_path)]
+    small = subprocess.run([*command, "--small"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert small.returncode == 0, small.stdout + small.stderr
+    assert "All of it is right." in small.stdout and not list(tmp_path.iterdir())
+    if not torch.cuda.is_available():
+        refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert refused.returncode == 2 and "gpu-check needs an NVIDIA GPU" in refused.stdout + refused.stderr
+
+
+def test_gpu_check_says_what_is_wrong():
+    from common.bench.gpu import is_good
+
+    good = {"failed_exercises": {"a": []}, "same_tokens": {"float32": True}, "collective": True}
+    assert is_good(good)
+    for part, wrong in (
+        ("failed_exercises", {"a": ["4.18 softmax_kernel: no"]}),
+        ("same_tokens", {"float32": False}),
+        ("collective", False),
+    ):
+        assert not is_good({**good, part: wrong})
