@@ -93,7 +93,8 @@ class FusedMLP(nn.Module):
 class FusedBlock(nn.Module):
     """Lesson 2's `Block`, whose halves are one compiled operator each where that is possible.
 
-    A half that it cannot compute, such as a mixture of experts or a rank's share of activations in eight bits, is left to the modules. row: lesson 6's class of layers whose outputs all ranks add up, if any.
+    A half that it cannot compute, such as a mixture of experts or a rank's share of activations in eight bits, is left
+    to the modules. row: lesson 6's class of layers whose outputs all ranks add up, if any.
     """
 
     def __init__(self, plain: nn.Module, row: type | None):
