@@ -1,10 +1,9 @@
 """Packed weights: what takes the place of a linear layer's `apply`.
 
-In float32 on two cores, with a model of 135 M parameters, a row-major matrix does not suit the loops that multiply by
-it. The compiled kernels have an order of their own, panels of 16 outputs (products.h), which also allows a row to be
-looked up, so that an embedding table that is the head as well is in memory once. Where nothing can be compiled, oneDNN,
-the library beneath torch, has an order that suits this processor, and two private operators of torch that ask for it.
-Where they are missing too, a matrix stays as it is.
+A row-major matrix does not suit the loops that multiply by it. The compiled kernels have an order of their own, panels
+of 16 outputs (products.h). It also allows a row to be looked up, so that an embedding table that is the head as well is
+in memory once. Where nothing can be compiled, oneDNN, the library beneath torch, has an order that suits this processor,
+and two private operators of torch ask for it. Where they are missing too, a matrix stays as it is.
 """
 
 from __future__ import annotations
