@@ -34,9 +34,9 @@ def main(words: list[str]) -> int:
 
 
 SHORT_SPIN = {"GOMP_SPINCOUNT": "500", "KMP_BLOCKTIME": "1"}
-"""How long a thread that waits for others computes nothing and keeps its core, before it sleeps: turns of a loop for GNU's
-OpenMP (Linux), milliseconds for LLVM's and Intel's (macOS, Windows). By default it is so long that a second busy process
-slows the engine down ten times: the thread that is waited for has no core, since the one that waits has it."""
+"""How long a thread that waits for others keeps its core before it sleeps: turns of a loop for GNU's OpenMP (Linux),
+milliseconds for LLVM's and Intel's (macOS, Windows). By default it is so long that other busy processes slow the engine
+down ten times: the thread that is waited for has no core, since the one that waits has it."""
 
 
 def run(command: commands.Command, rest: list[str]) -> int:

@@ -2,8 +2,8 @@
 
 A row-major matrix does not suit the loops that multiply by it. The compiled kernels have an order of their own, panels
 of 16 outputs (products.h). It also allows a row to be looked up, so that an embedding table that is the head as well is
-in memory once. Where nothing can be compiled, oneDNN, the library beneath torch, has an order that suits this processor,
-and two private operators of torch ask for it. Where they are missing too, a matrix stays as it is.
+in memory once. Where nothing can be compiled, oneDNN, the library beneath torch, has an order that suits the processor.
+Two private operators of torch ask for it; where they are missing too, a matrix stays as it is.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-import time
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
