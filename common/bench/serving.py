@@ -1,6 +1,6 @@
 """What the server costs: the same requests over HTTP and given to the engine in Python, in turn, on one machine.
 
-Another server of the same model, such as vLLM's, may take its turn, too; who does not compute is stopped meanwhile.
+Another server of the same model, such as vLLM's, may take its turn, too. A server whose turn it is not is suspended.
 
 Clients are a closed loop: each sends its next request once its last answer is complete, as the engine alone starts the
 next of its requests when one has finished. The client is this process and the server another, so on a machine with few
