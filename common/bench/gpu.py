@@ -4,7 +4,7 @@ The optional exercises run natively; engines on the GPU answer as KERNELS=plain 
 NCCL, with one rank. Then three speeds: copies, the paged decode kernel, and the engine in the shape of Llama-3.2-1B
 with random weights, which take the same time as trained ones. Everything goes into one JSON.
 
-It has not met a GPU yet: `--small` is how a test runs every part of it on a CPU, and its numbers mean nothing.
+It has not met a GPU yet: `--quick` is how a test runs every part of it on a CPU, and its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 """Llama-3.2-1B."""
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+QUICK_SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+QUICK_SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 PAIRS = {
     "float32": {},
@@ -59,14 +59,14 @@ PAIRS = {
 """Engines that must answer alike on both devices, and their options."""
 
 
-def check_exercises(small: bool) -> dict[str, list[str]]:
-    """The exercises that the reference does not pass, by optional module that needs Triton; `small`: of the last."""
+def check_exercises(quick: bool) -> dict[str, list[str]]:
+    """The exercises that the reference does not pass, by optional module that needs Triton; `quick`: of the last."""
     modules = [each for each in MODULES if each.needs == "triton"]
     return {
         each.slug: [
             f"{result}: {result.sentence}" for result in grade(each, each.solution) if result.status != "passed"
         ]
-        for each in (modules[-1:] if small else modules)
+        for each in (modules[-1:] if quick else modules)
     }
 
 
@@ -109,18 +109,18 @@ def seconds_of(function: Callable[[], object], device: str, repeats: int) -> flo
     return median_seconds(wait, repeats)
 
 
-def measure_attention(device: str, small: bool) -> dict[str, float]:
+def measure_attention(device: str, quick: bool) -> dict[str, float]:
     """GB/s that a copy moves, and that the decode kernel reads of 32 contexts of 4,096 tokens."""
     from solutions.triton_kernels import paged_decode_attention
 
-    num_requests, context, block_size = (2, 20, 16) if small else (32, 4_096, 16)
-    dtype = torch.float32 if small else torch.bfloat16
+    num_requests, context, block_size = (2, 20, 16) if quick else (32, 4_096, 16)
+    dtype = torch.float32 if quick else torch.bfloat16
     blocks = -(-context // block_size)
     pool = torch.randn(2, num_requests * blocks, block_size, 8, 64, device=device).to(dtype)
     q = torch.randn(num_requests, 32, 64, device=device).to(dtype)
     tables = torch.randperm(num_requests * blocks, device=device).view(num_requests, blocks)
     lens = torch.full((num_requests,), context, device=device)
-    target, repeats = torch.empty_like(pool), 1 if small else 20
+    target, repeats = torch.empty_like(pool), 1 if quick else 20
     copied = 2 * pool.nbytes / seconds_of(lambda: target.copy_(pool), device, repeats)
     result = {"copy_gb_per_s": copied / 1e9}
     for splits in (1, 4):
@@ -130,15 +130,17 @@ def measure_attention(device: str, small: bool) -> dict[str, float]:
     return result
 
 
-def measure_engine(device: str, small: bool, copy_gb_per_s: float) -> dict[str, dict[str, float]]:
+def measure_engine(device: str, quick: bool, copy_gb_per_s: float) -> dict[str, dict[str, float]]:
     """Tokens a second of 1, 8 and 64 streams, and the share of the roofline of one that reads all weights each step."""
     with torch.device(device):
-        model = Llama(parse_config(SHAPE | (SMALL if small else {}))).to(torch.float32 if small else torch.bfloat16)
+        model = Llama(parse_config(SHAPE | (QUICK_SHAPE if quick else {}))).to(
+            torch.float32 if quick else torch.bfloat16
+        )
     model = model.eval()
     use_kernels(model)
     read_bytes, result = weights_of(model)[1], {}
-    prompt_len, length = (8, 4) if small else (64, 128)
-    for streams in (1, 2) if small else (1, 8, 64):
+    prompt_len, length = (8, 4) if quick else (64, 128)
+    for streams in (1, 2) if quick else (1, 8, 64):
         generator = torch.Generator().manual_seed(streams)
         prompts = torch.randint(0, model.config.vocab_size, (streams, prompt_len), generator=generator).tolist()
         with assembled(model, Silent(), max_num_seqs=streams, max_model_len=prompt_len + length) as engine:
@@ -154,16 +156,16 @@ def measure_engine(device: str, small: bool, copy_gb_per_s: float) -> dict[str, 
     return result
 
 
-def check(device: str, small: bool) -> dict:
+def check(device: str, quick: bool) -> dict:
     start = time.perf_counter()
     name = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
     result: dict = {"device": name, "cuda": torch.version.cuda, "triton": version("triton")}
     for part, run in (
-        ("failed_exercises", lambda: check_exercises(small)),
+        ("failed_exercises", lambda: check_exercises(quick)),
         ("same_tokens", lambda: check_pairs(device)),
         ("collective", lambda: check_collective(device)),
-        ("attention", lambda: measure_attention(device, small)),
-        ("engine", lambda: measure_engine(device, small, result["attention"]["copy_gb_per_s"])),
+        ("attention", lambda: measure_attention(device, quick)),
+        ("engine", lambda: measure_engine(device, quick, result["attention"]["copy_gb_per_s"])),
     ):
         result[part] = run()
         print(f"{time.perf_counter() - start:5.0f} s  {part}: {result[part]}", flush=True)
@@ -176,18 +178,18 @@ def is_good(result: dict) -> bool:
 
 
 @click.command()
-@click.option("--small", is_flag=True, hidden=True)
+@click.option("--quick", is_flag=True, help="in miniature, on any machine; nothing is kept")
 @click.option("--out", type=click.Path(path_type=Path), default=MEASUREMENTS, help="the folder of the JSON")
-def gpu_check(small: bool, out: Path) -> int:
+def gpu_check(quick: bool, out: Path) -> int:
     """Try the kernels and the engine on a GPU, and write how fast they are to gpu.json."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not small:
+    if device == "cpu" and not quick:
         raise CourseError(
             "gpu-check needs an NVIDIA GPU, and torch sees none here. Without one the kernels are interpreted: "
             "make test-lesson-4 SOLUTION=1 tries them so."
         )
-    result = check(device, small)
-    if not small:
+    result = check(device, quick)
+    if not quick:
         save(out, "gpu", "python -m common gpu-check", result)
     print("All of it is right." if is_good(result) else "Something is wrong: see above.")
     return int(not is_good(result))

@@ -62,9 +62,9 @@ def test_gpu_check_in_miniature_and_its_refusal(tmp_path):
     """Every part of it on a CPU, where only its verdicts mean something."""
     environment = {**os.environ, "COURSE_PYTHON": "here", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "common", "gpu-check", "--out", str(tmp_path)]
-    small = subprocess.run([*command, "--small"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert small.returncode == 0, small.stdout + small.stderr
-    assert "All of it is right." in small.stdout and not list(tmp_path.iterdir())
+    quick = subprocess.run([*command, "--quick"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert quick.returncode == 0, quick.stdout + quick.stderr
+    assert "All of it is right." in quick.stdout and not list(tmp_path.iterdir())
     if not torch.cuda.is_available():
         refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert refused.returncode == 2 and "gpu-check needs an NVIDIA GPU" in refused.stdout + refused.stderr
