@@ -16,6 +16,7 @@ No process can be made proof against code that runs in it, so what was refused i
 from __future__ import annotations
 
 import json
+import linecache
 import os
 import sys
 from collections.abc import Callable
@@ -98,6 +99,8 @@ def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:
             frame = frame.f_back
         return False
 
+    if lesson.needs:  # Triton reads the source of a kernel when it is first called, which may be by the student's
+        linecache.getlines(str(lesson.solution))
     course.substitutes()  # the grader looks once into all solutions for what is withheld: now, and not later
     getframe = sys._getframe
     workers = str(ROOT / "common" / "workers") + os.sep
