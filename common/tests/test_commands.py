@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,14 @@ def test_every_command_has_its_function_and_says_what_its_options_are_for(comman
 def test_both_spellings(typed, command, rest):
     parsed, arguments = commands.parse(typed)
     assert (parsed.name, arguments) == (command, rest)
+
+
+def test_what_an_ai_assistant_is_told_exists():
+    text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
+    assert re.findall("^mode: .*$", text, re.MULTILINE) == ["mode: tutor"]
+    typed = re.findall(r"`(?:PDB=1 )?make ([\w.-]+)", text)
+    assert len(typed) > 8 and all(commands.parse([each]) for each in typed)
+    assert all((ROOT / file).exists() for file in re.findall(r"\]\(([\w/.]+)\)", text))
 
 
 @pytest.mark.parametrize(
