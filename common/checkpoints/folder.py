@@ -110,16 +110,17 @@ class Checkpoint:
         return name.removeprefix(self._prefix)
 
     def _check_layers(self) -> None:
-        """A config.json that speaks of thousands of layers would take minutes before their tensors are missed."""
-        said = self.config.get("num_hidden_layers")
-        found = (
-            max((int(number) for number in re.findall(r"\blayers\.(\d{1,9})\.", " ".join(self._files))), default=-1) + 1
-        )
-        if isinstance(said, int) and said > found > 0:
-            raise CheckpointError(
-                f"{self.folder / 'config.json'}: num_hidden_layers is {said}; the tensors are those of {found} "
-                "layers. Is a file missing?"
-            )
+        """A config.json that speaks of thousands of layers or experts would take minutes before their tensors are
+        missed.
+        """
+        for key, part in (("num_hidden_layers", "layers"), ("num_experts", "experts"), ("num_local_experts", "experts")):
+            said, names = self.config.get(key), " ".join(self._files)
+            found = max((int(number) for number in re.findall(rf"\b{part}\.(\d{{1,9}})\.", names)), default=-1) + 1
+            if isinstance(said, int) and said > found > 0:
+                raise CheckpointError(
+                    f"{self.folder / 'config.json'}: {key} is {said}; the tensors are those of {found} {part}. Is a "
+                    "file missing?"
+                )
 
     def _find_tensors(self) -> dict[str, Path]:
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
