@@ -141,8 +141,29 @@ def test_blocks_are_freed_as_they_leave_the_window(folder, expected):
         assert (held[-2] <= 12 // 4 + 2) if is_mistral else (held[-2] >= num_tokens // 4)
 
 
+def test_a_prefix_is_found_by_its_end(folder, expected):
+    """As in vLLM: with a window in every layer, a hit needs the last blocks of the prefix, and not its beginning."""
+    options = dict(dtype="float64", max_model_len=96, block_size=4, num_blocks=40)
+    with InferenceEngine(str(folder), **options) as engine:
+        engine.generate(PROMPTS[:1], PARAMS, progress=False)
+        prompt = engine.tokenizer.encode(PROMPTS[0])
+        hashes = [paged_attention.hash_block(None, prompt[:4])]
+        for start in range(4, len(prompt) - 4, 4):
+            hashes.append(paged_attention.hash_block(hashes[-1], prompt[start : start + 4]))
+        has_windows = engine.config.sliding_window == 12
+        for evicted, num_hit in ((0, len(hashes) if has_windows else 0), (len(hashes) - 1, len(hashes) - 1)):
+            block = engine.manager.pool.find(hashes[evicted])
+            engine.manager.pool.forget(block)
+            before = engine.metrics().num_cached_tokens
+            [output] = engine.generate(PROMPTS[:1], PARAMS, progress=False)
+            assert output.token_ids == expected[0]
+            assert engine.metrics().num_cached_tokens - before == 4 * num_hit
+            check_books(engine)
+            assert engine.manager.pool.num_free_blocks == 40
+
+
 def test_samples_and_a_long_prompt(folder):
-    """Siblings find their parent's blocks dropped, and compute the prompt themselves."""
+    """Siblings share what their parent's window has not passed, or compute the prompt themselves."""
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=3, n=3, ignore_eos=True)
     with InferenceEngine(str(folder), dtype="float64", max_model_len=160, block_size=4, max_num_seqs=2) as engine:
         together = engine.generate([" ".join(PROMPTS[:2])], params, progress=False)[0]
