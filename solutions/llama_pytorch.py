@@ -57,7 +57,7 @@ def parse_config(config: Mapping) -> ModelConfig:
     `moe` without a mixture of experts.
 
     `attention_bias` adds a bias to q, k, v and o, but Qwen2 always has one on q, k and v and never on o. Only Llama
-    reads `mlp_bias`. Only Qwen3 and Qwen3-MoE have QK norm. Raises CheckpointError for a model that the engine cannot run.
+    reads `mlp_bias`. Only Qwen3 and its MoE have QK norm. Raises CheckpointError for what the engine cannot run.
     """
     given = check_config(config)
     # Exercise 2.1: fill a ModelConfig. Mind the values that may be None, and what follows from the family alone.
@@ -283,7 +283,7 @@ class Router(Layer):
 
 
 def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
-    """The feed-forward part of a layer: an `MLP`, or in a mixture of experts many of them, of which a token uses few."""
+    """The feed-forward part of a layer: an `MLP`, or in a mixture of experts many, of which a token uses a few."""
     moe = config.moe
     if moe is None or layer not in moe.layers:
         return MLP(config, config.intermediate_size)
@@ -311,7 +311,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE, as the config says. Parameters have the names that they have in a checkpoint.
+    """Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE, as the config says. Parameters have a checkpoint's names.
 
     `embed`, `run_layers` and `logits` can be called separately: a pipeline stage (lesson 6) runs only some layers, and
     only tokens that will be sampled need logits.

@@ -1,8 +1,8 @@
 """Lesson 2, optional: a mixture of experts. A layer has many MLPs, and each token uses a few of them.
 
-A *router* scores the experts for a token. The best k compute it, and the layer's output is their weighted sum. So a model
-can have many weights, which know much, and a token is multiplied by few of them: Qwen3-30B-A3B has 30 billion weights
-and uses 3 billion for each token.
+A *router* scores the experts for a token. The best k compute it, and the layer's output is their weighted sum. So a
+model can have many weights, and multiply a token by few of them: Qwen3-30B-A3B has 30 billion weights and uses 3
+billion for each token.
 
 This file knows neither checkpoints nor the layers of lesson 2, which are handed in: an expert is any function of (n,
 hidden_size) tokens.
@@ -26,7 +26,8 @@ def route(scores: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]
     Returns the experts' weights, (T, k) in the scores' dtype, and their numbers, (T, k), the likeliest first. A weight
     is the expert's probability among all E; with `norm_topk_prob` the k weights of a token are divided by their sum.
     """
-    # Exercise 2.18: softmax over all experts, in float32 (`upcast`) since a weight of 16 bits is coarse; then the best k.
+    # Exercise 2.18: softmax over all experts, in float32 (`upcast`), since probabilities in 16 bits are coarse; then the
+    # best k.
     weights, chosen = upcast(scores).softmax(-1).topk(k)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -36,20 +37,18 @@ def route(scores: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]
 def tokens_by_expert(chosen: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """Sort the tokens by the experts that compute them. chosen: (T, k), from `route`.
 
-    Returns, for each expert that a token has chosen and for no other, the indices of these tokens, ascending, and the
-    place, from 0 to k - 1, that the expert has among each token's: {expert: (tokens (n,), places (n,))}.
+    Returns {expert: (tokens, places)}, with an entry for each expert that is chosen, and for no other. tokens: (n,),
+    the indices of the tokens that chose it, ascending. places: (n,), where it stands among each one's k, from 0.
     """
-    # Exercise 2.19: choice i of the flattened `chosen` is token i // k's, at place i % k. Sort the choices by expert, or
-    # find the choices of one expert after the other.
+    # Exercise 2.19: choice i of the flattened `chosen` is token i // k's, at place i % k. Sort the choices by expert,
+    # or find the choices of one expert after the other.
     choices, k = chosen.flatten(), chosen.shape[1]
     experts, counts = choices.unique(return_counts=True)
     parts = choices.argsort(stable=True).split(counts.tolist())
     return {expert: (part // k, part % k) for expert, part in zip(experts.tolist(), parts)}
 
 
-def mix_experts(
-    x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]
-) -> Tensor:
+def mix_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
     """Add up what each token's experts compute, times their weights. x: (T, hidden_size). Returns the same shape.
 
     weights, chosen: (T, k), from `route`. experts: E functions from (n, hidden_size) to the same shape. Each is called

@@ -328,7 +328,7 @@ class KVCacheManager:
         self.block_hashes.pop(request.request_id, None)
 
     def num_dropped(self, request: TokenSequence) -> int:
-        """Return how many blocks are missing at the beginning of the sequence's table, because the window passed them."""
+        """Return how many blocks are missing at the beginning of a sequence's table: the window has passed them."""
         return self.block_tables.get(request.request_id, []).count(self.dropped)
 
     def num_skipped(self, num_computed_tokens: int) -> int:

@@ -113,7 +113,11 @@ class Checkpoint:
         """A config.json that speaks of thousands of layers or experts would take minutes before their tensors are
         missed.
         """
-        for key, part in (("num_hidden_layers", "layers"), ("num_experts", "experts"), ("num_local_experts", "experts")):
+        for key, part in (
+            ("num_hidden_layers", "layers"),
+            ("num_experts", "experts"),
+            ("num_local_experts", "experts"),
+        ):
             said, names = self.config.get(key), " ".join(self._files)
             found = max((int(number) for number in re.findall(rf"\b{part}\.(\d{{1,9}})\.", names)), default=-1) + 1
             if isinstance(said, int) and said > found > 0:

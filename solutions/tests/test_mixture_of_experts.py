@@ -1,4 +1,4 @@
-"""Experts in the whole engine: only those that were chosen are read, whatever stores them and whatever computes them."""
+"""Experts in the whole engine: only those that were chosen are read, whatever stores or computes them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,5 @@ def test_experts_that_stay_on_disk(checkpoints):  # noqa: F811
 
 def test_how_many_experts_a_batch_reads():
     generator = torch.Generator().manual_seed(0)
-    counts = [
-        len(torch.rand(16, 32, generator=generator).topk(4).indices.unique()) for _ in range(400)
-    ]
+    counts = [len(torch.rand(16, 32, generator=generator).topk(4).indices.unique()) for _ in range(400)]
     assert sum(counts) / 400 == pytest.approx(experts_read(32, 4, 16), rel=0.02)
