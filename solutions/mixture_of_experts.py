@@ -26,8 +26,7 @@ def route(scores: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]
     Returns the experts' weights, (T, k) in the scores' dtype, and their numbers, (T, k), the likeliest first. A weight
     is the expert's probability among all E; with `norm_topk_prob` the k weights of a token are divided by their sum.
     """
-    # Exercise 2.18: softmax over all experts, in float32 (`upcast`), since probabilities in 16 bits are coarse; then the
-    # best k.
+    # Exercise 2.18: softmax over all experts, in float32 (`upcast`), since 16 bits are coarse; then the best k.
     weights, chosen = upcast(scores).softmax(-1).topk(k)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
