@@ -18,7 +18,7 @@ def num_skipped_blocks(num_computed_tokens: int, window: int, block_size: int) -
     The first `num_computed_tokens` tokens are computed. The next one is at that position, and reads the keys of the
     last `window` positions, its own included; later ones read later keys.
     """
-    # Exercise 4.18: find the first key that the next token reads. The blocks before that key's own are skipped.
+    # Exercise 4.26: find the first key that the next token reads. The blocks before that key's own are skipped.
     first_key = max(0, num_computed_tokens - window + 1)
     return first_key // block_size
 
@@ -31,7 +31,7 @@ def longest_hit(is_cached: Sequence[bool], window: int, block_size: int) -> rang
     So a hit needs the blocks that hold the `window` - 1 keys before its end (at least one block), or all from the first
     on, if those are fewer. `range(0, 0)` if there is none.
     """
-    # Exercise 4.19: walk from the last block to the first, and count the cached ones in a row.
+    # Exercise 4.27: walk from the last block to the first, and count the cached ones in a row.
     num_needed = max(1, -(-(window - 1) // block_size))
     num_in_a_row = 0
     for place in reversed(range(len(is_cached))):
