@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from common.checkpoints.folder import CheckpointError
+from common.checkpoints.folder import ABSENT_EXPERTS, CheckpointError
 
 # The limits are far above any model that there is, and low enough that a corrupt number cannot exhaust the memory.
 Size = Annotated[int, Meta(ge=1, le=2**24)]
@@ -146,7 +146,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, **WINDOWS},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128, **WINDOWS},
     "qwen3_moe": {
-        "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": 128,
+        "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": ABSENT_EXPERTS,
         "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     },
 }  # fmt: skip
