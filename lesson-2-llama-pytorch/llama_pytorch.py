@@ -53,8 +53,7 @@ def parse_config(config: Mapping) -> ModelConfig:
 
     `check_config`, which is given, checks every value and fills in each family's defaults. In what it returns,
     `num_key_value_heads` may be None, which means `num_attention_heads`, and so may `head_dim`, which means
-    hidden_size // num_attention_heads. All else has a value, except that `rope_scaling` is None without a scaling, and
-    `moe` without a mixture of experts.
+    hidden_size // num_attention_heads. All else has a value, except `rope_scaling` and `moe`, if there is none.
 
     `attention_bias` adds a bias to q, k, v and o, but Qwen2 always has one on q, k and v and never on o. Only Llama
     reads `mlp_bias`. Only Qwen3 and its MoE have QK norm. Raises CheckpointError for what the engine cannot run.
@@ -257,8 +256,7 @@ class Router(Layer):
 
 def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
     """The feed-forward part of a layer: an `MLP`, or in a mixture of experts many, of which a token uses a few."""
-    moe = config.moe
-    if moe is None or layer not in moe.layers:
+    if (moe := config.moe) is None or layer not in moe.layers:
         return MLP(config, config.intermediate_size)
     experts = [MLP(config, moe.moe_intermediate_size) for _ in range(moe.num_experts)]
     gate = Router(config.hidden_size, moe.num_experts)

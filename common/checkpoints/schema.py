@@ -146,8 +146,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, **WINDOWS},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128, **WINDOWS},
     "qwen3_moe": {
-        "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096, "num_experts": ABSENT_EXPERTS,
-        "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096,
+        "num_experts": ABSENT_EXPERTS, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     },
 }  # fmt: skip
 # Null means absent, except for these: a null is a value of its own there.
