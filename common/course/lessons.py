@@ -89,7 +89,7 @@ class Lesson:
 
     @property
     def second_pages(self) -> list[Path]:
-        """What the required exercises do not need: `more.md`, where the lesson has one."""
+        """What the exercises do not need: `more.md`, where the lesson has one."""
         return sorted(self.folder.glob("more.md"))
 
     @property
@@ -121,7 +121,11 @@ GAINS = {
 }
 """What each lesson makes possible."""
 MODULES = (
-    *LESSONS[:5],
+    *LESSONS[:2],
+    replace(LESSONS[2], part="mixture_of_experts", title="A mixture of experts", is_optional=True),
+    *LESSONS[2:4],
+    replace(LESSONS[4], part="sliding_window", title="Blocks beside a sliding window", is_optional=True),
+    LESSONS[4],
     replace(LESSONS[4], part="triton_kernels", title="Kernels for a GPU", is_optional=True, needs="triton"),
     replace(LESSONS[5], part="scheduler"),
     *LESSONS[5:8],
@@ -144,7 +148,7 @@ def lesson(number: int | str) -> Lesson:
 
 def modules_of(number: int | str) -> list[Lesson]:
     """The modules of the lesson with this number: one, or more in some; an optional one is the last."""
-    return [each for each in MODULES if each.number == lesson(number).number]
+    return sorted((each for each in MODULES if each.number == lesson(number).number), key=lambda each: each.is_optional)
 
 
 def shown(path: Path | str) -> str:
