@@ -100,6 +100,12 @@ class SamplingParams:
 
         def own(child: int) -> dict[str, Any]:
             seed = self.seed if self.seed is None or not child else stable_hash(self.seed, child)
-            return {"n": 1, "seed": seed, "logits_processors": copy.deepcopy(self.logits_processors)}
+            try:
+                processors = copy.deepcopy(self.logits_processors)
+            except Exception as error:  # a lock or an open file in one of them, or whatever its own copying raises
+                raise ValueError(
+                    f"SamplingParams: logits_processors cannot be copied, and each sample needs its own: {error}."
+                ) from None
+            return {"n": 1, "seed": seed, "logits_processors": processors}
 
         return [replace(self, **own(child)) for child in range(self.n)]

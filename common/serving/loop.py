@@ -4,8 +4,8 @@
     EngineLoop.submit  ── commands ──────▶    add_request, abort
     Stream             ◀── Delta ────────     step
 
-An `Engine` is not thread-safe, so only its own thread touches it. Between two steps it takes all commands that wait;
-an abort is therefore obeyed within a step. After each step it hands the new tokens of all requests to the event loop at
+Only its own thread touches the engine: whoever else called it would wait for a step, which the event loop must not.
+Between two steps the thread takes all commands that wait; an abort is therefore obeyed within a step. After each step it hands the new tokens of all requests to the event loop at
 once. If the engine fails, every stream ends with `EngineDead`, later requests get the same answer, and nothing waits.
 """
 
