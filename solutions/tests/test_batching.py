@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import sys
 import threading
 from dataclasses import replace
 from functools import partial
