@@ -32,6 +32,7 @@ GROUPS = {
         Command("progress", "", "student.grade:progress", "how far you are, lesson by lesson"),
         Command("test-lesson", "N", "student.grade:test_lesson", "grade your lesson N"),
         Command("test-exercise", "N.M", "student.grade:test_exercise", "grade one exercise; PDB=1 stops in it"),
+        Command("watch-exercise", "N.M", "student.watch_exercise:watch_exercise", "replay a check that fails (4, 5)"),
         Command("watch-lesson", "N", "student.watch:watch_lesson", "grade it again whenever you save it"),
         Command("hint", "N.M", "student.grade:hint", "a hint for it; LEVEL=2 and LEVEL=3 say more"),
         Command("diff-lesson", "N", "student.difference:diff_lesson", "your answers beside the reference's"),
@@ -73,7 +74,7 @@ GROUPS = {
 }
 BY_NAME = {command.name: command for commands in GROUPS.values() for command in commands}
 
-SHORT = {"test-exercise": "test", "diff-exercise": "diff"}
+SHORT = {"test-exercise": "test", "diff-exercise": "diff", "watch-exercise": "watch"}
 """How `make` calls a command that takes the number of an exercise, where the name differs: `test-1.4`."""
 
 

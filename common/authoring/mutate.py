@@ -250,6 +250,9 @@ def mutate_modules(modules: list[Lesson], exercise: str | None, jobs: int) -> in
         if exercise and exercise not in {each.id for each in exercises_of(lesson)}:
             continue
         check_solution(lesson)
+        if not lesson.is_importable:
+            console.print(f"{lesson.slug}: left out, since it needs the package {lesson.needs}.")
+            continue
         found = mutate(lesson, exercise, jobs, console)
         failed |= found["caught_share"] < ASKED
         if not exercise:

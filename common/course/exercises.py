@@ -145,6 +145,11 @@ def to_do(file: Path) -> list[str]:
         raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.") from None
 
 
+def is_begun(lesson: Lesson, file: Path) -> bool:
+    """Whether any exercise of a module is no longer to do in a file."""
+    return len(to_do(file)) < len(exercises_of(lesson))
+
+
 def read_hints(lesson: Lesson) -> dict[str, list[str]]:
     """The hints of a lesson's exercises: a heading `## 1.4 rms_norm` each, with `### 1`, `### 2`, `### 3` below."""
     if not lesson.hints.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,8 +30,9 @@ def first_line(file: Path) -> str:
 class Lesson:
     """One lesson; its files are all named by the slug: `llm-basics` for the folder, `llm_basics` for the modules.
 
-    The last lesson has a second module, the assembly: the same lesson with `part` set, which is then the slug of its
-    module, checks and answers. Text, hints and notebook are the lesson's.
+    A further module of a lesson, such as the last one's assembly, is the same lesson with `part` set, which is then the
+    slug of its module, checks and answers. Text, hints and notebook are the lesson's. An optional one has its own title
+    and is worth no points: the lesson is complete without it, and no other module needs the student's.
     """
 
     number: int
@@ -38,6 +40,13 @@ class Lesson:
     title: str
     hours: int
     part: str = ""
+    is_optional: bool = False
+    needs: str = ""  # the extra of pyproject.toml, named as its package, without which the module cannot be imported
+
+    @property
+    def is_importable(self) -> bool:
+        """Whether the package that it needs beside the course's own is installed."""
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     @property
     def slug(self) -> str:
@@ -113,7 +122,7 @@ GAINS = {
 """What each lesson makes possible."""
 MODULES = (*LESSONS[:5], replace(LESSONS[5], part="scheduler"), *LESSONS[5:], replace(LESSONS[8], part="engine"))
 """All that can be filled in and graded, in the order in which they build on each other: a module for each lesson, and a
-second one for two of them.
+second one for some of them.
 """
 
 
@@ -126,7 +135,7 @@ def lesson(number: int | str) -> Lesson:
 
 
 def modules_of(number: int | str) -> list[Lesson]:
-    """The modules of the lesson with this number: one, but for the last."""
+    """The modules of the lesson with this number: one, or more in some; an optional one is the last."""
     return [each for each in MODULES if each.number == lesson(number).number]
 
 

@@ -80,9 +80,11 @@ def activate(mine: str | None) -> None:
     """From now on, here and in all processes started from here, these lessons of `solutions` are the student's files.
 
     Call it before anything of `solutions` is imported. Raises CourseError if a module is unfinished. Where a solution
-    is withheld the module is the student's in any case, and only what needs it finds out.
+    is withheld the module is the student's in any case, and only what needs it finds out. An unfinished optional module
+    stays the reference's.
     """
     modules = [module for each in parse_mine(mine or "") for module in modules_of(each.number)]
+    modules = [each for each in modules if not (each.is_optional and to_do(each.module))]
     for each in modules:
         if not each.is_withheld:
             check_finished(each.module)

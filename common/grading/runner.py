@@ -42,6 +42,11 @@ def grade(
     worker, a `Worker` by default. Raises CourseError where the file cannot be read, or the checks themselves are
     broken.
     """
+    if not lesson.is_importable:
+        raise CourseError(
+            f"{shown(lesson.module)} needs the package {lesson.needs}, which is not installed: "
+            f"python -m common setup {lesson.needs}"
+        )
     source = read_source(file)
     lines = todo_lines(source)
     results = {

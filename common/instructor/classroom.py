@@ -63,6 +63,8 @@ class Classroom:
         left = []
         for submission in self.submissions:
             for lesson in self.lessons:
+                if lesson.slug not in submission.modules and lesson.is_optional:
+                    continue
                 if lesson.slug not in submission.modules:
                     self.graded[submission.student, lesson.slug] = self.without(submission, lesson, "not handed in")
                 elif (known := self.kept(submission, lesson)) is not None:

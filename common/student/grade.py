@@ -14,13 +14,14 @@ from rich.text import Text
 
 from common import course
 from common.course import GAINS, LESSONS, CourseError, Lesson, shown, skeleton
-from common.course.exercises import TOGETHER, find_exercise, read_hints
+from common.course.exercises import TOGETHER, exercises_of, find_exercise, is_begun, read_hints
 from common.course.modules import Waits, check_solution
 from common.grading.results import Result, kept, next_step
 from common.grading.runner import grade, grade_and_keep
 from common.options import exercise_id, lesson_number, mine, number, option
 from common.student import update
 from common.student.board import Standing, draw
+from common.student.watch_exercise import RECORDED
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -50,12 +51,29 @@ def test_lesson(lesson_number: int, solution: bool, file: str | None, mine: str,
     modules, results = course.modules_of(lesson_number), []
     if file:
         modules = [each for each in modules if each.module.name == Path(file).name] or modules[:1]
+    required = [each for each in modules if not each.is_optional or file]
     course.activate(mine)
-    for lesson in modules:
+    for lesson in required:
         chosen = file_to_grade(lesson, solution, file)
         heading(lesson, chosen)
         results += grade_and_keep(lesson, chosen, on_result=partial(report, lesson, chosen, verbose=verbose))
-    return conclude(modules[0], results)
+    code = conclude(required[0], results)
+    for lesson in modules:
+        if lesson not in required:
+            grade_optional(lesson, file_to_grade(lesson, solution, file), verbose)
+    return code
+
+
+def grade_optional(lesson: Lesson, file: Path, verbose: bool) -> None:
+    """One line for an optional module that is not begun, or what became of its exercises."""
+    ids = [each.id for each in exercises_of(lesson)]
+    console.print(f"\n[bold]Optional: {lesson.title}[/]   {ids[0]} to {ids[-1]} in {shown(file)}")
+    if not lesson.is_importable:
+        console.print(f"[dim]They need the package {lesson.needs}: python -m common setup {lesson.needs}[/]")
+    elif is_begun(lesson, file):
+        results = grade_and_keep(lesson, file, on_result=partial(report, lesson, file, verbose=verbose))
+        passed = [each for each in results if each.status == "passed" and each.id != TOGETHER]
+        console.print(f"\n{len(passed)} of {len(ids)} optional exercises; they are worth no points.")
 
 
 @click.command()
@@ -118,7 +136,8 @@ def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
     if verbose and result.traceback:
         tell(result.traceback.rstrip(), "dim")
     elif result.id != TOGETHER:
-        tell(f"{shown(file)}:{result.line}\nmake test-{result.id} VERBOSE=1   make hint-{result.id}", "dim")
+        watch = f"   make watch-{result.id}" if result.id in RECORDED and not lesson.is_withheld else ""
+        tell(f"{shown(file)}:{result.line}\nmake test-{result.id} VERBOSE=1   make hint-{result.id}{watch}", "dim")
 
 
 def tell(text: str, style: str = "") -> None:
@@ -201,8 +220,9 @@ def standing(lesson: Lesson) -> Standing:
     results: list[Result] = []
     try:
         for module in course.modules_of(lesson.number):
-            known = kept(module, module.module)
-            results += grade_and_keep(module, module.module) if known is None else known
+            if not module.is_optional:
+                known = kept(module, module.module)
+                results += grade_and_keep(module, module.module) if known is None else known
     except Waits as error:
         return Standing(lesson, note=Text(f"waits for your {error.lessons}", "dim"))
     except CourseError as error:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from common import course
 from common.course import CourseError, Lesson, shown
-from common.course.exercises import TOGETHER, exercises_of, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, is_begun, walk_functions
 from common.grading.results import Result, kept, next_step
 from common.grading.runner import Worker, grade, grade_and_keep, read_source, todo_lines
 from common.options import lesson_number, mine
@@ -201,7 +201,8 @@ class Watched:
 def watch_lesson(lesson_number: int, mine: str) -> int:
     """Grade a lesson's file again whenever it is saved, until Ctrl-C."""
     course.activate(mine)
-    return watch([Watched(each) for each in course.modules_of(lesson_number)])
+    modules = course.modules_of(lesson_number)
+    return watch([Watched(each) for each in modules if not each.is_optional or is_begun(each, each.module)])
 
 
 def watch(modules: list[Watched]) -> int:

@@ -27,6 +27,8 @@ lines before is left out, and state is written as differences, so a decoding req
         "text"              text that became certain, by request, where it is not that of the tokens
         "errors"            why a request failed
         "t"                 collecting began, ended; requests up to date. "seconds": of the whole `Engine.step`
+        "call"              in a check's trace, where each call is a step (`calls.py`): the call and what came of it
+        "state"             and the state after it, in sentences; its last line has the check's "failure"
     {"metrics": {...}, "ranks": {...}}      last: `engine.metrics()`; of each rank [step, start, end], if it was timed
 
 and in a plan or a result, as far as something has changed since the line before:
@@ -87,6 +89,7 @@ class Recorder:
         self.number: dict[str, int] = {}  # of each request, by id
         self.line: dict[str, Any] = {}  # what has happened since the last line
         self.scheduling = self.collecting = (0.0, 0.0)
+        self.needy: tuple[Any, int] | None = None  # for which request blocks are sought, and its number of tokens
         # What the lines so far say.
         self.tables: dict[int, list[int]] = {}
         self.hosts: dict[int, list[int]] = {}
@@ -96,11 +99,16 @@ class Recorder:
         self.num_characters: dict[int, int] = {}
         self.pieces: dict[int, str] = {}
         self.touched: dict[int, Any] = {}  # blocks that may have changed, by id
-        config = {name: getattr(engine.config, name) for name in CONFIG}
-        self.write({"trace": 1, "config": config, "model": engine.config.model.rsplit("/", 1)[-1], "files": files})
+        self.write({"trace": 1, "config": self.config(), "model": self.model(), "files": files})
         self.attach()
         for request in self.scheduler.requests.values():
             self.enter(request)
+
+    def config(self) -> dict[str, Any]:
+        return {name: getattr(self.engine.config, name) for name in CONFIG}
+
+    def model(self) -> str:
+        return self.engine.config.model.rsplit("/", 1)[-1]
 
     def attach(self) -> None:
         scheduler = self.scheduler
@@ -114,8 +122,9 @@ class Recorder:
 
     def replace(self, owner: Any, name: str, method: Any, undo: ExitStack) -> None:
         """Let `method`, which gets the original as its first argument, take a method's place."""
-        setattr(owner, name, partial(method, getattr(owner, name)))
-        undo.callback(delattr, owner, name)
+        original, own = getattr(owner, name), vars(owner)
+        undo.callback(*((own.__setitem__, name, original) if name in own else (own.pop, name, None)))
+        own[name] = partial(method, original)
 
     def check_pool(self) -> None:
         """After an interrupted step the pool is another one, and all requests begin again."""
@@ -176,10 +185,15 @@ class Recorder:
 
     def make_room(self, original, request, num_tokens, plan) -> int:
         self.needy = request, num_tokens
-        return original(request, num_tokens, plan)
+        try:
+            return original(request, num_tokens, plan)
+        finally:
+            self.needy = None
 
     def preempt(self, original, victim, plan) -> None:
         """Notes for whom, the blocks that it lacks, copies of shared ones included, and the free ones."""
+        if self.needy is None:  # a student's own reason
+            return original(victim, plan)
         request, num_tokens = self.needy
         if not request.spec_token_ids:  # those that it had were dropped
             num_tokens = min(num_tokens, request.num_tokens - request.num_computed_tokens)
@@ -198,6 +212,14 @@ class Recorder:
         return answer
 
     def submit(self, original, plan) -> None:
+        line = self.plan_line(plan)
+        try:
+            original(plan)
+        finally:
+            line["t"] = [*self.scheduling, self.now()]
+            self.write(line)
+
+    def plan_line(self, plan) -> dict[str, Any]:
         self.check_pool()
         line, number = {"plan": plan.step_id, **self.line}, self.number
         self.line = {}
@@ -217,11 +239,7 @@ class Recorder:
         served = self.scheduler.served if self.engine.config.scheduling_policy == "fair" else None
         line |= {name: found for name, found in {"drafts": drafts, "served": served, **moves}.items() if found}
         self.changes(line)
-        try:
-            original(plan)
-        finally:
-            line["t"] = [*self.scheduling, self.now()]
-            self.write(line)
+        return line
 
     def collect(self, original):
         start = self.now()

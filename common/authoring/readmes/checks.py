@@ -206,14 +206,14 @@ def exercise_ids(number: int | str) -> list[str]:
 
 
 def check_lesson(each: Lesson) -> Iterator[str]:
-    """Every exercise occurs in the README by its number, and has its hints, none of them empty."""
+    """Every exercise occurs in the README, or the second page, by its number, and has its hints, none of them empty."""
     from common.course.exercises import read_hints
 
     ids = exercise_ids(each.number)
     if not each.readme.exists():
         yield f"{shown(each.readme)} does not exist."
     else:
-        text = each.readme.read_text(encoding="utf-8")
+        text = "".join(page.read_text(encoding="utf-8") for page in [each.readme, *each.second_pages])
         for id in ids:
             if not re.search(rf"(?<![\d.]){re.escape(id)}(?!\d|\.\d)", text):
                 yield f"{shown(each.readme)}: nothing is said of exercise {id}."

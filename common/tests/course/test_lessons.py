@@ -82,3 +82,8 @@ def test_the_texts_say_the_same_hours():
             rf"^\| {lesson.number} \| \[{lesson.title}\]{link} \|.*\| {lesson.hours} \|$", front, re.MULTILINE
         )
         assert f"\nAllow {NUMBERS[lesson.hours - 2]} hours." in lesson.readme.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("lesson", MODULES, ids=lambda lesson: lesson.slug)
+def test_only_optional_exercises_are_worth_no_points(lesson):
+    assert {points == 0 for points in points_of(lesson).values()} == {lesson.is_optional}

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from common.student.watch_exercise import watch
 from common.tests.browser import PHONE, WIDE, chromium, expect  # noqa: F401  (the fixture `browser`)
+from common.tests.student.test_watch_exercise import planted
 from common.tests.watching.test_watching import ask, run, tiny_engine
 from common.watching import read_trace, recording, totals
 from common.watching.page import make_page
@@ -36,7 +38,7 @@ def open_page(browser, tmp_path):
     """Opens the page of a trace from a file. Nothing may be fetched, and no script may fail."""
     contexts, failures = [], []
 
-    def open(trace: Path, other: Path | None = None, size=WIDE, scheme="light"):
+    def open(trace: Path, other: Path | None = None, size=WIDE, scheme="light", what="step"):
         html = tmp_path / "page.html"
         html.write_text(make_page(trace, other), encoding="utf-8")
         context = browser.new_context(viewport=size, color_scheme=scheme)
@@ -46,7 +48,7 @@ def open_page(browser, tmp_path):
         page.on("pageerror", lambda error: failures.append(str(error)))
         page.on("request", lambda request: request.url.startswith(("file:", "data:")) or failures.append(request.url))
         page.goto(html.as_uri())
-        expect(page.locator("#where")).to_contain_text("step 1 of")
+        expect(page.locator("#where")).to_contain_text(f"{what} 1 of")
         return page
 
     yield open
@@ -192,6 +194,23 @@ def test_nothing_overflows(open_page, swapping, size, scheme) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 23, 27)")
+
+
+def test_a_failed_check_is_replayed_call_by_call(open_page, tmp_path) -> None:
+    sched = planted("5.9", tmp_path, "return max((request", "return min((request")
+    _, sentence, runs = watch(*sched)
+    files = [tmp_path / "mine.jsonl", tmp_path / "reference.jsonl"]
+    for file, recorder in zip(files, runs):
+        file.write_text(recorder.file.getvalue(), encoding="utf-8")
+    page = open_page(*files, what="call")
+    page.keyboard.press("d")
+    settle(page)
+    number = next(i for i, (own, other) in enumerate(zip(runs[0].calls, runs[1].calls), 1) if own != other)
+    expect(page.locator("#where")).to_have_text(f"call {number} of {len(runs[1].calls)}")
+    expect(page.locator("#events")).to_contain_text("choose_victim()")
+    expect(page.locator("#partings")).to_contain_text("This run: returns a. The other: returns c.")
+    expect(page.locator("#about")).to_contain_text(f"The check says: {sentence}")
+    expect(page.locator("#lanes")).to_be_hidden()
 
 
 def test_two_equal_runs_do_not_part(open_page, swapping) -> None:

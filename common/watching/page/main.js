@@ -28,18 +28,26 @@ class Page {
 
   head() {
     const { config, model, files } = this.run;
-    document.title = element("title").textContent = `${model}: ${plural(this.run.requests.length, "request")}, ${plural(this.run.steps.length, "step")}`;
-    const parts = [`policy ${config.scheduling_policy}`, `preemption by ${config.preemption}`, `${config.num_blocks} blocks of ${config.block_size} tokens`, `${config.max_num_batched_tokens} tokens a step`];
+    document.title = element("title").textContent = `${model}: ${plural(this.run.requests.length, "request")}, ${plural(this.run.steps.length, this.run.word)}`;
+    const hasScheduler = config.max_num_batched_tokens !== null, parts = [`${config.num_blocks} blocks of ${config.block_size} tokens`];
+    if (hasScheduler) parts.unshift(`policy ${config.scheduling_policy}`, `preemption by ${config.preemption}`, `${config.max_num_batched_tokens} tokens a step`);
     if (config.speculative) parts.push(`draft tokens: ${config.speculative}`);
     element("about").textContent = `${parts.join(", ")}. ${files}`;
+    if (this.run.failure) element("about").append(make("b", { textContent: ` The check says: ${this.run.failure}` }));
+    document.body.classList.toggle("calls", this.run.isCalls);
     element("step").max = Math.max(0, this.length - 1);
+    for (const id of ["texts", "lanes", "preemption", "totals", "budget", "budget-words"]) element(id).hidden = this.run.isCalls;
+    element("timeline").hidden = !hasScheduler;
+    element("stepping-title").textContent = `The ${this.run.word}`;
     if (!this.other) return;
     element("difference").hidden = element("parting").hidden = false;
-    const clip = (list) => list.slice(0, 4).join("; ") + (list.length > 4 ? `; and ${list.length - 4} more` : "");
+    const most = this.run.isCalls ? 12 : 4;
+    const clip = (list) => list.slice(0, most).join("; ") + (list.length > most ? `; and ${list.length - most} more` : "");
     fill(element("partings"), this.partings.length ? this.partings.map(({ aspect, index, here, there }) => {
-      const go = make("button", { textContent: `step ${index + 1}`, onclick: () => this.go(index) });
+      const go = make("button", { textContent: `${this.run.word} ${index + 1}`, onclick: () => this.go(index) });
       return make("li", {}, make("b", { textContent: `${aspect}: ` }), "part in ", go, ` This run: ${clip(here)}. The other: ${clip(there)}.`);
-    }) : ["The two runs are the same in every step: schedule, blocks and tokens."]);
+    }) : [`The two runs are the same in every ${this.run.word}.`]);
+    element("by-request").closest("details").hidden = this.run.isCalls;
     const cells = (tag, texts) => texts.map((text) => make(tag, { textContent: text }));
     const shown = ({ waited, ended, preempted }) => [waited, ended ?? "never", preempted];
     fill(element("by-request"), [
@@ -85,7 +93,7 @@ class Page {
     if (!run.steps.length) return;
     const step = run.steps[Math.min(index, run.steps.length - 1)], state = run.state(step.index);
     element("step").value = index;
-    element("step").ariaValueText = element("where").textContent = `step ${index + 1} of ${this.length}`;
+    element("step").ariaValueText = element("where").textContent = `${run.word} ${index + 1} of ${this.length}`;
     this.drawTotals(step.index);
     const zoom = +element("zoom").value, count = zoom ? Math.min(zoom, this.length) : this.length;
     const first = Math.max(0, Math.min(this.length - count, index - (count >> 1)));

@@ -100,7 +100,7 @@ class Run {
     Object.assign(this, { config: head.config, model: head.model, files: head.files });
     Object.assign(this, { requests: [], steps: [], vocab: {}, keyframes: [], atStep: new Map() });
     const last = this.lines.at(-1);
-    Object.assign(this, { metrics: last.metrics, ranks: last.ranks ?? {} });
+    Object.assign(this, { metrics: last.metrics, ranks: last.ranks ?? {}, failure: last.failure });
     const state = new State(this.config.num_blocks), running = new Set(), highest = [];
     this.lines.forEach((line, number) => {
       Object.assign(this.vocab, line.vocab);
@@ -123,6 +123,8 @@ class Run {
       }
       if (number % KEYFRAME === 0) this.keyframes.push(state.copy());
     });
+    this.isCalls = this.steps.some((step) => step.plan.call !== undefined);
+    this.word = this.isCalls ? "call" : "step";
     this.cursor = null;
     this.sums = this.add();
     this.cells = this.draw();
@@ -288,7 +290,7 @@ class Run {
     return found.filter(([state]) => state);
   }
 
-  word(token) { return this.vocab[token] || `⟨${token}⟩`; }
+  piece(token) { return this.vocab[token] || `⟨${token}⟩`; }
 }
 
 // Why a request got as many tokens as it did.
@@ -317,18 +319,20 @@ function whyWaiting(run, step) {
   return step.numBusy >= most ? `${most} requests run already.` : "They wait for the first sample of their prompt, or arrived later.";
 }
 
-// Where two runs part: for each aspect the first step in which they differ, and how.
+// Where two runs part: for each aspect the first step in which they differ, and how. A check ends with the call that
+// it finds wrong, so what the other run goes on to do is no difference.
 function partings(a, b) {
   const schedule = (run, step) => [
     ...step.entries.map((each) => `${run.requests[each.k].id} ${each.kind} ${each.start}–${each.start + each.n - 1}`),
     ...(step.plan.preempt ?? []).map(([victim, cause]) => `${run.requests[victim].id} preempted for ${run.requests[cause].id}`),
   ];
   const tokens = (run, step) => step.entries.filter(({ sampled }) => sampled.length)
-    .map(({ k, sampled, kept }) => `${run.requests[k].id}: ${JSON.stringify(sampled.slice(0, kept).map((token) => run.word(token)).join(""))}`);
+    .map(({ k, sampled, kept }) => `${run.requests[k].id}: ${JSON.stringify(sampled.slice(0, kept).map((token) => run.piece(token)).join(""))}`);
   const blocks = (run, step) => [`${step.free} blocks free after it`];
+  const call = (run, step) => [step.plan.call, ...step.plan.state];
   const found = [];
-  const steps = Math.max(a.steps.length, b.steps.length);
-  for (const [aspect, list] of [["schedule", schedule], ["blocks", blocks], ["tokens", tokens]]) {
+  const steps = a.isCalls ? Math.min(a.steps.length, b.steps.length) : Math.max(a.steps.length, b.steps.length);
+  for (const [aspect, list] of a.isCalls ? [["call", call]] : [["schedule", schedule], ["blocks", blocks], ["tokens", tokens]]) {
     for (let i = 0; i < steps; i++) {
       const [one, two] = [a, b].map((run) => (run.steps[i] ? list(run, run.steps[i]) : ["the run has ended"]));
       if (one.join("|") === two.join("|")) continue;

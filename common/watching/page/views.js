@@ -155,7 +155,7 @@ function drawStep(run, step, chosen, choose, showAll) {
   const at = entries.findIndex(({ k }) => k === chosen);
   if (at >= rows.length) rows.push(entries[at]);
   const cells = (tag, texts) => texts.map((text) => make(tag, { textContent: text }));
-  fill(element("entries"), [
+  fill(element("entries"), run.isCalls ? [] : [
     make("tr", {}, ...cells("th", ["request", "kind", "positions", "tokens", "why", "sampled"])),
     ...rows.map((entry) => {
       const { k, kind, start, n, sampled, kept } = entry;
@@ -163,7 +163,7 @@ function drawStep(run, step, chosen, choose, showAll) {
       mark.style.background = `var(--${kind})`;
       const name = make("button", { textContent: run.requests[k].id, onclick: () => choose(k) });
       const end = run.requests[k].ended === step.index ? ` · ends: ${run.requests[k].reason}` : "";
-      const found = sampled.slice(0, kept).map((token) => JSON.stringify(run.word(token))).join(" ") + end;
+      const found = sampled.slice(0, kept).map((token) => JSON.stringify(run.piece(token))).join(" ") + end;
       return make("tr", { className: k === chosen ? "chosen" : "" },
         make("td", {}, name), make("td", {}, mark, MEANING[kind]),
         ...cells("td", [`${start}–${start + n - 1}`, n, why(run, entry), found]));
@@ -175,12 +175,12 @@ function drawStep(run, step, chosen, choose, showAll) {
 }
 
 function eventsOf(run, step) {
-  const name = (k) => run.requests[k].id, found = [];
+  const name = (k) => run.requests[k].id, found = run.isCalls ? [step.plan.call, ...step.plan.state] : [];
   if (step.plan.reset) found.push("The step before was interrupted: all requests begin again from their tokens.");
   for (const [victim, cause, lacks, free] of step.plan.preempt ?? []) {
     const how = (step.plan.host ?? {})[victim] ? "its blocks go to the host" : "its tokens will be computed again";
-    const which = victim === cause ? "itself, which comes last" : `the last by ${run.config.scheduling_policy}`;
-    found.push(`${name(cause)} lacks ${plural(lacks, "block")} and ${free} are free: ${name(victim)}, ${which}, is preempted; ${how}.`);
+    const which = victim === cause ? "it is preempted itself" : `${name(victim)} is preempted`;
+    found.push(`${name(cause)} lacks ${plural(lacks, "block")} and ${free} are free: ${which}; ${how}.`);
   }
   for (const [word, moves] of [["out to the host", step.plan.swaps_out], ["in from the host", step.plan.swaps_in]]) {
     if (moves) found.push(`${plural(moves.length, "block")} swapped ${word}.`);
@@ -297,7 +297,7 @@ class Pool {
     }
     lines.push(chain.length ? `Hash chain, back to the first block: ${chain.join(" ← ")}.` : "No hash: it is not full and verified, so no other request finds it.");
     const tokens = run.blockTokens(state, block);
-    lines.push(tokens.length ? `${plural(tokens.length, "token")}: ${tokens.map((token) => JSON.stringify(run.word(token))).join(" ")}` : "No tokens.");
+    lines.push(tokens.length ? `${plural(tokens.length, "token")}: ${tokens.map((token) => JSON.stringify(run.piece(token))).join(" ")}` : "No tokens.");
     fill(element("block"), lines.map((text) => make("p", { textContent: text })));
   }
 }
@@ -313,8 +313,8 @@ function tablesInWords(run, state) {
 // The pieces of this step: accepted draft tokens, the token that was sampled, and the rejected draft tokens.
 function newPieces(run, entry) {
   const accepted = Math.min(entry.kept, Math.max(0, entry.sampled.length - 1));
-  const pieces = entry.sampled.slice(0, entry.kept).map((token, i) => make("ins", { className: i < accepted ? "accepted" : "", textContent: run.word(token) }));
-  return [...pieces, ...entry.drafts.slice(Math.max(0, entry.sampled.length - 1)).map((token) => make("del", { textContent: run.word(token) }))];
+  const pieces = entry.sampled.slice(0, entry.kept).map((token, i) => make("ins", { className: i < accepted ? "accepted" : "", textContent: run.piece(token) }));
+  return [...pieces, ...entry.drafts.slice(Math.max(0, entry.sampled.length - 1)).map((token) => make("del", { textContent: run.piece(token) }))];
 }
 
 function drawText(run, step, chosen, choose) {
