@@ -4,7 +4,7 @@
     EngineLoop.submit  ── commands ──────▶    add_request, abort
     Stream             ◀── Delta ────────     step
 
-Only its own thread touches the engine: whoever else called it would wait for a step, which the event loop must not.
+Only its own thread touches the engine: a caller waits for the step at hand, which the event loop must not.
 Between two steps the thread takes all commands that wait; an abort is therefore obeyed within a step. After each step
 it hands the new tokens of all requests to the event loop at once. If the engine fails, every stream ends with
 `EngineDead`, later requests get the same answer, and nothing waits.
