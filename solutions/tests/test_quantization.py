@@ -52,6 +52,13 @@ def tokens(folder, **settings) -> list[list[int]]:
         return [output.token_ids for output in own.generate(PROMPTS, PARAMS, progress=False)]
 
 
+def test_a_nan_is_not_rounded_away():
+    """Or a request's NaN would become a number in the cache, and its answer nonsense without an error."""
+    numbers, scales = quantize_int8(torch.tensor([[1.0, torch.nan], [torch.inf, 2.0], [3.0, 4.0], [0.0, 0.0]]))
+    assert (numbers * scales[:, None]).isnan().any(dim=1).tolist() == [True, True, False, False]
+    assert scales[3] == 1
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_shares_are_of_the_whole_matrix(checkpoints, kind):  # noqa: F811
     """What three ranks hold, laid side by side, is what one process holds: numbers and scales."""
