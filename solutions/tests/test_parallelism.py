@@ -288,7 +288,7 @@ def test_a_request_that_cannot_be_sampled(checkpoints, tensor, pipeline, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2), (2, 1)])
 def test_the_fault_of_one_request_reaches_no_other(checkpoints, tmp_path, tensor, pipeline):
-    """NaN in its keys and values, in eight bits too; a logits processor that cannot be sent to the rank that samples."""
+    """NaN in its keys and values, in eight bits too; a logits processor that cannot be sent to another rank."""
     shutil.copytree(checkpoints["qwen2"], tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.embed_tokens.weight"][39] = torch.nan
