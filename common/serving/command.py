@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from common.course import files_used, substitutes
 from common.options import engine_options, mine, number, option, threads
-from common.start import OptionError, start_engine
+from common.start import OptionError, make_engine, start_engine
 
 
 def is_loopback(host: str) -> bool:
@@ -53,10 +55,12 @@ def serve(
     name = Path(options["model"]).name
     if tenants.tenants and options["scheduling_policy"] == "fcfs":
         options["scheduling_policy"] = "fair"
-    engine = start_engine(options, mine, threads)
-    metrics = Metrics(engine, name)
-    loop = EngineLoop(engine, max_waiting, metrics)
-    server = Server(loop, engine.tokenizer, engine.config, name, tenants, metrics)
+
+    def start_loop(given: dict[str, Any]) -> EngineLoop:
+        return EngineLoop(partial(make_engine, given), lambda engine: Metrics(engine, name), max_waiting)
+
+    loop = start_engine(options, mine, threads, start_loop)
+    server = Server(loop, loop.engine.tokenizer, loop.engine.config, name, tenants, loop.observer)
     config = uvicorn.Config(
         create_app(server), host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain
     )
@@ -64,7 +68,6 @@ def serve(
     socket.listen(config.backlog)  # clients that come before the loop below wait for it, and are not refused
     port = socket.getsockname()[1]
     print(welcome(server, f"http://{'localhost' if is_loopback(host) else host}:{port}"), flush=True)
-    loop.start()
     uvicorn.Server(config).run(sockets=[socket])
 
 

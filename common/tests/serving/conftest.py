@@ -26,15 +26,13 @@ def serving(engine, tenants=None, template: str | None = TEMPLATE, **options):
     from common.serving.tenants import Tenants
 
     engine.tokenizer.chat_template = template
-    metrics = Metrics(engine, "tales")
-    loop = EngineLoop(engine, observer=metrics, **options)
-    server = Server(loop, engine.tokenizer, engine.config, "tales", tenants or Tenants([]), metrics)
+    loop = EngineLoop(lambda: engine, lambda engine: Metrics(engine, "tales"), **options)
+    server = Server(loop, engine.tokenizer, engine.config, "tales", tenants or Tenants([]), loop.observer)
     config = uvicorn.Config(
         create_app(server), "127.0.0.1", 0, log_level="warning", access_log=False, timeout_graceful_shutdown=20
     )
     socket = config.bind_socket()
     runner = uvicorn.Server(config)
-    server.loop.start()
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30

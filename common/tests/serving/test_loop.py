@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 
+from common.serving.loop import EngineLoop, Observer  # noqa: E402
 from common.tests.serving.conftest import eventually, is_empty, make_engine, serving  # noqa: E402
 
 LONG = {"prompt": "There was once a", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -31,6 +33,35 @@ def slowly(engine):
 
 def post(url: str, body: dict, **options):
     return httpx.post(f"{url}/v1/completions", json=body, timeout=60, **options)
+
+
+def test_the_engine_is_loaded_in_the_thread_that_steps():
+    """Otherwise libgomp keeps two teams of threads, and puts them to sleep in each operator."""
+    threads = []
+
+    class OneStep:
+        config = SimpleNamespace(max_num_seqs=1)
+
+        def __init__(self):
+            threads.append(threading.current_thread())
+
+        @property
+        def has_unfinished_requests(self):
+            return len(threads) < 2
+
+        def step(self):
+            threads.append(threading.current_thread())
+            return []
+
+        def close(self):
+            pass
+
+    loop = EngineLoop(OneStep, lambda engine: Observer())
+    eventually(lambda: len(threads) == 2)
+    assert threads == [loop.thread] * 2
+    loop.close()
+    with pytest.raises(ZeroDivisionError):
+        EngineLoop(lambda: 1 / 0, lambda engine: Observer())
 
 
 def test_a_client_that_leaves_a_stream_is_aborted(served, url):
