@@ -33,7 +33,15 @@ def main(words: list[str]) -> int:
         return 1
 
 
+SHORT_SPIN = {"GOMP_SPINCOUNT": "500", "KMP_BLOCKTIME": "1"}
+"""How long a thread that waits for others keeps its core before it sleeps: turns of a loop for GNU's OpenMP (Linux),
+milliseconds for LLVM's and Intel's (macOS, Windows). By default it is so long that other busy processes slow the engine
+down ten times: the thread that is waited for has no core, since the one that waits has it."""
+
+
 def run(command: commands.Command, rest: list[str]) -> int:
+    for name, value in SHORT_SPIN.items():
+        os.environ.setdefault(name, value)  # before torch is imported: OpenMP reads them once
     if "--here" in rest:
         rest = [word for word in rest if word != "--here"]
         os.environ["COURSE_PYTHON"] = "here"

@@ -40,6 +40,14 @@ def interleaved_medians(ways: dict[str, Callable[[], object]], repeats: int) -> 
     return {way: statistics.median(taken) for way, taken in seconds.items()}
 
 
+def seconds_without_core() -> float:
+    """How long this thread has been ready to compute and had no core. Only Linux tells; elsewhere it is 0."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text(encoding="utf-8").split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 def cpu_name() -> str:
     """What the processor calls itself."""
     try:

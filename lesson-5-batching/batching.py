@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from common import kernels
 from common.config import EngineConfig
 from common.metrics import EngineMetrics, RequestMetrics
 from common.progress import progress_bar
@@ -78,7 +79,8 @@ class ModelRunner:
         batch = flatten_batch(plan.scheduled, self.cache.block_size, self.cache.keys.device)
         if hidden is None:
             hidden = self.model.embed(batch.token_ids)
-        hidden = self.model.run_layers(hidden, batch.positions, self.cache.attend(batch.metadata), self.cache.layers)
+        attend = kernels.paged(self.cache, batch.metadata)  # `cache.attend`, which fused layers do themselves
+        hidden = self.model.run_layers(hidden, batch.positions, attend, self.cache.layers)
         if self.cache.layers.stop < self.model.config.num_hidden_layers:
             return hidden
         if len(batch.logit_rows):

@@ -141,7 +141,7 @@ class W8A8Method(Int8Method):
         raise NotImplementedError("TODO 7.4")
 
     def process_weights_after_loading(self, layer: Linear) -> None:
-        """Nothing: torch has no fast product of whole numbers on a CPU."""
+        kernels.pack_w8a8(layer)
 
 
 # --- Four bits -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from common import kernels
 from common.tokenizer import Tokenizer
 from solutions import llama_pytorch
 from solutions.batching import ModelRunner, flatten_batch
@@ -316,7 +317,7 @@ class DraftProposer:
             start = self.num_computed[draft.request.request_id]
             work.append(replace(draft.request, start=start, token_ids=token_ids, num_spec_tokens=0))
         batch = flatten_batch(work, self.cache.block_size, self.cache.keys.device)
-        hidden = self.model(batch.token_ids, batch.positions, self.cache.attend(batch.metadata))
+        hidden = self.model(batch.token_ids, batch.positions, kernels.paged(self.cache, batch.metadata))
         return self.model.logits(hidden[batch.logit_rows])
 
     def draw(self, draft: Draft, logits: Tensor) -> tuple[int, Tensor | None]:

@@ -119,17 +119,17 @@ def load_model(
 
         wanted = config.quantization and Quantization(config.quantization, config.group_size, config.symmetric)
         quantize_for(model, checkpoint, wanted)
-    layers = range(model.config.num_hidden_layers)
+    layers, parallel = range(model.config.num_hidden_layers), {}
     if coordinates is not None:
-        from solutions.parallelism import shard
+        from solutions.parallelism import ColumnParallelLinear, RowParallelLinear, shard
 
-        layers = shard(model, coordinates, group)
+        layers, parallel = shard(model, coordinates, group), dict(column=ColumnParallelLinear, row=RowParallelLinear)
     if config.offload is not None:
         model.stream_from(checkpoint, layers, config.offload)
     else:
         load_weights(model, checkpoint)
         model = model.to(config.device)
-    use_kernels(model)
+    use_kernels(model, **parallel)
     return model, layers, checkpoint.num_bytes_read
 
 

@@ -401,10 +401,12 @@ def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
     model.tie_weights()
 
 
-def use_kernels(model: Llama) -> None:
-    """Swap parts of a loaded model for faster ones that compute the same, unless KERNELS=plain is set."""
+def use_kernels(model: Llama, **parallel: type) -> None:
+    """Swap parts of a loaded model for faster ones that compute the same, unless KERNELS=plain is set. parallel: lesson
+    6's classes of linear layers, `column` and `row`.
+    """
     if kernels.enabled():
-        kernels.pack(model, linear=Linear, attention=Attention, mlp=MLP, norm=RMSNorm)
+        kernels.pack(model, linear=Linear, attention=Attention, mlp=MLP, norm=RMSNorm, block=Block, **parallel)
 
 
 def check_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint, config: ModelConfig) -> None:

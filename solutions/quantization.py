@@ -146,7 +146,7 @@ class W8A8Method(Int8Method):
         return (total * upcast(scale)[:, None] * upcast(layer.weight_scale)).to(x.dtype)
 
     def process_weights_after_loading(self, layer: Linear) -> None:
-        """Nothing: torch has no fast product of whole numbers on a CPU."""
+        kernels.pack_w8a8(layer)
 
 
 # --- Four bits -------------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ KINDS = {name.partition("-smollm2")[0].removesuffix("-tales") for name in NAMES}
 DEFAULT = ("machine", "ladder", "speculation")
 
 
-def measure(name: str, quick: bool) -> dict:
+def measure(name: str, quick: bool, rival: int | None = None) -> dict:
     """The measurement of this name, which ends with a model's, but for the machine's own."""
     kind = next(each for each in KINDS if name.startswith(each))
     model = "tales" if quick else name.removeprefix(kind).lstrip("-")
@@ -201,7 +201,9 @@ def measure(name: str, quick: bool) -> dict:
     elif kind == "quality":
         from common.bench.quality import measure_quality as measure_kind
     elif kind == "serving":
-        from common.bench.serving import measure_serving as measure_kind
+        from common.bench.serving import measure_serving
+
+        return measure_serving(model, quick, rival)
     else:
         from common.bench.grids import measure_grids as measure_kind
     return measure_kind(model, quick)
@@ -214,9 +216,10 @@ WHAT: one of {", ".join(NAMES)}, or the beginning of some; all; default: {" ".jo
 )
 @click.argument("what", nargs=-1)
 @click.option("--quick", is_flag=True, help="in miniature; nothing is kept")
+@click.option("--rival", type=int, help="serving: the port of another server of the same model, to take turns with")
 @threads
 @click.option("--out", type=Path, default=MEASUREMENTS, help="the folder for the results", show_default=False)
-def bench(what: tuple[str, ...], quick: bool, threads: int | None, out: Path) -> None:
+def bench(what: tuple[str, ...], quick: bool, rival: int | None, threads: int | None, out: Path) -> None:
     chosen: list[str] = []
     for word in what or DEFAULT:
         meant = [name for name in NAMES if word == "all" or name == word or name.startswith(f"{word}-")]
@@ -230,9 +233,11 @@ def bench(what: tuple[str, ...], quick: bool, threads: int | None, out: Path) ->
     command = " ".join(["python -m common bench", *what])
     if threads:
         command += f" --threads {threads}"
+    if rival:
+        command += f" --rival {rival}"
     for name in chosen:
         start = time.perf_counter()
-        result = measure(name, quick)
+        result = measure(name, quick, rival)
         print(f"{name}: measured in {time.perf_counter() - start:.0f} s.", flush=True)
         if quick:
             print(f"{name}: not kept, since --quick measures nothing worth keeping.")

@@ -8,6 +8,7 @@ medians. On a machine with CUDA all of it runs there, in bfloat16.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import statistics
@@ -34,10 +35,11 @@ NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Two ways may go on with different tokens where the likeliest two are closer than this: the last digits of sums
 depend on the number of rows, and bfloat16 has three."""
 
-ROUGHER = {"llama.cpp": 50}
-"""Its kernels are its own and round by more; between its tokens and ours the likeliest two were up to 0.0084 apart."""
+ROUGHER = {"llama.cpp": 50, "vLLM": 50}
+"""Their kernels are their own and round by more; where llama.cpp's tokens and ours part, the likeliest two were up to
+0.0084 apart."""
 
-OTHER_WEIGHTS = ("INT8", "INT4")
+OTHER_WEIGHTS = ("INT8", "INT4", "W8A8")
 """Ways whose tokens are their own: perplexity judges them (lesson 7)."""
 
 
@@ -128,8 +130,12 @@ def greedy(length: int) -> SamplingParams:
     return SamplingParams(max_tokens=length, ignore_eos=True)
 
 
-def ways_of(model: Llama, packed: Llama, quantized: dict[str, Llama], theirs, llama_cpp) -> dict[str, Callable]:
-    """Every rung, by its name: a function from a load to a run. theirs, llama_cpp: None where they are not there."""
+def ways_of(
+    model: Llama, packed: Llama, quantized: dict[str, Llama], theirs, others: dict[str, Callable]
+) -> dict[str, Callable]:
+    """Every rung, by its name: a function from a load to a run. theirs: transformers' model, or None. others: what
+    serves prompts, by the names of other engines.
+    """
 
     def alone(generate: Callable, of_load: Callable[[Load], tuple] = lambda load: ()) -> Callable[[Load], Run]:
         """A lesson's `generate`, for one request after another. of_load: what it takes beyond lesson 2's arguments."""
@@ -186,9 +192,7 @@ def ways_of(model: Llama, packed: Llama, quantized: dict[str, Llama], theirs, ll
     if theirs is not None:
         ways["transformers"] = rival(lambda *load: rivals.generate_padded(theirs, *load))
         ways["transformers, continuous"] = rival(lambda *load: rivals.serve_continuously(theirs, *load))
-    if llama_cpp is not None:
-        ways["llama.cpp"] = rival(llama_cpp.serve)
-    return ways
+    return ways | {name: rival(serve) for name, serve in others.items()}
 
 
 def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> Run:
@@ -242,8 +246,8 @@ def loads(vocab_size: int, quick: bool) -> list[tuple[Load, list[str], int]]:
     def prompt(length: int) -> list[int]:
         return [rng.randrange(100, vocab_size) for _ in range(length)]
 
-    others = ["transformers", "transformers, continuous", "llama.cpp"]
-    serving = ["engine", "engine, kernels", "INT8", "INT4", "speculation", *others]
+    others = ["transformers", "transformers, continuous", "vLLM", "llama.cpp"]
+    serving = ["engine", "engine, kernels", "INT8", "W8A8", "INT4", "speculation", *others]
     every = ["recompute", "cache", "paged", *serving]
     if quick:
         mixed = [rng.randint(4, 12) for _ in range(8)]
@@ -259,6 +263,7 @@ def loads(vocab_size: int, quick: bool) -> list[tuple[Load, list[str], int]]:
         (Load("one stream", [prompt(64)], [64]), every[1:], 3),
         (Load("8 equal streams", [prompt(64) for _ in range(8)], [64] * 8), serving, 3),
         (Load("32 mixed requests", [prompt(p) for p, _ in sizes], [o for _, o in sizes], sample=1), every, 2),
+        (Load("prompt of 512", [prompt(512)], [1]), serving, 3),
     ]
 
 
@@ -278,7 +283,9 @@ def measure_ladder(name: str, quick: bool) -> dict:
     packed, _ = load(name, dtype, device)
     use_kernels(packed)
     options = {"model": name, "dtype": dtype, "device": device}
-    quantized = {kind.upper(): load_model(EngineConfig(quantization=kind, **options))[0] for kind in ("int8", "int4")}
+    quantized = {
+        kind.upper(): load_model(EngineConfig(quantization=kind, **options))[0] for kind in ("int8", "w8a8", "int4")
+    }
     skipped: dict[str, str] = {}
     theirs = rivals.load_transformers(find_checkpoint(name), dtype, device)
     if theirs is None:
@@ -286,20 +293,24 @@ def measure_ladder(name: str, quick: bool) -> dict:
     else:
         theirs.generation_config.eos_token_id = None
         theirs.generation_config.pad_token_id = 0
-    llama_cpp = None
-    try:
-        if device != "cpu":
-            raise rivals.Unable("its weights are float32 and on the CPU, the others' are not")
-        llama_cpp = rivals.LlamaCpp(rivals.float32_gguf(find_checkpoint(name)), torch.get_num_threads())
-    except rivals.Unable as error:
-        skipped["llama.cpp"] = str(error)
-    ways = ways_of(model, packed, quantized, theirs, llama_cpp)
-    results = []
-    for each, names, rounds in loads(model.config.vocab_size, quick):
-        chosen = {way: ways[way] for way in names if way in ways and way not in skipped}
-        results.append(climb(model, each, chosen, rounds, skipped))
-    if llama_cpp is not None:
-        llama_cpp.close()
+    folder, num_threads, others = find_checkpoint(name), torch.get_num_threads(), {}
+    starts = {
+        "vLLM": lambda: rivals.Vllm(os.environ.get("VLLM_PYTHON"), folder, dtype, num_threads),
+        "llama.cpp": lambda: rivals.LlamaCpp(rivals.float32_gguf(folder), num_threads),
+    }
+    with contextlib.ExitStack() as stack:
+        for way, start in starts.items():
+            try:
+                if device != "cpu":
+                    raise rivals.Unable("its weights are float32 and on the CPU, the others' are not")
+                others[way] = stack.enter_context(contextlib.closing(start())).serve
+            except rivals.Unable as error:
+                skipped[way] = str(error)
+        ways = ways_of(model, packed, quantized, theirs, others)
+        results = []
+        for each, names, rounds in loads(model.config.vocab_size, quick):
+            chosen = {way: ways[way] for way in names if way in ways and way not in skipped}
+            results.append(climb(model, each, chosen, rounds, skipped))
     for way, reason in skipped.items():
         print(f"{way}: not measured: {reason}")
     show(results)

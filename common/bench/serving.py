@@ -1,5 +1,7 @@
 """What the server costs: the same requests over HTTP and given to the engine in Python, in turn, on one machine.
 
+Another server of the same model, such as vLLM's, may take its turn, too. A server whose turn it is not is suspended.
+
 Clients are a closed loop: each sends its next request once its last answer is complete, as the engine alone starts the
 next of its requests when one has finished. The client is this process and the server another, so on a machine with few
 cores the client's own work is part of what is measured.
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from common.course import ROOT
+from common.course import ROOT, CourseError
 
 # ---------------------------------------------------------------------------------------------------------------
 # A client, on asyncio's sockets: little work for each token
@@ -162,11 +164,11 @@ def running_server(*options: str, prefix: Sequence[str] = ()) -> Iterator[Runnin
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def measure_serving(model: str, quick: bool) -> dict:
+def measure_serving(model: str, quick: bool, rival: int | None = None) -> dict:
     """Output tokens per second over HTTP and in Python, for some numbers of clients; and times between tokens.
 
     Beside them the processor time for each token, in the server's process and in that of the engine alone, which other
-    work on the machine changes little.
+    work on the machine changes little. rival: the port of another OpenAI-compatible server on this machine.
     """
     from solutions.engine import InferenceEngine
     from solutions.llama_pytorch import SamplingParams
@@ -182,43 +184,46 @@ def measure_serving(model: str, quick: bool) -> dict:
         InferenceEngine(model, enable_prefix_caching=False) as engine,
         running_server("--model", model, "--no-enable-prefix-caching", "--threads", str(threads)) as server,
     ):
-        process = psutil.Process(server.process.pid)
-        for num_clients in (1, 8, 32):
-            shape = (2 * num_clients, num_prompt_tokens)
+        ports = {"server": server.port} | ({"rival": rival} if rival else {})
+        processes = {way: processes_at(port) for way, port in ports.items()}
+        for num_clients in (1, 8, 32, 128):
+            shape = (min(2 * num_clients, 128), num_prompt_tokens)
             prompts = torch.randint(engine.config.model_config.vocab_size, shape, generator=generator).tolist()
             bodies = [{"prompt": prompt, **sampling} for prompt in prompts]
             num_output_tokens = len(prompts) * num_tokens
-            speeds, cpu = {"server": [], "engine": []}, {"server": [], "engine": []}
+            ways = [*ports, "engine"]
+            speeds, cpu, answers = {way: [] for way in ways}, {way: [] for way in ways}, {}
             for number in range(rounds):
-                for way in ("server", "engine") if number % 2 == 0 else ("engine", "server"):
-                    start, cpu_start = time.perf_counter(), processor_time(process if way == "server" else None)
-                    if way == "server":
-                        answers = asyncio.run(closed_loop(server.port, bodies, num_clients))
-                    else:
-                        outputs = closed_loop_alone(engine, prompts, params, num_clients)
-                    speeds[way].append(num_output_tokens / (time.perf_counter() - start))
-                    cpu[way].append(
-                        (processor_time(process if way == "server" else None) - cpu_start) / num_output_tokens
-                    )
-            gaps = sorted(gap for answer in answers for gap in answer.gaps)
+                for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+                    own = processes.get(way, [psutil.Process()])
+                    with stopped([each for other in ports if other != way for each in processes[other]]):
+                        start, cpu_start = time.perf_counter(), processor_time(own)
+                        if way == "engine":
+                            outputs = closed_loop_alone(engine, prompts, params, num_clients)
+                        else:
+                            answers[way] = asyncio.run(closed_loop(ports[way], bodies, num_clients))
+                        speeds[way].append(num_output_tokens / (time.perf_counter() - start))
+                        cpu[way].append((processor_time(own) - cpu_start) / num_output_tokens)
+            gaps = sorted(gap for answer in answers["server"] for gap in answer.gaps)
+            pairs = zip(answers["server"], outputs)
             row = {
                 "clients": num_clients,
                 "num_requests": len(prompts),
-                "server_tokens_per_second": statistics.median(speeds["server"]),
-                "engine_tokens_per_second": statistics.median(speeds["engine"]),
-                "ratio": statistics.median(ours / alone for ours, alone in zip(speeds["server"], speeds["engine"])),
+                **{f"{way}_tokens_per_second": statistics.median(speeds[way]) for way in ways},
+                "ratio": ratio(speeds, "engine"),
+                **({"ratio_to_rival": ratio(speeds, "rival")} if rival else {}),
                 "rounds": speeds,
-                "server_processor_seconds_per_token": statistics.median(cpu["server"]),
-                "engine_processor_seconds_per_token": statistics.median(cpu["engine"]),
-                "time_to_first_token_p50": statistics.median(answer.times[0] - answer.sent for answer in answers),
+                **{f"{way}_processor_seconds_per_token": statistics.median(cpu[way]) for way in ways},
+                "time_to_first_token_p50": statistics.median(each.times[0] - each.sent for each in answers["server"]),
                 "time_between_tokens_p50": statistics.median(gaps),
                 "time_between_tokens_p99": gaps[int(0.99 * len(gaps))],
-                "equal_texts": sum(answer.text == output.text for answer, output in zip(answers, outputs)),
+                "equal_texts": sum(answer.text == output.text for answer, output in pairs),
             }
             rows.append(row)
+            others = f" and {row['ratio_to_rival']:.3f} of the other server's" if rival else ""
             print(
                 f"{num_clients} clients: {row['server_tokens_per_second']:.1f} tokens/s over HTTP, "
-                f"{row['engine_tokens_per_second']:.1f} in Python, ratio {row['ratio']:.3f}; processor time a token "
+                f"{row['ratio']:.3f} of the engine's in Python{others}; processor time a token "
                 f"{row['server_processor_seconds_per_token'] * 1e3:.2f} and "
                 f"{row['engine_processor_seconds_per_token'] * 1e3:.2f} ms; "
                 f"p99 between tokens {row['time_between_tokens_p99'] * 1e3:.0f} ms; "
@@ -235,10 +240,36 @@ def measure_serving(model: str, quick: bool) -> dict:
     }
 
 
-def processor_time(process: psutil.Process | None) -> float:
-    """Seconds of processor time that a process, or this one, has used so far."""
-    times = (process or psutil.Process()).cpu_times()
-    return times.user + times.system
+def ratio(speeds: dict[str, list[float]], other: str) -> float:
+    """The server's speed as a multiple of another's: the median over the rounds."""
+    return statistics.median(ours / theirs for ours, theirs in zip(speeds["server"], speeds[other]))
+
+
+def processes_at(port: int) -> list[psutil.Process]:
+    """The process that listens at a port of this machine, and all that it has started. Raises CourseError."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            found = psutil.Process(connection.pid)
+            return [found, *found.children(recursive=True)]
+    raise CourseError(f"No server listens at port {port} of this machine.")
+
+
+@contextlib.contextmanager
+def stopped(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Let these processes stand still until the `with` ends."""
+    try:
+        for process in processes:
+            process.suspend()
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+def processor_time(processes: Sequence[psutil.Process]) -> float:
+    """Seconds of processor time that these processes have used so far."""
+    times = [process.cpu_times() for process in processes]
+    return sum(each.user + each.system for each in times)
 
 
 def closed_loop_alone(engine, prompts: Sequence[list[int]], params, num_clients: int) -> list:

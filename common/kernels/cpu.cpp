@@ -1,194 +1,291 @@
-// Products of a few rows with weights of eight and four bits: what torch on a CPU has no fast operator for.
+// Operators for a processor: a linear layer, and a decoder layer as one operator, over matrices in panels (products.h).
 //
-// Decoding reads each weight once for a few rows, so what counts is the bytes that are read: here those of the packed
-// weights, which become float32 in registers. From SOME_ROWS rows on arithmetic counts, and the float kernel is the
-// better one: then a slice of the weight is unpacked into a scratch that fits into the cache, and multiplied as usual.
-//
-// x: (R, K) float32, contiguous. Returns (R, N) float32. One function a kind; shapes are the caller's to check.
+// torch starts a region of threads for each of its operators, some twenty in a layer, and Python takes longer to call
+// them than a small model takes to compute one. Here a layer is two regions, and in a region the threads meet only where
+// one needs what another has computed: each `omp for` below ends with all of them.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#ifdef __F16C__
-#include <immintrin.h>
+#ifdef _OPENMP
+#include <omp.h>
 #endif
 
-#include <algorithm>
-#include <cstring>
-#include <optional>
+#include <array>
+#include <memory>
 #include <vector>
 
-namespace {
+#include "attention.h"
+#include "products.h"
 
-constexpr int64_t SOME_ROWS = 8;
-constexpr int64_t SLICE = 1024;  // outputs that are unpacked at a time where there are many rows
-constexpr int64_t BLOCK = 16;    // outputs in a block of a matrix of floats that is also looked up, as cpu.py says
+namespace inference_course {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, TILE = 12;  // floats in a register; rows of x whose sums fit into the registers
-#elif defined(__AVX__)
-constexpr int LANES = 8, TILE = 6;
+inline int64_t threads() {
+#ifdef _OPENMP
+  at::internal::lazy_init_num_threads();
+  return omp_get_max_threads();
 #else
-constexpr int LANES = 4, TILE = 6;
-#endif
-constexpr int64_t CHUNK = 96;  // rows of x that stay in the cache while a matrix is read
-typedef float vec __attribute__((vector_size(4 * LANES)));
-
-inline float wide(at::Half half) {
-#ifdef __F16C__
-  return _cvtsh_ss(half.x);
-#else
-  return static_cast<float>(half);
+  return 1;
 #endif
 }
 
-// Loops as simple as these the compiler turns into the widest vectors that the processor has.
-inline float dot(const float* x, const float* w, int64_t K) {
-  float sum = 0;
-  for (int64_t k = 0; k < K; ++k) sum += x[k] * w[k];
-  return sum;
-}
+// Panels that a thread takes at a time: several turns each, so that one which other processes hold up is helped.
+inline int64_t turn(int64_t panels) { return std::max<int64_t>(1, panels / (6 * threads())); }
 
-inline float dot(const float* x, const int8_t* w, int64_t K) {
-  float sum = 0;
-  for (int64_t k = 0; k < K; ++k) sum += x[k] * static_cast<float>(w[k]);
-  return sum;
-}
+// Numbers that are written before they are read: a vector would set them to 0 first.
+struct Floats {
+  std::unique_ptr<float[]> numbers;
+  explicit Floats(int64_t size) : numbers(new float[size]) {}
+  float& operator[](int64_t i) const { return numbers[i]; }
+  float* data() const { return numbers.get(); }
+};
 
-// Sixteen at a time: the compiler unrolls a loop of known length, however short a group is.
-inline void unpack_pairs(const uint8_t* __restrict pairs, float* __restrict low, float* __restrict high, int64_t count,
-                         float step, float base) {
-  int64_t j = 0;
-  for (; j + 16 <= count; j += 16)
-    for (int64_t l = j; l < j + 16; ++l) {
-      low[l] = base + step * static_cast<float>(static_cast<int>(pairs[l]) & 15);
-      high[l] = base + step * static_cast<float>(static_cast<int>(pairs[l]) >> 4);
-    }
-  for (; j < count; ++j) {
-    low[j] = base + step * static_cast<float>(static_cast<int>(pairs[j]) & 15);
-    high[j] = base + step * static_cast<float>(static_cast<int>(pairs[j]) >> 4);
+// Rows of a product, which are quantized for W8A8 where `prepare` is called for each of them.
+struct Input {
+  const Linear& layer;
+  int64_t count, stride;
+  std::vector<int16_t> numbers;
+  std::vector<float> scales;
+
+  Input(const Linear& layer, int64_t count) : layer(layer), count(count), stride(layer.K + layer.K % 2) {
+    if (layer.kind == W8A8) numbers.resize(count * stride), scales.resize(count);
   }
+  void prepare(const float* x, int64_t row) {
+    if (layer.kind == W8A8) quantize_row(x, layer.K, numbers.data() + row * stride, &scales[row]);
+  }
+  Rows rows(const float* x) const {
+    if (layer.kind == W8A8) return {nullptr, numbers.data(), scales.data(), count, stride};
+    return {x, nullptr, nullptr, count, layer.K};
+  }
+};
+
+inline const float* floats(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<float>() : nullptr;
 }
 
-// Many rows: unpack(first, last, scratch) writes the weights of some outputs as floats, (last - first, K).
-template <typename Unpack>
-at::Tensor by_slices(const at::Tensor& x, int64_t N, int64_t K, Unpack unpack) {
-  at::Tensor y = at::empty({x.size(0), N}, x.options());
-  at::Tensor scratch = at::empty({std::min(SLICE, N), K}, x.options());
-  for (int64_t first = 0; first < N; first += SLICE) {
-    const int64_t last = std::min(first + SLICE, N);
-    float* out = scratch.data_ptr<float>();
-    at::parallel_for(first, last, 32, [&](int64_t begin, int64_t end) { unpack(begin, end, out + (begin - first) * K); });
-    y.slice(1, first, last).copy_(at::mm(x, scratch.slice(0, 0, last - first).t()));
+// x: (..., K); bias: (N). Returns (..., N).
+at::Tensor apply(const c10::intrusive_ptr<Linear>& layer, const at::Tensor& input, const std::optional<at::Tensor>& bias) {
+  const Linear& w = *layer;
+  const at::Tensor x = input.contiguous();
+  const int64_t R = x.numel() / w.K;
+  auto shape = x.sizes().vec();
+  shape.back() = w.N;
+  at::Tensor y = at::empty(shape, x.options());
+  if (R == 0) return y;
+  const float* in = x.const_data_ptr<float>();
+  float* out = y.data_ptr<float>();
+  Input prepared(w, R);
+  const int64_t panels = w.panels(), step = turn(panels);
+#pragma omp parallel
+  {
+    if (w.kind == W8A8) {
+#pragma omp for
+      for (int64_t r = 0; r < R; ++r) prepared.prepare(in + r * w.K, r);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t p = 0; p < panels; p += step)
+      product<1>(w, floats(bias), prepared.rows(in), p, std::min(p + step, panels), 0,
+                 [&](int64_t panel, int64_t first, int64_t rows, const float* sums) {
+                   const int64_t outputs = std::min(PANEL, w.N - panel * PANEL);
+                   for (int64_t r = 0; r < rows; ++r)
+                     std::memcpy(out + (first + r) * w.N + panel * PANEL, sums + r * PANEL, outputs * sizeof(float));
+                 });
   }
   return y;
 }
 
-at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale) {
-  const int64_t R = x.size(0), K = x.size(1), N = weight.size(0);
-  const int8_t* w = weight.data_ptr<int8_t>();
-  const float* s = scale.data_ptr<float>();
-  if (R > SOME_ROWS) {
-    return by_slices(x, N, K, [&](int64_t begin, int64_t end, float* out) {
-      for (int64_t n = begin; n < end; ++n, out += K)
-        for (int64_t k = 0; k < K; ++k) out[k] = s[n] * static_cast<float>(w[n * K + k]);
-    });
+// Lesson 1's `rms_norm` of one row.
+inline void norm(const float* x, const float* weight, int64_t size, float eps, float* out) {
+  vec squares = {};
+  int64_t k = 0;
+  for (; k + LANES <= size; k += LANES) squares += load<vec>(x + k) * load<vec>(x + k);
+  float sum = total(squares);
+  for (; k < size; ++k) sum += x[k] * x[k];
+  const float scale = 1 / std::sqrt(sum / size + eps);
+  for (k = 0; k < size; ++k) out[k] = x[k] * scale * weight[k];
+}
+
+// Lesson 1's `apply_rotary` of one head, in place. cos, sin: (half).
+inline void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+  for (int64_t d = 0; d < half; ++d) {
+    const float a = x[d], b = x[d + half];
+    x[d] = a * cos[d] - b * sin[d];
+    x[d + half] = b * cos[d] + a * sin[d];
   }
-  at::Tensor y = at::empty({R, N}, x.options());
-  const float* in = x.data_ptr<float>();
-  float* out = y.data_ptr<float>();
-  at::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
-    std::vector<float> floats(R > 1 ? K : 0);
-    for (int64_t n = begin; n < end; ++n) {
-      const int8_t* row = w + n * K;
-      if (R == 1) {
-        out[n] = s[n] * dot(in, row, K);
-        continue;
-      }
-      for (int64_t k = 0; k < K; ++k) floats[k] = static_cast<float>(row[k]);
-      for (int64_t r = 0; r < R; ++r) out[r * N + n] = s[n] * dot(in + r * K, floats.data(), K);
+}
+
+// The sums of `o_proj` or `down_proj`, (rows, 16), and the residual if there is one, into out (T, N).
+struct Residual {
+  const float* residual;  // nullptr: of another rank, or added later
+  float* out;
+  int64_t N;
+
+  void operator()(int64_t panel, int64_t first, int64_t rows, const float* sums) const {
+    const int64_t outputs = std::min(PANEL, N - panel * PANEL);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (first + r) * N + panel * PANEL;
+      for (int64_t i = 0; i < outputs; ++i) out[at + i] = sums[r * PANEL + i] + (residual ? residual[at + i] : 0);
     }
-  });
-  return y;
-}
+  }
+};
 
-at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
-                       const std::optional<at::Tensor>& minimum, int64_t group_size) {
-  const int64_t R = x.size(0), K = x.size(1), N = weight.size(0), bytes = weight.size(1), groups = scale.size(1);
-  const int64_t group_bytes = group_size / 2;
-  const uint8_t* w = weight.data_ptr<uint8_t>();
-  const at::Half* s = scale.data_ptr<at::Half>();
-  const at::Half* m = minimum ? minimum->data_ptr<at::Half>() : nullptr;
-  // Even columns first, then odd ones: each half of a byte has its place, and neighbours stay neighbours.
-  const at::Tensor halves = at::cat({x.slice(1, 0, K, 2), x.slice(1, 1, K, 2)}, 1);
-  const auto unpack = [&](int64_t begin, int64_t end, float* out) {
-    for (int64_t n = begin; n < end; ++n, out += K)
-      for (int64_t g = 0; g < groups; ++g) {
-        const float step = wide(s[n * groups + g]), base = m ? wide(m[n * groups + g]) : -8 * step;
-        const int64_t first = g * group_bytes, count = std::min(group_bytes, bytes - first);
-        unpack_pairs(w + n * bytes + first, out + first, out + bytes + first, count, step, base);
+struct Layer : torch::CustomClassHolder {
+  at::Tensor norm_weight;
+  double eps;
+  c10::intrusive_ptr<Linear> first, second;  // qkv_proj and o_proj, or gate_up_proj and down_proj
+  std::optional<at::Tensor> first_bias, second_bias;
+
+  Layer(at::Tensor weight, double eps, c10::intrusive_ptr<Linear> first, std::optional<at::Tensor> first_bias,
+        c10::intrusive_ptr<Linear> second, std::optional<at::Tensor> second_bias)
+      : norm_weight(std::move(weight)), eps(eps), first(std::move(first)), second(std::move(second)),
+        first_bias(std::move(first_bias)), second_bias(std::move(second_bias)) {}
+};
+
+// The first half of a decoder layer: norm, q, k and v, QK norm, rotation, into the blocks, attention, output projection.
+struct AttentionLayer : Layer {
+  int64_t heads, kv_heads, head_dim, window;  // window: the largest number where there is none
+  std::optional<at::Tensor> qk_norm;          // (heads + kv_heads, head_dim), where there is one
+  double qk_eps;
+
+  AttentionLayer(at::Tensor weight, double eps, c10::intrusive_ptr<Linear> qkv, std::optional<at::Tensor> qkv_bias,
+                 c10::intrusive_ptr<Linear> o, std::optional<at::Tensor> o_bias, int64_t heads, int64_t kv_heads,
+                 int64_t head_dim, int64_t window, std::optional<at::Tensor> qk_norm, double qk_eps)
+      : Layer(std::move(weight), eps, std::move(qkv), std::move(qkv_bias), std::move(o), std::move(o_bias)),
+        heads(heads), kv_heads(kv_heads), head_dim(head_dim), window(window), qk_norm(std::move(qk_norm)),
+        qk_eps(qk_eps) {}
+
+  // hidden: (T, hidden_size); cos, sin: (T, head_dim / 2); keys, values: this layer's blocks; slots: (T). layout: of R
+  // requests query_start (R + 1), context_lens (R), where each table begins (R), and the tables, one after another.
+  // Returns (T, hidden_size): hidden plus the layer's output, or the output alone.
+  at::Tensor forward(const at::Tensor& given, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
+                     const at::Tensor& values, const at::Tensor& slots, const at::Tensor& layout, int64_t requests,
+                     bool add_hidden) {
+    const at::Tensor hidden = given.contiguous();
+    const Linear &qkv = *first, &o = *second;
+    const int64_t T = hidden.size(0), H = qkv.K, width = qkv.N, half = head_dim / 2, rotated = heads + kv_heads;
+    const int64_t group = heads / kv_heads, mixed_width = heads * head_dim;
+    const float *x = hidden.const_data_ptr<float>(), *weight = norm_weight.const_data_ptr<float>();
+    const float *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
+    const Blocks blocks{keys.data_ptr<float>(), values.data_ptr<float>(), keys.size(1), kv_heads, head_dim};
+    const int64_t *slot = slots.const_data_ptr<int64_t>(), *start = layout.const_data_ptr<int64_t>();
+    const int64_t *context = start + requests + 1, *table = context + requests;
+    at::Tensor result = at::empty_like(hidden);
+    const Floats normed(T * H), projected(T * width), mixed(T * mixed_width);
+    Input before(qkv, T), after(o, T);
+    std::vector<std::array<int64_t, 3>> items;  // request, key/value head, first token: the longest contexts first
+    for (int64_t r = 0; r < requests; ++r)
+      for (int64_t t = start[r]; t < start[r + 1]; t += QUERIES)
+        for (int64_t head = 0; head < kv_heads; ++head) items.push_back({r, head, t});
+    const int64_t num_items = items.size(), panels = qkv.panels(), outputs = o.panels();
+    const int64_t step = turn(panels), out_step = turn(outputs);
+    const Residual finish{add_hidden ? x : nullptr, result.data_ptr<float>(), o.N};
+#pragma omp parallel
+    {
+#pragma omp for
+      for (int64_t t = 0; t < T; ++t) {
+        norm(x + t * H, weight, H, eps, &normed[t * H]);
+        before.prepare(&normed[t * H], t);
       }
-  };
-  if (R > SOME_ROWS) return by_slices(halves, N, K, unpack);
-  const float* in = halves.data_ptr<float>();
-  at::Tensor y = at::empty({R, N}, x.options());
-  float* out = y.data_ptr<float>();
-  at::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
-    std::vector<float> floats(K);
-    for (int64_t n = begin; n < end; ++n) {
-      unpack(n, n + 1, floats.data());
-      for (int64_t r = 0; r < R; ++r) out[r * N + n] = dot(in + r * K, floats.data(), K);
-    }
-  });
-  return y;
-}
-
-// Rows of x times one block, whose outputs lie side by side for each k.
-template <int R>
-inline void times_block(const float* x, const float* block, float* y, int64_t K) {
-  vec sums[R][BLOCK / LANES] = {};
-  for (int64_t k = 0; k < K; ++k)
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < BLOCK / LANES; ++i) {
-        vec w;
-        std::memcpy(&w, block + k * BLOCK + i * LANES, sizeof w);
-        sums[r][i] += x[r * K + k] * w;
-      }
-  std::memcpy(y, sums, sizeof sums);
-}
-
-// weight: (blocks, K, 16), of which the last block may have outputs beyond N.
-at::Tensor blocked_linear(const at::Tensor& x, const at::Tensor& weight, int64_t N) {
-  const int64_t R = x.size(0), K = x.size(1);
-  at::Tensor y = at::empty({R, N}, x.options());
-  const float *in = x.data_ptr<float>(), *w = weight.data_ptr<float>();
-  float* out = y.data_ptr<float>();
-  for (int64_t first = 0; first < R; first += CHUNK)
-    at::parallel_for(0, weight.size(0), 16, [&](int64_t begin, int64_t end) {
-      float sums[TILE * BLOCK];
-      for (int64_t b = begin; b < end; ++b)
-        for (int64_t r = first, last = std::min(first + CHUNK, R), count; r < last; r += count) {
-          const float *rows = in + r * K, *block = w + b * K * BLOCK;
-          if (last - r >= TILE) times_block<TILE>(rows, block, sums, K), count = TILE;
-          else if (last - r >= 4) times_block<4>(rows, block, sums, K), count = 4;
-          else if (last - r >= 2) times_block<2>(rows, block, sums, K), count = 2;
-          else times_block<1>(rows, block, sums, K), count = 1;
-          const size_t bytes = std::min(BLOCK, N - b * BLOCK) * sizeof(float);
-          for (int64_t i = 0; i < count; ++i) std::memcpy(out + (r + i) * N + b * BLOCK, sums + i * BLOCK, bytes);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t p = 0; p < panels; p += step)
+        product<1>(qkv, floats(first_bias), before.rows(normed.data()), p, std::min(p + step, panels), 0,
+                   Residual{nullptr, projected.data(), width});
+#pragma omp for
+      for (int64_t t = 0; t < T; ++t) {
+        float* row = &projected[t * width];
+        for (int64_t h = 0; h < rotated; ++h) {
+          float* head = row + h * head_dim;
+          if (qk_norm) norm(head, floats(qk_norm) + h * head_dim, head_dim, qk_eps, head);
+          rotate(head, c + t * half, s + t * half, half);
         }
-    });
-  return y;
-}
+        const int64_t size = kv_heads * head_dim, at = slot[t] * size;
+        std::memcpy(blocks.keys + at, row + mixed_width, size * sizeof(float));
+        std::memcpy(blocks.values + at, row + mixed_width + size, size * sizeof(float));
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < num_items; ++i) {
+        const auto [r, head, t] = items[i];
+        const int64_t tokens = std::min(QUERIES, start[r + 1] - t), offset = head * group * head_dim;
+        attend(&projected[t * width + offset], width, tokens, group, context[r] - (start[r + 1] - t), window, blocks,
+               start + table[r], head, &mixed[t * mixed_width + offset], mixed_width);
+      }
+      if (o.kind == W8A8) {
+#pragma omp for
+        for (int64_t t = 0; t < T; ++t) after.prepare(&mixed[t * mixed_width], t);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t p = 0; p < outputs; p += out_step)
+        product<1>(o, floats(second_bias), after.rows(mixed.data()), p, std::min(p + out_step, outputs), 0, finish);
+    }
+    return result;
+  }
+};
 
-}  // namespace
+// The second half: norm, gate and up, SiLU, down. gate_up_proj has gate's panels, then as many of up.
+struct MLPLayer : Layer {
+  using Layer::Layer;
+
+  // hidden: (T, hidden_size). Returns (T, hidden_size): hidden plus the layer's output, or the output alone.
+  at::Tensor forward(const at::Tensor& given, bool add_hidden) {
+    const at::Tensor hidden = given.contiguous();
+    const Linear &gate_up = *first, &down = *second;
+    const int64_t T = hidden.size(0), H = gate_up.K, inner = down.K, panels = gate_up.panels() / 2;
+    const int64_t step = turn(panels), outputs = down.panels(), out_step = turn(outputs);
+    const float *x = hidden.const_data_ptr<float>(), *weight = norm_weight.const_data_ptr<float>();
+    at::Tensor result = at::empty_like(hidden);
+    const Floats normed(T * H), active(T * inner);
+    Input before(gate_up, T), after(down, T);
+    const Residual finish{add_hidden ? x : nullptr, result.data_ptr<float>(), down.N};
+#pragma omp parallel
+    {
+#pragma omp for
+      for (int64_t t = 0; t < T; ++t) {
+        norm(x + t * H, weight, H, eps, &normed[t * H]);
+        before.prepare(&normed[t * H], t);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t p = 0; p < panels; p += step)
+        product<2>(gate_up, floats(first_bias), before.rows(normed.data()), p, std::min(p + step, panels), panels,
+                   [&](int64_t panel, int64_t row, int64_t rows, const float* gate) {
+                     const float* up = gate + CHUNK * PANEL;
+                     const int64_t size = std::min(PANEL, inner - panel * PANEL);
+                     for (int64_t r = 0; r < rows; ++r, gate += PANEL, up += PANEL) {
+                       float out[PANEL];
+                       for (int i = 0; i < PANEL; i += LANES) {
+                         const vec g = load<vec>(gate + i), u = load<vec>(up + i);
+                         store(out + i, g / (1.0f + exponential(g < -87.0f ? 87.0f - vec{} : -g)) * u);
+                       }
+                       std::memcpy(&active[(row + r) * inner + panel * PANEL], out, size * sizeof(float));
+                     }
+                   });
+      if (down.kind == W8A8) {
+#pragma omp for
+        for (int64_t t = 0; t < T; ++t) after.prepare(&active[t * inner], t);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t p = 0; p < outputs; p += out_step)
+        product<1>(down, floats(second_bias), after.rows(active.data()), p, std::min(p + out_step, outputs), 0, finish);
+    }
+    return result;
+  }
+};
+
+}  // namespace inference_course
 
 TORCH_LIBRARY(inference_course, library) {
-  library.def("blocked_linear(Tensor x, Tensor weight, int outputs) -> Tensor", &blocked_linear);
-  library.def("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor", &int8_linear);
-  library.def("int4_linear(Tensor x, Tensor weight, Tensor scale, Tensor? minimum, int group_size) -> Tensor",
-              &int4_linear);
+  using namespace inference_course;
+  using Tensor = at::Tensor;
+  using Maybe = std::optional<Tensor>;
+  using Product = c10::intrusive_ptr<Linear>;
+  library.class_<Linear>("Linear")
+      .def(torch::init<int64_t, int64_t, int64_t, Tensor, Maybe, Maybe, int64_t>())
+      .def("apply", &apply);
+  library.class_<AttentionLayer>("AttentionLayer")
+      .def(torch::init<Tensor, double, Product, Maybe, Product, Maybe, int64_t, int64_t, int64_t, int64_t, Maybe, double>())
+      .def("forward", &AttentionLayer::forward);
+  library.class_<MLPLayer>("MLPLayer")
+      .def(torch::init<Tensor, double, Product, Maybe, Product, Maybe>())
+      .def("forward", &MLPLayer::forward);
 }

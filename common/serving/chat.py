@@ -78,7 +78,7 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
                 index=choice.index,
                 message=Answer(
                     content=choice.content or (None if choice.calls else ""),
-                    tool_calls=[call.as_dict() for call in choice.calls] or None,
+                    tool_calls=[call.as_dict() for call in choice.calls],
                 ),
                 finish_reason=choice.finish_reason,
                 logprobs=logprobs(server, body, choice.logprobs),

@@ -280,7 +280,7 @@ class Answer(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
-    tool_calls: list[AnswerToolCall] | None = None
+    tool_calls: list[AnswerToolCall] = Field([], exclude_if=lambda calls: not calls)  # OpenAI's own is never null
 
 
 class ChatChoice(BaseModel):

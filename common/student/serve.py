@@ -6,10 +6,15 @@ answer is printed when it is complete. At the end, what the requests felt and wh
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+BUSY_SHARE = 0.2
+"""On an idle machine a thread waits for a core for less than a hundredth of the time."""
 
 QUESTIONS = (
     "What is gravity? Answer in two or three sentences.",
@@ -78,6 +83,8 @@ def serve(engine, prompts: list[str], token_ids: list[list[int]], params, consol
 
     Raises ValueError, and begins nothing, if one of them can never be served.
     """
+    from common.machine import seconds_without_core  # it imports torch
+
     console = console or Console(highlight=False)
     ids: list[str] = []
     try:
@@ -87,7 +94,7 @@ def serve(engine, prompts: list[str], token_ids: list[list[int]], params, consol
             engine.abort(request_id)
         raise
     outputs = [engine.output(request_id) for request_id in ids]
-    code = 0
+    code, start, waited = 0, time.perf_counter(), seconds_without_core()
     try:
         if console.is_terminal:
             with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
@@ -110,6 +117,12 @@ def serve(engine, prompts: list[str], token_ids: list[list[int]], params, consol
             console.print(Text(f"\n{prompt}", "bold"))
             console.print(output.text.strip(), markup=False)
     console.print(report(engine, outputs))
+    share = (seconds_without_core() - waited) / (time.perf_counter() - start)
+    if share > BUSY_SHARE:
+        console.print(
+            f"Other processes had the cores for {share:.0%} of this time, so this was slower than the machine can be. "
+            "End some of them, or try THREADS=1."
+        )
     return code
 
 

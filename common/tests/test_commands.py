@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from unittest import mock
 
 import click
 import pytest
 
 from common import commands, options
-from common.__main__ import main
+from common.__main__ import main, run
 from common.config import EngineConfig
 from common.course import ROOT, CourseError
 
@@ -134,6 +136,14 @@ def test_both_spellings(typed, command, rest):
     assert (parsed.name, arguments) == (command, rest)
 
 
+def test_what_an_ai_assistant_is_told_exists():
+    text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
+    assert re.findall("^mode: .*$", text, re.MULTILINE) == ["mode: tutor"]
+    typed = re.findall(r"`(?:PDB=1 )?make ([\w.-]+)", text)
+    assert len(typed) > 8 and all(commands.parse([each]) for each in typed)
+    assert all((ROOT / file).exists() for file in re.findall(r"\]\(([\w/.]+)\)", text))
+
+
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
@@ -238,3 +248,16 @@ def test_the_front_runs_on_an_old_and_bare_python():
     command = [sys.executable, "-S", "-m", "common", "help"]  # -S: no site-packages
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "test-lesson-N" in result.stdout, result.stderr
+
+
+def test_threads_that_wait_sleep_soon(monkeypatch):
+    """What OpenMP reads once stands in the environment before torch is imported; what the user says there stays."""
+    seen = []
+    monkeypatch.setattr("common.__main__.run_bare", lambda *given: seen.append(os.environ["GOMP_SPINCOUNT"]))
+    bare = commands.Command("x", "", "x:y", "a command", extra=None)
+    with mock.patch.dict(os.environ):
+        os.environ.pop("GOMP_SPINCOUNT", None)
+        run(bare, [])
+        os.environ["GOMP_SPINCOUNT"] = "7"
+        run(bare, [])
+    assert int(seen[0]) <= 2000 and seen[1] == "7"

@@ -63,7 +63,11 @@ class CallRecorder(Recorder):
 
     def config(self) -> dict[str, Any]:
         found = {**super().config(), "num_blocks": len(self.manager.pool.blocks), "block_size": self.manager.block_size}
-        return found if hasattr(self.scheduler, "schedule") else {**found, "max_num_batched_tokens": None}
+        return (
+            found
+            if hasattr(self.scheduler, "schedule")
+            else {**found, **dict.fromkeys(("scheduling_policy", "max_num_batched_tokens"))}
+        )
 
     def model(self) -> str:
         return self.title

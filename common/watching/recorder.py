@@ -139,8 +139,11 @@ class Recorder:
         self.undo_pool.close()
         self.pool = self.manager.pool
         self.touched = {block.block_id: block for block in self.pool.blocks if block.ref_cnt or block.block_hash}
-        for name in ("get_new_blocks", "free_blocks", "touch", "remember", "forget"):
-            self.replace(self.pool, name, self.touch, self.undo_pool)
+        for name, method in (
+            ("get_new_blocks", self.take), ("free_blocks", self.touch), ("touch", self.touch),
+            ("remember", self.mark), ("forget", self.mark),
+        ):  # fmt: skip
+            self.replace(self.pool, name, method, self.undo_pool)
 
     def close(self) -> None:
         self.undo.close()
@@ -223,17 +226,18 @@ class Recorder:
         self.check_pool()
         line, number = {"plan": plan.step_id, **self.line}, self.number
         self.line = {}
-        line["run"], drafts = [], {}
+        line["run"], drafts, computed = [], {}, self.computed
         for scheduled in plan.scheduled:
-            k, num_tokens = number[scheduled.request_id], len(scheduled.token_ids)
-            entry = [k, num_tokens, scheduled.num_spec_tokens]
-            if scheduled.start != self.computed[k]:
-                entry.append(scheduled.start)
-            is_plain = num_tokens == 1 and entry[2:] == [0]
-            line["run"].append(k if is_plain else entry if any(entry[2:]) or len(entry) > 3 else entry[:2])
-            self.computed[k] = scheduled.start + num_tokens
-            if scheduled.num_spec_tokens:
-                drafts[k] = scheduled.token_ids[num_tokens - scheduled.num_spec_tokens :]
+            k, num_tokens, num_spec = number[scheduled.request_id], len(scheduled.token_ids), scheduled.num_spec_tokens
+            entry = [k, num_tokens]
+            if scheduled.start != computed[k]:
+                entry += [num_spec, scheduled.start]
+            elif num_spec:
+                entry.append(num_spec)
+            line["run"].append(k if entry == [k, 1] else entry)
+            computed[k] = scheduled.start + num_tokens
+            if num_spec:
+                drafts[k] = scheduled.token_ids[num_tokens - num_spec :]
                 self.learn(drafts[k], line)
         moves = {name: getattr(plan, name) for name in ("swaps_out", "swaps_in", "copies")}
         served = self.scheduler.served if self.engine.config.scheduling_policy == "fair" else None
@@ -253,19 +257,21 @@ class Recorder:
         original(scheduler, plan, result, outputs, seconds)
         line: dict[str, Any] = {"result": plan.step_id, "out": [], **self.line}
         self.line = {}
-        texts, kept = {}, {}
+        texts, kept, pieces, lengths = {}, {}, self.pieces, self.num_characters
         for scheduled, output, before in zip(plan.scheduled, outputs, counts):
-            k, sampled = self.number[scheduled.request_id], result.sampled_token_ids.get(scheduled.request_id)
-            line["out"].append(sampled[0] if sampled and len(sampled) == 1 else sampled or None)
+            k, sampled = self.number[scheduled.request_id], result.sampled_token_ids.get(scheduled.request_id, ())
+            line["out"].append(sampled[0] if len(sampled) == 1 else sampled or None)
+            expected = ""
             if sampled:
                 self.learn(sampled, line)
                 self.computed[k] -= scheduled.num_spec_tokens + 1 - len(sampled)
                 if (num_kept := len(output.token_ids) - before) != len(sampled):
                     kept[k] = num_kept
-            text = output.text[self.num_characters[k] :]
-            if text != "".join(self.pieces[token] for token in sampled or ()):
+                expected = pieces[sampled[0]] if len(sampled) == 1 else "".join([pieces[token] for token in sampled])
+            text = output.text[lengths[k] :]
+            if text != expected:
                 texts[k] = text
-            self.num_characters[k] += len(text)
+            lengths[k] += len(text)
         errors = {self.number[request_id]: why for request_id, why in result.errors.items()}
         line |= {name: found for name, found in {"text": texts, "kept": kept, "errors": errors}.items() if found}
         self.changes(line)
@@ -276,17 +282,26 @@ class Recorder:
         original(output)
         self.line.setdefault("ends", {})[self.number[output.request_id]] = output.finish_reason
 
-    def touch(self, original, *arguments):
-        """Of any method of the pool: its argument, or what it returns, is a block or several of them."""
-        if not arguments[0]:  # no block at all
-            return original(*arguments)
-        first = arguments[0] if hasattr(arguments[0], "block_id") else None
-        if first is None and not isinstance(arguments[0], int):
-            arguments = (list(arguments[0]), *arguments[1:])  # an iterator can be read only once
-        result = original(*arguments)
-        blocks = [first] if first is not None else result if isinstance(arguments[0], int) else arguments[0]
-        self.touched |= {block.block_id: block for block in blocks or ()}
-        return result
+    def touch(self, original, blocks):
+        """Of `touch` and `free_blocks`: they get blocks."""
+        if blocks:
+            blocks = list(blocks)  # an iterator can be read only once
+            for block in blocks:
+                self.touched[block.block_id] = block
+        return original(blocks)
+
+    def take(self, original, num_blocks: int):
+        blocks = original(num_blocks)
+        for block in blocks or ():
+            self.touched[block.block_id] = block
+        return blocks
+
+    def mark(self, original, block, *key):
+        """Of `remember` and `forget`. A block whose content another has is remembered in every step, in vain."""
+        before = block.block_hash
+        original(block, *key)
+        if block.block_hash is not before:
+            self.touched[block.block_id] = block
 
     # Differences -----------------------------------------------------------------------------------------------
 
@@ -320,10 +335,13 @@ class Recorder:
         if blocks:
             line["blocks"] = blocks
         line["free"] = self.pool.num_free_blocks
-        computed = {number[request.request_id]: request.num_computed_tokens for request in self.requests()}
-        if new := {k: count for k, count in computed.items() if count != self.computed[k]}:
+        computed, new = self.computed, {}
+        for request_id, request in self.scheduler.requests.items():
+            k, count = number.get(request_id), request.num_computed_tokens
+            if k is not None and count != computed[k]:
+                new[k] = computed[k] = count
+        if new:
             line["computed"] = new
-            self.computed |= new
 
     def table_changes(self, line: dict[str, Any]) -> None:
         """Add the block tables, and the lists of host blocks, that have changed."""
@@ -341,9 +359,6 @@ class Recorder:
         if new := difference(self.hosts, hosts):
             line["host"] = new
         self.tables, self.hosts = tables, hosts
-
-    def requests(self) -> Iterator[Any]:
-        return (request for request in self.scheduler.requests.values() if request.request_id in self.number)
 
 
 def difference(before: dict[int, list[int]], after: dict[int, list[int]]) -> dict[int, list[int]]:

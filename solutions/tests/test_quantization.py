@@ -17,17 +17,18 @@ from common.config import EngineConfig
 from common.tests.typed import typed
 from solutions.batching import SamplingParams
 from solutions.engine import InferenceEngine, load_model
-from solutions.llama_pytorch import causal_attend, layers_of, load_weights, parse_config
+from solutions.llama_pytorch import Linear, causal_attend, layers_of, load_weights, parse_config
 from solutions.parallelism import Group, RankCoordinates, shard
 from solutions.quantization import (
+    Int4Method,
+    Int8Method,
     Quantization,
-    dequantize_int4,
+    W8A8Method,
     int8_matmul,
     pack_int4,
     quantize,
-    quantize_int4,
-    quantize_int8,
     save_quantized,
+    set_method,
     unpack_int4,
     weight_bytes,
 )
@@ -230,22 +231,25 @@ def test_int8_products_are_exact():
 
 
 @pytest.mark.skipif(kernels.compiled() is None, reason="no C++ compiler here: there are no compiled kernels")
-@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 40])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 40])
 @pytest.mark.parametrize(("outputs", "columns"), [(70, 160), (33, 30), (1100, 64)])
-def test_compiled_products(rows, outputs, columns):
-    """Against the plain ones, for few rows and many, short groups, and more outputs than a slice."""
+@pytest.mark.parametrize(
+    "method",
+    [Int8Method(), W8A8Method(), *(Int4Method(*each) for each in ((6, True), (32, False), (128, True), (128, False)))],
+    ids=lambda method: f"{type(method).__name__}{vars(method)}",
+)
+def test_compiled_products(method, rows, outputs, columns):
+    """Against the plain ones, for few rows and many, short groups, and sizes that fill no panel."""
     generator = torch.Generator().manual_seed(rows)
+    with torch.device("meta"):
+        layer = Linear(columns, outputs)
+    set_method(layer, method)
     weight, x = (torch.randn(size, columns, generator=generator) for size in (outputs, rows))
-    numbers, scale = quantize_int8(weight)
-    got = kernels.compiled().int8_linear(x, numbers, scale)
-    torch.testing.assert_close(got, x @ (numbers * scale[:, None]).T, rtol=1e-4, atol=1e-3)
-    for group_size in (6, 32, 128):
-        for symmetric in (False, True):
-            numbers, scale, minimum = quantize_int4(weight, group_size, symmetric)
-            packed = pack_int4(numbers)
-            got = kernels.compiled().int4_linear(x, packed, scale, None if symmetric else minimum, group_size)
-            expected = x @ dequantize_int4(numbers, scale.float(), minimum.float(), group_size).T
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+    layer.load(lambda name, *part: weight)
+    expected = layer(x)
+    layer.method.process_weights_after_loading(layer)
+    assert kernels.has_kernel(layer)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], Quantization("int4", 32)], ids=str)
@@ -266,7 +270,7 @@ def test_packed_quantized_model(kind, monkeypatch):
     monkeypatch.setenv("KERNELS", "plain")
     model = load("tales", kind, torch.float32)
     ids, positions = torch.arange(5, 45), torch.arange(40)
-    assert weight_bytes(packed) == weight_bytes(model)
+    assert weight_bytes(model) <= weight_bytes(packed) < 1.05 * weight_bytes(model)  # a last group is filled up
     with torch.inference_mode():
         one, other = (each.logits(each(ids, positions, causal_attend)) for each in (packed, model))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -60,7 +60,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+RANKS = {"tensor parallel": {"tensor_parallel": 2}, "pipeline parallel": {"pipeline_parallel": 2}}
+"""In a pipeline the rank that samples is another process, and the grammar goes there."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*WAYS.values(), *(pytest.param(each, marks=pytest.mark.slow) for each in RANKS.values())],
+    ids=[*WAYS, *RANKS],
+)
 def test_answers_match_their_schema(options):
     """At temperature 1, some of them with n above 1, beside requests without a grammar."""
     with make_engine(**options) as engine:

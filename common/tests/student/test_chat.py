@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -198,6 +199,14 @@ def test_many_prompts_at_once(small_engine):
     assert "\033" not in out and all(f"] {prompt}\n" in out for prompt in BEGINNINGS[:5])
     told = " ".join(out.split())
     assert "40 tokens in" in told and "slots held for each token stored" in told and told.count("length") == 5
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_a_busy_machine_is_named(small_engine, share, monkeypatch):
+    """As the reason of a slow run, after a run that had to wait for its cores, and only then."""
+    monkeypatch.setattr("common.machine.seconds_without_core", lambda: share * time.perf_counter())
+    out = " ".join(serve(small_engine, terminal=False, width=100).split())
+    assert ("Other processes had the cores for 50% of this time" in out and "THREADS=1" in out) == (share > 0.2)
 
 
 @pytest.mark.parametrize("width", [60, 100])

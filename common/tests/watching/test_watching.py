@@ -33,9 +33,9 @@ class HalfRight(DraftProposer):
         return self.rng.randrange(4, 40) if self.rng.random() < 0.5 else int(logits.argmax()), None
 
 
-def tiny_engine(depth: int = 1, **options) -> Engine:
+def tiny_engine(depth: int = 1, window: int | None = None, **options) -> Engine:
     """Random weights; a few draft tokens after each token, half of them right; a pool that is too small for all."""
-    model = random_model()
+    model = random_model(**({"model_type": "mistral", "sliding_window": window} if window else {}))
     options = {"num_blocks": 24, "block_size": 4, "max_num_batched_tokens": 24, "max_model_len": 64, **options}
     config = EngineConfig(**options).resolve(model.config, 1)
     caches = [PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks) for _ in range(2)]
@@ -115,6 +115,28 @@ def test_after_every_step_the_trace_has_the_engine_s_tables_and_counts(tmp_path)
             tables = {k: table for k, table in replay.tables.items() if table}
             seen.append((tables, list(replay.counts), dict(replay.computed)))
     assert seen == states
+
+
+def test_blocks_that_a_sliding_window_has_passed_are_free_and_not_lost(tmp_path):
+    engine, file, states = tiny_engine(window=8), tmp_path / "run.jsonl", []
+    with file.open("w", encoding="utf-8") as lines, recording(engine, lines) as recorder:
+        ask(engine)
+        while engine.has_unfinished_requests:
+            engine.step()
+            manager = engine.manager
+            tables = {
+                recorder.number[id]: [-1 if block is manager.dropped else block.block_id for block in table]
+                for id, table in manager.block_tables.items()
+            }
+            states.append((tables, manager.pool.num_free_blocks))
+    assert_same_numbers(engine, file)
+    replay, seen = Replay(24), []
+    for line in read_trace(file).lines:
+        replay.apply(line)
+        if "result" in line:
+            seen.append(({k: table for k, table in replay.tables.items() if table}, line["free"]))
+    assert seen == states and engine.metrics().num_preemptions > 0
+    assert any(table[:2] == [-1, -1] for tables, _ in seen for table in tables.values())
 
 
 def test_what_is_recorded_says_why(recorded):

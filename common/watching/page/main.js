@@ -29,15 +29,15 @@ class Page {
   head() {
     const { config, model, files } = this.run;
     document.title = element("title").textContent = `${model}: ${plural(this.run.requests.length, "request")}, ${plural(this.run.steps.length, this.run.word)}`;
-    const hasScheduler = config.max_num_batched_tokens !== null, parts = [`${config.num_blocks} blocks of ${config.block_size} tokens`];
-    if (hasScheduler) parts.unshift(`policy ${config.scheduling_policy}`, `preemption by ${config.preemption}`, `${config.max_num_batched_tokens} tokens a step`);
+    const parts = [`${plural(config.num_blocks, "block")} of ${plural(config.block_size, "token")}`], budget = config.max_num_batched_tokens;
+    if (config.scheduling_policy) parts.unshift(`policy ${config.scheduling_policy}`, `preemption by ${config.preemption}`, `${budget} tokens a step`);
     if (config.speculative) parts.push(`draft tokens: ${config.speculative}`);
     element("about").textContent = `${parts.join(", ")}. ${files}`;
     if (this.run.failure) element("about").append(make("b", { textContent: ` The check says: ${this.run.failure}` }));
     document.body.classList.toggle("calls", this.run.isCalls);
     element("step").max = Math.max(0, this.length - 1);
     for (const id of ["texts", "lanes", "preemption", "totals", "budget", "budget-words"]) element(id).hidden = this.run.isCalls;
-    element("timeline").hidden = !hasScheduler;
+    element("timeline").hidden = budget === null;
     element("stepping-title").textContent = `The ${this.run.word}`;
     if (!this.other) return;
     element("difference").hidden = element("parting").hidden = false;

@@ -197,7 +197,7 @@ function eventsOf(run, step) {
 // ---------------------------------------------------------------------------------------------------------------
 
 // A request's id, short enough for a block.
-const label = (run, k) => (run.requests[k]?.id ?? "").replace(/^request-/, "").slice(0, 4);
+const label = (run, k) => (run.requests[k]?.id ?? "").replace(/^(request|turn)-/, "").slice(0, 4);
 
 class Pool {
   constructor(run, canvas) {

@@ -1,0 +1,103 @@
+"""Attention of many requests: over padded keys in torch, and what a fused layer must know about a batch's blocks."""
+
+from __future__ import annotations
+
+import functools
+from itertools import accumulate, chain, repeat
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.kernels.groups import Metadata
+from common.kernels.products import enabled
+
+QUERY_BLOCK = 128
+"""Queries of a prefill chunk that are computed at a time: the first ones have fewer keys than the last."""
+
+FEW_QUERIES = 16
+"""With 2 to this number of queries in a request (verification), a group's heads form one matrix, and its keys are read
+once. With a single query that is slower: nine heads are divided over the cores more evenly than three groups."""
+
+
+class Cache(Protocol):
+    """What must be known about a cache: lesson 4's `PagedKVCache`."""
+
+    keys: Tensor  # (num_layers, num_blocks, block_size, K, D)
+    values: Tensor
+    layers: range
+
+
+class PagedAttend:
+    """Lesson 4's `attend` for a batch, which also tells where its blocks are: fused layers write and read them.
+
+    What only one of the two needs is made when it is first asked for.
+    """
+
+    def __init__(self, cache: Cache, metadata: Metadata):
+        self.cache, self.metadata = cache, metadata
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **window: int) -> Tensor:
+        return self.attend(layer, q, k, v, **window)
+
+    @functools.cached_property
+    def attend(self):
+        return self.cache.attend(self.metadata)
+
+    @functools.cached_property
+    def layout(self) -> tuple[Tensor, Tensor, int]:
+        """Slots (T); the requests' rows, contexts and block tables in one tensor, as cpu.cpp says; their number."""
+        batch = self.metadata
+        num_requests = len(batch.context_lens)
+        starts = accumulate(map(len, batch.block_tables[:-1]), initial=3 * num_requests + 1)
+        numbers = [*batch.query_start, *batch.context_lens, *starts, *chain.from_iterable(batch.block_tables)]
+        return batch.slot_mapping, torch.tensor(numbers), num_requests
+
+    @functools.cached_property
+    def blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each of the cache's layers: (num_blocks, block_size, K, D) each."""
+        return list(zip(self.cache.keys.unbind(), self.cache.values.unbind()))
+
+    def of_layer(self, layer: int) -> tuple:
+        """What the compiled layer with this number in the model takes beside hidden states and rotary tables."""
+        return *self.blocks[layer - self.cache.layers.start], *self.layout
+
+
+def paged(cache: Cache, metadata: Metadata):
+    """Returns `cache.attend(metadata)`, in a form that fused layers understand if the cache's numbers are theirs."""
+    if enabled() and (cache.keys.dtype, cache.keys.device.type) == (torch.float32, "cpu"):
+        return PagedAttend(cache, metadata)
+    return cache.attend(metadata)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Attention of B requests, T queries of each, over keys and values that were gathered and padded to one length.
+
+    q: (B, T, H, D); k, v: (B, S, K, D), with K dividing H; positions: (B, T) integers, 0 to S - 1. Query head h
+    attends to key/value head h // (H / K). Key s of a request is seen from position s on, so padding at its end is not
+    seen. It must be finite nevertheless: NaN in a new tensor times a weight of 0 is NaN. Returns (B, T, H, D).
+    """
+    batch, num_queries, num_heads, head_dim = q.shape
+    if num_queries > QUERY_BLOCK:
+        blocks = zip(q.split(QUERY_BLOCK, dim=1), repeat(k), repeat(v), positions.split(QUERY_BLOCK, dim=1))
+        return torch.cat([attention(*block) for block in blocks], dim=1)
+
+    mask = None
+    if q.device.type == "cpu":  # a GPU would first have to finish all it was asked for before it could answer
+        seen = int(positions.max()) + 1
+        k, v = k[:, :seen], v[:, :seen]
+    if q.device.type != "cpu" or positions.numel() > 1:
+        mask = (torch.arange(k.shape[1], device=k.device) <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not 1 < num_queries <= FEW_QUERIES:
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+    # Lesson 3's folding: the queries of a group's heads one below the other, in one matrix (B, K, H / K * T, D).
+    num_kv_heads = k.shape[1]
+    group_size = num_heads // num_kv_heads
+    folded = q.reshape(batch, num_kv_heads, group_size * num_queries, head_dim)
+    if mask is not None:
+        mask = mask.expand(-1, group_size, -1, -1).flatten(1, 2)[:, None]
+    mixed = F.scaled_dot_product_attention(folded, k, v, mask)
+    return mixed.reshape(batch, num_heads, num_queries, head_dim).transpose(1, 2)

@@ -1,0 +1,74 @@
+"""Compiles the C++ sources of this folder for this processor: once, then they are kept."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from common.checkpoints import cache_folder
+
+LIBRARY = "inference_course"
+STALE_SECONDS = 300
+"""Compiling takes less than this: an older lock is that of a process that was killed."""
+
+
+@functools.cache
+def compiled():
+    """The classes of cpu.cpp, compiled for this processor: once, then kept. None where there is no compiler.
+
+    KERNELS_MARCH in the environment names another processor, as gcc's -march does: x86-64-v2, say, has no AVX2.
+    """
+    from common.machine import cpu_name
+
+    march = os.environ.get("KERNELS_MARCH", "native")
+    here = Path(__file__).parent
+    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted([*here.glob("*.h"), *here.glob("*.cpp")])}
+    made_for = repr((torch.__version__, sys.version, cpu_name(), march, sources))
+    folder = cache_folder() / f"kernels-{hashlib.sha256(made_for.encode()).hexdigest()[:12]}"
+    try:
+        if not (folder / "whole").exists():
+            compile_into(folder, sources, march)
+        torch.ops.load_library(folder / f"{LIBRARY}{'.pyd' if os.name == 'nt' else '.so'}")
+        return torch.classes.inference_course
+    except Exception as error:  # no compiler, no ninja, a folder that cannot be written, a system it does not know, ...
+        reason = str(error).strip().partition("\n")[0]
+        print(f"Layers run without compiled kernels, slower: they cannot be compiled here ({reason}).", file=sys.stderr)
+        return None
+
+
+def compile_into(folder: Path, sources: dict[str, str], march: str) -> None:
+    """Compile these C++ sources in a folder. In the end there is a file `whole` in it.
+
+    The sources are copied there, or each copy of the course would compile them again for the sake of their path.
+    Without -fopenmp a kernel would run on one core. Apple's compiler has no such option: there nothing is compiled.
+    """
+    from torch.utils import cpp_extension
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_SECONDS:
+        lock.unlink()  # of a process that was killed while it compiled; torch would wait for it for ever
+    for name, text in sources.items():
+        if not (folder / name).exists():
+            (folder / name).write_text(text, encoding="utf-8")
+    tools = Path(sys.executable).parent  # ninja is installed beside this Python, which need not be on the PATH
+    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+    with mock.patch.dict(os.environ, PATH=f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"):
+        cpp_extension.load(
+            name=LIBRARY,
+            sources=[str(folder / name) for name in sources if name.endswith(".cpp")],
+            # Not -ffast-math: NaN must stay NaN, and W8A8 rounds as the lesson does.
+            extra_cflags=["-O3", f"-march={march}", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", *wide],
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    (folder / "whole").touch()

@@ -1,0 +1,222 @@
+"""Fused layers, which compute what lesson 2's compute in fewer, larger steps.
+
+An operator of torch costs 2 microseconds however little it computes, and a decoder layer has dozens of them. So
+products with the same input become one here, and so do the rotations of queries and keys. Where there are compiled
+kernels and the caller tells where its keys and values are (`PagedAttend`), a layer is two operators (cpu.cpp).
+
+Lessons hand in their classes and call `pack`; this package imports no lesson, and nothing in it has gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.kernels import build
+from common.kernels.attention import PagedAttend
+from common.kernels.products import FusedLinear, has_kernel, native, row_major_product, share_table, use
+
+NO_WINDOW = 1 << 62
+
+
+class FastNorm(nn.Module):
+    """Lesson 1's `rms_norm` in four steps, not eight. (..., size) -> (..., size).
+
+    `weight` is (size,), or has further axes in front, as for the heads of a layer, each with a weight of its own.
+    """
+
+    def __init__(self, weight: Tensor, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = torch.tensor(eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return (x * scale).mul_(self.weight)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Lesson 1's `apply_rotary`, written straight into its result. x: (T, heads, D); cos, sin: (T, D / 2)."""
+    cos, sin = cos[:, None], sin[:, None]
+    result = x.new_empty(x.shape)
+    (a, b), (new_a, new_b) = x.chunk(2, dim=-1), result.chunk(2, dim=-1)
+    torch.mul(a, cos, out=new_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=new_b).addcmul_(a, sin)
+    return result
+
+
+class FusedAttention(nn.Module):
+    """Lesson 2's `Attention` with one product for q, k and v, and one norm and one rotation for all their heads."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        projections = (plain.q_proj, plain.k_proj, plain.v_proj)
+        self.layer, self.head_dim = plain.layer, plain.head_dim
+        self.num_heads, self.num_kv_heads, _ = (p.out_features // self.head_dim for p in projections)
+        # The number of heads follows from a projection's width, for the cache too.
+        self.q_proj, self.k_proj, self.v_proj = (SimpleNamespace(out_features=p.out_features) for p in projections)
+        self.qkv_proj = FusedLinear(projections)
+        self.o_proj = plain.o_proj
+        self.qk_norm = nn.Identity()
+        if not isinstance(plain.q_norm, nn.Identity):
+            q_weight, k_weight = plain.q_norm.weight, plain.k_norm.weight
+            weights = [q_weight.expand(self.num_heads, -1), k_weight.expand(self.num_kv_heads, -1)]
+            self.qk_norm = FastNorm(torch.cat(weights), plain.q_norm.eps)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
+        """hidden: (T, hidden_size); cos, sin: (T, D / 2). Returns (T, hidden_size)."""
+        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        qk, v = heads.tensor_split((self.num_heads + self.num_kv_heads,), dim=1)
+        q, k = rotate(self.qk_norm(qk), cos, sin).tensor_split((self.num_heads,), dim=1)
+        return self.o_proj(attend(self.layer, q, k, v).flatten(1))
+
+
+class FusedMLP(nn.Module):
+    """Lesson 2's `MLP` with one product for gate and up. (T, hidden_size) -> (T, hidden_size)."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self.gate_up_proj = FusedLinear((plain.gate_proj, plain.up_proj), whole_panels=True)
+        self.down_proj = plain.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up)[..., : self.down_proj.in_features])
+
+
+class FusedBlock(nn.Module):
+    """Lesson 2's `Block`, whose halves are one compiled operator each where that is possible.
+
+    A half that it cannot compute, such as a mixture of experts or a rank's share of activations in eight bits, is left
+    to the modules. row: lesson 6's class of layers whose outputs all ranks add up, if any.
+    """
+
+    def __init__(self, plain: nn.Module, row: type | None):
+        super().__init__()
+        self.window = plain.window
+        self.input_layernorm, self.self_attn = plain.input_layernorm, plain.self_attn
+        self.post_attention_layernorm, self.mlp = plain.post_attention_layernorm, plain.mlp
+        self.row = row
+        self.native_attention, self.native_mlp = self.make_attention(), self.make_mlp()
+
+    def operands(self, layer: nn.Module):
+        """Returns a layer's matrix and bias for the compiled kernels, or None. What ranks add up has no bias yet."""
+        if native(layer) is None:
+            return None
+        return native(layer), None if layer.bias is None or type(layer) is self.row else layer.bias.detach()
+
+    def make_attention(self):
+        """Returns the compiled first half, or None."""
+        attention, norm = self.self_attn, self.input_layernorm
+        if not (isinstance(attention, FusedAttention) and isinstance(norm, FastNorm)):
+            return None
+        qkv, o = self.operands(attention.qkv_proj), self.operands(attention.o_proj)
+        if qkv is None or o is None:
+            return None
+        heads, has_norm = attention.num_heads, isinstance(attention.qk_norm, FastNorm)
+        qk_norm = (attention.qk_norm.weight.detach(), float(attention.qk_norm.eps)) if has_norm else (None, 0.0)
+        shape = heads, attention.num_kv_heads, attention.head_dim, self.window or NO_WINDOW
+        return build.compiled().AttentionLayer(norm.weight.detach(), float(norm.eps), *qkv, *o, *shape, *qk_norm)
+
+    def make_mlp(self):
+        """Returns the compiled second half, or None."""
+        mlp, norm = self.mlp, self.post_attention_layernorm
+        if not (isinstance(mlp, FusedMLP) and isinstance(norm, FastNorm)):
+            return None
+        gate_up, down = self.operands(mlp.gate_up_proj), self.operands(mlp.down_proj)
+        if gate_up is None or down is None:
+            return None
+        return build.compiled().MLPLayer(norm.weight.detach(), float(norm.eps), *gate_up, *down)
+
+    def add_up(self, hidden: Tensor, layer: nn.Module, compute: Callable) -> Tensor:
+        """Returns hidden plus what a compiled half computes, over all ranks. layer: the last one of that half."""
+        if type(layer) is not self.row:
+            return compute(True)
+        total = layer.group.all_reduce(compute(False)).add_(hidden)
+        return total if layer.bias is None else total.add_(layer.bias)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
+        if self.native_attention is not None and isinstance(attend, PagedAttend):
+            given = hidden, cos, sin, *attend.of_layer(self.self_attn.layer)
+            hidden = self.add_up(hidden, self.self_attn.o_proj, lambda add: self.native_attention.forward(*given, add))
+        else:
+            normed = self.input_layernorm(hidden)
+            windowed = attend if self.window is None else partial(attend, window=self.window)
+            hidden = hidden + self.self_attn(normed, cos, sin, windowed)
+        if self.native_mlp is not None:
+            return self.add_up(hidden, self.mlp.down_proj, lambda add: self.native_mlp.forward(hidden, add))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def pack(
+    model: nn.Module,
+    linear: type,
+    attention: type,
+    mlp: type,
+    norm: type,
+    block: type | None = None,
+    column: type | None = None,
+    row: type | None = None,
+) -> None:
+    """Rearrange a loaded model's weights, in place, and swap modules for faster ones that compute the same.
+
+    linear, attention, mlp, norm, block: lesson 2's classes. column, row: lesson 6's parts of a linear layer, where
+    ranks share the model. Attention and MLP are fused where their first layers are exactly of class `linear` or
+    `column` and have one method; other linear layers are left to their method. There is no way back: each plain weight
+    is freed once it is packed. A model that is not in float32 on a CPU stays as it is, and so does one that was packed
+    already.
+    """
+    sample = model.model.norm.weight
+    if (sample.device.type, sample.dtype) != ("cpu", torch.float32):
+        return
+
+    def can_fuse(*layers: nn.Module) -> bool:
+        return type(layers[0]) in (linear, column) and all(
+            type(layer) is type(layers[0]) and type(layer.method) is type(layers[0].method) for layer in layers
+        )
+
+    def fast(module: nn.Module) -> nn.Module:
+        if type(module) is attention and can_fuse(module.q_proj, module.k_proj, module.v_proj):
+            if {type(module.q_norm), type(module.k_norm)} in ({nn.Identity}, {norm}):
+                return FusedAttention(module)
+        if type(module) is mlp and can_fuse(module.gate_proj, module.up_proj):
+            return FusedMLP(module)
+        return FastNorm(module.weight, module.eps) if type(module) is norm else module
+
+    def swap_children(parent: nn.Module) -> None:
+        for name, child in list(parent.named_children()):
+            if not any(parameter.is_meta for parameter in child.parameters()):  # a layer that stays on the disk
+                setattr(parent, name, fast(child))
+            swap_children(getattr(parent, name))
+
+    table, head = model.model.embed_tokens, model.lm_head
+    with torch.no_grad():
+        weight = getattr(table, "weight", None)
+        is_tied = weight is not None and hasattr(head, "method") and head.weight is weight
+        if is_tied and weight.dtype == torch.float32 and not has_kernel(head) and build.compiled() is None:
+            use(head, apply=row_major_product)
+        swap_children(model)
+        for module in model.modules():
+            if hasattr(module, "method") and module is not table and not (has_kernel(module) or module.weight.is_meta):
+                module.method.process_weights_after_loading(module)
+        if is_tied:
+            share_table(table, head)
+        if build.compiled() is not None:
+            for index, layer in enumerate(model.model.layers):
+                if type(layer) is block and not any(parameter.is_meta for parameter in layer.parameters()):
+                    model.model.layers[index] = FusedBlock(layer, row)
+    model.requires_grad_(False)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all weights of a model in memory, packed ones too; a shared one counts once."""
+    packed = [module.weight for module in model.modules() if getattr(module, "weight", None) is not None]
+    packed = [weight for weight in packed if weight.layout == torch._mkldnn]
+    parameters = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    return sum(weight.numel() * weight.element_size() for weight in [*packed, *parameters])

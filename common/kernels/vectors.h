@@ -1,0 +1,116 @@
+// Vectors as wide as the processor that this is compiled for (-march=native) has them: one source for all of them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512BW__)
+constexpr int LANES = 16, TILE = 12;  // floats in a register; rows whose sums of 16 outputs fit into the registers
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TILE = 6;
+#else
+constexpr int LANES = 4, TILE = 6;
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef int16_t hvec __attribute__((vector_size(4 * LANES)));  // two to a lane
+typedef int8_t bvec __attribute__((vector_size(2 * LANES)));   // two to a lane
+typedef uint8_t ubvec __attribute__((vector_size(2 * LANES)));
+
+template <typename Vector>
+inline Vector load(const void* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename Vector>
+inline void store(void* to, Vector v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// Holds a vector in a register. Left to itself gcc reads it from memory again for each use, and spills the sums.
+template <typename Vector>
+inline void keep(Vector& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
+inline float total(vec v) {
+  float sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += v[i];
+  return sum;
+}
+
+inline float sum(const float* x, int64_t count) {
+  vec part = {};
+  int64_t k = 0;
+  for (; k + LANES <= count; k += LANES) part += load<vec>(x + k);
+  float all = total(part);
+  for (; k < count; ++k) all += x[k];
+  return all;
+}
+
+// Two numbers of eight bits to a lane as two of sixteen. (gcc 12 has four instructions for the general form.)
+inline hvec widen(bvec v) {
+#if defined(__AVX512BW__)
+  return (hvec)_mm512_cvtepi8_epi16((__m256i)v);
+#elif defined(__AVX2__)
+  return (hvec)_mm256_cvtepi8_epi16((__m128i)v);
+#else
+  return __builtin_convertvector(v, hvec);
+#endif
+}
+
+inline hvec widen(ubvec v) {
+#if defined(__AVX512BW__)
+  return (hvec)_mm512_cvtepu8_epi16((__m256i)v);
+#elif defined(__AVX2__)
+  return (hvec)_mm256_cvtepu8_epi16((__m128i)v);
+#else
+  return __builtin_convertvector(v, hvec);
+#endif
+}
+
+// sums + a[0] * b[0] + a[1] * b[1] in each lane: exact, since a product of two numbers of eight bits has fifteen.
+inline ivec add_pairs(ivec sums, hvec a, hvec b) {
+#if defined(__AVX512VNNI__)
+  return (ivec)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sums + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sums + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return sums + (ivec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const ivec x = (ivec)a, y = (ivec)b;
+  return sums + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// The nearest whole number, of two equally near ones the even one, for magnitudes below 2**22.
+inline vec nearest(vec x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// exp(x), to 2e-7 of it; 0 below -87, and NaN for NaN. x: at most 88.
+inline vec exponential(vec x) {
+  const ivec none = x < -87.0f;
+  const vec whole = nearest(x * 1.44269504f);
+  const vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // exp(x) = 2**whole * exp(r), |r| < 0.35
+  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vec bounded = (vec)((ivec)whole & ~none);
+  const vec power = (vec)((__builtin_convertvector(bounded, ivec) + 127) << 23);
+  return (vec)((ivec)(p * power) & ~none);
+}

@@ -1,0 +1,256 @@
+"""A decoder layer as one compiled operator computes what the lesson's modules compute over the same block tables."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from common import kernels
+from solutions.llama_pytorch import Linear, Llama, layers_of, use_kernels
+from solutions.llm_basics import ModelConfig
+from solutions.paged_attention import AttentionMetadata, PagedKVCache, cdiv, slot_mapping
+from solutions.parallelism import ColumnParallelLinear, Group, RankCoordinates, RowParallelLinear, shard
+from solutions.quantization import (
+    Int8KVCache,
+    Quantization,
+    W8A8Method,
+    quantize,
+    quantize_int8,
+    quantized_copy,
+)
+
+pytestmark = pytest.mark.skipif(kernels.compiled() is None, reason="no C++ compiler here: no layer is fused")
+
+SHAPES = dict(
+    vocab_size=50, hidden_size=50, intermediate_size=70, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=16,
+)  # fmt: skip
+MODELS = {
+    "no size that a vector divides": {},
+    "heads of 64, one for keys": dict(head_dim=64, num_key_value_heads=1),
+    "heads of 10": dict(head_dim=10),
+    "heads of 80, as many for keys": dict(head_dim=80, num_attention_heads=2, hidden_size=33),
+    "heads of 128, all biases": dict(head_dim=128, qkv_bias=True, o_bias=True, mlp_bias=True, num_attention_heads=2),
+    "QK norm and rotations of Llama 3": dict(
+        qk_norm=True,
+        rope_scaling=dict(
+            rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        ),
+    ),
+    "a window in one layer": dict(layer_windows=(None, 5), tie_word_embeddings=True),
+}  # fmt: skip
+KINDS = {
+    "float32": None,
+    "int8": Quantization("int8"),
+    "w8a8": Quantization("w8a8"),
+    "int4": Quantization("int4", 32),
+    "int4, symmetric": Quantization("int4", 6, symmetric=True),
+}
+
+
+def build(monkeypatch, kind: str = "float32", **shapes) -> tuple[Llama, Llama]:
+    """A model whose every number is random, and the same with kernels."""
+    torch.manual_seed(0)
+    model = Llama(ModelConfig(**{**SHAPES, **shapes})).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3 if parameter.dim() > 1 else 1.0)
+    if KINDS[kind] is not None:
+        model = quantized_copy(model, KINDS[kind])
+    packed = copy.deepcopy(model)
+    packed.tie_weights()
+    monkeypatch.setenv("KERNELS", "fast")
+    use_kernels(packed)
+    return model, packed
+
+
+class Requests:
+    """Some sequences in a cache's blocks, whose ids are shuffled. Slots that hold no token hold NaN."""
+
+    def __init__(self, model: Llama, block_size: int, lengths: list[int], make: type = PagedKVCache):
+        self.model, self.block_size, self.lengths = model, block_size, lengths
+        torch.manual_seed(1)
+        ids = torch.randperm(sum(cdiv(length, block_size) for length in lengths)).tolist()
+        self.tables = [[ids.pop() for _ in range(cdiv(length, block_size))] for length in lengths]
+        self.token_ids = [torch.randint(50, (length,)) for length in lengths]
+        self.cache = make(model, sum(map(len, self.tables)), block_size)
+        if make is PagedKVCache:
+            self.cache.keys.fill_(torch.nan), self.cache.values.fill_(torch.nan)
+
+    def compute(self, starts: list[int], ends: list[int], run: Callable | None = None) -> torch.Tensor:
+        """Compute the tokens from each start to each end, in one batch. Returns their hidden states."""
+        new = [end - start for start, end in zip(starts, ends)]
+        slots = [s for each in zip(self.tables, starts, new) for s in slot_mapping(*each, self.block_size)]
+        query_start = torch.tensor([0, *new]).cumsum(0).tolist()
+        metadata = AttentionMetadata(query_start, ends, torch.tensor(slots), self.tables)
+        ids = torch.cat([own[start:end] for own, start, end in zip(self.token_ids, starts, ends)])
+        positions = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends)])
+        with torch.inference_mode():
+            return (run or self.model)(ids, positions, kernels.paged(self.cache, metadata))
+
+    def run_layers(self, *batch: list[int]) -> torch.Tensor:
+        """As `compute`, from hidden states that are made up, since a rank has only a part of the embedding table."""
+
+        def run(ids: torch.Tensor, positions: torch.Tensor, attend: kernels.PagedAttend) -> torch.Tensor:
+            hidden = torch.sin(ids[:, None] + torch.arange(SHAPES["hidden_size"]))
+            return self.model.run_layers(hidden, positions, attend, self.cache.layers)
+
+        return self.compute(*batch, run)
+
+
+def both(monkeypatch, models, batches, *given) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What each of two models computes for these batches: the first with plain kernels."""
+    found = []
+    for model, choice in zip(models, ("plain", "fast")):
+        monkeypatch.setenv("KERNELS", choice)
+        requests = Requests(model, *given)
+        found.append([requests.compute(*batch) for batch in batches])
+    return list(zip(*found))
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+BATCHES = [([0, 0, 0], [1, 19, 40]), ([1, 19, 40], [2, 20, 41]), ([2, 20, 41], [9, 37, 42])]
+"""Prompts of three lengths; a decoding step; a chunk and draft tokens beside a decoding request."""
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16])
+@pytest.mark.parametrize("name", MODELS)
+def test_layers(name, block_size, monkeypatch):
+    models = build(monkeypatch, **MODELS[name])
+    layer = models[1].model.layers[0]
+    assert layer.native_attention is not None and layer.native_mlp is not None
+    for expected, actual in both(monkeypatch, models, BATCHES, block_size, [9, 37, 42]):
+        assert error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_layers(kind, monkeypatch):
+    models = build(monkeypatch, kind)
+    layer = models[1].model.layers[0]
+    assert layer.native_mlp is not None
+    # In eight bits a last digit can move an activation to the next whole number: what is exact is the product (below).
+    limit = 2e-2 if kind == "w8a8" else 1e-5
+    for expected, actual in both(monkeypatch, models, BATCHES, 7, [9, 37, 42]):
+        assert error(actual, expected) < limit
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 13, 90])
+@pytest.mark.parametrize(("outputs", "columns"), [(5, 7), (48, 64), (33, 1001)])
+def test_products_of_whole_numbers_are_exact(rows, outputs, columns, monkeypatch):
+    torch.manual_seed(rows)
+    layer, method = Linear(columns, outputs), W8A8Method()
+    numbers, scale = quantize_int8(torch.randn(outputs, columns))
+    numbers[0], numbers[-1] = 127, -127  # the sums that saturate where pairs are added in sixteen bits
+    layer.weight = torch.nn.Parameter(numbers, requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    layer.method = method
+    x = torch.randn(rows, columns)
+    x[0], x[-1] = 3.0, 0.0
+    with torch.inference_mode():
+        expected = layer(x)
+        kernels.pack_w8a8(layer)
+        assert kernels.has_kernel(layer)
+        assert torch.equal(layer(x), expected)
+
+
+def test_a_long_context(monkeypatch):
+    """Of which all but the last tokens are in the cache already, as numbers of any kind."""
+    models = build(monkeypatch, num_hidden_layers=1)
+    found = []
+    for model, choice in zip(models, ("plain", "fast")):
+        monkeypatch.setenv("KERNELS", choice)
+        requests = Requests(model, 16, [5000, 1])
+        requests.cache.keys.normal_(), requests.cache.values.normal_()
+        found.append(requests.compute([4990, 0], [5000, 1]))
+    assert error(found[1], found[0]) < 1e-5
+
+
+def test_a_cache_of_others(monkeypatch):
+    """Keys and values in eight bits are written and read outside."""
+    models = build(monkeypatch)
+    for expected, actual in both(monkeypatch, models, BATCHES, 7, [9, 37, 42], Int8KVCache):
+        assert error(actual, expected) < 1e-2
+
+
+class TwoThreads(Group):
+    """Two ranks of a group as threads of this process."""
+
+    def __init__(self, rank: int, parts: list, barrier: threading.Barrier):
+        super().__init__(rank, (0, 1))
+        self.parts, self.barrier = parts, barrier
+
+    def all_reduce(self, x: torch.Tensor, op: object = None) -> torch.Tensor:
+        self.parts[self.rank] = x.clone()
+        self.barrier.wait()
+        total = torch.maximum(*self.parts) if op == torch.distributed.ReduceOp.MAX else self.parts[0] + self.parts[1]
+        self.barrier.wait()
+        return x.copy_(total)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4, symmetric"])
+def test_ranks(kind, monkeypatch):
+    """Each rank's share of a layer is two operators, too, and what they add up is the whole layer's output."""
+    torch.manual_seed(0)
+    shapes = {**SHAPES, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "intermediate_size": 72}
+    whole = Llama(ModelConfig(**shapes)).requires_grad_(False)
+    for parameter in whole.parameters():
+        parameter.normal_(std=0.3)
+    expected = whole if KINDS[kind] is None else quantized_copy(whole, KINDS[kind])
+    parts, barrier, found, lock = [None, None], threading.Barrier(2), {}, threading.Lock()
+
+    def rank(number: int) -> None:
+        with torch.device("meta"):
+            model = Llama(whole.config)
+        if KINDS[kind] is not None:
+            quantize(model, KINDS[kind])
+        shard(model, RankCoordinates(number, 2, 1), TwoThreads(number, parts, barrier))
+        for path, layer in layers_of(model.model.layers).items():
+            tensors = dict(whole.model.layers.get_submodule(path).named_parameters())
+            layer.load(lambda name, *part, own=tensors: own[name][tuple(slice(p.start, p.stop) for p in part) or ...])
+        model.model.norm.load(lambda name: torch.ones(SHAPES["hidden_size"]))
+        use_kernels(model, column=ColumnParallelLinear, row=RowParallelLinear)
+        with lock:  # random numbers are made from one state
+            requests = Requests(model, 7, [9, 37, 42])
+        found[number] = model, [requests.run_layers(*batch) for batch in BATCHES]
+
+    monkeypatch.setenv("KERNELS", "fast")
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    monkeypatch.setenv("KERNELS", "plain")
+    for model, hidden in found.values():
+        layer = model.model.layers[1]
+        assert layer.native_attention is not None and layer.native_mlp is not None
+        requests = Requests(expected, 7, [9, 37, 42])
+        for batch, actual in zip(BATCHES, hidden):
+            assert error(actual, requests.run_layers(*batch)) < 1e-5
+    assert len(found) == 2
+
+
+def test_nan_stays_with_its_request(monkeypatch):
+    _, packed = build(monkeypatch)
+    packed.model.embed_tokens.weight[0] = torch.nan  # of token 0
+    requests = Requests(packed, 4, [6, 6])
+    requests.token_ids = [torch.zeros(6, dtype=torch.long), torch.arange(1, 7)]
+    hidden = requests.compute([0, 0], [6, 6])
+    assert hidden[:6].isnan().all() and not hidden[6:].isnan().any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("march", ["x86-64-v2", "x86-64-v3"])
+def test_fewer_instructions(march, monkeypatch):
+    """The same tests on kernels that are compiled for an older processor."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64" or "KERNELS_MARCH" in os.environ:
+        pytest.skip("the names are those of x86-64")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "layers or exact or nan"]
+    result = subprocess.run(command, env={**os.environ, "KERNELS_MARCH": march}, capture_output=True, text=True)
+    assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout[-2000:]

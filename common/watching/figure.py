@@ -1,0 +1,53 @@
+"""A trace as a still picture, for the notebooks: requests and blocks down, steps across."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.bench.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Figure
+from common.watching.trace import KINDS, Replay, Trace, read_trace
+
+COLORS = dict(zip(KINDS, (BLUE, ORANGE, GREEN, PURPLE)))
+OWNERS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
+
+
+def draw_timeline(axes, trace: Trace, num_steps: int = 0) -> None:
+    """What each request computes in each step, coloured by kind; a triangle where it is preempted."""
+    for x, step in enumerate(trace.steps):
+        for entry in step.entries:
+            axes.barh(entry.request, 1, left=x, color=COLORS[entry.kind])
+        for victim, *_ in step.plan.get("preempt", ()):
+            axes.plot(x + 0.5, victim, "v", color=VERMILION)
+    used = {entry.kind for step in trace.steps for entry in step.entries}
+    names = [request["id"] for request in trace.requests]
+    axes.set(xlabel="step", yticks=range(len(names)), yticklabels=names, xlim=(0, max(num_steps, len(trace.steps))))
+    axes.invert_yaxis()
+    for place, kind in enumerate(kind for kind in KINDS if kind in used):
+        axes.text(0.16 * place, 1.03, f"■ {kind}", color=COLORS[kind], transform=axes.transAxes)
+
+
+def draw_pool(axes, trace: Trace) -> None:
+    """The newest holder of each block in each step; white is free."""
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+
+    num_blocks, columns = trace.config["num_blocks"], []
+    replay = Replay(num_blocks)
+    for line in trace.lines:
+        replay.apply(line)
+        if "plan" in line:
+            columns.append(np.full(num_blocks, np.nan))
+            for k, table in sorted(replay.tables.items()):
+                columns[-1][[block for block in table if block >= 0]] = k % len(OWNERS)
+    settings = dict(cmap=ListedColormap(OWNERS), vmin=0, vmax=len(OWNERS) - 1)
+    axes.imshow(np.stack(columns, 1), aspect="auto", interpolation="nearest", **settings)
+    axes.set(xlabel="step", ylabel="block", title="one colour a request")
+
+
+def draw_run(file: Path, size: tuple[float, float] = (10, 3)) -> Figure:
+    """Both pictures of a run, side by side."""
+    figure, trace = Figure(figsize=size, layout="constrained"), read_trace(file)
+    left, right = figure.subplots(1, 2)
+    draw_timeline(left, trace)
+    draw_pool(right, trace)
+    return figure
