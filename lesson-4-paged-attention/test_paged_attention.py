@@ -334,9 +334,17 @@ class TestCacheBlocks:
         has = [block.block_hash is not None for block in manager.pool.blocks[:3]]
         equal(has, [True, True, False], "which of the blocks [1, 2] [3, 4] [5 _] have a hash")
 
+    def test_blocks_that_a_window_has_passed(self, code):
+        manager = code.KVCacheManager(6, 2, sliding_window=2)
+        sequence = self.sequence(code, manager, [1, 2, 3, 4, 5, 6])
+        manager.drop_outside_window(sequence)
+        manager.cache_blocks(sequence, 6)
+        what = "where [1, 2], [3, 4] and [5, 6] are found: a window has passed the first two, which were never entered"
+        equal(self.found(code, manager, [1, 2, 3, 4, 5, 6]), [None, None, 2], what)
+
     def test_step_by_step(self, code):
         manager = code.KVCacheManager(6, 2)
-        sequence = self.sequence(code, manager, [1, 2, 3, 4, 5, 6])
+        sequence = self.sequence(code, manager, [1, 2, 3, 4, 5, 6], computed=5)
         steps = []
         for num_tokens in (0, 1, 2, 3, 5, 6):
             manager.cache_blocks(sequence, num_tokens)
@@ -525,10 +533,10 @@ class TestAllocateSlots:
     def test_a_shared_block_is_copied(self, code):
         manager, parent, child = self.forked(code, 4)
         self.allocate([], "for a forked child's last token (its place is there)", manager, child, 1)
-        tables = (manager.block_table("parent"), manager.block_table("child"))
-        equal(tables, ([0, 1], [0, 2]), "(the parent's table, the child's), once the child is about to write")
         copies = [tuple(copy) for copy in manager.take_copies()]
-        equal(copies, [(1, 2, 1)], "the copies (source, target, tokens): the child has computed 5 of 6")
+        found = (copies, manager.block_table("parent"), manager.block_table("child"))
+        what = "(copies as (source, target, tokens), the parent's table, the child's), once the child, which has "
+        equal(found, ([(1, 2, 1)], [0, 1], [0, 2]), f"{what}computed 5 of 6, is about to write")
         equal(ref_cnts(manager.pool), [2, 1, 1, 0], "ref_cnt after that")
         self.allocate([], "for the parent's seventh token", manager, parent, 1)
         equal([tuple(copy) for copy in manager.take_copies()], [], "copies, once the last holder writes")

@@ -240,12 +240,21 @@ class TestStep:
         own = self.engine(code)
         own.generate([[1, 2, 3]], code.SamplingParams(max_tokens=4, ignore_eos=True), progress=False)
         metrics = own.metrics()
-        equal([metrics.num_steps, metrics.num_computed_tokens], [4, 6], "steps, and computed tokens, of 3 + 4 tokens")
+        got = [metrics.num_steps, metrics.num_computed_tokens, metrics.num_output_tokens]
+        equal(got, [4, 6, 4], "steps, computed tokens and output tokens, of 3 + 4 tokens")
         holds(
             0 < metrics.seconds < 60,
             f"metrics().seconds is {metrics.seconds}: the duration of all steps, in seconds, is expected.",
             actual=metrics.seconds,
         )
+
+    def test_the_result_of_an_interrupted_step_is_dropped(self, code):
+        own = self.engine(code)
+        own.add_request([1, 2, 3], code.SamplingParams(max_tokens=2, ignore_eos=True), request_id="a")
+        own.executor.submit(code.SchedulerOutput(0))
+        got = [(output.request_id, len(output.token_ids)) for output in own.step()]
+        what = "(id, output tokens) of the first step after one that was interrupted, whose result `self.collect` drops"
+        equal(got, [("a", 1)], what)
 
     def test_when_it_was_first_scheduled(self, code):
         own = self.engine(code)

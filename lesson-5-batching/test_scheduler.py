@@ -42,8 +42,8 @@ def running(code, own, *requests):
         without = [each.request_id for each in requests if not each.output_token_ids]
         holds(
             steps < 50,
-            f"After 50 steps {without} still have no output: `schedule_waiting` (5.5), `schedule_running` (5.4) or "
-            "`update_from_output` (5.7) leaves them out.",
+            f"After 50 steps {without} still have no output: `schedule_waiting` (5.7), `schedule_running` (5.6) or "
+            "`update_from_output` (5.8) leaves them out.",
             actual=without,
         )
     return requests
@@ -106,10 +106,10 @@ class TestFinishReason:
         holds(got == expected, f"finish_reason {what} is {got!r}, expected {expected!r}.", actual=repr(got))
 
     def test_by_hand(self, code):
-        each = request(code, "a", 3, 2, max_tokens=4, stop_token_ids=frozenset({9}))
+        each = request(code, "a", 3, 2, max_tokens=4, stop_token_ids=frozenset({0}))
         self.check(code, each, None, "with 2 of 4 tokens, none of which ends it,")
-        each.append(9)
-        self.check(code, each, "stop", "when the third of 4 tokens ends it")
+        each.append(0)
+        self.check(code, each, "stop", "when the third of 4 tokens, token 0, ends it")
 
     def test_length(self, code):
         each = request(code, "a", 3, 4, max_tokens=4, stop_token_ids=frozenset({9}))
@@ -154,6 +154,13 @@ class TestTokensToSchedule:
     def test_what_was_found_in_the_cache_is_computed(self, code):
         each = request(code, "a", 12, num_computed_tokens=9, num_cached_tokens=8)
         equal(code.tokens_to_schedule(each, 16, 16), 3, "a prompt of 12, of which 8 were cached and 9 are computed")
+
+    def test_computed_again_after_preemption(self, code):
+        each = request(code, "a", 12, 3, num_cached_tokens=8)
+        equal(
+            code.tokens_to_schedule(each, 16, 16), 15, "12 tokens of prompt, 8 once cached, and 3 of output: preempted"
+        )
+        equal(code.tokens_to_schedule(each, 16, 4), 4, "the same request, preempted, and chunks of at most 4")
 
     def test_no_budget(self, code):
         equal(code.tokens_to_schedule(request(code, "a", 10), 0, 16), 0, "a new prompt of 10 tokens, a budget of 0")
@@ -210,14 +217,14 @@ class TestJoin:
 
     def test_back_after_a_while(self, code):
         equal(
-            self.joined(code, {"a": 50.0, "b": 80.0, "late": 10.0}, "late", {"a", "b"}),
-            {"a": 50.0, "b": 80.0, "late": 50.0},
-            "join of a tenant that was served 10 before, where the active ones were served 50 and 80",
-        )
-        equal(
             self.joined(code, {"a": 50.0, "late": 70.0}, "late", {"a"})["late"],
             70.0,
             "served['late'], which was 70 when a had 50, and must not be lowered,",
+        )
+        equal(
+            self.joined(code, {"a": 50.0, "b": 80.0, "late": 10.0}, "late", {"a", "b"}),
+            {"a": 50.0, "b": 80.0, "late": 50.0},
+            "join of a tenant that was served 10 before, where the active ones were served 50 and 80",
         )
 
     def test_idle_tenants_do_not_count(self, code):
@@ -397,14 +404,16 @@ class TestScheduleWaiting:
         own = scheduler(code, num_blocks=30)
         for name, length in (("a", 5), ("b", 9), ("c", 4), ("d", 3)):
             own.add(request(code, name, length))
+        own.add(request(code, "a/1", 5, parent=own.requests["a"], child=1))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 16)
         equal(
             granted(plan),
             {"a": (0, 5), "b": (0, 9), "c": (0, 2)},
-            "(start, tokens) of prompts of 5, 9, 4 and 3, with 16 left of the budget",
+            "(start, tokens) of prompts of 5, 9, 4 and 3, and of a second sample of the first, which waits to fork it, "
+            "with 16 left of the budget",
         )
-        equal(names(own.waiting), ["d"], "the requests that still wait")
+        equal(names(own.waiting), ["d", "a/1"], "the requests that still wait")
 
     def test_places(self, code):
         own = scheduler(code, num_blocks=30, seqs=2)
@@ -455,9 +464,9 @@ class TestScheduleWaiting:
         for name, length in (("a", 3), ("b", 9), ("c", 9)):
             own.add(request(code, name, length))
         plan = code.SchedulerOutput(1)
-        own.schedule_waiting(plan, 16)
+        own.schedule_waiting(plan, 13)
         expected = {"a": (0, 3), "b": (0, 4), "c": (0, 4)}
-        equal(granted(plan), expected, "(start, tokens) of prompts of 3, 9 and 9, chunks of at most 4, a budget of 16")
+        equal(granted(plan), expected, "(start, tokens) of prompts of 3, 9 and 9, chunks of at most 4, a budget of 13")
 
 
 @exercise("5.8", points=3)
@@ -512,11 +521,11 @@ class TestUpdateFromOutput:
         equal(own.running, [], "the running requests afterwards")
         equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks are free afterwards")
 
-    def verified(self, code, drafts, sampled, **settings):
+    def verified(self, code, drafts, sampled, budget: int = 16, **settings):
         """A request with a prompt of 3, one token of output (not computed) and draft tokens after it, one step on."""
         own = scheduler(code, caching=True)
         (a,) = running(code, own, request(code, "a", 3, **settings))
-        a.spec_token_ids = list(drafts)
+        a.spec_token_ids, own.max_num_batched_tokens = list(drafts), budget
         plan = own.schedule()
         answered(code, own, plan, {"a": list(sampled)}, spec_token_ids={"a": [55]})
         return own, a
@@ -534,6 +543,9 @@ class TestUpdateFromOutput:
         equal(a.num_computed_tokens, 7, "num_computed_tokens, where all three draft tokens were accepted")
         _, a = self.verified(code, [21, 22, 23], [30])
         equal(a.num_computed_tokens, 4, "num_computed_tokens, where no draft token was accepted")
+        _, a = self.verified(code, [21, 22, 23, 24], [21, 30], budget=3)
+        what = "num_computed_tokens, where 2 of 4 draft tokens fit into the budget, and one of them was accepted"
+        equal(a.num_computed_tokens, 5, what)
 
     def test_what_comes_after_the_end_is_dropped(self, code):
         _, a = self.verified(code, [21, 9, 23], [21, 9, 23, 24], stop_token_ids=frozenset({9}))
@@ -570,6 +582,7 @@ class TestUpdateFromOutput:
         equal([b.finish_reason, b.output_token_ids], ["abort", []], "finish_reason and output of one aborted in flight")
         equal(c.output_token_ids, [7], "the output of the third, which neither concerns")
         equal(names(own.running), ["c"], "the running requests afterwards")
+        equal([each.in_flight for each in (a, b, c)], [False] * 3, "whether a, b and c are in flight afterwards")
         equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free afterwards")
 
     def test_those_that_finish_are_returned(self, code):
@@ -653,9 +666,12 @@ class TestPreemptByRecompute:
         own = scheduler(code)
         a, _ = running(code, own, request(code, "a", 9), request(code, "b", 3))
         answered(code, own, own.schedule())
+        a.num_cached_tokens = 4
         own.preempt_by_recompute(a)
         equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free; b holds one")
-        equal(a.num_computed_tokens, 0, "num_computed_tokens of the preempted, which had computed 10")
+        what = "num_computed_tokens of the preempted, which had computed 10 and found 4 in the cache when it was new"
+        equal(a.num_computed_tokens, 0, what)
+        equal(a.num_cached_tokens, 4, "its num_cached_tokens, which says what it found then")
         equal(a.status.value, "waiting", "its status")
         equal(
             [len(a.prompt_token_ids), a.output_token_ids], [9, [7, 7]], "its prompt's length and its output: they stay"

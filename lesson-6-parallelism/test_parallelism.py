@@ -523,6 +523,8 @@ class TestShard:
             for number in (0, 2):
                 what = f"the linear layers of block {number} on rank {rank} of 2, rows by columns,"
                 equal(parts_of(model.model.layers[number]), expected, what)
+            sizes = {module.group.size for module in model.modules() if hasattr(module, "group")}
+            equal(sizes, {2}, f"the sizes of the groups that the layers of rank {rank} of 2 communicate with")
 
     def test_the_table_and_the_head(self, code):
         for rank, rows in ((0, "0 to 5"), (1, "6 to 11")):

@@ -19,14 +19,17 @@ from solutions.llama_pytorch import ModelConfig, parse_config
 
 
 def quantized(code, method, weight: torch.Tensor, columns: range | None = None):
-    """A layer with this method, that has read a matrix of floats; or some of its columns, as a rank has them."""
-    layer = code.Linear(weight.shape[1], weight.shape[0]).to(weight.dtype).requires_grad_(False)
+    """A layer with this method, that has read a matrix of floats and a bias of ones; or some of its columns, as
+    a rank has them.
+    """
+    layer = code.Linear(weight.shape[1], weight.shape[0], bias=True).to(weight.dtype).requires_grad_(False)
     if columns is not None:
         from solutions.parallelism import Group, RowParallelLinear
 
         layer = RowParallelLinear(layer, columns, Group())
     code.set_method(layer, method)
-    layer.load(lambda name, *part: weight[tuple(slice(axis.start, axis.stop) for axis in part)])
+    tensors = {"weight": weight, "bias": torch.ones_like(weight[:, 0])}
+    layer.load(lambda name, *part: tensors[name][tuple(slice(axis.start, axis.stop) for axis in part)])
     return layer
 
 
@@ -46,7 +49,7 @@ WEIGHT = torch.tensor([[127.0, -3.0, 2.4], [0.635, 0.01, -0.32]])
 @exercise("7.1", points=2)
 class TestQuantizeInt8:
     def test_numbers_and_scales(self, code):
-        numbers, scale = code.quantize_int8(WEIGHT)
+        numbers, scale = code.quantize_int8(WEIGHT.clone())
         close(scale, torch.tensor([1.0, 0.005]), "the scales of [[127, -3, 2.4], [0.635, 0.01, -0.32]]")
         expected = torch.tensor([[127, -3, 2], [127, 2, -64]], dtype=torch.int8)
         close(numbers, expected, "the numbers of [[127, -3, 2.4], [0.635, 0.01, -0.32]]")
@@ -103,15 +106,15 @@ class TestInt8Method:
         weight, x = spread(5, 8), spread(3, 8) + 0.5
         layer = quantized(code, code.Int8Method(), weight)
         numbers, scale = layer.weight, layer.weight_scale
-        expected = x @ (numbers.float() * scale[:, None]).T
-        close(layer(x), expected, "layer(x), of five outputs and eight inputs", rtol=1e-4, atol=1e-5)
+        expected = x @ (numbers.float() * scale[:, None]).T + 1
+        close(layer(x), expected, "layer(x), of five outputs with a bias of 1 and eight inputs", rtol=1e-4, atol=1e-5)
         close(layer(x[:1]), expected[:1], "layer(x) of one token", rtol=1e-4, atol=1e-5)
 
     def test_in_the_dtype_of_x(self, code):
         weight, x = spread(4, 4).double(), spread(2, 4).double()
         layer = quantized(code, code.Int8Method(), weight)
-        expected = x @ (layer.weight.double() * layer.weight_scale[:, None]).T
-        close(layer(x), expected, "layer(x) in float64", rtol=1e-9, atol=1e-9)
+        expected = x @ (layer.weight.double() * layer.weight_scale[:, None]).T + 1
+        close(layer(x), expected, "layer(x) in float64, with a bias of 1", rtol=1e-9, atol=1e-9)
 
     def test_the_weight_is_left_alone(self, code):
         weight = spread(4, 4)
@@ -126,27 +129,29 @@ class TestW8A8Method:
     def expected(self, layer, x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
         scale = absmax / 127
         numbers = (x / scale[:, None]).round()
-        return (numbers.double() @ layer.weight.double().T).to(x.dtype) * scale[:, None] * layer.weight_scale
+        return (numbers.double() @ layer.weight.double().T).to(x.dtype) * scale[:, None] * layer.weight_scale + 1
 
     def test_product(self, code):
         weight, x = spread(5, 12), spread(4, 12) * torch.tensor([[0.01], [1.0], [30.0], [2.0]])
         layer = quantized(code, code.W8A8Method(), weight)
         expected = self.expected(layer, x, x.abs().amax(1))
-        close(layer(x), expected, "layer(x) of four tokens of very different size", rtol=1e-4, atol=1e-6)
+        close(
+            layer(x), expected, "layer(x) of four tokens of very different size, with a bias of 1", rtol=1e-4, atol=1e-6
+        )
 
     def test_sums_need_more_than_eight_bits(self, code):
         weight = torch.ones(2, 2000)
         layer = quantized(code, code.W8A8Method(), weight)
         got = layer(torch.ones(1, 2000))
-        close(got, torch.full((1, 2), 2000.0), "the product of 2,000 ones with 2,000 weights of one", rtol=1e-4)
+        close(got, torch.full((1, 2), 2001.0), "2,000 ones times 2,000 weights of one, and a bias of 1", rtol=1e-4)
 
     def test_sums_that_float16_cannot_hold(self, code):
         """2,000 products of 127 x 127 are 32 million; float16 ends at 65,504. What they stand for is 2,000."""
         layer = quantized(code, code.W8A8Method(), torch.ones(2, 2000).half())
         got = layer(torch.ones(1, 2000).half())
         equal(str(got.dtype), "torch.float16", "the dtype of layer(x), where x is in float16")
-        what = "the product of 2,000 ones with 2,000 weights of one, in float16"
-        close(got, torch.full((1, 2), 2000.0).half(), what, rtol=2e-3)
+        what = "2,000 ones times 2,000 weights of one, and a bias of 1, in float16"
+        close(got, torch.full((1, 2), 2001.0).half(), what, rtol=2e-3)
 
     def test_ranks_scale_a_token_alike(self, code):
         """Another rank has the larger part of the token: the group says so."""
@@ -160,7 +165,7 @@ class TestW8A8Method:
         layer = quantized(code, code.W8A8Method(), weight, columns=range(4))
         layer.group = Other()
         expected = self.expected(layer, x, torch.tensor([12.7]))
-        what = "layer(x), where another rank's part of the token has a magnitude of 12.7"
+        what = "layer(x), where another rank's part of the token has a magnitude of 12.7, and a bias of 1"
         close(layer(x), expected, what, rtol=1e-4, atol=1e-6)
 
 
@@ -218,12 +223,12 @@ class TestQuantizeInt4:
         close(numbers, torch.tensor([[15, 1, 10, 8, 12, 9, 1, 14]], dtype=torch.uint8), f"the numbers {what}")
 
     def test_a_short_last_group(self, code):
-        weight = torch.tensor([[0.0, 15.0, 1.0, 2.0, 100.0, 130.0], [0.0, 15.0, 1.0, 2.0, -9.0, -3.0]])
+        weight = torch.tensor([[15.0, 0.0, 1.0, 2.0, 100.0, 130.0], [15.0, 0.0, 1.0, 2.0, -9.0, -3.0]])
         numbers, scale, minimum = code.quantize_int4(weight, 4, False)
         what = "of rows of six in groups of 4, the last two alone"
         close(scale, torch.tensor([[1.0, 2.0], [1.0, 0.4]]).half(), f"the scales {what}")
         close(minimum, torch.tensor([[0.0, 100.0], [0.0, -9.0]]).half(), f"the minima {what}")
-        expected = torch.tensor([[0, 15, 1, 2, 0, 15], [0, 15, 1, 2, 0, 15]], dtype=torch.uint8)
+        expected = torch.tensor([[15, 0, 1, 2, 0, 15], [15, 0, 1, 2, 0, 15]], dtype=torch.uint8)
         close(numbers, expected, f"the numbers {what}")
 
     def test_a_last_group_of_one(self, code):
@@ -264,6 +269,10 @@ class TestQuantizeInt4:
         close(minimum, torch.tensor([[40000.0]]).half(), "the minimum of a group from 40,011.3 to 40,311.3")
         expected = ((weight - 40000) / scale.float()).round().clamp(0, 15).to(torch.uint8)
         close(numbers, expected, "the numbers of a group whose minimum float16 rounds to 40,000")
+        numbers, scale, _ = code.quantize_int4(torch.tensor([[0.0, 15.006, 14.503]]), 3, False)
+        what = "of [0, 15.006, 14.503], where float16 rounds 15.006 / 15 to 1"
+        close(scale, torch.ones(1, 1).half(), f"the scale {what}")
+        close(numbers, torch.tensor([[0, 15, 15]], dtype=torch.uint8), f"the numbers {what}")
 
 
 @exercise("7.8", points=1)
@@ -276,8 +285,9 @@ class TestDequantizeInt4:
 
     def test_symmetric(self, code):
         numbers, scale = torch.tensor([[0, 8, 15, 1]], dtype=torch.uint8), torch.tensor([[1.0, 0.5]])
-        got = code.dequantize_int4(numbers, scale, None, 2)
-        close(got, torch.tensor([[-8.0, 0.0, 3.5, -3.5]]), "[0, 8 | 15, 1] in groups of 2, without minima")
+        got = code.dequantize_int4(numbers, scale.bfloat16(), None, 2)
+        what = "[0, 8 | 15, 1] in groups of 2, without minima, scales in bfloat16"
+        close(got, torch.tensor([[-8.0, 0.0, 3.5, -3.5]]).bfloat16(), what)
 
     def test_share_that_begins_within_a_group(self, code):
         numbers = torch.tensor([[1, 2, 3, 4, 5, 6]], dtype=torch.uint8)
@@ -294,8 +304,8 @@ class TestInt4Method:
         layer = quantized(code, code.Int4Method(group_size, symmetric), weight)
         numbers, scale, minimum = code.quantize_int4(weight, group_size, symmetric)
         wide = [each.to(dtype).repeat_interleave(group_size, 1)[:, :columns] for each in (scale, minimum)]
-        expected = x @ (numbers * wide[0] + wide[1]).T
-        kind = f"groups of {group_size}, {'symmetric' if symmetric else 'asymmetric'}, {columns} inputs"
+        expected = x @ (numbers * wide[0] + wide[1]).T + 1
+        kind = f"groups of {group_size}, {'symmetric' if symmetric else 'asymmetric'}, {columns} inputs, a bias of 1"
         close(layer(x), expected, f"layer(x): {kind}", rtol=1e-4, atol=1e-4)
 
     def test_groups(self, code):
@@ -308,7 +318,7 @@ class TestInt4Method:
 
     def test_in_the_dtype_of_x(self, code):
         self.check(code, 8, 4, False, torch.float64)
-        layer = quantized(code, code.Int4Method(4, False), spread(5, 8))
+        layer = quantized(code, code.Int4Method(4, False), spread(5, 8).bfloat16())
         got = layer(torch.ones(1, 8).bfloat16())
         holds(got.dtype == torch.bfloat16, f"layer(x) of x in bfloat16 is in {got.dtype}.", str(got.dtype))
 
@@ -345,7 +355,7 @@ class TestQuantize:
         return {"model.embed_tokens": table, **layers, "lm_head": head}
 
     def test_every_linear_layer(self, code):
-        for kind, name in (("int8", "Int8Method"), ("w8a8", "W8A8Method"), ("int4", "Int4Method")):
+        for kind, name in (("int4", "Int4Method"), ("int8", "Int8Method"), ("w8a8", "W8A8Method")):
             model = self.model(code)
             code.quantize(model, code.Quantization(kind, 2))
             expected = self.expected(name, "Int8Method", "LinearMethod")
@@ -387,7 +397,7 @@ class TestActivationAwareScales:
     """Inputs of which one channel is large; what is left of a weight is rounded to whole numbers."""
 
     def data(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        generator = torch.Generator().manual_seed(40)
+        generator = torch.Generator().manual_seed(1239)
         x = torch.randn(24, 6, generator=generator) * torch.tensor([1.0, 0.4, 6.0, 1.0, 0.3, 2.0])
         return x, [torch.randn(rows, 6, generator=generator) * 2 for rows in (5, 3)]
 
@@ -402,7 +412,7 @@ class TestActivationAwareScales:
                 error += float(((x @ left.T) - (x @ weight.T)).pow(2).mean())
             errors.append(error)
             all_factors.append(factors)
-        assert min(errors) < 0.9 * sorted(errors)[1], "the check's own data must leave no doubt"
+        assert min(errors) < 0.97 * sorted(errors)[1], "the check's own data must leave no doubt"
         return all_factors[errors.index(min(errors))]
 
     def test_the_best_of_all(self, code):
@@ -423,8 +433,8 @@ class TestActivationAwareScales:
 
     def test_where_nothing_is_lost(self, code):
         x, weights = self.data()
-        got = code.activation_aware_scales(x, weights, lambda weight: weight.double().to(weight.dtype), 1)
-        close(got, torch.ones(6), "the factors with a single trial, which is no scaling at all")
+        got = code.activation_aware_scales(x, [torch.zeros_like(weights[0])], torch.round, 3)
+        close(got, torch.ones(6), "the factors for a weight of zeros, for which the first of three trials does")
 
     def test_a_channel_that_is_never_used(self, code):
         x, weights = self.data()
@@ -479,12 +489,13 @@ class TestInt8KVCacheWrite:
     def test_other_layers_and_slots_stay(self, code):
         cache = code.Int8KVCache(tiny(code), 4, 2, layers=range(1, 3))
         k = spread(1, 2, 4)
+        cache.write(2, torch.tensor([3]), 3 * k, 3 * k)
         cache.write(2, torch.tensor([3]), k, k)
         cache.write(2, torch.tensor([0]), 9 * k, 9 * k)
         numbers, scale = k.reshape(2, 4), k.abs().amax(-1) / 127
-        close(cache.scales[0][1, 1, 1], scale[0], "the scales of slot 3, after slot 0 was written too")
+        close(cache.scales[0][1, 1, 1], scale[0], "the scales of slot 3, written twice, after slot 0 was written too")
         expected = (numbers / scale[0][:, None]).round().to(torch.int8)
-        close(cache.keys[1, 1, 1], expected, "the numbers of slot 3, after slot 0 was written too")
+        close(cache.keys[1, 1, 1], expected, "the numbers of slot 3, written twice, after slot 0 was written too")
         close(cache.keys[0], torch.zeros(4, 2, 2, 4, dtype=torch.int8), "the numbers of a layer that was not written")
 
 
@@ -525,10 +536,10 @@ class TestInt8KVCacheGather:
         equal(tuple(got.shape[:2]), (2, 8), "the shape, up to the heads, of positions 0 to 7 of two sequences")
 
     def test_another_dtype(self, code):
-        cache = code.Int8KVCache(tiny(code).double(), 2, 2)
-        cache.write(0, torch.tensor([1]), torch.ones(1, 2, 4).double(), torch.ones(1, 2, 4).double())
+        cache = code.Int8KVCache(tiny(code).bfloat16(), 2, 2)
+        cache.write(0, torch.tensor([1]), torch.ones(1, 2, 4).bfloat16(), torch.ones(1, 2, 4).bfloat16())
         found = cache.gather(0, torch.tensor([[0]]), 0, 2)[0]
-        close(found[0, 1], torch.ones(2, 4).double(), "a key of ones, read back in a float64 model")
+        close(found[0, 1], torch.ones(2, 4).bfloat16(), "a key of ones, read back in a bfloat16 model", rtol=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -539,8 +550,8 @@ class TestInt8KVCacheGather:
 @exercise("7.14", points=3)
 class TestStreamLayers:
     def test_in_order(self, code):
-        got = [(number, layer) for number, layer in code.stream_layers(range(2, 6), lambda number: f"layer {number}")]
-        equal(got, [(number, f"layer {number}") for number in range(2, 6)], "what stream_layers(range(2, 6)) yields")
+        got = [(number, layer) for number, layer in code.stream_layers([2, 5, 3], lambda number: f"layer {number}")]
+        equal(got, [(number, f"layer {number}") for number in (2, 5, 3)], "what stream_layers([2, 5, 3]) yields")
         equal(list(code.stream_layers([], str)), [], "what stream_layers yields for no layers")
         equal(list(code.stream_layers([7], str)), [(7, "7")], "what stream_layers yields for one layer")
 

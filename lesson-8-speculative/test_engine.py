@@ -194,6 +194,7 @@ class TestBuildRunner:
         runner = self.build(code, speculative=draft_folder().name, quantization="int8")
         weight = self.speculative(code, runner, "DraftProposer").model.model.layers[0].mlp.up_proj.weight
         equal(weight.dtype, torch.float64, "the dtype of the draft's weights, with a target in int8,")
+        equal(self.blocks(runner.cache), "PagedKVCache", "the cache, where only weights are in eight bits,")
 
     def test_the_draft_is_on_the_targets_device(self, code):
         """The meta device stands for a GPU: tensors there have shapes and no numbers."""

@@ -67,6 +67,17 @@ def equal(actual: Any, expected: Any, what: str) -> None:
         for i, (one, other) in enumerate(zip(actual, expected)):
             if one != other:
                 raise CheckFailed(f"{what}: first difference at [{i}]: {one!r}, expected {other!r}.", what, actual)
+    if isinstance(expected, dict):
+        for key in [key for key in [*expected, *actual] if key not in actual or key not in expected]:
+            has = "has no" if key in expected else "should have no"
+            raise CheckFailed(f"{what}: it {has} {key!r}.", what, actual)
+        for key, value in expected.items():
+            if actual[key] != value:
+                raise CheckFailed(
+                    f"{what}: first difference at [{key!r}]: {brief(actual[key])}, expected {brief(value)}.",
+                    what,
+                    actual,
+                )
     if actual != expected:
         raise CheckFailed(f"{what} is {brief(actual)}, expected {brief(expected)}.", what, actual)
     if others := types_in(actual) - types_in(expected) - {int, float, bool, Tensor}:

@@ -115,6 +115,18 @@ ANSWERS = [
     ),
     wrong("5.16", "no seconds counted", "time.perf_counter() - start)", "0.0)"),
     wrong("5.16", "a step that only moves blocks dropped", "if plan.is_empty:", "if not plan.scheduled:"),
+    wrong(
+        "5.16",
+        "the executor's next result, even that of a step that was interrupted",
+        "self.collect(plan)",
+        "self.executor.collect()",
+    ),
+    wrong(
+        "5.16",
+        "observed without its outputs",
+        "self.totals.observe(self.scheduler, plan, result, outputs,",
+        "self.totals.observe(self.scheduler, plan, result, [],",
+    ),
     right(
         "5.16",
         "filled first",

@@ -126,6 +126,12 @@ ANSWERS = [
         "make_cache(config, model, layers, config.kv_cache_dtype)",
         "make_cache(config, model, layers)",
     ),
+    wrong(
+        "8.11",
+        "eight bits also where only the weights are quantized",
+        "make_cache(config, model, layers, config.kv_cache_dtype)",
+        'make_cache(config, model, layers, "int8" if config.quantization else config.kv_cache_dtype)',
+    ),
     wrong("8.11", "n-grams, though a draft is named", "config.draft is not None", "False"),
     wrong_body(
         "8.11",

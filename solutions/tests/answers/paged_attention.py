@@ -251,6 +251,18 @@ ANSWERS = [
         "zip(self.block_tables[request.request_id], block_hashes)",
         "list(zip(self.block_tables[request.request_id], block_hashes))[-1:]",
     ),
+    wrong(
+        "4.5",
+        "blocks remembered that a window has passed, whose content is gone",
+        "            if block.block_hash is None:\n                self.pool.remember(block, block_hash)",
+        "            self.pool.remember(block, block_hash)",
+    ),
+    wrong(
+        "4.5",
+        "all tokens of the sequence, computed or not",
+        "num_verified_tokens // self.block_size",
+        "len(request.all_token_ids) // self.block_size",
+    ),
     right(
         "4.5",
         "by the places of the table",
@@ -372,6 +384,12 @@ ANSWERS = [
             table.append(new_blocks[-1])
         return new_blocks
         """,
+    ),
+    wrong(
+        "4.6",
+        "the table from before the copy on write put back after it",
+        "table = self.block_tables.get(request.request_id, [])",
+        "table = list(self.block_tables.get(request.request_id, []))",
     ),
     right(
         "4.6",

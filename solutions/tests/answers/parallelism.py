@@ -28,6 +28,12 @@ ANSWERS = [
         "even boundaries rounded down, so that not the first ranks have one more",
         "return range(size * rank // world_size, size * (rank + 1) // world_size)",
     ),
+    wrong(
+        "6.1",
+        "the last ranks have one more each, not the first ones",
+        "min(rank, left)\n    return range(start, start + share + (rank < left))",
+        "max(0, rank + left - world_size)\n    return range(start, start + share + (rank >= world_size - left))",
+    ),
     right(
         "6.1",
         "by counting the shares before",
@@ -470,6 +476,7 @@ ANSWERS = [
         "        else:\n            for",
     ),
     wrong("6.15", "all layers' numbers returned", "return layers", "return range(model.config.num_hidden_layers)"),
+    wrong("6.15", "a group of its own for each layer of a block", "parts[part], group)", "parts[part], Group())"),
     right(
         "6.15",
         "what is kept decided first",

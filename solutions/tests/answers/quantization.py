@@ -71,6 +71,12 @@ ANSWERS = [
     wrong(
         "7.3", "the numbers taken for weights of a whole unit each, scaled by 127", " * layer.weight_scale", " / 127"
     ),
+    wrong(
+        "7.3",
+        "the bias added here as well, though `apply` adds it",
+        "F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale",
+        "F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale + layer.bias",
+    ),
     right(
         "7.3",
         "the weight made first",
@@ -192,6 +198,18 @@ ANSWERS = [
         "torch.where(step.half() > 0, step.half(), 1.0)",
         "torch.where(step > 0, step, 1.0).half()",
     ),
+    wrong(
+        "7.7",
+        "numbers chosen for the scale before it was rounded to float16",
+        "wide = scale[..., None].to(weight.dtype)",
+        "wide = torch.where(step.half() > 0, step, 1.0)[..., None]",
+    ),
+    wrong(
+        "7.7",
+        "the last group filled up with the first weight",
+        "weight[:, -1:].expand(out, ",
+        "weight[:, :1].expand(out, ",
+    ),
     right(
         "7.7",
         "group by group",
@@ -226,6 +244,7 @@ ANSWERS = [
         "+ first_column) // group_size",
         "// group_size + first_column).clamp(max=scale.shape[1] - 1)",
     ),
+    wrong("7.8", "always in float32", "numbers * scale[:, group_of]", "numbers.float() * scale[:, group_of]"),
     right(
         "7.8",
         "scales repeated, and cut where the share begins",
@@ -278,6 +297,12 @@ ANSWERS = [
         "the number of whole groups before the first column, not its position in its group",
         "layer.columns.start % self.group_size",
         "layer.columns.start // self.group_size",
+    ),
+    wrong(
+        "7.9",
+        "the bias added here as well, though `apply` adds it",
+        "F.linear(x, weight)",
+        "F.linear(x, weight, layer.bias)",
     ),
     right(
         "7.9",
@@ -382,6 +407,10 @@ ANSWERS = [
     wrong(
         "7.11", "factors not brought to a middle", "factors = factors / (factors.max() * factors.min()).sqrt()", "pass"
     ),
+    wrong(
+        "7.11", "the mean of the magnitudes of the changes, not of their squares", ".square().mean()", ".abs().mean()"
+    ),
+    wrong("7.11", "the last of equally good ones", "error < least", "error <= least"),
     right(
         "7.11",
         "a list of trials, and its minimum",
@@ -420,6 +449,12 @@ ANSWERS = [
         "quantize_int8(new.flatten(0, 1))",
         "quantize_int8(new.flatten(0, 1), new.abs().amax().expand(new.shape[0] * new.shape[1]))",
     ),
+    wrong(
+        "7.12",
+        "a slot's scale never smaller than what it was before",
+        "scale.view(new.shape[:-1]))",
+        "torch.maximum(scales[index].flatten(0, 1)[slots], scale.view(new.shape[:-1])))",
+    ),
     right(
         "7.12",
         "slot by slot",
@@ -448,6 +483,7 @@ ANSWERS = [
         "index, first, last = layer - self.layers.start,",
         "index, first, last = 0 * layer,",
     ),
+    wrong("7.13", "always in float32", ".to(self.dtype)", ".float()"),
     right(
         "7.13",
         "position by position",
@@ -584,7 +620,6 @@ EQUIVALENT = [
         "a tensor of one number compares and adds up like the number",
         "float((x @ each.T - target).square().mean()) -> (x @ each.T - target).square().mean()",
     ),
-    equivalent("7.11", "of equally good factors any will do", "error < least -> error <= least"),
     equivalent(
         "7.13",
         "whole numbers times a scale are in the scale's dtype",

@@ -57,6 +57,12 @@ ANSWERS = [
         ">= request.max_tokens",
         ">= request.sampling_params.max_tokens",
     ),
+    wrong(
+        "5.2",
+        "token 0 taken for none",
+        "if request.output_token_ids and request",
+        "if request.output_token_ids and request.output_token_ids[-1] and request",
+    ),
     right(
         "5.2",
         "by the last token's slice",
@@ -84,6 +90,18 @@ ANSWERS = [
         "a token even where nothing is left of the budget",
         "min(num_uncomputed, budget, max_chunk)",
         "max(1, min(num_uncomputed, budget, max_chunk))",
+    ),
+    wrong(
+        "5.3",
+        "chunks limited for new prompts alone",
+        "min(num_uncomputed, budget, max_chunk)",
+        "min(num_uncomputed, budget, budget if request.output_token_ids else max_chunk)",
+    ),
+    wrong(
+        "5.3",
+        "what was found in the cache counted as computed, even after a preemption",
+        "- request.num_computed_tokens",
+        "- max(request.num_computed_tokens, request.num_cached_tokens)",
     ),
     right(
         "5.3",
@@ -253,6 +271,18 @@ ANSWERS = [
         "num_tokens = self.admit(request, budget, plan)\n            budget -= num_tokens\n"
         "            if num_tokens == self.max_chunk:\n                break",
     ),
+    wrong(
+        "5.7",
+        "all tokens of a request subtracted from the budget, not those that are scheduled",
+        "budget -= self.admit(request, budget, plan)",
+        "self.admit(request, budget, plan)\n            budget -= request.num_tokens",
+    ),
+    wrong(
+        "5.7",
+        "the first in the policy's order, even if it is a sample that should wait to fork another",
+        "self.next_waiting(plan)",
+        "min(self.waiting, key=self.rank, default=None)",
+    ),
     right(
         "5.7",
         "for each free slot",
@@ -348,6 +378,12 @@ ANSWERS = [
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_computed_tokens)",
     ),
+    wrong(
+        "5.8",
+        "all draft tokens of the request subtracted, scheduled or not",
+        "scheduled.num_spec_tokens + 1",
+        "len(request.spec_token_ids) + 1",
+    ),
     right(
         "5.8",
         "in three passes",
@@ -437,6 +473,12 @@ ANSWERS = [
         "the preemption counted a second time",
         "request.status = RequestStatus.WAITING",
         "request.status = RequestStatus.WAITING\n        request.num_preemptions += 1",
+    ),
+    wrong(
+        "5.10",
+        "what was once found in the prefix cache counted as computed",
+        "request.num_computed_tokens = 0",
+        "request.num_computed_tokens = request.num_cached_tokens",
     ),
     right(
         "5.10",

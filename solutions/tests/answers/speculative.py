@@ -85,6 +85,7 @@ ANSWERS = [
                     return [text[start + n + i] for i in range(num_tokens)]
         return []
         """,
+        recognised=False,  # an exception may have any cause
     ),
     right(
         "8.1",
@@ -227,6 +228,7 @@ ANSWERS = [
         "the prompt taken for cached on the first call",
         "min(len(self.cached_token_ids), len(token_ids) - 1)",
         "len(token_ids) - 1",
+        recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.3",
@@ -305,6 +307,7 @@ ANSWERS = [
         "a residual that is not cut off at 0",
         "torch.multinomial(weights, 1, generator=generator)",
         "torch.multinomial(target - draft, 1, generator=generator)",
+        recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.4",
@@ -335,6 +338,7 @@ ANSWERS = [
         "no way out where the residual is 0",
         "residual if residual.sum() > 0 else target",
         "residual",
+        recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.4",
@@ -371,6 +375,12 @@ ANSWERS = [
         "the square of the residual",
         "(target - draft).clamp(min=0)",
         "(target - draft).clamp(min=0) ** 2",
+    ),
+    wrong(
+        "8.4",
+        "a residual that is small taken for none",
+        "residual if residual.sum() > 0 else target",
+        "residual if residual.sum() > 1e-3 else target",
     ),
     wrong("8.4", "the draft as the way out where the residual is 0", "else target", "else draft"),
     wrong(
@@ -550,6 +560,7 @@ ANSWERS = [
         "the closed sum, which divides by 0 where every draft token is right",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "(1 - rate ** (num_draft_tokens + 1)) / (1 - rate)",
+        recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.6",
@@ -724,6 +735,7 @@ ANSWERS = [
         "                draft.append(*self.draw(draft, row))",
         "                draft.append(*self.draw(draft, row))\n"
         "                self.num_computed[draft.request.request_id] = len(draft.token_ids)",
+        recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.9",
@@ -778,6 +790,13 @@ ANSWERS = [
         "a draft token for requests that may have none",
         "< draft.limit]",
         "< max(1, draft.limit)]",
+    ),
+    wrong(
+        "8.9",
+        "draft tokens listed, and not added to the text",
+        "draft.append(*self.draw(draft, row))",
+        "draft.draft_token_ids.append(self.draw(draft, row)[0])",
+        recognised=False,
     ),
     wrong("8.9", "one pass too many", "< draft.limit]", "<= draft.limit]"),
     wrong(
