@@ -27,6 +27,7 @@ from solutions.quantization import (
     int8_matmul,
     pack_int4,
     quantize,
+    quantize_int8,
     save_quantized,
     set_method,
     unpack_int4,
