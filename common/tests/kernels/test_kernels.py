@@ -113,7 +113,8 @@ class TestPack:
         model = tiny(family)
         pack(model)
         products = [module for module in model.modules() if hasattr(module, "method")]
-        assert sum(kernels.has_kernel(module) for module in products) == len(products) - (not is_tied(model))
+        shares = is_tied(model) and kernels.compiled() is not None  # oneDNN's order allows no look-up
+        assert sum(kernels.has_kernel(module) for module in products) == len(products) - (not shares)
         assert len(products) == 4 * SHAPES["num_hidden_layers"] + 2
 
     @pytest.mark.parametrize("has_compiler", [True, False])
