@@ -103,3 +103,21 @@ class SamplingParams:
             return {"n": 1, "seed": seed, "logits_processors": copy.deepcopy(self.logits_processors)}
 
         return [replace(self, **own(child)) for child in range(self.n)]
+
+
+def check_prompt(prompt_token_ids: Sequence[int], config: Any, params: SamplingParams) -> None:
+    """Raise ValueError, with the reason, for a prompt that cannot be continued. config: the model's `ModelConfig`."""
+    if not len(prompt_token_ids):
+        raise ValueError("The prompt is empty: there is no token to continue from.")
+    if len(prompt_token_ids) >= config.max_position_embeddings:
+        raise ValueError(
+            f"The prompt has {len(prompt_token_ids)} tokens; the context has {config.max_position_embeddings}, and at "
+            "least one is needed for the output."
+        )
+    for token_id in prompt_token_ids:
+        if not isinstance(token_id, Integral):
+            raise ValueError(f"The prompt has {token_id!r} among its token ids, which are whole numbers.")
+        if not 0 <= token_id < config.vocab_size:
+            raise ValueError(f"The prompt has token id {token_id}; the vocabulary ends at {config.vocab_size - 1}.")
+    if params.n != 1:
+        raise ValueError(f"SamplingParams: n is {params.n}; generate makes one sample: call it for params.children().")

@@ -46,6 +46,11 @@ FAMILIES = {
         model_type="qwen3", num_attention_heads=3, num_key_value_heads=3, head_dim=6, num_hidden_layers=4,
         vocab_size=40, tie_word_embeddings=True,
     ),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", num_attention_heads=4, num_key_value_heads=2, head_dim=6, num_hidden_layers=4,
+        vocab_size=40, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=10, mlp_only_layers=[2],
+        norm_topk_prob=True,
+    ),
 }  # fmt: skip
 
 
@@ -100,7 +105,7 @@ def same_tokens(folder: Path, tensor: int, pipeline: int, seed: int) -> dict:
     return report.counts
 
 
-@pytest.mark.parametrize(("family", "tensor", "pipeline"), [("llama", 2, 1), ("qwen2", 1, 2)])
+@pytest.mark.parametrize(("family", "tensor", "pipeline"), [("llama", 2, 1), ("qwen2", 1, 2), ("qwen3_moe", 2, 1)])
 def test_same_tokens(checkpoints, family, tensor, pipeline):
     same_tokens(checkpoints[family], tensor, pipeline, 0)
 
@@ -117,6 +122,8 @@ def test_same_tokens(checkpoints, family, tensor, pipeline):
         ("qwen3", 2, 1),
         ("qwen3", 3, 1),
         ("qwen3", 1, 2),
+        ("qwen3_moe", 2, 2),
+        ("qwen3_moe", 3, 1),
     ],
 )
 def test_same_tokens_on_other_grids(checkpoints, family, tensor, pipeline):

@@ -98,9 +98,9 @@ def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [KINDS[1], KINDS[3]], ids=str)
-@pytest.mark.parametrize("grid", [(2, 1), (1, 2)])
-def test_ranks_change_no_token(checkpoints, kind, grid):  # noqa: F811
-    folder = checkpoints["qwen3"]
+@pytest.mark.parametrize(("family", "grid"), [("qwen3", (2, 1)), ("qwen3", (1, 2)), ("qwen3_moe", (2, 1))])
+def test_ranks_change_no_token(checkpoints, family, kind, grid):  # noqa: F811
+    folder = checkpoints[family]
     alone = tokens(folder, quantization=kind, kv_cache_dtype="int8")
     assert (
         tokens(folder, quantization=kind, kv_cache_dtype="int8", tensor_parallel=grid[0], pipeline_parallel=grid[1])
@@ -108,11 +108,11 @@ def test_ranks_change_no_token(checkpoints, kind, grid):  # noqa: F811
     )
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], ids=str)
-def test_same_tokens_under_load(checkpoints, kind):  # noqa: F811
+@pytest.mark.parametrize(("family", "kind"), [("llama", KINDS[0]), ("qwen3_moe", KINDS[2])], ids=str)
+def test_same_tokens_under_load(checkpoints, family, kind):  # noqa: F811
     """INT8 blocks and quantized weights: chunks, preemption, sharing change nothing. The oracle is the same model in
     an engine that computes one request at a time and a token a step."""
-    folder, rng = checkpoints["llama"], random.Random(3)
+    folder, rng = checkpoints[family], random.Random(3)
     asks = [ask for ask in random_asks(rng, list(range(5, 40)), STORIES, 14) if ask.params.n == 1]
     needed = -(-max(len(ask.prompt) + ask.params.max_tokens for ask in asks) // 4)
     with engine(folder, quantization=kind, kv_cache_dtype="int8", max_num_batched_tokens=1) as slow:
@@ -139,7 +139,7 @@ class AloneInEngine(Oracle):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_saved_and_loaded(checkpoints, kind, tmp_path):  # noqa: F811
-    folder = checkpoints["llama"]
+    folder = checkpoints["qwen3_moe" if kind == KINDS[0] else "llama"]
     model = load(folder, kind, torch.float64)
     save_quantized(model, kind, folder, tmp_path / "saved")
     again = load(tmp_path / "saved", None, torch.float64)
