@@ -195,6 +195,6 @@ class InferenceEngine(Engine):
         if self.tokenizer.chat_template is None:
             raise ValueError("This model has no chat template: it continues text. Use generate.")
         values = chat_template_kwargs or {}
-        # TODO 8.12: apply the template to the messages, with `values` as keyword arguments. It writes special tokens
+        # TODO 8.12: apply the template, with `values` as keyword arguments. It writes special tokens
         # into the text; so encode without adding them.
         raise NotImplementedError("TODO 8.12")

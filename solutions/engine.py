@@ -208,7 +208,7 @@ class InferenceEngine(Engine):
         if self.tokenizer.chat_template is None:
             raise ValueError("This model has no chat template: it continues text. Use generate.")
         values = chat_template_kwargs or {}
-        # Exercise 8.12: apply the template to the messages, with `values` as keyword arguments. It writes special tokens
+        # Exercise 8.12: apply the template, with `values` as keyword arguments. It writes special tokens
         # into the text; so encode without adding them.
         text = self.tokenizer.apply_chat_template(messages, **values)
         return self.generate([self.tokenizer.encode(text, add_special_tokens=False)], params, progress=False)[0]
