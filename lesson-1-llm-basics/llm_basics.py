@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     layer_windows: Sequence[int | None] = ()  # the sliding window of each layer; empty: no layer has one
+    moe: Any = None  # the mixture of experts in some layers, `Moe` in common/checkpoints/schema.py; None: there is none
 
 
 def upcast(x: Tensor) -> Tensor:

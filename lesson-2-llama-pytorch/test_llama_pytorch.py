@@ -147,9 +147,15 @@ class TestParseConfig:
         holds(windows != (), f"{case} is (): was given.layer_windows passed on?", actual="()")
         equal(windows, (4096,) * 3, case)
 
+    def test_experts(self, code):
+        config = code.parse_config({**QWEN_3, "model_type": "qwen3_moe", "num_experts": 64, "num_experts_per_tok": 4})
+        holds(config.moe is not None, "moe of a Qwen3-MoE is None: was given.moe passed on?", actual="None")
+        equal(config.moe.num_experts, 64, "moe.num_experts of a Qwen3-MoE with num_experts 64")
+
     def test_qk_norm(self, code):
-        norms = [code.parse_config(config).qk_norm for config in (LLAMA_2_7B, LLAMA_3_8B, QWEN_2_5, QWEN_3)]
-        equal(norms, [False, False, False, True], "qk_norm of Llama 2, Llama 3, Qwen2.5 and Qwen3")
+        families = (LLAMA_2_7B, LLAMA_3_8B, QWEN_2_5, QWEN_3, {**QWEN_3, "model_type": "qwen3_moe"})
+        norms = [code.parse_config(config).qk_norm for config in families]
+        equal(norms, [False, False, False, True, True], "qk_norm of Llama 2, Llama 3, Qwen2.5, Qwen3 and Qwen3-MoE")
 
     def test_scaling(self, code):
         scaling = code.parse_config(LLAMA_3_8B).rope_scaling

@@ -31,6 +31,7 @@ from solutions import llama_pytorch
 from solutions.kv_cache import fold_groups
 from solutions.llama_pytorch import Attend, Llama, RequestOutput, SamplingParams
 from solutions.llm_basics import upcast
+from solutions.sliding_window import longest_hit, num_skipped_blocks
 
 # --- Blocks and the block pool ----------------------------------------------------------------------------------------
 
@@ -174,7 +175,7 @@ class KVCacheManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.sliding_window = sliding_window
-        # Stands in a table for a block that was freed because the window had passed it. It is never read, and has a
+        # Stands in a table for a block that the window has passed. It is never read and belongs to no pool; it has a
         # hash, so that it is not entered into the prefix cache.
         self.dropped = KVCacheBlock(0, ref_cnt=1, block_hash=BlockHash(b"", b"", ()))
         self.block_tables: dict[str, list[KVCacheBlock]] = {}  # by request id
@@ -204,6 +205,8 @@ class KVCacheManager:
         They are only looked up; `allocate_slots` takes them. The last token is never among them, even if its block is
         cached: it must be computed to get its logits. Without `enable_prefix_caching`, there are none.
         """
+        if self.sliding_window is not None:
+            return self.computed_blocks_in_window(request)
         # TODO 4.4: look up one block after the other until one is missing; stop before the last token's block.
         raise NotImplementedError("TODO 4.4")
 
@@ -270,9 +273,26 @@ class KVCacheManager:
         self.pool.free_blocks(block for block in reversed(table) if block is not self.dropped)
         self.block_hashes.pop(request.request_id, None)
 
-    def has_dropped(self, request: TokenSequence) -> bool:
-        """Whether blocks of the sequence were freed because the window had passed them."""
-        return self.dropped in self.block_tables.get(request.request_id, ())
+    def num_dropped(self, request: TokenSequence) -> int:
+        """Return how many blocks are missing at the beginning of a sequence's table: the window has passed them."""
+        return self.block_tables.get(request.request_id, []).count(self.dropped)
+
+    def num_skipped(self, num_computed_tokens: int) -> int:
+        """Return how many blocks of a sequence with these computed tokens may be missing."""
+        if self.sliding_window is None:
+            return 0
+        return num_skipped_blocks(num_computed_tokens, self.sliding_window, self.block_size)
+
+    def computed_blocks_in_window(self, request: TokenSequence) -> tuple[list[KVCacheBlock], int]:
+        """`get_computed_blocks` where every layer has a window: blocks that the next token does not read are not looked
+        up, and `dropped` stands for them. So a prefix is found although its beginning was evicted long ago.
+        """
+        if not self.enable_prefix_caching:
+            return [], 0
+        block_hashes = self.hashes(request, (len(request.all_token_ids) - 1) // self.block_size)
+        found = [self.pool.find(block_hash) for block_hash in block_hashes]
+        hit = longest_hit([block is not None for block in found], self.sliding_window, self.block_size)
+        return [self.dropped] * hit.start + found[hit.start : hit.stop], hit.stop * self.block_size
 
     def drop_outside_window(self, request: TokenSequence) -> None:
         """Free the blocks that the window has passed: neither the next token nor a later one reads any key in them.
@@ -280,10 +300,7 @@ class KVCacheManager:
         They keep their content and hash, as all free blocks do: a new sequence may still find them.
         """
         table = self.block_tables.get(request.request_id, [])
-        if self.sliding_window is None or not table:
-            return
-        first_key = max(0, request.num_computed_tokens - self.sliding_window + 1)  # that the next token reads
-        passed = table[: first_key // self.block_size]
+        passed = table[: self.num_skipped(request.num_computed_tokens)]
         if not passed or passed[-1] is self.dropped:
             return
         self.pool.free_blocks(block for block in reversed(passed) if block is not self.dropped)

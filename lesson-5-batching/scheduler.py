@@ -279,12 +279,15 @@ class Scheduler:
 
     def can_fork(self, request: Request) -> bool:
         """Whether a new sample can share its parent's blocks. The prompt must have been computed in an earlier step:
-        blocks are copied before anything of a step is computed.
+        blocks are copied before anything of a step is computed. A window may have passed blocks that the sample reads.
         """
         parent = request.parent
         if parent is None or request.output_token_ids or parent.status is not RequestStatus.RUNNING:
             return False
-        return parent.last_start >= len(request.prompt_token_ids) and not self.manager.has_dropped(parent)
+        if parent.last_start < len(request.prompt_token_ids):
+            return False
+        num_computed_tokens = len(request.prompt_token_ids) - 1  # of the sample, once it has forked
+        return self.manager.num_dropped(parent) <= self.manager.num_skipped(num_computed_tokens)
 
     def can_allocate(self, request: Request) -> bool:
         """Whether there are free blocks for all tokens of a waiting request. With blocks for its first chunk alone, it
@@ -388,7 +391,7 @@ class Scheduler:
         self.running.remove(request)
         self.waiting.append(request)
         # Swapping moves every block of a table, and has none to move for those that a window has dropped.
-        is_swapped = self.preemption == "swap" and not self.manager.has_dropped(request)
+        is_swapped = self.preemption == "swap" and not self.manager.num_dropped(request)
         if not is_swapped or not self.swap_out(request, plan):
             self.preempt_by_recompute(request)
 

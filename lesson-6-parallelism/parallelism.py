@@ -13,6 +13,7 @@ From Shoeybi et al., "Megatron-LM" (2019), for the cut through the layers; Huang
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from common.workers import Failure, describe, guarded, is_consequence
 from common.workers.rendezvous import is_worker, join_ranks, report_for_work, start_ranks
 from solutions.batching import ModelRunner
 from solutions.llama_pytorch import Layer, Linear, Llama, ModelConfig, layers_of
+from solutions.mixture_of_experts import SparseMoeBlock
 from solutions.paged_attention import cdiv
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
@@ -97,7 +99,10 @@ class RankCoordinates:
     def layers(self, config: ModelConfig) -> range:
         """The layers of this rank's stage. The head counts as many layers as have its number of parameters."""
         attention = 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
-        per_layer = config.hidden_size * (attention + 3 * config.intermediate_size)
+        width = config.intermediate_size
+        if config.moe is not None:  # a token is multiplied by the experts that it chooses, and by no others
+            width = config.moe.num_experts_per_tok * config.moe.moe_intermediate_size
+        per_layer = config.hidden_size * (attention + 3 * width)
         head_cost = config.vocab_size * config.hidden_size / per_layer
         return stage_layers(config.num_hidden_layers, self.pipeline_parallel, self.stage, head_cost)
 
@@ -310,7 +315,8 @@ def check_parallel(config: ModelConfig, tensor_parallel: int, pipeline_parallel:
 
     def fits(size: int) -> bool:
         heads = (config.num_attention_heads, config.num_key_value_heads)
-        return config.intermediate_size >= size and all(head_groups(*heads, rank, size)[0] for rank in range(size))
+        width = min(config.intermediate_size, config.moe.moe_intermediate_size if config.moe else math.inf)
+        return width >= size and all(head_groups(*heads, rank, size)[0] for rank in range(size))
 
     if not fits(tensor_parallel):
         possible = [str(size) for size in range(1, config.num_attention_heads + 1) if fits(size)]
@@ -325,16 +331,48 @@ def check_parallel(config: ModelConfig, tensor_parallel: int, pipeline_parallel:
         )
 
 
-SHARDED = (
-    ("self_attn", "q_proj", ColumnParallelLinear, "queries"),
-    ("self_attn", "k_proj", ColumnParallelLinear, "keys"),
-    ("self_attn", "v_proj", ColumnParallelLinear, "keys"),
-    ("self_attn", "o_proj", RowParallelLinear, "queries"),
-    ("mlp", "gate_proj", ColumnParallelLinear, "intermediate"),
-    ("mlp", "up_proj", ColumnParallelLinear, "intermediate"),
-    ("mlp", "down_proj", RowParallelLinear, "intermediate"),
-)
-"""The linear layers of a block: module, name in it, the class that replaces it, its part as in `rank_parts`."""
+class PartialRowLinear(RowParallelLinear):
+    """This rank's contribution to a layer that is cut by columns, not yet added up. (T, len(part)) -> (T, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.method.apply(self, x)
+
+
+class ParallelMoeBlock(SparseMoeBlock):
+    """A layer's experts, of each of which a rank has some columns. All ranks have the whole router and so choose alike.
+
+    The contributions are added up once for the layer, not once for each expert.
+    """
+
+    def __init__(self, whole: SparseMoeBlock, part: range, group: Group):
+        super().__init__(whole.gate, whole.experts, whole.top_k, whole.norm_topk_prob)
+        self.group = group
+        for expert in self.experts:
+            expert.gate_proj = ColumnParallelLinear(expert.gate_proj, part, group)
+            expert.up_proj = ColumnParallelLinear(expert.up_proj, part, group)
+            expert.down_proj = PartialRowLinear(expert.down_proj, part, group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.all_reduce(super().forward(x))
+
+
+def sharded_modules(block: nn.Module) -> list[tuple[nn.Module, str, type, str]]:
+    """What of a block is cut: its parent, its name there, the class that replaces it, its part as in `rank_parts`."""
+    attention, mlp = block.self_attn, block.mlp
+    found = [
+        (attention, "q_proj", ColumnParallelLinear, "queries"),
+        (attention, "k_proj", ColumnParallelLinear, "keys"),
+        (attention, "v_proj", ColumnParallelLinear, "keys"),
+        (attention, "o_proj", RowParallelLinear, "queries"),
+    ]
+    if isinstance(mlp, SparseMoeBlock):
+        return [*found, (block, "mlp", ParallelMoeBlock, "experts")]
+    return [
+        *found,
+        (mlp, "gate_proj", ColumnParallelLinear, "intermediate"),
+        (mlp, "up_proj", ColumnParallelLinear, "intermediate"),
+        (mlp, "down_proj", RowParallelLinear, "intermediate"),
+    ]
 
 
 def rank_parts(config: ModelConfig, group: Group) -> dict[str, range]:
@@ -345,6 +383,7 @@ def rank_parts(config: ModelConfig, group: Group) -> dict[str, range]:
         "queries": range(queries.start * config.head_dim, queries.stop * config.head_dim),
         "keys": range(keys.start * config.head_dim, keys.stop * config.head_dim),
         "intermediate": shard_range(config.intermediate_size, group.rank, group.size),
+        "experts": shard_range(config.moe.moe_intermediate_size if config.moe else 0, group.rank, group.size),
         "vocabulary": range(group.rank * rows, (group.rank + 1) * rows),
     }
 
@@ -358,8 +397,9 @@ def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
     """
     check_parallel(model.config, coordinates.tensor_parallel, coordinates.pipeline_parallel)
     layers, parts = coordinates.layers(model.config), rank_parts(model.config, group)
-    # TODO 6.15: replace what is absent; where the group has more than one rank, replace the layers of `SHARDED`,
-    # the embedding and the head, each by its class, made of (layer, part, group). Tie the weights again at the end.
+    # TODO 6.15: replace what is absent; where the group has more than one rank, replace a block's
+    # `sharded_modules`, the embedding and the head, each by its class, made of (module, part, group). Tie the weights
+    # again at the end.
     raise NotImplementedError("TODO 6.15")
 
 

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from common import kernels, rope
 from common.checkpoints import Checkpoint, CheckpointError, check_config, find_checkpoint
-from common.sampling import SamplingParams, stable_hash
+from common.sampling import SamplingParams, check_prompt, stable_hash
 from common.tokenizer import Tokenizer, load_tokenizer
 from common.windows import window_attention
 from solutions.llm_basics import (
@@ -38,6 +37,7 @@ from solutions.llm_basics import (
     rotary_tables,
     upcast,
 )
+from solutions.mixture_of_experts import SparseMoeBlock
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q (T, H, D), k (T, K, D), v (T, K, D)) -> (T, H, D): attention, which may remember k and v.
@@ -49,14 +49,14 @@ A layer with a sliding window passes it as well: attend(layer, q, k, v, window=4
 
 
 def parse_config(config: Mapping) -> ModelConfig:
-    """Read a Hugging Face `config.json` of Llama 2 or 3, Mistral, Qwen2, Qwen2.5 or Qwen3.
+    """Read a Hugging Face `config.json` of Llama 2 or 3, Mistral, Qwen2, Qwen2.5, Qwen3 or Qwen3-MoE.
 
     `check_config`, which is given, checks every value and fills in each family's defaults. In what it returns,
     `num_key_value_heads` may be None, which means `num_attention_heads`, and so may `head_dim`, which means
-    hidden_size // num_attention_heads. All else has a value, except that `rope_scaling` is None without a scaling.
+    hidden_size // num_attention_heads. All else has a value, except `rope_scaling` and `moe`, if there is none.
 
     `attention_bias` adds a bias to q, k, v and o, but Qwen2 always has one on q, k and v and never on o. Only Llama
-    reads `mlp_bias`. Only Qwen3 has QK norm. Raises CheckpointError for a model that the engine cannot run.
+    reads `mlp_bias`. Only Qwen3 and its MoE have QK norm. Raises CheckpointError for what the engine cannot run.
     """
     given = check_config(config)
     # Exercise 2.1: fill a ModelConfig. Mind the values that may be None, and what follows from the family alone.
@@ -77,8 +77,9 @@ def parse_config(config: Mapping) -> ModelConfig:
         qkv_bias=family == "qwen2" or given.attention_bias,
         o_bias=family != "qwen2" and given.attention_bias,
         mlp_bias=family == "llama" and given.mlp_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         layer_windows=given.layer_windows,
+        moe=given.moe,
     )
 
 
@@ -259,14 +260,34 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Lesson 1's `swiglu` as a module. (T, hidden_size) -> (T, hidden_size)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, intermediate_size: int):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(Layer):
+    """The scores of a layer's experts, in floats even where lesson 7 quantizes. (T, hidden_size) -> (T, experts)."""
+
+    def __init__(self, hidden_size: int, num_experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
+    """The feed-forward part of a layer: an `MLP`, or in a mixture of experts many, of which a token uses a few."""
+    if (moe := config.moe) is None or layer not in moe.layers:
+        return MLP(config, config.intermediate_size)
+    experts = [MLP(config, moe.moe_intermediate_size) for _ in range(moe.num_experts)]
+    gate = Router(config.hidden_size, moe.num_experts)
+    return SparseMoeBlock(gate, experts, moe.num_experts_per_tok, moe.norm_topk_prob)
 
 
 class Block(nn.Module):
@@ -278,7 +299,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = feed_forward(config, layer)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if self.window is not None:
@@ -288,7 +309,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama, Mistral, Qwen2 or Qwen3, as the config says. Parameters have the names that they have in a checkpoint.
+    """Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE, as the config says. Parameters have a checkpoint's names.
 
     `embed`, `run_layers` and `logits` can be called separately: a pipeline stage (lesson 6) runs only some layers, and
     only tokens that will be sampled need logits.
@@ -617,24 +638,6 @@ class RequestOutput:
     text: str = ""  # without the token or string that ended it
     finish_reason: str | None = None  # "stop": a stop token or string; "length": max_tokens, or the context is full
     logprobs: list[dict[int, float]] = field(default_factory=list)  # per token, from `top_logprobs`
-
-
-def check_prompt(prompt_token_ids: Sequence[int], config: ModelConfig, params: SamplingParams) -> None:
-    """Raise ValueError, with the reason, for a prompt that cannot be continued."""
-    if not len(prompt_token_ids):
-        raise ValueError("The prompt is empty: there is no token to continue from.")
-    if len(prompt_token_ids) >= config.max_position_embeddings:
-        raise ValueError(
-            f"The prompt has {len(prompt_token_ids)} tokens; the context has {config.max_position_embeddings}, and at "
-            "least one is needed for the output."
-        )
-    for token_id in prompt_token_ids:
-        if not isinstance(token_id, Integral):
-            raise ValueError(f"The prompt has {token_id!r} among its token ids, which are whole numbers.")
-        if not 0 <= token_id < config.vocab_size:
-            raise ValueError(f"The prompt has token id {token_id}; the vocabulary ends at {config.vocab_size - 1}.")
-    if params.n != 1:
-        raise ValueError(f"SamplingParams: n is {params.n}; generate makes one sample: call it for params.children().")
 
 
 def recompute(model: Llama, token_ids: Sequence[int]) -> Tensor:

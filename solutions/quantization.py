@@ -40,12 +40,12 @@ def quantize_int8(weight: Tensor, absmax: Tensor | None = None) -> tuple[Tensor,
 
     absmax: (out,), the largest magnitude in each row; by default that of `weight`, which may be only a part of it.
     Returns the numbers, int8 (out, in), and the scales, (out,): number x scale is about the weight. A scale that would
-    be 0, as for a row of zeros, is 1.
+    be 0, as for a row of zeros, is 1. That of a row with a NaN in it is NaN, or the fault would go unnoticed.
     """
     # Exercise 7.1: the largest magnitude in a row becomes 127. (-128 is not used, so that every number has a negative.)
     absmax = weight.abs().amax(dim=1) if absmax is None else absmax
     scale = absmax / 127
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale == 0, 1.0, scale)
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
@@ -407,8 +407,11 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
         pairs.append((block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]))
-        pairs.append((block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]))
-        pairs.append((mlp.up_proj, [mlp.down_proj]))
+        experts = list(getattr(mlp, "experts", [mlp]))
+        router = [mlp.gate] if hasattr(mlp, "gate") else []
+        gates = [layer for expert in experts for layer in (expert.gate_proj, expert.up_proj)]
+        pairs.append((block.post_attention_layernorm, [*router, *gates]))
+        pairs += [(expert.up_proj, [expert.down_proj]) for expert in experts]
     inputs: dict[nn.Module, Tensor] = {}
     note = lambda module, arguments: inputs.update({module: arguments[0]})  # noqa: E731
     hooks = [readers[0].register_forward_pre_hook(note) for _, readers in pairs]
@@ -416,7 +419,10 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
     for hook in hooks:
         hook.remove()
     for maker, readers in pairs:
-        factors = activation_aware_scales(inputs.pop(readers[0]), [each.weight for each in readers], round_trip)
+        if readers[0] not in inputs:
+            continue  # an expert that no token of the text has chosen
+        weights = [layer.weight for layer in readers if hasattr(layer, "method")]  # a router stays in floats
+        factors = activation_aware_scales(inputs.pop(readers[0]), weights, round_trip)
         for layer in readers:
             layer.weight.mul_(factors)
         maker.weight.div_(factors[:, None] if maker.weight.ndim == 2 else factors)

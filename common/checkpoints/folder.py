@@ -14,6 +14,7 @@ import struct
 from pathlib import Path
 
 LARGEST_JSON = 256 << 20  # bytes; the largest vocabularies have 35 MB
+ABSENT_EXPERTS = 128  # the number of experts of a mixture of them whose config.json does not say it
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls what a weight may be stored as
 
 
@@ -110,16 +111,19 @@ class Checkpoint:
         return name.removeprefix(self._prefix)
 
     def _check_layers(self) -> None:
-        """A config.json that speaks of thousands of layers would take minutes before their tensors are missed."""
-        said = self.config.get("num_hidden_layers")
-        found = (
-            max((int(number) for number in re.findall(r"\blayers\.(\d{1,9})\.", " ".join(self._files))), default=-1) + 1
-        )
-        if isinstance(said, int) and said > found > 0:
-            raise CheckpointError(
-                f"{self.folder / 'config.json'}: num_hidden_layers is {said}; the tensors are those of {found} "
-                "layers. Is a file missing?"
-            )
+        """A config.json that speaks of thousands of layers or experts would take minutes before their tensors are
+        missed.
+        """
+        experts = "num_local_experts" if self.config.get("num_experts") is None else "num_experts"
+        names, absent = " ".join(self._files), {experts: ABSENT_EXPERTS}
+        for key, part in (("num_hidden_layers", "layers"), (experts, "experts")):
+            said = self.config.get(key, absent.get(key))
+            found = max((int(number) for number in re.findall(rf"\b{part}\.(\d{{1,9}})\.", names)), default=-1) + 1
+            if isinstance(said, int) and said > found > 0:
+                raise CheckpointError(
+                    f"{self.folder / 'config.json'}: {key} is {said}; the tensors are those of {found} {part}. Is a "
+                    "file missing?"
+                )
 
     def _find_tensors(self) -> dict[str, Path]:
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"

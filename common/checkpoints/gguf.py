@@ -29,7 +29,7 @@ from common.checkpoints.schema import check_config
 VERSION = 2  # part of the cached folders' names: raise it when what is written changes
 SHARD_BYTES = 2 << 30  # a file's tensors stand in memory together while it is written
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}  # architecture: model_type
 
 # gguf.get_tensor_name_map goes the other way: a dozen names of Hugging Face models lead to one of GGUF's.
 LAYER_NAMES = {
@@ -44,6 +44,10 @@ LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",  # all experts' in one tensor
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
 }
 OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -76,9 +80,9 @@ class _Source:
             raise CheckpointError(f"{path}: cut short, or not a GGUF file ({error}). Download it again.") from error
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         self.architecture = self.get("general.architecture")
-        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
+        if not isinstance(self.architecture, str) or self.architecture not in FAMILIES:
             raise CheckpointError(
-                f"{path}: the architecture is {self.architecture!r:.80}; this course runs {', '.join(ARCHITECTURES)}."
+                f"{path}: the architecture is {self.architecture!r:.80}; this course runs {', '.join(FAMILIES)}."
             )
 
     REQUIRED = object()
@@ -119,32 +123,42 @@ KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
+EXPERT_KEYS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
 
 
 def _config(source: _Source, vocabulary: Vocabulary) -> dict:
     """What config.json says, from GGUF's keys. Values and their limits are those of a config.json."""
     path, tensors, of_model = source.path, source.tensors, source.of_model
-    if of_model("expert_count", 0):
-        raise CheckpointError(f"{path}: a mixture of experts, which this course does not run.")
+    family, keys = FAMILIES[source.architecture], KEYS
+    if family == "qwen3_moe":
+        keys = KEYS | EXPERT_KEYS
+    elif of_model("expert_count", 0):
+        raise CheckpointError(f"{path}: a mixture of experts; of those, this course runs qwen3moe.")
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{path}: tensor 'token_embd.weight' is missing.")
     optional = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10000.0}
     config = {
-        "architectures": [ARCHITECTURES[source.architecture]],
-        "model_type": source.architecture,
+        "architectures": [f"{family.title().replace('_', '')}ForCausalLM"],
+        "model_type": family,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),  # GGUF writes shapes innermost first
-        **{key: source.uniform(name, optional.get(key, source.REQUIRED)) for key, name in KEYS.items()},
+        **{key: source.uniform(name, optional.get(key, source.REQUIRED)) for key, name in keys.items()},
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": str(_dtype(tensors["token_embd.weight"])).removeprefix("torch."),
     }
+    if family == "qwen3_moe":
+        config["norm_topk_prob"] = True  # no key says so: llama.cpp always does it for this architecture
     eos = vocabulary.end_ids()
     config["bos_token_id"] = vocabulary.bos_token_id
     config["eos_token_id"] = eos if len(eos) > 1 else eos[0] if eos else None
     config["pad_token_id"] = vocabulary.padding_token_id
-    names = {key: f"{source.architecture}.{name}" for key, name in KEYS.items()}
+    names = {key: f"{source.architecture}.{name}" for key, name in keys.items()}
     # GGUF files say what other families leave open: no value is a family's default.
     heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
     if config["num_key_value_heads"] is None:
@@ -257,20 +271,30 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
     files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = ["model.safetensors"]
+    weight_map: dict[str, str] = {}
     with progress(f"Converting {source.path.name}", sum(sizes.values())) as advance:
         for file, shard in zip(files, shards):
             tensors = {}
             for name in shard:
-                tensors[names[name]] = _tensor(source, name, config)
+                tensors |= _by_expert(source, name, names[name], _tensor(source, name, config))
                 advance(sizes[name])
+            weight_map |= dict.fromkeys(tensors, file)
             try:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
             except SafetensorError as error:  # a full disk, above all
                 raise OSError(error) from error
     if len(shards) > 1:
-        weight_map = {names[name]: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def _by_expert(source: _Source, name: str, new_name: str, tensor) -> dict:
+    """The tensor by its new name; one that holds all experts' matrices gives as many tensors as there are experts."""
+    if "{}" not in new_name:
+        return {new_name: tensor}
+    if tensor.ndim != 3:
+        raise CheckpointError(f"{source.path}: tensor {name!r} has {tensor.ndim} axes; a matrix for each expert has 3.")
+    return {new_name.format(expert): matrix for expert, matrix in enumerate(tensor)}
 
 
 def _tensor(source: _Source, name: str, config: dict):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from common.checkpoints.folder import CheckpointError
+from common.checkpoints.folder import ABSENT_EXPERTS, CheckpointError
 
 # The limits are far above any model that there is, and low enough that a corrupt number cannot exhaust the memory.
 Size = Annotated[int, Meta(ge=1, le=2**24)]
@@ -29,6 +29,7 @@ Scale = Annotated[float, Meta(ge=0, le=1e6)]
 Original = Annotated[int, Meta(ge=2, le=2**31)]
 
 SAME: Mapping[str, str] = {}  # a file that calls its keys as config.json does
+RENAMED = {"num_experts": "num_local_experts"}
 
 # ---------------------------------------------------------------------------------------------------------------
 # config.json
@@ -88,10 +89,20 @@ class _Context(Struct):
     max_position_embeddings: Context
 
 
+class Moe(Struct, frozen=True):
+    """A mixture of experts: which layers have one, and its sizes, named as in `config.json`."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+
+
 class Config(Struct, kw_only=True, frozen=True):
     """What a `config.json` says, checked. None stands only where a value follows from others."""
 
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
@@ -114,6 +125,13 @@ class Config(Struct, kw_only=True, frozen=True):
     max_window_layers: Annotated[int, Meta(ge=0, le=2**31)] = 0  # Qwen: the first layer with a window
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None  # Qwen: says the same, and counts
     layer_windows: tuple[int | None, ...] = ()  # in no file: follows from the four above; empty if no layer has one
+    num_experts: Annotated[int, Meta(ge=0, le=4096)] = 0
+    num_experts_per_tok: Annotated[int, Meta(ge=1, le=4096)] = 1
+    moe_intermediate_size: Size = 1
+    norm_topk_prob: bool = False
+    decoder_sparse_step: Layers = 1  # layers step - 1, 2 * step - 1, ... have experts ...
+    mlp_only_layers: list[int] = []  # ... except for these
+    moe: Moe | None = None  # in no file: follows from the six above; None if no layer has experts
     bos_token_id: TokenId | list[TokenId] | None = None
     eos_token_id: TokenId | list[TokenId] | None = None
     quantization_config: dict[str, Any] | None = None
@@ -127,11 +145,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, **WINDOWS},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128, **WINDOWS},
-}
+    "qwen3_moe": {
+        "max_position_embeddings": 32768, "num_key_value_heads": 4, "sliding_window": 4096,
+        "num_experts": ABSENT_EXPERTS, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    },
+}  # fmt: skip
 # Null means absent, except for these: a null is a value of its own there.
-NULLABLE = {"num_key_value_heads": ("qwen2", "qwen3"), "sliding_window": ("mistral", "qwen2", "qwen3")}
+NULLABLE = {"num_key_value_heads": ("qwen2", "qwen3"), "sliding_window": ("mistral", "qwen2", "qwen3", "qwen3_moe")}
 # Keys that a family does not read, whatever its files say.
-IGNORED = {"llama": ("sliding_window", "layer_types"), "mistral": ("attention_bias", "mlp_bias", "layer_types")}
+EXPERTS = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
+    "mlp_only_layers",
+)  # fmt: skip
+IGNORED = {
+    "llama": ("sliding_window", "layer_types", *EXPERTS),
+    "mistral": ("attention_bias", "mlp_bias", "layer_types", *EXPERTS),
+    "qwen2": EXPERTS,
+    "qwen3": EXPERTS,
+    "qwen3_moe": ("mlp_bias", "max_window_layers", "layer_types"),
+}
 
 # What would do, for keys whose error does not say it by itself.
 ADVICE = {
@@ -150,14 +182,16 @@ def check_config(config: Mapping, file: object = "config.json", names: Mapping[s
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise refusal(file, names.get("model_type", "model_type"), family, ADVICE["model_type"])
+    if config.get("num_experts") is None and "num_local_experts" in config:  # as transformers 5 calls them in a file
+        config, names = {**config, "num_experts": config["num_local_experts"]}, {**RENAMED, **names}
     given = {key: value for key, value in config.items() if value is not None or family in NULLABLE.get(key, ())}
     given = {**FAMILIES[family], **given}
-    for key in ("layer_windows", *IGNORED.get(family, ())):
+    for key in ("layer_windows", "moe", *IGNORED[family]):
         given.pop(key, None)
     checked = check(Config, {**given, **_rope(given, file, names)}, file, names)
     for key, value, problem in _contradictions(checked):
         raise refusal(file, names.get(key, key), value, problem)
-    return msgspec.structs.replace(checked, layer_windows=_layer_windows(checked))
+    return msgspec.structs.replace(checked, layer_windows=_layer_windows(checked), moe=_moe(checked))
 
 
 def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, Any]:
@@ -211,6 +245,16 @@ def _layer_windows(config: Config) -> tuple[int | None, ...]:
     return tuple(window if has_window[layer] else None for layer in layers) if any(has_window) else ()
 
 
+def _moe(config: Config) -> Moe | None:
+    """The mixture of experts, or None if no layer has one."""
+    step, dense = config.decoder_sparse_step, set(config.mlp_only_layers)
+    layers = [layer for layer in range(step - 1, config.num_hidden_layers, step) if layer not in dense]
+    if not layers or not config.num_experts:
+        return None
+    sizes = (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob)
+    return Moe(tuple(layers), *sizes)
+
+
 def _contradictions(config: Config):
     """Yields keys that do not fit the others, and what is not computed: (key, value, what would do)."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -228,6 +272,8 @@ def _contradictions(config: Config):
     if config.quantization_config:
         kind = config.quantization_config.get("quant_method")
         yield "quantization_config", kind, "load the unquantized checkpoint instead"
+    if (moe := _moe(config)) and moe.num_experts_per_tok > moe.num_experts:
+        yield "num_experts_per_tok", moe.num_experts_per_tok, f"there are {moe.num_experts} experts"
     if config.layer_types is not None and len(config.layer_types) != config.num_hidden_layers:
         yield "layer_types", config.layer_types, f"it needs an entry for each of {config.num_hidden_layers} layers"
     rope = config.rope_scaling or {"rope_type": None}

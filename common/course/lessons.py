@@ -120,7 +120,16 @@ GAINS = {
     8: "It drafts tokens ahead and says the same, in fewer steps; and it is whole.",
 }
 """What each lesson makes possible."""
-MODULES = (*LESSONS[:5], replace(LESSONS[5], part="scheduler"), *LESSONS[5:], replace(LESSONS[8], part="engine"))
+MODULES = (
+    *LESSONS[:2],
+    replace(LESSONS[2], part="mixture_of_experts", title="A mixture of experts", is_optional=True),
+    *LESSONS[2:4],
+    replace(LESSONS[4], part="sliding_window", title="Blocks beside a sliding window", is_optional=True),
+    LESSONS[4],
+    replace(LESSONS[5], part="scheduler"),
+    *LESSONS[5:],
+    replace(LESSONS[8], part="engine"),
+)
 """All that can be filled in and graded, in the order in which they build on each other: a module for each lesson, and a
 second one for some of them.
 """
@@ -136,7 +145,7 @@ def lesson(number: int | str) -> Lesson:
 
 def modules_of(number: int | str) -> list[Lesson]:
     """The modules of the lesson with this number: one, or more in some; an optional one is the last."""
-    return [each for each in MODULES if each.number == lesson(number).number]
+    return sorted((each for each in MODULES if each.number == lesson(number).number), key=lambda each: each.is_optional)
 
 
 def shown(path: Path | str) -> str:

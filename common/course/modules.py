@@ -155,17 +155,17 @@ def below(lesson: Lesson) -> list[Lesson]:
 
 def still_to_do_below(lesson: Lesson) -> list[str]:
     """The ids of the exercises that are to do in the student's modules which this lesson stands on, because their
-    solutions are withheld. Raises CourseError where there is no reading such a module.
+    solutions are withheld. Optional ones may stay unfinished. Raises CourseError where there is no reading a module.
     """
     if not withheld():
         return []
-    return [id for each in below(lesson) if each.is_withheld for id in to_do(each.module)]
+    return [id for each in below(lesson) if each.is_withheld and not each.is_optional for id in to_do(each.module)]
 
 
 def check_written(slug: str) -> None:
     """Refuse to import an unfinished module of the student's that stands for a withheld one; name those below too."""
     lesson = next(each for each in MODULES if each.slug == slug)
-    if ids := to_do(lesson.module):
+    if (ids := to_do(lesson.module)) and not lesson.is_optional:
         raise Waits("This", [*still_to_do_below(lesson), *ids])
 
 

@@ -54,7 +54,7 @@ def event(phase: str, text: str, process: int, thread: int, seconds: float, **mo
 
 
 def span(text: str, process: int, thread: int, start: float, end: float, /, **arguments: Any) -> dict[str, Any]:
-    return event("X", text, process, thread, start, dur=max(0, round((end - start) * 1e6)), args=arguments)
+    return event("X", text, process, thread, start, dur=max(0, round(end * 1e6) - round(start * 1e6)), args=arguments)
 
 
 def name(kind: str, process: int, thread: int, text: str) -> dict[str, Any]:

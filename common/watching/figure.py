@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.bench.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Figure
+from matplotlib.figure import Figure
+
 from common.watching.trace import KINDS, Replay, Trace, read_trace
 
+# Those of bench/style.py, which would turn a notebook's own figures off.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLORS = dict(zip(KINDS, (BLUE, ORANGE, GREEN, PURPLE)))
 OWNERS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 
@@ -23,7 +26,7 @@ def draw_timeline(axes, trace: Trace, num_steps: int = 0) -> None:
     axes.set(xlabel="step", yticks=range(len(names)), yticklabels=names, xlim=(0, max(num_steps, len(trace.steps))))
     axes.invert_yaxis()
     for place, kind in enumerate(kind for kind in KINDS if kind in used):
-        axes.text(0.16 * place, 1.03, f"■ {kind}", color=COLORS[kind], transform=axes.transAxes)
+        axes.text(0.26 * place, 1.03, f"■ {kind}", color=COLORS[kind], transform=axes.transAxes)
 
 
 def draw_pool(axes, trace: Trace) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.authoring.soak.invariants import check_books
 from common.checkpoints import MODELS
@@ -29,6 +30,10 @@ WINDOWS = {
     "qwen2, some layers": {
         "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 12, "num_experts": 6,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True, "mlp_only_layers": [1],
+    },
 }  # fmt: skip
 
 
@@ -39,19 +44,35 @@ def folder(request, tmp_path_factory) -> Path:
     shutil.copytree(MODELS / "tales", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **WINDOWS[request.param]}))
-    if WINDOWS[request.param]["model_type"] == "qwen2":
-        add_biases(folder, config)
+    rewrite = {"qwen2": add_biases, "qwen3_moe": make_experts}.get(WINDOWS[request.param]["model_type"])
+    if rewrite:
+        tensors = load_file(folder / "model.safetensors")
+        rewrite(tensors)
+        save_file(tensors, folder / "model.safetensors")
     return folder
 
 
-def add_biases(folder: Path, config: dict) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
+def add_biases(tensors: dict[str, torch.Tensor]) -> None:
     for name in list(tensors):
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             tensors[name.replace("weight", "bias")] = torch.zeros(len(tensors[name]))
-    save_file(tensors, folder / "model.safetensors")
+
+
+def make_experts(tensors: dict[str, torch.Tensor]) -> None:
+    """Each MLP but that of layer 1 becomes six experts, each with some of its channels, which overlap."""
+    generator = torch.Generator().manual_seed(0)
+    for name, whole in list(tensors.items()):
+        layer = name.split(".mlp.")[0]
+        if name.endswith("q_proj.weight"):
+            for norm in ("q_norm", "k_norm"):
+                tensors[name.replace("q_proj", norm)] = torch.ones(40)
+        if ".mlp." in name and ".layers.1." not in name:
+            del tensors[name]
+            tensors[f"{layer}.mlp.gate.weight"] = torch.randn(6, 160, generator=generator)
+            for expert in range(6):
+                channels = torch.arange(67 * expert, 67 * expert + 96)
+                part = whole[:, channels] if "down" in name else whole[channels]
+                tensors[name.replace(".mlp.", f".mlp.experts.{expert}.")] = part.contiguous()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +86,8 @@ def test_the_window_matters_and_is_transformers(folder, expected):
     model, tokenizer = load("tales", dtype=torch.float64, device="cpu")
     whole = [generate(model, tokenizer, tokenizer.encode(prompt), PARAMS).token_ids for prompt in PROMPTS]
     assert any(one != other for one, other in zip(whole, expected)), "the window changes nothing: test something else"
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    plain = {"experts_implementation": "eager"}  # the default's product of groups refuses float64
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **plain)
     for prompt, token_ids in zip(PROMPTS, expected):
         prompt_token_ids = torch.tensor([tokenizer.encode(prompt)])
         found = theirs.generate(prompt_token_ids, do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0)
@@ -119,8 +141,29 @@ def test_blocks_are_freed_as_they_leave_the_window(folder, expected):
         assert (held[-2] <= 12 // 4 + 2) if is_mistral else (held[-2] >= num_tokens // 4)
 
 
+def test_a_prefix_is_found_by_its_end(folder, expected):
+    """As in vLLM: with a window in every layer, a hit needs the last blocks of the prefix, and not its beginning."""
+    options = dict(dtype="float64", max_model_len=96, block_size=4, num_blocks=40)
+    with InferenceEngine(str(folder), **options) as engine:
+        engine.generate(PROMPTS[:1], PARAMS, progress=False)
+        prompt = engine.tokenizer.encode(PROMPTS[0])
+        hashes = [paged_attention.hash_block(None, prompt[:4])]
+        for start in range(4, len(prompt) - 4, 4):
+            hashes.append(paged_attention.hash_block(hashes[-1], prompt[start : start + 4]))
+        has_windows = engine.config.sliding_window == 12
+        for evicted, num_hit in ((0, len(hashes) if has_windows else 0), (len(hashes) - 1, len(hashes) - 1)):
+            block = engine.manager.pool.find(hashes[evicted])
+            engine.manager.pool.forget(block)
+            before = engine.metrics().num_cached_tokens
+            [output] = engine.generate(PROMPTS[:1], PARAMS, progress=False)
+            assert output.token_ids == expected[0]
+            assert engine.metrics().num_cached_tokens - before == 4 * num_hit
+            check_books(engine)
+            assert engine.manager.pool.num_free_blocks == 40
+
+
 def test_samples_and_a_long_prompt(folder):
-    """Siblings find their parent's blocks dropped, and compute the prompt themselves."""
+    """Siblings share what their parent's window has not passed, or compute the prompt themselves."""
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=3, n=3, ignore_eos=True)
     with InferenceEngine(str(folder), dtype="float64", max_model_len=160, block_size=4, max_num_seqs=2) as engine:
         together = engine.generate([" ".join(PROMPTS[:2])], params, progress=False)[0]

@@ -47,6 +47,7 @@ LONGROPE = dict(
     rope_type="longrope", original_max_position_embeddings=8, short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
     long_factor=[1.0, 2.0, 3.0, 5.0, 8.0, 13.0],
 )  # fmt: skip
+MOE = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
 FAMILIES = {
     # As the families are ...
     "llama-2": ("Llama", dict(num_key_value_heads=4, rms_norm_eps=1e-5)),
@@ -55,6 +56,20 @@ FAMILIES = {
     "qwen2": ("Qwen2", dict(rope_theta=1_000_000.0)),
     "qwen2.5": ("Qwen2", dict(rope_theta=1_000_000.0, tie_word_embeddings=True)),
     "qwen3": ("Qwen3", dict(rope_theta=1_000_000.0, head_dim=16)),
+    "qwen3-moe": ("Qwen3Moe", dict(MOE, norm_topk_prob=True)),
+    "qwen3-moe, some layers": ("Qwen3Moe", dict(MOE, decoder_sparse_step=2, num_hidden_layers=5, mlp_only_layers=[3])),
+    "qwen3-moe, all": (
+        "Qwen3Moe",
+        dict(
+            MOE,
+            num_experts_per_tok=1,
+            mlp_only_layers=[1],
+            attention_bias=True,
+            tie_word_embeddings=True,
+            use_sliding_window=True,
+            sliding_window=4,
+        ),
+    ),
     # Contexts longer than in training, of 8 tokens, so that every test goes beyond.
     "linear": ("Llama", dict(rope_scaling=dict(rope_type="linear", factor=4.0))),
     "dynamic": ("Llama", dict(rope_scaling=dict(rope_type="dynamic", factor=4.0), max_position_embeddings=8)),
@@ -363,7 +378,8 @@ def test_the_readme_says_what_loads():
             with pytest.raises(CheckpointError, match=key):
                 parse_config(config)
     loads = {key: {value for name, value, verdict in rows if (name, verdict) == (key, "loads")} for key, *_ in rows}
-    assert loads["model_type"] == set(schema.FAMILIES) == {kind.lower() for kind, _ in FAMILIES.values()}
+    compared = {kind.lower().replace("moe", "_moe") for kind, _ in FAMILIES.values()}
+    assert loads["model_type"] == set(schema.FAMILIES) == compared
     compared = [settings.get("rope_scaling", {}) for _, settings in FAMILIES.values()]
     assert loads["rope_type"] == {*rope.RULES, "llama3"} == {scaling["rope_type"] for scaling in compared if scaling}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from common import kernels
 from common.authoring.soak.load import drive, options_of
@@ -27,6 +28,7 @@ from solutions.quantization import (
     int8_matmul,
     pack_int4,
     quantize,
+    quantize_int8,
     save_quantized,
     set_method,
     unpack_int4,
@@ -51,6 +53,27 @@ def load(name, quantization: Quantization | None, dtype: torch.dtype):
 def tokens(folder, **settings) -> list[list[int]]:
     with engine(folder, **settings) as own:
         return [output.token_ids for output in own.generate(PROMPTS, PARAMS, progress=False)]
+
+
+def test_a_nan_is_not_rounded_away():
+    """Or a request's NaN would become a number in the cache, and its answer nonsense without an error."""
+    numbers, scales = quantize_int8(torch.tensor([[1.0, torch.nan], [torch.inf, 2.0], [3.0, 4.0], [0.0, 0.0]]))
+    assert (numbers * scales[:, None]).isnan().any(dim=1).tolist() == [True, True, False, False]
+    assert scales[3] == 1
+
+
+@pytest.mark.parametrize("kernel", ["plain", "fast"])
+def test_nan_among_w8a8s_activations_ends_its_request(checkpoints, tmp_path, monkeypatch, kernel):  # noqa: F811
+    monkeypatch.setenv("KERNELS", kernel)
+    shutil.copytree(checkpoints["qwen2"], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][39] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with engine(tmp_path, Quantization("w8a8"), dtype=torch.float32) as own:
+        broken, other = own.generate(
+            [[39, 5, 6], [7, 8]], SamplingParams(max_tokens=3, ignore_eos=True), progress=False
+        )
+    assert "NaN" in broken.error and other.finish_reason == "length"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -98,9 +121,9 @@ def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [KINDS[1], KINDS[3]], ids=str)
-@pytest.mark.parametrize("grid", [(2, 1), (1, 2)])
-def test_ranks_change_no_token(checkpoints, kind, grid):  # noqa: F811
-    folder = checkpoints["qwen3"]
+@pytest.mark.parametrize(("family", "grid"), [("qwen3", (2, 1)), ("qwen3", (1, 2)), ("qwen3_moe", (2, 1))])
+def test_ranks_change_no_token(checkpoints, family, kind, grid):  # noqa: F811
+    folder = checkpoints[family]
     alone = tokens(folder, quantization=kind, kv_cache_dtype="int8")
     assert (
         tokens(folder, quantization=kind, kv_cache_dtype="int8", tensor_parallel=grid[0], pipeline_parallel=grid[1])
@@ -108,11 +131,11 @@ def test_ranks_change_no_token(checkpoints, kind, grid):  # noqa: F811
     )
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], ids=str)
-def test_same_tokens_under_load(checkpoints, kind):  # noqa: F811
+@pytest.mark.parametrize(("family", "kind"), [("llama", KINDS[0]), ("qwen3_moe", KINDS[2])], ids=str)
+def test_same_tokens_under_load(checkpoints, family, kind):  # noqa: F811
     """INT8 blocks and quantized weights: chunks, preemption, sharing change nothing. The oracle is the same model in
     an engine that computes one request at a time and a token a step."""
-    folder, rng = checkpoints["llama"], random.Random(3)
+    folder, rng = checkpoints[family], random.Random(3)
     asks = [ask for ask in random_asks(rng, list(range(5, 40)), STORIES, 14) if ask.params.n == 1]
     needed = -(-max(len(ask.prompt) + ask.params.max_tokens for ask in asks) // 4)
     with engine(folder, quantization=kind, kv_cache_dtype="int8", max_num_batched_tokens=1) as slow:
@@ -139,7 +162,7 @@ class AloneInEngine(Oracle):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_saved_and_loaded(checkpoints, kind, tmp_path):  # noqa: F811
-    folder = checkpoints["llama"]
+    folder = checkpoints["qwen3_moe" if kind == KINDS[0] else "llama"]
     model = load(folder, kind, torch.float64)
     save_quantized(model, kind, folder, tmp_path / "saved")
     again = load(tmp_path / "saved", None, torch.float64)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
-KINDS = ("safetensors", "shards", "sentencepiece", "merges", "gguf", "gguf, sentencepiece")
 WORDS = ["th", "the", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 SIZES = {
@@ -19,29 +19,44 @@ SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
-FAMILIES = {"safetensors": "llama", "shards": "qwen3", "sentencepiece": "llama", "merges": "qwen2"}
-SCALING = {
+LLAMA3 = {
     "rope_type": "llama3",
-    "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
+FOLDERS: dict[str, dict[str, Any]] = {
+    "safetensors": {"model_type": "llama", "rope_scaling": {**LLAMA3, "factor": 8.0}},
+    "shards": {"model_type": "qwen3", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "sentencepiece": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "merges": {"model_type": "qwen2", **WINDOWS, "layer_types": ["full_attention", "sliding_attention"]},
+    "windows": {
+        "model_type": "mistral", "sliding_window": 4, "rope_parameters": {"rope_theta": 1e4, "factor": 4.0, **LONGROPE},
+        "original_max_position_embeddings": 16,
+    },
+    "experts": {
+        "model_type": "qwen3_moe", **EXPERTS, **WINDOWS, "mlp_only_layers": [1], "decoder_sparse_step": 1,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+}  # fmt: skip
+"""Kinds of folders, and what is special in the config.json of each."""
+FILES = {"gguf": "llama", "gguf, sentencepiece": "qwen2", "gguf, experts": "qwen3moe"}
+KINDS = (*FOLDERS, *FILES)
 
 
 def make(kind: str, folder: Path) -> Path:
     """Write a checkpoint of this kind into the folder. Returns the path to load: the folder or a file in it."""
     if kind.startswith("gguf"):
-        return write_gguf(folder / "tiny.gguf", "llama" if kind == "gguf" else "qwen2", is_bpe=kind == "gguf")
+        return write_gguf(folder / "tiny.gguf", FILES[kind], is_bpe=kind == "gguf")
     vocabulary = sentencepiece_vocabulary() if kind == "sentencepiece" else byte_level_vocabulary()
-    family = FAMILIES[kind]
     config = {
-        "architectures": ["X"], "model_type": family, "vocab_size": len(vocabulary["tokens"]), **SIZES,
+        "architectures": ["X"], **FOLDERS[kind], "vocab_size": len(vocabulary["tokens"]), **SIZES,
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": kind != "safetensors",
         "eos_token_id": vocabulary["eos_token_id"], "bos_token_id": vocabulary["bos_token_id"], "pad_token_id": None,
     }  # fmt: skip
-    if kind == "safetensors":
-        config["rope_scaling"] = SCALING
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {"eos_token_id": [vocabulary["eos_token_id"]]})
     write_tensors(folder, config, shards=2 if kind == "shards" else 1)
@@ -120,6 +135,8 @@ def write_tokenizer(folder: Path, vocabulary: dict, kind: str, config: dict) -> 
 
 def write_gguf(path: Path, family: str, is_bpe: bool) -> Path:
     """Written by hand and not by the library, so that a change may write what the library would refuse."""
+    from common.checkpoints.gguf import EXPERT_KEYS
+
     vocabulary = byte_level_vocabulary() if is_bpe else sentencepiece_vocabulary()
     keys = {
         "general.architecture": family, f"{family}.block_count": SIZES["num_hidden_layers"],
@@ -128,27 +145,36 @@ def write_gguf(path: Path, family: str, is_bpe: bool) -> Path:
         f"{family}.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.chat_template": TEMPLATE,
         **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()},
     }  # fmt: skip
-    config = {"model_type": family, "vocab_size": len(vocabulary["tokens"]), **SIZES, "tie_word_embeddings": True}
+    model_type = {"qwen3moe": "qwen3_moe"}.get(family, family)
+    config = {"model_type": model_type, "vocab_size": len(vocabulary["tokens"]), **SIZES, "tie_word_embeddings": True}
+    if family == "qwen3moe":
+        config |= EXPERTS
+        keys |= {f"{family}.{EXPERT_KEYS[key]}": value for key, value in EXPERTS.items() if key in EXPERT_KEYS}
+        keys[f"{family}.attention.key_length"] = SIZES["head_dim"]
     path.write_bytes(gguf_bytes(keys, gguf_tensors(random_tensors(config))))
     return path
 
 
 def gguf_tensors(tensors: dict) -> dict[str, tuple[list[int], bytes]]:
     """GGUF's name -> shape, innermost first, and float32 numbers."""
+    import torch
+
     from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
 
     layer_names = {new: old for old, new in LAYER_NAMES.items()}
     other_names = {new: old for old, new in OTHER_NAMES.items()}
-    found = {}
+    found: dict[str, list] = {}
     for name, tensor in tensors.items():
         stem, _, kind = name.rpartition(".")
+        stem = re.sub(r"experts\.\d+", "experts.{}", stem)
         if stem in other_names:
             old = other_names[stem]
         else:
             _, _, layer, inner = stem.split(".", 3)
             old = f"blk.{layer}.{layer_names[inner]}"
-        found[f"{old}.{kind}"] = (list(tensor.shape[::-1]), tensor.numpy().tobytes())
-    return found
+        found.setdefault(f"{old}.{kind}", []).append(tensor)
+    whole = {name: torch.stack(parts) if "_exps" in name else parts[0] for name, parts in found.items()}
+    return {name: (list(tensor.shape[::-1]), tensor.numpy().tobytes()) for name, tensor in whole.items()}
 
 
 def gguf_bytes(keys: dict[str, Any], tensors: dict[str, tuple[list[int], bytes]]) -> bytes:

@@ -209,7 +209,11 @@ FAMILIES = {
     "llama": dict(num_key_value_heads=1, num_hidden_layers=3, attention_bias=True, tie_word_embeddings=True),
     "qwen2": dict(model_type="qwen2", num_attention_heads=6, num_key_value_heads=3, hidden_size=24),
     "qwen3": dict(model_type="qwen3", num_attention_heads=3, num_key_value_heads=3, head_dim=6),
-}
+    "mistral": dict(model_type="mistral", sliding_window=6),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=10, mlp_only_layers=[0],
+    ),
+}  # fmt: skip
 """Tiny models with random weights, by name: what they have that `TINY` has not."""
 
 NOISE = {"itself": 0.0, "close": 0.03, "loose": 0.3}

@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from common.checkpoints import Checkpoint, CheckpointError, cached, find_checkpoint, names
+from common.checkpoints import Checkpoint, CheckpointError, cached, check_config, find_checkpoint, names
 from common.checkpoints import download as downloads
 from common.checkpoints import gguf as gguf_convert
 from common.checkpoints.download import download
+from common.checkpoints.schema import Moe
 from common.tokenizer import BYTE_OF_CHARACTER, load_tokenizer
 
 
@@ -279,6 +280,10 @@ NAMES = {  # written out again, so that a slip in the table of the code is seen
     "blk.0.ffn_gate": "model.layers.0.mlp.gate_proj",
     "blk.0.ffn_up": "model.layers.0.mlp.up_proj",
     "blk.0.ffn_down": "model.layers.0.mlp.down_proj",
+    "blk.0.ffn_gate_inp": "model.layers.0.mlp.gate",
+    "blk.0.ffn_gate_exps": "model.layers.0.mlp.experts.gate_proj",
+    "blk.0.ffn_up_exps": "model.layers.0.mlp.experts.up_proj",
+    "blk.0.ffn_down_exps": "model.layers.0.mlp.experts.down_proj",
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -309,8 +314,13 @@ def model_tensors(family: str) -> dict[str, numpy.ndarray]:
         }  # fmt: skip
         if family == "qwen2":
             shapes |= {f"layers.{layer}.self_attn.{name}_proj.bias": (n,) for name, n in zip("qkv", (q, k, k))}
-        if family == "qwen3":
+        if family in ("qwen3", "qwen3moe"):
             shapes |= {f"layers.{layer}.self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
+        if family == "qwen3moe":  # its experts lie in one tensor here, as in the GGUF file
+            dense = {name: shapes.pop(f"layers.{layer}.mlp.{name}.weight") for name in ("gate_proj", "up_proj")}
+            dense["down_proj"] = shapes.pop(f"layers.{layer}.mlp.down_proj.weight")
+            shapes |= {f"layers.{layer}.mlp.experts.{name}.weight": (3, *shape) for name, shape in dense.items()}
+            shapes[f"layers.{layer}.mlp.gate.weight"] = (3, hidden)
     shapes = {f"model.{name}": shape for name, shape in shapes.items()}
     if family == "llama":
         shapes["lm_head.weight"] = (SIZES["vocab"], hidden)
@@ -390,20 +400,26 @@ def as_stored(name: str, tensor: numpy.ndarray) -> torch.Tensor:
     return torch.from_numpy(tensor).half() if "down_proj" in name else torch.from_numpy(tensor)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3moe"])
 def test_a_gguf_gives_back_the_tensors_it_was_made_from(tmp_path, family):
-    more = {"attention.key_length": SIZES["head_dim"]} if family == "qwen3" else {}
+    more = {"attention.key_length": SIZES["head_dim"]} if "qwen3" in family else {}
+    if family == "qwen3moe":
+        more |= {"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": SIZES["ffn"]}
     path = write_gguf(tmp_path / "tiny.gguf", family, **more)
     folder = find_checkpoint(str(path))
     checkpoint = Checkpoint(folder)
-    expected = model_tensors(family)
+    expected = {name: as_stored(name, tensor) for name, tensor in model_tensors(family).items()}
+    for name in [name for name in expected if ".experts." in name]:
+        matrices = enumerate(expected.pop(name))
+        expected |= {name.replace(".experts.", f".experts.{expert}."): matrix for expert, matrix in matrices}
     assert checkpoint.names() == sorted(expected)
-    for name, tensor in expected.items():
-        read, stored = checkpoint.read(name), as_stored(name, tensor)
+    for name, stored in expected.items():
+        read = checkpoint.read(name)
         assert read.dtype == stored.dtype
         assert torch.equal(read, stored), name
     config = checkpoint.config
-    assert config["model_type"] == family
+    assert config["model_type"] == family.replace("moe", "_moe")
+    assert check_config(config).moe == (Moe((0, 1), 3, 2, SIZES["ffn"], True) if family == "qwen3moe" else None)
     assert config["tie_word_embeddings"] == (family != "llama")
     assert (config["rms_norm_eps"], config["rope_theta"], config["head_dim"]) == (1e-5, 10000.0, 16)
     assert (config["hidden_size"], config["num_key_value_heads"], config["vocab_size"]) == (64, 2, 320)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.checkpoints import MODELS, Checkpoint, CheckpointError, check_config
-from common.checkpoints.schema import FAMILIES
+from common.checkpoints.schema import FAMILIES, Moe
 from common.tokenizer import load_tokenizer
 
 SIZES = dict(vocab_size=100, hidden_size=128, intermediate_size=80, num_hidden_layers=2, num_attention_heads=32)
@@ -19,7 +19,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 
-NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -36,6 +36,20 @@ def test_an_absent_key_means_what_it_means_to_transformers(family):
         assert getattr(ours, key) == getattr(theirs, key), key
     for key in ("attention_bias", "mlp_bias"):
         assert getattr(ours, key) == getattr(theirs, key, False), key
+
+
+def test_experts_by_layer():
+    """As transformers chooses the layers: every `decoder_sparse_step`-th, except for `mlp_only_layers`."""
+    config = {**SIZES, "model_type": "qwen3_moe", "num_hidden_layers": 7}
+    assert check_config(config).moe == Moe(tuple(range(7)), 128, 8, 768, False)
+    own = {"num_local_experts": 6, "num_experts_per_tok": 2, "decoder_sparse_step": 2, "mlp_only_layers": [3, 99]}
+    assert check_config({**config, **own}).moe.layers == (1, 5)
+    assert check_config({**config, **own}).moe.num_experts == 6
+    assert check_config({**config, "num_experts": 0}).moe is check_config({**LLAMA, **own}).moe is None
+    with pytest.raises(CheckpointError, match="config.json: num_experts_per_tok is 7; there are 6 experts"):
+        check_config({**config, **own, "num_experts_per_tok": 7})
+    with pytest.raises(CheckpointError, match="config.json: num_local_experts is 'six'; expected `int`, got `str`"):
+        check_config({**config, "num_local_experts": "six"})
 
 
 def test_a_null_is_an_absent_key_unless_the_family_says_otherwise():

@@ -45,7 +45,7 @@ def test_an_emptied_solution_keeps_its_exercises_and_gives_the_same_skeleton(les
 def test_below_are_the_lessons_that_are_imported_at_the_top():
     standing_on = {lesson.slug: [each.slug for each in below(lesson)] for lesson in MODULES}
     assert standing_on["intro"] == []  # it looks ahead within a function only
-    assert standing_on["kv_cache"] == ["llm_basics", "llama_pytorch"]
+    assert standing_on["kv_cache"] == ["llm_basics", "mixture_of_experts", "llama_pytorch"]
     # It imports lessons 6 and 7 only if an option asks for them.
     assert not {"parallelism", "quantization"} & set(standing_on["engine"])
     assert slugs(ast.parse("from solutions import kv_cache, batching").body[0]) == {"kv_cache", "batching"}

@@ -6,6 +6,7 @@ import io
 import json
 import random
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 
@@ -236,6 +237,17 @@ def test_chrome_events_are_spans_within_their_steps(recorded):
     assert len(spans) == sum(len(step.entries) for step in trace.steps)
     assert sum(each["args"]["tokens"] for each in spans) == totals(trace).num_computed_tokens
     assert {each["ph"] for each in events} == {"M", "X", "C", "i"}
+    # What the format asks of each kind. Spans of a thread may be nested; Perfetto drops one that overlaps another.
+    for each in events:
+        assert all(isinstance(each[name], int) for name in ("ts", "pid", "tid")), each
+        assert each["ph"] != "i" or each["s"] in ("g", "p", "t"), each
+        assert each["ph"] != "C" or all(isinstance(value, int) for value in each["args"].values()), each
+        assert each["ph"] != "M" or (each["name"] in ("process_name", "thread_name") and each["args"]["name"]), each
+    threads = {(each["pid"], each["tid"]) for each in events if each["ph"] == "X"}
+    for thread in threads:
+        own = [each for each in events if each["ph"] == "X" and (each["pid"], each["tid"]) == thread]
+        times = sorted((each["ts"], each["ts"] + each["dur"]) for each in own)
+        assert all(one[1] <= other[0] for one, other in pairwise(times)), thread
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"trace": 2, "config": {}}', "<html>", "[1]"])

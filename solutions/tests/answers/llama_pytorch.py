@@ -4,6 +4,8 @@ from common.course.catalogue import equivalent, right, wrong, wrong_body
 
 ANSWERS = [
     # --------------------------------------------------------------------------------------------- 2.1 parse_config
+    wrong("2.1", "the experts left out", "        moe=given.moe,\n", ""),
+    wrong("2.1", "no norm on q and k with experts", 'in ("qwen3", "qwen3_moe")', '== "qwen3"'),
     wrong("2.1", "windows left out", "        layer_windows=given.layer_windows,\n", ""),
     wrong(
         "2.1",
@@ -34,7 +36,7 @@ ANSWERS = [
     wrong(
         "2.1", "the scaling of the rotary embedding left out", "rope_scaling=given.rope_scaling", "rope_scaling=None"
     ),
-    wrong("2.1", "QK norm given to Qwen2 as well", 'family == "qwen3"', 'family.startswith("qwen")'),
+    wrong("2.1", "QK norm given to Qwen2 as well", 'family in ("qwen3", "qwen3_moe")', 'family.startswith("qwen")'),
     wrong("2.1", "the default rms_norm_eps of ModelConfig", "        rms_norm_eps=given.rms_norm_eps,\n", ""),
     right(
         "2.1",
@@ -52,7 +54,7 @@ ANSWERS = [
             **values,
             qkv_bias=is_qwen2 or given.attention_bias,
             o_bias=given.attention_bias and not is_qwen2,
-            qk_norm=given.model_type == "qwen3",
+            qk_norm=given.model_type.startswith("qwen3"),
         )
         """,
     ),

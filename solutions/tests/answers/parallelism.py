@@ -439,8 +439,8 @@ ANSWERS = [
     wrong(
         "6.15",
         "the first block cut, and no other",
-        "elif group.size > 1:\n            for module",
-        "elif group.size > 1 and number == layers.start:\n            for module",
+        "elif group.size > 1:\n            for parent",
+        "elif group.size > 1 and number == layers.start:\n            for parent",
     ),
     wrong(
         "6.15",
@@ -491,10 +491,8 @@ ANSWERS = [
             model.model.layers[number] = Absent(model.model.layers[number])
         if group.size > 1:
             for number in layers:
-                for module, name, kind, part in SHARDED:
-                    path = f"model.layers.{number}.{module}"
-                    whole = model.get_submodule(f"{path}.{name}")
-                    setattr(model.get_submodule(path), name, kind(whole, parts[part], group))
+                for parent, name, kind, part in sharded_modules(model.model.layers[number]):
+                    setattr(parent, name, kind(parent.get_submodule(name), parts[part], group))
             if keeps_head:
                 model.lm_head = ParallelLMHead(model.lm_head, parts["vocabulary"], group)
             if keeps_table:
