@@ -25,7 +25,7 @@ LIMITS = {
     "lines of a module of common/": 500,
     "lines of common/": 20_900,
     "lines of a module of solutions/": 700,
-    "lines of solutions/": 5_260,
+    "lines of solutions/": 5_270,
     "lines of code of solutions/": 2_940,
     "percent of a lesson's code that students write": 15,
 }
