@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -29,6 +30,18 @@ MAX_STOP_CHARACTERS = 10_000
 
 def refuse(name: str, rule: str, value: object) -> None:
     raise ValueError(f"SamplingParams: {name} must be {rule}; it is {format(repr(value), '.80')}.")
+
+
+@dataclass(frozen=True)
+class Untransferable:
+    """Stands for logits processors that could not be sent to the process that samples. reason: what pickle says."""
+
+    reason: str
+
+    def __call__(self, output: Sequence[int], scores: Any) -> Any:
+        raise ValueError(
+            f"logits_processors cannot be sent to the process that samples: {self.reason}. Define them in a module."
+        )
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,21 @@ class SamplingParams:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Logits processors travel by themselves: if they cannot, their own request fails, and not all of its step."""
+        try:
+            sent = pickle.dumps(self.logits_processors)
+        except Exception as error:
+            sent = pickle.dumps((Untransferable(str(error)),))
+        return {**self.__dict__, "logits_processors": sent}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        try:
+            processors = pickle.loads(state["logits_processors"])
+        except Exception as error:
+            processors = (Untransferable(str(error)),)
+        self.__dict__.update(state, logits_processors=processors)
+
     def children(self) -> list[SamplingParams]:
         """Return the n samples as requests of their own. The first keeps the seed, each other gets one made from it.
 
@@ -100,7 +128,13 @@ class SamplingParams:
 
         def own(child: int) -> dict[str, Any]:
             seed = self.seed if self.seed is None or not child else stable_hash(self.seed, child)
-            return {"n": 1, "seed": seed, "logits_processors": copy.deepcopy(self.logits_processors)}
+            try:
+                processors = copy.deepcopy(self.logits_processors)
+            except Exception as error:  # a lock or an open file in one of them, or whatever its own copying raises
+                raise ValueError(
+                    f"SamplingParams: logits_processors cannot be copied, and each sample needs its own: {error}."
+                ) from None
+            return {"n": 1, "seed": seed, "logits_processors": processors}
 
         return [replace(self, **own(child)) for child in range(self.n)]
 

@@ -38,6 +38,8 @@ class TestClassifyByRules:
             ("a sad sad story with a happy end", "negative"),
             ("(love!)", "positive"),
             ("We lost the badge on the saddle.", "neutral"),
+            ("sad\nbut\ttrue", "negative"),
+            ("an ex-cellent print", "neutral"),
             ("", "neutral"),
         ):
             equal(code.classify_by_rules(text), label, f"classify_by_rules({text!r})")
@@ -259,10 +261,10 @@ class TestClassifyByLlm:
 
     def test_uses_the_prompt(self, code):
         words = Words(TASTES)
-        labels_of(code, words, ["sun {and} rain"], "Text: {text} Answer:")
+        labels_of(code, words, ["Sun {and} rain"], "Text: {text} Answer:")
         holds(
-            "Text: sun {and} rain Answer:" in words.prompts,
-            "the model was not given the prompt 'Text: sun {and} rain Answer:', made of the text and prompt=...",
+            "Text: Sun {and} rain Answer:" in words.prompts,
+            "the model was not given the prompt 'Text: Sun {and} rain Answer:', made of the text and prompt=...",
             actual=tuple(words.prompts),
         )
 
@@ -307,6 +309,7 @@ class TestWeightBytes:
     def test_less_than_a_byte(self, code):
         equal(whole_bytes(code, 10, 4), 5, "weight_bytes(10, bits=4)")
         equal(whole_bytes(code, 7, 4), 4, "weight_bytes(7, bits=4), which is three bytes and a half,")
+        equal(whole_bytes(code, 5, 4), 3, "weight_bytes(5, bits=4), which is two bytes and a half,")
 
     def test_llama(self, code):
         result = whole_bytes(code, 6_738_415_616, 16)
@@ -385,8 +388,8 @@ class TestArithmeticIntensity:
         close(float(result), 20.0, "arithmetic_intensity(200 FLOP, 90 bytes of weights, no cache, batch 9)")
 
     def test_each_reads_its_own_cache(self, code):
-        result = code.arithmetic_intensity(200.0, 90.0, 10.0, 3)
-        close(float(result), 5.0, "arithmetic_intensity(200 FLOP, 90 bytes of weights, 10 of cache, batch 3)")
+        result = code.arithmetic_intensity(210.0, 90.0, 10.0, 3)
+        close(float(result), 5.25, "arithmetic_intensity(210 FLOP, 90 bytes of weights, 10 of cache, batch 3)")
 
 
 @exercise("0.9", points=2)

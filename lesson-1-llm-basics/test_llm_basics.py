@@ -81,6 +81,8 @@ class TestSoftmax:
     def test_by_hand(self, code):
         scores = torch.tensor([1.0, 2.0, 5.0]).log()
         close(code.softmax(scores), torch.tensor([0.125, 0.25, 0.625]), "softmax([log 1, log 2, log 5])")
+        expected = torch.tensor([0.25, 0.75], dtype=torch.float64)
+        close(code.softmax((3 * expected).log()), expected, "softmax([log 0.75, log 2.25] in float64)", rtol=1e-12)
 
     def test_each_row_by_itself(self, code):
         scores = torch.tensor([[1.0, 1.0, 2.0], [8.0, 4.0, 4.0]]).log()
@@ -278,6 +280,13 @@ class TestAttention:
         actual = code.attention(q, k, v, booleans("xx."))
         expected = torch.tensor([[3.0, 2.0, 0.0, 1.0]])
         close(actual, expected, "attention(q = [2 log 3, 0, 0, 0], two visible keys of three)")
+
+    def test_a_visible_score_far_below_a_hidden_one(self, code):
+        q, k = torch.tensor([[200.0, 0.0, 0.0, 0.0]]), torch.tensor([[-200.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+        v = torch.tensor([[4.0, 0.0, 0.0, 1.0], [0.0, 8.0, 0.0, 1.0]])
+        close(
+            code.attention(q, k, v, booleans("x.")), v[:1], "attention(a visible key with score -20,000, a hidden one)"
+        )
 
     def test_shapes(self, code):
         q, k, v = torch.randn(2, 4), torch.randn(5, 4), torch.randn(5, 4)
@@ -573,6 +582,8 @@ class TestCountParameters:
         for name, expected in (("qkv_bias", 1006), ("o_bias", 978), ("mlp_bias", 1022)):
             config = code.ModelConfig(*self.small, **{name: True})
             equal(code.count_parameters(config), expected, f"count_parameters of the small model with {name}")
+        config = code.ModelConfig(*self.small, qkv_bias=True, o_bias=True, mlp_bias=True)
+        equal(code.count_parameters(config), 1074, "count_parameters of the small model with all three kinds of biases")
 
     def test_qk_norm(self, code):
         config = code.ModelConfig(*self.small, qk_norm=True)

@@ -11,11 +11,13 @@ A step is a `SchedulerOutput` on the way to the executor and a `ModelRunnerOutpu
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -277,6 +279,23 @@ class OutputProcessor:
 # --- The engine -------------------------------------------------------------------------------------------------------
 
 
+def exclusive(method: Callable) -> Callable:
+    """Decorate a method of the engine: threads take turns, and a call from within another call is refused."""
+
+    @functools.wraps(method)
+    def call(self, *arguments, **options):
+        with self.lock:
+            if self.inside.locked():
+                raise RuntimeError(
+                    f"{method.__name__} was called from within a step of this engine, by a logits processor perhaps. "
+                    "A step cannot begin another one: call it after the step, or use a second engine."
+                )
+            with self.inside:
+                return method(self, *arguments, **options)
+
+    return call
+
+
 class Engine:
     """Serves many requests at once with one model and one pool of blocks.
 
@@ -284,7 +303,7 @@ class Engine:
             outputs = engine.generate(prompts, SamplingParams(max_tokens=64))
 
     executor: computes the steps. config: resolved for the model. An engine advances by `step`, one forward pass;
-    `generate` and `stream` call it. It is not thread-safe.
+    `generate` and `stream` call it. Threads may share an engine: each step computes the requests of all of them.
     """
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer, config: EngineConfig):
@@ -298,6 +317,10 @@ class Engine:
         self.in_flight: deque[SchedulerOutput] = deque()
         self.totals = EngineMetrics(num_slots=config.num_blocks * config.block_size)
         self.num_arrivals = 0
+        self.numbers = itertools.count()  # of the ids that are chosen here
+        self.to_abort: deque[str] = deque()
+        self.lock = threading.RLock()  # is held by the thread whose turn it is
+        self.inside = threading.Lock()  # is held while requests change
 
     def __enter__(self) -> Engine:
         return self
@@ -323,6 +346,7 @@ class Engine:
 
     # Requests ------------------------------------------------------------------------------------------------
 
+    @exclusive
     def add_request(
         self,
         prompt: str | Sequence[int],
@@ -384,8 +408,9 @@ class Engine:
             raise ValueError(f"prompt must be text or a list of token ids, which are whole numbers: {error}.") from None
 
     def choose_id(self) -> str:
-        """The next request id that is free."""
-        return next(name for i in itertools.count(self.num_arrivals) if not self.samples(name := f"request-{i}"))
+        """A request id that is free, and was not chosen before."""
+        with self.lock:
+            return next(name for i in self.numbers if not self.samples(name := f"request-{i}"))
 
     def samples(self, request_id: str) -> list[Request]:
         """The unfinished requests with this id: itself, and the other samples of its prompt."""
@@ -393,21 +418,45 @@ class Engine:
         return [each for each in requests if request_id in (each.request_id, (each.parent or each).request_id)]
 
     def abort(self, request_id: str) -> None:
-        """End a request and the other samples of its prompt. Their output so far stands; an unknown id is ignored."""
-        for request in self.samples(request_id):
-            self.scheduler.abort(request.request_id)
-            if not request.in_flight:
-                self.report(request, ModelRunnerOutput(0))
+        """End a request and the other samples of its prompt. Their output so far stands; an unknown id is ignored.
+
+        From within a step it takes effect at the end of the step.
+        """
+        self.to_abort.append(request_id)
+        with self.lock:
+            if not self.inside.locked():
+                self.abort_now()
+
+    @exclusive
+    def abort_now(self) -> None:
+        """Carry out the calls of `abort`, whatever interrupts it."""
+        try:
+            self.abort_requests()
+        except BaseException:
+            self.start_over()
+            raise
+
+    def abort_requests(self) -> None:
+        """End the requests of `to_abort`. An id leaves it after its requests have ended."""
+        while self.to_abort:
+            for request in self.samples(self.to_abort[0]):
+                self.scheduler.abort(request.request_id)
+                if not request.in_flight:
+                    self.report(request, ModelRunnerOutput(0))
+            self.to_abort.popleft()
 
     # Steps ---------------------------------------------------------------------------------------------------
 
+    @exclusive
     def step(self) -> list[RequestOutput]:
         """Advance by one step. Returns the outputs of the requests in the step that was collected.
 
         If it is interrupted, by Ctrl-C perhaps, all requests begin again from their tokens, and none is lost.
         """
         try:
-            return self.run_step()
+            outputs = self.run_step()
+            self.abort_requests()
+            return outputs
         except BaseException:
             self.start_over()
             raise
@@ -417,6 +466,7 @@ class Engine:
         self.scheduler.finished_ids += [request_id for plan in self.in_flight for request_id in plan.finished_ids]
         self.in_flight.clear()
         self.scheduler.start_over(self.processor.rewind())
+        self.abort_requests()
 
     def run_step(self) -> list[RequestOutput]:
         """Submit steps until `depth` of them are in flight, then collect the oldest. Returns the outputs of its
@@ -474,12 +524,14 @@ class Engine:
         params = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts and {len(params)} SamplingParams.")
+        ids: list[str] = []
         outputs: list[RequestOutput] = []
-        others = set(self.processor.states)
         try:
             for number, (prompt, own_params) in enumerate(zip(prompts, params)):
+                ids.append(self.choose_id())
                 try:
-                    outputs.append(self.output(self.add_request(prompt, own_params)))
+                    with self.lock:  # another thread's step could end it at once
+                        outputs.append(self.output(self.add_request(prompt, own_params, ids[-1])))
                 except ValueError as error:
                     raise ValueError(f"Prompt {number}: {error}") from None
             with progress_bar("requests", len(outputs), progress) as update:
@@ -487,7 +539,7 @@ class Engine:
                     update(num_done, f"{self.totals.tokens_per_second:.0f} tokens/s")
                     self.step()
         finally:
-            for request_id in self.processor.states.keys() - others:
+            for request_id in ids:
                 self.abort(request_id)
         return outputs
 
@@ -497,7 +549,8 @@ class Engine:
             raise ValueError(f"SamplingParams: n is {params.n}; a stream is one answer.")
         request_id, output, num_shown = self.choose_id(), None, 0
         try:
-            output = self.output(self.add_request(prompt, params, request_id))
+            with self.lock:
+                output = self.output(self.add_request(prompt, params, request_id))
             while True:
                 if len(output.text) > num_shown:  # other calls of `step` may have brought it, too
                     piece, num_shown = output.text[num_shown:], len(output.text)

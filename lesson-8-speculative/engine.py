@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -181,12 +181,20 @@ class InferenceEngine(Engine):
         executor = start_executor(config, partial(load_model, config), partial(build_runner, config))
         super().__init__(executor, tokenizer, config)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        params: SamplingParams | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RequestOutput:
         """Answer a conversation. messages: turns with "role" (system, user or assistant) and "content"; the last is the
-        user's. They are not changed, and nothing is printed. Raises ValueError if the model has no chat template: it
-        was not trained to converse.
+        user's. They are not changed, and nothing is printed. chat_template_kwargs: what else the template reads, such
+        as {"enable_thinking": False}. Raises ValueError if the model has no chat template: it was not trained to
+        converse.
         """
         if self.tokenizer.chat_template is None:
             raise ValueError("This model has no chat template: it continues text. Use generate.")
-        # TODO 8.12: apply the template, which writes special tokens into the text; so encode without adding them.
+        values = chat_template_kwargs or {}
+        # TODO 8.12: apply the template, with `values` as keyword arguments. It writes special tokens
+        # into the text; so encode without adding them.
         raise NotImplementedError("TODO 8.12")

@@ -270,13 +270,13 @@ def storyteller(code, **settings):
 
 @exercise("8.12", points=1, seconds=60)
 class TestChat:
-    def asked(self, code, messages, params=None):
+    def asked(self, code, messages, params=None, template=TEMPLATE, **more):
         """The answer of an engine whose model has a template, what it was asked, and the engine."""
         with storyteller(code) as own:
-            own.tokenizer.chat_template = TEMPLATE
+            own.tokenizer.chat_template = template
             params, asked = params or code.SamplingParams(max_tokens=2), copy.deepcopy(messages)
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                output = own.chat(asked, params)
+                output = own.chat(asked, params, **more)
             equal(asked, messages, "the messages that chat was given, afterwards,")
             equal(printed.getvalue(), "", "what chat prints, which shows no progress bar,")
             holds(
@@ -297,6 +297,12 @@ class TestChat:
         equal(read, WRITTEN, "the prompt, read back from its tokens,")
         expected = own.tokenizer.encode(WRITTEN, add_special_tokens=False)
         equal(list(output.prompt_token_ids), expected, f"the tokens of the prompt {WRITTEN!r}")
+
+    def test_what_else_the_template_reads(self, code):
+        template = TEMPLATE + "{{ mood }}"
+        output, own = self.asked(code, TALK[1:2], template=template, chat_template_kwargs={"mood": "merry"})
+        read = own.tokenizer.decode(list(output.prompt_token_ids), skip_special_tokens=False)
+        equal(read.endswith("merry"), True, "whether the template's text ends with chat_template_kwargs['mood']")
 
     def test_the_answer(self, code):
         params = code.SamplingParams(max_tokens=5, temperature=0.8, seed=4, ignore_eos=True)

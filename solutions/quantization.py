@@ -40,12 +40,12 @@ def quantize_int8(weight: Tensor, absmax: Tensor | None = None) -> tuple[Tensor,
 
     absmax: (out,), the largest magnitude in each row; by default that of `weight`, which may be only a part of it.
     Returns the numbers, int8 (out, in), and the scales, (out,): number x scale is about the weight. A scale that would
-    be 0, as for a row of zeros, is 1.
+    be 0, as for a row of zeros, is 1. That of a row with a NaN in it is NaN, or the fault would go unnoticed.
     """
     # Exercise 7.1: the largest magnitude in a row becomes 127. (-128 is not used, so that every number has a negative.)
     absmax = weight.abs().amax(dim=1) if absmax is None else absmax
     scale = absmax / 127
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale == 0, 1.0, scale)
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 

@@ -80,6 +80,20 @@ def equal(actual: Any, expected: Any, what: str) -> None:
                 )
     if actual != expected:
         raise CheckFailed(f"{what} is {brief(actual)}, expected {brief(expected)}.", what, actual)
+    if others := types_in(actual) - types_in(expected) - {int, float, bool, Tensor}:
+        names = ", ".join(sorted(each.__name__ for each in others))
+        raise CheckFailed(
+            f"{what} has objects of another class in it ({names}), expected {brief(expected)}.", what, actual
+        )
+
+
+def types_in(value: Any) -> set[type]:
+    """The classes of what is in a collection, however deep: an object of another class may call itself equal."""
+    if isinstance(value, dict):
+        return types_in([*value, *value.values()])
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return set().union(*map(types_in, value))
+    return {type(value)}
 
 
 def holds(condition: Any, sentence: str, actual: Any = None) -> None:
@@ -144,13 +158,16 @@ def check_type(actual: Any, expected: Any, what: str) -> None:
             raise CheckFailed(f"{what} is {described(actual)}, expected {name}.", what, actual)
 
 
+COMPARING = ("__eq__", "__ne__", "__lt__", "__gt__", "__sub__", "__rsub__", "__abs__")
+
+
 def is_plain(value: Any) -> bool:
     """Whether a value compares as its kind does: a class of the answer's own could call itself equal to anything."""
     if isinstance(value, Tensor):
         return type(value) in (Tensor, torch.nn.Parameter)
     for kind in (int, float, str, list, tuple, dict, set):
         if isinstance(value, kind):
-            own = type(value).__eq__ is not kind.__eq__ or type(value).__ne__ is not kind.__ne__
+            own = any(getattr(type(value), name, None) is not getattr(kind, name, None) for name in COMPARING)
             parts = [*value, *value.values()] if kind is dict else value if kind in (list, tuple, set) else ()
             return not own and all(map(is_plain, parts))
     return True

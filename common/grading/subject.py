@@ -161,7 +161,10 @@ class Subject:
 
     def describe(self, error: BaseException, function: str = "") -> str:
         """One sentence for an exception: what, the student's line if one is to blame, and what the check asked."""
-        text = str(error).strip().partition("\n")[0]
+        try:
+            text = str(error).strip().partition("\n")[0][:500]
+        except Exception:  # its own __str__ fails
+            text = ""
         what = type(error).__name__ + (f": {text}" if text else "")
         if isinstance(error, SystemExit):
             what = "SystemExit (a call of exit)"

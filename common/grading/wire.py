@@ -9,6 +9,18 @@ MAX_EVENT = 1 << 20
 """Bytes of the longest event that is listened to."""
 
 
+MAX_TEXT = 20_000
+"""Characters of a failure's text that travel."""
+
+
+def readable(text: str) -> str:
+    """A text of the student's code that a terminal and a file can take: cut, control characters written out."""
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape", "backslashreplace").decode()
+        for each in text[:MAX_TEXT]
+    )
+
+
 def sealed(event: tuple, key: bytes) -> bytes:
     """An event as it travels. The seal keeps out what a student's code writes into a file that it found open."""
     body = json.dumps(event).encode()

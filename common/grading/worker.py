@@ -19,7 +19,7 @@ from common.course import Lesson
 from common.course.exercises import TOGETHER
 from common.grading.plugin import Grader
 from common.grading.subject import Failure, Subject
-from common.grading.wire import sealed
+from common.grading.wire import readable, sealed
 
 
 class ReportingGrader(Grader):
@@ -69,8 +69,11 @@ class ReportingGrader(Grader):
             pytest.skip("waits for the exercises")
         failure = super().judge(subject, exercise_id, check)
         self.failed |= failure is not None
-        told = ("sentence", "traceback", "waits_for", "through")
-        self.send("check", failure and {name: getattr(failure, name) for name in told})
+        if failure is None:
+            self.send("check", None)
+        else:
+            texts = {name: readable(getattr(failure, name)) for name in ("sentence", "traceback")}
+            self.send("check", {**texts, "waits_for": failure.waits_for, "through": failure.through})
         return failure
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -32,6 +32,7 @@ from common.course.modules import check_solution
 from common.course.skeleton import cut_lesson
 from common.grading.results import Result, fingerprint
 from common.grading.runner import grade
+from common.grading.wire import readable
 from common.instructor import report, sandbox
 from common.instructor.report import Graded
 from common.instructor.submissions import Submission, find_submissions, plain
@@ -100,9 +101,9 @@ class Classroom:
             try:
                 found = Graded(submission.student, lesson, grade(lesson, file, start=start))
             except (RecursionError, MemoryError) as error:
-                found = self.without(submission, lesson, f"Python cannot read it: {error}")
+                found = self.without(submission, lesson, readable(f"Python cannot read it: {error}"))
             except CourseError as error:
-                found = self.without(submission, lesson, str(error).replace(f"{base}{os.sep}", ""))
+                found = self.without(submission, lesson, readable(str(error).replace(f"{base}{os.sep}", "")))
         found.review += [f"{result.id}: {note}" for result in found.results for note in result.notes]
         if self.stopping.is_set():
             return None

@@ -50,12 +50,16 @@ def write(
     for each in rows:
         folder = out / "students" / each["student"]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "index.html").write_text(pages.get_template("student.html").render(**each), encoding="utf-8")
-        (folder / "results.json").write_text(json.dumps(gradescope(each["graded"]), indent=1), encoding="utf-8")
+        (folder / "index.html").write_text(
+            pages.get_template("student.html").render(**each), encoding="utf-8", errors="backslashreplace"
+        )
+        (folder / "results.json").write_text(
+            json.dumps(gradescope(each["graded"]), indent=1), encoding="utf-8", errors="backslashreplace"
+        )
         for slug, content in each["modules"].items():
             (folder / f"{slug}.py").write_bytes(content)
     overview = pages.get_template("class.html").render(rows=rows, columns=columns(lessons, known), lessons=lessons)
-    (out / "index.html").write_text(overview, encoding="utf-8")
+    (out / "index.html").write_text(overview, encoding="utf-8", errors="backslashreplace")
     write_table(
         out / "grades.csv",
         ["student", "points", "of", *(each.slug for each in lessons), "not graded yet", "look at"],
@@ -149,7 +153,7 @@ def gradescope(graded: list[Graded]) -> dict:
 
 
 def write_table(path: Path, header: list[str], rows: list[list]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows([[cell(value) for value in each] for each in rows])

@@ -75,7 +75,7 @@ def find_submissions(folder: Path) -> tuple[list[Submission], list[str]]:
             continue
         student, name = student_name(place), plain(place.name, 80)
         if student is None:
-            ignored.append(f"{name}: neither a folder nor a .zip nor a .tar")
+            ignored.append(f"{name}: neither a folder nor a .zip nor a .tar; links are not followed")
         elif student in found:
             ignored.append(f"{name}: {plain(found[student].place.name, 80)} is this student's submission already")
         else:
@@ -136,9 +136,12 @@ def read_submission(student: str, place: Path) -> Submission:
 
 
 def module_meant(name: str) -> str | None:
-    """The slug of the module that a file of another name is likely to be: `llm_basics (1).py`, `llm_basics.ipynb`."""
+    """The slug of the module that a file of another name is likely to be: `llm_basics (1).py`, `llm_basics.ipynb`,
+    `smith_12345_llm_basics.py`.
+    """
     stem, dot, suffix = name.lower().rpartition(".")
-    found = [slug for slug in SLUGS if stem.replace("-", "_").startswith(slug)]
+    stem = stem.replace("-", "_")
+    found = [] if stem.startswith("test_") else [slug for slug in SLUGS if re.search(f"(?<![a-z]){slug}", stem)]
     return max(found, key=len) if found and dot + suffix in (".py", ".ipynb", ".txt") else None
 
 

@@ -60,21 +60,23 @@ struct Rows {
   int64_t count, stride;
 };
 
-// What W8A8 needs of a row beside its floats: K rounded up to a pair. From -127 to 127, as lesson 7's quantize_int8.
+// What W8A8 needs of a row beside its floats: K rounded up to a pair. From -127 to 127, as lesson 7's quantize_int8. As
+// there, a row with a NaN has a scale that is NaN: it must not become a number.
 inline void quantize_row(const float* x, int64_t K, int16_t* numbers, float* scale) {
-  vec wide = {};
+  vec wide = {}, zeros = {};
   int64_t k = 0;
   for (; k + LANES <= K; k += LANES) {
     const vec v = load<vec>(x + k), size = v < 0 ? -v : v;
     wide = size > wide ? size : wide;
+    zeros += v * 0;
   }
-  float most = 0;
-  for (int i = 0; i < LANES; ++i) most = std::max(most, wide[i]);
-  for (; k < K; ++k) most = std::max(most, std::fabs(x[k]));
-  *scale = most / 127 > 0 ? most / 127 : 1;
+  float most = 0, zero = 0;
+  for (int i = 0; i < LANES; ++i) most = std::max(most, wide[i]), zero += zeros[i];
+  for (; k < K; ++k) most = std::max(most, std::fabs(x[k])), zero += x[k] * 0;
+  *scale = (most / 127 > 0 ? most / 127 : 1) + zero;
   for (k = 0; k < K; ++k) {
     const float nearest = (x[k] / *scale + 12582912.0f) - 12582912.0f;
-    numbers[k] = static_cast<int16_t>(std::min(std::max(nearest, -127.0f), 127.0f));
+    numbers[k] = static_cast<int16_t>(std::min(127.0f, std::max(-127.0f, nearest)));
   }
   if (K % 2) numbers[K] = 0;
 }

@@ -4,9 +4,10 @@
     EngineLoop.submit  ── commands ──────▶    add_request, abort
     Stream             ◀── Delta ────────     step
 
-An `Engine` is not thread-safe, so only its own thread touches it. Between two steps it takes all commands that wait;
-an abort is therefore obeyed within a step. After each step it hands the new tokens of all requests to the event loop at
-once. If the engine fails, every stream ends with `EngineDead`, later requests get the same answer, and nothing waits.
+Only its own thread touches the engine: a caller waits for the step at hand, which the event loop must not.
+Between two steps the thread takes all commands that wait; an abort is therefore obeyed within a step. After each step
+it hands the new tokens of all requests to the event loop at once. If the engine fails, every stream ends with
+`EngineDead`, later requests get the same answer, and nothing waits.
 
 The engine is also loaded in that thread. OpenMP keeps a team of threads for each thread that has ever computed
 anything. Once two teams are more threads than there are cores, libgomp puts them to sleep at the end of every operator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -11,6 +12,28 @@ import torch
 
 from common.sampling import MAX_STOP_CHARACTERS, SamplingParams
 from solutions.llama_pytorch import adjust_logits, check_prompt, sample, top_logprobs
+
+
+class Vanishing:
+    """Can be pickled, and not read again."""
+
+    def __call__(self, output, scores):
+        return scores
+
+    def __reduce__(self):
+        return int, ("not a number",)
+
+
+@pytest.mark.parametrize(("processor", "says"), [(lambda output, scores: scores, "pickle"), (Vanishing(), "invalid")])
+def test_a_logits_processor_that_cannot_be_sent_fails_when_it_is_called(processor, says):
+    """Then it ends its own request; an error while it is sent would end the engine."""
+    sent = pickle.loads(pickle.dumps(SamplingParams(logits_processors=[processor], seed=7)))
+    assert sent.seed == 7
+    with pytest.raises(ValueError, match=f"cannot be sent to the process that samples: .*{says}"):
+        sent.logits_processors[0]([], torch.zeros(3))
+    assert pickle.loads(pickle.dumps(SamplingParams(logits_processors=[max]))) == SamplingParams(
+        logits_processors=[max]
+    )
 
 
 def test_none_is_the_default():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import sys
+import threading
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -347,6 +349,66 @@ def test_streams_lose_nothing_when_others_step(model):
     assert "".join(one for one, _ in pieces) == "".join(other for _, other in pieces) == expected[: len(expected)]
 
 
+def test_threads_share_an_engine(model):
+    """Each gets what it would get alone, from steps that compute the requests of all."""
+    engine = local_engine(model, Letters(), num_blocks=60, block_size=4)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    start, answers = threading.Barrier(3), {}
+
+    def generate(i: int) -> None:
+        start.wait()
+        answers[i] = [each.text for each in engine.generate([[5 + i], [7, 5 + i]], params, progress=False)]
+
+    def stream() -> None:
+        start.wait()
+        next(leaving := engine.stream([5, 6, 7], params))
+        leaving.close()
+        answers["stream"] = "".join(engine.stream([5, 6, 7], params))
+
+    calls = [stream, *(partial(generate, i) for i in range(2))]
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert set(answers) == {0, 1, "stream"}, "a thread has failed, or waits for ever"
+    oracle = Oracle(model, Letters())
+    for i in range(2):
+        assert answers[i] == [oracle(prompt, params).text for prompt in ([5 + i], [7, 5 + i])]
+    assert answers["stream"] == oracle([5, 6, 7], params).text
+    assert not engine.has_unfinished_requests and engine.manager.pool.num_free_blocks == 60
+    check_books(engine)
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "step", "abort"])
+def test_a_step_cannot_begin_another_one(model, call):
+    """A logits processor that calls its engine ends its own request, with the reason; its abort waits for the end."""
+    engine = local_engine(model, Letters(), num_blocks=60, block_size=4)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+
+    actions = {
+        "generate": lambda: engine.generate([[5]], params, progress=False),
+        "stream": lambda: list(engine.stream([5], params)),
+        "step": engine.step,
+        "abort": lambda: engine.abort("request-0"),
+    }
+
+    def processor(output, scores):
+        if len(output) == 2:
+            actions[call]()
+        return scores
+
+    calling, other = engine.generate(
+        [[5, 6], [7, 8]], [replace(params, logits_processors=[processor]), params], progress=False
+    )
+    if call == "abort":
+        assert calling.finish_reason == "abort" and len(calling.token_ids) == 3
+    else:
+        assert calling.finish_reason == "error" and "from within a step of this engine" in calling.error
+    assert other.token_ids == Oracle(model, Letters())([7, 8], params).token_ids
+    assert not engine.has_unfinished_requests and engine.manager.pool.num_free_blocks == 60
+
+
 @pytest.mark.parametrize(
     "settings, says",
     [
@@ -422,69 +484,6 @@ def test_an_interrupted_step_loses_nothing(model):
         assert num_interrupts == 3
         oracle = Oracle(model, Letters())
         assert [output.token_ids for output in outputs] == [oracle(prompt, params).token_ids for prompt in prompts]
-
-
-class AtLine:
-    """Raises KeyboardInterrupt once, at the n-th line of the engine's own code; n too large: counts the lines."""
-
-    FILES = ("batching.py", "scheduler.py", "paged_attention.py", "metrics.py", "llama_pytorch.py")
-
-    def __init__(self, number: int):
-        self.number, self.count = number, 0
-
-    def __call__(self, frame, event, argument):
-        if not frame.f_code.co_filename.endswith(self.FILES) or frame.f_code.co_name in ("start_over", "rewind"):
-            return None
-        if event == "line":
-            self.count += 1
-            if self.count == self.number:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self
-
-
-def interrupted_run(model, preemption: str, number: int) -> tuple[int, list, Engine]:
-    """Serve five requests in a small pool, interrupted at a line. Returns the lines passed, the outputs, the engine."""
-    settings = dict(num_blocks=9, block_size=4, max_num_batched_tokens=8, preemption=preemption)
-    engine, tracer = local_engine(model, Letters(), **settings), AtLine(number)
-    for prompt, params in INTERRUPTED:
-        engine.add_request(prompt, params)
-    outputs = [state.output for state in engine.processor.states.values()]
-    while engine.has_unfinished_requests:
-        before = sys.gettrace()
-        sys.settrace(tracer if tracer.count < number else before)
-        try:
-            engine.step()
-        except KeyboardInterrupt:
-            check_books(engine)
-        finally:
-            sys.settrace(before)
-    return tracer.count, outputs, engine
-
-
-INTERRUPTED = [
-    (list(range(5, 8)), SamplingParams(max_tokens=6, n=2, temperature=1.0, seed=3, ignore_eos=True, logprobs=1)),
-    (list(range(5, 14)), SamplingParams(max_tokens=8, stop="a")),
-    (list(range(5, 22)), SamplingParams(max_tokens=5, ignore_eos=True, logprobs=0)),
-    ([7, 7, 9], SamplingParams(max_tokens=9, stop_token_ids=[5, 6])),
-]
-
-
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_an_interrupt_at_any_line_of_a_step_loses_nothing(model, preemption):
-    """Tokens, text and logprobs are those of an undisturbed run, blocks are free, and the engine goes on."""
-    num_lines, expected, _ = interrupted_run(model, preemption, 10**9)
-
-    def told(outputs):
-        rounded = [
-            [{id: round(value, 9) for id, value in entry.items()} for entry in each.logprobs] for each in outputs
-        ]
-        return [(each.token_ids, each.text, each.finish_reason) for each in outputs], rounded
-
-    for number in random.Random(5).sample(range(1, num_lines), 12):
-        _, outputs, engine = interrupted_run(model, preemption, number)
-        assert told(outputs) == told(expected), f"interrupted at line {number} of {num_lines}"
-        assert engine.manager.pool.num_free_blocks == 9 and not engine.scheduler.swapped
 
 
 def test_whoever_stops_listening_frees_the_request(model):
@@ -606,3 +605,7 @@ def test_logits_processors_see_the_output_and_each_sample_has_its_own(model):
     assert processor.num_calls == 0
     with pytest.raises(ValueError, match="logits_processors must be functions"):
         SamplingParams(logits_processors=[7])
+    processor.lock = threading.Lock()
+    with pytest.raises(ValueError, match="logits_processors cannot be copied, and each sample needs its own"):
+        engine.add_request([5], SamplingParams(logits_processors=[processor]))
+    assert not engine.has_unfinished_requests

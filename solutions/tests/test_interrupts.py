@@ -1,14 +1,25 @@
-"""Ctrl-C at any line of `generate`: all blocks are free afterwards, nothing is left, and the next answers are right."""
+"""Ctrl-C at any line of the engine: blocks are free afterwards, nothing is left, and the next answers are right.
+
+`make test` tries a few lines, `make test-all` some dozens for each engine. This tries each line, at three of its
+executions, drawn at random:
+
+    INTERRUPTS=3 python -m pytest -m slow solutions/tests/test_interrupts.py
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import linecache
+import os
 import random
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import CodeType, FrameType
 
 import pytest
 import torch
@@ -21,14 +32,14 @@ from solutions import engine as engine_module
 from solutions import llama_pytorch
 from solutions.engine import InferenceEngine, SamplingParams
 
+EVERY_LINE = int(os.environ.get("INTERRUPTS", 0))  # this many executions of each
 OURS = tuple(str(ROOT / folder) for folder in ("solutions/", "common/"))
-PROMPTS = [[5, 6, 7], list(range(5, 14)), list(range(5, 22)), [7, 7, 9], [7, 8, 7, 8, 7]]
-PARAMS = [
-    SamplingParams(max_tokens=6, n=2, temperature=1.0, seed=3, ignore_eos=True, logprobs=1),
-    SamplingParams(max_tokens=8, stop="a"),
-    SamplingParams(max_tokens=5, ignore_eos=True, logprobs=0),
-    SamplingParams(max_tokens=9, stop_token_ids=[5, 6]),
-    SamplingParams(max_tokens=9, ignore_eos=True, repetition_penalty=1.2),
+ASKED = [
+    ([5, 6, 7], SamplingParams(max_tokens=6, n=2, temperature=1.0, seed=3, ignore_eos=True, logprobs=1)),
+    (list(range(5, 14)), SamplingParams(max_tokens=8, stop="a")),
+    ([7, 8, 7, 8, 7], SamplingParams(max_tokens=7, ignore_eos=True, repetition_penalty=1.2)),
+    (list(range(5, 22)), SamplingParams(max_tokens=5, ignore_eos=True, logprobs=0)),
+    ([7, 7, 9], SamplingParams(max_tokens=9, stop_token_ids=[5, 6])),
 ]
 ENGINES = {
     "plain": {},
@@ -39,34 +50,61 @@ ENGINES = {
     "pipeline parallel": {"pipeline_parallel": 2},
     "pipeline parallel, ngram": {"pipeline_parallel": 2, "speculative": "ngram"},
 }
+Place = tuple[str, int]  # file, line
 
 
-class AtLine:
-    """Presses Ctrl-C once, at the n-th line of our own code; n too large: counts the lines.
+class Lines:
+    """Notes in which order lines of our own code are executed."""
 
-    functions: count only lines of functions with these names; empty: of all.
-    """
-
-    def __init__(self, number: int, functions: tuple[str, ...] = ()):
-        self.number, self.functions, self.count, self.place = number, functions, 0, ""
+    def __init__(self):
+        self.places: dict[Place, int] = defaultdict(int)  # how often each was
 
     def __call__(self, frame, event, argument):
         file = frame.f_code.co_filename
         if not file.startswith(OURS) or "/tests/" in file:
             return None
-        if self.functions and frame.f_code.co_name not in self.functions:
-            return None
-        if event == "line":
-            self.count += 1
-            if self.count == self.number:
-                sys.settrace(None)
-                self.place = f"{file.removeprefix(str(ROOT))}:{frame.f_lineno} in {frame.f_code.co_name}"
-                signal.raise_signal(signal.SIGINT)
+        if event == "line" and not leaves_with(frame):
+            self.places[file, frame.f_lineno] += 1
+            self.reach((file, frame.f_lineno))
         return self
+
+    def reach(self, place: Place) -> None:
+        pass
+
+
+@functools.cache
+def first_offsets(code: CodeType) -> dict[int, int]:
+    """Where the instructions of each line begin."""
+    return {line: start for start, _, line in reversed(list(code.co_lines())) if line is not None}
+
+
+def leaves_with(frame: FrameType) -> bool:
+    """Whether a `with` statement is about to call `__exit__`. Python handles no signal between the end of the block and
+    that call: it does so after calls, where functions begin, and where loops go back.
+    """
+    text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+    return text.startswith("with ") and frame.f_lasti != first_offsets(frame.f_code)[frame.f_lineno]
+
+
+class AtLine(Lines):
+    """Presses Ctrl-C once, at an execution of a line, counted from 0."""
+
+    def __init__(self, place: Place, number: int):
+        super().__init__()
+        self.place, self.number, self.is_pressed = place, number, False
+
+    def reach(self, place: Place) -> None:
+        if place == self.place and self.places[place] == self.number + 1:
+            sys.settrace(None)
+            self.is_pressed = True
+            signal.raise_signal(signal.SIGINT)
+
+    def __str__(self) -> str:
+        return f"{self.place[0].removeprefix(str(ROOT))}:{self.place[1]}, execution {self.number}"
 
 
 @contextmanager
-def tracing(tracer: AtLine) -> Iterator[None]:
+def tracing(tracer: Lines | None) -> Iterator[None]:
     before = sys.gettrace()
     sys.settrace(tracer)
     try:
@@ -102,89 +140,101 @@ def start(folder, monkeypatch):
     return start
 
 
+def asked(engine: InferenceEngine) -> list[tuple[list[int], SamplingParams]]:
+    """With a draft model, drawn tokens depend on how many are proposed, which depends on the time: so none is drawn."""
+    some = ASKED if engine.config.tensor_parallel * engine.config.pipeline_parallel == 1 else ASKED[:3]
+    return [(prompt, replace(params, temperature=0.0) if engine.config.draft else params) for prompt, params in some]
+
+
 def told(outputs) -> list:
     return [
-        (each.token_ids, each.text, each.finish_reason) for output in outputs for each in (output, *output.siblings)
+        (each.token_ids, each.text, each.finish_reason, [sorted(entry) for entry in each.logprobs])
+        for output in outputs
+        for each in (output, *output.siblings)
     ]
 
 
-def asked(engine: InferenceEngine) -> list[SamplingParams]:
-    """With a draft model, drawn tokens depend on how many are proposed, which depends on the time: so none is drawn."""
-    return [replace(params, temperature=0.0) for params in PARAMS] if engine.config.draft else PARAMS
+def generate(engine: InferenceEngine) -> list:
+    prompts, params = zip(*asked(engine))
+    return told(engine.generate(prompts, params, progress=False))
 
 
-def interrupted(engine: InferenceEngine, tracer: AtLine, action: Callable) -> None:
-    """Press Ctrl-C at a line of action(), and check that nothing is left of it."""
-    is_raised = False
+def go_on(engine: InferenceEngine) -> list:
+    """Steps, whatever is interrupted: all requests are served to their end."""
+    with tracing(None):
+        outputs = [engine.output(engine.add_request(*each)) for each in asked(engine)]
+    while True:
+        try:
+            while engine.has_unfinished_requests:
+                engine.step()
+            return told(outputs)
+        except KeyboardInterrupt:
+            check_books(engine)
+
+
+def leave(engine: InferenceEngine) -> None:
+    """Requests that end early: a stream that is closed, one that is aborted, one beside a prompt that is refused."""
+    (prompt, params), *_ = asked(engine)
+    stream = engine.stream(prompt, replace(params, n=1))
+    next(stream)
+    stream.close()
+    engine.abort(engine.add_request(prompt, params))
+    with pytest.raises(ValueError, match="Prompt 1"):
+        engine.generate([prompt, []], params, progress=False)
+
+
+def places_of(engine: InferenceEngine, action: Callable, most: int, seed: int) -> list[AtLine]:
+    """Where to press Ctrl-C: at `most` lines; with INTERRUPTS, at some executions of each."""
+    with tracing(lines := Lines()):
+        action(engine)
+    rng, counts = random.Random(seed), lines.places
+    if EVERY_LINE:
+        return [AtLine(p, n) for p in counts for n in rng.sample(range(counts[p]), min(counts[p], EVERY_LINE))]
+    return [AtLine(place, rng.randrange(counts[place])) for place in rng.sample(sorted(counts), most)]
+
+
+def interrupt(engine: InferenceEngine, action: Callable, at: AtLine, expected: list) -> None:
+    """Press Ctrl-C at a line of action(engine), and check that nothing is left of it."""
+    is_raised, result = False, None
     try:
-        with tracing(tracer):
-            action()
+        with tracing(at):
+            result = action(engine)
     except KeyboardInterrupt:
         is_raised = True
-    assert is_raised == bool(tracer.place), tracer.place
+    assert result in (expected, None) and is_raised == (at.is_pressed and action is not go_on)
+    if action is leave and is_raised:  # it may have come before `abort` began
+        while engine.has_unfinished_requests:
+            engine.step()
     while engine.in_flight:  # between two steps of a pipeline: what is aborted ends when its step is collected
         assert all(state.request.finish_reason == "abort" for state in engine.processor.states.values())
         engine.step()
-    assert not engine.has_unfinished_requests and not engine.scheduler.requests, tracer.place
-    assert not engine.in_flight and engine.manager.pool.num_free_blocks == engine.config.num_blocks, tracer.place
+    assert not engine.has_unfinished_requests and not engine.scheduler.requests
+    assert engine.manager.pool.num_free_blocks == engine.config.num_blocks
     check_books(engine)
+    assert generate(engine) == expected
 
 
-def interrupt_at_many_lines(engine: InferenceEngine, most: int, seed: int) -> None:
-    def generate() -> list:
-        return told(engine.generate(PROMPTS, asked(engine), progress=False))
-
-    expected, counter = generate(), AtLine(10**9)
-    with tracing(counter):
-        generate()
-    for number in random.Random(seed).sample(range(1, counter.count), most):
-        tracer = AtLine(number)
-        interrupted(engine, tracer, generate)
-        assert generate() == expected, tracer.place
+def interrupt_often(engine: InferenceEngine, action: Callable, most: int, seed: int) -> None:
+    expected, places = generate(engine), places_of(engine, action, most, seed)
+    for at in places:
+        try:
+            interrupt(engine, action, at, expected)
+        except Exception as error:
+            raise AssertionError(f"Ctrl-C at {at}") from error
+    if EVERY_LINE:
+        print(f"{action.__name__}: {sum(at.is_pressed for at in places)} of {len(places)} places interrupted")
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_ctrl_c_at_any_line_leaves_nothing(start, name):
     with start(name) as engine:
-        interrupt_at_many_lines(engine, 2, seed=1)
+        for seed, action in enumerate((generate, go_on, leave)):
+            interrupt_often(engine, action, 1, seed)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("action", [generate, go_on, leave])
 @pytest.mark.parametrize("name", ENGINES)
-def test_ctrl_c_at_many_more_lines_leaves_nothing(start, name):
+def test_ctrl_c_at_many_more_lines_leaves_nothing(start, name, action):
     with start(name) as engine:
-        interrupt_at_many_lines(engine, 100, seed=2)
-
-
-BEGINNING = (
-    "add_request",
-    "add",
-    "samples",
-    "choose_id",
-    "generate",
-    "stream",
-    "abort",
-    "start_over",
-    "rewind",
-    "close",
-)
-
-
-@pytest.mark.parametrize("call", ["generate", "stream"])
-def test_ctrl_c_at_every_line_at_which_a_request_begins_and_ends(start, call):
-    """Here it is known to one part of the engine and not to the other."""
-    params = SamplingParams(max_tokens=2, n=2 if call == "generate" else 1, ignore_eos=True)
-
-    def action():
-        return (
-            list(engine.stream([5, 6, 7], params)) if call == "stream" else engine.generate([[5, 6, 7]], params, False)
-        )
-
-    with start("plain") as engine:
-        counter = AtLine(10**9, BEGINNING)
-        with tracing(counter):
-            action()
-        assert counter.count > 30
-        for number in range(1, counter.count + 1):
-            interrupted(engine, AtLine(number, BEGINNING), action)
-        assert len(engine.generate([[5, 6, 7]], params, False)[0].token_ids) == 2
+        interrupt_often(engine, action, 12, seed=9)

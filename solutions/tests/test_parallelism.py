@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from common.authoring.soak.load import drive
 from common.authoring.soak.oracle import Oracle
@@ -288,6 +290,31 @@ def test_a_request_that_cannot_be_sampled(checkpoints, tensor, pipeline, rank):
         assert bad.finish_reason == "error" and "TypeError: 'float' object" in bad.error
         assert [len(output.token_ids) for output in (first, last)] == [40, 40]
         assert engine.generate([PROMPTS[0]], PARAMS, progress=False)[0].token_ids == first.token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 2), (2, 1)])
+def test_the_fault_of_one_request_reaches_no_other(checkpoints, tmp_path, tensor, pipeline):
+    """NaN in its keys and values, in eight bits too; a logits processor that cannot be sent to another rank."""
+    shutil.copytree(checkpoints["qwen2"], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][39] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    settings = dict(num_blocks=12, block_size=4, kv_cache_dtype="int8")
+    params = SamplingParams(max_tokens=4, ignore_eos=True, stop_token_ids=[39])
+    prompts = [list(range(5, 5 + n)) for n in (3, 9)]
+    with grid_engine(tmp_path, tensor, pipeline, **settings) as engine:
+        expected = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
+        for prompt, fault, says in (
+            ([39, *range(5, 25)], params, "NaN"),
+            ([39, 5, 6], params, "NaN"),
+            ([5, 6], replace(params, logits_processors=[lambda output, scores: scores[:0]]), ""),
+        ):
+            broken, *others = engine.generate([prompt, *prompts], [fault, params, params], progress=False)
+            assert broken.finish_reason == "error" and says in broken.error
+            assert [output.token_ids for output in others] == expected
+        assert pipeline == 1 or "cannot be sent to the process that samples: Can't pickle" in broken.error
+        assert [output.token_ids for output in engine.generate(prompts, params, progress=False)] == expected
 
 
 def test_an_engine_that_was_dropped(checkpoints):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from common import kernels
 from common.authoring.soak.load import drive, options_of
@@ -27,6 +28,7 @@ from solutions.quantization import (
     int8_matmul,
     pack_int4,
     quantize,
+    quantize_int8,
     save_quantized,
     set_method,
     unpack_int4,
@@ -51,6 +53,27 @@ def load(name, quantization: Quantization | None, dtype: torch.dtype):
 def tokens(folder, **settings) -> list[list[int]]:
     with engine(folder, **settings) as own:
         return [output.token_ids for output in own.generate(PROMPTS, PARAMS, progress=False)]
+
+
+def test_a_nan_is_not_rounded_away():
+    """Or a request's NaN would become a number in the cache, and its answer nonsense without an error."""
+    numbers, scales = quantize_int8(torch.tensor([[1.0, torch.nan], [torch.inf, 2.0], [3.0, 4.0], [0.0, 0.0]]))
+    assert (numbers * scales[:, None]).isnan().any(dim=1).tolist() == [True, True, False, False]
+    assert scales[3] == 1
+
+
+@pytest.mark.parametrize("kernel", ["plain", "fast"])
+def test_nan_among_w8a8s_activations_ends_its_request(checkpoints, tmp_path, monkeypatch, kernel):  # noqa: F811
+    monkeypatch.setenv("KERNELS", kernel)
+    shutil.copytree(checkpoints["qwen2"], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][39] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with engine(tmp_path, Quantization("w8a8"), dtype=torch.float32) as own:
+        broken, other = own.generate(
+            [[39, 5, 6], [7, 8]], SamplingParams(max_tokens=3, ignore_eos=True), progress=False
+        )
+    assert "NaN" in broken.error and other.finish_reason == "length"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -105,6 +105,28 @@ def test_an_attribute_that_is_none_may_lack_an_assignment():
         compare.equal(None, 1, "status of a request")
 
 
+class Near(float):
+    def __sub__(self, other):
+        return 0.0
+
+
+class Yes:
+    def __eq__(self, other):
+        return True
+
+    def __ne__(self, other):
+        return False
+
+
+@pytest.mark.parametrize("judge", [compare.close, compare.equal])
+def test_objects_that_call_themselves_equal_are_none(judge):
+    with pytest.raises(compare.CheckFailed, match="is a Near"):
+        judge(Near(3), 4.0, "f(x)")
+    with pytest.raises(compare.CheckFailed, match=r"another class in it \(Yes\), expected \[1, \(2, 3\)\]"):
+        compare.equal([1, (2, Yes())], [1, (2, 3)], "f(x)")
+    compare.equal([torch.tensor(1), (2.0, True)], [1, (2, 1)], "f(x)")
+
+
 def test_known_mistake_is_named_only_when_one_explains_the_value(tmp_path):
     lesson = write_lesson(tmp_path, ["one", "two"])
     lesson.answers.write_text(

@@ -57,7 +57,7 @@ def test_each_kind_of_submission_gives_its_modules_and_nothing_else(tmp_path):
         name: {"intro": b"a = 1\n"} for name in ("anna", "bert", "carla")
     }
     assert [each.notes for each in found] == [[], [], []]
-    assert ignored == ["notes.txt: neither a folder nor a .zip nor a .tar"]
+    assert ignored == ["notes.txt: neither a folder nor a .zip nor a .tar; links are not followed"]
 
 
 def test_no_submissions_is_said_clearly(tmp_path):
@@ -132,12 +132,14 @@ def test_what_may_be_meant_by_a_module_that_is_missing_is_named(tmp_path):
             "intro copy.py",
             "notes.md",
             "test_batching.py",
+            "smith_123_scheduler.py",
         ):
             archive.writestr(f"work/{name}", "")
     submission = read_submission("anna", tmp_path / "anna.zip")
     assert set(submission.modules) == {"intro"}
     assert submission.notes == [
-        "not taken, since no module is called so: work/llm_basics (1).py, work/kv_cache.ipynb, work/more.zip"
+        "not taken, since no module is called so: work/llm_basics (1).py, work/kv_cache.ipynb, work/more.zip, "
+        "work/smith_123_scheduler.py"
     ]
 
 
@@ -150,7 +152,26 @@ def test_file_names_cannot_move_the_cursor_nor_fill_the_screen(tmp_path):
     (tmp_path / "\x1b[31mred.txt").touch()
     (tmp_path / ("x" * 240 + ".txt")).touch()
     _, ignored = find_submissions(tmp_path)
-    assert ignored[0].startswith(r"\x1b[31mred.txt: neither") and max(map(len, ignored)) < 140
+    assert ignored[0].startswith(r"\x1b[31mred.txt: neither") and max(map(len, ignored)) < 160
+
+
+@pytest.mark.slow
+def test_what_an_answer_raises_or_closes_costs_its_own_exercise(tmp_path):
+    """Whatever its text is, it can be read in a report; and pytest goes on without its standard output."""
+    bodies = {
+        "e1": "raise ValueError('x' * 5_000_000)",
+        "e2": "raise ValueError('\\ud800 and \\x1b[2J')",
+        "e4": "class Broken(Exception):\n    def __str__(self):\n        raise KeyError\nraise Broken",
+        "e5": "import sys\nsys.stdout.close()\nreturn 0",
+    }
+    submission = hand_in(tmp_path, "odd", INTRO, **bodies)
+    found = graded(submission, tmp_path, INTRO)
+    results = {result.id: result for result in found.results}
+    assert {id for id, result in results.items() if result.status == "wrong"} == {"0.1", "0.2", "0.4", "0.5"}
+    assert "raised ValueError: xxx" in results["0.1"].sentence and len(results["0.1"].sentence) < 1000
+    assert r"raised ValueError: \ud800 and \x1b[2J" in results["0.2"].sentence
+    assert "raised Broken" in results["0.4"].sentence and "weight_bytes" in results["0.5"].sentence
+    write(tmp_path, [INTRO], [submission], {("odd", "intro"): found})
 
 
 def test_a_byte_order_mark_costs_no_points(tmp_path):

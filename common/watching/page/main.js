@@ -42,7 +42,7 @@ class Page {
     if (!this.other) return;
     element("difference").hidden = element("parting").hidden = false;
     const most = this.run.isCalls ? 12 : 4;
-    const clip = (list) => list.slice(0, most).join("; ") + (list.length > most ? `; and ${list.length - most} more` : "");
+    const clip = (list) => list.length === 0 ? "nothing" : list.slice(0, most).join("; ") + (list.length > most ? `; and ${list.length - most} more` : "");
     fill(element("partings"), this.partings.length ? this.partings.map(({ aspect, index, here, there }) => {
       const go = make("button", { textContent: `${this.run.word} ${index + 1}`, onclick: () => this.go(index) });
       return make("li", {}, make("b", { textContent: `${aspect}: ` }), "part in ", go, ` This run: ${clip(here)}. The other: ${clip(there)}.`);
@@ -61,7 +61,7 @@ class Page {
     legend(element("legend"), Object.entries(MEANING).map(([name, text]) => [colours[name], LETTERS[name] ?? "", text]));
     legend(element("pool-legend"), [
       [colours.paper, "", "free"], [colours.cached, "·", "free, cached"], [colours.held, "", "held, by the request of this number"],
-      [colours.shared, "", "shared"], [colours.paper, "", "of the chosen request"],
+      [colours.shared, "", "shared"], [colours.bad, "!", "lost: not free, and in no block table"], [colours.paper, "", "of the chosen request"],
     ]);
     element("pool-legend").lastChild.firstChild.style.borderColor = colours.choice;
     for (const timeline of this.timelines) timeline.paint();

@@ -251,20 +251,20 @@ ANSWERS = [
     wrong(
         "8.12",
         "the template not applied: what was said, line by line",
-        "self.tokenizer.apply_chat_template(messages)",
+        "self.tokenizer.apply_chat_template(messages, **values)",
         '"\\n".join(turn["content"] for turn in messages)',
     ),
     wrong(
         "8.12",
         "only the last turn asked",
-        "self.tokenizer.apply_chat_template(messages)",
-        "self.tokenizer.apply_chat_template(messages[-1:])",
+        "self.tokenizer.apply_chat_template(messages, **values)",
+        "self.tokenizer.apply_chat_template(messages[-1:], **values)",
     ),
     wrong(
         "8.12",
         "no opening of the assistant's turn",
-        "self.tokenizer.apply_chat_template(messages)",
-        "self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)",
+        "self.tokenizer.apply_chat_template(messages, **values)",
+        "self.tokenizer.apply_chat_template(messages, add_generation_prompt=False, **values)",
     ),
     wrong(
         "8.12",
@@ -278,12 +278,13 @@ ANSWERS = [
         "progress=False)[0]",
         "progress=False)",
     ),
+    wrong("8.12", "chat_template_kwargs left out", "(messages, **values)", "(messages)"),
     wrong("8.12", "a progress bar for one answer", ", progress=False)", ")"),
     wrong_body(
         "8.12",
         "the answer appended to the messages that were given",
         """
-        text = self.tokenizer.apply_chat_template(messages)
+        text = self.tokenizer.apply_chat_template(messages, **values)
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         output = self.generate([token_ids], params, progress=False)[0]
         messages.append({"role": "assistant", "content": output.text})
@@ -300,7 +301,7 @@ ANSWERS = [
         "8.12",
         "in steps",
         """
-        prompt = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        prompt = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **values)
         token_ids = self.tokenizer.encode(prompt, False)
         (output,) = self.generate([token_ids], params or SamplingParams(), progress=False)
         return output
@@ -310,7 +311,7 @@ ANSWERS = [
         "8.12",
         "one request, step by step",
         """
-        text = self.tokenizer.apply_chat_template(messages)
+        text = self.tokenizer.apply_chat_template(messages, **values)
         request_id = self.add_request(self.tokenizer.encode(text, add_special_tokens=False), params)
         output = self.output(request_id)
         while output.finish_reason is None:

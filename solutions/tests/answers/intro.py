@@ -42,6 +42,13 @@ ANSWERS = [
         return "neutral"
         """,
     ),
+    wrong("0.1", "words separated by spaces alone", "text.lower().split()", 'text.lower().split(" ")'),
+    wrong(
+        "0.1",
+        "punctuation removed inside words, too",
+        "bare = word.strip(string.punctuation)",
+        'bare = "".join(each for each in word if each not in string.punctuation)',
+    ),
     right(
         "0.1",
         "with lists and a table",
@@ -231,6 +238,7 @@ ANSWERS = [
         return "neutral"
         """,
     ),
+    wrong("0.4", "the text in small letters", "prompt.format(text=text)", "prompt.format(text=text.lower())"),
     right(
         "0.4",
         "max with a key",
@@ -254,6 +262,12 @@ ANSWERS = [
         "`/`, which leaves a float and its fraction, where whole bytes are asked",
         "(num_parameters * bits + 7) // 8",
         "num_parameters * bits / 8",
+    ),
+    wrong(
+        "0.5",
+        "rounded, where half a byte needs a whole one",
+        "(num_parameters * bits + 7) // 8",
+        "round(num_parameters * bits / 8)",
     ),
     right("0.5", "with ceil", "return math.ceil(num_parameters * bits / 8)"),
     right("0.5", "with divmod", "whole, rest = divmod(num_parameters * bits, 8)\nreturn whole + (rest > 0)"),
@@ -334,6 +348,7 @@ ANSWERS = [
         "bytes per operation, upside down",
         "return (model_bytes + batch_size * cache_bytes) / (batch_size * token_flops)",
     ),
+    wrong("0.8", "divided without the fraction", "/ (model_bytes", "// (model_bytes"),
     right("0.8", "per request", "return token_flops / (model_bytes / batch_size + cache_bytes)"),
     # 0.9 decode_ceiling
     wrong("0.9", "reading and computing one after the other", "max(reading, computing)", "(reading + computing)"),

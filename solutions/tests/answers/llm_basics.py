@@ -178,6 +178,7 @@ ANSWERS = [
         return exponentials / exponentials.sum(dim=0, keepdim=True)
         """,
     ),
+    wrong("1.3", "always in float32", "scores - scores.amax", "scores.float() - scores.float().amax"),
     right("1.3", "torch's own", "return torch.softmax(scores, -1)"),
     right("1.3", "by the logarithm of the sum", "return (scores - torch.logsumexp(scores, -1, keepdim=True)).exp()"),
     # ------------------------------------------------------------------------------------------- 1.4 rms_norm
@@ -438,6 +439,7 @@ ANSWERS = [
         return (weights @ v.float()).to(q.dtype)
         """,
     ),
+    wrong("1.8", "a masked score of -10,000, where it must be -inf", "-math.inf", "-1e4"),
     right(
         "1.8",
         "by einsum, the mask added",
@@ -768,6 +770,9 @@ ANSWERS = [
     wrong("1.13", "QK norm forgotten", "(2 * config.head_dim if config.qk_norm else 0)", "0"),
     wrong(
         "1.13", "a QK norm for each head, where all heads share one", "2 * config.head_dim if", "q_width + kv_width if"
+    ),
+    wrong(
+        "1.13", "o's bias counted only where q, k and v have none", "    if config.o_bias:", "    elif config.o_bias:"
     ),
     right(
         "1.13",
