@@ -17,6 +17,12 @@ from pathlib import Path
 import torch
 
 
+def let_triton_interpret() -> None:
+    """Where there is no GPU, Triton interprets its kernels: it decides when it is imported, which torch may do too."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def median_seconds(function: Callable[[], object], repeats: int) -> float:
     """The median over `repeats` calls, after one that warms up."""
     function()

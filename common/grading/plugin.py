@@ -15,9 +15,11 @@ import pytest
 from common.course import MODULES, Lesson
 from common.course.exercises import TOGETHER
 from common.grading.subject import Failure, Subject
+from common.machine import let_triton_interpret
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    let_triton_interpret()
     config.addinivalue_line("markers", "exercise(id, points, seconds): the checks of one exercise")
     if not any(isinstance(plugin, Grader) for plugin in config.pluginmanager.get_plugins()):
         config.pluginmanager.register(Grader())
