@@ -50,7 +50,7 @@ FAMILIES = {
     ),
     "qwen3_moe": dict(
         model_type="qwen3_moe", num_attention_heads=4, num_key_value_heads=2, head_dim=6, num_hidden_layers=4,
-        vocab_size=40, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=10, mlp_only_layers=[2],
+        vocab_size=40, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[2],
         norm_topk_prob=True,
     ),
 }  # fmt: skip
