@@ -140,6 +140,8 @@ def _config(source: _Source, vocabulary: Vocabulary) -> dict:
         raise CheckpointError(f"{path}: a mixture of experts; of those, this course runs qwen3moe.")
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{path}: tensor 'token_embd.weight' is missing.")
+    if len(tensors["token_embd.weight"].shape) != 2:
+        raise CheckpointError(f"{path}: tensor 'token_embd.weight' is no matrix, with a row for each token.")
     optional = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10000.0}
     config = {
         "architectures": [f"{family.title().replace('_', '')}ForCausalLM"],
@@ -276,7 +278,7 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
         for file, shard in zip(files, shards):
             tensors = {}
             for name in shard:
-                tensors |= _by_expert(source, name, names[name], _tensor(source, name, config))
+                tensors |= _by_expert(source, name, names[name], _tensor(source, name, config), config)
                 advance(sizes[name])
             weight_map |= dict.fromkeys(tensors, file)
             try:
@@ -288,12 +290,15 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _by_expert(source: _Source, name: str, new_name: str, tensor) -> dict:
+def _by_expert(source: _Source, name: str, new_name: str, tensor, config: dict) -> dict:
     """The tensor by its new name; one that holds all experts' matrices gives as many tensors as there are experts."""
     if "{}" not in new_name:
         return {new_name: tensor}
-    if tensor.ndim != 3:
-        raise CheckpointError(f"{source.path}: tensor {name!r} has {tensor.ndim} axes; a matrix for each expert has 3.")
+    if tensor.ndim != 3 or len(tensor) != config["num_experts"]:
+        raise CheckpointError(
+            f"{source.path}: tensor {name!r} has shape {tuple(tensor.shape)}; a matrix for each of "
+            f"{config['num_experts']} experts was expected."
+        )
     return {new_name.format(expert): matrix for expert, matrix in enumerate(tensor)}
 
 

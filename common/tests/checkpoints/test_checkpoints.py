@@ -541,6 +541,14 @@ def test_llama_3_s_scaled_rotary_embedding_is_recognised(tmp_path):
             {},
             "tensor 'blk.0.odd.wei",
         ),
+        (
+            "qwen3moe",
+            None,
+            {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": SIZES["ffn"]}
+            | {"attention.key_length": SIZES["head_dim"]},
+            r"_exps.weight' has shape (3, 96, 64); a matrix for each of 5 experts",
+        ),
+        ("llama", None, {"tensors": {"model.embed_tokens.weight": numpy.ones(8, numpy.float32)}}, "is no matrix"),
         ("llama", lambda w: w.add_string("llama.rope.scaling.type", "longrope"), {}, "'longrope'"),
         (
             "llama",
@@ -564,8 +572,8 @@ def test_llama_3_s_scaled_rotary_embedding_is_recognised(tmp_path):
     ],
 )
 def test_a_gguf_that_we_cannot_run_says_why(tmp_path, cache, family, change, values, words):
-    tensors = model_tensors("llama")
-    path = write_gguf(tmp_path / "odd.gguf", family, change or (lambda writer: None), tensors=tensors, **values)
+    values = {"tensors": model_tensors(family), **values}
+    path = write_gguf(tmp_path / "odd.gguf", family, change or (lambda writer: None), **values)
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint(str(path))
     assert str(path) in str(caught.value) and words in str(caught.value)
