@@ -3,8 +3,7 @@
 # One would guess that it does not matter whether the main thread has computed anything before, a model's loading say.
 # Observed: it does. libgomp keeps a team of threads for each thread that has ever used one, and once all teams together
 # are more threads than there are cores, it does not spin at the end of an operator but sleeps: two context switches an
-# operator. A server whose model was loaded in the main thread took a third longer for a step. (On a busy machine it is
-# the other way around: there the one that sleeps was many times faster.)
+# operator.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
