@@ -287,7 +287,8 @@ class Recorder:
         if blocks:
             blocks = list(blocks)  # an iterator can be read only once
             for block in blocks:
-                self.touched[block.block_id] = block
+                if block is self.pool.blocks[block.block_id]:  # and not what stands for those behind a window
+                    self.touched[block.block_id] = block
         return original(blocks)
 
     def take(self, original, num_blocks: int):

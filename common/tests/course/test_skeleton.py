@@ -144,9 +144,10 @@ def test_skeleton_of_each_lesson_imports_and_holds_no_answer(lesson, tmp_path):
     assert sorted(unfinished(text)) == sorted(exercise.id for exercise in exercises)
     file = tmp_path / f"{lesson.slug}.py"
     file.write_text(text)
-    process, connection = call("common.tests.course.test_skeleton:import_file", str(file))
-    connection.close()
-    assert process.wait() == 0, "its import fails"
+    if lesson.is_importable:
+        process, connection = call("common.tests.course.test_skeleton:import_file", str(file))
+        connection.close()
+        assert process.wait() == 0, "its import fails"
     functions = dict(walk_functions(ast.parse(text)))
     bugs = planted_answers(lesson)
     for exercise in exercises:
