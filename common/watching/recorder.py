@@ -287,7 +287,7 @@ class Recorder:
         if blocks:
             blocks = list(blocks)  # an iterator can be read only once
             for block in blocks:
-                if block is self.pool.blocks[block.block_id]:  # and not the one that stands for all that a window has passed
+                if block is self.pool.blocks[block.block_id]:  # and not the manager's `dropped`
                     self.touched[block.block_id] = block
         return original(blocks)
 
