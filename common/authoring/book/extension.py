@@ -56,8 +56,8 @@ def pages() -> list[str]:
 
 
 def guides() -> list[Path]:
-    """The READMEs that belong to no lesson."""
-    return [ROOT / "common" / "README.md", *sorted(ROOT.glob("common/*/README.md"))]
+    """The texts that belong to no lesson."""
+    return [ROOT / "AGENTS.md", ROOT / "common" / "README.md", *sorted(ROOT.glob("common/*/README.md"))]
 
 
 def point_to_files(text: str, folder: str) -> str:
