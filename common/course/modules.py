@@ -198,10 +198,11 @@ class ModuleFinder(importlib.abc.MetaPathFinder):
                 from common.course.modules import check_written  # which imports this module
 
                 check_written(slug)
-            try:
-                check_finished(file)
-            except CourseError as error:
-                raise UnfinishedModule(str(error)) from None
+            else:
+                try:
+                    check_finished(file)
+                except CourseError as error:
+                    raise UnfinishedModule(str(error)) from None
             return importlib.util.spec_from_file_location(fullname, file)
         if fullname == "reference":
             spec = importlib.machinery.ModuleSpec("reference", None, is_package=True)

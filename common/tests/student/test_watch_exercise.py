@@ -103,5 +103,9 @@ def test_a_wrong_answer_parts_from_the_reference(id, tmp_path):
     lesson, exercise = find_exercise(id)
     wrong = [each for each in load_answers(lesson) if each.exercise == id and not each.is_right]
     file = tmp_path / lesson.module.name
-    file.write_text(apply(wrong[-1], lesson.solution.read_text(encoding="utf-8"), exercise), encoding="utf-8")
-    assert "part in call" in parted(watch(lesson, file, exercise))[0], wrong[-1].name
+    source = lesson.solution.read_text(encoding="utf-8")
+    for answer in reversed(wrong):  # the last or, where the calls do not show what it does, one before it
+        file.write_text(apply(answer, source, exercise), encoding="utf-8")
+        if "part in call" in parted(watch(lesson, file, exercise))[0]:
+            return
+    raise AssertionError(f"None of the wrong answers to {id} parts from the reference.")
