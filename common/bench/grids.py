@@ -67,7 +67,7 @@ def observed_engine(build, name: str, grid: tuple[int, int], **options) -> Engin
     return Engine(start_executor(config, partial(load_model, config), partial(build, config)), tokenizer, config)
 
 
-@mock.patch.dict(os.environ, KERNELS="plain")  # the layers of tensor-parallel ranks are not packed
+@mock.patch.dict(os.environ, KERNELS="plain")  # ranks and stages are compared, not kernels
 def measure_grids(name: str, quick: bool) -> dict:
     """One process with one thread and with two, two tensor-parallel ranks, two stages with one batch and with two."""
     model, tokenizer = load(name, torch.float32, "cpu")

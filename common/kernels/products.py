@@ -167,10 +167,8 @@ class FusedLinear(nn.Module):
     def __init__(self, layers: Sequence[nn.Module], whole_panels: bool = False):
         super().__init__()
         first, missing = layers[0], [-layer.out_features % PANEL if whole_panels else 0 for layer in layers]
-        self.in_features, self.out_features = (
-            first.in_features,
-            sum(layer.out_features for layer in layers) + sum(missing),
-        )
+        self.in_features = first.in_features
+        self.out_features = sum(layer.out_features for layer in layers) + sum(missing)
         self.shape = (self.out_features, first.shape[1])
         self.columns, self.method, self.bias = first.columns, first.method, None
         for name, _ in first.named_parameters(recurse=False):
