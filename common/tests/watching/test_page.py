@@ -221,7 +221,9 @@ def test_a_step_says_who_waits_who_could_be_preempted_and_who_comes_back(open_pa
     number, *_, candidates = page.evaluate("page.run.steps[page.index].plan.preempt[0]")
     victim = page.evaluate(f"page.run.requests[{number}].id")
     events = page.locator("#events")
-    expect(events).to_contain_text("Of those not yet in the step, in the order of the policy fcfs, the last one is taken:")
+    expect(events).to_contain_text(
+        "Of those not yet in the step, in the order of the policy fcfs, the last one is taken:"
+    )
     expect(events).to_contain_text(f"{victim} (arrival ")
     assert len(candidates) > 1
     expect(page.locator("#waiting")).to_contain_text(f"{victim} (on the host)")
