@@ -16,7 +16,7 @@ from common.setup import ensure
 from common.start import OptionError
 
 RAY = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-"""Who would talk to Ray's processes needs a token from the home directory; Ray does not tell its authors of its use."""
+"""Ray's processes refuse requests without a token, which lies in the home directory; nothing is sent to Ray's authors."""
 
 
 def is_loopback(host: str) -> bool:

@@ -4,9 +4,9 @@
     HTTP, keys, Door    ── request ────▶  api.py's application, EngineLoop, engine
     connection          ◀── answer ─────  as ASGI's messages
 
-Ray Serve starts the replicas, asks for their health, starts another one when one has died, and chooses a replica for
-each request: its `PrefixCacheAffinityRouter` prefers the one that has seen the longest part of the prompt. This module
-only carries requests to a replica and answers back. A replica runs the application that serves without Ray.
+Ray Serve starts the replicas, asks for their health, and starts another one when one has died. It also chooses a replica
+for each request: its `PrefixCacheAffinityRouter` prefers the one that has seen the longest part of the prompt. This
+module only carries requests to a replica and answers back. A replica runs the application that serves without Ray.
 """
 
 from __future__ import annotations
@@ -63,7 +63,15 @@ class Replica:
         self.app = create_app(self.server)
 
     async def answer(self, *prefix: Prefix, scope: Scope, body: bytes) -> AsyncIterator[Message]:
-        """Yield what the application sends. If Ray cancels this, the application learns that its client has left."""
+        """Yield what the application sends. If Ray cancels this, the application learns that its client has left.
+
+        Without an engine this process ends itself: the request then goes to another replica, and Ray starts a new one.
+        """
+        try:
+            self.check_health()
+        except EngineDead as error:
+            LOG.critical("This replica ends: %s", error)
+            os._exit(1)
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         received = iter([{"type": "http.request", "body": body, "more_body": False}])
         is_gone = asyncio.Event()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import psutil
@@ -19,7 +20,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from common.bench.serving import RunningServer, complete, request, running_server
-from common.serving.replicas import create_door
+from common.serving.loop import EngineDead
+from common.serving.replicas import Replica, create_door
 from common.serving.tenants import Tenant, Tenants
 from common.tests.serving.conftest import eventually
 
@@ -95,6 +97,20 @@ def test_a_request_goes_on_to_another_replica_once_and_only_if_nothing_was_sent(
 def test_too_many_requests_for_all_replicas_are_told_to_come_back() -> None:
     answer = through_the_door(Replicas([BackPressureError(num_queued_requests=1, max_queued_requests=1)]))
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+
+
+def test_a_replica_without_an_engine_ends_itself(monkeypatch) -> None:
+    def check() -> None:
+        raise EngineDead("the engine has stopped.")
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("os._exit", leave)
+    replica = object.__new__(Replica)
+    replica.server = SimpleNamespace(loop=SimpleNamespace(check=check))
+    with pytest.raises(SystemExit):
+        asyncio.run(anext(replica.answer(scope={}, body=b"")))
 
 
 def test_keys_hold_at_the_door_and_tenants_share_no_prefix() -> None:
