@@ -1,7 +1,7 @@
 #!/bin/sh
 # outlines-core 0.2.14: the regular expression that it makes of a JSON schema, to constrain a model's answers.
 # One would guess that it matches every text which is JSON and fits the schema. Observed: an exponent needs a sign, so
-# 1e+5 matches and 1e5 does not; of the escapes in a string \\u is missing, so the text that json.dumps writes for "é" does not
+# 1e+5 matches and 1e5 does not; of the escapes in a string \u is missing, so the text that json.dumps writes for "é" does not
 # match; between tokens a single space may stand and no newline, so indented JSON does not match. A checker of finished
 # answers must not be built on it, and a model used to other spellings is pushed off its habits.
 set -eu
