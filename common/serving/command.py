@@ -16,7 +16,7 @@ from common.setup import ensure
 from common.start import OptionError
 
 RAY = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-"""Ray's processes refuse requests without a token, which lies in the home directory; nothing is sent to Ray's authors."""
+"""Ray's processes refuse requests without a token, which lies in the home directory. Nothing about its use is sent."""
 
 
 def is_loopback(host: str) -> bool:

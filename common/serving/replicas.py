@@ -4,9 +4,9 @@
     HTTP, keys, Door    ── request ────▶  api.py's application, EngineLoop, engine
     connection          ◀── answer ─────  as ASGI's messages
 
-Ray Serve starts the replicas, asks for their health, and starts another one when one has died. It also chooses a replica
-for each request: its `PrefixCacheAffinityRouter` prefers the one that has seen the longest part of the prompt. This
-module only carries requests to a replica and answers back. A replica runs the application that serves without Ray.
+Ray Serve starts the replicas, asks for their health, and starts another one when one has died. It also chooses a
+replica for each request: its `PrefixCacheAffinityRouter` prefers the one that has seen the longest part of the prompt.
+This module carries requests to a replica and answers back. A replica runs the application that serves without Ray.
 """
 
 from __future__ import annotations
