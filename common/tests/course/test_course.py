@@ -52,7 +52,15 @@ def test_finder_obeys_the_environment_in_a_process_of_a_process(tmp_path):
     mine.write_text(source.replace("torch.rsqrt(mean_square + eps)", "torch.zeros_like(mean_square)"))
     result = run(REPORT, tmp_path, COURSE_MODULES=f"llm_basics={mine}")
     reference = str(ROOT / "solutions" / "llama_pytorch.py")
-    assert json.loads(result.stdout) == [str(mine), reference, reference, "reference.llm_basics", "solutions.llm_basics", 0, 4]
+    assert json.loads(result.stdout) == [
+        str(mine),
+        reference,
+        reference,
+        "reference.llm_basics",
+        "solutions.llm_basics",
+        0,
+        4,
+    ]
 
 
 def test_unfinished_module_is_refused_at_import(tmp_path):
