@@ -120,7 +120,7 @@ def find_checkpoint(name: str) -> Path:
     name = str(name)
     try:
         folder = cached(name)
-    except (OSError, RuntimeError) as error:  # too long for a file's name; ~somebody who is not known here
+    except (OSError, RuntimeError) as error:  # too long for a file's name; ~ and a user who is not known here
         raise CheckpointError(f"{name!r:.80} cannot be the name of a model or of a folder: {error!s:.80}.") from None
     if folder is not None:
         return folder

@@ -272,9 +272,8 @@ def test_what_is_large_and_harmless_is_written():
     template = (
         "{{ messages|map(attribute='content')|join(', ') }}{{ 'a'|center(1000)|length }}{{ '%05.1f|%s' % (1, 'x') }}"
     )
-    template += (
-        "{{ [messages, messages]|length }}{{ messages[0].content.replace('x', 'yy')|length }}{{ {'a': 1}|tojson(indent=2) }}"
-    )
+    template += "{{ [messages, messages]|length }}{{ messages[0].content.replace('x', 'yy')|length }}"
+    template += "{{ {'a': 1}|tojson(indent=2) }}"
     messages = [{"role": "user", "content": "x" * 1000}] * 1000
     text = render_chat(template, messages)
     assert text == ", ".join(["x" * 1000] * 1000) + '1000001.0|x22000{\n  "a": 1\n}'

@@ -2,8 +2,8 @@
 
     make soak MINUTES=10
 
-Each run has a number, which determines the model, its draft tokens, the size of the pool, the way of preemption, the
-requests, which of them are aborted, and which fail by a fault of their own. One run in ten uses two processes. Some
+Each run has a number, which determines the model, its draft tokens, the size of the pool, the way of preemption and the
+requests. Some of these are aborted, and some fail by a fault of their own. One run in ten uses two processes. Some
 steps are interrupted, at any of their lines. After every step the block tables and reference counts are checked.
 Sampled tokens differ with and without a draft model, so their distribution is tested over all runs, at the end. The
 first run that fails ends the command, which prints how to repeat that run.
