@@ -250,6 +250,7 @@ def test_chrome_events_are_spans_within_their_steps(recorded):
         assert each["ph"] != "C" or all(isinstance(value, int) for value in each["args"].values()), each
         assert each["ph"] != "M" or (each["name"] in ("process_name", "thread_name") and each["args"]["name"]), each
     threads = {(each["pid"], each["tid"]) for each in events if each["ph"] == "X"}
+    assert not {tid for _, tid in threads} & {0, 1, 2, 3}  # Perfetto takes 0 and a process' own id for one thread
     for thread in threads:
         own = [each for each in events if each["ph"] == "X" and (each["pid"], each["tid"]) == thread]
         times = sorted((each["ts"], each["ts"] + each["dur"]) for each in own)
