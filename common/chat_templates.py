@@ -20,6 +20,7 @@ from common.checkpoints import CheckpointError, read_json
 
 LONGEST_CHAT = 10_000_000  # characters that a template may write, or join to one text
 LONGEST_TIME = 4.0  # seconds that a template may run
+ITEM_SIZE = 40  # characters that an item of a list is counted as, besides its own
 LARGEST_ARGUMENT = 1000  # of a filter, or of a method of a text: a width, or a number of columns
 LARGEST_POWER = 64  # exponent
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -342,10 +343,10 @@ def written_size(value: Any) -> int:
         item = left.pop()
         if isinstance(item, str):
             size += len(item)
-        elif isinstance(item, (Mapping, list, tuple)):
-            size += 10 * len(item)
+        elif isinstance(item, (dict, list, tuple)):
+            size += ITEM_SIZE * len(item)
             if size <= LONGEST_CHAT:
-                left += [*item.keys(), *item.values()] if isinstance(item, Mapping) else item
+                left += [*item.keys(), *item.values()] if isinstance(item, dict) else item
     return size
 
 
