@@ -35,18 +35,17 @@ def welcome(server: Server, address: str) -> str:
     else:
         route, field = "completions", '"prompt": "There was once a"'
         call, text = 'completions.create(prompt="There was once a"', "text"
-    has_keys = bool(server.tenants.tenants)
-    key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
+    key, header = ("KEY", " -H 'Authorization: Bearer KEY'") if server.tenants.tenants else ("none", "")
     return "\n".join(
         [
             f"{server.model_name} answers at {address}. Ctrl-C ends it."
             + (f" {files_used()}" if substitutes() else ""),
             "",
             f"  the page     {address}/",
-            f"  curl         curl -N {address}/v1/{route}{key} -H 'Content-Type: application/json' \\",
+            f"  curl         curl -N {address}/v1/{route}{header} -H 'Content-Type: application/json' \\",
             f"                 -d '{{{field}, \"stream\": true}}'",
             "  Python       import openai  # pip install openai",
-            f'               client = openai.OpenAI(base_url="{address}/v1", api_key="{"KEY" if has_keys else "none"}")',
+            f'               client = openai.OpenAI(base_url="{address}/v1", api_key="{key}")',
             f'               answer = client.{call}, model="{server.model_name}")',
             f"               print(answer.choices[0].{text})",
             f"  all routes   {address}/docs",
