@@ -195,7 +195,7 @@ def drive(
             if child.error is not None and params.logits_processors:
                 check_failed(child, params.logits_processors[0])
                 if not is_drawn:
-                    expected = oracle(ask.prompt, replace(params, logits_processors=())).token_ids
+                    expected = oracle(ask.prompt, replace(params, logits_processors=()), child.token_ids).token_ids
                     assert child.token_ids == expected[: len(child.token_ids)]
             elif is_drawn:
                 draft = runner.proposer.model if is_speculative else None  # with stages it is in another process
