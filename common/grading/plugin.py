@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 ALONE = ["-o", "addopts=", "--disable-plugin-autoload", "-p", "no:cacheprovider"]
 ALONE += ["-p", "no:unraisableexception", "-p", "no:logging"]
-"""pytest's options for one lesson's checks and nothing else. The plugins of other packages take seconds to import. The
-first of the two that are left out here collects garbage at the end, five times: with torch, as long as a lesson's checks.
+"""pytest's options for one lesson's checks alone. Other packages' plugins take seconds to import. The first of the last
+two collects garbage five times at the end: with all that torch imports, that takes as long as the checks.
 """
 
 
