@@ -66,7 +66,5 @@ def accelerate(runner, config):
 
         blocks = -(-config.max_model_len // config.block_size)
         record = partial(capture, torch.cuda.graph_pool_handle())
-        runner.forward = DecodingGraphs(
-            runner.forward, model.model.norm.weight, config.max_num_seqs, blocks, record
-        )
+        runner.forward = DecodingGraphs(runner.forward, model.model.norm.weight, config.max_num_seqs, blocks, record)
     return runner

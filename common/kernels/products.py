@@ -33,7 +33,7 @@ def enabled() -> bool:
     choice = os.environ.get("KERNELS", "")
     if choice not in ("", "fast", "plain", "triton"):
         raise ValueError(
-            f"KERNELS={choice}: this environment variable is 'plain', 'fast', or not set (which is 'fast'), or 'triton'."
+            f"KERNELS={choice}: this environment variable is 'plain', 'fast', 'triton', or not set (which is 'fast')."
         )
     return choice != "plain"
 

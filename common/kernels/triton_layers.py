@@ -156,9 +156,11 @@ class TritonBlock(nn.Module):
         return type(self.self_attn) is TritonAttention and type(self.mlp) is TritonMLP
 
 
-def pack_for_gpu(model: nn.Module, attention: type, mlp: type, norm: type, block: type, linear: tuple[type, ...]) -> None:
-    """Swap a loaded model's modules, in place, for those above. attention, mlp, norm, block: lesson 2's classes; linear:
-    the classes of linear layers that can be stacked. A layer that stays on the disk is left as it is.
+def pack_for_gpu(
+    model: nn.Module, attention: type, mlp: type, norm: type, block: type, linear: tuple[type, ...]
+) -> None:
+    """Swap a loaded model's modules, in place, for those above. attention, mlp, norm, block: lesson 2's classes.
+    linear: the classes of linear layers that can be stacked. A layer that stays on the disk is left as it is.
     """
 
     def can_stack(*layers: nn.Module) -> bool:

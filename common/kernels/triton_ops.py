@@ -103,7 +103,14 @@ def rotate_and_store_kernel(
 
 
 def rotate_and_store(
-    qkv: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, slots: Tensor, keys: Tensor, values: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
 ) -> Tensor:
     """Norm (if there is a weight) and rotate queries and keys; store keys and values in their slots.
 
@@ -292,5 +299,6 @@ def draw_tokens(logits: Tensor, temperatures: Tensor, seeds: Tensor) -> Tensor:
     where that is 0. temperatures: (R,) float32; seeds: (R,) long, from which the draw follows. Returns (R,) int32.
     """
     tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-    draw_kernel[(len(logits),)](logits, temperatures, seeds, tokens, logits.shape[1], TILE=2048)
+    tile = min(2048, triton.next_power_of_2(logits.shape[1]))
+    draw_kernel[(len(logits),)](logits, temperatures, seeds, tokens, logits.shape[1], TILE=tile)
     return tokens
