@@ -15,7 +15,7 @@ from common.kernels.products import enabled
 
 
 def on_triton(tensor: Tensor) -> bool:
-    """Whether what computes with this tensor is to be Triton's."""
+    """Whether Triton's kernels compute with this tensor."""
     if not enabled() or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     is_asked_for = os.environ.get("KERNELS") == "triton"

@@ -1,8 +1,8 @@
 """The GPU's kernels, in Triton: what a decoder layer computes beside its matrix products, and the sampler.
 
 They are lesson 4's optional exercises made fast. One attention kernel serves prompts, chunks and decoding requests in
-one launch, as vLLM's `triton_unified_attention` does; its products are in the dtype of the model; and what a launch
-needs to know of a request it reads on the GPU, so a launch can be captured in a CUDA graph.
+one launch, as vLLM's `triton_unified_attention` does, and its products are in the dtype of the model. What a launch must
+know of a request it reads on the GPU, so that it can be captured in a CUDA graph.
 
 T tokens, H query heads, K key/value heads, D the head size, R requests. A pool is (num_blocks, block_size, K, D).
 """
@@ -114,7 +114,7 @@ def rotate_and_store(
 ) -> Tensor:
     """Norm (if there is a weight) and rotate queries and keys; store keys and values in their slots.
 
-    qkv: (T, H + 2 K, D); cos, sin: (T, D / 2); weight: (H + K, D); slots: (T,), negative where nothing is to be stored.
+    qkv: (T, H + 2 K, D); cos, sin: (T, D / 2); weight: (H + K, D); slots: (T,), negative where nothing will be stored.
     keys, values: (..., K, D), contiguous. Returns the queries, (T, H, D).
     """
     num_tokens, heads, head_dim = qkv.shape

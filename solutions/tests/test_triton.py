@@ -95,14 +95,27 @@ def test_gpu_check_in_miniature_and_its_refusal(tmp_path):
         assert refused.returncode == 2 and "gpu-check needs an NVIDIA GPU" in refused.stdout + refused.stderr
 
 
-def test_gpu_check_says_what_is_wrong():
-    from common.bench.gpu import is_good
+@pytest.mark.slow
+def test_gpu_check_goes_on_after_a_step_that_fails():
+    from common.bench.gpu import run_step
 
-    good = {"failed_exercises": {"a": []}, "same_tokens": {"float32": True}, "collective": True}
-    assert is_good(good)
-    for part, wrong in (
-        ("failed_exercises", {"a": ["4.18 softmax_kernel: no"]}),
-        ("same_tokens", {"float32": False}),
-        ("collective", False),
+    assert "'nothing' is not one of 'graphs'" in run_step("nothing", True, 60)["error"]
+    assert "It was stopped after 0 seconds." in run_step("collective", True, 0.1)["error"]
+    assert "no time was left" in run_step("collective", True, -1)["error"]
+
+
+def test_gpu_check_says_what_is_wrong():
+    from common.bench.gpu import wrong_things
+
+    good = {
+        "a": {"failed": []},
+        "same": {"float32": True, "INT8": True},
+        "speed": {"1": {"tokens_per_s": 0, "ms": None}},
+    }
+    assert list(wrong_things(good, "all")) == []
+    for wrong, where in (
+        ({"a": {"failed": ["4.18 softmax_kernel: no"]}}, "all, a, failed"),
+        ({"same": {"float32": False}}, "all, same, float32"),
+        ({"speed": {"error": "CUDA error"}}, "all, speed, error"),
     ):
-        assert not is_good({**good, part: wrong})
+        assert list(wrong_things(good | wrong, "all")) == [where]
