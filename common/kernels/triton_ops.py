@@ -1,8 +1,8 @@
 """The GPU's kernels, in Triton: what a decoder layer computes beside its matrix products, and the sampler.
 
 They are lesson 4's optional exercises made fast. One attention kernel serves prompts, chunks and decoding requests in
-one launch, as vLLM's `triton_unified_attention` does, and its products are in the dtype of the model. What a launch must
-know of a request it reads on the GPU, so that it can be captured in a CUDA graph.
+one launch, as vLLM's `triton_unified_attention` does, and its products are in the dtype of the model. What a launch
+must know of a request it reads on the GPU, so that it can be captured in a CUDA graph.
 
 T tokens, H query heads, K key/value heads, D the head size, R requests. A pool is (num_blocks, block_size, K, D).
 """
