@@ -192,8 +192,10 @@ def random_prompts(streams: int, quick: bool, vocab_size: int) -> list[list[int]
 
 
 def measure_engine(shape: dict, device: str, quick: bool) -> dict[str, dict[str, float]]:
-    """Tokens a second of 1, 8 and 64 streams; the share of the roofline, of which the bound is that each step reads all
-    weights; and the milliseconds of a step, and of its layers alone."""
+    """Tokens a second of 1, 8 and 64 streams, the milliseconds of a step, and of its layers alone.
+
+    The roofline is what a step takes that reads all weights as fast as a copy moves bytes.
+    """
     with torch.device(device):
         model = Llama(parse_config(shape | (MINIATURE if quick else {}))).to(torch.float32 if quick else torch.bfloat16)
     use_kernels(model.eval())
