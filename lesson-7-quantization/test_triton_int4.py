@@ -66,9 +66,10 @@ class TestInt4Kernel:
     def check(self, code, num_tokens, num_outputs, num_inputs, group_size, what, extra=0, dtype=torch.float32):
         packed, scale, minimum, weights = matrix(num_outputs, num_inputs, group_size)
         wide = noise(num_tokens, num_inputs + extra, seed=3).to(dtype)
+        wide[:, num_inputs:] = torch.nan  # the row goes on, but it is no input
         out = within(torch.full((num_tokens, num_outputs), -7.0))
         code.int4_kernel[(triton.cdiv(num_tokens, 16), triton.cdiv(num_outputs, 16))](
-            within(wide), within(packed), within(scale), within(minimum), out,
+            within(wide, torch.nan), within(packed), within(scale, torch.nan), within(minimum, torch.nan), out,
             num_tokens, num_outputs, num_inputs, wide.stride(0), scale.shape[1],
             GROUP_SIZE=group_size, TOKENS=16, OUTPUTS=16, PAIRS=16,
         )  # fmt: skip
@@ -91,6 +92,10 @@ class TestInt4Kernel:
 
     def test_an_odd_number_of_inputs(self, code):
         self.check(code, 1, 17, 37, 32, "a token, 17 outputs, 37 inputs in groups of 32")
+
+    def test_nan_after_the_inputs(self, code):
+        self.check(code, 2, 3, 24, 8, "2 tokens, 3 outputs, 24 inputs in groups of 8; NaN follows them", extra=2)
+        self.check(code, 2, 3, 21, 8, "2 tokens, 3 outputs, 21 inputs in groups of 8; NaN follows them", extra=2)
 
     def test_16_bits(self, code):
         self.check(code, 2, 16, 48, 16, "2 tokens in float16, 16 outputs, 48 inputs", dtype=torch.float16)
