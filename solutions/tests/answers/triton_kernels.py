@@ -397,6 +397,12 @@ EQUIVALENT = [
         )
         for exercise in ("4.22", "4.25")
     ),
+    equivalent(
+        "4.25",
+        "tiles are read that no query of the program sees, and masked: that takes longer",
+        "context_len - num_new -> context_len + num_new",
+        "(tile + 1) * TILE -> (tile + 2) * TILE",
+    ),
     equivalent("4.23", "what the masked columns would be is not stored", "dims < HEAD_DIM -> dims <= HEAD_DIM"),
     equivalent(
         "4.23",
