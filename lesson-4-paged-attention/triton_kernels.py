@@ -138,9 +138,9 @@ def decode_kernel(
                                              [0..7] [8..15]        [16..23] [24..31]     [32..39] [  ...  ]
                                              a loop over tiles     another program       the mask ends at 40
 
-    q: (B, H, D), request b at q + b * q_stride; keys, values: pools whose slots are slot_stride apart, in which what is
-    not this sequence's may be NaN, and 0 times NaN is NaN; block_tables: (B, *), table_stride apart; context_lens:
-    (B,), the new token included. Stores a Partial of 4.11 for each query head
+    q: (B, H, D), request b at q + b * q_stride; keys, values: pools whose slots are slot_stride apart; block_tables:
+    (B, *), table_stride apart; context_lens: (B,), the new token included. Other sequences' slots may hold NaN, and 0
+    times NaN is NaN. Stores a Partial of 4.11 for each query head
     and split: maxima, totals (B, H, S) and weighted_sums (B, H, S, D). A split with no position is minus infinity, 0,
     0.
     """
