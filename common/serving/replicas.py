@@ -47,6 +47,7 @@ APPLICATION = "inference"
 ROUTER = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router:PrefixCacheAffinityRouter"
 """`ray.serve.llm` exports it, too, but that imports vLLM."""
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client")
+LONGEST_PREFIX = 20_000  # characters; the router looks at each of them
 OBJECT_STORE = 80 * 2**20  # bytes; nothing here is stored in it, and Ray's own choice is a third of the memory
 
 
@@ -124,9 +125,9 @@ def prefixes(scope: Scope, body: bytes) -> list[Prefix]:
         fields = json.loads(body)
         prompt = fields.get("messages") or fields.get("prompt")
         salt = scope["state"]["tenant"].salt(fields.get("cache_salt"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):  # the replica says what is wrong
         return []
-    return [Prefix(f"{salt} {json.dumps(prompt)}")] if prompt else []
+    return [Prefix(f"{salt} {json.dumps(prompt)}"[:LONGEST_PREFIX])] if prompt else []
 
 
 class Door:
