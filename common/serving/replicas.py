@@ -32,6 +32,7 @@ from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from common.serving.api import Gate, create_app
@@ -137,7 +138,10 @@ class Door:
         self.replicas = replicas.options(stream=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await Request(scope, receive).body()
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
+            return
         relay = asyncio.create_task(self.relay(scope, body, send))
         gone = asyncio.create_task(receive())  # the next message says that the client has left, or that all is sent
         await asyncio.wait([relay, gone], return_when=asyncio.FIRST_COMPLETED)
