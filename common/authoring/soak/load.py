@@ -192,10 +192,11 @@ def drive(
         ask = asks[number]
         for child, params in zip([output, *output.siblings], ask.params.children()):
             is_drawn = has_draft and params.temperature > 0
+            harmless = replace(params, logits_processors=())  # what was cut short has not come to its own fault
             if child.error is not None and params.logits_processors:
                 check_failed(child, params.logits_processors[0])
                 if not is_drawn:
-                    expected = oracle(ask.prompt, replace(params, logits_processors=()), child.token_ids).token_ids
+                    expected = oracle(ask.prompt, harmless, child.token_ids).token_ids
                     assert child.token_ids == expected[: len(child.token_ids)]
             elif is_drawn:
                 draft = runner.proposer.model if is_speculative else None  # with stages it is in another process
@@ -203,7 +204,8 @@ def drive(
                 report.places += places
                 report.counts["drawn"] += len(places)
             else:
-                compare(child, oracle(ask.prompt, params, child.token_ids), number in aborted)
+                asked = harmless if child.finish_reason == "abort" else params
+                compare(child, oracle(ask.prompt, asked, child.token_ids), number in aborted)
             assert 0 <= child.metrics.num_accepted_tokens <= child.metrics.num_draft_tokens
             report.num_outputs += 1
     # A rank among several has some heads or layers only.
