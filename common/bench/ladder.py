@@ -120,7 +120,7 @@ class Silent:
 def assembled(model: Llama, tokenizer: Tokenizer, **options) -> Engine:
     """What `InferenceEngine` assembles, around a model that is loaded already: several engines share it."""
     weight = model.model.norm.weight
-    config = EngineConfig(dtype=weight.dtype, device=str(weight.device), **options)
+    config = EngineConfig(**{"dtype": weight.dtype, "device": str(weight.device), **options})
     config = config.resolve(model.config, slot_bytes(config, model.config, None))
     runner = build_runner(config, model, range(model.config.num_hidden_layers))
     return Engine(LocalExecutor(runner), tokenizer, config)

@@ -25,7 +25,7 @@ LIMITS = {
     "lines of a module of common/": 500,
     "lines of common/": 21_200,
     "lines of a module of solutions/": 700,
-    "lines of solutions/": 5_700,
+    "lines of solutions/": 5_710,
     "lines of code of solutions/": 3_200,
     "percent of a lesson's code that students write": 15,
 }

@@ -181,13 +181,20 @@ class TestPack:
         pack(model)
         assert relative_error(logits(model, 5), expected) < 1e-5
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
     def test_other_dtypes_stay_exactly_as_they_are(self, dtype):
         model = tiny("qwen3", dtype)
         expected = logits(model, 2)
         pack(model)
         assert torch.equal(logits(model, 2), expected)
         assert {type(m) for m in model.model.layers[0].children()} == {RMSNorm, Attention, MLP}
+
+    def test_without_a_compiler_bfloat16_is_torchs(self, monkeypatch):
+        monkeypatch.setattr("common.kernels.build.compiled", lambda: None)
+        model = tiny("qwen3", torch.bfloat16)
+        expected = logits(model, 2)
+        pack(model)
+        assert torch.equal(logits(model, 2), expected) and expected.dtype == torch.bfloat16
 
     def test_without_the_private_operators_the_matrices_stay(self, monkeypatch):
         monkeypatch.setattr(torch.ops, "mkldnn", object())
