@@ -12,13 +12,18 @@ from common.watching.trace import KINDS, Replay, Trace, read_trace
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLORS = dict(zip(KINDS, (BLUE, ORANGE, GREEN, PURPLE)))
 OWNERS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
+CACHED, SHARED = "#E8EAED", "#000000"
 
 
-def draw_timeline(axes, trace: Trace, num_steps: int = 0) -> None:
-    """What each request computes in each step, coloured by kind; a triangle where it is preempted."""
+def draw_timeline(axes, trace: Trace, num_steps: int = 0, with_counts: bool = False) -> None:
+    """What each request computes in each step, coloured by kind; a triangle where it is preempted. with_counts: each
+    cell says how many tokens the request got.
+    """
     for x, step in enumerate(trace.steps):
         for entry in step.entries:
             axes.barh(entry.request, 1, left=x, color=COLORS[entry.kind])
+            if with_counts and entry.num_kept:
+                axes.text(x + 0.5, entry.request, entry.num_kept, ha="center", va="center")
         for victim, *_ in step.plan.get("preempt", ()):
             axes.plot(x + 0.5, victim, "v", color=VERMILION)
     used = {entry.kind for step in trace.steps for entry in step.entries}
@@ -30,7 +35,7 @@ def draw_timeline(axes, trace: Trace, num_steps: int = 0) -> None:
 
 
 def draw_pool(axes, trace: Trace) -> None:
-    """The newest holder of each block in each step; white is free."""
+    """The holder of each block in each step. White is free, grey is free and in the prefix cache, black is shared."""
     import numpy as np
     from matplotlib.colors import ListedColormap
 
@@ -40,9 +45,11 @@ def draw_pool(axes, trace: Trace) -> None:
         replay.apply(line)
         if "plan" in line:
             columns.append(np.full(num_blocks, np.nan))
+            columns[-1][sorted(replay.cached)] = len(OWNERS)
             for k, table in sorted(replay.tables.items()):
                 columns[-1][[block for block in table if block >= 0]] = k % len(OWNERS)
-    settings = dict(cmap=ListedColormap(OWNERS), vmin=0, vmax=len(OWNERS) - 1)
+            columns[-1][np.array(replay.counts) > 1] = len(OWNERS) + 1
+    settings = dict(cmap=ListedColormap([*OWNERS, CACHED, SHARED]), vmin=0, vmax=len(OWNERS) + 1)
     axes.imshow(np.stack(columns, 1), aspect="auto", interpolation="nearest", **settings)
     axes.set(xlabel="step", ylabel="block", title="one colour a request")
 
@@ -54,3 +61,15 @@ def draw_run(file: Path, size: tuple[float, float] = (10, 3)) -> Figure:
     draw_timeline(left, trace)
     draw_pool(right, trace)
     return figure
+
+
+def draw_ranks(axes, trace: Trace, first: int, last: int) -> None:
+    """When each rank computed the steps from `first` to `last`, which are numbered; two colours take turns."""
+    times = {rank: [each for each in own if first <= each[0] <= last] for rank, own in trace.lines[-1]["ranks"].items()}
+    begin = min(start for own in times.values() for _, start, _ in own)
+    for y, own in enumerate(times.values()):
+        for step, start, end in own:
+            axes.barh(y, 1e3 * (end - start), left=1e3 * (start - begin), color=(BLUE, ORANGE)[step % 2])
+            axes.text(5e2 * (start + end - 2 * begin), y, int(step), ha="center", va="center")
+    axes.set(xlabel="milliseconds", yticks=range(len(times)), yticklabels=[f"rank {rank}" for rank in times])
+    axes.invert_yaxis()

@@ -16,10 +16,13 @@ lines before is left out, and state is written as differences, so a decoding req
         "run"               what each scheduled request computes, in order: its number for one token, which follows the
                             computed ones; or [number, tokens, draft tokens, start], where the last two may be left out
         "drafts"            draft tokens that are verified, by request
-        "preempt"           [victim, the request that needs blocks, blocks that it lacks, free blocks]
+        "preempt"           [victim, the request that needs blocks, blocks that it lacks, free blocks, candidates]: the
+                            requests that may be the victim, in the policy's order: [number, what it sorts by, ...]
         "refused"           the waiting request for which there were too few blocks: [number, blocks that it needs]
         "swaps_out", "swaps_in", "copies"    [source, target, filled slots]
-        "served"            with the policy "fair": tokens computed and sampled for each tenant, before the step
+        "waiting"           the waiting line once the step is scheduled, in the policy's order, if it is another than
+                            before: [requests that stay at its front, those that stay at its end, others between ...]
+        "served"            with the policy "fair": tokens computed and sampled for each tenant, this step's included
         "t"                 seconds since the recording began: scheduling began, ended; submitting ended
     {"result": step, ...}   it is collected, and its requests are up to date
         "out"               in the order of "run": null, a sampled token, or several
@@ -84,13 +87,17 @@ class Recorder:
         self.scheduler, self.manager = engine.scheduler, engine.manager
         self.pool: Any = None
         self.undo, self.undo_pool = ExitStack(), ExitStack()
+        self.is_fair = engine.config.scheduling_policy == "fair"
         self.begin = time.perf_counter()
         self.rank_times: dict[int, list[list[float]]] = {}
         self.number: dict[str, int] = {}  # of each request, by id
         self.line: dict[str, Any] = {}  # what has happened since the last line
         self.scheduling = self.collecting = (0.0, 0.0)
         self.needy: tuple[Any, int] | None = None  # for which request blocks are sought, and its number of tokens
+        self.waited: list[Any] = []  # the requests that wait, and their numbers in the policy's order
+        self.queue: list[int] = []
         # What the lines so far say.
+        self.waiting: list[int] = []
         self.tables: dict[int, list[int]] = {}
         self.hosts: dict[int, list[int]] = {}
         self.blocks: dict[int, tuple] = {}
@@ -184,6 +191,10 @@ class Recorder:
         self.scheduling = start, self.now()
         if plan.is_empty:
             self.line.pop("refused", None)
+        waiting = self.scheduler.waiting
+        if waiting != self.waited or (waiting and self.is_fair):
+            self.waited = list(waiting)
+            self.queue = [self.number[each.request_id] for each in sorted(waiting, key=self.scheduler.rank)]
         return plan
 
     def make_room(self, original, request, num_tokens, plan) -> int:
@@ -194,7 +205,9 @@ class Recorder:
             self.needy = None
 
     def preempt(self, original, victim, plan) -> None:
-        """Notes for whom, the blocks that it lacks, copies of shared ones included, and the free ones."""
+        """Notes for whom, the blocks that it lacks, copies of shared ones included, the free ones, and who else could
+        have been the victim.
+        """
         if self.needy is None:  # a student's own reason
             return original(victim, plan)
         request, num_tokens = self.needy
@@ -204,7 +217,10 @@ class Recorder:
         num_missing = max(0, -(-(request.num_computed_tokens + num_tokens) // size) - len(table))
         lacks = num_missing + len(self.manager.shared_blocks(request)), self.manager.pool.num_free_blocks
         names = self.number[victim.request_id], self.number[request.request_id]
-        self.line.setdefault("preempt", []).append([*names, *lacks])
+        ranks = [(*self.scheduler.rank(each), self.number[each.request_id]) for each in self.scheduler.running
+                 if not each.in_flight]  # fmt: skip
+        candidates = [[number, *rank] for *rank, number in sorted(ranks)]
+        self.line.setdefault("preempt", []).append([*names, *lacks, candidates])
         original(victim, plan)
 
     def can_allocate(self, original, request) -> bool:
@@ -240,8 +256,10 @@ class Recorder:
                 drafts[k] = scheduled.token_ids[num_tokens - num_spec :]
                 self.learn(drafts[k], line)
         moves = {name: getattr(plan, name) for name in ("swaps_out", "swaps_in", "copies")}
-        served = self.scheduler.served if self.engine.config.scheduling_policy == "fair" else None
+        served = self.scheduler.served if self.is_fair else None
         line |= {name: found for name, found in {"drafts": drafts, "served": served, **moves}.items() if found}
+        if self.queue != self.waiting:
+            line["waiting"], self.waiting = spliced(self.waiting, self.queue), self.queue
         self.changes(line)
         return line
 
@@ -374,6 +392,13 @@ def since(before: list[int], after: list[int]) -> list[int]:
     """A block table as the number of blocks that stay, then the others."""
     num_same = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
     return [num_same, *after[num_same:]]
+
+
+def spliced(before: list[int], after: list[int]) -> list[int]:
+    """A line as the number of entries that stay at its front, the number of those at its end, then the others."""
+    num_front, *_ = since(before, after)
+    num_end, *_ = since(before[num_front:][::-1], after[num_front:][::-1])
+    return [num_front, num_end, *after[num_front : len(after) - num_end]]
 
 
 def short(digest: bytes | None) -> str | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Step:
     num_running: int = 0
     num_waiting: int = 0
     lost: int = 0  # blocks that are not free, although no block table contains them
+    miscounted: int = 0  # blocks whose reference count is not the number of block tables that contain them
 
     @property
     def num_tokens(self) -> int:
@@ -88,8 +90,10 @@ class Replay:
         self.computed: dict[int, int] = {}  # tokens, of each request that has not ended
         self.highest: dict[int, int] = {}  # the most that it ever had
         self.running: set[int] = set()
+        self.waiting: list[int] = []  # the waiting line, in the policy's order
         self.tables: dict[int, list[int]] = {}
         self.counts = [0] * num_blocks  # the reference count of each block
+        self.cached: set[int] = set()  # blocks with a hash, by which they are found
         self.steps: dict[int, Step] = {}  # by number
 
     def apply(self, line: dict[str, Any]) -> None:
@@ -109,7 +113,7 @@ class Replay:
             prompt = request["prompt"] if request["parent"] is None else self.requests[request["parent"]]["prompt"]
             self.requests.append({**request, "prompt": prompt, "cached": None})
         if line.get("reset"):
-            self.running, self.tables, self.counts = set(), {}, [0] * len(self.counts)
+            self.running, self.cached, self.tables, self.counts = set(), set(), {}, [0] * len(self.counts)
             self.computed = dict.fromkeys(self.computed, 0)
 
     def schedule(self, line: dict[str, Any]) -> list[Entry]:
@@ -139,10 +143,16 @@ class Replay:
 
     def update(self, line: dict[str, Any]) -> None:
         """The differences that any line may bring."""
+        if "waiting" in line:
+            num_front, num_end, *between = line["waiting"]
+            end = self.waiting[len(self.waiting) - num_end :]
+            self.waiting = [*self.waiting[:num_front], *between, *end]
         for k, (num_same, *new) in line.get("tables", {}).items():
             self.tables[int(k)] = self.tables.get(int(k), [])[:num_same] + new
-        for block, count, *_ in line.get("blocks", ()):
+        for block, count, *hashes in line.get("blocks", ()):
             self.counts[block] = count
+            if hashes:
+                (self.cached.add if hashes[0] else self.cached.discard)(block)
         self.computed |= {int(k): count for k, count in line.get("computed", {}).items()}
         for k in line.get("ends", {}):
             self.running.discard(int(k))
@@ -153,8 +163,9 @@ class Replay:
         step.num_running = len(self.running)
         step.num_waiting = len(self.computed) - len(self.running)
         step.num_stored = sum(self.computed[k] for k in self.running)
-        held = {block for table in self.tables.values() for block in table} - {-1}
-        step.lost = sum(count > 0 for count in self.counts) - len(held)
+        holders = Counter(block for table in self.tables.values() for block in table)
+        step.lost = sum(count > 0 and not holders[block] for block, count in enumerate(self.counts))
+        step.miscounted = sum(count != holders[block] for block, count in enumerate(self.counts))
 
 
 def totals(trace: Trace) -> EngineMetrics:

@@ -56,6 +56,7 @@ def test_a_shared_block_that_is_never_freed_is_seen(tmp_path):
     trace = read_trace(file)
     assert [step.plan["call"] for step in trace.steps] == [call[0] for call in mine.calls]
     assert trace.steps[-1].num_free == mine.manager.pool.num_free_blocks and trace.lines[-1]["failure"] == sentence
+    assert trace.steps[-1].miscounted == 1 and trace.steps[-1].lost == 0
 
 
 def test_an_endless_loop_is_stopped_and_seen(tmp_path, monkeypatch):

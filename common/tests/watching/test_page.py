@@ -89,6 +89,7 @@ def test_the_page_s_numbers_are_the_engine_s(open_page, swapping) -> None:
     assert early == {name: pytest.approx(getattr(totals(trace), name), rel=1e-4) for name in early}
     page.keyboard.press("End")
     expect(page.locator("#where")).to_have_text(f"step {metrics.num_steps} of {metrics.num_steps}")
+    settle(page)
     shown = dict(zip(page.locator("#totals dt").all_text_contents(), page.locator("#totals dd").all_text_contents()))
     assert shown["tokens out"] == str(metrics.num_output_tokens) and shown["finished"] == "35"
     assert shown["prefix hits"] == f"{metrics.hit_rate:.0%}".replace("%", " %")
@@ -213,6 +214,68 @@ def test_a_failed_check_is_replayed_call_by_call(open_page, tmp_path) -> None:
     expect(page.locator("#lanes")).to_be_hidden()
 
 
+def test_a_step_says_who_waits_who_could_be_preempted_and_who_comes_back(open_page, swapping) -> None:
+    page = open_page(swapping[1])
+    page.keyboard.press("p")
+    settle(page)
+    number, *_, candidates = page.evaluate("page.run.steps[page.index].plan.preempt[0]")
+    victim = page.evaluate(f"page.run.requests[{number}].id")
+    events = page.locator("#events")
+    expect(events).to_contain_text(
+        "Of those not yet in the step, in the order of the policy fcfs, the last one is taken:"
+    )
+    expect(events).to_contain_text(f"{victim} (arrival ")
+    assert len(candidates) > 1
+    expect(page.locator("#waiting")).to_contain_text(f"{victim} (on the host)")
+    for admitted, words in (("host", "come back from the host"), ("again", "were found in the prefix cache")):
+        find = "(how) => page.run.steps.findIndex((step) => step.entries.some(({ admitted }) => admitted === how))"
+        index = page.evaluate(find, admitted)
+        if index >= 0:
+            page.evaluate(f"page.go({index})")
+            settle(page)
+            expect(events).to_contain_text("is admitted again: ")
+            expect(events).to_contain_text(words)
+            expect(page.locator("#entries")).to_contain_text("admitted again: ")
+    assert page.evaluate("page.run.miscounted") is None
+
+
+def test_a_longer_run_beside_this_one_is_counted_in_the_title(open_page, swapping, tmp_path) -> None:
+    lines = swapping[1].read_text(encoding="utf-8").splitlines()
+    part = tmp_path / "part.jsonl"
+    part.write_text("\n".join(lines[:21]), encoding="utf-8")
+    page = open_page(part, swapping[1])
+    own, other = page.evaluate("[page.run.steps.length, page.other.steps.length]")
+    expect(page.locator("#title")).to_contain_text(f"{own} steps; the other run has {other}")
+    page.keyboard.press("End")
+    expect(page.locator("#where")).to_have_text(f"step {other} of {other}: this run has ended")
+
+
+def test_a_reference_count_that_is_too_high_is_marked(open_page, tmp_path) -> None:
+    def forget(engine) -> None:
+        free_blocks, skipped = engine.manager.pool.free_blocks, []
+
+        def forgetting(blocks) -> None:
+            blocks = list(blocks)
+            if not skipped and any(block.ref_cnt > 1 for block in blocks):
+                skipped.append(next(block for block in blocks if block.ref_cnt > 1))
+                blocks.remove(skipped[0])
+            free_blocks(blocks)
+
+        engine.manager.pool.free_blocks = forgetting
+
+    file = tmp_path / "run.jsonl"
+    record(file, forget, num_blocks=60)
+    page = open_page(file)
+    expect(page.locator("#about")).to_contain_text("the reference count of a block is not the number of block tables")
+    page.locator("#about button").click()
+    settle(page)
+    expect(page.locator("#pool-words")).to_contain_text("Miscounted, in more or fewer block tables than")
+    block = page.evaluate("page.pool.kinds.findIndex((kind) => kind === 5)")
+    page.evaluate(f"page.pool.block = {block}; page.show()")
+    settle(page)
+    expect(page.locator("#block")).to_contain_text(f"Block {block}: miscounted: ")
+
+
 def test_two_equal_runs_do_not_part(open_page, swapping) -> None:
     page = open_page(swapping[1], swapping[1])
     expect(page.locator("#partings")).to_contain_text("the same in every step")
@@ -265,7 +328,7 @@ def test_the_difference_shows_a_planted_mistake(open_page, tmp_path, spoil) -> N
     elif spoil is leak:
         assert first["aspect"] == "blocks"
         page.keyboard.press("ArrowRight")
-        expect(page.locator("#pool-words")).to_contain_text("1 block lost: not free, and in no block table.")
+        expect(page.locator("#pool-words")).to_contain_text("1 block lost: not free, and in no block table: ")
     else:
         assert any("preempted for" in each for each in first["here"])
         victims = [[each for each in side if "preempted for" in each] for side in (first["here"], first["there"])]

@@ -11,15 +11,15 @@ async function unpack(id) {
 
 class Page {
   constructor(run, other) {
-    Object.assign(this, { run, other, index: 0, chosen: 0, showAll: false, timer: null, pending: false, texted: -Infinity });
+    Object.assign(this, { run, other, index: 0, chosen: 0, showAll: false, timer: null, pending: false, rendered: -Infinity, turn: 0 });
     this.length = Math.max(run.steps.length, other?.steps.length ?? 0);
     this.partings = other ? partings(run, other) : [];
     this.pool = new Pool(run, element("grid"));
     this.lanes = new Lanes(run, element("time"));
     this.timelines = [run, other].filter(Boolean).map((each, i) => {
-      const canvas = make("canvas", { tabIndex: -1 });
-      element("charts").append(...(other ? [make("h3", { textContent: i ? "the other run" : "this run" })] : []), canvas);
-      return new Timeline(each, canvas);
+      const box = make("div", { className: "chart" });
+      element("charts").append(...(other ? [make("h3", { textContent: i ? "the other run" : "this run" })] : []), box);
+      return new Timeline(each, box);
     });
     this.head();
     this.listen();
@@ -28,15 +28,21 @@ class Page {
 
   head() {
     const { config, model, files } = this.run;
-    document.title = element("title").textContent = `${model}: ${plural(this.run.requests.length, "request")}, ${plural(this.run.steps.length, this.run.word)}`;
+    const { run, other } = this, isLonger = other && other.steps.length !== run.steps.length;
+    document.title = element("title").textContent = `${model}: ${plural(run.requests.length, "request")}, ${plural(run.steps.length, run.word)}`
+      + (isLonger ? `; the other run has ${other.steps.length}` : "");
     const parts = [`${plural(config.num_blocks, "block")} of ${plural(config.block_size, "token")}`], budget = config.max_num_batched_tokens;
     if (config.scheduling_policy) parts.unshift(`policy ${config.scheduling_policy}`, `preemption by ${config.preemption}`, `${budget} tokens a step`);
     if (config.speculative) parts.push(`draft tokens: ${config.speculative}`);
     element("about").textContent = `${parts.join(", ")}. ${files}`;
+    if (run.miscounted !== null && !run.isCalls) {
+      const go = make("button", { textContent: `step ${run.miscounted + 1}`, onclick: () => this.go(run.miscounted) });
+      element("about").append(" From ", go, make("b", { textContent: " on, the reference count of a block is not the number of block tables that contain it." }));
+    }
     if (this.run.failure) element("about").append(make("b", { textContent: ` The check says: ${this.run.failure}` }));
     document.body.classList.toggle("calls", this.run.isCalls);
     element("step").max = Math.max(0, this.length - 1);
-    for (const id of ["texts", "lanes", "preemption", "totals", "budget", "budget-words"]) element(id).hidden = this.run.isCalls;
+    for (const id of ["texts", "lanes", "preemption", "totals", "budget", "budget-words", "waiting"]) element(id).hidden = this.run.isCalls;
     element("timeline").hidden = budget === null;
     element("stepping-title").textContent = `The ${this.run.word}`;
     if (!this.other) return;
@@ -58,10 +64,11 @@ class Page {
 
   repaint() {
     readColours();
+    this.pool.shown = [];
     legend(element("legend"), Object.entries(MEANING).map(([name, text]) => [colours[name], LETTERS[name] ?? "", text]));
     legend(element("pool-legend"), [
       [colours.paper, "", "free"], [colours.cached, "·", "free, cached"], [colours.held, "", "held, by the request of this number"],
-      [colours.shared, "", "shared"], [colours.bad, "!", "lost: not free, and in no block table"], [colours.paper, "", "of the chosen request"],
+      [colours.shared, "", "shared"], [colours.bad, "!", "lost: not free, and in no block table"], [colours.bad, "≠", "in more or fewer block tables than it counts"], [colours.paper, "", "of the chosen request"],
     ]);
     element("pool-legend").lastChild.firstChild.style.borderColor = colours.choice;
     for (const timeline of this.timelines) timeline.paint();
@@ -93,32 +100,48 @@ class Page {
     if (!run.steps.length) return;
     const step = run.steps[Math.min(index, run.steps.length - 1)], state = run.state(step.index);
     element("step").value = index;
-    element("step").ariaValueText = element("where").textContent = `${run.word} ${index + 1} of ${this.length}`;
-    this.drawTotals(step.index);
+    const isOver = index >= run.steps.length;
+    element("step").ariaValueText = element("where").textContent = `${run.word} ${index + 1} of ${this.length}${isOver ? ": this run has ended" : ""}`;
     const zoom = +element("zoom").value, count = zoom ? Math.min(zoom, this.length) : this.length;
     const first = Math.max(0, Math.min(this.length - count, index - (count >> 1)));
-    for (const timeline of this.timelines) {
-      timeline.draw(index, chosen, first, count, this.partings.length ? this.partings[0].index : null);
-      timeline.canvas.ariaLabel = `Timeline of ${plural(timeline.run.requests.length, "request")} over ${plural(timeline.run.steps.length, "step")}; in words below.`;
-    }
+    const mark = this.partings.length ? this.partings[0].index : null;
+    for (const timeline of this.timelines) timeline.draw(index, chosen, first, count, mark);
     this.pool.draw(state, chosen);
     this.lanes.draw(step);
     drawBudget(run, step);
-    // While one scrubs, pictures follow at once, and texts ten times a second.
-    const wait = this.texted + 100 - performance.now();
+    // While one scrubs, a frame has time for all pictures and for one of the texts; the others have their turn in the next.
+    const now = performance.now(), isScrubbing = now - this.rendered < 100, texts = this.texts();
+    this.rendered = now;
     clearTimeout(this.textTimer);
-    if (wait <= 0) this.renderTexts();
-    else this.textTimer = setTimeout(() => this.renderTexts(), wait);
+    if (!isScrubbing) return texts.forEach((write) => write());
+    texts[this.turn++ % texts.length]();
+    this.textTimer = setTimeout(() => this.texts().forEach((write) => write()), 100);
   }
 
-  renderTexts() {
+  // What writes each of the texts of this step.
+  texts() {
     const { run, index, chosen } = this, step = run.steps[Math.min(index, run.steps.length - 1)], state = run.state(step.index);
-    this.texted = performance.now();
-    drawStep(run, step, chosen, this.choose, this.showAll);
-    this.pool.describe(state);
-    drawText(run, step, chosen, this.choose);
-    this.inWords("timeline", "timeline-words", () => [`${run.requests[chosen].id}, which is chosen:`, ...run.history(chosen).map(([name, from, to]) => `steps ${from + 1} to ${to + 1}: ${MEANING[name]}`)]);
-    this.inWords("pool", "tables", () => tablesInWords(run, state));
+    const history = () => [`${run.requests[chosen].id}, which is chosen:`, ...run.history(chosen).map(([name, from, to]) => `steps ${from + 1} to ${to + 1}: ${MEANING[name]}`)];
+    return [
+      () => {
+        this.drawTotals(step.index);
+        budgetInWords(run, step);
+        this.lanes.describe();
+      },
+      () => {
+        drawStep(run, step, chosen, this.choose, this.showAll);
+        element("waiting").textContent = waitingInWords(run, state, step);
+      },
+      () => {
+        this.pool.summary(state);
+        this.pool.describe(state);
+        this.inWords("pool", "tables", () => tablesInWords(run, state));
+      },
+      () => {
+        drawText(run, step, chosen, this.choose);
+        this.inWords("timeline", "timeline-words", history);
+      },
+    ];
   }
 
   // The words are written only where they are open.

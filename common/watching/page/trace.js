@@ -3,7 +3,7 @@
 
 const STATES = ["", "waiting", "idle", "prefill", "recompute", "decode", "verify", "preempted", "swapped"];
 const STATE = Object.fromEntries(STATES.map((name, number) => [name, number]));
-const BLOCKS = ["free", "cached", "held", "shared", "lost"];
+const BLOCKS = ["free", "cached", "held", "shared", "lost", "miscounted"];
 const KEYFRAME = 64; // lines from one full copy of the state to the next
 
 // What the lines so far say of the engine. Tables are replaced and never changed, so a copy may share them.
@@ -16,6 +16,7 @@ class State {
     this.place = new Int32Array(numBlocks);
     this.before = new Int32Array(numBlocks).fill(-1); // and the block before it there
     this.fresh = []; // blocks whose content was replaced in the newest plan
+    this.waiting = []; // the waiting line, in the policy's order
     this.tables = new Map();
     this.hosts = new Map();
     this.computed = new Map(); // of the requests that have not ended
@@ -45,6 +46,10 @@ class State {
     }
     for (const { k, spec, sampled } of line.entries ?? []) {
       if (sampled.length) this.computed.set(k, this.computed.get(k) - (spec + 1 - sampled.length));
+    }
+    if (line.waiting) {
+      const [front, end, ...between] = line.waiting;
+      this.waiting = [...this.waiting.slice(0, front), ...between, ...this.waiting.slice(this.waiting.length - end)];
     }
     for (const [k, [same, ...blocks]] of Object.entries(line.tables ?? {})) {
       const before = this.tables.get(+k) ?? [];
@@ -81,13 +86,15 @@ class State {
     return found;
   }
 
-  // What each block is, as a place in BLOCKS. Lost is one that is not free, although no table contains it.
+  // What each block is, as a place in BLOCKS. Lost is one that is not free, although no table contains it; miscounted one
+  // whose reference count is otherwise not the number of tables that contain it.
   kinds() {
-    const held = new Uint8Array(this.counts.length), found = new Uint8Array(this.counts.length);
-    for (const table of this.tables.values()) for (const block of table) held[block] = 1;
+    const { counts, hashes } = this, holders = new Int32Array(counts.length), found = new Uint8Array(counts.length);
+    for (const table of this.tables.values()) for (const block of table) holders[block] += 1;
     for (let block = 0; block < found.length; block++) {
-      const count = this.counts[block];
-      found[block] = count === 0 ? +(this.hashes[block] !== null) : !held[block] ? 4 : count === 1 ? 2 : 3;
+      const count = counts[block];
+      if (count !== holders[block]) found[block] = holders[block] ? 5 : 4;
+      else found[block] = count > 1 ? 3 : count === 1 ? 2 : +(hashes[block] !== null);
     }
     return found;
   }
@@ -98,7 +105,7 @@ class Run {
     this.lines = text.trim().split("\n").map((line) => JSON.parse(line));
     const [head] = this.lines;
     Object.assign(this, { config: head.config, model: head.model, files: head.files });
-    Object.assign(this, { requests: [], steps: [], vocab: {}, keyframes: [], atStep: new Map() });
+    Object.assign(this, { requests: [], steps: [], vocab: {}, keyframes: [], atStep: new Map(), miscounted: null });
     const last = this.lines.at(-1);
     Object.assign(this, { metrics: last.metrics, ranks: last.ranks ?? {}, failure: last.failure });
     const state = new State(this.config.num_blocks), running = new Set(), highest = [];
@@ -109,6 +116,9 @@ class Run {
       if (line.plan !== undefined) this.plan(line, number, state, running, highest);
       if (line.result !== undefined) this.collect(line);
       state.apply(line);
+      if (line.plan !== undefined && this.miscounted === null && state.kinds().some((kind) => kind > 3)) {
+        this.miscounted = this.steps.length - 1; // the first step after which a reference count is wrong
+      }
       for (const [k, reason] of Object.entries(line.ends ?? {})) {
         running.delete(+k);
         Object.assign(this.requests[k], { reason, ended: line.result === undefined ? this.steps.length : this.atStep.get(line.result).index });
@@ -153,8 +163,10 @@ class Run {
       const kind = start < highest[k] ? "recompute" : spec ? "verify" : start + n <= request.prompt.length ? "prefill" : "decode";
       const lacks = request.prompt.length + request.tokens.length + spec - start;
       highest[k] = Math.max(highest[k], start + n - spec);
+      // Whether it waited until now: for the first time, or since it was preempted.
+      const admitted = running.has(k) ? null : !request.preempted.length ? "first" : state.hosts.has(k) ? "host" : "again";
       running.add(k);
-      return { k, start, n, spec, kind, lacks, drafts: line.drafts?.[k] ?? [], sampled: [], kept: 0 };
+      return { k, start, n, spec, kind, lacks, admitted, drafts: line.drafts?.[k] ?? [], sampled: [], kept: 0 };
     });
     const swapped = new Set([...state.hosts.keys(), ...Object.keys(line.host ?? {}).map(Number)]);
     const step = { index, number: line.plan, plan: line, line: number, entries: line.run, result: null, busy: new Set(running), swapped };
@@ -295,15 +307,54 @@ class Run {
 
 // Why a request got as many tokens as it did.
 function why(run, entry) {
-  const { kind, n, spec, lacks } = entry;
+  return (entry.admitted === "first" || !entry.admitted ? "" : "admitted again: ") + whyTokens(run, entry);
+}
+
+function whyTokens(run, entry) {
+  const { k, kind, n, spec, start, lacks, admitted } = entry, { parent } = run.requests[k];
   if (n < lacks) {
     const limit = run.config.long_prefill_token_threshold;
     return n === limit ? `a chunk: at most ${limit} of one request; ${lacks - n} tokens are left`
       : `what the budget had left; ${lacks - n} tokens are left`;
   }
-  if (kind === "prefill") return entry.start === 0 ? "its whole prompt" : "the rest of its prompt";
+  if (kind === "prefill" && start === 0) return "its whole prompt";
+  if (kind === "prefill" && admitted === "first") {
+    return parent === null ? `the rest of its prompt; ${start} tokens were in the prefix cache`
+      : `the last token of its prompt; it shares blocks with ${run.requests[parent].id}`;
+  }
+  if (kind === "prefill") return "the rest of its prompt";
   if (kind === "recompute") return "again, after its preemption";
   return kind === "verify" ? `its newest token and ${spec} draft token${spec === 1 ? "" : "s"}` : "its newest token";
+}
+
+// Which requests could have been preempted, and by which rule one was: the last of the policy's order.
+const SORTED_BY = { fcfs: ["arrival"], priority: ["priority", "arrival"], fair: ["served to its tenant", "arrival"] };
+function whichVictim(run, [victim, , , , candidates = []]) {
+  const { scheduling_policy: policy } = run.config, names = SORTED_BY[policy] ?? [];
+  const told = ([k, ...rank]) => {
+    const sample = rank.at(-1), known = rank.length === names.length + 1;
+    const parts = known ? [...names.map((name, i) => `${name} ${rank[i]}`), ...(sample ? [`sample ${sample}`] : [])] : rank;
+    return `${run.requests[k].id} (${parts.join(", ")})`;
+  };
+  if (!candidates.length) return "";
+  if (candidates.length < 2) return "No other request could be preempted: all that ran besides were in the step already.";
+  const last = candidates.at(-1)[0], most = 6, shown = candidates.slice(-most).map(told).join(", ");
+  const rule = victim === last ? "the last one is taken" : `the last one, ${run.requests[last].id}, should be taken`;
+  return `Of those not yet in the step, in the order of the policy ${policy}, ${rule}: ${candidates.length > most ? "…, " : ""}${shown}.`;
+}
+
+// The waiting line once a step is scheduled; the first in line is the next to be admitted.
+function waitingInWords(run, state, step, most = 12) {
+  const { scheduling_policy: policy } = run.config;
+  const told = (k) => {
+    const { id, preempted, parent, priority, tenant } = run.requests[k];
+    const facts = [state.hosts.has(k) ? "on the host" : preempted.some((each) => each <= step.index) ? "preempted" : parent === null ? "new" : `sample of ${run.requests[parent].id}`];
+    if (policy === "priority") facts.push(`priority ${priority}`);
+    if (policy === "fair") facts.push(`tenant ${tenant}`);
+    return `${id} (${facts.join(", ")})`;
+  };
+  const { waiting } = state, more = waiting.length > most ? `, and ${waiting.length - most} more` : "";
+  return waiting.length ? `Waiting after this step, in the order of the policy ${policy}: ${waiting.slice(0, most).map(told).join(", ")}${more}.` : "";
 }
 
 // Why no more waiting requests were admitted.

@@ -22,6 +22,10 @@ function fill(node, rows) {
   node.replaceChildren(...rows.map((row) => (typeof row === "string" ? make("li", { textContent: row }) : row)));
 }
 
+function put(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
 let colours = {}, packed = {}; // by name: as a style sheet has them, and as a pixel
 function readColours() {
   const style = getComputedStyle(document.documentElement);
@@ -35,17 +39,30 @@ function readColours() {
   }));
 }
 
-// A canvas in CSS pixels, sharp on any screen.
+// A canvas in CSS pixels, sharp on any screen; and whether it has another size than before, which has cleared it. Its
+// width is read when it changes, since reading it lays the page out anew.
+const widths = new ResizeObserver((entries) => {
+  for (const { target, contentRect } of entries) {
+    if (target.room !== contentRect.width) window.page?.show();
+    target.room = contentRect.width;
+  }
+});
+function room(canvas) {
+  if (canvas.room === undefined) widths.observe(canvas);
+  return (canvas.room ??= canvas.clientWidth);
+}
+
 function surface(canvas, height) {
-  const width = canvas.clientWidth, ratio = window.devicePixelRatio || 1;
-  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+  const width = room(canvas), ratio = window.devicePixelRatio || 1;
+  const isNew = canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio);
+  if (isNew) {
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
     canvas.style.height = `${height}px`;
   }
   const pen = canvas.getContext("2d", { alpha: false });
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-  return [pen, width];
+  return [pen, width, isNew];
 }
 
 function legend(node, kinds) {
@@ -61,12 +78,16 @@ function legend(node, kinds) {
 // ---------------------------------------------------------------------------------------------------------------
 
 class Timeline {
-  constructor(run, canvas) {
-    Object.assign(this, { run, canvas });
+  constructor(run, box) {
     const rows = run.requests.length;
+    this.canvas = make("canvas", { tabIndex: -1, ariaLabel: `Timeline of ${plural(rows, "request")} over ${plural(run.steps.length, "step")}; in words below.` });
+    this.canvas.setAttribute("role", "img");
+    // What moves lies over the picture, which stays as it is while one scrubs.
+    [this.choice, this.mark, this.cursor] = ["choice", "mark", "cursor"].map((className) => make("i", { className }));
+    box.append(this.canvas, this.choice, this.mark, this.cursor);
     this.rowHeight = Math.max(1.5, Math.min(16, 320 / rows));
     this.height = Math.max(40, Math.ceil(rows * this.rowHeight));
-    this.canvas.setAttribute("role", "img");
+    Object.assign(this, { run, drawn: "" });
   }
 
   // The whole run as a picture with one pixel for each step and request, painted once.
@@ -77,13 +98,30 @@ class Timeline {
     const table = ["paper", ...STATES.slice(1)].map((name) => packed[name]);
     new Uint32Array(image.data.buffer).set(run.cells.length ? Uint32Array.from(run.cells, (cell) => table[cell]) : []);
     pen.putImageData(image, 0, 0);
+    this.drawn = "";
   }
 
   // first, count: the steps that are shown.
   draw(index, chosen, first, count, mark) {
-    const [pen, width] = surface(this.canvas, this.height), { run, rowHeight, height } = this;
+    const { run, rowHeight, height } = this, width = room(this.canvas), cell = width / count;
     Object.assign(this, { first, count, width });
-    const cell = width / count, rows = run.requests.length;
+    const wanted = `${first} ${count} ${width} ${window.devicePixelRatio}`;
+    if (this.drawn !== wanted) this.drawSteps(first, count, cell);
+    this.drawn = wanted;
+    const lay = (node, x, y, wide, high) => {
+      node.style.transform = `translate(${x}px, ${y}px)`;
+      node.style.width = `${wide}px`;
+      node.style.height = `${high}px`;
+    };
+    lay(this.choice, 0, chosen * rowHeight, width, Math.max(3, rowHeight));
+    lay(this.cursor, (index - first) * cell, 0, Math.max(2, cell), height);
+    this.mark.hidden = mark === null || mark < first || mark > first + count;
+    if (!this.mark.hidden) lay(this.mark, (mark - first) * cell - 1, 0, 2, height);
+    this.choice.hidden = chosen >= run.requests.length;
+  }
+
+  drawSteps(first, count, cell) {
+    const [pen, width] = surface(this.canvas, this.height), { run, rowHeight, height } = this, rows = run.requests.length;
     pen.fillStyle = colours.paper;
     pen.fillRect(0, 0, width, height);
     pen.imageSmoothingEnabled = false;
@@ -93,32 +131,17 @@ class Timeline {
       pen.fillStyle = colours.paper;
       for (let k = 1; k < rows; k++) pen.fillRect(0, k * rowHeight - 0.5, width, 1);
     }
-    if (cell >= 12 && rowHeight >= 11) {
-      pen.fillStyle = colours.paper;
-      pen.font = `bold ${Math.min(11, rowHeight - 2)}px ui-monospace, monospace`;
-      pen.textAlign = "center";
-      pen.textBaseline = "middle";
-      for (let k = 0; k < rows; k++) {
-        for (let i = 0; i < shown; i++) {
-          const letter = LETTERS[run.cell(k, first + i)];
-          if (letter) pen.fillText(letter, (i + 0.5) * cell, (k + 0.5) * rowHeight + 0.5);
-        }
+    if (cell < 12 || rowHeight < 11) return;
+    pen.fillStyle = colours.paper;
+    pen.font = `bold ${Math.min(11, rowHeight - 2)}px ui-monospace, monospace`;
+    pen.textAlign = "center";
+    pen.textBaseline = "middle";
+    for (let k = 0; k < rows; k++) {
+      for (let i = 0; i < shown; i++) {
+        const letter = LETTERS[run.cell(k, first + i)];
+        if (letter) pen.fillText(letter, (i + 0.5) * cell, (k + 0.5) * rowHeight + 0.5);
       }
     }
-    if (chosen >= 0) {
-      pen.strokeStyle = colours.choice;
-      pen.lineWidth = 2;
-      pen.strokeRect(1, chosen * rowHeight, width - 2, Math.max(2, rowHeight));
-    }
-    if (mark !== null) {
-      pen.fillStyle = colours.bad;
-      for (let y = 0; y < height; y += 8) pen.fillRect((mark - first) * cell - 1, y, 2, 5);
-    }
-    pen.fillStyle = colours.ink;
-    pen.globalAlpha = 0.85;
-    pen.fillRect((index - first) * cell, 0, Math.max(1.5, Math.min(cell, 2)), height);
-    if (cell > 4) pen.fillRect((index - first + 1) * cell - 1.5, 0, 1.5, height);
-    pen.globalAlpha = 1;
   }
 
   at(event) {
@@ -132,17 +155,25 @@ class Timeline {
 // The step
 // ---------------------------------------------------------------------------------------------------------------
 
-function drawBudget(run, step) {
-  const budget = run.config.max_num_batched_tokens, entries = step.entries;
-  const used = entries.reduce((sum, { n }) => sum + n, 0);
+function budgetOf(run, step) {
   const sums = {};
-  for (const { kind, n } of entries) sums[kind] = (sums[kind] ?? 0) + n;
-  element("budget").replaceChildren(...Object.entries(sums).map(([kind, n]) => {
-    const bar = make("i", { title: `${MEANING[kind]}: ${n}` });
-    bar.style.cssText = `width:${(100 * n) / budget}%;background:var(--${kind})`;
-    return bar;
-  }));
-  const parts = Object.entries(sums).map(([kind, n]) => `${n} ${MEANING[kind]}`);
+  for (const { kind, n } of step.entries) sums[kind] = (sums[kind] ?? 0) + n;
+  return [Object.entries(sums), step.entries.reduce((sum, { n }) => sum + n, 0), run.config.max_num_batched_tokens];
+}
+
+function drawBudget(run, step) {
+  const [sums, , budget] = budgetOf(run, step), box = element("budget");
+  while (box.children.length < sums.length) box.append(make("i"));
+  [...box.children].forEach((bar, i) => {
+    const [kind, n] = sums[i] ?? ["waiting", 0];
+    bar.hidden = n === 0;
+    bar.style.width = `${(100 * n) / budget}%`;
+    bar.style.background = colours[kind];
+  });
+}
+
+function budgetInWords(run, step) {
+  const [sums, used, budget] = budgetOf(run, step), parts = sums.map(([kind, n]) => `${n} ${MEANING[kind]}`);
   const words = `${used} of ${budget} tokens of the budget${parts.length ? `: ${parts.join(", ")}` : ""}. ${step.numBusy} run, ${step.waiting ?? 0} wait.`;
   element("budget").ariaLabel = words;
   element("budget-words").textContent = step.waiting ? `${words} ${whyWaiting(run, step)}` : words;
@@ -154,39 +185,50 @@ function drawStep(run, step, chosen, choose, showAll) {
   const rows = showAll ? entries : entries.slice(0, MAX_ROWS);
   const at = entries.findIndex(({ k }) => k === chosen);
   if (at >= rows.length) rows.push(entries[at]);
-  const cells = (tag, texts) => texts.map((text) => make(tag, { textContent: text }));
-  fill(element("entries"), run.isCalls ? [] : [
-    make("tr", {}, ...cells("th", ["request", "kind", "positions", "tokens", "why", "sampled"])),
-    ...rows.map((entry) => {
-      const { k, kind, start, n, sampled, kept } = entry;
-      const mark = make("i");
-      mark.style.background = `var(--${kind})`;
-      const name = make("button", { textContent: run.requests[k].id, onclick: () => choose(k) });
-      const end = run.requests[k].ended === step.index ? ` · ends: ${run.requests[k].reason}` : "";
-      const found = sampled.slice(0, kept).map((token) => JSON.stringify(run.piece(token))).join(" ") + end;
-      return make("tr", { className: k === chosen ? "chosen" : "" },
-        make("td", {}, name), make("td", {}, mark, MEANING[kind]),
-        ...cells("td", [`${start}–${start + n - 1}`, n, why(run, entry), found]));
-    }),
-  ]);
+  const table = element("entries"), count = run.isCalls ? -1 : rows.length;
+  if (!table.rows.length) table.append(make("tr", {}, ...["request", "kind", "positions", "tokens", "why", "sampled"].map((text) => make("th", { textContent: text }))));
+  while (table.rows.length < count + 1) table.append(entryRow(choose));
+  while (table.rows.length > count + 1) table.lastChild.remove();
+  rows.slice(0, Math.max(0, count)).forEach((entry, i) => {
+    const { k, kind, start, n, sampled, kept } = entry, row = table.rows[i + 1];
+    const end = run.requests[k].ended === step.index ? ` · ends: ${run.requests[k].reason}` : "";
+    const found = sampled.slice(0, kept).map((token) => JSON.stringify(run.piece(token))).join(" ") + end;
+    Object.assign(row, { k, className: k === chosen ? "chosen" : "" });
+    row.mark.style.background = colours[kind];
+    [run.requests[k].id, MEANING[kind], `${start}–${start + n - 1}`, `${n}`, why(run, entry), found].forEach((text, part) => put(row.parts[part], text));
+  });
   const more = element("all-entries");
   more.hidden = entries.length <= MAX_ROWS;
   more.textContent = showAll ? "Show fewer" : `Show all ${entries.length}`;
 }
 
+// Rows are kept from step to step, since most of their cells stay as they are.
+function entryRow(choose) {
+  const name = make("button", { onclick: () => choose(row.k) }), mark = make("i"), kind = make("span"), rest = ["", "", "", ""].map(() => make("td"));
+  const row = make("tr", { mark, parts: [name, kind, ...rest] }, make("td", {}, name), make("td", {}, mark, kind), ...rest);
+  return row;
+}
+
 function eventsOf(run, step) {
   const name = (k) => run.requests[k].id, found = run.isCalls ? [step.plan.call, ...step.plan.state] : [];
   if (step.plan.reset) found.push("The step before was interrupted: all requests begin again from their tokens.");
-  for (const [victim, cause, lacks, free] of step.plan.preempt ?? []) {
+  for (const preemption of step.plan.preempt ?? []) {
+    const [victim, cause, lacks, free] = preemption;
     const how = (step.plan.host ?? {})[victim] ? "its blocks go to the host" : "its tokens will be computed again";
     const which = victim === cause ? "it is preempted itself" : `${name(victim)} is preempted`;
     found.push(`${name(cause)} lacks ${plural(lacks, "block")} and ${free} are free: ${which}; ${how}.`);
+    found.push(make("li", { className: "rule", textContent: whichVictim(run, preemption) }));
+  }
+  for (const { k, start, lacks, admitted } of step.entries) {
+    const tokens = `${start} of its ${start + lacks} tokens`;
+    if (admitted === "host") found.push(`${name(k)} is admitted again: ${tokens} come back from the host.`);
+    if (admitted === "again") found.push(`${name(k)} is admitted again: ${start ? tokens : "none of its tokens"} were found in the prefix cache.`);
   }
   for (const [word, moves] of [["out to the host", step.plan.swaps_out], ["in from the host", step.plan.swaps_in]]) {
     if (moves) found.push(`${plural(moves.length, "block")} swapped ${word}.`);
   }
   for (const [source, target, slots] of step.plan.copies ?? []) found.push(`Copy on write: ${plural(slots, "token")} of block ${source} to block ${target}.`);
-  for (const [tenant, served] of Object.entries(step.plan.served ?? {})) found.push(`Served before this step: tenant ${tenant}, ${plural(served, "token")}.`);
+  for (const [tenant, served] of Object.entries(step.plan.served ?? {})) found.push(`Served so far, this step included: tenant ${tenant}, ${plural(served, "token")}.`);
   for (const [k, error] of Object.entries(step.result?.errors ?? {})) found.push(`${name(k)} fails: ${error}`);
   if (!step.result) found.push("This step was never collected: it was interrupted.");
   return found;
@@ -201,65 +243,72 @@ const label = (run, k) => (run.requests[k]?.id ?? "").replace(/^(request|turn)-/
 
 class Pool {
   constructor(run, canvas) {
-    Object.assign(this, { run, canvas, block: 0 });
-    this.numHost = run.config.num_host_blocks || 0;
+    Object.assign(this, { run, canvas, block: 0, kinds: [], shown: [] }); // shown: what is drawn in each cell, if it is known
+    this.numHost = Math.min(run.config.num_host_blocks || 0, 4096);
+    this.labels = run.requests.map((_, k) => label(run, k));
   }
 
   draw(state, chosen) {
-    const numBlocks = this.run.config.num_blocks, numHost = Math.min(this.numHost, 4096), room = this.canvas.clientWidth;
-    const size = Math.max(5, Math.min(30, Math.floor(Math.sqrt((room * 320) / numBlocks))));
-    const columns = Math.max(1, Math.floor(room / size)), rows = Math.ceil(numBlocks / columns);
-    const [pen] = surface(this.canvas, rows * size + (numHost ? Math.ceil(numHost / columns) * size + 22 : 0));
+    const numBlocks = this.run.config.num_blocks, { numHost } = this, wide = room(this.canvas);
+    const size = Math.max(5, Math.min(30, Math.floor(Math.sqrt((wide * 320) / numBlocks))));
+    const columns = Math.max(1, Math.floor((wide - 1) / size)), rows = Math.ceil(numBlocks / columns);
+    const height = rows * size + 1 + (numHost ? Math.ceil(numHost / columns) * size + 22 : 0);
+    const [pen, , isNew] = surface(this.canvas, height);
     Object.assign(this, { size, columns, kinds: state.kinds() });
-    pen.fillStyle = colours.paper;
-    pen.fillRect(0, 0, room, this.canvas.clientHeight);
     pen.textAlign = "center";
     pen.textBaseline = "middle";
     pen.font = `${Math.max(7, Math.min(11, size * 0.42))}px ui-monospace, monospace`;
-    this.cells(pen, 0, this.kinds, (block) => ["", "·", label(this.run, state.holder[block]), `×${state.counts[block]}`, "!"][this.kinds[block]]);
-    if (numHost) {
-      const hosted = new Map([...state.hosts].flatMap(([k, blocks]) => blocks.map((block) => [block, k])));
-      const kinds = Uint8Array.from({ length: numHost }, (_, block) => (hosted.has(block) ? 2 : 0));
+    if (isNew || !this.shown.length) {
+      this.shown = new Array(numBlocks + numHost).fill(null);
+      pen.fillStyle = colours.paper;
+      pen.fillRect(0, 0, wide, height);
       pen.fillStyle = colours.faint;
       pen.textAlign = "left";
-      pen.fillText("on the host", 2, rows * size + 11);
+      if (numHost) pen.fillText("on the host", 2, rows * size + 11);
       pen.textAlign = "center";
-      this.cells(pen, rows * size + 20, kinds, (block) => (hosted.has(block) ? label(this.run, hosted.get(block)) : ""));
+    }
+    for (let block = 0; block < numBlocks; block++) {
+      const kind = this.kinds[block];
+      const text = kind === 0 ? "" : kind === 1 ? "·" : kind === 2 ? this.labels[state.holder[block]] : kind === 3 ? `×${state.counts[block]}` : kind === 4 ? "!" : "≠";
+      this.cell(pen, block, block, 0, kind, text);
+    }
+    const hosted = [];
+    for (const [k, blocks] of state.hosts) for (const block of blocks) hosted[block] = this.labels[k];
+    for (let block = 0; block < numHost; block++) {
+      this.cell(pen, numBlocks + block, block, rows * size + 20, hosted[block] === undefined ? 0 : 2, hosted[block] ?? "");
     }
     pen.fillStyle = colours.paper;
+    const marked = [...state.fresh, ...(state.tables.get(chosen) ?? []).filter((each) => each >= 0), this.block];
     for (const block of state.fresh) pen.fillRect((block % columns) * size + 2, Math.floor(block / columns) * size + 2, size / 5, size / 5);
-    for (const block of (state.tables.get(chosen) ?? []).filter((each) => each >= 0)) this.frame(pen, block, colours.choice);
-    this.frame(pen, this.block, colours.ink);
-    this.summary(state);
+    for (const block of marked.slice(state.fresh.length)) this.frame(pen, block, block === this.block ? colours.ink : colours.choice);
+    for (const block of marked) this.shown[block] = null;
   }
 
-  // A row of cells for each `columns` blocks: one pixel each, enlarged; then the lines between them, and their texts.
-  cells(pen, top, kinds, text) {
-    const { size, columns } = this, rows = Math.ceil(kinds.length / columns);
-    const picture = new OffscreenCanvas(columns, rows), small = picture.getContext("2d"), image = small.createImageData(columns, rows);
-    const pixels = new Uint32Array(image.data.buffer), table = ["paper", "cached", "held", "shared", "bad"].map((name) => packed[name]);
-    for (let block = 0; block < kinds.length; block++) pixels[block] = table[kinds[block]];
-    small.putImageData(image, 0, 0);
-    pen.imageSmoothingEnabled = false;
-    pen.drawImage(picture, 0, top, columns * size, rows * size);
+  // Draw a cell, unless it shows this already. place: of the cell in `shown`.
+  cell(pen, place, block, top, kind, text) {
+    const wanted = `${kind}${text}`;
+    if (this.shown[place] === wanted) return;
+    this.shown[place] = wanted;
+    const { size, columns } = this, x = (block % columns) * size, y = top + Math.floor(block / columns) * size;
     pen.fillStyle = colours.line;
-    for (let i = 0; i <= columns; i++) pen.fillRect(i * size - 0.5, top, 1, rows * size);
-    for (let i = 0; i <= rows; i++) pen.fillRect(0, top + i * size - 0.5, columns * size, 1);
-    if (size < 14) return;
-    for (let block = 0; block < kinds.length; block++) {
-      pen.fillStyle = kinds[block] === 1 ? colours.ink : colours.paper;
-      pen.fillText(text(block), ((block % columns) + 0.5) * size, top + (Math.floor(block / columns) + 0.5) * size + 1);
-    }
+    pen.fillRect(x, y, size + 1, size + 1);
+    pen.fillStyle = colours[["paper", "cached", "held", "shared", "bad", "bad"][kind]];
+    pen.fillRect(x + 1, y + 1, size - 1, size - 1);
+    if (size < 14 || !text) return;
+    pen.fillStyle = kind === 1 || kind === 2 ? colours.ink : colours.paper;
+    pen.fillText(text, x + size / 2, y + size / 2 + 1);
   }
 
   summary(state) {
-    const counts = [0, 0, 0, 0, 0], numBlocks = this.run.config.num_blocks;
+    const counts = new Array(BLOCKS.length).fill(0), numBlocks = this.run.config.num_blocks;
     for (const kind of this.kinds) counts[kind]++;
     const parts = [`${numBlocks - state.free} of ${numBlocks} blocks held`, `${counts[3]} of them shared`, `${state.free} free`, `${counts[1]} of those cached`];
     if (this.numHost) parts.push(`${[...state.hosts.values()].flat().length} of ${this.numHost} on the host used`);
     const words = element("pool-words");
     words.textContent = `${parts.join(", ")}.`;
-    if (counts[4]) words.append(make("span", { className: "bad", textContent: ` ${plural(counts[4], "block")} lost: not free, and in no block table.` }));
+    const which = (kind) => [...this.kinds.keys()].filter((block) => this.kinds[block] === kind).slice(0, 8).join(", ");
+    if (counts[4]) words.append(make("span", { className: "bad", textContent: ` ${plural(counts[4], "block")} lost: not free, and in no block table: ${which(4)}.` }));
+    if (counts[5]) words.append(make("span", { className: "bad", textContent: ` Miscounted, in more or fewer block tables than the reference count says: ${which(5)}.` }));
   }
 
   frame(pen, block, colour) {
@@ -286,7 +335,7 @@ class Pool {
     const { run, block } = this, holders = state.holders(block), kind = BLOCKS[this.kinds[block]];
     const lines = [];
     const count = state.counts[block];
-    lines.push(`Block ${block}: ${{ free: "free", cached: "free, and in the prefix cache", held: "held", shared: "shared", lost: "lost: not free, and in no block table" }[kind]}, reference count ${count}.`);
+    lines.push(`Block ${block}: ${{ free: "free", cached: "free, and in the prefix cache", held: "held", shared: "shared", lost: "lost: not free, and in no block table", miscounted: `miscounted: ${plural(holders.length, "block table")} ${holders.length === 1 ? "contains" : "contain"} it` }[kind]}, reference count ${count}.`);
     if (holders.length) lines.push(`Holders: ${holders.map(([k, place]) => `${run.requests[k].id} (its block ${place})`).join(", ")}.`);
     const chain = [];
     for (let hash = state.hashes[block], at = block; hash !== null && at >= 0 && chain.length < 64;) {
@@ -319,14 +368,12 @@ function newPieces(run, entry) {
 
 function drawText(run, step, chosen, choose) {
   const request = run.requests[chosen], entry = step.entries.find(({ k }) => k === chosen);
-  const box = element("chosen");
-  box.replaceChildren(
+  element("chosen").replaceChildren(make("div", {},
     make("b", { textContent: `${request.id}\n` }),
     make("span", { className: "prompt", textContent: request.prompt.map((token) => run.vocab[token] ?? "").join("") }),
     run.textBefore(chosen, step.index, 1500),
     ...(entry ? newPieces(run, entry) : []),
-  );
-  box.scrollTop = box.scrollHeight;
+  ));
   const others = step.entries.filter(({ k, sampled, drafts }) => k !== chosen && (sampled.length || drafts.length)).slice(0, 10);
   fill(element("others"), others.map((each) => {
     const name = make("button", { textContent: run.requests[each.k].id, onclick: () => choose(each.k) });
@@ -376,7 +423,7 @@ class Lanes {
         pen.fillStyle = index === step.index ? colours.shared : colours.idle;
         pen.fillRect(x, y + 3, Math.max(1, x2 - x - 1), height - 6);
         if (x2 - x > 26) {
-          pen.fillStyle = colours.paper;
+          pen.fillStyle = index === step.index ? colours.paper : colours.ink;
           pen.fillText(`${run.steps[index].number}`, x + 4, y + height / 2);
         }
         if (index === step.index) words.push(`${name} from ${((from - begin) * 1e3).toFixed(1)} to ${((to - begin) * 1e3).toFixed(1)} ms`);
@@ -387,9 +434,11 @@ class Lanes {
     pen.textAlign = "right";
     pen.fillText(`${((end - begin) * 1e3).toFixed(1)} ms`, width - 2, rows.length * height + 9);
     pen.textAlign = "left";
-    const text = `${words.join("; ")}.`;
-    this.canvas.ariaLabel = text;
-    element("time-words").textContent = text;
+    this.words = `${words.join("; ")}.`;
+  }
+
+  describe() {
+    this.canvas.ariaLabel = element("time-words").textContent = this.words;
   }
 
   // The first span that has not ended before `begin`.
