@@ -129,7 +129,7 @@ inline ivec add_pairs(ivec sums, hvec a, hvec b) {
 // in all lanes. In sixteen bits the four products of a pair of lanes are at most 4 * 15 * 127.
 inline ivec add_octs(ivec sums, ivec low, ivec high, const int8_t* x) {
   ivec first = load<int32_t>(x) - ivec{}, second = load<int32_t>(x + 4) - ivec{};
-#if defined(__AVX512VNNI__)  // in assembly: gcc 12 moves registers to and fro around its intrinsic
+#if defined(__AVX512VNNI__)  // in assembly: around its intrinsic gcc 12 copies registers
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(low), "v"(first));
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(high), "v"(second));
   return sums;
