@@ -51,9 +51,9 @@ struct Input {
 
   Input(const Linear& layer, int64_t count) : layer(layer), count(count), stride(layer.K) {
     if (layer.kind == W8A8) stride += stride % 2, numbers.resize(count * stride);
-    if (layer.kind == W4A8) stride = layer.groups() * 8 * layer.octs(), numbers.resize(count * stride / 2);
+    if (layer.kind == W4A8) stride = layer.num_groups * 8 * layer.octs(), numbers.resize(count * stride / 2);
     if (is_quantized()) scales.resize(count);
-    sums.resize(count * layer.groups());
+    sums.resize(count * layer.num_groups);
   }
   bool is_quantized() const { return layer.kind == W8A8 || layer.kind == W4A8; }
   bool needs_preparation() const { return is_quantized() || layer.kind == INT4; }
@@ -62,9 +62,9 @@ struct Input {
     if (is_quantized()) scales[row] = scale_of(x, layer.K);
     if (layer.kind == W8A8) quantize(x, layer.K, scales[row], numbers.data() + row * stride);
     int8_t* bytes = reinterpret_cast<int8_t*>(numbers.data()) + row * stride;
-    for (int64_t group = 0, k = 0; group < layer.groups(); ++group, k += layer.group_size) {
+    for (int64_t group = 0, k = 0; group < layer.num_groups; ++group, k += layer.group_size) {
       const int64_t size = std::min(layer.group_size, layer.K - k);
-      float& all = sums[row * layer.groups() + group];
+      float& all = sums[row * layer.num_groups + group];
       if (layer.kind == INT4) {
         all = sum(x + k, size);
       } else {

@@ -35,24 +35,31 @@ constexpr int64_t PANEL = 16;
 constexpr int64_t SLICE = 256;        // inputs of a panel, as floats, that stay in the first cache for many rows
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
 constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers; also the tile of W4A8
-constexpr int64_t CACHED = 64 << 10;  // floats of x that stay in the second cache while the panels pass
+constexpr int64_t CACHED = 144 << 10;  // floats of x that stay in the second cache, or nearly, while the panels pass
 
 enum Kind : int64_t { FLOATS, INT8, W8A8, INT4, BFLOATS, W4A8 };
 
 struct Linear : torch::CustomClassHolder {
   Kind kind;
-  int64_t N, K, group_size;
+  int64_t N, K, group_size, num_groups = 0;
   at::Tensor weight, scale, minimum;  // undefined where the kind has none
+  // The same without asking torch, which takes as long as a small group: the weights, and scales and minima of groups.
+  const uint8_t* packed;
+  const at::Half *group_scales = nullptr, *group_minima = nullptr;
 
   Linear(int64_t kind, int64_t N, int64_t K, at::Tensor weight, std::optional<at::Tensor> scale,
          std::optional<at::Tensor> minimum, int64_t group_size)
       : kind(Kind(kind)), N(N), K(K), group_size(group_size), weight(std::move(weight)),
-        scale(scale.value_or(at::Tensor())), minimum(minimum.value_or(at::Tensor())) {}
+        scale(scale.value_or(at::Tensor())), minimum(minimum.value_or(at::Tensor())) {
+    packed = static_cast<const uint8_t*>(this->weight.const_data_ptr());
+    if (kind != INT4 && kind != W4A8) return;
+    num_groups = this->scale.size(1), group_scales = this->scale.const_data_ptr<at::Half>();
+    if (this->minimum.defined()) group_minima = this->minimum.const_data_ptr<at::Half>();
+  }
 
   int64_t panels() const { return (N + PANEL - 1) / PANEL; }
   int64_t pairs() const { return (K + 1) / 2; }
   int64_t octs() const { return (group_size + 7) / 8; }  // of a group
-  int64_t groups() const { return kind == INT4 || kind == W4A8 ? scale.size(1) : 0; }
 };
 
 // Rows as a product wants them: floats (count, stride), or whole numbers (count, stride) with a scale for each row. Beside
@@ -190,13 +197,11 @@ struct Group {
   vec scale[PANEL / LANES], base[PANEL / LANES];
 
   Group(const Linear& w, int64_t panel, int64_t group) {
-    const int64_t at = (panel * w.groups() + group) * PANEL;
-    numbers = w.weight.const_data_ptr<uint8_t>() + at * 4 * w.octs();
-    const at::Half *s = w.scale.const_data_ptr<at::Half>() + at;
-    const at::Half *m = w.minimum.defined() ? w.minimum.const_data_ptr<at::Half>() + at : nullptr;
+    const int64_t at = (panel * w.num_groups + group) * PANEL;
+    numbers = w.packed + at * 4 * w.octs();
     for (int i = 0; i < PANEL / LANES; ++i) {
-      scale[i] = halves(s + i * LANES);
-      base[i] = m ? halves(m + i * LANES) : -8 * scale[i];
+      scale[i] = halves(w.group_scales + at + i * LANES);
+      base[i] = w.group_minima ? halves(w.group_minima + at + i * LANES) : -8 * scale[i];
     }
   }
 
@@ -227,7 +232,7 @@ inline void times_groups(const Linear& w, const Rows& x, int64_t row, int64_t pa
       for (int i = 0; i < PARTS; ++i) {
         float* to = sums + r * PANEL + i * LANES;
         const vec part = load<vec>(parts + r * PANEL + i * LANES) * of.scale[i];
-        store(to, load<vec>(to) + part + x.sums[(row + r) * w.groups() + group] * of.base[i]);
+        store(to, load<vec>(to) + part + x.sums[(row + r) * w.num_groups + group] * of.base[i]);
       }
   }
 }
@@ -238,19 +243,24 @@ inline void times_octs(const Linear& w, const Rows& x, int64_t row, int64_t pane
   constexpr int PARTS = PANEL / LANES;
   const int8_t* numbers = static_cast<const int8_t*>(x.numbers) + row * x.stride;
   vec s[R][PARTS] = {};
-  for (int64_t group = 0; group < w.groups(); ++group) {
+  for (int64_t group = 0; group < w.num_groups; ++group) {
     const Group of(w, panel, group);
     const uint8_t* from = of.numbers;
     ivec exact[R][PARTS] = {};
-    for (int64_t oct = 0; oct < w.octs(); ++oct, numbers += 8)
-      for (int i = 0; i < PARTS; ++i, from += 4 * LANES) {
-        const ivec both = load<ivec>(from), low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
-        for (int r = 0; r < R; ++r) exact[r][i] = add_octs(exact[r][i], low, high, numbers + r * x.stride);
-      }
+    for (int64_t left = w.octs(); left > 0; left -= OCTS) {
+      Partial partial[R][PARTS] = {};
+      for (int64_t oct = 0; oct < std::min<int64_t>(OCTS, left); ++oct, numbers += 8)
+        for (int i = 0; i < PARTS; ++i, from += 4 * LANES) {
+          const ivec both = load<ivec>(from), low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
+          for (int r = 0; r < R; ++r) partial[r][i] = add_octs(partial[r][i], low, high, numbers + r * x.stride);
+        }
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < PARTS; ++i) exact[r][i] += whole(partial[r][i]);
+    }
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < PARTS; ++i)
         s[r][i] += __builtin_convertvector(exact[r][i], vec) * of.scale[i] +
-                   x.sums[(row + r) * w.groups() + group] * of.base[i];
+                   x.sums[(row + r) * w.num_groups + group] * of.base[i];
   }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i] * x.scales[row + r]);
@@ -287,10 +297,9 @@ inline void unpack(const uint8_t* from, int64_t count, float* out, const vec* sc
 // Inputs `first` to `last` of a panel as floats, (last - first, 16). INT8's scale is left for the sums. `first` is even,
 // and the first input of a group.
 inline void unpack(const Linear& w, int64_t panel, int64_t first, int64_t last, float* out) {
-  const uint8_t* packed = static_cast<const uint8_t*>(w.weight.const_data_ptr());
   const int64_t at = (panel * w.pairs() + first / 2) * 2 * PANEL;
-  if (w.kind == INT8) return unpack<Pair>(packed + at, last - first, out);
-  if (w.kind == BFLOATS) return unpack<Bfloats>(packed + 2 * at, last - first, out);
+  if (w.kind == INT8) return unpack<Pair>(w.packed + at, last - first, out);
+  if (w.kind == BFLOATS) return unpack<Bfloats>(w.packed + 2 * at, last - first, out);
   for (int64_t k = first; k < last; k += w.group_size, out += w.group_size * PANEL) {
     const Group of(w, panel, k / w.group_size);
     unpack<Oct>(of.numbers, std::min(w.group_size, last - k), out, of.scale, of.base);
@@ -311,7 +320,7 @@ struct Scratch {
 // sums: (rows, 16). A slice of the panel stays in the first cache for all rows.
 inline void times_panel(const Linear& w, const float* bias, const Rows& x, int64_t first, int64_t rows, int64_t panel,
                         float* sums) {
-  const uint8_t* packed = static_cast<const uint8_t*>(w.weight.const_data_ptr());
+  const uint8_t* packed = w.packed;
   const int64_t at = panel * w.pairs() * 2 * PANEL;  // numbers before this panel, where two inputs are neighbours
   const float* in = x.floats + first * x.stride;
   const float* scale = w.kind == INT8 || w.kind == W8A8 ? w.scale.const_data_ptr<float>() + panel * PANEL : nullptr;

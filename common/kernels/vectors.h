@@ -125,26 +125,32 @@ inline ivec add_pairs(ivec sums, hvec a, hvec b) {
 #endif
 }
 
-// sums + low . x[0..3] + high . x[4..7] in each lane of four bytes: exact. low, high: 0 to 15; x: -127 to 127, the same
-// in all lanes. In sixteen bits the four products of a pair of lanes are at most 4 * 15 * 127.
-inline ivec add_octs(ivec sums, ivec low, ivec high, const int8_t* x) {
-  ivec first = load<int32_t>(x) - ivec{}, second = load<int32_t>(x + 4) - ivec{};
+// Sums of products of numbers from 0 to 15 and from -127 to 127, in lanes of four bytes, exact. Where an instruction adds
+// pairs in sixteen bits, OCTS steps of `add_octs` fit into a Partial: 4 * 4 * 15 * 127 < 2**15. `whole` adds up the pairs.
+constexpr int OCTS = 4;
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+typedef hvec Partial;
+inline ivec whole(hvec sums) { return add_pairs(ivec{}, sums, hvec{} + 1); }
+#else
+typedef ivec Partial;
+inline ivec whole(ivec sums) { return sums; }
+#endif
+
+// sums + low . x[0..3] + high . x[4..7] in each lane. low, high: four bytes each; x: the same in all lanes.
+inline Partial add_octs(Partial sums, ivec low, ivec high, const int8_t* x) {
+  const ivec first = load<int32_t>(x) - ivec{}, second = load<int32_t>(x + 4) - ivec{};
 #if defined(__AVX512VNNI__)  // in assembly: around its intrinsic gcc 12 copies registers
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(low), "v"(first));
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(high), "v"(second));
   return sums;
 #elif defined(__AVX512BW__)
-  const __m512i a = _mm512_maddubs_epi16((__m512i)low, (__m512i)first);
-  const __m512i b = _mm512_maddubs_epi16((__m512i)high, (__m512i)second);
-  return sums + (ivec)_mm512_madd_epi16(_mm512_add_epi16(a, b), _mm512_set1_epi16(1));
+  sums += (hvec)_mm512_maddubs_epi16((__m512i)low, (__m512i)first);
+  return sums + (hvec)_mm512_maddubs_epi16((__m512i)high, (__m512i)second);
 #elif defined(__AVX2__)
-  const __m256i a = _mm256_maddubs_epi16((__m256i)low, (__m256i)first);
-  const __m256i b = _mm256_maddubs_epi16((__m256i)high, (__m256i)second);
-  return sums + (ivec)_mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1));
+  sums += (hvec)_mm256_maddubs_epi16((__m256i)low, (__m256i)first);
+  return sums + (hvec)_mm256_maddubs_epi16((__m256i)high, (__m256i)second);
 #else
-  for (int i = 0; i < 4; ++i) {
-    sums += ((low >> 8 * i) & 15) * x[i] + ((high >> 8 * i) & 15) * x[4 + i];
-  }
+  for (int i = 0; i < 4; ++i) sums += ((low >> 8 * i) & 15) * x[i] + ((high >> 8 * i) & 15) * x[4 + i];
   return sums;
 #endif
 }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -72,6 +75,33 @@ class TestEnabled:
         monkeypatch.setenv("KERNELS", value)
         with pytest.raises(ValueError, match=f"KERNELS={value}.*plain.*fast"):
             kernels.enabled()
+
+
+ENGINES = """
+from solutions.engine import InferenceEngine, SamplingParams
+for options in ({}, {"dtype": "bfloat16"}, {"quantization": "w8a8"}, {"quantization": "w4a8", "group_size": 32}):
+    with InferenceEngine("tales", device="cpu", **options) as engine:
+        print(engine.generate(["One day"], SamplingParams(max_tokens=12), progress=False)[0].token_ids)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the PATH is not all that leads to a compiler")
+def test_without_a_compiler_on_an_older_processor(tmp_path):
+    """Nothing was compiled before, nothing can be, and torch and oneDNN keep to AVX2: the same tests, the same tokens."""
+    older = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    without = {**os.environ, **older, "COURSE_CACHE": str(tmp_path), "PATH": str(tmp_path), "KERNELS": "fast"}
+    without.pop("CXX", None)
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not slow"]
+    result = subprocess.run(tests, env=without, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:]
+    run = [sys.executable, "-c", ENGINES]
+    bare, plain = (
+        subprocess.run(run, env={**without, "KERNELS": kernel}, capture_output=True, text=True)
+        for kernel in ("fast", "plain")
+    )
+    assert bare.stdout == plain.stdout and len(bare.stdout.splitlines()) == 4, bare.stderr
+    assert bare.stderr.count("without compiled kernels") == 1 and "compiled kernels" not in plain.stderr
 
 
 @COMPILED
