@@ -305,10 +305,10 @@ def enter(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`make setup`, or `python -m common setup EXTRA` for dev, book, lab, serve, triton or hub."""
+    """`make setup`, or `python -m common setup EXTRA` for dev, book, lab, serve, cluster, triton or hub."""
     extra = argv[0] if argv else ""
-    if extra not in ("", "dev", "book", "lab", "serve", "triton", "hub"):
-        names = "dev, book, lab, serve, triton and hub"
+    if extra not in ("", "dev", "book", "lab", "serve", "cluster", "triton", "hub"):
+        names = "dev, book, lab, serve, cluster, triton and hub"
         print(f"There is no extra {extra!r}: {names} are in pyproject.toml.", file=sys.stderr)
         return 2
     try:

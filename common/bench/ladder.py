@@ -1,8 +1,8 @@
 """The ladder: what each lesson's engine makes of the same prompts, in one run, beside others on the same weights.
 
 The loads: one stream; eight equal streams; and 32 requests of all lengths that are there at once. Every way gives the
-same tokens, up to near-ties, and that is checked; but not for weights in fewer bits, which are other weights. Rounds are
-interleaved and the order of ways varies, so that a machine that drifts does so for all of them; what is told are
+same tokens, up to near-ties, and that is checked; but not for weights in fewer bits, which are other weights. Rounds
+are interleaved and the order of ways varies, so that a machine that drifts does so for all of them; what is told are
 medians. On a machine with CUDA all of it runs there, in bfloat16.
 """
 

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -187,18 +186,22 @@ async def begin(
     return generation
 
 
+def event(data: dict) -> bytes:
+    """One server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
 def events(chunks: AsyncIterator[dict]) -> StreamingResponse:
     """Server-sent events: each chunk as JSON, then [DONE]. A failure is a chunk with `error`, as OpenAI's."""
-    dumps = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
 
     async def lines() -> AsyncIterator[bytes]:
         try:
             async for chunk in chunks:
-                yield f"data: {dumps(chunk)}\n\n".encode()
+                yield event(chunk)
         except ClientGone:
             return
         except Exception as error:  # the status is sent already
-            yield f"data: {dumps(as_api_error(error).body)}\n\n".encode()
+            yield event(as_api_error(error).body)
         yield b"data: [DONE]\n\n"
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -57,7 +57,7 @@ def pages() -> list[str]:
 
 def guides() -> list[Path]:
     """The texts that belong to no lesson."""
-    return [ROOT / "AGENTS.md", ROOT / "common" / "README.md", *sorted(ROOT.glob("common/*/README.md"))]
+    return [ROOT / "AGENTS.md", ROOT / "common" / "README.md", *sorted(ROOT.glob("common/*/*.md"))]
 
 
 def point_to_files(text: str, folder: str) -> str:

@@ -88,7 +88,7 @@ for options in ({}, {"dtype": "bfloat16"}, {"quantization": "w8a8"}, {"quantizat
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the PATH is not all that leads to a compiler")
 def test_without_a_compiler_on_an_older_processor(tmp_path):
-    """Nothing was compiled before, nothing can be, and torch and oneDNN keep to AVX2: the same tests, the same tokens."""
+    """Nothing was compiled before, nothing can be, torch and oneDNN keep to AVX2: the same tests, the same tokens."""
     older = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     without = {**os.environ, **older, "COURSE_CACHE": str(tmp_path), "PATH": str(tmp_path), "KERNELS": "fast"}
     without.pop("CXX", None)

@@ -1,0 +1,264 @@
+"""Replicas of the server on Ray Serve, behind one address: `make serve REPLICAS=2`.
+
+    this process                          a process of each replica
+    HTTP, keys, Door    ── request ────▶  api.py's application, EngineLoop, engine
+    connection          ◀── answer ─────  as ASGI's messages
+
+Ray Serve starts the replicas, asks for their health, and starts another one when one has died. It also chooses a
+replica for each request: its `PrefixCacheAffinityRouter` prefers the one that has seen the longest part of the prompt.
+This module carries requests to a replica and answers back. A replica runs the application that serves without Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.types import Message, Receive, Scope, Send
+
+from common.serving.api import Gate, create_app
+from common.serving.errors import as_api_error, handle_errors
+from common.serving.generation import event
+from common.serving.loop import EngineDead, QueueFull
+from common.serving.server import load_server, welcome
+from common.serving.tenants import Tenants, load_tenants
+
+LOG = logging.getLogger("common.serving")
+
+APPLICATION = "inference"
+ROUTER = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router:PrefixCacheAffinityRouter"
+"""`ray.serve.llm` exports it, too, but that imports vLLM."""
+SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client")
+OBJECT_STORE = 80 * 2**20  # bytes; nothing here is stored in it, and Ray's own choice is a third of the memory
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In a replica's process
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Replica:
+    """One engine and the application over it. Ray makes it, and calls `check_health`."""
+
+    def __init__(self, options: dict[str, Any], mine: str, threads: int | None, max_waiting: int, keys: Path | None):
+        self.server = load_server(options, mine, threads, max_waiting, load_tenants(keys))
+        self.app = create_app(self.server)
+
+    async def answer(self, *prefix: Prefix, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+        """Yield what the application sends. If Ray cancels this, the application learns that its client has left.
+
+        Without an engine this process ends itself: the request then goes to another replica, and Ray starts a new one.
+        """
+        try:
+            self.check_health()
+        except EngineDead as error:
+            LOG.critical("This replica ends: %s", error)
+            os._exit(1)
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        received = iter([{"type": "http.request", "body": body, "more_body": False}])
+        is_gone = asyncio.Event()
+
+        async def receive() -> Message:
+            if message := next(received, None):
+                return message
+            await is_gone.wait()
+            return {"type": "http.disconnect"}
+
+        task = asyncio.create_task(self.app(scope, receive, messages.put))
+        task.add_done_callback(lambda task: messages.put_nowait(None))
+        try:
+            while (message := await messages.get()) is not None:
+                yield message
+            task.result()
+        finally:
+            is_gone.set()
+
+    def metrics(self) -> tuple[str, str]:
+        """The replica's number, and what it measures."""
+        return str(serve.get_replica_context().rank.rank), self.server.metrics.text().decode()
+
+    def welcome(self, address: str) -> str:
+        return welcome(self.server, address)
+
+    def check_health(self) -> None:
+        """Raises EngineDead; Ray then replaces this replica."""
+        self.server.loop.check()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In the process that listens
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What Ray's router compares with the prompts before: it reads the attribute `prompt`."""
+
+    prompt: str
+
+
+def prefixes(scope: Scope, body: bytes) -> list[Prefix]:
+    """Return the prompt as the router compares it, or [] for a request that has none.
+
+    It begins with what the engine hashes into the first block, so tenants whose caches are apart share nothing.
+    """
+    try:
+        fields = json.loads(body)
+        prompt = fields.get("messages") or fields.get("prompt")
+        salt = scope["state"]["tenant"].salt(fields.get("cache_salt"))
+    except (ValueError, AttributeError):
+        return []
+    return [Prefix(f"{salt} {json.dumps(prompt)}")] if prompt else []
+
+
+class Door:
+    """An ASGI application that lets one of the replicas answer."""
+
+    def __init__(self, replicas: DeploymentHandle):
+        self.replicas = replicas.options(stream=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await Request(scope, receive).body()
+        relay = asyncio.create_task(self.relay(scope, body, send))
+        gone = asyncio.create_task(receive())  # the next message says that the client has left, or that all is sent
+        await asyncio.wait([relay, gone], return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        relay.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await relay
+
+    async def relay(self, scope: Scope, body: bytes, send: Send) -> None:
+        """Send a replica's answer. If it dies before any of it was sent, another replica is asked, once."""
+        plain = {name: scope[name] for name in SCOPE if name in scope}
+        for is_last in (False, True):
+            begun: Message | None = None
+            answer = self.replicas.answer.remote(*prefixes(scope, body), scope=plain, body=body)
+            try:
+                async for message in answer:
+                    begun = begun or message
+                    await send(message)
+                return
+            except BackPressureError:
+                raise QueueFull("Too many requests wait for a replica; try again later.", 1.0) from None
+            except RayActorError as error:
+                LOG.warning("A replica has died. %s", error)
+                dead = EngineDead("the replica has died in this answer; Ray starts another one.")
+                if begun or is_last:
+                    return await break_off(dead, begun, send)
+            finally:
+                answer.cancel()
+
+
+async def break_off(error: Exception, begun: Message | None, send: Send) -> None:
+    """End an answer with an error. begun: the message with its status and headers, if that was sent."""
+    if begun is None or dict(begun["headers"])[b"content-type"] != b"text/event-stream; charset=utf-8":
+        raise error
+    body = event(as_api_error(error).body) + b"data: [DONE]\n\n"
+    await send({"type": "http.response.body", "body": body})
+
+
+def create_door(replicas: DeploymentHandle, tenants: Tenants) -> FastAPI:
+    """The application that listens. Health and metrics are about all replicas; one of them answers the rest."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        yield
+        await asyncio.to_thread(serve.shutdown)
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app.add_middleware(Gate, tenants=tenants)
+    handle_errors(app)
+
+    @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
+    async def health() -> Response:
+        status = await asyncio.to_thread(serve.status)
+        states = status.applications[APPLICATION].deployments[Replica.__name__].replica_states
+        if not states.get("RUNNING"):
+            raise EngineDead("no replica is running; Ray starts one.")
+        return Response()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        found = await replicas.broadcast("metrics").results_async(timeout_s=10, return_exceptions=True)
+        texts = [each for each in found if not isinstance(each, BaseException)]
+        return Response(generate_latest(Merged(texts)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    app.mount("/", Door(replicas))
+    return app
+
+
+@dataclass
+class Merged:
+    """The metrics of all replicas as one; the label `engine` tells them apart, as in vLLM."""
+
+    texts: Iterable[tuple[str, str]]
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for engine, text in sorted(self.texts):
+            for family in text_string_to_metric_families(text):
+                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                labelled = [each._replace(labels={**each.labels, "engine": engine}) for each in family.samples]
+                merged.samples += labelled
+        yield from families.values()
+
+
+def start_replicas(
+    num_replicas: int, options: dict[str, Any], mine: str, threads: int | None, max_waiting: int, keys: Path | None
+) -> DeploymentHandle:
+    """Start the replicas, and wait until all of them have loaded their engine.
+
+    They are started on this machine, or, where RAY_ADDRESS names a cluster, where that has free processors. Limits of
+    tenants hold for each replica.
+    """
+    threads = threads or max(1, (os.cpu_count() or 1) // num_replicas)
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(
+            "local",
+            num_cpus=max(os.cpu_count() or 1, num_replicas * threads),
+            object_store_memory=OBJECT_STORE,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logs = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(proxy_location="Disabled", logging_config=logs)
+    router = RequestRouterConfig(
+        request_router_class=ROUTER,
+        request_router_kwargs={"imbalanced_threshold": 10, "do_eviction": True},
+    )
+    deployment = serve.deployment(
+        Replica,
+        num_replicas=num_replicas,
+        ray_actor_options={"num_cpus": threads},
+        max_ongoing_requests=options["max_num_seqs"] + max_waiting,
+        max_queued_requests=max_waiting,
+        request_router_config=router,
+        health_check_period_s=2,
+        graceful_shutdown_wait_loop_s=0.1,
+        logging_config=logs,
+    )
+    bound = deployment.bind(options, mine, threads, max_waiting, keys and keys.resolve())
+    return serve.run(bound, name=APPLICATION, route_prefix=None)
