@@ -9,27 +9,38 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from common.course import MODULES, Lesson
 from common.course.exercises import TOGETHER
-from common.grading.subject import Failure, Subject
-from common.machine import let_triton_interpret
+
+if TYPE_CHECKING:
+    from common.grading.subject import Failure, Subject
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    let_triton_interpret()
+    if not config.getoption("numprocesses", None):  # pytest-xdist's processes run the tests: this one needs no torch
+        from common.machine import let_triton_interpret
+
+        let_triton_interpret()
     config.addinivalue_line("markers", "exercise(id, points, seconds): the checks of one exercise")
     if not any(isinstance(plugin, Grader) for plugin in config.pluginmanager.get_plugins()):
         config.pluginmanager.register(Grader())
+
+
+def student_s(lesson: Lesson) -> Subject:
+    from common.grading.subject import Subject
+
+    return Subject(lesson, lesson.module)
 
 
 class Grader:
     """Judges the checks of lessons; leaves all other tests alone. `subject` says whose module a lesson's is."""
 
     def __init__(self, subject: Callable[[Lesson], Subject] | None = None):
-        self.subject = functools.lru_cache(subject or (lambda lesson: Subject(lesson, lesson.module)))
+        self.subject = functools.lru_cache(subject or student_s)
 
     @pytest.fixture
     def code(self):

@@ -12,6 +12,8 @@ from common.watching.trace import Trace
 
 ENGINE, RANKS, REQUESTS = 1, 2, 3
 """Processes of the picture: the engine's own work, the ranks, and a row for each request."""
+FIRST = 10
+"""The id of a process' first thread. Perfetto takes thread 0 for the thread whose id is that of its process."""
 
 
 def chrome_events(trace: Trace) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def chrome_events(trace: Trace) -> dict[str, Any]:
 
 
 def event(phase: str, text: str, process: int, thread: int, seconds: float, **more: Any) -> dict[str, Any]:
-    return {"ph": phase, "name": text, "pid": process, "tid": thread, "ts": round(seconds * 1e6), **more}
+    return {"ph": phase, "name": text, "pid": process, "tid": FIRST + thread, "ts": round(seconds * 1e6), **more}
 
 
 def span(text: str, process: int, thread: int, start: float, end: float, /, **arguments: Any) -> dict[str, Any]:

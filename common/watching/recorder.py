@@ -64,6 +64,8 @@ CONFIG = (
     "pipeline_parallel", "quantization", "speculative",
 )  # fmt: skip
 """The options of an engine that a trace notes."""
+ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, check_circular=False, default=str)
+"""What is no number, text or list, such as a student's own sort key, is written as text."""
 
 
 @contextmanager
@@ -98,6 +100,7 @@ class Recorder:
         self.queue: list[int] = []
         # What the lines so far say.
         self.waiting: list[int] = []
+        self.num_held = 0  # entries of all tables
         self.tables: dict[int, list[int]] = {}
         self.hosts: dict[int, list[int]] = {}
         self.blocks: dict[int, tuple] = {}
@@ -147,8 +150,7 @@ class Recorder:
         self.pool = self.manager.pool
         self.touched = {block.block_id: block for block in self.pool.blocks if block.ref_cnt or block.block_hash}
         for name, method in (
-            ("get_new_blocks", self.take), ("free_blocks", self.touch), ("touch", self.touch),
-            ("remember", self.mark), ("forget", self.mark),
+            ("get_new_blocks", self.take), ("free_blocks", self.touch), ("touch", self.touch), ("forget", self.forget),
         ):  # fmt: skip
             self.replace(self.pool, name, method, self.undo_pool)
 
@@ -164,7 +166,7 @@ class Recorder:
         return round(time.perf_counter() - self.begin, 6)
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line, separators=(",", ":"), ensure_ascii=False) + "\n")
+        self.file.write(ENCODER.encode(line) + "\n")
 
     # What the engine calls, each with the original first -------------------------------------------------------
 
@@ -242,16 +244,18 @@ class Recorder:
         self.check_pool()
         line, number = {"plan": plan.step_id, **self.line}, self.number
         self.line = {}
-        line["run"], drafts, computed = [], {}, self.computed
+        run, drafts, computed = [], {}, self.computed
+        line["run"] = run
         for scheduled in plan.scheduled:
             k, num_tokens, num_spec = number[scheduled.request_id], len(scheduled.token_ids), scheduled.num_spec_tokens
-            entry = [k, num_tokens]
-            if scheduled.start != computed[k]:
-                entry += [num_spec, scheduled.start]
+            start, expected = scheduled.start, computed[k]
+            computed[k] = start + num_tokens
+            if start != expected:
+                run.append([k, num_tokens, num_spec, start])
             elif num_spec:
-                entry.append(num_spec)
-            line["run"].append(k if entry == [k, 1] else entry)
-            computed[k] = scheduled.start + num_tokens
+                run.append([k, num_tokens, num_spec])
+            else:
+                run.append(k if num_tokens == 1 else [k, num_tokens])
             if num_spec:
                 drafts[k] = scheduled.token_ids[num_tokens - num_spec :]
                 self.learn(drafts[k], line)
@@ -273,23 +277,25 @@ class Recorder:
         self.check_pool()
         counts = [output.metrics.num_output_tokens for output in outputs]
         original(scheduler, plan, result, outputs, seconds)
-        line: dict[str, Any] = {"result": plan.step_id, "out": [], **self.line}
+        out: list[Any] = []
+        line: dict[str, Any] = {"result": plan.step_id, "out": out, **self.line}
         self.line = {}
-        texts, kept, pieces, lengths = {}, {}, self.pieces, self.num_characters
+        texts, kept, number, pieces, lengths = {}, {}, self.number, self.pieces, self.num_characters
         for scheduled, output, before in zip(plan.scheduled, outputs, counts):
-            k, sampled = self.number[scheduled.request_id], result.sampled_token_ids.get(scheduled.request_id, ())
-            line["out"].append(sampled[0] if len(sampled) == 1 else sampled or None)
-            expected = ""
+            k, sampled = number[scheduled.request_id], result.sampled_token_ids.get(scheduled.request_id, ())
+            text, num_kept = output.text[lengths[k] :], len(output.token_ids) - before
+            lengths[k] += len(text)
+            if num_kept == len(sampled) == 1 and pieces.get(sampled[0]) == text and not scheduled.num_spec_tokens:
+                out.append(sampled[0])  # nearly always
+                continue
+            out.append(sampled[0] if len(sampled) == 1 else sampled or None)
             if sampled:
                 self.learn(sampled, line)
                 self.computed[k] -= scheduled.num_spec_tokens + 1 - len(sampled)
-                if (num_kept := len(output.token_ids) - before) != len(sampled):
+                if num_kept != len(sampled):
                     kept[k] = num_kept
-                expected = pieces[sampled[0]] if len(sampled) == 1 else "".join([pieces[token] for token in sampled])
-            text = output.text[lengths[k] :]
-            if text != expected:
+            if text != "".join([pieces[token] for token in sampled]):
                 texts[k] = text
-            lengths[k] += len(text)
         errors = {self.number[request_id]: why for request_id, why in result.errors.items()}
         line |= {name: found for name, found in {"text": texts, "kept": kept, "errors": errors}.items() if found}
         self.changes(line)
@@ -315,12 +321,20 @@ class Recorder:
             self.touched[block.block_id] = block
         return blocks
 
-    def mark(self, original, block, *key):
-        """Of `remember` and `forget`. A block whose content another has is remembered in every step, in vain."""
-        before = block.block_hash
-        original(block, *key)
-        if block.block_hash is not before:
+    def forget(self, original, block):
+        if block.block_hash:
             self.touched[block.block_id] = block
+        original(block)
+
+    def find_cached(self) -> None:
+        """Note the blocks that were entered into the prefix cache, whose newest entries come last. (To watch `remember`
+        would cost more: a block whose content another one has is remembered in every step, in vain.)
+        """
+        for block in reversed(self.pool.cached.values()):
+            if block.block_id not in self.touched:
+                if self.blocks.get(block.block_id, (0, None))[1] == block.block_hash.value:
+                    break
+                self.touched[block.block_id] = block
 
     # Differences -----------------------------------------------------------------------------------------------
 
@@ -335,8 +349,10 @@ class Recorder:
     def changes(self, line: dict[str, Any]) -> None:
         """Add to a line what has changed since the last one."""
         number = self.number
+        self.find_cached()
         num_held = sum(map(len, self.manager.block_tables.values()))
-        if self.touched or num_held != sum(map(len, self.tables.values())):  # or no table has changed
+        if self.touched or num_held != self.num_held:  # or no table has changed
+            self.num_held = num_held
             self.table_changes(line)
         blocks = []
         for block_id, block in self.touched.items():
@@ -354,13 +370,15 @@ class Recorder:
         if blocks:
             line["blocks"] = blocks
         line["free"] = self.pool.num_free_blocks
-        computed, new = self.computed, {}
-        for request_id, request in self.scheduler.requests.items():
-            k, count = number.get(request_id), request.num_computed_tokens
-            if k is not None and count != computed[k]:
-                new[k] = computed[k] = count
+        computed = self.computed
+        new = {
+            k: request.num_computed_tokens
+            for request_id, request in self.scheduler.requests.items()
+            if (k := number.get(request_id)) is not None and request.num_computed_tokens != computed[k]
+        }
         if new:
             line["computed"] = new
+            computed |= new
 
     def table_changes(self, line: dict[str, Any]) -> None:
         """Add the block tables, and the lists of host blocks, that have changed."""

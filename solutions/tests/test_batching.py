@@ -62,7 +62,7 @@ def test_same_tokens_as_alone(model):
 
 @pytest.mark.slow
 def test_same_tokens_as_alone_many_times(model):
-    soak(model, Letters(), STORIES, range(100, 150), 20)
+    soak(model, Letters(), STORIES, range(100, 125), 20)
 
 
 @pytest.mark.slow

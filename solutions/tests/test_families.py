@@ -1,11 +1,13 @@
 """The engine with windows and scaled rotary embeddings: the tokens of lesson 2's loop, whatever is batched or freed.
 
-The model is `tales` with a window or a scaling, which no one trained: what counts is that all ways to compute it agree.
+The model is the first layers of `tales` with a window or a scaling, which no one trained: what counts is that all ways
+to compute it agree.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -37,19 +39,35 @@ WINDOWS = {
 }  # fmt: skip
 
 
+NUM_LAYERS = 3
+
+
+def changed_tales(folder: Path, **changes) -> Path:
+    """Write the first layers of `tales` into a folder, with these changes of its config."""
+    shutil.copytree(MODELS / "tales", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": NUM_LAYERS, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(tensors):
+        if (layer := re.search(r"layers\.(\d+)\.", name)) and int(layer[1]) >= NUM_LAYERS:
+            del tensors[name]
+    rewrite = {"qwen2": add_biases, "qwen3_moe": make_experts}.get(config["model_type"])
+    if rewrite:
+        rewrite(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
 @pytest.fixture(scope="module", params=WINDOWS)
 def folder(request, tmp_path_factory) -> Path:
-    """`tales`, as a model with windows."""
-    folder = tmp_path_factory.mktemp("windows") / "model"
-    shutil.copytree(MODELS / "tales", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **WINDOWS[request.param]}))
-    rewrite = {"qwen2": add_biases, "qwen3_moe": make_experts}.get(WINDOWS[request.param]["model_type"])
-    if rewrite:
-        tensors = load_file(folder / "model.safetensors")
-        rewrite(tensors)
-        save_file(tensors, folder / "model.safetensors")
-    return folder
+    """A model with windows."""
+    return changed_tales(tmp_path_factory.mktemp("windows") / "model", **WINDOWS[request.param])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The same layers without."""
+    return changed_tales(tmp_path_factory.mktemp("whole") / "model")
 
 
 def add_biases(tensors: dict[str, torch.Tensor]) -> None:
@@ -81,11 +99,11 @@ def expected(folder) -> list[list[int]]:
     return [generate(model, tokenizer, tokenizer.encode(prompt), PARAMS).token_ids for prompt in PROMPTS]
 
 
-def test_the_window_matters_and_is_transformers(folder, expected):
+def test_the_window_matters_and_is_transformers(folder, expected, whole):
     transformers = pytest.importorskip("transformers")
-    model, tokenizer = load("tales", dtype=torch.float64, device="cpu")
-    whole = [generate(model, tokenizer, tokenizer.encode(prompt), PARAMS).token_ids for prompt in PROMPTS]
-    assert any(one != other for one, other in zip(whole, expected)), "the window changes nothing: test something else"
+    model, tokenizer = load(str(whole), dtype=torch.float64, device="cpu")
+    without = [generate(model, tokenizer, tokenizer.encode(prompt), PARAMS).token_ids for prompt in PROMPTS]
+    assert any(one != other for one, other in zip(without, expected)), "the window changes nothing: test something else"
     plain = {"experts_implementation": "eager"}  # the default's product of groups refuses float64
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **plain)
     for prompt, token_ids in zip(PROMPTS, expected):
@@ -187,18 +205,13 @@ def test_ranks_and_eight_bits(folder, expected):
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope"])
 def test_scaled_rotary_embeddings(kind, tmp_path):
     """In the engine, as in vLLM, the frequencies are those of the longest text that it accepts."""
-    folder = tmp_path / "model"
-    shutil.copytree(MODELS / "tales", folder)
-    config = json.loads((folder / "config.json").read_text())
-    num_pairs = config["head_dim"] // 2
     scaling = {"rope_type": kind, "factor": 2.0}
     if kind in ("yarn", "longrope"):
         scaling["original_max_position_embeddings"] = 32
     if kind == "longrope":
-        scaling |= {"short_factor": [1.0] * num_pairs, "long_factor": [1 + i / 8 for i in range(num_pairs)]}
-    if kind == "dynamic":
-        config["max_position_embeddings"] = 32
-    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+        scaling |= {"short_factor": [1.0] * 20, "long_factor": [1 + i / 8 for i in range(20)]}  # of pairs of channels
+    changes = {"max_position_embeddings": 32} if kind == "dynamic" else {}
+    folder = changed_tales(tmp_path / "model", rope_scaling=scaling, **changes)
     model, tokenizer = load(str(folder), dtype=torch.float64, device="cpu")
     for max_model_len in (64, 32):  # beyond the original context of 32 tokens, and within it
         model.max_length = max_model_len

@@ -187,7 +187,7 @@ def drive(
                 report.places += places
                 report.counts["drawn"] += len(places)
             else:
-                compare(child, oracle(ask.prompt, params), number in aborted)
+                compare(child, oracle(ask.prompt, params, child.token_ids), number in aborted)
             assert 0 <= child.metrics.num_accepted_tokens <= child.metrics.num_draft_tokens
             report.num_outputs += 1
     # A rank among several has some heads or layers only.

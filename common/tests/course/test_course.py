@@ -32,7 +32,7 @@ if __name__ == "__main__":
     process = context.Process(target=child, args=(theirs,))
     process.start()
     theirs.close()
-    print(json.dumps([files(), ours.recv()]))
+    print(json.dumps(ours.recv()))
 """
 
 
@@ -43,15 +43,24 @@ def run(script: str, tmp_path, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(file)], env=variables, capture_output=True, text=True)
 
 
-def test_finder_obeys_the_environment_in_every_process(tmp_path):
-    """What runs under MINE is the student's code, not the reference: sabotage in it reaches the later modules."""
+def test_finder_obeys_the_environment_in_a_process_of_a_process(tmp_path):
+    """What runs under MINE is the student's code, not the reference: sabotage in it reaches the later modules. The
+    first process is the subject of the tests below.
+    """
     mine = tmp_path / "mine.py"
     source = (ROOT / "solutions" / "llm_basics.py").read_text()
     mine.write_text(source.replace("torch.rsqrt(mean_square + eps)", "torch.zeros_like(mean_square)"))
     result = run(REPORT, tmp_path, COURSE_MODULES=f"llm_basics={mine}")
-    here, spawned = json.loads(result.stdout)
     reference = str(ROOT / "solutions" / "llama_pytorch.py")
-    assert here == spawned == [str(mine), reference, reference, "reference.llm_basics", "solutions.llm_basics", 0, 4]
+    assert json.loads(result.stdout) == [
+        str(mine),
+        reference,
+        reference,
+        "reference.llm_basics",
+        "solutions.llm_basics",
+        0,
+        4,
+    ]
 
 
 def test_unfinished_module_is_refused_at_import(tmp_path):

@@ -109,14 +109,15 @@ def test_after_every_step_the_trace_has_the_engine_s_tables_counts_and_waiting_l
             tables = {recorder.number[id]: engine.manager.block_table(id) for id in engine.manager.block_tables}
             computed = {recorder.number[id]: each.num_computed_tokens for id, each in engine.scheduler.requests.items()}
             counts = [block.ref_cnt for block in engine.manager.pool.blocks]
+            cached = {block.block_id for block in engine.manager.pool.blocks if block.block_hash}
             line = sorted(engine.scheduler.waiting, key=engine.scheduler.rank)
-            states.append((tables, counts, computed, [recorder.number[each.request_id] for each in line]))
+            states.append((tables, counts, cached, computed, [recorder.number[each.request_id] for each in line]))
     replay, seen = Replay(24), []
     for line in read_trace(file).lines:
         replay.apply(line)
         if "result" in line:
             tables = {k: table for k, table in replay.tables.items() if table}
-            seen.append((tables, list(replay.counts), dict(replay.computed), replay.waiting))
+            seen.append((tables, list(replay.counts), set(replay.cached), dict(replay.computed), replay.waiting))
     assert seen == states and len({tuple(line) for *_, line in states}) > 20
 
 
@@ -249,6 +250,7 @@ def test_chrome_events_are_spans_within_their_steps(recorded):
         assert each["ph"] != "C" or all(isinstance(value, int) for value in each["args"].values()), each
         assert each["ph"] != "M" or (each["name"] in ("process_name", "thread_name") and each["args"]["name"]), each
     threads = {(each["pid"], each["tid"]) for each in events if each["ph"] == "X"}
+    assert not {tid for _, tid in threads} & {0, 1, 2, 3}  # Perfetto takes 0 and a process' own id for one thread
     for thread in threads:
         own = [each for each in events if each["ph"] == "X" and (each["pid"], each["tid"]) == thread]
         times = sorted((each["ts"], each["ts"] + each["dur"]) for each in own)
