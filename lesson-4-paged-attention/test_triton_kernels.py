@@ -198,24 +198,34 @@ UNUSED = 40.0  # what slots hold that no position of the sequence has
 
 
 class Pool:
-    """Random keys and values of some sequences, in blocks that lie anywhere."""
+    """Random keys and values of some sequences, in blocks that lie anywhere.
 
-    def __init__(self, context_lens, num_kv_heads, head_dim, block_size):
+    has_nan: what belongs to no sequence is NaN: block 0, other slots, and numbers between one slot and the next.
+    """
+
+    def __init__(self, context_lens, num_kv_heads, head_dim, block_size, has_nan=False, dtype=torch.float32):
         tables = [-(-context // block_size) for context in context_lens]
         order = torch.randperm(sum(tables) + 2, generator=torch.Generator().manual_seed(7)).tolist()
+        if has_nan:
+            order.remove(0)
         self.tables = torch.full((len(tables), max(tables)), order.pop())  # where a table ends: a block of no sequence
-        shape = (sum(tables) + 2, block_size, num_kv_heads, head_dim)
-        keys, values = torch.full(shape, UNUSED / head_dim), torch.full(shape, UNUSED)
+        width = num_kv_heads * head_dim
+        shape = (sum(tables) + 2, block_size, width + 3 * has_nan)
+        memory = [
+            torch.full(shape, torch.nan if has_nan else each, dtype=dtype) for each in (UNUSED / head_dim, UNUSED)
+        ]
+        memory = [within(each, torch.nan if has_nan else 100.0) for each in memory]
+        self.keys, self.values = (each[..., :width].unflatten(2, (num_kv_heads, head_dim)) for each in memory)
         self.keys_of, self.values_of = [], []
         for b, (context, num_blocks) in enumerate(zip(context_lens, tables)):
             self.tables[b, :num_blocks] = torch.tensor([order.pop() for _ in range(num_blocks)])
-            k, v = (noise(context, num_kv_heads, head_dim, seed=10 * b + i) for i in (1, 2))
+            k, v = (noise(context, num_kv_heads, head_dim, seed=10 * b + i).to(dtype) for i in (1, 2))
             for p in range(context):
-                keys[self.tables[b, p // block_size], p % block_size] = k[p]
-                values[self.tables[b, p // block_size], p % block_size] = v[p]
+                self.keys[self.tables[b, p // block_size], p % block_size] = k[p].to(DEVICE)
+                self.values[self.tables[b, p // block_size], p % block_size] = v[p].to(DEVICE)
             self.keys_of.append(k)
             self.values_of.append(v)
-        self.keys, self.values, self.block_tables = within(keys), within(values), within(self.tables, around=0)
+        self.block_tables = within(self.tables, around=0)
         self.context_lens = torch.tensor(context_lens, device=DEVICE)
 
     def part(self, q, request, first, last):
@@ -235,11 +245,13 @@ class Pool:
 @exercise("4.22", points=0, seconds=30)
 class TestDecodeKernel:
     def check(
-        self, code, context_lens, heads, head_dim, block_size, what, num_splits=1, split_len=64, tile=16, extra=0
-    ):
+        self, code, context_lens, heads, head_dim, block_size, what, num_splits=1, split_len=64, tile=16, extra=0,
+        **memory,
+    ):  # fmt: skip
         num_heads, num_kv_heads = heads
-        pool, num_requests = Pool(context_lens, num_kv_heads, head_dim, block_size), len(context_lens)
+        pool, num_requests = Pool(context_lens, num_kv_heads, head_dim, block_size, **memory), len(context_lens)
         wide = noise(num_requests, num_heads * head_dim + extra, seed=3)  # extra: what follows a request's queries
+        wide = wide.to(pool.keys.dtype)
         q = wide[:, : num_heads * head_dim].reshape(num_requests, num_heads, head_dim)
         maxima, totals = (room(num_requests, num_heads, num_splits) for _ in range(2))
         weighted = room(num_requests, num_heads, num_splits, head_dim)
@@ -280,17 +292,24 @@ class TestDecodeKernel:
     def test_larger_tiles(self, code):
         self.check(code, [40], (2, 1), 16, 4, "a context of 40 in tiles of 32", tile=32)
 
+    def test_nan_elsewhere(self, code):
+        what = "contexts of 19 and 2, heads of 10, where all that is of no sequence is NaN"
+        self.check(code, [19, 2], (2, 1), 10, 7, what, has_nan=True)
+
+    def test_bfloat16(self, code):
+        self.check(code, [9], (2, 1), 16, 4, "a context of 9 in bfloat16", dtype=torch.bfloat16)
+
 
 @exercise("4.23", points=0, seconds=20)
 class TestMergeKernel:
-    def check(self, code, maxima, head_dim, what):
+    def check(self, code, maxima, head_dim, what, around=100.0):
         """maxima: (rows, splits)."""
         num_rows, num_splits = maxima.shape
         totals = torch.where(maxima == -torch.inf, 0.0, 1 + noise(num_rows, num_splits, seed=1).abs())
         weighted = totals[..., None] * noise(num_rows, num_splits, head_dim, seed=2)
         out = room(num_rows, head_dim)
         code.merge_kernel[(num_rows,)](
-            within(maxima), within(totals), within(weighted), out, num_splits,
+            within(maxima), within(totals), within(weighted, around), out, num_splits,
             HEAD_DIM=head_dim, SPLITS=triton.next_power_of_2(num_splits), DIMS=code.padded(head_dim),
         )  # fmt: skip
         rescale = (maxima.double() - maxima.double().amax(1, keepdim=True)).exp()
@@ -311,6 +330,9 @@ class TestMergeKernel:
 
     def test_large_maxima(self, code):
         self.check(code, 200 + noise(2, 2), 80, "the merge of 2 splits whose maxima are about 200, heads of 80")
+
+    def test_nan_after_the_splits(self, code):
+        self.check(code, noise(1, 3), 16, "the merge of 3 splits in a tile of 4; NaN follows them", around=torch.nan)
 
     def test_an_empty_split(self, code):
         self.check(code, torch.tensor([[1.0, -torch.inf], [0.5, 2.0]]), 64, "the merge of splits of which one is empty")
@@ -351,14 +373,14 @@ class TestPagedDecodeAttention:
 
 @exercise("4.25", points=0, seconds=40)
 class TestPrefillKernel:
-    def check(self, code, requests, heads, head_dim, block_size, what, extra=0, tile=16):
+    def check(self, code, requests, heads, head_dim, block_size, what, extra=0, tile=16, **memory):
         """requests: (context, new tokens) of each."""
         num_heads, num_kv_heads = heads
-        pool = Pool([context for context, _ in requests], num_kv_heads, head_dim, block_size)
+        pool = Pool([context for context, _ in requests], num_kv_heads, head_dim, block_size, **memory)
         start = [0]
         for _, num_new in requests:
             start.append(start[-1] + num_new)
-        wide = noise(start[-1], num_heads * head_dim + extra, seed=3)
+        wide = noise(start[-1], num_heads * head_dim + extra, seed=3).to(pool.keys.dtype)
         q = wide[:, : num_heads * head_dim].reshape(-1, num_heads, head_dim)
         out = room(start[-1], num_heads, head_dim)
         longest = max(num_new for _, num_new in requests)
@@ -392,6 +414,13 @@ class TestPrefillKernel:
 
     def test_odd_heads(self, code):
         self.check(code, [(6, 3)], (3, 1), 80, 1, "3 query heads over 1, heads of 80, blocks of 1")
+
+    def test_nan_elsewhere(self, code):
+        what = "the last 3 of 19 tokens, heads of 10, where all that is of no sequence is NaN"
+        self.check(code, [(19, 3)], (2, 1), 10, 7, what, has_nan=True)
+
+    def test_bfloat16(self, code):
+        self.check(code, [(9, 3)], (2, 1), 16, 4, "the last 3 of 9 tokens in bfloat16", dtype=torch.bfloat16)
 
 
 @together(seconds=60)

@@ -139,9 +139,9 @@ def decode_kernel(
                                              a loop over tiles     another program       the mask ends at 40
 
     q: (B, H, D), request b at q + b * q_stride; keys, values: pools whose slots are slot_stride apart; block_tables:
-    (B, *), table_stride apart; context_lens: (B,), the new token included. Stores a Partial of 4.11 for each query head
-    and split: maxima, totals (B, H, S) and weighted_sums (B, H, S, D). A split with no position is minus infinity, 0,
-    0.
+    (B, *), table_stride apart; context_lens: (B,), the new token included. Other sequences' slots may hold NaN, and 0
+    times NaN is NaN. Stores a Partial of 4.11 for each query head and split: maxima, totals (B, H, S) and weighted_sums
+    (B, H, S, D). A split with no position is minus infinity, 0, 0.
     """
     request = tl.program_id(0)
     kv_head = tl.program_id(1)

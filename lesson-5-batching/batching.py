@@ -77,16 +77,24 @@ class ModelRunner:
         if not plan.scheduled:
             return output
         batch = flatten_batch(plan.scheduled, self.cache.block_size, self.cache.keys.device)
-        if hidden is None:
-            hidden = self.model.embed(batch.token_ids)
-        attend = kernels.paged(self.cache, batch.metadata)  # `cache.attend`, which fused layers do themselves
-        hidden = self.model.run_layers(hidden, batch.positions, attend, self.cache.layers)
+        hidden = self.forward(batch, hidden)
         if self.cache.layers.stop < self.model.config.num_hidden_layers:
             return hidden
         if len(batch.logit_rows):
             self.sample(plan, self.model.logits(hidden[batch.logit_rows]), output)
         self.score_prompts(plan, hidden, output)
         return output
+
+    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """Run this runner's layers. (T, hidden_size), or None at the first one -> (T, hidden_size)."""
+        if hidden is None:
+            hidden = self.model.embed(batch.token_ids)
+        attend = kernels.paged(self.cache, batch.metadata)  # `cache.attend`, which fused layers do themselves
+        return self.model.run_layers(hidden, batch.positions, attend, self.cache.layers)
+
+    def draw(self, sampling: Sequence[ScheduledRequest], logits: Tensor) -> dict[str, int]:
+        """Returns the next tokens of some of these requests, by id, all drawn at once: of none, unless on a GPU."""
+        return {}
 
     def score_prompts(self, plan: SchedulerOutput, hidden: Tensor, output: ModelRunnerOutput) -> None:
         """Write the log-probabilities of prompt tokens into `output`, for the requests that ask for them.
@@ -107,11 +115,15 @@ class ModelRunner:
         logits: (L, V), in the order of `logit_rows`; (0, V) on a rank that does not sample (lesson 6).
         """
         sampling = [request for request in plan.scheduled if request.sample_index is not None and len(logits)]
+        drawn = self.draw(sampling, logits)
         for request, rows in zip(sampling, logits.split([request.num_spec_tokens + 1 for request in sampling])):
             try:
-                if rows.isnan().any():
+                if request.request_id in drawn:
+                    tokens = [drawn[request.request_id]]
+                elif rows.isnan().any():
                     raise ValueError("the model's logits are not numbers (NaN)")
-                tokens = self.choose(request, rows)
+                else:
+                    tokens = self.choose(request, rows)
                 if (num := request.params.logprobs) is not None:
                     likely = [top_logprobs(row, token, num) for row, token in zip(rows, tokens)]
                     output.logprobs[request.request_id] = likely
@@ -571,7 +583,7 @@ def local_engine(model: Llama, tokenizer: Tokenizer, /, **options) -> Engine:
     slot_bytes = cache_bytes(model.config, 1, model.model.norm.weight.element_size())
     config = EngineConfig(**options).resolve(model.config, slot_bytes)
     cache = PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks)
-    return Engine(LocalExecutor(ModelRunner(model, cache)), tokenizer, config)
+    return Engine(LocalExecutor(kernels.accelerate(ModelRunner(model, cache), config)), tokenizer, config)
 
 
 def load_engine(name: str, **options) -> Engine:

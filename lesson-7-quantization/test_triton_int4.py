@@ -63,12 +63,16 @@ class TestDequantizeTile:
 
 @exercise("7.17", points=0, seconds=30)
 class TestInt4Kernel:
-    def check(self, code, num_tokens, num_outputs, num_inputs, group_size, what, extra=0, dtype=torch.float32):
+    def check(
+        self, code, num_tokens, num_outputs, num_inputs, group_size, what, extra=0, dtype=torch.float32, around=100.0
+    ):
         packed, scale, minimum, weights = matrix(num_outputs, num_inputs, group_size)
         wide = noise(num_tokens, num_inputs + extra, seed=3).to(dtype)
+        if around != 100:
+            wide[:, num_inputs:] = around  # the row goes on, but it is no input
         out = within(torch.full((num_tokens, num_outputs), -7.0))
         code.int4_kernel[(triton.cdiv(num_tokens, 16), triton.cdiv(num_outputs, 16))](
-            within(wide), within(packed), within(scale), within(minimum), out,
+            within(wide, around), within(packed), within(scale, around), within(minimum, around), out,
             num_tokens, num_outputs, num_inputs, wide.stride(0), scale.shape[1],
             GROUP_SIZE=group_size, TOKENS=16, OUTPUTS=16, PAIRS=16,
         )  # fmt: skip
@@ -91,6 +95,11 @@ class TestInt4Kernel:
 
     def test_an_odd_number_of_inputs(self, code):
         self.check(code, 1, 17, 37, 32, "a token, 17 outputs, 37 inputs in groups of 32")
+
+    def test_nan_after_the_inputs(self, code):
+        for num_inputs in (24, 21):
+            what = f"2 tokens, 3 outputs, {num_inputs} inputs in groups of 8; NaN follows them"
+            self.check(code, 2, 3, num_inputs, 8, what, extra=2, around=torch.nan)
 
     def test_16_bits(self, code):
         self.check(code, 2, 16, 48, 16, "2 tokens in float16, 16 outputs, 48 inputs", dtype=torch.float16)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common import kernels
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.config import EngineConfig
 from common.tokenizer import Tokenizer, load_tokenizer
@@ -163,7 +164,7 @@ def start_executor(config: EngineConfig, load: Callable, build: Callable) -> Exe
     """
     if config.tensor_parallel * config.pipeline_parallel == 1:
         model, layers, _ = load()
-        return LocalExecutor(build(model, layers))
+        return LocalExecutor(kernels.accelerate(build(model, layers), config))
     from solutions.parallelism import ParallelExecutor
 
     return ParallelExecutor(config, load, build)

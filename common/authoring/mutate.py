@@ -62,7 +62,7 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
     import torch
 
     from common.grading import ranks
-    from common.grading.plugin import Grader
+    from common.grading.plugin import ALONE, Grader
     from common.grading.subject import Failure, Subject
 
     torch.set_num_threads(1)
@@ -108,8 +108,8 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
         return failure and failure.sentence
 
-    options = [str(lesson.checks), "-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider"]
-    pytest.main([*options, "-p", "no:faulthandler"], plugins=[MutatingGrader()])
+    options = [str(lesson.checks), *ALONE, "-p", "no:terminal", "-p", "no:faulthandler"]
+    pytest.main(options, plugins=[MutatingGrader()])
     connection.send(None)
 
 

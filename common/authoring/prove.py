@@ -108,7 +108,7 @@ def prove_lesson(lesson_number: int) -> int:
             print(f"Lesson {lesson.number}, {lesson.slug}: left out, since it needs the package {lesson.needs}.")
             continue
         grader = ProvingGrader(lesson)
-        options = [str(lesson.checks), "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
+        options = [str(lesson.checks), *plugin.ALONE, "-q"]
         code = pytest.main(options, plugins=[plugin, grader])
         found = complaints(lesson, grader)
         print(*found, sep="\n")

@@ -127,22 +127,13 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
     served: dict[str, list[dict]] = {"ample": [], "recompute": [], "swap": []}
     for _ in range(1 if quick else 3):
         for way, results in served.items():
-            with local_engine(
-                model,
-                tokenizer,
-                num_blocks=needed if way == "ample" else needed // 2,
-                preemption="recompute" if way == "ample" else way,
-                enable_prefix_caching=False,
-            ) as engine:
+            num_blocks, preemption = (needed, "recompute") if way == "ample" else (needed // 2, way)
+            settings = dict(num_blocks=num_blocks, preemption=preemption, enable_prefix_caching=False)
+            with local_engine(model, tokenizer, **settings) as engine:
                 engine.generate(prompts, params, progress=False)
                 totals = engine.metrics()
-            results.append(
-                {
-                    "tokens_per_second": totals.tokens_per_second,
-                    "num_preemptions": totals.num_preemptions,
-                    "num_computed_tokens": totals.num_computed_tokens,
-                }
-            )
+            counts = ("tokens_per_second", "num_preemptions", "num_computed_tokens")
+            results.append({name: getattr(totals, name) for name in counts})
     for way, results in served.items():
         speed = statistics.median(each["tokens_per_second"] for each in results)
         served[way] = {**results[0], "tokens_per_second": speed}

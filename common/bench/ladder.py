@@ -131,7 +131,7 @@ def assembled(model: Llama, tokenizer: Tokenizer, **options) -> Engine:
     config = EngineConfig(**{"dtype": weight.dtype, "device": str(weight.device), **options})
     config = config.resolve(model.config, slot_bytes(config, model.config, None))
     runner = build_runner(config, model, range(model.config.num_hidden_layers))
-    return Engine(LocalExecutor(runner), tokenizer, config)
+    return Engine(LocalExecutor(kernels.accelerate(runner, config)), tokenizer, config)
 
 
 def greedy(length: int) -> SamplingParams:

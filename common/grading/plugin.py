@@ -19,6 +19,12 @@ from common.course.exercises import TOGETHER
 if TYPE_CHECKING:
     from common.grading.subject import Failure, Subject
 
+ALONE = ["-o", "addopts=", "--disable-plugin-autoload", "-p", "no:cacheprovider"]
+ALONE += ["-p", "no:unraisableexception", "-p", "no:logging"]
+"""pytest's options for one lesson's checks alone. Other packages' plugins take seconds to import. The first of the last
+two collects garbage five times at the end: with all that torch imports, that takes as long as the checks.
+"""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("numprocesses", None):  # pytest-xdist's processes run the tests: this one needs no torch

@@ -17,7 +17,7 @@ import pytest
 
 from common.course import Lesson
 from common.course.exercises import TOGETHER
-from common.grading.plugin import Grader
+from common.grading.plugin import ALONE, Grader
 from common.grading.subject import Failure, Subject
 from common.grading.wire import readable, sealed
 
@@ -108,8 +108,7 @@ def work(
 
     torch.set_num_threads(1)
     subject = Subject(lesson, file)
-    options = [str(lesson.checks), "-o", "addopts=", "-p", "common.grading.plugin"]
-    options += ["--disable-plugin-autoload", "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    options = [str(lesson.checks), *ALONE, "-p", "common.grading.plugin", "-p", "no:terminal", "-p", "no:faulthandler"]
     if show_prints:
         options.append("--capture=no")
 

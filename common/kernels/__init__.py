@@ -4,9 +4,10 @@ Graded code never runs them: `KERNELS=plain` in the environment turns them off. 
 loaded model, once; `attention` serves many requests in one call; `paged` lets fused layers read and write blocks.
 """
 
-from common.kernels.attention import PagedAttend, attention, paged
+from common.kernels.attention import PagedAttend, attention
 from common.kernels.build import compiled
-from common.kernels.layers import FastNorm, FusedAttention, FusedBlock, FusedMLP, held_bytes, pack
+from common.kernels.gpu import accelerate, pack, paged
+from common.kernels.layers import FastNorm, FusedAttention, FusedBlock, FusedMLP, held_bytes
 from common.kernels.products import (
     FusedLinear,
     can_pack,

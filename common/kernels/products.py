@@ -31,9 +31,9 @@ FLOATS, INT8, W8A8, INT4, BFLOATS, W4A8 = range(6)  # products.h's kinds
 def enabled() -> bool:
     """Whether the fast paths are wanted: yes, unless the environment says KERNELS=plain. It is asked at every call."""
     choice = os.environ.get("KERNELS", "")
-    if choice not in ("", "fast", "plain"):
+    if choice not in ("", "fast", "plain", "triton"):
         raise ValueError(
-            f"KERNELS={choice}: this environment variable is 'plain', 'fast', or not set (which is 'fast')."
+            f"KERNELS={choice}: this environment variable is 'plain', 'fast', 'triton', or not set (which is 'fast')."
         )
     return choice != "plain"
 

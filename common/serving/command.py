@@ -15,6 +15,8 @@ from common.options import engine_options, mine, number, option, threads
 from common.setup import ensure
 from common.start import OptionError
 
+SAME_EVERYWHERE = {"loop": "asyncio", "http": "h11", "ws": "none"}
+"""uvicorn takes faster ones where another package has brought them; httptools knows no limit for the size of a head."""
 RAY = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 """Ray's processes refuse requests without a token, which lies in the home directory. Nothing about its use is sent."""
 
@@ -75,7 +77,9 @@ def serve(
 
         handle = start_replicas(replicas, options, mine, threads, max_waiting, keys)
         app, greet = create_door(handle, tenants), lambda address: handle.welcome.remote(address=address).result()
-    config = uvicorn.Config(app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain)
+    config = uvicorn.Config(
+        app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain, **SAME_EVERYWHERE
+    )
     socket = config.bind_socket()
     socket.listen(config.backlog)  # clients that come before the loop below wait for it, and are not refused
     port = socket.getsockname()[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -31,7 +32,7 @@ class Piece:
 
 async def complete(server: Server, request: Request, body: CompletionRequest) -> CompletionResponse | Response:
     server.check_model(body.model)
-    prompts = encode_prompts(server, body)
+    prompts = await encode_prompts(server, body)
     own = await processors(server, body)
     prompt_logprobs = body.logprobs if body.echo else None
     params = [
@@ -51,12 +52,17 @@ async def complete(server: Server, request: Request, body: CompletionRequest) ->
     )
 
 
-def encode_prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
-    """The prompts as token ids: one or several, each text or token ids."""
+async def encode_prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
+    """The prompts as token ids: one or several, each text or token ids. Other clients are served between two."""
     prompts = body.prompt
     if isinstance(prompts, str) or isinstance(prompts[0], int):
         prompts = [prompts]
-    return [server.encode(each, body.add_special_tokens) if isinstance(each, str) else each for each in prompts]
+    server.loop.check_size(len(prompts))
+    encoded = []
+    for prompt in prompts:
+        encoded.append(server.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt)
+        await asyncio.sleep(0)
+    return encoded
 
 
 async def pieces(

@@ -46,6 +46,22 @@ class Server:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The text's token ids. Raises ApiError if there are more than the context holds.
+
+        Of a long text, the beginning is encoded first: 20 MB take a minute, in which no other client is served.
+        """
+        longest = self.config.max_model_len
+        size = 8 * longest
+        while size < len(text):
+            if (num_tokens := len(self.tokenizer.encode(text[:size], add_special_tokens))) > longest + 16:
+                raise ApiError(
+                    400,
+                    f"This model's maximum context length is {longest} tokens. The first {size} characters of the "
+                    f"prompt have {num_tokens} already; shorten it.",
+                    param="prompt",
+                    code="context_length_exceeded",
+                )
+            size *= 2
         return self.tokenizer.encode(text, add_special_tokens)
 
     def limit(self, num_prompt_tokens: int, max_tokens: int | None) -> int:

@@ -70,8 +70,11 @@ def vocabulary(folder: str) -> LLTokenizer:
 def compiled(folder: str, grammar: str) -> LLMatcher:
     """A parser at the beginning of an answer; to be copied. Raises ValueError if the grammar is wrong."""
     matcher = LLMatcher(vocabulary(folder), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
-    if matcher.is_error():
-        raise ValueError(f"The grammar cannot be used: {matcher.get_error()}")
+    first = matcher.deep_copy()
+    if not first.is_error():
+        first.compute_logit_bias()  # a schema that no text matches is found out here
+    if first.is_error():
+        raise ValueError(f"The grammar cannot be used: {first.get_error()}")
     return matcher
 
 

@@ -162,8 +162,7 @@ class EngineLoop:
         """
         self.check()
         num_choices = sum(job.params.n for job in jobs)
-        if num_choices > self.capacity:
-            raise ValueError(f"{num_choices} sequences in one request; this server holds {self.capacity} at once.")
+        self.check_size(num_choices)
         if self.num_sequences + num_choices > self.capacity:
             raise QueueFull(f"{self.num_sequences} sequences are running or waiting; try again later.", 1.0)
         stream = Stream(uuid.uuid4().hex, num_choices, self.drop)
@@ -176,6 +175,11 @@ class EngineLoop:
             self.streams.pop(stream.request_id, None)
             raise
         return stream
+
+    def check_size(self, num_choices: int) -> None:
+        """Raise ValueError if one request has more samples than can ever be held."""
+        if num_choices > self.capacity:
+            raise ValueError(f"{num_choices} sequences in one request; this server holds {self.capacity} at once.")
 
     def finished(self, stream: Stream) -> None:
         """The reader of a stream is done with it."""

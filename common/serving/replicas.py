@@ -32,6 +32,7 @@ from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from common.serving.api import Gate, create_app
@@ -47,6 +48,7 @@ APPLICATION = "inference"
 ROUTER = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router:PrefixCacheAffinityRouter"
 """`ray.serve.llm` exports it, too, but that imports vLLM."""
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client")
+LONGEST_PREFIX = 20_000  # characters; the router looks at each of them
 OBJECT_STORE = 80 * 2**20  # bytes; nothing here is stored in it, and Ray's own choice is a third of the memory
 
 
@@ -124,9 +126,9 @@ def prefixes(scope: Scope, body: bytes) -> list[Prefix]:
         fields = json.loads(body)
         prompt = fields.get("messages") or fields.get("prompt")
         salt = scope["state"]["tenant"].salt(fields.get("cache_salt"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):  # the replica says what is wrong
         return []
-    return [Prefix(f"{salt} {json.dumps(prompt)}")] if prompt else []
+    return [Prefix(f"{salt} {json.dumps(prompt)}"[:LONGEST_PREFIX])] if prompt else []
 
 
 class Door:
@@ -136,7 +138,10 @@ class Door:
         self.replicas = replicas.options(stream=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await Request(scope, receive).body()
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
+            return
         relay = asyncio.create_task(self.relay(scope, body, send))
         gone = asyncio.create_task(receive())  # the next message says that the client has left, or that all is sent
         await asyncio.wait([relay, gone], return_when=asyncio.FIRST_COMPLETED)

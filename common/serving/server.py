@@ -29,31 +29,25 @@ def load_server(options: dict[str, Any], mine: str, threads: int | None, max_wai
 
 def welcome(server: Server, address: str) -> str:
     """What to type next."""
-    is_chat = server.tokenizer.chat_template is not None
-    route, field = (
-        ("chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]')
-        if is_chat
-        else (
-            "completions",
-            '"prompt": "There was once a"',
-        )
-    )
-    key = " -H 'Authorization: Bearer KEY'" if server.tenants.tenants else ""
-    call = (
-        'chat.completions.create(messages=[{"role": "user", "content": "Hello!"}]'
-        if is_chat
-        else ('completions.create(prompt="There was once a"')
-    )
+    if server.tokenizer.chat_template is not None:
+        route, field = "chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
+        call, text = 'chat.completions.create(messages=[{"role": "user", "content": "Hello!"}]', "message.content"
+    else:
+        route, field = "completions", '"prompt": "There was once a"'
+        call, text = 'completions.create(prompt="There was once a"', "text"
+    key, header = ("KEY", " -H 'Authorization: Bearer KEY'") if server.tenants.tenants else ("none", "")
     return "\n".join(
         [
             f"{server.model_name} answers at {address}. Ctrl-C ends it."
             + (f" {files_used()}" if substitutes() else ""),
             "",
             f"  the page     {address}/",
-            f"  curl         curl {address}/v1/{route}{key} -H 'Content-Type: application/json' \\",
+            f"  curl         curl -N {address}/v1/{route}{header} -H 'Content-Type: application/json' \\",
             f"                 -d '{{{field}, \"stream\": true}}'",
-            f'  Python       client = openai.OpenAI(base_url="{address}/v1", api_key="{"KEY" if key else "none"}")',
-            f'               client.{call}, model="{server.model_name}")',
+            "  Python       import openai  # pip install openai",
+            f'               client = openai.OpenAI(base_url="{address}/v1", api_key="{key}")',
+            f'               answer = client.{call}, model="{server.model_name}")',
+            f"               print(answer.choices[0].{text})",
             f"  all routes   {address}/docs",
         ]
     )

@@ -43,8 +43,7 @@ def debug(lesson: Lesson, file: Path, exercise: Exercise) -> int:
     )
     body = dict(walk_functions(ast.parse(subject.source)))[exercise.function].body
     first = next((statement for statement in body if not is_docstring(statement)), body[0])
-    options = [str(lesson.checks), "-o", "addopts=", "-q", "--capture=no", "--disable-warnings", "-rN"]
-    options += ["-p", "no:cacheprovider"]
+    options = [str(lesson.checks), *plugin.ALONE, "-q", "--capture=no", "--disable-warnings", "-rN"]
     return int(pytest.main(options, plugins=[plugin, DebuggingGrader(subject, exercise, first.lineno)]))
 
 

@@ -111,7 +111,7 @@ def watch(lesson: Lesson, file: Path, exercise: Exercise) -> tuple[str, str, tup
             if not found and (runs := both_runs(subject, exercise_id, check, self.title)):
                 found.append((self.title, *runs))
 
-    options = [str(lesson.checks), "-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "--capture=no"]
+    options = [str(lesson.checks), *plugin.ALONE, "-p", "no:terminal", "--capture=no"]
     pytest.main(options, plugins=[plugin, Watcher(lambda lesson: subject)])
     if broken:
         raise CourseError(f"A check of the course is broken, please report it:\n{broken[0]}")

@@ -8,6 +8,7 @@ and output, and an object that can be asked what a `subprocess.Popen` can. test_
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import random
@@ -109,6 +110,7 @@ def serve(requests: socket.socket) -> None:
     import common.grading.worker  # noqa: F401
 
     torch.arange(2, device="meta") <= 1  # noqa: B015  (the first use of this device imports a second's worth)
+    gc.freeze()  # or the first collection of each process would copy every page of what was imported
     woken, wake = socket.socketpair()
     woken.setblocking(False)
     wake.setblocking(False)

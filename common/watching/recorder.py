@@ -56,6 +56,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 
 CONFIG = (
@@ -115,10 +116,11 @@ class Recorder:
             self.enter(request)
 
     def config(self) -> dict[str, Any]:
-        return {name: getattr(self.engine.config, name) for name in CONFIG}
+        found = {name: getattr(self.engine.config, name) for name in CONFIG}
+        return found | {"speculative": found["speculative"] and Path(found["speculative"]).name}  # not where it lies
 
     def model(self) -> str:
-        return self.engine.config.model.rsplit("/", 1)[-1]
+        return Path(self.engine.config.model).name
 
     def attach(self) -> None:
         scheduler = self.scheduler

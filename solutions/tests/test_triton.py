@@ -18,12 +18,17 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import triton.language as tl
+
+from common.kernels import triton_ops as ops
 from solutions import triton_int4
 from solutions import triton_kernels as kernels
 
 pointer, half, ids, number = "*fp32", "*bf16", "*i64", "i32"
 sizes = {"HEAD_DIM": 80, "DIMS": 128}
 attention = {"GROUP": 3, "BLOCK_SIZE": 7, "TILE": kernels.TILE, **sizes}
+engine = {"HEADS": 9, "GROUP": 3, "HEAD_DIM": 64, "BLOCK_SIZE": 16, "TILE": ops.TILE, "DIMS": 64, "DTYPE": tl.bfloat16}
+heads = {"HEADS": 9, "KV_HEADS": 3, "HEAD_DIM": 64, "ROWS": 16, "PAIRS": 32}
 for kernel, types, constants in (
     (kernels.add_kernel, [pointer] * 3 + [number], {"BLOCK": 1024}),
     (kernels.softmax_kernel, [half] * 2 + [number] * 3, {"BLOCK": 1024}),
@@ -40,6 +45,26 @@ for kernel, types, constants in (
         [half, "*u8", "*fp16", "*fp16", half] + [number] * 5,
         {"GROUP_SIZE": 32, "TOKENS": 16, "OUTPUTS": 16, "PAIRS": 16},
     ),
+    *((ops.add_rms_norm_kernel, [half] * 5 + [number, "fp32"], {"BLOCK": 2048, "ADD": add}) for add in (True, False)),
+    *(
+        (
+            ops.rotate_and_store_kernel,
+            [half, pointer, pointer, half, ids, half, half, half, "fp32", number],
+            {**heads, "NORM": norm},
+        )
+        for norm in (True, False)
+    ),
+    (ops.silu_mul_kernel, [half] * 2 + [number], {"BLOCK": 1024}),
+    *(
+        (
+            ops.attention_kernel,
+            [half] * 3 + [ids] * 3 + [out, pointer, "fp32"] + [number] * 2,
+            {**engine, "QUERIES": queries, "ROWS": rows, "SPLITS": splits},
+        )
+        for queries, rows, splits, out in ((1, 16, 8, pointer), (1, 16, 1, half), (21, 64, 1, half))
+    ),
+    (ops.merge_kernel, [pointer] * 2 + [half], {"SPLITS": 8, "HEAD_DIM": 64, "DIMS": 64}),
+    (ops.draw_kernel, [pointer] * 2 + [ids, "*i32", number], {"TILE": 2048}),
 ):
     names = [name for name in kernel.arg_names if name not in constants]
     assert len(names) == len(types), kernel
@@ -70,14 +95,27 @@ def test_gpu_check_in_miniature_and_its_refusal(tmp_path):
         assert refused.returncode == 2 and "gpu-check needs an NVIDIA GPU" in refused.stdout + refused.stderr
 
 
-def test_gpu_check_says_what_is_wrong():
-    from common.bench.gpu import is_good
+@pytest.mark.slow
+def test_gpu_check_goes_on_after_a_step_that_fails():
+    from common.bench.gpu import run_step
 
-    good = {"failed_exercises": {"a": []}, "same_tokens": {"float32": True}, "collective": True}
-    assert is_good(good)
-    for part, wrong in (
-        ("failed_exercises", {"a": ["4.18 softmax_kernel: no"]}),
-        ("same_tokens", {"float32": False}),
-        ("collective", False),
+    assert "'nothing' is not one of 'graphs'" in run_step("nothing", True, 60)["error"]
+    assert "It was stopped after 0 seconds." in run_step("collective", True, 0.1)["error"]
+    assert "no time was left" in run_step("collective", True, -1)["error"]
+
+
+def test_gpu_check_says_what_is_wrong():
+    from common.bench.gpu import wrong_things
+
+    good = {
+        "a": {"failed": []},
+        "same": {"float32": True, "INT8": True},
+        "speed": {"1": {"tokens_per_s": 0, "ms": None}},
+    }
+    assert list(wrong_things(good, "all")) == []
+    for wrong, where in (
+        ({"a": {"failed": ["4.18 softmax_kernel: no"]}}, "all, a, failed"),
+        ({"same": {"float32": False}}, "all, same, float32"),
+        ({"speed": {"error": "CUDA error"}}, "all, speed, error"),
     ):
-        assert not is_good({**good, part: wrong})
+        assert list(wrong_things(good | wrong, "all")) == [where]

@@ -13,14 +13,15 @@ const NAMES = {
   accepted: "vllm:spec_decode_num_accepted_tokens_total",
 };
 
-// Returns the sum over all labels of each metric, by its name.
+// Returns the sum over all engines and labels of each metric, by its name; of a share, the mean.
 export function parse(text) {
-  const sums = {};
+  const values = {};
   for (const line of text.split("\n")) {
     const match = /^([\w:]+)(?:\{.*\})? (\S+)/.exec(line);
-    if (match) sums[match[1]] = (sums[match[1]] ?? 0) + Number(match[2]);
+    if (match) (values[match[1]] ??= []).push(Number(match[2]));
   }
-  return sums;
+  const total = (name, found) => found.reduce((sum, each) => sum + each) / (name.endsWith("_perc") ? found.length : 1);
+  return Object.fromEntries(Object.entries(values).map(([name, found]) => [name, total(name, found)]));
 }
 
 export class LivePanel {

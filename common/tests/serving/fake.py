@@ -24,9 +24,11 @@ let a = '<b>';
 end"""
 METRICS = """\
 # HELP vllm:num_requests_running Requests that run.
-vllm:num_requests_running{model_name="fake"} 3.0
+vllm:num_requests_running{engine="0"} 1.0
+vllm:num_requests_running{engine="1"} 2.0
 vllm:num_requests_waiting{model_name="fake"} 2.0
-vllm:kv_cache_usage_perc{model_name="fake"} 0.25
+vllm:kv_cache_usage_perc{engine="0"} 0.1
+vllm:kv_cache_usage_perc{engine="1"} 0.4
 vllm:generation_tokens_total{model_name="fake"} 100.0
 vllm:prefix_cache_queries_total{model_name="fake"} 200.0
 vllm:prefix_cache_hits_total{model_name="fake"} 50.0

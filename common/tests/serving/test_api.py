@@ -221,6 +221,18 @@ def test_unknown_fields_are_ignored_and_null_is_the_default(url):
     assert httpx.post(f"{url}/v1/completions", json=odd).json()["choices"] == plain["choices"]
 
 
+def test_a_prompt_of_megabytes_is_refused_without_encoding_all_of_it(url, served, monkeypatch):
+    sizes: list[int] = []
+    tokenizer = served[1].tokenizer
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, *rest: (sizes.append(len(text)), encode(text, *rest))[1])
+    answer = httpx.post(f"{url}/v1/completions", json={"prompt": "once " * 1_000_000, "max_tokens": 1})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+    assert max(sizes) <= 64 * served[1].config.max_model_len
+    answer = httpx.post(f"{url}/v1/completions", json={"prompt": ["once"] * 1000, "max_tokens": 1})
+    assert answer.status_code == 400 and len(sizes) < 10
+
+
 def test_a_model_without_a_chat_template_says_so(served, url):
     tokenizer = served[1].tokenizer
     template, tokenizer.chat_template = tokenizer.chat_template, None

@@ -163,6 +163,14 @@ def test_over_http(client):
         assert all(re.fullmatch(pattern, choice.text) for choice in answer.choices), answer
 
 
+def test_a_schema_that_nothing_matches_is_the_clients_mistake(client):
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.BadRequestError, match="The grammar cannot be used"):
+        client.completions.create(
+            model="tales", prompt=PROMPT, extra_body={"structured_outputs": {"json": {"$ref": "#"}}}
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["together", "ngram", "draft"])
 def test_200_of_200(way):

@@ -244,6 +244,7 @@ def test_a_longer_run_beside_this_one_is_counted_in_the_title(open_page, swappin
     part = tmp_path / "part.jsonl"
     part.write_text("\n".join(lines[:21]), encoding="utf-8")
     page = open_page(part, swapping[1])
+    assert page.evaluate("page.same({ requests: [{ id: 'a' }] }, { requests: [{ id: 'b' }, { id: 'a' }] }, 0)") == 1
     own, other = page.evaluate("[page.run.steps.length, page.other.steps.length]")
     expect(page.locator("#title")).to_contain_text(f"{own} steps; the other run has {other}")
     page.keyboard.press("End")

@@ -7,6 +7,7 @@ import json
 import random
 from dataclasses import asdict
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -171,6 +172,15 @@ def test_an_engine_is_the_same_with_a_recorder_and_afterwards(tmp_path):
     for owner in ("scheduler", "executor", "totals"):
         assert vars(getattr(watched, owner)).keys() == vars(getattr(plain, owner)).keys()
     assert vars(watched.manager.pool).keys() == vars(plain.manager.pool).keys()
+
+
+def test_a_trace_names_models_and_not_the_folders_in_which_they_lie():
+    engine, lines = tiny_engine(), io.StringIO()
+    engine.config = SimpleNamespace(**{**vars(engine.config), "model": "/a/tales", "speculative": "/b/draft"})
+    with recording(engine, lines):
+        pass
+    head = json.loads(lines.getvalue().splitlines()[0])
+    assert (head["model"], head["config"]["speculative"]) == ("tales", "draft")
 
 
 def test_an_interrupted_step_and_an_abort_leave_no_gap(tmp_path):

@@ -44,6 +44,7 @@ class Page {
     element("step").max = Math.max(0, this.length - 1);
     for (const id of ["texts", "lanes", "preemption", "totals", "budget", "budget-words", "waiting"]) element(id).hidden = this.run.isCalls;
     element("timeline").hidden = budget === null;
+    element("preemption").disabled = !this.run.steps.some(({ plan }) => plan.preempt);
     element("stepping-title").textContent = `The ${this.run.word}`;
     if (!this.other) return;
     element("difference").hidden = element("parting").hidden = false;
@@ -90,6 +91,9 @@ class Page {
     this.show();
   }
 
+  // The number of a request in another run, where it has the same id; -1 if there is none.
+  same(from, to, k) { return from === to ? k : to.requests.findIndex(({ id }) => id === from.requests[k].id); }
+
   choose = (k) => {
     this.chosen = Math.max(0, Math.min(this.run.requests.length - 1, k));
     this.show();
@@ -105,7 +109,7 @@ class Page {
     const zoom = +element("zoom").value, count = zoom ? Math.min(zoom, this.length) : this.length;
     const first = Math.max(0, Math.min(this.length - count, index - (count >> 1)));
     const mark = this.partings.length ? this.partings[0].index : null;
-    for (const timeline of this.timelines) timeline.draw(index, chosen, first, count, mark);
+    for (const timeline of this.timelines) timeline.draw(index, this.same(run, timeline.run, chosen), first, count, mark);
     this.pool.draw(state, chosen);
     this.lanes.draw(step);
     drawBudget(run, step);
@@ -178,9 +182,9 @@ class Page {
     for (const words of document.querySelectorAll(".words")) words.addEventListener("toggle", () => this.show());
     for (const timeline of this.timelines) {
       const pick = (event) => {
-        const [step, row] = timeline.at(event);
+        const [step, row] = timeline.at(event), { run } = this;
         this.go(step);
-        this.choose(row);
+        this.choose(this.same(timeline.run, run, Math.min(row, timeline.run.requests.length - 1)));
       };
       timeline.canvas.addEventListener("pointerdown", (event) => { timeline.canvas.setPointerCapture(event.pointerId); pick(event); });
       timeline.canvas.addEventListener("pointermove", (event) => { if (event.buttons) pick(event); });

@@ -320,7 +320,7 @@ function whyTokens(run, entry) {
   if (kind === "prefill" && start === 0) return "its whole prompt";
   if (kind === "prefill" && admitted === "first") {
     return parent === null ? `the rest of its prompt; ${start} tokens were in the prefix cache`
-      : `the last token of its prompt; it shares blocks with ${run.requests[parent].id}`;
+      : `the last token of its prompt; ${run.requests[parent].id} has computed the others`;
   }
   if (kind === "prefill") return "the rest of its prompt";
   if (kind === "recompute") return "again, after its preemption";

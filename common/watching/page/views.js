@@ -117,7 +117,7 @@ class Timeline {
     lay(this.cursor, (index - first) * cell, 0, Math.max(2, cell), height);
     this.mark.hidden = mark === null || mark < first || mark > first + count;
     if (!this.mark.hidden) lay(this.mark, (mark - first) * cell - 1, 0, 2, height);
-    this.choice.hidden = chosen >= run.requests.length;
+    this.choice.hidden = chosen < 0;
   }
 
   drawSteps(first, count, cell) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.course.catalogue import right, wrong
+from common.course.catalogue import equivalent, right, wrong
 
 ANSWERS = [
     wrong("7.16", "the two halves exchanged", "return even, odd", "return odd, even"),
@@ -79,5 +79,43 @@ ANSWERS = [
         place = tokens[:, None] * num_outputs + outputs[None, :]
         tl.store(out + place, total, mask=token_exists & (outputs < num_outputs)[None, :])
         """,
+    ),
+]
+
+DIGITS = "with more digits the results are the same"
+PROMOTED = "the other operand is in float32, and so is the result"
+OPEN = "where a mask is false the interpreter loads 0; a GPU does not promise that"
+NOTHING = "of what does not exist, either the input or the weight is 0, or the output is not stored"
+EXACT = "the interpreter knows no TF32; on a GPU such a product has three digits"
+BYTES = "tl.load(weight + outputs[:, None] * num_pairs + pairs, mask=exists"
+EVEN = "tl.load(place, mask=token_exists & (2 * pairs < num_inputs)"
+ODD = "tl.load(place + 1, mask=token_exists & (2 * pairs + 1 < num_inputs)"
+
+EQUIVALENT = [
+    *(
+        equivalent("7.16", reason, f"({half}).to(tl.float32) -> {new}")
+        for half in ("packed & 15", "packed >> 4")
+        for reason, new in ((PROMOTED, half), (DIGITS, f"({half}).to(tl.float64)"))
+    ),
+    *(
+        equivalent("7.17", reason, f"{load}, other=0.0){old} -> {load}{new}")
+        for load in ("tl.load(scales + groups, mask=exists", "tl.load(minima + groups, mask=exists")
+        for reason, old, new in (
+            (PROMOTED, ".to(tl.float32)", ", other=0.0)"),
+            (OPEN, "", ")"),
+            (NOTHING, "", ", other=1.0)"),
+        )
+    ),
+    equivalent("7.17", OPEN, f"{BYTES}, other=0) -> {BYTES})"),
+    equivalent("7.17", NOTHING, *(f"{BYTES}, other=0) -> {BYTES}, other={value})" for value in (1, -1))),
+    equivalent("7.17", OPEN, *(f"{load}, other=0.0) -> {load})" for load in (EVEN, ODD))),
+    equivalent("7.17", NOTHING, f"{EVEN}, other=0.0) -> {EVEN}, other=1.0)"),
+    *(
+        equivalent(
+            "7.17",
+            EXACT,
+            f"tl.dot(x_{half}, tl.trans({half}), input_precision='ieee') -> tl.dot(x_{half}, tl.trans({half}))",
+        )
+        for half in ("even", "odd")
     ),
 ]

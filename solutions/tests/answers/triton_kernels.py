@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.course.catalogue import right, wrong
+from common.course.catalogue import equivalent, right, wrong
 
 ANSWERS = [
     wrong(
@@ -328,4 +328,108 @@ ANSWERS = [
     ),
 ]
 
-EQUIVALENT: list = []
+AXIS = "a tile with one axis has no other"
+DIGITS = "with more digits the results are the same"
+PROMOTED = "the other operand is in float32, and so is the result"
+OPEN = "where a mask is false the interpreter loads 0; a GPU does not promise that"
+EXACT = "the interpreter knows no TF32; on a GPU such a product has three digits"
+MASKED = "tl.load(weighted_sums + part[:, None] * HEAD_DIM + dims[None, :], mask=own"
+ROW = "tl.load(x + row * x_stride + columns, mask=mask, other=-float('inf'))"
+
+EQUIVALENT = [
+    equivalent(
+        "4.18", "`tl.max` converts 16 bits to float32, and so does the difference", f"{ROW}.to(tl.float32) -> {ROW}"
+    ),
+    equivalent("4.18", DIGITS, f"{ROW}.to(tl.float32) -> {ROW}.to(tl.float64)"),
+    equivalent(
+        "4.18",
+        AXIS,
+        "tl.max(scores, axis=0) -> tl.max(scores)",
+        "tl.max(scores, axis=0) -> tl.max(scores, axis=-1)",
+        "tl.sum(weights, axis=0) -> tl.sum(weights)",
+        "tl.sum(weights, axis=0) -> tl.sum(weights, axis=-1)",
+    ),
+    equivalent(
+        "4.19",
+        AXIS,
+        "tl.sum(hidden * hidden, axis=0) -> tl.sum(hidden * hidden)",
+        "tl.sum(hidden * hidden, axis=0) -> tl.sum(hidden * hidden, axis=-1)",
+    ),
+    *(
+        equivalent("4.19", reason, f"{load}, other=0.0){old} -> {load}{new}")
+        for place in ("residual + row", "x + row", "weight + columns")
+        for load in (f"tl.load({place}, mask=mask",)
+        for reason, old, new in (
+            (PROMOTED, ".to(tl.float32)", ", other=0.0)"),
+            (DIGITS, ".to(tl.float32)", ", other=0.0).to(tl.float64)"),
+            (OPEN, "", ")"),
+        )
+    ),
+    equivalent(
+        "4.19",
+        "what the masked columns would be is not stored",
+        "tl.load(weight + columns, mask=mask, other=0.0) -> tl.load(weight + columns, mask=mask, other=1.0)",
+    ),
+    equivalent(
+        "4.20",
+        OPEN,
+        "tl.load(table + positions // BLOCK_SIZE, mask=seen, other=0) -> "
+        "tl.load(table + positions // BLOCK_SIZE, mask=seen)",
+    ),
+    equivalent(
+        "4.21",
+        "of minus infinity less any number exp is 0",
+        "tl.where(highest == -float('inf'), 0.0, highest) -> tl.where(highest == -float('inf'), 1.0, highest)",
+    ),
+    equivalent("4.21", EXACT, "tl.dot(weights, values, input_precision='ieee') -> tl.dot(weights, values)"),
+    *(
+        equivalent(exercise, reason, f"{load}, other=0.0) -> {load}{other})")
+        for exercise, place in (("4.22", "tile"), ("4.25", "place"))
+        for load in (f"tl.load(keys + {place}, mask=mask", f"tl.load(values + {place}, mask=mask")
+        for reason, other in (
+            (OPEN, ""),
+            ("a position that is not seen weighs nothing; a dimension that is not there is 0 in q", ", other=1.0"),
+        )
+    ),
+    *(
+        equivalent(
+            exercise, EXACT, "tl.dot(queries, tl.trans(k), input_precision='ieee') -> tl.dot(queries, tl.trans(k))"
+        )
+        for exercise in ("4.22", "4.25")
+    ),
+    equivalent(
+        "4.25",
+        "tiles are read that no query of the program sees, and masked: that takes longer",
+        "context_len - num_new -> context_len + num_new",
+        "(tile + 1) * TILE -> (tile + 2) * TILE",
+    ),
+    equivalent("4.23", "what the masked columns would be is not stored", "dims < HEAD_DIM -> dims <= HEAD_DIM"),
+    equivalent(
+        "4.23",
+        OPEN,
+        "tl.load(totals + part, mask=exists, other=0.0) -> tl.load(totals + part, mask=exists)",
+        f"{MASKED}, other=0.0) -> {MASKED})",
+    ),
+    equivalent(
+        "4.23",
+        "a split that does not exist has a maximum of minus infinity, and weighs nothing",
+        "tl.load(totals + part, mask=exists, other=0.0) -> tl.load(totals + part, mask=exists, other=1.0)",
+        f"{MASKED}, other=0.0) -> {MASKED}, other=1.0)",
+    ),
+    equivalent(
+        "4.23",
+        AXIS,
+        "tl.max(maximum, axis=0) -> tl.max(maximum)",
+        "tl.max(maximum, axis=0) -> tl.max(maximum, axis=-1)",
+        "tl.sum(total * rescale, axis=0) -> tl.sum(total * rescale)",
+        "tl.sum(total * rescale, axis=0) -> tl.sum(total * rescale, axis=-1)",
+    ),
+    equivalent(
+        "4.24",
+        "without a GPU there is no other device",
+        "torch.empty((2, num_requests, num_heads, num_splits), device=q.device) -> "
+        "torch.empty((2, num_requests, num_heads, num_splits))",
+        "torch.empty((num_requests, num_heads, num_splits, head_dim), device=q.device) -> "
+        "torch.empty((num_requests, num_heads, num_splits, head_dim))",
+    ),
+]

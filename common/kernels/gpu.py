@@ -1,0 +1,70 @@
+"""Which kernels compute: the CPU's, or on a GPU Triton's. KERNELS=triton takes these on a CPU too, interpreted."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from common.kernels.attention import paged as paged_on_cpu
+from common.kernels.layers import pack as pack_for_cpu
+from common.kernels.products import enabled
+
+
+def on_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels compute with this tensor."""
+    if not enabled() or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    is_asked_for = os.environ.get("KERNELS") == "triton"
+    return is_asked_for or (tensor.is_cuda and importlib.util.find_spec("triton") is not None)
+
+
+def pack(model: nn.Module, linear: type, attention: type, mlp: type, norm: type, block: type, **parallel: type) -> None:
+    """Rearrange a loaded model's weights, in place, and swap modules for faster ones that compute the same.
+
+    linear, attention, mlp, norm, block: lesson 2's classes. parallel: lesson 6's `column` and `row`, parts of a linear
+    layer, where ranks share the model.
+    """
+    if not on_triton(model.model.norm.weight):
+        return pack_for_cpu(model, linear, attention, mlp, norm, block, **parallel)
+    from common.kernels.triton_layers import pack_for_gpu
+
+    return pack_for_gpu(model, attention, mlp, norm, block, (linear, parallel.get("column", linear)))
+
+
+def paged(cache, metadata):
+    """Returns lesson 4's `attend` for a batch of a cache: `cache.attend(metadata)`, or what does the same faster.
+
+    metadata: lesson 4's, or where a graph is recorded `DeviceMetadata`.
+    """
+    if not on_triton(cache.keys):
+        return paged_on_cpu(cache, metadata)
+    from common.kernels.triton_layers import DeviceAttend, DeviceMetadata
+
+    return DeviceAttend(cache, metadata if isinstance(metadata, DeviceMetadata) else DeviceMetadata.of(metadata))
+
+
+def accelerate(runner, config):
+    """Let a model runner of a process of its own sample on the GPU, and replay its decoding steps as CUDA graphs.
+
+    runner: lesson 5's `ModelRunner`. config: a resolved `EngineConfig`. Returns the runner.
+    """
+    model, cache = runner.model, runner.cache
+    if not on_triton(model.model.norm.weight):
+        return runner
+    from common.kernels.sampler import draw
+    from common.kernels.triton_layers import TritonBlock
+
+    if config.speculative is None:  # draft tokens are verified by lesson 2's draws
+        runner.draw = draw
+    is_capturable = all(type(layer) is TritonBlock and layer.is_capturable for layer in model.model.layers)
+    if cache.keys.is_cuda and is_capturable and on_triton(cache.keys):
+        from common.kernels.graphs import DecodingGraphs, capture
+
+        blocks = -(-config.max_model_len // config.block_size)
+        record = partial(capture, torch.cuda.graph_pool_handle())
+        runner.forward = DecodingGraphs(runner.forward, model.model.norm.weight, config.max_num_seqs, blocks, record)
+    return runner

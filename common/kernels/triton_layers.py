@@ -1,0 +1,195 @@
+"""Lesson 2's layers over the GPU's kernels, and lesson 4's `attend` of a batch whose block tables are on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from common.kernels import triton_ops as ops
+from common.kernels.attention import Cache
+from common.kernels.groups import Metadata
+from common.rope import depends_on_length
+
+
+@dataclass(frozen=True)
+class DeviceMetadata:
+    """Lesson 4's `AttentionMetadata` as tensors of dtype long on the GPU. A slot is negative for a token, and a context
+    is 0 for a request, that only fills up the batch."""
+
+    query_start: Tensor  # (R + 1)
+    context_lens: Tensor  # (R)
+    slot_mapping: Tensor  # (T)
+    block_tables: Tensor  # (R, blocks of the longest)
+    max_query_len: int  # the largest number of tokens of a request
+
+    @classmethod
+    def of(cls, batch: Metadata) -> DeviceMetadata:
+        """In one transfer: all numbers, one after the other."""
+        width = max(map(len, batch.block_tables))
+        numbers = [*batch.query_start, *batch.context_lens]
+        for table in batch.block_tables:
+            numbers += table + [0] * (width - len(table))
+        sizes = len(batch.query_start), len(batch.context_lens), width * len(batch.block_tables)
+        start, lens, tables = torch.tensor(numbers, device=batch.slot_mapping.device).split(sizes)
+        longest = max(end - begin for begin, end in zip(batch.query_start, batch.query_start[1:]))
+        return cls(start, lens, batch.slot_mapping, tables.view(-1, width), longest)
+
+
+@dataclass(frozen=True)
+class DeviceAttend:
+    """Lesson 4's `attend` for a batch: writes keys and values, then attends to the blocks where they lie."""
+
+    cache: Cache
+    batch: DeviceMetadata
+
+    def pools(self, layer: int) -> tuple[Tensor, Tensor]:
+        index = layer - self.cache.layers.start
+        return self.cache.keys[index], self.cache.values[index]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        self.cache.write(layer, self.batch.slot_mapping, k, v)
+        return self.mix(layer, q.contiguous(), window)
+
+    def mix(self, layer: int, q: Tensor, window: int | None) -> Tensor:
+        """Attention of queries, (T, H, D), to keys and values that are in the blocks already."""
+        batch = self.batch
+        given = batch.block_tables, batch.query_start, batch.context_lens, batch.max_query_len
+        return ops.paged_attention(q, *self.pools(layer), *given, window)
+
+
+class Stacked(nn.Module):
+    """Several linear layers with the same input as one: their tensors one below the other, outputs side by side."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        first = layers[0]
+        self.in_features, self.out_features = first.in_features, sum(layer.out_features for layer in layers)
+        self.shape, self.columns = (self.out_features, first.shape[1]), first.columns
+        self.method, self.bias = first.method, None
+        for name, _ in first.named_parameters(recurse=False):
+            stacked = torch.cat([getattr(layer, name).detach() for layer in layers])
+            setattr(self, name, nn.Parameter(stacked, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.method.apply(self, x, self.bias)
+
+
+class TritonNorm(nn.Module):
+    """Lesson 2's `RMSNorm`. (..., size) -> (..., size)."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self.weight, self.eps = plain.weight, plain.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, None)[1]
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns x + residual, and its norm."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class TritonAttention(nn.Module):
+    """Lesson 2's `Attention`: one product for q, k and v, and one kernel that norms, rotates and stores them."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self.layer, self.head_dim = plain.layer, plain.head_dim
+        self.num_heads, self.num_kv_heads = (p.out_features // self.head_dim for p in (plain.q_proj, plain.k_proj))
+        self.k_proj = nn.Module()  # a cache asks for the number of heads in this way
+        self.k_proj.out_features = plain.k_proj.out_features
+        self.qkv_proj, self.o_proj = Stacked(plain.q_proj, plain.k_proj, plain.v_proj), plain.o_proj
+        self.qk_weight, self.eps = None, 0.0
+        if not isinstance(plain.q_norm, nn.Identity):
+            weights = plain.q_norm.weight.expand(self.num_heads, -1), plain.k_norm.weight.expand(self.num_kv_heads, -1)
+            self.qk_weight, self.eps = nn.Parameter(torch.cat(weights), requires_grad=False), plain.q_norm.eps
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
+        """hidden: (T, hidden_size); cos, sin: (T, D / 2). Returns (T, hidden_size)."""
+        attend, window = (attend.func, attend.keywords["window"]) if isinstance(attend, partial) else (attend, None)
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        given = qkv, cos, sin, self.qk_weight, self.eps
+        if isinstance(attend, DeviceAttend):
+            pools = attend.pools(self.layer)
+            mixed = attend.mix(self.layer, ops.rotate_and_store(*given, attend.batch.slot_mapping, *pools), window)
+        else:  # any other `attend` takes keys and values itself: here they have slots 0, 1, ...
+            k, v = (qkv.new_empty(len(qkv), self.num_kv_heads, self.head_dim) for _ in range(2))
+            q = ops.rotate_and_store(*given, torch.arange(len(qkv), device=qkv.device), k, v)
+            mixed = attend(self.layer, q, k, v, **({} if window is None else {"window": window}))
+        return self.o_proj(mixed.flatten(1))
+
+
+class TritonMLP(nn.Module):
+    """Lesson 2's `MLP`: one product for gate and up, one kernel between it and the other. (T, size) -> (T, size)."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = Stacked(plain.gate_proj, plain.up_proj), plain.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
+
+
+class TritonBlock(nn.Module):
+    """Lesson 2's `Block`, with the first addition in the second norm. Its parts are those above, where they fit."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self.window = plain.window
+        self.input_layernorm, self.self_attn = plain.input_layernorm, plain.self_attn
+        self.post_attention_layernorm, self.mlp = plain.post_attention_layernorm, plain.mlp
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
+        if self.window is not None:
+            attend = partial(attend, window=self.window)
+        mixed = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
+        hidden, normed = self.post_attention_layernorm.add(mixed, hidden)
+        return hidden + self.mlp(normed)
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether it never waits for the GPU: a mixture of experts must ask which experts the tokens chose."""
+        return type(self.self_attn) is TritonAttention and type(self.mlp) is TritonMLP
+
+
+def pack_for_gpu(
+    model: nn.Module, attention: type, mlp: type, norm: type, block: type, linear: tuple[type, ...]
+) -> None:
+    """Swap a loaded model's modules, in place, for those above. attention, mlp, norm, block: lesson 2's classes.
+    linear: the classes of linear layers that can be stacked. A layer that stays on the disk is left as it is.
+    """
+
+    def can_stack(*layers: nn.Module) -> bool:
+        kinds = {(type(layer), type(layer.method)) for layer in layers}
+        return len(kinds) == 1 and type(layers[0]) in linear
+
+    def fast(module: nn.Module) -> nn.Module:
+        if type(module) is attention and can_stack(module.q_proj, module.k_proj, module.v_proj):
+            if {type(module.q_norm), type(module.k_norm)} in ({nn.Identity}, {norm}):
+                return TritonAttention(module)
+        if type(module) is mlp and can_stack(module.gate_proj, module.up_proj):
+            return TritonMLP(module)
+        return TritonNorm(module) if type(module) is norm else module
+
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            if type(layer) is block and not any(parameter.is_meta for parameter in layer.parameters()):
+                for name, child in list(layer.named_children()):
+                    setattr(layer, name, fast(child))
+                model.model.layers[index] = TritonBlock(layer)
+        model.model.norm = fast(model.model.norm)
+        tabulate_rotary(model)
+    model.requires_grad_(False)
+
+
+def tabulate_rotary(model: nn.Module) -> None:
+    """Keep the rotary tables of all positions on the GPU. Making them takes frequencies, which are on the CPU."""
+    if depends_on_length(model.config.rope_scaling) and model.max_length is None:
+        return  # they follow from the text
+    length = model.max_length or model.config.max_position_embeddings
+    cos, sin = model.rotary(torch.arange(length, device=model.model.norm.weight.device))
+    model.rotary = lambda positions: (cos[positions], sin[positions])
