@@ -154,7 +154,7 @@ class AloneInEngine(Oracle):
         super().__init__(own.executor.runner.model, Letters())
         self.engine = own
 
-    def __call__(self, prompt, params):
+    def __call__(self, prompt, params, told=()):
         key = (tuple(prompt), params)
         if key not in self.answers:
             self.answers[key] = self.engine.generate([prompt], params, progress=False)[0]

@@ -605,7 +605,7 @@ def test_what_is_wrong_is_seen(wrong, monkeypatch):
 class Alone(Oracle):
     """The soak's oracle, with `alone`'s memory."""
 
-    def __call__(self, prompt, params):
+    def __call__(self, prompt, params, told=()):
         most = min(params.max_tokens, MAX_MODEL_LEN - len(prompt))
         params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
         return alone(self.model, prompt, params, self.tokenizer)
