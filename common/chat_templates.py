@@ -7,18 +7,21 @@ its inputs, no range above 100,000), see plain data only, and are stopped at lim
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from common.checkpoints import CheckpointError, read_json
 
 LONGEST_CHAT = 10_000_000  # characters that a template may write, or join to one text
-LONGEST_TIME = 10.0  # seconds that a template may run
+LONGEST_TIME = 4.0  # seconds that a template may run
+ITEM_SIZE = 40  # characters that an item of a list is counted as, besides its own
+LARGEST_ARGUMENT = 1000  # of a filter, or of a method of a text: a width, or a number of columns
 LARGEST_POWER = 64  # exponent
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first or the second
@@ -180,7 +183,7 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@cache
+@functools.cache
 def _jinja():
     """Our environment's class, made when it is first needed: most commands need no Jinja."""
     import jinja2.ext
@@ -228,8 +231,17 @@ def _jinja():
             self.generic_visit(node)
             return nodes.Call(nodes.EnvironmentAttribute("join"), node.nodes, [], None, None, lineno=node.lineno)
 
+        def visit_List(self, node):
+            self.generic_visit(node)
+            return nodes.Call(nodes.EnvironmentAttribute("checked_size"), [node], [], None, None, lineno=node.lineno)
+
+        visit_Dict = visit_List
+
+        def visit_Tuple(self, node):
+            return self.visit_List(node) if node.ctx == "load" else self.generic_visit(node)
+
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("+", "*", "**"))
+        intercepted_binops = frozenset(("+", "*", "**", "%"))
 
         def __init__(self):
             super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
@@ -237,6 +249,16 @@ def _jinja():
             self.filters["tojson"] = tojson
             self.globals |= {"raise_exception": raise_exception, "namespace": Namespace}
             self.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+            self.globals["dict"] = lambda *args, **kwargs: checked_size(dict(*args, **kwargs))
+            del self.globals["lipsum"]
+            self.filters = {name: guarded(name, each) for name, each in self.filters.items()}
+            self.checked_size = checked_size
+
+        def call(self, context, called, *args, **kwargs):
+            method = getattr(called, "__wrapped__", called)  # Jinja wraps str.format
+            if isinstance(getattr(method, "__self__", None), str):
+                check_growth(method.__name__, method.__self__, args, kwargs)
+            return super().call(context, called, *args, **kwargs)
 
         def limited(self, template):
             return self.from_string(Limits().visit(self.parse(template)))
@@ -249,6 +271,8 @@ def _jinja():
             return checked_size("".join(map(str, parts)))
 
         def call_binop(self, context, operator, left, right):
+            if operator == "%" and isinstance(left, str):
+                check_growth("%", left, right if isinstance(right, tuple) else [right], {})
             if operator == "**" and not abs(right) <= LARGEST_POWER:
                 raise jinja2.TemplateError(f"it computes a power of {right!r:.20}")
             sized, times = (left, right) if hasattr(left, "__len__") else (right, left)
@@ -256,11 +280,47 @@ def _jinja():
                 raise jinja2.TemplateError(f"it repeats something {times!r:.20} times")
             return checked_size(super().call_binop(context, operator, left, right))
 
+    def too_large(size):
+        raise jinja2.TemplateError(f"it made a value of size {size:,}")
+
     def checked_size(value):
-        size = value.bit_length() if isinstance(value, int) else len(value) if hasattr(value, "__len__") else 0
-        if size > LONGEST_CHAT or (isinstance(value, int) and size > 4096):
-            raise jinja2.TemplateError(f"it made a value of size {size:,}")
+        if isinstance(value, int) and value.bit_length() > 4096:
+            too_large(value.bit_length())
+        if (size := written_size(value)) > LONGEST_CHAT:
+            too_large(size)
         return value
+
+    def check_growth(name, text, args, kwargs):
+        """Refuse a filter, or a method of a text, whose result may be far larger than all that it is given."""
+        values, largest = [*args, *kwargs.values()], LARGEST_ARGUMENT
+        for value in values:
+            if isinstance(value, int) and abs(value) > largest:
+                raise jinja2.TemplateError(f"{name} has an argument of {value!r:.20}; {largest} is allowed")
+        times = 0
+        if name in ("%", "format", "format_map"):
+            times = text.count("%") + text.count("{")
+            if any(int(width) > largest for width in re.findall(r"\d{1,9}", text)) or "*" in text:
+                raise jinja2.TemplateError(f"{name} has a width; {largest} is allowed")
+        elif name in ("replace", "translate", "wordwrap"):
+            times = len(text) + 1
+        elif name == "join":  # a method of the separator, or a filter of the items
+            items, *values = (text, *values) if not isinstance(text, str) else (*values, text)
+            times = len(items) if hasattr(items, "__len__") else 1
+        if (size := times * max(map(written_size, values), default=0)) > LONGEST_CHAT:
+            too_large(size)
+
+    def guarded(name, apply):
+        """A filter that checks its arguments first; what Jinja hands in, such as the environment, is none."""
+
+        @functools.wraps(apply)
+        def filter(*args, **kwargs):
+            values = args[1:] if hasattr(apply, "jinja_pass_arg") else args
+            if values:
+                text = values[0]
+                check_growth(name, text if hasattr(text, "__len__") else "", values[1:], kwargs)
+            return apply(*args, **kwargs)
+
+        return filter
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -270,6 +330,24 @@ def _jinja():
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     return Sandbox
+
+
+def written_size(value: Any) -> int:
+    """Characters that a value takes when it is written, about; counted no further than `LONGEST_CHAT`.
+
+    A list that holds another one twice, which holds another one twice, and so on, is small in memory and has no end
+    when it is written.
+    """
+    size, left = 0, [value]
+    while left and size <= LONGEST_CHAT:
+        item = left.pop()
+        if isinstance(item, str):
+            size += len(item)
+        elif isinstance(item, (dict, list, tuple)):
+            size += ITEM_SIZE * len(item)
+            if size <= LONGEST_CHAT:
+                left += [*item.keys(), *item.values()] if isinstance(item, dict) else item
+    return size
 
 
 def _run(template: str, values: Mapping[str, Any]) -> str:

@@ -23,6 +23,31 @@ def let_triton_interpret() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def choose_device(name: str | None) -> str:
+    """The device with this name; for None, the GPU if there is one. Raises ValueError if torch cannot use it here."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    name = name or ("cuda" if gpus else "cpu")
+    try:
+        is_there = name in ("cpu", *gpus, *(["cuda"] if gpus else [])) or (
+            not name.startswith(("cuda", "meta")) and torch.empty(0, device=name).numel() == 0
+        )
+    except RuntimeError:
+        is_there = False
+    if not is_there:
+        raise ValueError(f"device is {name!r}, which torch cannot use here; it can use {', '.join(['cpu', *gpus])}.")
+    return name
+
+
+def check_memory(num_bytes: int, what: str) -> None:
+    """Raise ValueError if something takes more memory than this machine has, which would be noticed late."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return
+    if num_bytes > memory:
+        raise ValueError(f"{what} would take {num_bytes:,} bytes; this machine has {memory:,}.")
+
+
 def median_seconds(function: Callable[[], object], repeats: int) -> float:
     """The median over `repeats` calls, after one that warms up."""
     function()

@@ -28,6 +28,18 @@ MAX_STOP_CHARACTERS = 10_000
 """The most characters that the stop strings of a request have together: every token is compared with all of them."""
 
 
+def check_params(params: Any) -> SamplingParams:
+    """Returns the parameters of a request; the defaults for None. Raises ValueError if they are something else."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise ValueError(f"params must be SamplingParams(...); it is {format(repr(params), '.80')}.")
+    return params or SamplingParams()
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value can be a token's id: a whole number, and neither True nor False."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+
+
 def refuse(name: str, rule: str, value: object) -> None:
     raise ValueError(f"SamplingParams: {name} must be {rule}; it is {format(repr(value), '.80')}.")
 
@@ -96,8 +108,10 @@ class SamplingParams:
             refuse("stop", f"at most {MAX_STOP_CHARACTERS} characters long in all", length)
         if (length := len(values["stop_token_ids"])) > MAX_STOP_TOKENS:
             refuse("stop_token_ids", f"at most {MAX_STOP_TOKENS} token ids", length)
-        if not all(isinstance(token_id, Integral) and token_id >= 0 for token_id in values["stop_token_ids"]):
+        if not all(map(is_id, values["stop_token_ids"])):
             refuse("stop_token_ids", "token ids", values["stop_token_ids"])
+        if not isinstance(values["ignore_eos"], bool):
+            refuse("ignore_eos", "True or False", values["ignore_eos"])
         if not all(map(callable, values["logits_processors"])):
             refuse("logits_processors", "functions of the output and the scores", values["logits_processors"])
         if values["temperature"] < GREEDY:
@@ -119,6 +133,26 @@ class SamplingParams:
         except Exception as error:
             processors = (Untransferable(str(error)),)
         self.__dict__.update(state, logits_processors=processors)
+
+    def process(self, output: Sequence[int], scores: Any) -> Any:
+        """Apply the logits processors. scores: (V,). Raises ValueError if what they return is not as many scores, of
+        which the highest is a number.
+        """
+
+        def described(scores: Any) -> str:
+            if not hasattr(scores, "is_floating_point"):
+                return f"an object of type {type(scores).__name__}"
+            kind = "floats" if scores.is_floating_point() else scores.dtype
+            return f"a tensor of {kind} of shape {tuple(scores.shape)} on {scores.device}"
+
+        wanted = described(scores) if self.logits_processors else ""
+        for process in self.logits_processors:
+            scores = process(output, scores)
+            if (got := described(scores)) != wanted:
+                raise ValueError(f"one of logits_processors returned {got}; it must return {wanted}.")
+        if self.logits_processors and not math.isfinite(best := float(scores.max())):
+            raise ValueError(f"logits_processors left no token with a score that is a number: the highest is {best}.")
+        return scores
 
     def children(self) -> list[SamplingParams]:
         """Return the n samples as requests of their own. The first keeps the seed, each other gets one made from it.

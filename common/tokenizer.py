@@ -387,10 +387,15 @@ def _read_tokenizer(path: Path):
 
     _check_size(path)
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer.encode("a")  # some of what is wrong shows only here
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and what is none where it panics
         check(TokenizerFile, read_json(path), path)
-        raise CheckpointError(f"{path}: not a tokenizer that `tokenizers` can read ({error}).") from error
+        problem = f"not a tokenizer that `tokenizers` can read ({error!s:.200})"
+        raise CheckpointError(f"{path}: {problem}.") from error
 
 
 def _add_tokens(model, side: SideFiles, path: Path) -> None:

@@ -115,6 +115,13 @@ class TestNextTokenDistribution:
         )
         close(distribution(code, [0.0, 5.0], 0.001), probabilities(0, 1), "next_token_distribution([0, 5], 0.001)")
 
+    def test_a_small_temperature_is_not_0(self, code):
+        # Down to 1e-5, below which the engine itself takes a temperature for 0.
+        for temperature in (1e-3, 1e-4, 2e-5):
+            logits = [0.0, temperature * math.log(3)]
+            what = f"next_token_distribution([0, {temperature:g} x ln 3], {temperature:g})"
+            close(distribution(code, logits, temperature), probabilities(0.25, 0.75), what)
+
     def test_against_torch(self, code):
         logits = torch.randn(50, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 5
         for temperature in (0.3, 1.0, 4.0):
@@ -184,6 +191,16 @@ class TestLogProbability:
     def test_prompt_and_several_tokens(self, code):
         result = math.exp(code.log_probability((1, 2), (0,), Toy()))
         close(result, 5 / 8 * 6 / 10, "exp(log_probability([1, 2], [0])): 5/8, then 6/10,")
+
+    def test_a_tuple_and_a_list(self, code):
+        for continuation, prompt in (([1, 2], (0,)), ((1, 2), [0])):
+            what = f"log_probability({continuation}, {prompt})"
+            try:
+                result = math.exp(code.log_probability(continuation, prompt, Toy()))
+            except TypeError:
+                kinds = f"a {type(continuation).__name__} and a {type(prompt).__name__}"
+                holds(False, f"{what}: {kinds} cannot be joined with `+`; make a new list of both.", actual=kinds)
+            close(result, 5 / 8 * 6 / 10, f"exp({what}): 5/8, then 6/10,")
 
     def test_nothing_has_probability_1(self, code):
         close(float(code.log_probability([], [0], Toy())), 0.0, "log_probability([], [0])")

@@ -94,6 +94,8 @@ class TestParseConfig:
         equal(config.num_attention_heads, 32, "num_attention_heads of Llama 2 7B")
         self.given(config, "num_key_value_heads", 32, "num_key_value_heads where the file says null, with 32 heads")
         equal(config.max_position_embeddings, 4096, "max_position_embeddings of Llama 2 7B")
+        short = code.parse_config({**LLAMA_2_7B, "max_position_embeddings": 512}).max_position_embeddings
+        equal(short, 512, "max_position_embeddings where the file says 512")
 
     def test_head_dim_absent(self, code):
         self.given(
@@ -106,6 +108,10 @@ class TestParseConfig:
             f"head_dim where the file says null is {config.head_dim!r}, a float: torch takes only an int for a size.",
             actual="a float",
         )
+
+    def test_head_dim_absent_with_fewer_kv_heads(self, code):
+        what = "head_dim where the file has none: 4096 hidden, 32 heads and 8 KV heads"
+        self.given(code.parse_config(LLAMA_3_8B), "head_dim", 128, what)
 
     def test_head_dim_given(self, code):
         equal(code.parse_config(QWEN_3).head_dim, 128, "head_dim where the file says 128 (1024 hidden, 16 heads)")
@@ -135,6 +141,7 @@ class TestParseConfig:
             ({**QWEN_2_5, **both}, (True, False, False), "a Qwen2 with attention_bias and mlp_bias, which it ignores"),
             ({**LLAMA_3_8B, **both}, (True, True, True), "a Llama with attention_bias and mlp_bias"),
             ({**QWEN_3, **both}, (True, True, False), "a Qwen3 with attention_bias, and an mlp_bias that it ignores"),
+            (QWEN_3, (False, False, False), "Qwen3 0.6B"),
         ):
             parsed = code.parse_config(config)
             for name, value in zip(("qkv_bias", "o_bias", "mlp_bias"), expected):
@@ -147,15 +154,22 @@ class TestParseConfig:
         holds(windows != (), f"{case} is (): was given.layer_windows passed on?", actual="()")
         equal(windows, (4096,) * 3, case)
 
+    def test_windows_of_some_layers(self, code):
+        half = {**QWEN_2_5, "num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 64}
+        windows = code.parse_config({**half, "max_window_layers": 1}).layer_windows
+        case = "layer_windows of a Qwen2 of 2 layers with sliding_window 64 and max_window_layers 1"
+        equal(str(windows), "(None, 64)", case)
+
     def test_experts(self, code):
         config = code.parse_config({**QWEN_3, "model_type": "qwen3_moe", "num_experts": 64, "num_experts_per_tok": 4})
         holds(config.moe is not None, "moe of a Qwen3-MoE is None: was given.moe passed on?", actual="None")
         equal(config.moe.num_experts, 64, "moe.num_experts of a Qwen3-MoE with num_experts 64")
 
     def test_qk_norm(self, code):
-        families = (LLAMA_2_7B, LLAMA_3_8B, QWEN_2_5, QWEN_3, {**QWEN_3, "model_type": "qwen3_moe"})
-        norms = [code.parse_config(config).qk_norm for config in families]
-        equal(norms, [False, False, False, True, True], "qk_norm of Llama 2, Llama 3, Qwen2.5, Qwen3 and Qwen3-MoE")
+        families = [LLAMA_2_7B, LLAMA_3_8B, {**LLAMA_3_8B, "model_type": "mistral"}, QWEN_2_5, QWEN_3]
+        norms = [code.parse_config(config).qk_norm for config in [*families, {**QWEN_3, "model_type": "qwen3_moe"}]]
+        names = "Llama 2, Llama 3, Mistral, Qwen2.5, Qwen3 and Qwen3-MoE"
+        equal(norms, [False, False, False, False, True, True], f"qk_norm of {names}")
 
     def test_scaling(self, code):
         scaling = code.parse_config(LLAMA_3_8B).rope_scaling
@@ -213,6 +227,15 @@ class TestScaledFrequencies:
             code.scaled_frequencies(self.config(code, rope_scaling=scaling)),
             torch.tensor(expected),
             "scaled_frequencies with factor 4, bounds of 2 and 20 turns",
+        )
+
+    def test_a_short_context(self, code):
+        # Turns in 10 tokens 1.59, 0.159, ...; kept 0.197183, 0, 0, 0.
+        scaling = {**self.SCALING, "original_max_position_embeddings": 10}
+        close(
+            code.scaled_frequencies(self.config(code, rope_scaling=scaling)),
+            torch.tensor([0.1971831 + 0.8028169 / 8, 0.1 / 8, 0.01 / 8, 0.001 / 8]),
+            "scaled_frequencies for 1, 0.1, 0.01 and 0.001 (1.59, 0.159, ... turns in 10 original tokens)",
         )
 
     def test_no_scaling(self, code):
@@ -419,13 +442,13 @@ def recording(calls: list):
 class TestRunLayers:
     def by_hand(self, model, hidden, positions, layers):
         """Layer after layer, with tables made here."""
-        angles = positions[:, None].float() * model.frequencies
+        cos, sin = model.rotary(positions)
         for layer in layers:
-            hidden = model.model.layers[layer](hidden, angles.cos(), angles.sin(), recording([]))
+            hidden = model.model.layers[layer](hidden, cos, sin, recording([]))
         return hidden
 
-    def check(self, code, positions, layers, what):
-        model, _ = built(code, "llama-3")
+    def check(self, code, positions, layers, what, model=None):
+        model = model or built(code, "llama-3")[0]
         hidden, calls = noise(len(positions), 16, seed=1), []
         with torch.inference_mode():
             out = model.run_layers(hidden.clone(), torch.tensor(positions), recording(calls), layers)
@@ -439,9 +462,37 @@ class TestRunLayers:
     def test_positions(self, code):
         self.check(code, [1000, 3, 7], range(2), "run_layers at positions 1000, 3, 7")
 
+    def test_positions_reach_attend(self, code):
+        """Attention among these tokens depends on their distances only; in a cache, tokens with other positions lie."""
+        model, got = built(code, "llama-3")[0], []
+        hidden, positions = noise(3, 16, seed=1), torch.tensor([1000, 3, 7])
+
+        def attend(layer, q, k, v):
+            got.append(k)
+            return q
+
+        with torch.inference_mode():
+            model.run_layers(hidden, positions, attend, range(1))
+            found = got[0]
+            model.model.layers[0](hidden, *model.rotary(positions), attend)
+        close(found, got[-1], "the k that `attend` gets in layer 0, at positions 1000, 3, 7", rtol=1e-4, atol=1e-4)
+
+    def test_the_model_s_own_tables(self, code):
+        """YaRN multiplies cosines and sines by a factor, too."""
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+        config = {**snapshot("llama-3")[0].config, "rope_scaling": yarn, "max_position_embeddings": 64}
+        config.pop("rope_parameters", None)
+        model = code.Llama(code.parse_config(config))
+        code.load_weights(model, snapshot("llama-3")[0])
+        self.check(code, [0, 1, 2], range(2), "run_layers of a Llama with YaRN, at positions 0, 1, 2", model)
+
     def test_some_layers(self, code):
         self.check(code, [4, 5], range(1, 2), "run_layers through layer 1 alone")
+
+    def test_the_first_layer(self, code):
         self.check(code, [4, 5], range(0, 1), "run_layers through layer 0 alone")
+
+    def test_no_layer(self, code):
         self.check(code, [4, 5], range(2, 2), "run_layers through no layer")
 
     def test_on_another_device(self, code):
@@ -487,7 +538,7 @@ class TestLogits:
 class TestLlamaForward:
     def test_what_comes_back(self, code):
         model, expected = built(code, "llama-2")
-        calls, positions = [], torch.tensor([0, 1, 2, 5, 9, 10, 30])
+        calls, positions = [], torch.tensor([9, 0, 1, 2, 30, 5, 10])
         with torch.inference_mode():
             hidden = model(expected["token_ids"], positions, recording(calls))
             embedded = model.model.embed_tokens.weight[expected["token_ids"]]
@@ -496,6 +547,24 @@ class TestLlamaForward:
         close(
             hidden, through, "the hidden states after the last layer, before the norm (Llama 2)", rtol=1e-4, atol=1e-4
         )
+
+    def test_the_embedding_is_asked(self, code):
+        """Lesson 7 stores the table in fewer bits, of which its layer makes rows."""
+        model, _ = built(code, "llama-2")
+        rows = noise(3, 16, seed=4)
+
+        class Table(nn.Module):
+            weight = torch.zeros(61, 16, dtype=torch.int8)
+
+            def forward(self, token_ids):
+                return rows[token_ids - 50]
+
+        model.model.embed_tokens = Table()
+        with torch.inference_mode():
+            hidden = model(torch.tensor([52, 50]), torch.arange(2), recording([]))
+            expected = model.run_layers(rows[[2, 0]], torch.arange(2), recording([]), range(2))
+        what = "the hidden states where `embed_tokens` makes rows of numbers in eight bits, as lesson 7 stores them,"
+        close(hidden, expected, what, rtol=1e-4, atol=1e-4)
 
     def test_attend_is_the_one_handed_in(self, code):
         model, expected = built(code, "llama-2")
@@ -682,6 +751,10 @@ class TestLoadWeights:
         tensors = self.tensors(code)
         del tensors["lm_head.weight"]
         self.told(code, tensors, "the head is missing and not tied", ["lm_head.weight"])
+        tensors = self.tensors(code, qkv_bias=True)
+        del tensors["model.layers.1.self_attn.q_proj.bias"]
+        case = "a bias of q is missing, which the config asks for"
+        self.told(code, tensors, case, ["model.layers.1.self_attn.q_proj.bias"], qkv_bias=True)
 
     def test_unknown(self, code):
         tensors = self.tensors(code)
@@ -696,14 +769,23 @@ class TestLoadWeights:
         tensors[name] = tensors[name].T.contiguous()
         self.told(code, tensors, f"{name} is transposed", [name, "8, 6", "6, 8", "a.safetensors"])
 
-    def told(self, code, tensors, case, mentions):
-        said = what_it_says(lambda: self.loaded(code, tensors))
+    def told(self, code, tensors, case, mentions, **changes):
+        model, checkpoint = self.model(code, **changes), FakeCheckpoint(tensors)
+        try:
+            said = what_it_says(lambda: code.load_weights(model, checkpoint))
+        except KeyError:  # of the checkpoint in memory, which was asked for a tensor that it lacks
+            said = "a KeyError"
         for mention in mentions:
             holds(
                 mention in said,
                 f"where {case}, the CheckpointError should mention {mention!r}; load_weights gives: {said}.",
                 actual=said,
             )
+        holds(
+            checkpoint.most_alive == 0,
+            f"where {case}, load_weights should say so before it reads any tensor; it has read some.",
+            actual="read",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -733,6 +815,13 @@ class TestKeepTopK:
             code.keep_top_k(torch.tensor([2.0, 5.0, 2.0, 1.0, 2.0]), 2),
             torch.tensor([2.0, 5.0, 2.0, NO, 2.0]),
             "keep_top_k([2, 5, 2, 1, 2], k=2), where three tie for the second place",
+        )
+
+    def test_ties_for_the_first_place(self, code):
+        close(
+            code.keep_top_k(torch.tensor([5.0, 5.0, 2.0, 1.0]), 2),
+            torch.tensor([5.0, 5.0, NO, NO]),
+            "keep_top_k([5, 5, 2, 1], k=2), where two tie for the first place",
         )
 
     def test_more_than_there_are(self, code):
@@ -863,6 +952,11 @@ class TestKeepMinP:
         expected = logits.masked_fill(torch.tensor([True, False, True, False, False]), NO)
         close(code.keep_min_p(logits.clone(), 0.3), expected, "keep_min_p after adding 2 to every score, p=0.3")
 
+    def test_large_scores(self, code):
+        logits = torch.tensor([900.0, 903.0, 902.0])  # exp overflows above 88
+        what = "keep_min_p([900, 903, 902], p=0.3)"
+        close(code.keep_min_p(logits, 0.3), torch.tensor([NO, 903.0, 902.0]), what)
+
     def test_sure_and_unsure(self, code):
         sure, unsure = torch.tensor([9.0, 1.0, 1.0, 0.0, 0.5]), torch.tensor([1.1, 1.0, 1.0, 0.0, 0.5])
         kept = [int((code.keep_min_p(x.clone(), 0.2) > NO).sum()) for x in (sure, unsure)]
@@ -946,6 +1040,17 @@ class TestSamplingProbs:
         # Of the two that top_k leaves, the first alone has 0.73; of all five it has only 0.55.
         self.check(code, temperature=1.0, top_k=2, top_p=0.7)
 
+    def test_top_k_and_top_p(self, code):
+        self.check(code, temperature=1.0, top_k=3, top_p=0.5)
+
+    def test_top_p_before_min_p(self, code):
+        # Of all five the first two have 0.77. Of the two that min_p would leave, the first alone has 0.73.
+        self.check(code, temperature=1.0, top_p=0.7, min_p=0.3)
+
+    def test_min_p_after_top_p(self, code):
+        # top_p keeps four. The last of them is less than a fifth as likely as the first.
+        self.check(code, temperature=1.0, top_p=0.9, min_p=0.2)
+
     def test_all_together(self, code):
         for settings in (
             dict(temperature=1.7, top_k=4, top_p=0.9, min_p=0.2),
@@ -999,6 +1104,42 @@ class TestSample:
             one[1:] != two[:-1],
             f"seed 2 draws what seed 1 draws one place later: {one[1:]}: seed and index are mixed too simply.",
             actual=one,
+        )
+
+    def test_seeds_share_no_draws(self, code):
+        one, two = (self.draws(code, torch.zeros(100_000), range(32), seed=seed) for seed in (1, 2))
+        shared = sorted({*one} & {*two})
+        holds(
+            len(shared) < 4,
+            f"seeds 1 and 2 draw {len(shared)} of 32 tokens alike, if at other places; of 100000 hardly any should "
+            "be the same: seed and index are mixed too simply.",
+            actual=shared,
+        )
+
+    def test_late_tokens_draw_apart(self, code):
+        """Seed 1 at index 1000 is no other than seed 2 at index 0, if both are `seed * 1000 + index`."""
+        for step in (100, 128, 256, 1000, 1024, 4096, 10_000, 65_536, 100_000, 10**6):
+            one = self.draws(code, torch.zeros(1000), range(step, step + 4), seed=1)
+            two = self.draws(code, torch.zeros(1000), range(4), seed=2)
+            holds(
+                one != two,
+                f"seed 1 draws at indices {step} to {step + 3} what seed 2 draws at 0 to 3: {one}: seed and index are "
+                "mixed too simply.",
+                actual=(step, one),
+            )
+
+    def test_seed_0_is_a_seed(self, code):
+        one, two = (self.draws(code, torch.zeros(1000), range(10), seed=0) for _ in range(2))
+        equal(two, one, "ten tokens, drawn again with seed 0")
+
+    def test_a_low_temperature_is_not_0(self, code):
+        logits = torch.tensor([0.0, 0.05 * math.log(3)])
+        drawn = self.draws(code, logits, range(200), temperature=0.05)
+        holds(
+            20 < drawn.count(0) < 80,
+            f"200 draws at temperature 0.05 from two tokens, the second three times as likely, give the first "
+            f"{drawn.count(0)} times; about 50 were expected.",
+            actual=drawn.count(0),
         )
 
     def test_without_a_seed(self, code):
@@ -1082,6 +1223,10 @@ class TestTextStream:
         pieces = [text[:4], text[4:5], text[5:] + b" ok"]
         equal(streamed(code, pieces), ["日", "", "本 ok", ""], "pushing 日 with a third of 本, and the rest in two")
 
+    def test_a_byte_order_mark(self, code):
+        pieces = ["\ufeffa".encode(), b"b", "\ufeff".encode()]
+        equal(streamed(code, pieces), ["\ufeffa", "b", "\ufeff", ""], "pushing U+FEFF with 'a', 'b', U+FEFF")
+
     def test_a_byte_that_never_fits(self, code):
         equal(
             streamed(code, [b"a", b"\xff", b"b"]),
@@ -1160,11 +1305,20 @@ class TestStopChecker:
     def test_one_begins_the_other(self, code):
         self.check(code, ["\n\nUser", "\n\n"], ["Yes", "\n", "\n", "User"], ["Yes", "", ""], "\n\n", "")
 
+    def test_it_comes_twice(self, code):
+        self.check(code, ["END"], ["a END b END c"], ["a "], "END", "")
+
+    def test_letters_are_taken_as_they_are(self, code):
+        self.check(code, ["END", "\n\n"], ["the end\r\n", "\r\n End"], ["the end\r", "\n\r\n End", ""], None, "")
+
     def test_the_longer_one_alone(self, code):
         self.check(code, ["\n\nUser"], ["Yes\n", "\n", "We"], ["Yes", "", "\n\nWe", ""], None, "")
 
     def test_the_first_in_the_text_counts(self, code):
         self.check(code, ["two", "one"], ["zero one two"], ["zero "], "one", "")
+
+    def test_the_first_in_the_text_is_the_first_in_the_list(self, code):
+        self.check(code, ["one", "two"], ["zero one two"], ["zero "], "one", "")
 
     def test_prefixes_of_two(self, code):
         self.check(code, ["xyz", "yab"], ["wxy", "q"], ["w", "xyq", ""], None, " (xy could be xyz, y yab)")
@@ -1285,6 +1439,9 @@ class TestGenerate:
         output, _, _ = self.run(code, [ONE, EOS, THREE], max_tokens=2)
         self.check(output, [ONE, EOS], " one", "stop", "max_tokens=2, and the second token ends the sequence")
 
+        output, _, _ = self.run(code, [ONE, EN, D, TWO], max_tokens=3, stop="END")
+        self.check(output, [ONE, EN, D], " one ", "stop", "max_tokens=3, and the third token completes stop='END'")
+
     def test_context_is_full(self, code):
         output, _, model = self.run(code, [ONE, TWO, THREE, ONE], context=5)
         self.check(output, [ONE, TWO], " one two", "length", "a context of 5 and a prompt of 3")
@@ -1331,6 +1488,12 @@ class TestGenerate:
         output, _, _ = self.run(code, [EOS, EOS, ONE, EOS], rival=TWO, min_tokens=2)
         self.check(output, [TWO, TWO, ONE, EOS], " two two one", "stop", "min_tokens=2, </s> likeliest, two second")
 
+    def test_min_tokens_at_a_temperature(self, code):
+        settings = dict(min_tokens=2, temperature=0.01, seed=1)
+        output, _, _ = self.run(code, [EOS, EOS, ONE, EOS], rival=TWO, **settings)
+        case = "min_tokens=2, </s> likeliest, two second, at temperature 0.01"
+        self.check(output, [TWO, TWO, ONE, EOS], " two two one", "stop", case)
+
     def test_a_stop_string_before_min_tokens(self, code):
         script = [EN, D, ONE, EN, D, TWO]
         output, _, _ = self.run(code, script, stop="END", min_tokens=3)
@@ -1339,10 +1502,15 @@ class TestGenerate:
         output, _, _ = self.run(code, [ONE, EN, D, EN, D], stop="D", min_tokens=2)
         case = "stop='D', min_tokens=2: one, ' EN', 'D' (the third token may end it)"
         self.check(output, [ONE, EN, D], " one EN", "stop", case)
+        output, _, _ = self.run(code, [ONE, EN, D, TWO, D], stop="D", min_tokens=3)
+        case = "stop='D', min_tokens=3: one, ' EN', 'D', two, 'D' (the third token is one of the first three)"
+        self.check(output, [ONE, EN, D, TWO, D], " one END two", "stop", case)
 
     def test_penalties(self, code):
         output, _, _ = self.run(code, [ONE, ONE, ONE, EOS], rival=TWO, presence_penalty=2.0, max_tokens=3)
         self.check(output, [ONE, TWO, ONE], " one two one", "length", "presence_penalty=2, one likeliest, two second")
+
+    def test_repetition_penalty(self, code):
         output, _, _ = self.run(code, [TWO, EOS], rival=ONE, repetition_penalty=2.0, max_tokens=1)
         self.check(output, [ONE], " one", "length", "repetition_penalty=2, two likeliest but in the prompt, one second")
 

@@ -17,7 +17,7 @@ import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from common import kernels
 from common.config import EngineConfig
 from common.metrics import EngineMetrics, RequestMetrics
 from common.progress import progress_bar
+from common.sampling import check_params
 from common.tokenizer import Tokenizer
 from solutions import llama_pytorch, scheduler
 from solutions.kv_cache import cache_bytes
@@ -349,7 +350,9 @@ class Engine:
         return bool(self.processor.states)
 
     def output(self, request_id: str) -> RequestOutput:
-        """The output of an unfinished request. It grows with every step, and can be kept."""
+        """The output of an unfinished request, which can be kept: it grows with every step. Others raise KeyError."""
+        if request_id not in self.processor.states:
+            raise KeyError(f"There is no unfinished request {request_id!r}; an output can be kept beyond its end.")
         return self.processor.states[request_id].output
 
     def metrics(self) -> EngineMetrics:
@@ -374,17 +377,19 @@ class Engine:
         none, since all of its prompt must be computed. Raises ValueError, naming what is wrong, for a request that can
         never be served.
         """
-        params = params or SamplingParams()
-        if not isinstance(tenant, str) or not isinstance(priority, int):
-            raise ValueError(
-                f"tenant must be a name and priority a whole number; they are {tenant!r} and {priority!r}."
-            )
+        params = check_params(params)
+        request_id = self.choose_id() if request_id is None else request_id
+        for name, value, kind in (
+            ("request_id", request_id, str), ("priority", priority, int), ("tenant", tenant, str),
+            ("cache_salt", cache_salt, str),
+        ):  # fmt: skip
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} must be {'text' if kind is str else 'a whole number'}; it is {value!r:.80}.")
         token_ids = self.encode(prompt)
         llama_pytorch.check_prompt(token_ids, self.config.model_config, replace(params, n=1))
         max_tokens = self.config.limit_output(len(token_ids), params.max_tokens)
         eos_token_ids = () if params.ignore_eos else self.tokenizer.eos_token_ids
         stop_token_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
-        request_id = self.choose_id() if request_id is None else request_id
         if params.prompt_logprobs is not None:
             cache_salt = f"{cache_salt}/{self.num_arrivals}"
         requests: list[Request] = []
@@ -415,7 +420,10 @@ class Engine:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         try:
-            return [operator.index(token_id) for token_id in prompt]
+            token_ids = list(prompt)
+            if isinstance(prompt, bytes) or any(isinstance(token_id, bool) for token_id in token_ids):
+                raise TypeError(f"it is {prompt!r:.80}")
+            return [operator.index(token_id) for token_id in token_ids]
         except TypeError as error:
             raise ValueError(f"prompt must be text or a list of token ids, which are whole numbers: {error}.") from None
 
@@ -531,9 +539,12 @@ class Engine:
         `siblings`. A request that fails has finish_reason "error", and the others go on. Raises ValueError, and begins
         nothing, if one can never be served. Ctrl-C aborts all of them.
         """
-        is_single = isinstance(prompts, str) or (len(prompts) > 0 and hasattr(prompts[0], "__index__"))
-        prompts = [prompts] if is_single else list(prompts)
-        params = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        is_one = isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable)
+        if is_one or getattr(prompts, "ndim", 1) == 0:
+            prompts = [prompts]
+        elif (prompts := list(prompts)) and hasattr(prompts[0], "__index__"):
+            prompts = [prompts]
+        params = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts and {len(params)} SamplingParams.")
         ids: list[str] = []
@@ -557,8 +568,8 @@ class Engine:
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the answer's text piece by piece. Closing the iterator aborts the request; other requests go on."""
-        if params is not None and params.n != 1:
-            raise ValueError(f"SamplingParams: n is {params.n}; a stream is one answer.")
+        if (n := check_params(params).n) != 1:
+            raise ValueError(f"SamplingParams: n is {n}; a stream is one answer.")
         request_id, output, num_shown = self.choose_id(), None, 0
         try:
             with self.lock:

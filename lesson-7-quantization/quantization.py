@@ -29,6 +29,7 @@ from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError
 from solutions.llama_pytorch import Attend, Linear, LinearMethod, Llama, layers_of, load_weights, reader
 from solutions.llm_basics import upcast
+from solutions.mixture_of_experts import SparseMoeBlock
 from solutions.paged_attention import PagedKVCache, cdiv
 from solutions.parallelism import Absent
 
@@ -463,42 +464,73 @@ def stream_layers(numbers: Iterable[int], read: Callable[[int], nn.Module]) -> I
     raise NotImplementedError("TODO 7.14")
 
 
+def num_bytes(module: nn.Module) -> int:
+    """Returns the bytes of a module's weights."""
+    return sum(tensor.nbytes for tensor in module.parameters())
+
+
+def experts_of(layer: nn.Module) -> list[nn.ModuleList]:
+    """Returns the experts of a layer, in a list for each mixture of them: none or one."""
+    return [module.experts for module in layer.modules() if isinstance(module, SparseMoeBlock)]
+
+
+class OnDisk(nn.Module):
+    """A module that is read from the disk whenever it is called, and forgotten afterwards."""
+
+    def __init__(self, read: Callable[[], nn.Module]):
+        super().__init__()
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read()(x)
+
+
 class OffloadedLlama(Llama):
-    """A model of which only the first layers stay in memory. The others are read from the disk in every step."""
+    """A model of which only the first layers stay in memory. The others are read from the disk in every step; of a
+    mixture of experts, those experts that a token of the step has chosen.
+    """
 
     def stream_from(self, checkpoint: Checkpoint, numbers: range, limit: int) -> None:
         """Read what stays in memory: all that is no layer, and the first of these layers. limit: bytes of all weights.
-        Raises ValueError if the limit is too small for all that is no layer and two layers.
+        Raises ValueError if the limit is too small for all that is no layer and two layers, with one expert each.
         """
         self.checkpoint, layers = checkpoint, self.model.layers
-        sizes = {number: sum(tensor.nbytes for tensor in layers[number].parameters()) for number in numbers}
-        largest = max(sizes.values())
-        rest = sum(tensor.nbytes for tensor in self.parameters()) - sum(sizes.values())
-        if limit < rest + 2 * largest:
+        sizes = {number: num_bytes(layers[number]) for number in numbers}
+        largest, rest = max(sizes.values()), num_bytes(self) - sum(sizes.values())
+        absent = {number: sum(num_bytes(each[1:]) for each in experts_of(layers[number])) for number in numbers}
+        streamed = max(sizes[number] - absent[number] for number in numbers)
+        if limit < rest + 2 * streamed:
             raise ValueError(
-                f"offload is {limit} bytes; this model needs {rest + 2 * largest} at least: {rest} for all that is no "
-                f"layer, and twice {largest} for a layer."
+                f"offload is {limit} bytes; this model needs {rest + 2 * streamed} at least: {rest} for all that is no "
+                f"layer, and twice {streamed} for a layer."
             )
         # The layers that do not stay take turns in the space of two.
         stays_whole = limit >= rest + len(sizes) * largest
-        num_resident = len(sizes) if stays_whole else (limit - rest) // largest - 2
+        num_resident = len(sizes) if stays_whole else (limit - rest - 2 * streamed) // largest
         self.prototypes = {number: layers[number] for number in numbers[num_resident:]}
         for number, prototype in self.prototypes.items():
             layers[number] = Absent(prototype)
         load_weights(self, checkpoint)
         for number, prototype in self.prototypes.items():
             layers[number] = prototype  # still on the meta device: it tells its shapes
+            for experts in experts_of(prototype):
+                for i, expert in enumerate(experts):
+                    experts[i] = OnDisk(partial(self.read_module, expert, f"model.layers.{number}.mlp.experts.{i}"))
 
     def read_layer(self, number: int) -> nn.Module:
-        """Returns a layer with its weights, from memory or from the disk."""
-        prototype = self.model.layers[number]
-        if number not in self.prototypes:
-            return prototype
-        groups = {id(module.group): module.group for module in prototype.modules() if hasattr(module, "group")}
-        layer = copy.deepcopy(prototype, groups)  # on the meta device, so only shapes; groups are shared
-        for path, part in layers_of(layer).items():
-            part.load(reader(self.checkpoint, f"model.layers.{number}.{path}"))
-        return layer.to(self.model.norm.weight.device)
+        """Returns a layer with its weights, from memory or from the disk. Its experts are read when they are called."""
+        layer = self.model.layers[number]
+        return self.read_module(layer, f"model.layers.{number}") if number in self.prototypes else layer
+
+    def read_module(self, prototype: nn.Module, path: str) -> nn.Module:
+        """Returns a copy of a module on the meta device with its weights, which have this path in the checkpoint."""
+        modules = list(prototype.modules())
+        shared = [each.group for each in modules if hasattr(each, "group")]
+        shared += [each for each in modules if isinstance(each, OnDisk)]
+        module = copy.deepcopy(prototype, {id(each): each for each in shared})
+        for name, part in layers_of(module).items():
+            part.load(reader(self.checkpoint, f"{path}.{name}"))
+        return module.to(self.model.norm.weight.device)
 
     def run_layers(self, hidden: Tensor, positions: Tensor, attend: Attend, layers: range) -> Tensor:
         cos, sin = self.rotary(positions)

@@ -22,6 +22,7 @@ import torch
 from common import kernels
 from common.checkpoints import Checkpoint, find_checkpoint
 from common.config import EngineConfig
+from common.machine import check_memory, choose_device
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions import llama_pytorch
 from solutions.batching import Engine, Executor, LocalExecutor, ModelRunner, RequestOutput
@@ -84,14 +85,19 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
     model_config, draft_config = read_config(checkpoint), None
     tokenizer = load_tokenizer(checkpoint.folder)
     llama_pytorch.check_tokenizer(tokenizer, checkpoint, model_config)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     dtype = config.dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     config = replace(config, model=str(checkpoint.folder), device=device, dtype=dtype)
     if config.draft is not None:
         draft = Checkpoint(find_checkpoint(config.draft))
         check_draft(draft, checkpoint, tokenizer)
         config, draft_config = replace(config, speculative=str(draft.folder)), read_config(draft)
-    return config.resolve(model_config, slot_bytes(config, model_config, draft_config)), tokenizer
+    size = slot_bytes(config, model_config, draft_config)
+    config = config.resolve(model_config, size)
+    if device == "cpu":
+        blocks = f"num_blocks={config.num_blocks} blocks of block_size={config.block_size} tokens"
+        check_memory(config.num_blocks * config.block_size * size, blocks)
+    return config, tokenizer
 
 
 # --- The parts: each rank calls `load_model`, then `build_runner` -----------------------------------------------------

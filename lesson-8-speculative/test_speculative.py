@@ -152,7 +152,7 @@ class TestLookaheadCommit:
         got = answer(code, f"commit, {what},", lambda: own.commit(text))
         holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
         equal(own.cache.num_tokens, len(kept), f"how many tokens the cache holds {what},")
-        equal(list(own.cached_token_ids), kept, f"cached_token_ids {what},")
+        equal(own.cached_token_ids, kept, f"cached_token_ids {what},")
 
     def test_the_first_call(self, code):
         own = code.Lookahead(tiny(code), 40, lambda token_ids: [])
@@ -164,6 +164,12 @@ class TestLookaheadCommit:
 
     def test_as_proposed(self, code):
         self.check(code, [21, 22, 23], [*PROMPT, 21], "where 21, 22, 23 were proposed and 21 has come")
+
+    def test_the_text_is_a_tuple(self, code):
+        what = "where 21, 22, 23 were proposed and 21 has come, in a text that is a tuple,"
+        self.check(code, [21, 22, 23], (*PROMPT, 21), what.rstrip(","))
+        what = "where 21, 22, 23 were proposed and 7 has come, in a text that is a tuple"
+        self.refused(code, [21, 22, 23], (*PROMPT, 7), PROMPT, what)
 
     def test_all_as_proposed(self, code):
         own = self.lookahead(code, [21, 22, 23])
@@ -321,6 +327,14 @@ class TestAcceptOrRecover:
         first, again = (drawn(code, target, draft, 0, 40) for _ in range(2))
         what = "what comes of a token in 40 draws, each made a second time with a generator in the same state,"
         equal(again, first, what)
+
+    def test_one_generator_for_many_calls(self, code):
+        """Draws follow each other: a call leaves the generator where the next one goes on."""
+        target, draft, own = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.8, 0.1, 0.1]), torch.Generator()
+        own.manual_seed(0)
+        what = "accept_or_recover, 100 times with one generator, target [0.2, 0.3, 0.5], draft [0.8, 0.1, 0.1],"
+        got = sorted({answer(code, what, lambda: code.accept_or_recover(target, draft, 0, own)) for _ in range(100)})
+        equal(got, [(False, 1), (False, 2), (True, 0)], f"what may come of token 0, as (accepted, token): {what}")
 
     def test_how_often_it_is_kept(self, code):
         target, draft = [0.5, 0.2, 0.3, 0.0], [0.1, 0.5, 0.4, 0.0]
@@ -755,12 +769,10 @@ class TestDraftProposerPropose:
         equal(got, 3, f"how many draft tokens are made, with {why},")
 
     def test_no_room_at_all(self, code):
-        why = "more tokens than the draft has positions"
-        equal(
-            self.within(Drafting(code, positions=6), [5, 2, 7, 8], why),
-            0,
-            f"how many draft tokens are made, with {why},",
-        )
+        for positions in (6, 4):
+            why = f"7 tokens, of which the draft has positions for {positions}"
+            got = self.within(Drafting(code, positions=positions), [5, 2, 7, 8], why)
+            equal(got, 0, f"how many draft tokens are made, with {why},")
 
     def test_sampled(self, code):
         own = Drafting(code)

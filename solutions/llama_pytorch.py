@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from common import kernels, rope
 from common.checkpoints import Checkpoint, CheckpointError, check_config, find_checkpoint
+from common.machine import choose_device
 from common.sampling import SamplingParams, check_prompt, stable_hash
 from common.tokenizer import Tokenizer, load_tokenizer
 from common.windows import window_attention
@@ -443,9 +444,9 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
     """Load the model and tokenizer of a checkpoint: `tales`, `smollm2-135m`, a folder, a `.gguf` file or `org/name`.
 
     Default device: the GPU if there is one. Default dtype: bfloat16 on a GPU, float32 on a CPU, the fastest on each.
-    Raises CheckpointError with the file and what is wrong with it.
+    Raises CheckpointError with the file and what is wrong with it, ValueError for a device that is not there.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     checkpoint = Checkpoint(find_checkpoint(name))
     config = parse_config(checkpoint.config)
@@ -544,8 +545,7 @@ def adjust_logits(
     logits: (V,), left unchanged. Returns new ones. Processors are grammars, say, which forbid tokens. The repetition
     penalty divides positive scores and multiplies negative ones: both make the token less likely.
     """
-    for process in params.logits_processors:
-        logits = process(output, logits)
+    logits = params.process(output, logits)
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt, *output}), device=logits.device)
         scores = logits[seen]

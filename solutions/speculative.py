@@ -362,8 +362,11 @@ class DraftProposer:
         parameters; at temperature 0 the likeliest token, and None.
         """
         request, params = draft.request, draft.request.params
-        output = draft.token_ids[len(request.prompt_token_ids) :]
-        adjusted = adjust_logits(logits, params, request.prompt_token_ids, output, request.stop_token_ids)
+        output, adjusted = draft.token_ids[len(request.prompt_token_ids) :], logits.nan_to_num()
+        try:
+            adjusted = adjust_logits(adjusted, params, request.prompt_token_ids, output, request.stop_token_ids)
+        except Exception:  # a fault of the request: it ends where its token is sampled; here it only costs a draft
+            pass
         if params.temperature == 0:
             return int(adjusted.argmax()), None
         probs = sampling_probs(adjusted, params).cpu()

@@ -167,11 +167,11 @@ def measure_attention(device: str, quick: bool) -> dict[str, float]:
     from common.kernels import triton_ops
     from solutions.triton_kernels import paged_decode_attention
 
-    num_requests, context, block_size = (2, 20, 16) if quick else (32, 4_096, 16)
+    num_requests, context, kv_heads, block_size = (2, 20, 1, 16) if quick else (32, 4_096, 8, 16)
     dtype = torch.float32 if quick else torch.bfloat16
     blocks = -(-context // block_size)
-    pool = torch.randn(2, num_requests * blocks, block_size, 8, 64, device=device).to(dtype)
-    q = torch.randn(num_requests, 32, 64, device=device).to(dtype)
+    pool = torch.randn(2, num_requests * blocks, block_size, kv_heads, 64, device=device).to(dtype)
+    q = torch.randn(num_requests, 4 * kv_heads, 64, device=device).to(dtype)
     tables = torch.randperm(num_requests * blocks, device=device).view(num_requests, blocks)
     lens = torch.full((num_requests,), context, device=device)
     start = torch.arange(num_requests + 1, device=device)

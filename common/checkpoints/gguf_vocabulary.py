@@ -232,5 +232,5 @@ def _write_sentencepiece(vocabulary: Vocabulary, path: Path, folder: Path) -> No
     try:
         sentencepiece.SentencePieceProcessor(model_proto=serialized)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: its vocabulary is no SentencePiece model: {error}") from error
+        raise CheckpointError(f"{path}: its vocabulary is no SentencePiece model: {error!s:.200}") from error
     (folder / "tokenizer.model").write_bytes(serialized)

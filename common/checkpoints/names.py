@@ -107,7 +107,7 @@ def _from_hub(name: str) -> Path:
         return Path(
             snapshot_download(
                 name,
-                allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"],
+                allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"],
                 ignore_patterns=["*/*"],
             )
         )
@@ -118,7 +118,11 @@ def _from_hub(name: str) -> Path:
 def find_checkpoint(name: str) -> Path:
     """The folder, in Hugging Face layout, that `name` stands for; fetched or converted first where it must be."""
     name = str(name)
-    if (folder := cached(name)) is not None:
+    try:
+        folder = cached(name)
+    except (OSError, RuntimeError) as error:  # too long for a file's name; ~ and a user who is not known here
+        raise CheckpointError(f"{name!r:.80} cannot be the name of a model or of a folder: {error!s:.80}.") from None
+    if folder is not None:
         return folder
     if name in ("tales", "tales-draft"):
         raise CheckpointError(

@@ -172,6 +172,8 @@ def _fields(token: AddedToken) -> dict[str, Any]:
 # vocab.json and merges.txt
 # ---------------------------------------------------------------------------------------------------------------
 
+LARGEST_MERGES = 8 << 20  # bytes; the 280,000 merges of Llama 3 would have 4 MB
+MOST_UNUSED = 1 << 16  # ids between and after those of vocab.json
 RULES = {
     "Qwen2Tokenizer": "qwen2",
     "Qwen2TokenizerFast": "qwen2",
@@ -193,6 +195,10 @@ def vocabulary_from_merges(folder: Path, side: SideFiles):
             f"beside vocab.json and merges.txt it has to be one of {', '.join(RULES)}; take a tokenizer.json instead",
         )  # fmt: skip
     vocabulary = _read_ids(file)
+    last = max(vocabulary, key=vocabulary.get, default="")
+    if vocabulary.get(last, 0) > len(vocabulary) + MOST_UNUSED:
+        problem = f"there are {len(vocabulary):,} tokens, so ids end at {len(vocabulary) + MOST_UNUSED:,} at the latest"
+        raise refusal(file, last, vocabulary[last], problem)
     tokens = [f"unused {token_id}" for token_id in range(1 + max(vocabulary.values(), default=-1))]
     kinds = [UNUSED] * len(tokens)
     for token, token_id in vocabulary.items():
@@ -200,9 +206,11 @@ def vocabulary_from_merges(folder: Path, side: SideFiles):
     if kinds.count(NORMAL) != len(vocabulary):
         raise CheckpointError(f"{file}: some tokens have the same id.")
     try:
+        if (size := (folder / "merges.txt").stat().st_size) > LARGEST_MERGES:
+            raise CheckpointError(f"{folder / 'merges.txt'}: has {size:,} bytes; no vocabulary has so many merges.")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / 'merges.txt'}: cannot be read as text ({error}).") from error
+        raise CheckpointError(f"{folder / 'merges.txt'}: cannot be read as text ({error!s:.200}).") from error
     merges = [line for line in lines if line and not line.startswith("#version")]
     default = AddedToken(content="<|endoftext|>", special=True)
     if default.content in vocabulary:

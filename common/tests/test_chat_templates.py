@@ -243,11 +243,40 @@ def test_nothing_of_python_reaches_a_template():
             "{% set n = namespace(a=[0]) %}{% for i in range(40) %}{% set n.a = n.a + n.a %}{% endfor %}",
             "value of size",
         ),
+        ("{% set n = namespace(a=[0]) %}{% for i in range(40) %}{% set n.a = [n.a, n.a] %}{% endfor %}", "value of"),
+        ("{% set n = namespace(a=1) %}{% for i in range(40) %}{% set n.a = dict(x=n.a, y=n.a) %}{% endfor %}", "value"),
+        ("{{ '%1000000000d' % 5 }}", "% has a width; 1000 is allowed"),
+        ("{{ '%*d' % (10 ** 9, 5) }}", "% has an argument of 1000000000; 1000 is allowed"),
+        ("{{ ('%(a)s' * 99999) % {'a': 'b' * 99999} }}", "value of size"),
+        ("{{ '%1000000000d'|format(5) }}", "format has a width; 1000 is allowed"),
+        ("{{ '{:>1000000000}'.format('a') }}", "format has a width; 1000 is allowed"),
+        ("{{ 'a'|center(10 ** 9) }}", "center has an argument of 1000000000; 1000 is allowed"),
+        ("{{ 'a'.ljust(10 ** 9) }}", "ljust has an argument"),
+        ("{{ [1]|slice(10 ** 9)|list }}", "slice has an argument"),
+        ("{{ [[1]]|tojson(indent=10 ** 9) }}", "tojson has an argument"),
+        ("{{ range(99999)|map('center', 10 ** 5)|join|length }}", "map has an argument"),
+        ("{{ ('a' * 99999).replace('a', 'b' * 99999) }}", "value of size"),
+        ("{{ ('a' * 99999)|replace('a', 'b' * 99999) }}", "value of size"),
+        ("{{ ('a' * 99999).translate({97: 'b' * 99999}) }}", "value of size"),
+        ("{{ ('b' * 9999).join(('a' * 99999)|list) }}", "value of size"),
+        ("{{ ('a' * 99999)|list|join('b' * 9999) }}", "value of size"),
+        ("{{ lipsum(n=100000) }}", "'lipsum' is undefined"),
     ],
 )
 def test_hostile_and_failing_templates_are_stopped(template, says):
     with pytest.raises(ChatTemplateError, match=says):
         render_chat(template, [{"role": "user", "content": "Hi"}])
+
+
+def test_what_is_large_and_harmless_is_written():
+    template = (
+        "{{ messages|map(attribute='content')|join(', ') }}{{ 'a'|center(1000)|length }}{{ '%05.1f|%s' % (1, 'x') }}"
+    )
+    template += "{{ [messages, messages]|length }}{{ messages[0].content.replace('x', 'yy')|length }}"
+    template += "{{ {'a': 1}|tojson(indent=2) }}"
+    messages = [{"role": "user", "content": "x" * 1000}] * 1000
+    text = render_chat(template, messages)
+    assert text == ", ".join(["x" * 1000] * 1000) + '1000001.0|x22000{\n  "a": 1\n}'
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -36,6 +37,31 @@ def test_a_logits_processor_that_cannot_be_sent_fails_when_it_is_called(processo
     )
 
 
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (lambda scores: None, "an object of type NoneType; it must return a tensor of floats of shape (4,) on cpu"),
+        (lambda scores: scores.tolist(), "an object of type list"),
+        (lambda scores: scores.numpy(), "an object of type ndarray"),
+        (lambda scores: scores[:0], "a tensor of floats of shape (0,) on cpu"),
+        (lambda scores: scores[None], "a tensor of floats of shape (1, 4) on cpu"),
+        (lambda scores: scores > 0, "a tensor of torch.bool of shape (4,)"),
+        (lambda scores: scores.to("meta"), "a tensor of floats of shape (4,) on meta"),
+        (lambda scores: scores * math.nan, "no token with a score that is a number: the highest is nan"),
+        (lambda scores: scores - math.inf, "no token with a score that is a number: the highest is -inf"),
+        (lambda scores: scores + math.inf, "no token with a score that is a number: the highest is inf"),
+    ],
+)
+def test_what_a_logits_processor_may_return(returned, says):
+    """In place of token 0, without a word, or of a library's error."""
+    scores = torch.arange(4.0)
+    params = SamplingParams(logits_processors=[lambda output, scores: scores, lambda output, scores: returned(scores)])
+    with pytest.raises(ValueError, match="logits_processors .*" + re.escape(says)):
+        params.process([], scores)
+    half = SamplingParams(logits_processors=[lambda output, scores: scores.half()])
+    assert half.process([], scores).dtype == torch.float16 and SamplingParams().process([], scores) is scores
+
+
 def test_none_is_the_default():
     assert SamplingParams(**dict.fromkeys([field.name for field in fields(SamplingParams)])) == SamplingParams()
 
@@ -50,7 +76,8 @@ def test_none_is_the_default():
         ("min_tokens", 129), ("min_tokens", -1), ("logprobs", -1), ("logprobs", 1.5), ("repetition_penalty", 1e39),
         ("repetition_penalty", 0), ("presence_penalty", -1e39), ("frequency_penalty", math.nan), ("stop", ["a", ""]),
         ("stop", 5), ("stop", b"ab"), ("stop", "x" * 1_000_000), ("stop_token_ids", [[1]]),
-        ("stop_token_ids", [1.5]), ("stop_token_ids", [-1]),
+        ("stop_token_ids", [1.5]), ("stop_token_ids", [-1]), ("stop_token_ids", [True]), ("ignore_eos", "no"),
+        ("ignore_eos", 1),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(name, value):

@@ -190,6 +190,21 @@ def test_what_is_wrong_is_named(folders, kind, tmp_path, file, changes, says):
         (lambda saved: saved["added_tokens"].append({"id": "5"}), r"tokenizer\.json: added_tokens.*id is '5'"),
         (lambda saved: saved["added_tokens"].append({"id": 5}), r"tokenizer\.json: added_tokens.*content is None"),
         (lambda saved: saved["model"].update(merges=[["a", "no"]]), r"tokenizer\.json: not a tokenizer that"),
+        (
+            lambda saved: saved.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            r"tokenizer\.json: not a tokenizer that `tokenizers` can read \(Precompiled",
+        ),
+        (
+            lambda saved: saved.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<nope>", "type_id": 0}}],
+                    "pair": [],
+                    "special_tokens": {},
+                }
+            ),
+            r"tokenizer\.json: not a tokenizer that `tokenizers` can read \(no entry found",
+        ),
         (lambda saved: saved["model"]["vocab"].update(x=2**30), r"tokenizer\.json: a token has the id 1073741824"),
     ],
 )
@@ -214,6 +229,27 @@ def test_a_vocabulary_of_absurd_size_is_not_read(tmp_path, name):
     with (tmp_path / name).open("wb") as file:
         file.truncate(1 << 40)  # no byte of it takes room on the disk
     with pytest.raises(CheckpointError, match=rf"{name}: has 1,099,511,627,776 bytes"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "vocab.json",
+            '{"a": 0, "z": 16777215}',
+            "vocab.json: z is 16777215; there are 2 tokens, so ids end at 65,538",
+        ),
+        ("merges.txt", "a b\n" * 2_200_000, "merges.txt: has 8,800,000 bytes; no vocabulary has so many merges"),
+    ],
+)
+def test_vocab_json_and_merges_txt_that_are_too_large(tmp_path, name, content, says):
+    """They would take minutes and gigabytes before the embedding is found to have fewer rows."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("a b\n")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=says):
         load_tokenizer(tmp_path)
 
 

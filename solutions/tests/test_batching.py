@@ -295,9 +295,14 @@ def test_priorities(model):
         (dict(prompt=[5] * 64), "The prompt has 64 tokens; max_model_len is 64"),
         (dict(prompt=[40]), "token id 40; the vocabulary ends at 39"),
         (dict(prompt=[5], request_id="taken"), "request_id 'taken' is taken"),
-        (dict(prompt=[5], tenant=[]), r"tenant must be a name and priority a whole number; they are \[\] and 0"),
-        (dict(prompt=[5], priority="high"), "priority a whole number; they are 'default' and 'high'"),
+        (dict(prompt=[5], tenant=[]), r"tenant must be text; it is \[\]"),
+        (dict(prompt=[5], priority="high"), "priority must be a whole number; it is 'high'"),
+        (dict(prompt=[5], request_id=["x"]), r"request_id must be text; it is \['x'\]"),
+        (dict(prompt=[5], cache_salt=None), "cache_salt must be text; it is None"),
+        (dict(prompt=[5], params={"max_tokens": 3}), r"params must be SamplingParams\(...\); it is {'max_tokens': 3}"),
         (dict(prompt=[5, 100.9]), "prompt must be text or a list of token ids, which are whole numbers"),
+        (dict(prompt=[5, True]), r"token ids, which are whole numbers: it is \[5, True\]"),
+        (dict(prompt=b"ab"), "token ids, which are whole numbers: it is b'ab'"),
         (dict(prompt=5), "prompt must be text or a list of token ids"),
     ],
 )
@@ -307,6 +312,24 @@ def test_bad_requests_are_refused_at_once(model, arguments, says):
     with pytest.raises(ValueError, match=says):
         engine.add_request(**arguments)
     assert list(engine.scheduler.requests) == ["taken"]
+
+
+@pytest.mark.parametrize("prompts", [None, 5, 5.0, {"a": 1}, b"ab", torch.tensor(5), [[[5]]], [None]], ids=str)
+def test_what_is_no_list_of_prompts_is_refused(model, prompts):
+    engine = local_engine(model, Letters(), num_blocks=30, max_model_len=MAX_MODEL_LEN)
+    with pytest.raises(ValueError, match="Prompt 0: prompt must be text or a list of token ids"):
+        engine.generate(prompts, progress=False)
+    for params in ("greedy", {"max_tokens": 3}, SamplingParams, [{}]):
+        with pytest.raises(ValueError, match="Prompt 0: params must be SamplingParams"):
+            engine.generate([[5]], params, progress=False)
+    with pytest.raises(ValueError, match="params must be SamplingParams"):
+        next(engine.stream([5], {"max_tokens": 3}))
+    with pytest.raises(KeyError, match="There is no unfinished request 'gone'"):
+        engine.output("gone")
+    assert not engine.has_unfinished_requests
+    prompts = [[5, 6], torch.tensor([5, 6]), range(5, 7), iter([5, 6])]
+    outputs = [engine.generate(prompt, SamplingParams(max_tokens=3), progress=False) for prompt in prompts]
+    assert [[each.token_ids for each in output] for output in outputs] == [[outputs[0][0].token_ids]] * 4
 
 
 @pytest.mark.parametrize("field, value", [("n", 1.5), ("stop_token_ids", [[1]]), ("max_tokens", "5")])

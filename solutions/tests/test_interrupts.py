@@ -8,32 +8,24 @@ executions, drawn at random:
 
 from __future__ import annotations
 
-import functools
 import json
-import linecache
 import os
 import random
-import signal
-import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from types import CodeType, FrameType
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.authoring.soak.interrupts import AtLine, Lines, tracing
 from common.authoring.soak.invariants import check_books
 from common.authoring.soak.requests import Letters, random_model
-from common.course import ROOT
 from solutions import engine as engine_module
 from solutions import llama_pytorch
 from solutions.engine import InferenceEngine, SamplingParams
 
 EVERY_LINE = int(os.environ.get("INTERRUPTS", 0))  # this many executions of each
-OURS = tuple(str(ROOT / folder) for folder in ("solutions/", "common/"))
 ASKED = [
     ([5, 6, 7], SamplingParams(max_tokens=6, n=2, temperature=1.0, seed=3, ignore_eos=True, logprobs=1)),
     (list(range(5, 14)), SamplingParams(max_tokens=8, stop="a")),
@@ -50,67 +42,6 @@ ENGINES = {
     "pipeline parallel": {"pipeline_parallel": 2},
     "pipeline parallel, ngram": {"pipeline_parallel": 2, "speculative": "ngram"},
 }
-Place = tuple[str, int]  # file, line
-
-
-class Lines:
-    """Notes in which order lines of our own code are executed."""
-
-    def __init__(self):
-        self.places: dict[Place, int] = defaultdict(int)  # how often each was
-
-    def __call__(self, frame, event, argument):
-        file = frame.f_code.co_filename
-        if not file.startswith(OURS) or "/tests/" in file:
-            return None
-        if event == "line" and not leaves_with(frame):
-            self.places[file, frame.f_lineno] += 1
-            self.reach((file, frame.f_lineno))
-        return self
-
-    def reach(self, place: Place) -> None:
-        pass
-
-
-@functools.cache
-def first_offsets(code: CodeType) -> dict[int, int]:
-    """Where the instructions of each line begin."""
-    return {line: start for start, _, line in reversed(list(code.co_lines())) if line is not None}
-
-
-def leaves_with(frame: FrameType) -> bool:
-    """Whether a `with` statement is about to call `__exit__`. Python handles no signal between the end of the block and
-    that call: it does so after calls, where functions begin, and where loops go back.
-    """
-    text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-    return text.startswith("with ") and frame.f_lasti != first_offsets(frame.f_code)[frame.f_lineno]
-
-
-class AtLine(Lines):
-    """Presses Ctrl-C once, at an execution of a line, counted from 0."""
-
-    def __init__(self, place: Place, number: int):
-        super().__init__()
-        self.place, self.number, self.is_pressed = place, number, False
-
-    def reach(self, place: Place) -> None:
-        if place == self.place and self.places[place] == self.number + 1:
-            sys.settrace(None)
-            self.is_pressed = True
-            signal.raise_signal(signal.SIGINT)
-
-    def __str__(self) -> str:
-        return f"{self.place[0].removeprefix(str(ROOT))}:{self.place[1]}, execution {self.number}"
-
-
-@contextmanager
-def tracing(tracer: Lines | None) -> Iterator[None]:
-    before = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 @pytest.fixture(scope="module")

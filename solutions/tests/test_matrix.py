@@ -277,6 +277,10 @@ def test_everything_at_once(plain):
         (dict(quantization="fp4"), "quantization must be one of"),
         (dict(offload=1), "offload is 1 bytes"),
         (dict(max_model_len=2000), "max_model_len is 2000"),
+        (dict(device="gpu"), "device is 'gpu', which torch cannot use here; it can use cpu"),
+        (dict(device="cuda:99"), "device is 'cuda:99', which torch cannot use here; it can use cpu"),
+        (dict(device="meta"), "device is 'meta', which torch cannot use here"),
+        (dict(device="cpu", num_blocks=10**6, block_size=2**24), "num_blocks=1000000 blocks of .* this machine has"),
     ],
     ids=str,
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 
@@ -99,11 +102,32 @@ def test_activation_aware_scales_change_no_output(checkpoints):  # noqa: F811
 def test_experts_that_stay_on_disk(checkpoints):  # noqa: F811
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     settings = dict(dtype="float64", device="cpu", max_model_len=32)
-    tokens = []
-    for offload in (None, 80_000):
-        with InferenceEngine(str(checkpoints["qwen3_moe"]), offload=offload, **settings) as engine:
+    tokens, folder = [], str(checkpoints["qwen3_moe"])
+    with pytest.raises(ValueError, match=r"needs (\d+) at least") as refused:
+        InferenceEngine(folder, offload=1, **settings)
+    least = int(str(refused.value).partition("needs ")[2].split()[0])
+    for offload in (None, least, 80_000):
+        with InferenceEngine(folder, offload=offload, **settings) as engine:
             tokens.append(engine.generate([[5, 9, 31]], params, progress=False)[0].token_ids)
-    assert tokens[0] == tokens[1]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_a_step_reads_only_chosen_experts_from_the_disk(checkpoints):  # noqa: F811
+    """A token has two of them: a step of one token reads two in each layer, and all of the layer beside them."""
+    settings = dict(dtype="float64", device="cpu", max_model_len=32, offload=80_000)
+    with InferenceEngine(str(checkpoints["qwen3_moe"]), **settings) as engine:
+        model = engine.executor.runner.model
+        checkpoint, moe, before = model.checkpoint, model.config.moe, model.checkpoint.num_bytes_read
+        engine.generate([[5]], SamplingParams(max_tokens=1, ignore_eos=True), progress=False)
+        read = checkpoint.num_bytes_read - before
+    assert moe.num_experts_per_tok == 2 < moe.num_experts
+
+    def expected(name: str) -> int:
+        layer = re.match(r"model\.layers\.(\d+)\.(?!mlp\.experts\.[2-9])", name)
+        is_read = layer and int(layer[1]) in model.prototypes
+        return math.prod(checkpoint.shape(name)) * checkpoint.read(name).itemsize if is_read else 0
+
+    assert read == sum(expected(name) for name in checkpoint.names()) > 0
 
 
 def test_how_many_experts_a_batch_reads():

@@ -2,10 +2,11 @@
 
     make soak MINUTES=10
 
-Each run has a number, which determines the model, its draft tokens, the size of the pool, the way of preemption, the
-requests, and which of them are aborted. One run in twenty uses two processes. After every step the block tables and
-reference counts are checked. Sampled tokens differ with and without a draft model, so their distribution is tested over
-all runs, at the end. The first run that fails ends the command, which prints how to repeat that run.
+Each run has a number, which determines the model, its draft tokens, the size of the pool, the way of preemption and the
+requests. Some of these are aborted, and some fail by a fault of their own. One run in ten uses two processes. Some
+steps are interrupted, at any of their lines. After every step the block tables and reference counts are checked.
+Sampled tokens differ with and without a draft model, so their distribution is tested over all runs, at the end. The
+first run that fails ends the command, which prints how to repeat that run.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ COUNTED = {
     "swaps_out": ("blocks swapped out", 60),
     "swaps_in": ("blocks swapped in", 60),
     "aborted": ("requests aborted", 20),
-    "interrupts": ("steps interrupted", 60),
+    "interrupts": ("steps interrupted, at any line", 60),
+    "failed": ("requests with a fault of their own", 20),
     "drafts": ("drafts", 20),
     "accepted": ("  accepted", 20),
     "rejected": ("  rejected", 20),
@@ -45,6 +47,8 @@ COUNTED = {
     "runs with a draft": ("runs with a draft model", 20),
     "runs, adaptive": ("runs with as many draft tokens as pay", 20),
     "runs with tales": ("runs with tales", 20),
+    "runs with windows": ("runs with a window in every layer", 60),
+    "runs with experts": ("runs with a mixture of experts", 60),
     "runs over processes": ("runs over two processes", 20),
     "runs, contiguous": ("runs with a contiguous cache", 60),
     "runs, int8 cache": ("runs with an INT8 cache", 60),

@@ -21,9 +21,10 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
+from common.authoring.soak.interrupts import AfterLines, tracing
 from common.authoring.soak.invariants import Texts, check_books, check_drafts, watch_draft
-from common.authoring.soak.oracle import Oracle, compare, judge
-from common.authoring.soak.requests import TINY, Ask, Letters, random_asks, random_model, random_settings
+from common.authoring.soak.oracle import Oracle, check_failed, compare, judge
+from common.authoring.soak.requests import FAULTS, TINY, Ask, Fault, Letters, random_asks, random_model, random_settings
 from common.checkpoints import find_checkpoint
 from common.config import EngineConfig
 from common.tokenizer import Tokenizer, load_tokenizer
@@ -67,6 +68,7 @@ class Watched:
         self.inner, self.report, self.budget, self.depth = inner, report, budget, inner.depth
         self.max_draft_tokens = max_draft_tokens  # for a request in a step; None: whatever proposes knows no measure
         self.flying: deque[SchedulerOutput] = deque()
+        self.dropped: set[int] = set()  # steps that were in flight when one was interrupted
 
     def submit(self, plan: SchedulerOutput) -> None:
         ids = [each.request_id for each in plan.scheduled]
@@ -86,11 +88,19 @@ class Watched:
             pipelined=len(plan.preempted_ids) * (self.depth > 1),
             chunks=sum(each.sample_index is None for each in plan.scheduled),
         )  # fmt: skip
-        self.inner.submit(plan)
         self.flying.append(plan)
+        self.inner.submit(plan)
+
+    def drop(self) -> None:
+        """After an interruption: nothing is in flight, though outputs may still come."""
+        self.dropped |= {plan.step_id for plan in self.flying}
+        self.flying.clear()
 
     def collect(self) -> ModelRunnerOutput:
-        plan, output = self.flying.popleft(), self.inner.collect()
+        output = self.inner.collect()
+        if output.step_id in self.dropped:
+            return output
+        plan = self.flying.popleft()
         assert output.step_id == plan.step_id
         self.report.counts.update(drafts=sum(each.num_spec_tokens for each in plan.scheduled))
         for each in plan.scheduled:
@@ -109,24 +119,28 @@ class Watched:
         self.inner.close()
 
 
-class Interrupted(KeyboardInterrupt):
-    """A simulated Ctrl-C."""
+class Steps:
+    """Steps of an engine, of which some are interrupted, at any of their lines."""
 
+    def __init__(self, engine: Engine, rng: random.Random, chance: float):
+        self.engine, self.rng, self.chance = engine, rng, chance
+        self.num_lines = 2000  # of a step; soon as many as the last one had that was traced
+        self.num_interrupted = 0
 
-def interrupt_at_times(runner: ModelRunner, rng: random.Random) -> None:
-    """From now on a step is interrupted now and then, before anything of it is computed, or after all of it is."""
-    execute = runner.execute
-
-    def interruptible(plan: SchedulerOutput, hidden=None) -> ModelRunnerOutput:
-        chance = rng.random()
-        if chance < 0.015:
-            raise Interrupted
-        output = execute(plan, hidden)
-        if chance > 0.985:
-            raise Interrupted
-        return output
-
-    runner.execute = interruptible
+    def step(self) -> None:
+        if self.rng.random() >= self.chance:
+            self.engine.step()
+            return
+        tracer = AfterLines(self.rng.randrange(self.num_lines))
+        try:
+            with tracing(tracer):
+                self.engine.step()
+            self.num_lines = max(tracer.num_lines, 1)
+        except KeyboardInterrupt:
+            if not tracer.is_pressed:
+                raise  # a real one
+            self.num_interrupted += 1
+            self.engine.executor.drop()
 
 
 def drive(
@@ -147,14 +161,14 @@ def drive(
     if isinstance(executor, LocalExecutor):
         executor = Pipelined(runner, rng.choice([2, 3])) if rng.random() < 0.4 else LocalExecutor(runner)
         engine.scheduler.depth = rng.choice([1, executor.depth])
-        if may_be_interrupted and executor.depth == 1 and rng.random() < 0.5:
-            interrupt_at_times(runner, rng)
+    steps = Steps(engine, rng, 0.03 if may_be_interrupted and rng.random() < 0.5 else 0.0)
     if is_speculative and has_draft:
         watch_draft(runner.proposer)
     most = (engine.config.num_speculative_tokens or 8) if engine.config.speculative else None
     engine.executor = Watched(executor, report, engine.config.max_num_batched_tokens, most)
     texts = texts or Texts(engine.config.block_size)
     to_come, outputs, aborted = sorted(enumerate(asks), key=lambda pair: pair[1].step), {}, set()
+    failed = [number for number, ask in enumerate(asks) if ask.params.logits_processors]
     while to_come or engine.has_unfinished_requests:
         while to_come and to_come[0][1].step <= report.num_steps:
             number, ask = to_come.pop(0)
@@ -165,11 +179,7 @@ def drive(
             if asks[number].is_impatient and engine.samples(f"r{number}") and rng.random() < 0.1:
                 engine.abort(f"r{number}")
                 aborted.add(number)
-        try:
-            engine.step()
-        except Interrupted:
-            report.counts["interrupts"] += 1
-            engine.executor.flying.clear()
+        steps.step()
         check_books(engine)
         texts.check(engine)
         if is_speculative:
@@ -181,7 +191,13 @@ def drive(
     for number, output in outputs.items():
         ask = asks[number]
         for child, params in zip([output, *output.siblings], ask.params.children()):
-            if has_draft and params.temperature > 0:
+            is_drawn = has_draft and params.temperature > 0
+            if child.error is not None and params.logits_processors:
+                check_failed(child, params.logits_processors[0])
+                if not is_drawn:
+                    expected = oracle(ask.prompt, replace(params, logits_processors=()), child.token_ids).token_ids
+                    assert child.token_ids == expected[: len(child.token_ids)]
+            elif is_drawn:
                 draft = runner.proposer.model if is_speculative else None  # with stages it is in another process
                 places = judge(child, oracle, ask.prompt, params, number in aborted, rng, draft)
                 report.places += places
@@ -194,9 +210,11 @@ def drive(
     if isinstance(original, LocalExecutor) and type(runner.cache) is (oracle.cache or PagedKVCache):
         texts.check_contents(engine, runner.cache, oracle)
     after = engine.metrics()
-    assert after.num_draft_tokens - before.num_draft_tokens == report.counts["drafts"]
+    uncounted = report.counts["drafts"] - (after.num_draft_tokens - before.num_draft_tokens)
+    assert uncounted == 0 or (uncounted > 0 and steps.num_interrupted), "draft tokens were counted wrong"
     assert after.num_accepted_tokens - before.num_accepted_tokens <= report.counts["accepted"]
     report.counts.update(cached=after.num_cached_tokens - before.num_cached_tokens, aborted=len(aborted))
+    report.counts.update(interrupts=steps.num_interrupted, failed=len(failed))
     engine.executor = original
     return report
 
@@ -322,12 +340,15 @@ def more_wishes(rng: random.Random, ask: Ask) -> Ask:
         logprobs=rng.choice([None, None, 0, 2]),
         presence_penalty=rng.choice([0.0, 0.0, 0.5]),
         frequency_penalty=rng.choice([0.0, 0.0, -0.2]),
+        logits_processors=[Fault(rng.choice(FAULTS), rng.randint(0, 6))] if rng.random() < 0.08 else (),
     )
     return replace(ask, params=params, is_impatient=rng.random() < 0.25)
 
 
 EVERY = 20
-"""Of so many numbers in a row, the last is a run over two processes, and some before it are runs with `tales`."""
+"""Of so many numbers in a row, the last and the middle one are runs over two processes. The last and some before it
+are runs with `tales`, the middle one has a window or experts.
+"""
 
 
 @dataclass(frozen=True)
@@ -351,6 +372,8 @@ class Run:
             num_rounds, num_asks = (2 if grid != (1, 1) else 1), 7
         else:
             model, grid, stories = rng.choice(list(FAMILIES)), (1, 1), STORIES
+            if place == EVERY // 2 - 1:
+                model, grid = rng.choice(["mistral", "qwen3_moe"]), rng.choice([(2, 1), (1, 2)])
             speculative = rng.choice([None, "ngram", "ngram", "itself", "close", "close", "loose", "stranger"])
             num_rounds, num_asks = 1, rng.randint(6, 20)
         vocabulary = sorted({token for story in stories for token in story})
@@ -387,6 +410,8 @@ class Run:
             "runs with n-grams": self.speculative == "ngram",
             "runs with a draft": self.speculative not in (None, "ngram"),
             "runs with tales": self.model == "tales",
+            "runs with windows": self.model == "mistral",
+            "runs with experts": self.model == "qwen3_moe",
             "runs, adaptive": settings.get("adaptive_speculation", False),
             "runs, contiguous": settings.get("kv_cache_policy") == "contiguous",
             "runs, int8 cache": settings["kv_cache_dtype"] == "int8",
@@ -411,7 +436,7 @@ class Run:
             engine = stack.enter_context(soaked_engine(self.seed, name, **settings))
             texts = Texts(engine.config.block_size)
             for asks in self.rounds:
-                report.add(drive(engine, list(asks), oracle, rng, texts, may_be_interrupted=self.grid == (1, 1)))
+                report.add(drive(engine, list(asks), oracle, rng, texts, may_be_interrupted=True))
         if speculative == name and self.settings["quantization"] is None and self.settings["kv_cache_dtype"] == "auto":
             report.counts.update(own_accepted=report.counts["accepted"], own_rejected=report.counts["rejected"])
         return report

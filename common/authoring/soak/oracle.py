@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from common.authoring.soak.requests import MAX_MODEL_LEN
+from common.authoring.soak.requests import MAX_MODEL_LEN, Fault
 from solutions import llama_pytorch
 from solutions.batching import RequestOutput
 from solutions.llama_pytorch import (
@@ -100,6 +100,12 @@ def compare(output: RequestOutput, alone: llama_pytorch.RequestOutput, may_be_cu
     told = (output.token_ids, output.text, output.finish_reason)
     expected = (alone.token_ids, alone.text, alone.finish_reason)
     assert told == expected, f"{output.request_id}: {told}, alone {expected}"
+
+
+def check_failed(output: RequestOutput, fault: Fault) -> None:
+    """A request with a fault of its own ends with a sentence, after the tokens before the fault at the latest."""
+    assert output.finish_reason == "error" and len(output.token_ids) <= fault.after
+    assert ("a fault" if fault.what == "raises" else "logits_processors") in output.error, output.error
 
 
 def place_of(token: int, probs: Tensor, draft: Tensor, rng: random.Random) -> float:

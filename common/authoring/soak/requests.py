@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from solutions.llama_pytorch import (
     Llama,
@@ -41,6 +44,26 @@ def random_model(seed: int = 0, **changes) -> Llama:
     for parameter in model.parameters():
         parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
     return model
+
+
+FAULTS = ("raises", "is not a number", "forbids all", "too short")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A logits processor that does its request harm, once the output has `after` tokens."""
+
+    what: str  # of FAULTS
+    after: int
+
+    def __call__(self, output: Sequence[int], scores: Tensor) -> Tensor:
+        if len(output) < self.after:
+            return scores
+        if self.what == "raises":
+            raise LookupError("a fault")
+        if self.what == "too short":
+            return scores[:3]
+        return scores.new_full(scores.shape, -math.inf if self.what == "forbids all" else math.nan)
 
 
 @dataclass

@@ -216,6 +216,10 @@ def test_names_that_mean_nothing(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="model.safetensors is a file; name the folder"):
         find_checkpoint("model.safetensors")
+    for name in ("x" * 5000, "~nobody-has-this-name/model"):
+        with pytest.raises(CheckpointError, match="cannot be the name of a model or of a folder") as refused:
+            find_checkpoint(name)
+        assert len(str(refused.value)) < 250
 
 
 def test_a_folder_means_itself_even_if_it_looks_like_the_hub_s(tmp_path, monkeypatch):

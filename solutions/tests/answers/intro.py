@@ -106,6 +106,7 @@ ANSWERS = [
         "[float(logit == largest) for logit in logits]",
     ),
     wrong("0.2", "no special case for temperature 0", "if temperature == 0:", "if temperature is None:"),
+    wrong("0.2", "a small temperature taken for 0", "if temperature == 0:", "if temperature < 1e-3:"),
     wrong_body(
         "0.2",
         "0 as the largest logit to begin with, so that negative logits are not found",
@@ -159,6 +160,12 @@ ANSWERS = [
         "the mean over the tokens instead of the sum",
         "return total",
         "return total / max(len(continuation_ids), 1)",
+    ),
+    wrong(
+        "0.3",
+        "prompt and continuation joined as they are, though one may be a tuple and the other a list",
+        "[*prompt_ids, *continuation_ids[:i]]",
+        "prompt_ids + continuation_ids[:i]",
     ),
     wrong("0.3", "the first token only", "enumerate(continuation_ids)", "enumerate(continuation_ids[:1])"),
     wrong("0.3", "the last token only", "total += math.log", "total = math.log"),

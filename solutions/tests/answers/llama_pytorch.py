@@ -37,6 +37,36 @@ ANSWERS = [
         "2.1", "the scaling of the rotary embedding left out", "rope_scaling=given.rope_scaling", "rope_scaling=None"
     ),
     wrong("2.1", "QK norm given to Qwen2 as well", 'family in ("qwen3", "qwen3_moe")', 'family.startswith("qwen")'),
+    wrong(
+        "2.1",
+        "a bias on q, k and v in every Qwen, not in Qwen2 alone",
+        'family == "qwen2" or given.attention_bias',
+        'family.startswith("qwen") or given.attention_bias',
+    ),
+    wrong(
+        "2.1",
+        "hidden_size divided by the number of KV heads",
+        "given.hidden_size // heads",
+        "given.hidden_size // (given.num_key_value_heads or heads)",
+    ),
+    wrong(
+        "2.1",
+        "a default of 2048 positions also where the file says fewer",
+        "max_position_embeddings=given.max_position_embeddings",
+        "max_position_embeddings=max(2048, given.max_position_embeddings)",
+    ),
+    wrong(
+        "2.1",
+        "windows taken from Mistral's files alone",
+        "layer_windows=given.layer_windows",
+        'layer_windows=given.layer_windows if family == "mistral" else ()',
+    ),
+    wrong(
+        "2.1",
+        "QK norm given to every family but Llama and Qwen2",
+        'family in ("qwen3", "qwen3_moe")',
+        'family not in ("llama", "qwen2")',
+    ),
     wrong("2.1", "the default rms_norm_eps of ModelConfig", "        rms_norm_eps=given.rms_norm_eps,\n", ""),
     right(
         "2.1",
@@ -83,6 +113,12 @@ ANSWERS = [
         "no mixture: every pair either kept or slowed down",
         "((turns - low) / (high - low)).clamp(0, 1)",
         "(turns > high).float()",
+    ),
+    wrong(
+        "2.2",
+        "the context divided by the frequency, instead of multiplied: fast pairs have few turns",
+        "* frequencies / (2 * math.pi)",
+        "/ frequencies / (2 * math.pi)",
     ),
     wrong("2.2", "radians taken for turns (2 pi forgotten)", " / (2 * math.pi)", ""),
     wrong(
@@ -222,6 +258,18 @@ ANSWERS = [
         "self.embed(token_ids)",
         "self.embed(token_ids) * self.config.hidden_size**0.5",
     ),
+    wrong(
+        "2.7",
+        "rows of the embedding's weight, past the layer that stores it",
+        "self.embed(token_ids)",
+        "self.model.embed_tokens.weight[token_ids].to(self.model.norm.weight.dtype)",
+    ),
+    wrong(
+        "2.7",
+        "tokens sorted by position",
+        "self.run_layers(self.embed(token_ids), positions",
+        "self.run_layers(self.embed(token_ids[positions.argsort()]), positions.sort().values",
+    ),
     right(
         "2.7",
         "in steps",
@@ -283,6 +331,19 @@ ANSWERS = [
             model.lm_head.weight = model.model.embed_tokens.weight
         model.requires_grad_(False)
         """,
+    ),
+    wrong(
+        "2.8",
+        "missing biases not noticed",
+        "sorted(wanted.keys() - present)",
+        'sorted(name for name in wanted.keys() - present if name.endswith("weight"))',
+    ),
+    wrong(
+        "2.8",
+        "shapes compared when the tensors have been read",
+        "    for name, expected in sorted(wanted.items()):",
+        "    for path, layer in layers.items():\n        layer.load(reader(checkpoint, path))\n"
+        "    for name, expected in sorted(wanted.items()):",
     ),
     wrong("2.8", "the head not tied again after loading", "model.tie_weights()", "pass"),
     wrong(
@@ -356,6 +417,14 @@ ANSWERS = [
     wrong("2.9", "the k-th itself dropped", "logits < threshold", "logits <= threshold"),
     wrong("2.9", "one more than k kept", "min(k, logits.shape[-1])", "min(k + 1, logits.shape[-1])"),
     wrong("2.9", "the others set to 0, which is a fine score, instead of -inf", "-math.inf", "0.0"),
+    wrong_body(
+        "2.9",
+        "the k highest different scores, each with all that are equal to it",
+        """
+        scores = logits.unique()
+        return logits.masked_fill(logits < scores[max(0, len(scores) - k)], -math.inf)
+        """,
+    ),
     wrong("2.9", "the lowest scores kept", "logits < threshold", "logits > threshold"),
     wrong("2.9", "probabilities returned, instead of scores", "logits.masked_fill(", "logits.softmax(-1).masked_fill("),
     wrong("2.9", "the logits that were handed in changed in place", "masked_fill(", "masked_fill_("),
@@ -375,7 +444,12 @@ ANSWERS = [
         "before >= p",
         "torch.cat((before.new_zeros(1), before[:-1])) >= p",
     ),
-    wrong("2.10", "the unlikeliest tokens kept: sorted upwards", "sort(descending=True)", "sort()"),
+    wrong(
+        "2.10",
+        "the unlikeliest tokens kept: sorted upwards, or added up from the wrong end",
+        "sort(descending=True)",
+        "sort()",
+    ),
     wrong(
         "2.10",
         "the sorting not undone: scores stand at other tokens' places",
@@ -411,6 +485,7 @@ ANSWERS = [
         "probabilities < p * probabilities.max()",
         "logits < p * logits.max()",
     ),
+    wrong("2.11", "exp(score) taken for a probability, which overflows", ".softmax(-1)", ".exp()"),
     wrong("2.11", "p times the mean probability as the limit", "probabilities.max()", "probabilities.mean()"),
     wrong("2.11", "the unlikely tokens kept, and the likely ones dropped", "probabilities < p", "probabilities > p"),
     wrong("2.11", "probabilities returned, instead of scores", "return logits.masked", "return probabilities.masked"),
@@ -461,6 +536,27 @@ ANSWERS = [
         return logits.softmax(-1) * (kept > -math.inf)
         """,
     ),
+    wrong_body(
+        "2.12",
+        "min_p before top_p",
+        """
+        logits = upcast(logits) / params.temperature
+        if params.top_k > 0:
+            logits = keep_top_k(logits, params.top_k)
+        if params.min_p > 0:
+            logits = keep_min_p(logits, params.min_p)
+        if params.top_p < 1:
+            logits = keep_top_p(logits, params.top_p)
+        return logits.softmax(-1)
+        """,
+    ),
+    wrong("2.12", "min_p left out where top_p is set", "    if params.min_p > 0:", "    elif params.min_p > 0:"),
+    wrong(
+        "2.12",
+        "top_p left out where top_k is set",
+        "    if params.top_p < 1:",
+        "    elif params.top_p < 1:",
+    ),
     wrong("2.12", "16-bit logits left in 16 bits", "upcast(logits) /", "logits /"),
     right(
         "2.12",
@@ -496,6 +592,20 @@ ANSWERS = [
         "draw_generator(params.seed, index)",
         "torch.Generator().manual_seed((params.seed or 0) + index)",
     ),
+    wrong(
+        "2.13",
+        "seed and index combined by bits: seed 2 draws what seed 1 draws, at other places",
+        "draw_generator(params.seed, index)",
+        "draw_generator(None if params.seed is None else params.seed ^ index, 0)",
+    ),
+    wrong(
+        "2.13",
+        "1000 times the seed, and the index: token 1000 of seed 1 is drawn as token 0 of seed 2",
+        "draw_generator(params.seed, index)",
+        "draw_generator(None if params.seed is None else params.seed * 1000 + index, 0)",
+    ),
+    wrong("2.13", "seed 0 taken for none", "draw_generator(params.seed,", "draw_generator(params.seed or None,", False),
+    wrong("2.13", "a low temperature taken for 0", "params.temperature == 0", "params.temperature <= 0.1"),
     wrong("2.13", "the likeliest token at every temperature", "if params.temperature == 0:", "if True:"),
     wrong(
         "2.13",
@@ -520,6 +630,7 @@ ANSWERS = [
         "each token decoded by itself",
         'return self.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")',
     ),
+    wrong("2.14", "a character U+FEFF taken for a byte order mark", '"utf-8"', '"utf-8-sig"'),
     wrong("2.14", "invalid bytes dropped in silence", 'errors="replace"', 'errors="ignore"'),
     wrong_body(
         "2.14",
@@ -592,7 +703,9 @@ ANSWERS = [
         "max((n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)",
         "min(len(text), max(map(len, self.stop), default=1) - 1)",
     ),
+    wrong("2.15", "the stop string that begins last in the text", "min(starts)", "max(starts)"),
     wrong("2.15", "the first stop string of the list, not the first in the text", "min(starts)", "starts[0]"),
+    wrong("2.15", "the last place of a stop string that comes twice", "text.find(stop)", "text.rfind(stop)"),
     wrong("2.15", "one letter held back at most", "range(len(stop))", "range(2)"),
     wrong(
         "2.15",
@@ -637,6 +750,30 @@ ANSWERS = [
         '        elif len(output.token_ids) == room:\n            output.finish_reason = "length"',
         'if len(output.token_ids) == room:\n            output.finish_reason = "length"\n'
         '        elif token_id in stop_ids or checker.found:\n            output.finish_reason = "stop"',
+    ),
+    wrong(
+        "2.17",
+        "stop strings searched from the last of the first min_tokens tokens on",
+        "len(output.token_ids) <= params.min_tokens",
+        "len(output.token_ids) < params.min_tokens",
+    ),
+    wrong(
+        "2.17",
+        "the length looked at before a stop string, though after a stop token",
+        "if token_id in stop_ids or checker.found:",
+        "if token_id in stop_ids or (checker.found and len(output.token_ids) < room):",
+    ),
+    wrong(
+        "2.17",
+        "the prompt's tokens counted by the penalties and min_tokens as output",
+        "adjust_logits(logits, params, prompt_token_ids, output.token_ids, stop_ids)",
+        "adjust_logits(logits, params, [], [*prompt_token_ids, *output.token_ids], stop_ids)",
+    ),
+    wrong(
+        "2.17",
+        "at temperature 0 the model's likeliest token, whatever is forbidden",
+        "sample(adjusted, params, index=len(output.token_ids))",
+        "sample(adjusted if params.temperature else logits, params, index=len(output.token_ids))",
     ),
     wrong("2.17", "penalties and min_tokens left out", "sample(adjusted,", "sample(logits,"),
     wrong("2.17", "every token drawn with index 0", "index=len(output.token_ids)", "index=0"),
@@ -728,6 +865,7 @@ ANSWERS = [
         "self.rotary(positions)",
         "self.rotary(torch.arange(len(positions)))",
     ),
+    wrong("2.5", "layers from 0 on, wherever they should begin", "in layers:", "in range(layers.stop):"),
     wrong("2.5", "all layers, whichever were asked for", "in layers:", "in range(len(self.model.layers)):"),
     wrong("2.5", "so many layers as were asked for, but counted from 0", "in layers:", "in range(len(layers)):"),
     wrong_body(
@@ -749,11 +887,23 @@ ANSWERS = [
         "rotary_tables(positions, rotary_frequencies(self.config.head_dim, self.config.rope_theta))",
     ),
     wrong("2.5", "sine and cosine swapped", "cos, sin = self", "sin, cos = self"),
+    wrong(
+        "2.5",
+        "tables without the factor that some scalings multiply them by",
+        "self.rotary(positions)",
+        "rotary_tables(positions, self.frequencies.to(positions.device))",
+    ),
+    wrong(
+        "2.5",
+        "positions counted from the first token's",
+        "self.rotary(positions)",
+        "self.rotary(positions - positions[0])",
+    ),
     right(
         "2.5",
         "over the modules themselves",
         """
-        tables = rotary_tables(positions, self.frequencies.to(positions.device))
+        tables = self.rotary(positions)
         for number, each in enumerate(self.model.layers):
             if number in layers:
                 hidden = each(hidden, *tables, attend)

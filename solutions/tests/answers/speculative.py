@@ -236,6 +236,18 @@ ANSWERS = [
         "self.cached_token_ids = self.cached_token_ids[:kept]",
         "self.cached_token_ids = list(token_ids[:-1])",
     ),
+    wrong(
+        "8.3",
+        "a text that is a tuple never found, because it is compared with a list",
+        "== list(token_ids)",
+        "== token_ids",
+    ),
+    wrong(
+        "8.3",
+        "`cached_token_ids` turned into a tuple",
+        "self.cached_token_ids = self.cached_token_ids[:kept]",
+        "self.cached_token_ids = tuple(token_ids[:kept])",
+    ),
     right(
         "8.3",
         "only the newest token looked at: the others have been",
@@ -395,6 +407,17 @@ ANSWERS = [
         "(target - draft).clamp(min=0)",
         "target.sub_(draft).clamp_(min=0)",
         recognised=False,
+    ),
+    wrong_body(
+        "8.4",
+        "a new generator with the same seed in each call, so that each draws the same",
+        """
+        own = torch.Generator().manual_seed(generator.initial_seed())
+        if float(torch.rand((), generator=own, dtype=torch.float64)) * float(draft[token_id]) < float(target[token_id]):
+            return True, token_id
+        residual = (target - draft).clamp(min=0)
+        return False, int(torch.multinomial(residual if residual.sum() > 0 else target, 1, generator=own))
+        """,
     ),
     right(
         "8.4",
@@ -764,6 +787,13 @@ ANSWERS = [
     ),
     wrong(
         "8.9",
+        "what is too long by two tokens taken for what lacks two",
+        "min(draft.limit, capacity)",
+        "min(draft.limit, abs(capacity))",
+        recognised=False,  # an exception may have any cause
+    ),
+    wrong(
+        "8.9",
         "a slot for the last draft token, which needs none",
         "+ 1 - len(draft.token_ids)",
         "- len(draft.token_ids)",
@@ -908,7 +938,6 @@ EQUIVALENT = [
         "len(text) - 1 -> len(text) - 0",
         "max(0, end - n) -> max(-1, end - n)",
     ),
-    equivalent("8.3", "lesson 2's loop hands in a list", "list(token_ids) -> token_ids"),
     equivalent("8.3", "a function that ends returns None", "return None -> pass"),
     equivalent(
         "8.4",

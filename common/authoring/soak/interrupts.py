@@ -1,0 +1,103 @@
+"""Ctrl-C at any line of our own code: which lines are executed, and where to press it."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+
+from common.course import ROOT
+
+OURS = tuple(str(ROOT / folder) for folder in ("solutions/", "common/"))
+WATCHERS = ("/tests/", "/authoring/soak/")
+Place = tuple[str, int]  # file, line
+
+
+class Lines:
+    """Notes which lines of our own code are executed. A tracer, for `tracing`."""
+
+    def __init__(self):
+        self.places: dict[Place, int] = defaultdict(int)  # how often each was
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Lines | None:
+        file = frame.f_code.co_filename
+        if not file.startswith(OURS) or any(part in file for part in WATCHERS):
+            return None
+        if event == "line" and not leaves_with(frame):
+            self.places[file, frame.f_lineno] += 1
+            self.reach((file, frame.f_lineno))
+        return self
+
+    def reach(self, place: Place) -> None:
+        """Called before each line is executed."""
+
+
+@functools.cache
+def first_offsets(code: CodeType) -> dict[int, int]:
+    """Returns where the instructions of each line begin."""
+    return {line: start for start, _, line in reversed(list(code.co_lines())) if line is not None}
+
+
+def leaves_with(frame: FrameType) -> bool:
+    """Whether a `with` statement is about to call `__exit__`. Python handles no signal between the end of the block and
+    that call: it does so after calls, where functions begin, and where loops go back.
+    """
+    text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+    return text.startswith("with ") and frame.f_lasti != first_offsets(frame.f_code)[frame.f_lineno]
+
+
+class Pressing(Lines):
+    """Presses Ctrl-C once."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_pressed = False
+
+    def press(self) -> None:
+        sys.settrace(None)
+        self.is_pressed = True
+        signal.raise_signal(signal.SIGINT)
+
+
+class AtLine(Pressing):
+    """Presses Ctrl-C once, at an execution of a line, counted from 0."""
+
+    def __init__(self, place: Place, number: int):
+        super().__init__()
+        self.place, self.number = place, number
+
+    def reach(self, place: Place) -> None:
+        if place == self.place and self.places[place] == self.number + 1:
+            self.press()
+
+    def __str__(self) -> str:
+        return f"{self.place[0].removeprefix(str(ROOT))}:{self.place[1]}, execution {self.number}"
+
+
+class AfterLines(Pressing):
+    """Presses Ctrl-C once, after this many lines."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number, self.num_lines = number, 0
+
+    def reach(self, place: Place) -> None:
+        self.num_lines += 1
+        if self.num_lines > self.number:
+            self.press()
+
+
+@contextmanager
+def tracing(tracer: Lines | None) -> Iterator[None]:
+    """Trace this thread within the block."""
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
