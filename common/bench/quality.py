@@ -67,8 +67,8 @@ def measure_quality(name: str, quick: bool) -> dict:
     halved, _ = load(name, torch.bfloat16, "cpu")
     row = {"kind": "bfloat16", "bytes": weight_bytes(halved)}
     # As the kernels compute it, and as torch does, which rounds what each operation gives.
-    rows.append({**row, "sums": "bfloat16", **cost(halved)})
-    rows.insert(1, {**row, "sums": "float32", **cost(halved.float(), rounded)})
+    rows.append({**row, "bits_of_sums": 16, **cost(halved)})
+    rows.insert(1, {**row, "bits_of_sums": 32, **cost(halved.float(), rounded)})
     kinds = [Quantization("int8"), Quantization("w8a8")]
     sizes = (32,) if quick else (32, 64, 128)
     kinds += [Quantization("int4", size, symmetric) for size in sizes for symmetric in (False, True)]
