@@ -40,7 +40,10 @@ class EngineConfig:
 
     model: str = option("smollm2-135m", "a name, a folder, a .gguf file or org/name", envvar="MODEL")
     dtype: Any = option(  # noqa: RUF009  (the default is None)
-        None, "of weights and cache; default: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES
+        None,
+        "of weights and cache; default: float32 on a CPU, bfloat16 on a GPU",
+        choices=DTYPES,
+        envvar="DTYPE",
     )
     device: str | None = option(None, "cpu or cuda; default: the GPU if there is one")
 
@@ -79,10 +82,10 @@ class EngineConfig:
 
     # Lesson 7: quantization
     quantization: str | None = option(
-        None, "how weights are stored; default: as they are", choices=("int8", "w8a8", "int4"), envvar="QUANT"
+        None, "how weights are stored; default: as they are", choices=("int8", "w8a8", "int4", "w4a8"), envvar="QUANT"
     )
-    group_size: int = option(64, "weights that share a scale, with int4; even", minimum=2, envvar="GROUP")
-    symmetric: bool = option(False, "int4 without zero points")
+    group_size: int = option(64, "weights that share a scale, with int4 and w4a8; even", minimum=2, envvar="GROUP")
+    symmetric: bool = option(False, "int4 or w4a8 without zero points")
     kv_cache_dtype: str = option("auto", "auto: as the weights", choices=("auto", "int8"), envvar="KV")
     offload: int | None = option(
         None, "bytes of weights in memory, the others are read in each step; default: all", minimum=1, envvar="OFFLOAD"

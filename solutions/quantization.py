@@ -251,27 +251,38 @@ class Int4Method(QuantizedMethod):
         kernels.pack_int4(layer, self.group_size)
 
 
+class W4A8Method(Int4Method):
+    """Four bits for the matrix and eight for the activations, with a scale for each token. (vLLM's name.)"""
+
+    def product(self, layer: Linear, x: Tensor) -> Tensor:
+        numbers, scale = quantize_activations(x, whole_row_absmax(layer, x))
+        return (super().product(layer, upcast(numbers.to(x.dtype))) * upcast(scale)[:, None]).to(x.dtype)
+
+    def process_weights_after_loading(self, layer: Linear) -> None:
+        kernels.pack_w4a8(layer, self.group_size)
+
+
 # --- A model and its checkpoint --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a model's matrices are stored. kind: "int8", "w8a8" or "int4". The other fields are for int4 alone."""
+    """How a model's matrices are stored. kind: "int8", "w8a8", "int4" or "w4a8". The other fields are for four bits."""
 
     kind: str
     group_size: int = 64
     symmetric: bool = False
 
     def __post_init__(self):
-        if self.kind not in ("int8", "w8a8", "int4"):
-            raise ValueError(f"quantization must be one of int8, w8a8, int4; it is {self.kind!r}.")
+        if self.kind not in ("int8", "w8a8", "int4", "w4a8"):
+            raise ValueError(f"quantization must be one of int8, w8a8, int4, w4a8; it is {self.kind!r}.")
         if not isinstance(self.group_size, int) or self.group_size < 2 or self.group_size % 2:
             raise ValueError(f"group_size must be an even number of at least 2; it is {self.group_size!r}.")
 
     def method(self, is_saved: bool) -> LinearMethod:
         """Returns the method for the linear layers of a model's blocks."""
-        if self.kind == "int4":
-            return Int4Method(self.group_size, self.symmetric, is_saved)
+        if self.kind in ("int4", "w4a8"):
+            return {"int4": Int4Method, "w4a8": W4A8Method}[self.kind](self.group_size, self.symmetric, is_saved)
         return {"int8": Int8Method, "w8a8": W8A8Method}[self.kind](is_saved)
 
 
@@ -398,7 +409,7 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
     """
 
     def round_trip(weight: Tensor) -> Tensor:
-        if quantization.kind == "int4":
+        if quantization.kind in ("int4", "w4a8"):
             numbers, scale, minimum = quantize_int4(weight, quantization.group_size, quantization.symmetric)
             return dequantize_int4(numbers, scale.to(weight.dtype), minimum.to(weight.dtype), quantization.group_size)
         numbers, scale = quantize_int8(weight)
@@ -442,10 +453,16 @@ class Int8KVCache(PagedKVCache):
     """
 
     def __init__(
-        self, model: Llama, num_blocks: int, block_size: int, num_host_blocks: int = 0, layers: range | None = None
+        self,
+        model: Llama,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int = 0,
+        layers: range | None = None,
+        dtype: torch.dtype | None = None,  # of scales, and of what is read
     ):
         super().__init__(model, num_blocks, block_size, num_host_blocks, layers, torch.int8)
-        self.dtype = model.model.norm.weight.dtype
+        self.dtype = dtype or model.model.norm.weight.dtype
 
         def scales_of(tensor: Tensor) -> Tensor:
             return tensor.new_zeros(tensor.shape[:-1], dtype=self.dtype, pin_memory=tensor.is_pinned())

@@ -1,8 +1,8 @@
 """The ladder: what each lesson's engine makes of the same prompts, in one run, beside others on the same weights.
 
 The loads: one stream; eight equal streams; and 32 requests of all lengths that are there at once. Every way gives the
-same tokens, up to near-ties, and that is checked; but not for quantized weights, which are other weights. Rounds are
-interleaved and the order of ways varies, so that a machine that drifts does so for all of them; what is told are
+same tokens, up to near-ties, and that is checked; but not for weights in fewer bits, which are other weights. Rounds
+are interleaved and the order of ways varies, so that a machine that drifts does so for all of them; what is told are
 medians. On a machine with CUDA all of it runs there, in bfloat16.
 """
 
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -39,7 +40,14 @@ ROUGHER = {"llama.cpp": 50, "vLLM": 50}
 """Their kernels are their own and round by more; where llama.cpp's tokens and ours part, the likeliest two were up to
 0.0084 apart."""
 
-OTHER_WEIGHTS = ("INT8", "INT4", "W8A8")
+FEWER_BITS = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    **{kind.upper(): {"quantization": kind} for kind in ("int8", "w8a8", "int4", "w4a8")},
+}
+"""The ways of lesson 7, with the options of each."""
+
+OTHERS_BITS = ("vLLM, bfloat16", "llama.cpp, Q8_0", "llama.cpp, Q4_0")
+OTHER_WEIGHTS = (*FEWER_BITS, *OTHERS_BITS)
 """Ways whose tokens are their own: perplexity judges them (lesson 7)."""
 
 
@@ -120,7 +128,7 @@ class Silent:
 def assembled(model: Llama, tokenizer: Tokenizer, **options) -> Engine:
     """What `InferenceEngine` assembles, around a model that is loaded already: several engines share it."""
     weight = model.model.norm.weight
-    config = EngineConfig(dtype=weight.dtype, device=str(weight.device), **options)
+    config = EngineConfig(**{"dtype": weight.dtype, "device": str(weight.device), **options})
     config = config.resolve(model.config, slot_bytes(config, model.config, None))
     runner = build_runner(config, model, range(model.config.num_hidden_layers))
     return Engine(LocalExecutor(kernels.accelerate(runner, config)), tokenizer, config)
@@ -130,11 +138,9 @@ def greedy(length: int) -> SamplingParams:
     return SamplingParams(max_tokens=length, ignore_eos=True)
 
 
-def ways_of(
-    model: Llama, packed: Llama, quantized: dict[str, Llama], theirs, others: dict[str, Callable]
-) -> dict[str, Callable]:
-    """Every rung, by its name: a function from a load to a run. theirs: transformers' model, or None. others: what
-    serves prompts, by the names of other engines.
+def ways_of(model: Llama, packed: Llama, fewer: dict[str, Llama], theirs, others: dict) -> dict[str, Callable]:
+    """Every rung, by its name: a function from a load to a run. fewer: models in fewer bits, by their way. theirs:
+    transformers' model, or None. others: what serves prompts, by the names of other engines.
     """
 
     def alone(generate: Callable, of_load: Callable[[Load], tuple] = lambda load: ()) -> Callable[[Load], Run]:
@@ -169,7 +175,11 @@ def ways_of(
 
         return run
 
-    def rival(serve: Callable[..., rivals.Served]) -> Callable[[Load], Run]:
+    def rival(serve: Callable[..., rivals.Served], like: Llama = model, held: int | None = None) -> Callable:
+        """like: a model with as many bytes of weights and of keys. held: bytes of weights, if there is no such one."""
+        size = 2 if like is not model else like.model.norm.weight.element_size()
+        weights = weights_of(like) if held is None else (held, held)
+
         def run(load: Load) -> Run:
             served = serve(load.prompts, load.lengths)
             stamps = [stamped(times, served.start) for times in served.times]
@@ -178,8 +188,8 @@ def ways_of(
                 served.token_ids,
                 [first for first, _ in stamps],
                 [gap for _, gaps in stamps for gap in gaps],
-                kv_cache.cache_bytes(model.config, served.held_slots, model.model.norm.weight.element_size()),
-                *weights_of(model),
+                kv_cache.cache_bytes(model.config, served.held_slots, size),
+                *weights,
             )
 
         return run
@@ -187,12 +197,15 @@ def ways_of(
     ways = {"recompute": alone(llama_pytorch.generate), "cache": alone(kv_cache.generate)}
     ways["paged"], ways["engine"] = alone(paged_attention.generate, blocks), engine(model, "plain")
     ways["engine, kernels"] = engine(packed, "fast")
-    ways |= {name: engine(own, "fast") for name, own in quantized.items()}
+    ways |= {name: engine(own, "fast", **FEWER_BITS[name]) for name, own in fewer.items()}
     ways["speculation"] = engine(packed, "fast", speculative="ngram")
     if theirs is not None:
         ways["transformers"] = rival(lambda *load: rivals.generate_padded(theirs, *load))
         ways["transformers, continuous"] = rival(lambda *load: rivals.serve_continuously(theirs, *load))
-    return ways | {name: rival(serve) for name, serve in others.items()}
+    for name, other in others.items():
+        like = fewer["bfloat16"] if name == "vLLM, bfloat16" else model
+        ways[name] = rival(other.serve, like, other.weight_bytes if name.startswith("llama.cpp, ") else None)
+    return ways
 
 
 def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> Run:
@@ -211,7 +224,7 @@ def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams
     more = {"slots_per_token": totals.slots_per_token, "num_steps": totals.num_steps}
     if totals.num_draft_tokens:
         more |= {"num_draft_tokens": totals.num_draft_tokens, "acceptance_rate": totals.acceptance_rate}
-    slots, size = peak * serving.config.block_size, serving.executor.runner.model.model.norm.weight.element_size()
+    slots, size = peak * serving.config.block_size, serving.config.dtype.itemsize
     return Run(
         seconds,
         [output.token_ids for output in outputs],
@@ -246,8 +259,8 @@ def loads(vocab_size: int, quick: bool) -> list[tuple[Load, list[str], int]]:
     def prompt(length: int) -> list[int]:
         return [rng.randrange(100, vocab_size) for _ in range(length)]
 
-    others = ["transformers", "transformers, continuous", "vLLM", "llama.cpp"]
-    serving = ["engine", "engine, kernels", "INT8", "W8A8", "INT4", "speculation", *others]
+    others = ["transformers", "transformers, continuous", "vLLM", "llama.cpp", *OTHERS_BITS]
+    serving = ["engine", "engine, kernels", *FEWER_BITS, "speculation", *others]
     every = ["recompute", "cache", "paged", *serving]
     if quick:
         mixed = [rng.randint(4, 12) for _ in range(8)]
@@ -283,9 +296,7 @@ def measure_ladder(name: str, quick: bool) -> dict:
     packed, _ = load(name, dtype, device)
     use_kernels(packed)
     options = {"model": name, "dtype": dtype, "device": device}
-    quantized = {
-        kind.upper(): load_model(EngineConfig(quantization=kind, **options))[0] for kind in ("int8", "w8a8", "int4")
-    }
+    fewer = {way: load_model(EngineConfig(**{**options, **own}))[0] for way, own in FEWER_BITS.items()}
     skipped: dict[str, str] = {}
     theirs = rivals.load_transformers(find_checkpoint(name), dtype, device)
     if theirs is None:
@@ -294,19 +305,23 @@ def measure_ladder(name: str, quick: bool) -> dict:
         theirs.generation_config.eos_token_id = None
         theirs.generation_config.pad_token_id = 0
     folder, num_threads, others = find_checkpoint(name), torch.get_num_threads(), {}
+    vllm, llama = partial(rivals.Vllm, os.environ.get("VLLM_PYTHON"), folder), rivals.LlamaCpp
     starts = {
-        "vLLM": lambda: rivals.Vllm(os.environ.get("VLLM_PYTHON"), folder, dtype, num_threads),
-        "llama.cpp": lambda: rivals.LlamaCpp(rivals.float32_gguf(folder), num_threads),
+        "vLLM": lambda: vllm(dtype, num_threads),
+        "vLLM, bfloat16": lambda: vllm(torch.bfloat16, num_threads),
+        "llama.cpp": lambda: llama(rivals.gguf_of(folder), num_threads),
+        "llama.cpp, Q8_0": lambda: llama(rivals.gguf_of(folder, "Q8_0"), num_threads),
+        "llama.cpp, Q4_0": lambda: llama(rivals.gguf_of(folder, "Q4_0"), num_threads),
     }
     with contextlib.ExitStack() as stack:
         for way, start in starts.items():
             try:
                 if device != "cpu":
                     raise rivals.Unable("its weights are float32 and on the CPU, the others' are not")
-                others[way] = stack.enter_context(contextlib.closing(start())).serve
+                others[way] = stack.enter_context(contextlib.closing(start()))
             except rivals.Unable as error:
                 skipped[way] = str(error)
-        ways = ways_of(model, packed, quantized, theirs, others)
+        ways = ways_of(model, packed, fewer, theirs, others)
         results = []
         for each, names, rounds in loads(model.config.vocab_size, quick):
             chosen = {way: ways[way] for way in names if way in ways and way not in skipped}

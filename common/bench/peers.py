@@ -3,7 +3,8 @@
 A comparison is of engines only if the weights are the same: the same numbers in the same precision, the same threads,
 caches of keys and values in the model's own dtype. llama.cpp reads GGUF, and the file that SmolLM2 came in holds 4-bit
 numbers; so the converted checkpoint is written back, as GGUF in float32, and kept in the cache. What each engine says
-is compared token for token with the others, so a weight in the wrong place would be found.
+is compared token for token with the others, so a weight in the wrong place would be found. Files in fewer bits are
+written from the same floats, as llama.cpp's own tool writes them: their tokens are compared with nothing.
 
 Each class here takes requests that are all there at once and returns `Served`. Where one cannot run, it raises
 `Unable`, whose text is recorded.
@@ -30,7 +31,7 @@ from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
 from common.checkpoints.names import prepare
 from solutions.llama_pytorch import parse_config
 
-GGUF_VERSION = 1  # part of the cached folders' names: raise it when what is written changes
+GGUF_VERSION = 2  # part of the cached folders' names: raise it when what is written changes
 
 
 class Unable(RuntimeError):
@@ -198,18 +199,20 @@ def serve_continuously(theirs, prompts: list[list[int]], lengths: list[int], blo
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def float32_gguf(folder: Path) -> Path:
-    """A checkpoint folder of a Llama as one GGUF file in float32, made once and kept in the cache."""
+def gguf_of(folder: Path, kind: str = "F32") -> Path:
+    """A checkpoint folder of a Llama as one GGUF file of this kind, made once and kept in the cache."""
     files = sorted(folder.glob("*.safetensors"))
     state = "-".join(f"{file.stat().st_size:x}-{file.stat().st_mtime_ns:x}" for file in files[:1])
-    kept = cache_folder() / f"{folder.name}-{state}-gguf-v{GGUF_VERSION}"
-    return prepare(kept, lambda partial: write_gguf(folder, partial / "model.gguf")) / "model.gguf"
+    kept = cache_folder() / f"{folder.name}-{state}-gguf-v{GGUF_VERSION}-{kind}"
+    return prepare(kept, lambda partial: write_gguf(folder, partial / "model.gguf", kind)) / "model.gguf"
 
 
-def write_gguf(folder: Path, path: Path) -> None:
-    """The inverse of `common/checkpoints/gguf.py`, for the llama family, in float32 and without a vocabulary.
+def write_gguf(folder: Path, path: Path, kind: str = "F32") -> None:
+    """The inverse of `common/checkpoints/gguf.py`, for the llama family, without a vocabulary.
 
-    Rows of q and k are permuted as llama.cpp's rotation wants them: neighbouring pairs, ours are half a head apart.
+    kind: of the matrices, "F32", "Q8_0" or "Q4_0". A table in four bits would cost too much: it has eight then. A
+    matrix that has no whole groups of 32 stays in float32. Rows of q and k are permuted as llama.cpp's rotation wants
+    them: neighbouring pairs, ours are half a head apart.
     """
     import gguf
     import numpy
@@ -220,7 +223,13 @@ def write_gguf(folder: Path, path: Path) -> None:
         raise Unable(f"{folder.name}: only a plain Llama is written as GGUF here")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(folder.name)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    file_types = {"F32": gguf.LlamaFileType.ALL_F32, "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+    writer.add_file_type(file_types.get(kind, gguf.LlamaFileType.MOSTLY_Q4_0))
+
+    def add(name: str, values: numpy.ndarray, kind: str) -> None:
+        stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 and values.shape[1] % 32 == 0 else "F32"]
+        writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
+
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -238,18 +247,18 @@ def write_gguf(folder: Path, path: Path) -> None:
     layer_names = {new: old for old, new in LAYER_NAMES.items()}
     other_names = {new: old for old, new in OTHER_NAMES.items()}
     for name in checkpoint.names():
-        stem, _, kind = name.rpartition(".")
+        stem, _, part = name.rpartition(".")
         values = checkpoint.read(name).float().numpy()
         if stem in other_names:
             if stem == "lm_head" and config.tie_word_embeddings:
                 continue
-            writer.add_tensor(f"{other_names[stem]}.{kind}", values)
+            add(f"{other_names[stem]}.{part}", values, "Q8_0" if kind == "Q4_0" else kind)
             continue
-        _, _, number, part = stem.split(".", 3)  # model.layers.7.self_attn.q_proj
-        if part in heads:
+        _, _, number, layer = stem.split(".", 3)  # model.layers.7.self_attn.q_proj
+        if layer in heads:
             # (heads, 2, pair, ...) -> (heads, pair, 2, ...): from halves to neighbours.
-            values = values.reshape(heads[part], 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        writer.add_tensor(f"blk.{number}.{layer_names[part]}.{kind}", numpy.ascontiguousarray(values))
+            values = values.reshape(heads[layer], 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        add(f"blk.{number}.{layer_names[layer]}.{part}", numpy.ascontiguousarray(values), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -270,7 +279,7 @@ class LlamaCpp:
             raise Unable("llama-cpp-python is not installed")
         import llama_cpp
 
-        self.library, self.num_threads = llama_cpp, num_threads
+        self.library, self.num_threads, self.weight_bytes = llama_cpp, num_threads, path.stat().st_size
         self.silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C holds a pointer to it
         llama_cpp.llama_log_set(self.silent, None)
         llama_cpp.llama_backend_init()

@@ -191,9 +191,13 @@ def quality() -> Figure:
         chosen = [row for row in rows if asked.items() <= row.items()]
         points = [(row["bytes"] / 1e6, row["perplexity"]) for row in chosen]
         four.plot(*zip(*points), style, color=color, label=name)
+        by_eight = [row for row in rows if {**asked, "kind": "w4a8"}.items() <= row.items()]
+        for row in by_eight:
+            four.plot([row["bytes"] / 1e6], [row["perplexity"]], "x", color=color)
         for row, point in zip(chosen, points):
             four.annotate(str(row["group_size"]), point, (4, 5), textcoords="offset points", fontsize=8)
-    four.set_title("four bits, in groups of 32, 64 and 128")
+    is_drawn = any(row["kind"] == "w4a8" for row in rows)
+    four.set_title("four bits, in groups of 32, 64 and 128" + (" (x: activations in eight)" if is_drawn else ""))
     four.legend(frameon=False, fontsize=9)
     source_line(fig, measurement)
     return fig
@@ -272,14 +276,19 @@ RUNGS = {
     "paged": ("lesson 4: paged", SKY),
     "engine": ("lesson 5: the engine", GREEN),
     "engine, kernels": ("with kernels", BLUE),
+    "bfloat16": ("bfloat16", "#33BBEE"),
     "INT8": ("lesson 7: INT8", PURPLE),
     "W8A8": ("lesson 7: W8A8", "#882255"),
     "INT4": ("lesson 7: INT4", "#F0E442"),
+    "W4A8": ("lesson 7: W4A8", "#999933"),
     "speculation": ("lesson 8: n-grams", "#202124"),
     "transformers": ("transformers", GREY),
     "transformers, continuous": ("transformers, continuous", GREY),
     "vLLM": ("vLLM, float32", GREY),
+    "vLLM, bfloat16": ("vLLM, bfloat16", GREY),
     "llama.cpp": ("llama.cpp, float32", GREY),
+    "llama.cpp, Q8_0": ("llama.cpp, Q8_0", GREY),
+    "llama.cpp, Q4_0": ("llama.cpp, Q4_0", GREY),
 }
 """A way of the ladder -> what it is called in the figure, and its colour; engines of others are grey."""
 

@@ -36,9 +36,9 @@ def windows(token_ids: list[int], length: int, count: int) -> list[torch.Tensor]
     return [torch.tensor(token_ids[i * stride : i * stride + length]) for i in range(count)]
 
 
-def predictions(model, tokens: torch.Tensor) -> torch.Tensor:
+def predictions(model, tokens: torch.Tensor, attend=causal_attend) -> torch.Tensor:
     """The logits (T, V) of a text."""
-    return model.logits(model(tokens, torch.arange(len(tokens)), causal_attend))
+    return model.logits(model(tokens, torch.arange(len(tokens)), attend))
 
 
 @torch.inference_mode()
@@ -51,21 +51,31 @@ def measure_quality(name: str, quick: bool) -> dict:
     measured, calibration = windows(token_ids[:half], length, count), token_ids[half : half + length]
     exact = [predictions(model, tokens) for tokens in measured]
 
-    def cost(other) -> dict:
+    def cost(other, attend=causal_attend) -> dict:
         losses, distances = [], []
         for tokens, reference in zip(measured, exact):
-            logits = reference if other is None else predictions(other, tokens)
+            logits = reference if other is None else predictions(other, tokens, attend)
             losses.append(float(torch.nn.functional.cross_entropy(logits[:-1], tokens[1:])))
             distances.append(float(kl_divergence(reference, logits)))
         return {"perplexity": math.exp(statistics.mean(losses)), "kl": statistics.mean(distances)}
 
+    def rounded(layer: int, q, k, v, **window):
+        """Attention to keys and values in bfloat16."""
+        return causal_attend(layer, q, k.bfloat16().float(), v.bfloat16().float(), **window)
+
     rows = [{"kind": "float32", "bytes": weight_bytes(model), **cost(None)}]
+    halved, _ = load(name, torch.bfloat16, "cpu")
+    row = {"kind": "bfloat16", "bytes": weight_bytes(halved)}
+    # As the kernels compute it, and as torch does, which rounds what each operation gives.
+    rows.append({**row, "bits_of_sums": 16, **cost(halved)})
+    rows.insert(1, {**row, "bits_of_sums": 32, **cost(halved.float(), rounded)})
     kinds = [Quantization("int8"), Quantization("w8a8")]
     sizes = (32,) if quick else (32, 64, 128)
     kinds += [Quantization("int4", size, symmetric) for size in sizes for symmetric in (False, True)]
+    kinds += [Quantization("w4a8", size) for size in sizes]
     for is_aware in (False, True):
         for kind in kinds:
-            if is_aware and kind.kind != "int4":
+            if is_aware and kind.kind not in ("int4", "w4a8"):
                 continue
             source = model
             if is_aware:

@@ -17,6 +17,7 @@ from common.kernels.products import (
     pack_floats,
     pack_int4,
     pack_int8,
+    pack_w4a8,
     pack_w8a8,
 )
 from common.machine import let_triton_interpret

@@ -32,14 +32,17 @@ class Cache(Protocol):
 class PagedAttend:
     """Lesson 4's `attend` for a batch, which also tells where its blocks are: fused layers write and read them.
 
-    What only one of the two needs is made when it is first asked for.
+    What only one of the two needs is made when it is first asked for. dtype: that in which the cache takes keys and
+    gives them back; layers whose weights are in bfloat16 compute in float32.
     """
 
     def __init__(self, cache: Cache, metadata: Metadata):
         self.cache, self.metadata = cache, metadata
+        self.dtype = getattr(cache, "dtype", cache.keys.dtype)
+        self.has_floats = cache.keys.dtype in (torch.float32, torch.bfloat16)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **window: int) -> Tensor:
-        return self.attend(layer, q, k, v, **window)
+        return self.attend(layer, *(x.to(self.dtype) for x in (q, k, v)), **window).to(q.dtype)
 
     @functools.cached_property
     def attend(self):
@@ -65,10 +68,9 @@ class PagedAttend:
 
 
 def paged(cache: Cache, metadata: Metadata):
-    """Returns `cache.attend(metadata)`, in a form that fused layers understand if the cache's numbers are theirs."""
-    if enabled() and (cache.keys.dtype, cache.keys.device.type) == (torch.float32, "cpu"):
-        return PagedAttend(cache, metadata)
-    return cache.attend(metadata)
+    """Returns `cache.attend(metadata)`, on a CPU in a form that fused layers understand."""
+    on_cpu = enabled() and cache.keys.device.type == "cpu"
+    return PagedAttend(cache, metadata) if on_cpu else cache.attend(metadata)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:

@@ -42,22 +42,41 @@ struct Floats {
   float* data() const { return numbers.get(); }
 };
 
-// Rows of a product, which are quantized for W8A8 where `prepare` is called for each of them.
+// Rows of a product, and what `prepare` must compute of each of them for matrices of some kinds.
 struct Input {
   const Linear& layer;
   int64_t count, stride;
-  std::vector<int16_t> numbers;
-  std::vector<float> scales;
+  std::vector<int16_t> numbers;  // W4A8: twice as many int8
+  std::vector<float> scales, sums;
 
-  Input(const Linear& layer, int64_t count) : layer(layer), count(count), stride(layer.K + layer.K % 2) {
-    if (layer.kind == W8A8) numbers.resize(count * stride), scales.resize(count);
+  Input(const Linear& layer, int64_t count) : layer(layer), count(count), stride(layer.K) {
+    if (layer.kind == W8A8) stride += stride % 2, numbers.resize(count * stride);
+    if (layer.kind == W4A8) stride = layer.num_groups * 8 * layer.octs(), numbers.resize(count * stride / 2);
+    if (is_quantized()) scales.resize(count);
+    sums.resize(count * layer.num_groups);
   }
+  bool is_quantized() const { return layer.kind == W8A8 || layer.kind == W4A8; }
+  bool needs_preparation() const { return is_quantized() || layer.kind == INT4; }
+
   void prepare(const float* x, int64_t row) {
-    if (layer.kind == W8A8) quantize_row(x, layer.K, numbers.data() + row * stride, &scales[row]);
+    if (is_quantized()) scales[row] = scale_of(x, layer.K);
+    if (layer.kind == W8A8) quantize(x, layer.K, scales[row], numbers.data() + row * stride);
+    int8_t* bytes = reinterpret_cast<int8_t*>(numbers.data()) + row * stride;
+    for (int64_t group = 0, k = 0; group < layer.num_groups; ++group, k += layer.group_size) {
+      const int64_t size = std::min(layer.group_size, layer.K - k);
+      float& all = sums[row * layer.num_groups + group];
+      if (layer.kind == INT4) {
+        all = sum(x + k, size);
+      } else {
+        quantize(x + k, size, scales[row], bytes);
+        int32_t exact = 0;
+        for (int64_t i = 0; i < size; ++i) exact += bytes[i];
+        all = exact, bytes += 8 * layer.octs();
+      }
+    }
   }
   Rows rows(const float* x) const {
-    if (layer.kind == W8A8) return {nullptr, numbers.data(), scales.data(), count, stride};
-    return {x, nullptr, nullptr, count, layer.K};
+    return {is_quantized() ? nullptr : x, numbers.data(), scales.data(), sums.data(), count, stride};
   }
 };
 
@@ -80,7 +99,7 @@ at::Tensor apply(const c10::intrusive_ptr<Linear>& layer, const at::Tensor& inpu
   const int64_t panels = w.panels(), step = turn(panels);
 #pragma omp parallel
   {
-    if (w.kind == W8A8) {
+    if (prepared.needs_preparation()) {
 #pragma omp for
       for (int64_t r = 0; r < R; ++r) prepared.prepare(in + r * w.K, r);
     }
@@ -158,8 +177,9 @@ struct AttentionLayer : Layer {
 
   // hidden: (T, hidden_size); cos, sin: (T, head_dim / 2); keys, values: this layer's blocks; slots: (T). layout: of R
   // requests query_start (R + 1), context_lens (R), where each table begins (R), and the tables, one after another.
-  // Returns (T, hidden_size): hidden plus the layer's output, or the output alone.
-  at::Tensor forward(const at::Tensor& given, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
+  // Returns (T, hidden_size): hidden plus the layer's output, or the output alone. Number: a float, or a bfloat16.
+  template <typename Number>
+  at::Tensor compute(const at::Tensor& given, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
                      const at::Tensor& values, const at::Tensor& slots, const at::Tensor& layout, int64_t requests,
                      bool add_hidden) {
     const at::Tensor hidden = given.contiguous();
@@ -168,7 +188,8 @@ struct AttentionLayer : Layer {
     const int64_t group = heads / kv_heads, mixed_width = heads * head_dim;
     const float *x = hidden.const_data_ptr<float>(), *weight = norm_weight.const_data_ptr<float>();
     const float *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
-    const Blocks blocks{keys.data_ptr<float>(), values.data_ptr<float>(), keys.size(1), kv_heads, head_dim};
+    const Blocks<Number> blocks{static_cast<Number*>(keys.data_ptr()), static_cast<Number*>(values.data_ptr()),
+                                keys.size(1), kv_heads, head_dim};
     const int64_t *slot = slots.const_data_ptr<int64_t>(), *start = layout.const_data_ptr<int64_t>();
     const int64_t *context = start + requests + 1, *table = context + requests;
     at::Tensor result = at::empty_like(hidden);
@@ -201,8 +222,8 @@ struct AttentionLayer : Layer {
           rotate(head, c + t * half, s + t * half, half);
         }
         const int64_t size = kv_heads * head_dim, at = slot[t] * size;
-        std::memcpy(blocks.keys + at, row + mixed_width, size * sizeof(float));
-        std::memcpy(blocks.values + at, row + mixed_width + size, size * sizeof(float));
+        round_to(blocks.keys + at, row + mixed_width, size);
+        round_to(blocks.values + at, row + mixed_width + size, size);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < num_items; ++i) {
@@ -211,7 +232,7 @@ struct AttentionLayer : Layer {
         attend(&projected[t * width + offset], width, tokens, group, context[r] - (start[r + 1] - t), window, blocks,
                start + table[r], head, &mixed[t * mixed_width + offset], mixed_width);
       }
-      if (o.kind == W8A8) {
+      if (after.needs_preparation()) {
 #pragma omp for
         for (int64_t t = 0; t < T; ++t) after.prepare(&mixed[t * mixed_width], t);
       }
@@ -220,6 +241,13 @@ struct AttentionLayer : Layer {
         product<1>(o, floats(second_bias), after.rows(mixed.data()), p, std::min(p + out_step, outputs), 0, finish);
     }
     return result;
+  }
+
+  at::Tensor forward(const at::Tensor& hidden, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
+                     const at::Tensor& values, const at::Tensor& slots, const at::Tensor& layout, int64_t requests,
+                     bool add_hidden) {
+    const auto run = keys.scalar_type() == at::kFloat ? &AttentionLayer::compute<float> : &AttentionLayer::compute<uint16_t>;
+    return (this->*run)(hidden, cos, sin, keys, values, slots, layout, requests, add_hidden);
   }
 };
 
@@ -260,7 +288,7 @@ struct MLPLayer : Layer {
                        std::memcpy(&active[(row + r) * inner + panel * PANEL], out, size * sizeof(float));
                      }
                    });
-      if (down.kind == W8A8) {
+      if (after.needs_preparation()) {
 #pragma omp for
         for (int64_t t = 0; t < T; ++t) after.prepare(&active[t * inner], t);
       }

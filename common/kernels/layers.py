@@ -142,7 +142,7 @@ class FusedBlock(nn.Module):
         return total if layer.bias is None else total.add_(layer.bias)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
-        if self.native_attention is not None and isinstance(attend, PagedAttend):
+        if self.native_attention is not None and isinstance(attend, PagedAttend) and attend.has_floats:
             given = hidden, cos, sin, *attend.of_layer(self.self_attn.layer)
             hidden = self.add_up(hidden, self.self_attn.o_proj, lambda add: self.native_attention.forward(*given, add))
         else:
@@ -152,6 +152,16 @@ class FusedBlock(nn.Module):
         if self.native_mlp is not None:
             return self.add_up(hidden, self.mlp.down_proj, lambda add: self.native_mlp.forward(hidden, add))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def widen(model: nn.Module) -> None:
+    """Make float32 of what of a model in bfloat16 is not the matrix of a linear layer, and of what is looked up."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype == torch.bfloat16 and not (name == "weight" and hasattr(module, "method")):
+                setattr(module, name, nn.Parameter(parameter.float(), requires_grad=False))
+    if hasattr(table := model.model.embed_tokens, "method"):
+        use(table, embed=lambda layer, ids, embed=table.method.embed: embed(layer, ids).float())
 
 
 def pack(
@@ -169,12 +179,19 @@ def pack(
     linear, attention, mlp, norm, block: lesson 2's classes. column, row: lesson 6's parts of a linear layer, where
     ranks share the model. Attention and MLP are fused where their first layers are exactly of class `linear` or
     `column` and have one method; other linear layers are left to their method. There is no way back: each plain weight
-    is freed once it is packed. A model that is not in float32 on a CPU stays as it is, and so does one that was packed
-    already.
+    is freed once it is packed. A model that is not on a CPU in float32 or bfloat16 stays as it is, and so does one that
+    was packed already.
+
+    With weights in bfloat16 everything is computed in float32, and what is no matrix becomes float32, the final norm's
+    weight, too. Without a compiler, or with layers on the disk, such a model stays in bfloat16, and torch computes it.
     """
     sample = model.model.norm.weight
-    if (sample.device.type, sample.dtype) != ("cpu", torch.float32):
+    if sample.device.type != "cpu" or sample.dtype not in (torch.float32, torch.bfloat16):
         return
+    if sample.dtype == torch.bfloat16:
+        if build.compiled() is None or any(parameter.is_meta for parameter in model.model.layers.parameters()):
+            return
+        widen(model)
 
     def can_fuse(*layers: nn.Module) -> bool:
         return type(layers[0]) in (linear, column) and all(

@@ -4,15 +4,17 @@
 // counts: a panel of few bits becomes floats once, in the cache, for all rows of a chunk. In a panel the outputs of one
 // input lie side by side, so that a sum needs no addition across a register.
 //
-//   kind      weight                       scale             product
-//   floats    (panels, K, 16) float32                        x . w
-//   int8      (panels, K / 2, 16, 2) int8  (panels, 16)      (x . w) * scale
-//   w8a8      (panels, K / 2, 16, 2) int8  (panels, 16)      (q . w) * x_scale * scale: q whole numbers, sums exact
-//   int4      (panels, groups,             (panels, groups, 16) float16, and as many minima: x . (w * scale + minimum)
-//              group / 4, 16, 2) uint8
+//   kind      weight                           scale             product
+//   floats    (panels, K, 16) float32                            x . w
+//   bfloats   (panels, K / 2, 16, 2) bfloat16                    x . w: in float32, as all sums
+//   int8      (panels, K / 2, 16, 2) int8      (panels, 16)      (x . w) * scale
+//   w8a8      (panels, K / 2, 16, 2) int8      (panels, 16)      (q . w) * x_scale * scale: q whole numbers, sums exact
+//   int4      (panels, groups,                 (panels, groups, 16) float16, and as many minima: x . (w * scale + minimum)
+//              group / 8, 16, 4) uint8
+//   w4a8      as int4                          as int4           (q . (w * scale + minimum)) * x_scale: sums of q . w exact
 //
-// The last two axes are PANEL outputs and the neighbours of one: two bytes of one input each, or of two, the first in the
-// low half. K / 2 and group / 4 are rounded up, and N to whole panels: what was added is 0.
+// The last two axes are PANEL outputs and the neighbours of one: two inputs, or four bytes of eight inputs, of which the
+// first four are in the low halves. K / 2 and group / 8 are rounded up, and N to whole panels: what was added is 0.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -32,37 +34,46 @@ namespace inference_course {
 constexpr int64_t PANEL = 16;
 constexpr int64_t SLICE = 256;        // inputs of a panel, as floats, that stay in the first cache for many rows
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
-constexpr int64_t FEW_ROWS = 4;       // up to here INT8 and INT4 are unpacked in registers
-constexpr int64_t CACHED = 64 << 10;  // floats of x that stay in the second cache while the panels pass
+constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers; also the tile of W4A8
+constexpr int64_t CACHED = 144 << 10;  // floats of x that stay in the second cache, or nearly, while the panels pass
 
-enum Kind : int64_t { FLOATS, INT8, W8A8, INT4 };
+enum Kind : int64_t { FLOATS, INT8, W8A8, INT4, BFLOATS, W4A8 };
 
 struct Linear : torch::CustomClassHolder {
   Kind kind;
-  int64_t N, K, group_size;
+  int64_t N, K, group_size, num_groups = 0;
   at::Tensor weight, scale, minimum;  // undefined where the kind has none
+  // The same without asking torch, which takes as long as a small group: the weights, and scales and minima of groups.
+  const uint8_t* packed;
+  const at::Half *group_scales = nullptr, *group_minima = nullptr;
 
   Linear(int64_t kind, int64_t N, int64_t K, at::Tensor weight, std::optional<at::Tensor> scale,
          std::optional<at::Tensor> minimum, int64_t group_size)
       : kind(Kind(kind)), N(N), K(K), group_size(group_size), weight(std::move(weight)),
-        scale(scale.value_or(at::Tensor())), minimum(minimum.value_or(at::Tensor())) {}
+        scale(scale.value_or(at::Tensor())), minimum(minimum.value_or(at::Tensor())) {
+    packed = static_cast<const uint8_t*>(this->weight.const_data_ptr());
+    if (kind != INT4 && kind != W4A8) return;
+    num_groups = this->scale.size(1), group_scales = this->scale.const_data_ptr<at::Half>();
+    if (this->minimum.defined()) group_minima = this->minimum.const_data_ptr<at::Half>();
+  }
 
   int64_t panels() const { return (N + PANEL - 1) / PANEL; }
   int64_t pairs() const { return (K + 1) / 2; }
-  int64_t quads() const { return (group_size + 3) / 4; }  // of a group
+  int64_t octs() const { return (group_size + 7) / 8; }  // of a group
 };
 
-// Rows as a product wants them: floats, or whole numbers with a scale for each row. (R, stride), stride >= K.
+// Rows as a product wants them: floats (count, stride), or whole numbers (count, stride) with a scale for each row. Beside
+// either, for a matrix in four bits, the sums of each group, (count, groups).
 struct Rows {
   const float* floats;
-  const int16_t* numbers;
-  const float* scales;
+  const void* numbers;
+  const float *scales, *sums;
   int64_t count, stride;
 };
 
-// What W8A8 needs of a row beside its floats: K rounded up to a pair. From -127 to 127, as lesson 7's quantize_int8. As
-// there, a row with a NaN has a scale that is NaN: it must not become a number.
-inline void quantize_row(const float* x, int64_t K, int16_t* numbers, float* scale) {
+// The scale of a row in eight bits, as lesson 7's quantize_int8 has it. As there, a row with a NaN has a scale that is
+// NaN: it must not become a number.
+inline float scale_of(const float* x, int64_t K) {
   vec wide = {}, zeros = {};
   int64_t k = 0;
   for (; k + LANES <= K; k += LANES) {
@@ -73,12 +84,16 @@ inline void quantize_row(const float* x, int64_t K, int16_t* numbers, float* sca
   float most = 0, zero = 0;
   for (int i = 0; i < LANES; ++i) most = std::max(most, wide[i]), zero += zeros[i];
   for (; k < K; ++k) most = std::max(most, std::fabs(x[k])), zero += x[k] * 0;
-  *scale = (most / 127 > 0 ? most / 127 : 1) + zero;
-  for (k = 0; k < K; ++k) {
-    const float nearest = (x[k] / *scale + 12582912.0f) - 12582912.0f;
-    numbers[k] = static_cast<int16_t>(std::min(127.0f, std::max(-127.0f, nearest)));
+  return (most / 127 > 0 ? most / 127 : 1) + zero;
+}
+
+// `count` numbers of a row in eight bits, from -127 to 127.
+template <typename Number>
+inline void quantize(const float* x, int64_t count, float scale, Number* numbers) {
+  for (int64_t k = 0; k < count; ++k) {
+    const float nearest = (x[k] / scale + 12582912.0f) - 12582912.0f;
+    numbers[k] = static_cast<Number>(std::min(127.0f, std::max(-127.0f, nearest)));
   }
-  if (K % 2) numbers[K] = 0;
 }
 
 // R rows times `count` inputs of a panel, (count, 16) floats; sums: (R, 16), added to.
@@ -121,74 +136,134 @@ inline void times_numbers(const int16_t* x, int64_t stride, const uint8_t* panel
     for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i]);
 }
 
-// What 2 * LANES bytes hold, in floats: two inputs of LANES outputs in eight bits, or four inputs in four bits.
+// What BYTES hold of INPUTS inputs for LANES outputs; [j] are those of input j, as floats. CHAINS: the number of sums that
+// a single row's products are added to in turn, or each addition would wait for the one before.
+struct Bfloats {
+  static constexpr int INPUTS = 2, BYTES = 4 * LANES, CHAINS = 1;  // the sums of floats, to the last digit
+  ivec both;
+  explicit Bfloats(const void* from) : both(load<ivec>(from)) {}
+  vec operator[](int j) const { return (vec)(j ? both & ~0xffff : both << 16); }
+};
+
 struct Pair {
-  static constexpr int INPUTS = 2;
-  vec w[2];
-  explicit Pair(const void* from) {
-    const ivec both = (ivec)widen(load<bvec>(from));
-    w[0] = __builtin_convertvector((both << 16) >> 16, vec), w[1] = __builtin_convertvector(both >> 16, vec);
-  }
+  static constexpr int INPUTS = 2, BYTES = 2 * LANES, CHAINS = 2;
+  ivec both;
+  explicit Pair(const void* from) : both((ivec)widen(load<bvec>(from))) {}
+  vec operator[](int j) const { return __builtin_convertvector(j ? both >> 16 : (both << 16) >> 16, vec); }
 };
 
-struct Quad {
-  static constexpr int INPUTS = 4;
-  vec w[4];
-  explicit Quad(const void* from) {
-    const ivec all = (ivec)widen(load<ubvec>(from));
-    w[0] = __builtin_convertvector(all & 15, vec), w[1] = __builtin_convertvector((all >> 4) & 15, vec);
-    w[2] = __builtin_convertvector((all >> 16) & 15, vec), w[3] = __builtin_convertvector(all >> 20, vec);
-  }
+struct Oct {
+  static constexpr int INPUTS = 8, BYTES = 4 * LANES, CHAINS = 4;
+  ivec all;
+  explicit Oct(const void* from) : all(load<ivec>(from)) {}
+  vec operator[](int j) const { return __builtin_convertvector((all >> (j % 4 * 8 + j / 4 * 4)) & 15, vec); }
 };
 
-// As times_floats, for numbers of few bits, which become floats in registers: once for all R rows.
+// As times_floats, for fewer bits, which become floats in registers: once for all R rows.
 template <int R, typename Packed>
 inline void times_packed(const float* x, int64_t stride, const uint8_t* panel, int64_t count, float* sums) {
-  constexpr int PARTS = PANEL / LANES, INPUTS = Packed::INPUTS;
-  vec s[R][PARTS];
+  constexpr int PARTS = PANEL / LANES, INPUTS = Packed::INPUTS, CHAINS = R == 1 ? Packed::CHAINS : 1;
+  vec s[CHAINS][R][PARTS] = {};
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS; ++i) s[r][i] = load<vec>(sums + r * PANEL + i * LANES);
-  const auto step = [&](const float* in, int64_t apart, int inputs) {
-    for (int i = 0; i < PARTS; ++i, panel += 2 * LANES) {
-      const Packed unpacked(panel);
-      for (int j = 0; j < inputs; ++j)
-        for (int r = 0; r < R; ++r) s[r][i] += in[r * apart + j] * unpacked.w[j];
+    for (int i = 0; i < PARTS; ++i) s[0][r][i] = load<vec>(sums + r * PANEL + i * LANES);
+  const auto step = [&](const float* in, int inputs) {
+    for (int i = 0; i < PARTS; ++i, panel += Packed::BYTES) {
+      const Packed packed(panel);
+#pragma GCC unroll 8
+      for (int j = 0; j < inputs; ++j) {
+        const vec w = packed[j];
+        for (int r = 0; r < R; ++r) s[j % CHAINS][r][i] += in[r * stride + j] * w;
+      }
     }
   };
   int64_t k = 0;
-  for (; k + INPUTS <= count; k += INPUTS) step(x + k, stride, INPUTS);
-  for (int left = count - k; left > 0; left = 0) step(x + k, stride, left);
+  for (; k + INPUTS <= count; k += INPUTS) step(x + k, INPUTS);
+  if (k < count) {
+    float rest[R * INPUTS] = {};  // with 0 for the inputs that are not there
+    for (int r = 0; r < R; ++r) std::memcpy(rest + r * INPUTS, x + r * stride + k, (count - k) * sizeof(float));
+    x = rest, stride = INPUTS;
+    step(rest, INPUTS);
+  }
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i]);
+    for (int i = 0; i < PARTS; ++i) {
+      for (int c = 1; c < CHAINS; ++c) s[0][r][i] += s[c][r][i];
+      store(sums + r * PANEL + i * LANES, s[0][r][i]);
+    }
 }
 
 // One group of a panel of INT4: its numbers, its scales, and what the number 0 stands for.
 struct Group {
   const uint8_t* numbers;
-  float scale[PANEL], base[PANEL];
+  vec scale[PANEL / LANES], base[PANEL / LANES];
 
   Group(const Linear& w, int64_t panel, int64_t group) {
-    const int64_t index = panel * w.scale.size(1) + group, at = index * PANEL;
-    numbers = w.weight.const_data_ptr<uint8_t>() + at * 2 * w.quads();
-    const at::Half *s = w.scale.const_data_ptr<at::Half>() + at;
-    const at::Half *m = w.minimum.defined() ? w.minimum.const_data_ptr<at::Half>() + at : nullptr;
-    for (int i = 0; i < PANEL; ++i) scale[i] = s[i], base[i] = m ? static_cast<float>(m[i]) : -8 * scale[i];
+    const int64_t at = (panel * w.num_groups + group) * PANEL;
+    numbers = w.packed + at * 4 * w.octs();
+    for (int i = 0; i < PANEL / LANES; ++i) {
+      scale[i] = halves(w.group_scales + at + i * LANES);
+      base[i] = w.group_minima ? halves(w.group_minima + at + i * LANES) : -8 * scale[i];
+    }
+  }
+
+  static vec halves(const at::Half* from) {
+#if defined(__AVX512BW__)
+    return (vec)_mm512_cvtph_ps(load<__m256i>(from));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (vec)_mm256_cvtph_ps(load<__m128i>(from));
+#else
+    vec v;
+    for (int i = 0; i < LANES; ++i) v[i] = from[i];
+    return v;
+#endif
   }
 };
 
-// R rows times a panel of INT4: of each group the sums of x . number and of x alone are taken first, and scaled then.
+// R rows from `row` on times a panel of INT4: the sums of x . number of each group are scaled, and the group's sum of x
+// alone is that of what the number 0 stands for. sums: (R, 16).
 template <int R>
-inline void times_groups(const Linear& w, const float* x, int64_t stride, int64_t panel, float* sums) {
+inline void times_groups(const Linear& w, const Rows& x, int64_t row, int64_t panel, float* sums) {
+  constexpr int PARTS = PANEL / LANES;
+  const float* in = x.floats + row * x.stride;
   for (int64_t first = 0, group = 0; first < w.K; first += w.group_size, ++group) {
-    const int64_t count = std::min(w.group_size, w.K - first);
     const Group of(w, panel, group);
     float parts[R * PANEL] = {};
-    times_packed<R, Quad>(x + first, stride, of.numbers, count, parts);
-    for (int r = 0; r < R; ++r) {
-      const float all = sum(x + r * stride + first, count);
-      for (int i = 0; i < PANEL; ++i) sums[r * PANEL + i] += parts[r * PANEL + i] * of.scale[i] + all * of.base[i];
-    }
+    times_packed<R, Oct>(in + first, x.stride, of.numbers, std::min(w.group_size, w.K - first), parts);
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < PARTS; ++i) {
+        float* to = sums + r * PANEL + i * LANES;
+        const vec part = load<vec>(parts + r * PANEL + i * LANES) * of.scale[i];
+        store(to, load<vec>(to) + part + x.sums[(row + r) * w.num_groups + group] * of.base[i]);
+      }
   }
+}
+
+// The same for rows of whole numbers, which have 8 * octs places for each group, 0 where there is no input.
+template <int R>
+inline void times_octs(const Linear& w, const Rows& x, int64_t row, int64_t panel, float* sums) {
+  constexpr int PARTS = PANEL / LANES;
+  const int8_t* numbers = static_cast<const int8_t*>(x.numbers) + row * x.stride;
+  vec s[R][PARTS] = {};
+  for (int64_t group = 0; group < w.num_groups; ++group) {
+    const Group of(w, panel, group);
+    const uint8_t* from = of.numbers;
+    ivec exact[R][PARTS] = {};
+    for (int64_t left = w.octs(); left > 0; left -= OCTS) {
+      Partial partial[R][PARTS] = {};
+      for (int64_t oct = 0; oct < std::min<int64_t>(OCTS, left); ++oct, numbers += 8)
+        for (int i = 0; i < PARTS; ++i, from += 4 * LANES) {
+          const ivec both = load<ivec>(from), low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
+          for (int r = 0; r < R; ++r) partial[r][i] = add_octs(partial[r][i], low, high, numbers + r * x.stride);
+        }
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < PARTS; ++i) exact[r][i] += whole(partial[r][i]);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < PARTS; ++i)
+        s[r][i] += __builtin_convertvector(exact[r][i], vec) * of.scale[i] +
+                   x.sums[(row + r) * w.num_groups + group] * of.base[i];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i] * x.scales[row + r]);
 }
 
 // call.operator()<R>() for the R that is `rows`, 1 to TILE.
@@ -200,30 +275,34 @@ inline void with_rows(int64_t rows, Call call) {
   }
 }
 
+// `count` inputs as floats: (count, 16), times `scale` plus `base` where there are these, (16) each.
+template <typename Packed>
+inline void unpack(const uint8_t* from, int64_t count, float* out, const vec* scale = nullptr, const vec* base = nullptr) {
+  constexpr int INPUTS = Packed::INPUTS;
+  for (int64_t k = 0; k < count; k += INPUTS)
+    for (int i = 0; i < PANEL / LANES; ++i, from += Packed::BYTES) {
+      const Packed packed(from);
+      const auto put = [&](int j) {
+        store(out + (k + j) * PANEL + i * LANES, scale ? base[i] + scale[i] * packed[j] : packed[j]);
+      };
+      if (k + INPUTS <= count) {
+#pragma GCC unroll 8
+        for (int j = 0; j < INPUTS; ++j) put(j);
+      } else {
+        for (int j = 0; k + j < count; ++j) put(j);
+      }
+    }
+}
+
 // Inputs `first` to `last` of a panel as floats, (last - first, 16). INT8's scale is left for the sums. `first` is even,
 // and the first input of a group.
 inline void unpack(const Linear& w, int64_t panel, int64_t first, int64_t last, float* out) {
-  if (w.kind == INT8) {
-    const int8_t* from = w.weight.const_data_ptr<int8_t>() + (panel * w.pairs() + first / 2) * 2 * PANEL;
-    for (int64_t k = first; k < last; k += 2, from += 2 * PANEL, out += 2 * PANEL)
-      for (int i = 0; i < PANEL; i += LANES) {
-        const Pair numbers(from + 2 * i);
-        store(out + i, numbers.w[0]), store(out + PANEL + i, numbers.w[1]);
-      }
-    return;
-  }
-  for (int64_t k = first; k < last; k += w.group_size) {
+  const int64_t at = (panel * w.pairs() + first / 2) * 2 * PANEL;
+  if (w.kind == INT8) return unpack<Pair>(w.packed + at, last - first, out);
+  if (w.kind == BFLOATS) return unpack<Bfloats>(w.packed + 2 * at, last - first, out);
+  for (int64_t k = first; k < last; k += w.group_size, out += w.group_size * PANEL) {
     const Group of(w, panel, k / w.group_size);
-    const int64_t count = std::min(w.group_size, last - k);
-    const uint8_t* from = of.numbers;
-    for (int64_t j = 0; j < count; j += 4)
-      for (int i = 0; i < PANEL; i += LANES, from += 2 * LANES) {
-        const Quad numbers(from);
-        const vec scale = load<vec>(of.scale + i), base = load<vec>(of.base + i);
-        for (int64_t l = 0; l < std::min<int64_t>(4, count - j); ++l)
-          store(out + (j + l) * PANEL + i, base + scale * numbers.w[l]);
-      }
-    out += count * PANEL;
+    unpack<Oct>(of.numbers, std::min(w.group_size, last - k), out, of.scale, of.base);
   }
 }
 
@@ -241,39 +320,45 @@ struct Scratch {
 // sums: (rows, 16). A slice of the panel stays in the first cache for all rows.
 inline void times_panel(const Linear& w, const float* bias, const Rows& x, int64_t first, int64_t rows, int64_t panel,
                         float* sums) {
-  const uint8_t* packed = static_cast<const uint8_t*>(w.weight.const_data_ptr());
+  const uint8_t* packed = w.packed;
+  const int64_t at = panel * w.pairs() * 2 * PANEL;  // numbers before this panel, where two inputs are neighbours
   const float* in = x.floats + first * x.stride;
-  const auto tiles = [&](auto compute) {  // compute.operator()<R>(row) for each tile of R rows
-    for (int64_t r = 0; r < rows; r += TILE)
-      with_rows(std::min<int64_t>(TILE, rows - r), [&](auto R) { compute(R, r); });
-  };
   const float* scale = w.kind == INT8 || w.kind == W8A8 ? w.scale.const_data_ptr<float>() + panel * PANEL : nullptr;
+  const auto tiles = [&](auto most, auto compute) {  // compute.operator()<R>(row) for each tile of R <= most rows
+    for (int64_t r = 0; r < rows; r += most())
+      with_rows<most()>(std::min<int64_t>(most(), rows - r), [&](auto R) { compute(R, r); });
+  };
+  constexpr std::integral_constant<int, TILE> tile;
+  constexpr std::integral_constant<int, FEW_ROWS> few;
   if (w.kind == W8A8) {
-    const int16_t* numbers = x.numbers + first * x.stride;
-    tiles([&](auto R, int64_t r) {
+    const int16_t* numbers = static_cast<const int16_t*>(x.numbers) + first * x.stride;
+    tiles(tile, [&](auto R, int64_t r) {
       int32_t exact[R() * PANEL];
-      times_numbers<R()>(numbers + r * x.stride, x.stride, packed + panel * w.pairs() * 2 * PANEL, w.pairs(), exact);
+      times_numbers<R()>(numbers + r * x.stride, x.stride, packed + at, w.pairs(), exact);
       for (int j = 0; j < R(); ++j)
         for (int i = 0; i < PANEL; ++i)
           sums[(r + j) * PANEL + i] = static_cast<float>(exact[j * PANEL + i]) * x.scales[first + r + j] * scale[i];
     });
     scale = nullptr;
+  } else if (w.kind == W4A8) {
+    tiles(few, [&](auto R, int64_t r) { times_octs<R()>(w, x, first + r, panel, sums + r * PANEL); });
   } else {
     std::fill(sums, sums + rows * PANEL, 0.0f);
     if (w.kind != FLOATS && rows <= FEW_ROWS) {
-      with_rows<FEW_ROWS>(rows, [&](auto R) {
-        if (w.kind == INT4) return times_groups<R()>(w, in, x.stride, panel, sums);
-        times_packed<R(), Pair>(in, x.stride, packed + panel * w.pairs() * 2 * PANEL, w.K, sums);
+      tiles(few, [&](auto R, int64_t) {
+        if (w.kind == INT4) times_groups<R()>(w, x, first, panel, sums);
+        if (w.kind == INT8) times_packed<R(), Pair>(in, x.stride, packed + at, w.K, sums);
+        if (w.kind == BFLOATS) times_packed<R(), Bfloats>(in, x.stride, packed + 2 * at, w.K, sums);
       });
     } else {
       const int64_t unit = w.kind == INT4 ? w.group_size : 2, step = (SLICE + unit - 1) / unit * unit;
-      const Scratch scratch(w.kind == FLOATS ? 0 : std::min(step, w.K + 1) * PANEL);
+      const Scratch scratch(w.kind == FLOATS ? 0 : std::min(step, w.K) * PANEL);
       for (int64_t k = 0; k < w.K; k += step) {
         const int64_t end = std::min(k + step, w.K);
         const float* slice = scratch.floats;
         if (w.kind == FLOATS) slice = w.weight.const_data_ptr<float>() + (panel * w.K + k) * PANEL;
         else unpack(w, panel, k, end, scratch.floats);
-        tiles([&](auto R, int64_t r) {
+        tiles(tile, [&](auto R, int64_t r) {
           times_floats<R()>(in + r * x.stride + k, x.stride, slice, end - k, sums + r * PANEL);
         });
       }

@@ -25,7 +25,7 @@ ROWS_HINT = 32
 PANEL = 16
 """Outputs in a panel, as products.h has it."""
 
-FLOATS, INT8, W8A8, INT4 = range(4)  # products.h's kinds
+FLOATS, INT8, W8A8, INT4, BFLOATS, W4A8 = range(6)  # products.h's kinds
 
 
 def enabled() -> bool:
@@ -70,6 +70,11 @@ def panels(matrix: Tensor) -> Tensor:
     return whole.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
+def pairs(matrix: Tensor) -> Tensor:
+    """Panels in which the numbers of two inputs are neighbours: (N, K) -> (panels, K / 2 rounded up, 16, 2)."""
+    return panels(F.pad(matrix.detach(), (0, matrix.shape[1] % 2))).unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+
+
 def in_panels(layer: nn.Module, kind: int, embed: Callable, group_size: int = 0, **tensors: Tensor) -> None:
     """Replace these tensors of a layer, and multiply by them with the compiled kernel."""
     for name, tensor in tensors.items():
@@ -89,12 +94,16 @@ def native_product(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> T
 def pack_floats(layer: nn.Module) -> None:
     """Rearrange a layer's matrix of floats, in panels or, without a compiler, for oneDNN. The old one is freed.
 
+    A matrix in bfloat16 is multiplied by in float32: its numbers become floats in registers.
+
     oneDNN's matrix keeps its shape, dtype and device, but its numbers cannot be read one by one any more, and it is no
     parameter: it is never saved.
     """
     if has_kernel(layer):
         return
-    if build.compiled() is not None:
+    if build.compiled() is not None and layer.weight.dtype == torch.bfloat16:
+        in_panels(layer, BFLOATS, look_up_pairs, weight=pairs(layer.weight))
+    elif build.compiled() is not None:
         in_panels(layer, FLOATS, look_up, weight=panels(layer.weight))
     elif can_pack():
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS_HINT)
@@ -114,23 +123,31 @@ def look_up(layer: nn.Module, token_ids: Tensor) -> Tensor:
 def pack_int8(layer: nn.Module, kind: int = INT8) -> None:
     """Rearrange a layer's `weight` (out, in) int8, for its `weight_scale` (out,), if there are compiled kernels."""
     if build.compiled() is not None and not has_kernel(layer):
-        pairs = panels(F.pad(layer.weight.detach(), (0, layer.in_features % 2)))
-        in_panels(layer, kind, look_up_int8, weight=pairs.unflatten(1, (-1, 2)).transpose(2, 3).contiguous())
+        in_panels(layer, kind, look_up_int8, weight=pairs(layer.weight))
+
+
+def look_up_pairs(layer: nn.Module, token_ids: Tensor) -> Tensor:
+    """Rows of a matrix in pairs, as float32: (T,) -> (T, K)."""
+    return layer.weight[token_ids // PANEL, :, token_ids % PANEL].flatten(1)[:, : layer.in_features].float()
 
 
 def look_up_int8(layer: nn.Module, token_ids: Tensor) -> Tensor:
-    numbers = layer.weight[token_ids // PANEL, :, token_ids % PANEL].flatten(1)[:, : layer.in_features]
-    return numbers * layer.weight_scale[token_ids, None]
+    return look_up_pairs(layer, token_ids) * layer.weight_scale[token_ids, None]
+
+
+def is_whole(layer: nn.Module) -> bool:
+    """Whether a layer has all inputs. Ranks that have parts of them must agree on the scale of a token's activations,
+    so with activations in eight bits such a layer stays as it is."""
+    return len(layer.columns) == layer.shape[1]
 
 
 def pack_w8a8(layer: nn.Module) -> None:
-    """As `pack_int8`, for activations in eight bits. A layer with a part of the inputs, whose ranks must agree on the
-    scale of a token, stays as it is."""
-    if len(layer.columns) == layer.shape[1]:
+    """As `pack_int8`, for activations in eight bits."""
+    if is_whole(layer):
         pack_int8(layer, W8A8)
 
 
-def pack_int4(layer: nn.Module, group_size: int) -> None:
+def pack_int4(layer: nn.Module, group_size: int, kind: int = INT4) -> None:
     """Rearrange a layer's `weight` (out, in / 2) uint8, `weight_scale` and, if it has one, `weight_minimum`, both
     (out, groups) float16. The layer begins with a whole group, and has whole bytes.
     """
@@ -140,9 +157,17 @@ def pack_int4(layer: nn.Module, group_size: int) -> None:
         tensors = {name: panels(getattr(layer, name)) for name in names}
         size, count = group_size // 2, len(tensors["weight_scale"][0])  # bytes of a group; groups of a row
         rows = F.pad(layer.weight.detach(), (0, size * count - layer.weight.shape[1]))
-        groups = F.pad(rows.unflatten(1, (count, size)), (0, size % 2))  # whole pairs of bytes
-        pairs = panels(groups.flatten(1)).unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
-        in_panels(layer, INT4, layer.method.embed, group_size, weight=pairs, **tensors)
+        groups = F.pad(rows.unflatten(1, (count, size)), (0, -size % 4))  # whole eights of inputs: four bytes
+        numbers = torch.stack([groups & 15, groups >> 4], dim=-1).flatten(1).unflatten(1, (-1, 2, 4))
+        octs = panels((numbers[:, :, 0] | numbers[:, :, 1] << 4).flatten(1)).unflatten(1, (-1, 4))
+        octs = octs.transpose(2, 3).contiguous()
+        in_panels(layer, kind, layer.method.embed, group_size, weight=octs, **tensors)
+
+
+def pack_w4a8(layer: nn.Module, group_size: int) -> None:
+    """As `pack_int4`, for activations in eight bits."""
+    if is_whole(layer):
+        pack_int4(layer, group_size, W4A8)
 
 
 def share_table(table: nn.Module, head: nn.Module) -> None:

@@ -20,7 +20,7 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef int16_t hvec __attribute__((vector_size(4 * LANES)));  // two to a lane
 typedef int8_t bvec __attribute__((vector_size(2 * LANES)));   // two to a lane
-typedef uint8_t ubvec __attribute__((vector_size(2 * LANES)));
+typedef uint16_t uhvec __attribute__((vector_size(2 * LANES)));
 
 template <typename Vector>
 inline Vector load(const void* from) {
@@ -73,14 +73,40 @@ inline hvec widen(bvec v) {
 #endif
 }
 
-inline hvec widen(ubvec v) {
+// LANES numbers in sixteen bits as floats: a bfloat16 is the upper half of a float, a float16 is not.
+inline vec load_floats(const float* from) { return load<vec>(from); }
+
+inline vec load_floats(const uint16_t* from) {
+  const uhvec halves = load<uhvec>(from);
 #if defined(__AVX512BW__)
-  return (hvec)_mm512_cvtepu8_epi16((__m256i)v);
+  const ivec wide = (ivec)_mm512_cvtepu16_epi32((__m256i)halves);
 #elif defined(__AVX2__)
-  return (hvec)_mm256_cvtepu8_epi16((__m128i)v);
+  const ivec wide = (ivec)_mm256_cvtepu16_epi32((__m128i)halves);
 #else
-  return __builtin_convertvector(v, hvec);
+  const ivec wide = __builtin_convertvector(halves, ivec);
 #endif
+  return (vec)(wide << 16);
+}
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+// Stores floats as they are, or rounded to the nearest bfloat16, of two equally near ones the even one. NaN stays NaN.
+inline void round_to(float* to, const float* from, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
+
+inline void round_to(uint16_t* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
 }
 
 // sums + a[0] * b[0] + a[1] * b[1] in each lane: exact, since a product of two numbers of eight bits has fifteen.
@@ -96,6 +122,36 @@ inline ivec add_pairs(ivec sums, hvec a, hvec b) {
 #else
   const ivec x = (ivec)a, y = (ivec)b;
   return sums + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// Sums of products of numbers from 0 to 15 and from -127 to 127, in lanes of four bytes, exact. Where an instruction adds
+// pairs in sixteen bits, OCTS steps of `add_octs` fit into a Partial: 4 * 4 * 15 * 127 < 2**15. `whole` adds up the pairs.
+constexpr int OCTS = 4;
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+typedef hvec Partial;
+inline ivec whole(hvec sums) { return add_pairs(ivec{}, sums, hvec{} + 1); }
+#else
+typedef ivec Partial;
+inline ivec whole(ivec sums) { return sums; }
+#endif
+
+// sums + low . x[0..3] + high . x[4..7] in each lane. low, high: four bytes each; x: the same in all lanes.
+inline Partial add_octs(Partial sums, ivec low, ivec high, const int8_t* x) {
+  const ivec first = load<int32_t>(x) - ivec{}, second = load<int32_t>(x + 4) - ivec{};
+#if defined(__AVX512VNNI__)  // in assembly: around its intrinsic gcc 12 copies registers
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(low), "v"(first));
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(high), "v"(second));
+  return sums;
+#elif defined(__AVX512BW__)
+  sums += (hvec)_mm512_maddubs_epi16((__m512i)low, (__m512i)first);
+  return sums + (hvec)_mm512_maddubs_epi16((__m512i)high, (__m512i)second);
+#elif defined(__AVX2__)
+  sums += (hvec)_mm256_maddubs_epi16((__m256i)low, (__m256i)first);
+  return sums + (hvec)_mm256_maddubs_epi16((__m256i)high, (__m256i)second);
+#else
+  for (int i = 0; i < 4; ++i) sums += ((low >> 8 * i) & 15) * x[i] + ((high >> 8 * i) & 15) * x[4 + i];
+  return sums;
 #endif
 }
 

@@ -211,14 +211,14 @@ def test_the_options_of_an_engine_are_its_config_s(clean):
         ("2 --tensor-parallel 0", "", "--tensor-parallel: it must be a whole number of at least 1"),
         ("2", "TP=two", "TP: it must be a whole number of at least 1"),
         ("2 --timeout never", "", "--timeout: it must be a number of at least 0.001"),
-        ("2", "QUANT=int3", "QUANT: 'int3' is not one of 'int8', 'w8a8', 'int4'."),
+        ("2", "QUANT=int3", "QUANT: 'int3' is not one of 'int8', 'w8a8', 'int4', 'w4a8'."),
         ("2", "VERBOSE=perhaps", "VERBOSE: 'perhaps' is not a valid boolean"),
         ("two", "", "N: 'two' is not a valid integer."),
         ("2", "OUT=", "sample-lesson needs OUT: where it goes."),
         ("2 --mien 0-2", "", "sample-lesson: No such option '--mien'."),
         ("2 3", "", "sample-lesson: Got unexpected extra argument (3)"),
         ("2", "COURSE_VARIABLES=QUNAT", "make sample-lesson-N takes no variable QUNAT; did you mean QUANT?"),
-        ("2", "COURSE_VARIABLES=LEVEL", "make sample-lesson-N takes no variable LEVEL; it takes MODEL, TP, PP,"),
+        ("2", "COURSE_VARIABLES=LEVEL", "make sample-lesson-N takes no variable LEVEL; it takes MODEL, DTYPE, TP, PP,"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(arguments, variables, sentence, clean, monkeypatch, capsys):

@@ -37,6 +37,7 @@ from solutions.quantization import (
 from solutions.tests.test_parallelism import STORIES, checkpoints, plain  # noqa: F401  (fixtures)
 
 KINDS = [Quantization("int8"), Quantization("w8a8"), Quantization("int4", 8), Quantization("int4", 6, True)]
+KINDS += [Quantization("w4a8", 8)]
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -215,7 +216,7 @@ def test_offload_streams_and_says_what_it_needs(checkpoints):  # noqa: F811
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (("fp4",), "quantization must be one of int8, w8a8, int4; it is 'fp4'"),
+        (("fp4",), "quantization must be one of int8, w8a8, int4, w4a8; it is 'fp4'"),
         (("int4", 7), "group_size must be an even number"),
     ],
 )

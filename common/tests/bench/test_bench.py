@@ -174,6 +174,18 @@ def test_what_is_written_as_gguf_is_read_back_number_for_number(gguf_file):
         assert config[key] == checkpoint.config[key], key
 
 
+@pytest.mark.parametrize("kind, limit", [("Q8_0", 0.01), ("Q4_0", 0.12)])
+def test_fewer_bits_are_written_as_gguf_has_them(kind, limit, tmp_path):
+    rivals.write_gguf(MODELS / "tales", tmp_path / "model.gguf", kind)
+    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert._Source(tmp_path / "model.gguf")
+    config = gguf_convert._config(source, gguf_convert.Vocabulary(model="gpt2", tokens=[]))
+    for name, stored in {gguf_convert._new_name(source, name): name for name in source.tensors}.items():
+        expected = checkpoint.read(name).float()
+        error = (gguf_convert._tensor(source, stored, config) - expected).norm() / expected.norm()
+        is_exact = expected.ndim == 1 or expected.shape[1] % 32 > 0
+        assert error < (0.01 if "embed" in name else limit) and (error == 0) == is_exact, name
+
+
 def test_what_is_no_plain_llama_is_not_written(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((MODELS / "tales" / "model.safetensors").read_bytes())
     config = json.loads((MODELS / "tales" / "config.json").read_text(encoding="utf-8"))

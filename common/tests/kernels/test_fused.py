@@ -8,18 +8,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from common import kernels
-from solutions.llama_pytorch import Linear, Llama, layers_of, use_kernels
+from solutions.engine import InferenceEngine
+from solutions.llama_pytorch import Linear, Llama, SamplingParams, layers_of, load, use_kernels
 from solutions.llm_basics import ModelConfig
 from solutions.paged_attention import AttentionMetadata, PagedKVCache, cdiv, slot_mapping
 from solutions.parallelism import ColumnParallelLinear, Group, RankCoordinates, RowParallelLinear, shard
 from solutions.quantization import (
     Int8KVCache,
     Quantization,
+    W4A8Method,
     W8A8Method,
     quantize,
     quantize_int8,
@@ -53,19 +56,22 @@ KINDS = {
     "w8a8": Quantization("w8a8"),
     "int4": Quantization("int4", 32),
     "int4, symmetric": Quantization("int4", 6, symmetric=True),
+    "w4a8": Quantization("w4a8", 32),
+    "w4a8, symmetric": Quantization("w4a8", 6, symmetric=True),
 }
 
 
-def build(monkeypatch, kind: str = "float32", **shapes) -> tuple[Llama, Llama]:
-    """A model whose every number is random, and the same with kernels."""
+def build(monkeypatch, kind: str = "float32", dtype: torch.dtype = torch.float32, **shapes) -> tuple[Llama, Llama]:
+    """A model in float32 whose every number is random, and the same in this dtype, with kernels."""
     torch.manual_seed(0)
     model = Llama(ModelConfig(**{**SHAPES, **shapes})).requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.3 if parameter.dim() > 1 else 1.0)
+    model = model.to(dtype)
     if KINDS[kind] is not None:
         model = quantized_copy(model, KINDS[kind])
     packed = copy.deepcopy(model)
-    packed.tie_weights()
+    packed.tie_weights(), model.float()
     monkeypatch.setenv("KERNELS", "fast")
     use_kernels(packed)
     return model, packed
@@ -81,7 +87,7 @@ class Requests:
         self.tables = [[ids.pop() for _ in range(cdiv(length, block_size))] for length in lengths]
         self.token_ids = [torch.randint(50, (length,)) for length in lengths]
         self.cache = make(model, sum(map(len, self.tables)), block_size)
-        if make is PagedKVCache:
+        if self.cache.keys.is_floating_point():
             self.cache.keys.fill_(torch.nan), self.cache.values.fill_(torch.nan)
 
     def compute(self, starts: list[int], ends: list[int], run: Callable | None = None) -> torch.Tensor:
@@ -139,9 +145,74 @@ def test_quantized_layers(kind, monkeypatch):
     layer = models[1].model.layers[0]
     assert layer.native_mlp is not None
     # In eight bits a last digit can move an activation to the next whole number: what is exact is the product (below).
-    limit = 2e-2 if kind == "w8a8" else 1e-5
+    limit = 2e-2 if "a8" in kind else 1e-5
     for expected, actual in both(monkeypatch, models, BATCHES, 7, [9, 37, 42]):
         assert error(actual, expected) < limit
+
+
+class RoundingCache(PagedKVCache):
+    """Keys and values are rounded to bfloat16 when they are written."""
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().write(layer, slots, k.bfloat16().float(), v.bfloat16().float())
+
+
+def compute_with(monkeypatch, model: Llama, choice: str, make: Callable, block_size: int) -> tuple:
+    """The cache and the hidden states of all batches, kernels being plain or fast."""
+    monkeypatch.setenv("KERNELS", choice)
+    requests = Requests(model, block_size, [9, 37, 42], make)
+    return requests.cache, torch.cat([requests.compute(*batch) for batch in BATCHES])
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16])
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16(name, block_size, monkeypatch):
+    """Weights in bfloat16 give the very digits of float32, whether keys and values are rounded as well or not."""
+    rounded, packed = build(monkeypatch, dtype=torch.bfloat16, **MODELS[name])
+    wide = copy.deepcopy(rounded)
+    wide.tie_weights(), use_kernels(wide)
+    assert packed.model.layers[0].native_mlp is not None and packed.lm_head.weight.dtype == torch.bfloat16
+    expected_cache, expected = compute_with(monkeypatch, wide, "fast", PagedKVCache, block_size)
+    cache, hidden = compute_with(monkeypatch, packed, "fast", PagedKVCache, block_size)
+    assert torch.equal(hidden, expected) and torch.equal(cache.keys.nan_to_num(), expected_cache.keys.nan_to_num())
+    assert torch.equal(packed.logits(hidden), wide.logits(hidden))
+    halves, hidden = compute_with(monkeypatch, packed, "fast", partial(PagedKVCache, dtype=torch.bfloat16), block_size)
+    assert halves.keys.dtype == torch.bfloat16
+    assert torch.equal(halves.keys[0].nan_to_num(), cache.keys[0].bfloat16().nan_to_num())  # the first layer's
+    # What differs in its last digit may be rounded to the next bfloat16.
+    assert error(hidden, compute_with(monkeypatch, rounded, "plain", RoundingCache, block_size)[1]) < 3e-3
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_bfloat16_beside_fewer_bits(kind, monkeypatch):
+    """What is no number of few bits is in bfloat16, and the cache of others takes and gives it."""
+    rounded, packed = build(monkeypatch, kind, torch.bfloat16, qkv_bias=True, qk_norm=True, tie_word_embeddings=True)
+    for make in (partial(PagedKVCache, dtype=torch.bfloat16), partial(Int8KVCache, dtype=torch.bfloat16)):
+        _, hidden = compute_with(monkeypatch, packed, "fast", make, 7)
+        plain = RoundingCache if make.func is PagedKVCache else Int8KVCache
+        assert hidden.dtype == torch.float32
+        assert error(hidden, compute_with(monkeypatch, rounded, "plain", plain, 7)[1]) < 3e-2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 13])
+@pytest.mark.parametrize(
+    ("outputs", "columns", "group_size"), [(5, 10, 32), (48, 64, 32), (33, 1002, 128), (16, 70, 6)]
+)
+def test_products_of_four_bits_by_eight(rows, outputs, columns, group_size, monkeypatch):
+    """Sums of whole numbers are exact, whatever the numbers are: only scaling them rounds."""
+    torch.manual_seed(rows)
+    layer, method = Linear(columns, outputs), W4A8Method(group_size, symmetric=False)
+    layer.method = method
+    for name, tensor in method.quantized(layer, lambda *part: torch.randn(outputs, columns)).items():
+        setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+    layer.weight[0], layer.weight[-1] = 255, 0  # the numbers 15 and 0
+    x = torch.randn(rows, columns)
+    x[0], x[-1] = 3.0, -2.0  # 127 and -127 throughout
+    with torch.inference_mode():
+        expected = layer(x)
+        kernels.pack_w4a8(layer, group_size)
+        assert kernels.has_kernel(layer)
+        assert error(layer(x), expected) < 2e-6
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 13, 90])
@@ -197,7 +268,7 @@ class TwoThreads(Group):
         return x.copy_(total)
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8", "int4, symmetric"])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4, symmetric", "bfloat16"])
 def test_ranks(kind, monkeypatch):
     """Each rank's share of a layer is two operators, too, and what they add up is the whole layer's output."""
     torch.manual_seed(0)
@@ -205,13 +276,14 @@ def test_ranks(kind, monkeypatch):
     whole = Llama(ModelConfig(**shapes)).requires_grad_(False)
     for parameter in whole.parameters():
         parameter.normal_(std=0.3)
-    expected = whole if KINDS[kind] is None else quantized_copy(whole, KINDS[kind])
+    whole, dtype = whole.bfloat16().float(), torch.bfloat16 if kind == "bfloat16" else torch.float32
+    expected = whole if KINDS.get(kind) is None else quantized_copy(whole, KINDS[kind])
     parts, barrier, found, lock = [None, None], threading.Barrier(2), {}, threading.Lock()
 
     def rank(number: int) -> None:
         with torch.device("meta"):
-            model = Llama(whole.config)
-        if KINDS[kind] is not None:
+            model = Llama(whole.config).to(dtype)
+        if KINDS.get(kind) is not None:
             quantize(model, KINDS[kind])
         shard(model, RankCoordinates(number, 2, 1), TwoThreads(number, parts, barrier))
         for path, layer in layers_of(model.model.layers).items():
@@ -236,6 +308,33 @@ def test_ranks(kind, monkeypatch):
     assert len(found) == 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_cache_dtype": "int8"},
+        {"speculative": "tales-draft"},
+        {"quantization": "w4a8", "group_size": 32},
+        pytest.param({"tensor_parallel": 2, "pipeline_parallel": 2}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_engine_in_bfloat16(options, monkeypatch):
+    """A cell of each axis beside it. Its weights are in memory once, in half the bytes of float32."""
+    monkeypatch.setenv("KERNELS", "fast")
+    found = []
+    for more in ({}, options):
+        with InferenceEngine("tales", dtype="bfloat16", device="cpu", timeout=60.0, **more) as engine:
+            outputs = engine.generate(["One day", "The robot said"], SamplingParams(max_tokens=12), progress=False)
+            found.append([output.token_ids for output in outputs])
+            if not more:
+                model = engine.executor.runner.model
+                assert engine.executor.runner.cache.keys.dtype == torch.bfloat16
+                floats = sum(tensor.numel() for tensor in load("tales", torch.float32, "cpu")[0].parameters())
+                assert kernels.held_bytes(model) < 1.1 * 2 * floats
+    if "quantization" not in options:
+        assert found[0] == found[1]
+
+
 def test_nan_stays_with_its_request(monkeypatch):
     _, packed = build(monkeypatch)
     packed.model.embed_tokens.weight[0] = torch.nan  # of token 0
@@ -251,6 +350,16 @@ def test_fewer_instructions(march, monkeypatch):
     """The same tests on kernels that are compiled for an older processor."""
     if sys.platform != "linux" or os.uname().machine != "x86_64" or "KERNELS_MARCH" in os.environ:
         pytest.skip("the names are those of x86-64")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "layers or exact or nan"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "layers or exact or nan or bits",
+    ]
     result = subprocess.run(command, env={**os.environ, "KERNELS_MARCH": march}, capture_output=True, text=True)
     assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout[-2000:]

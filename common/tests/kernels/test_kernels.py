@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -72,6 +75,33 @@ class TestEnabled:
         monkeypatch.setenv("KERNELS", value)
         with pytest.raises(ValueError, match=f"KERNELS={value}.*plain.*fast"):
             kernels.enabled()
+
+
+ENGINES = """
+from solutions.engine import InferenceEngine, SamplingParams
+for options in ({}, {"dtype": "bfloat16"}, {"quantization": "w8a8"}, {"quantization": "w4a8", "group_size": 32}):
+    with InferenceEngine("tales", device="cpu", **options) as engine:
+        print(engine.generate(["One day"], SamplingParams(max_tokens=12), progress=False)[0].token_ids)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the PATH is not all that leads to a compiler")
+def test_without_a_compiler_on_an_older_processor(tmp_path):
+    """Nothing was compiled before, nothing can be, torch and oneDNN keep to AVX2: the same tests, the same tokens."""
+    older = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    without = {**os.environ, **older, "COURSE_CACHE": str(tmp_path), "PATH": str(tmp_path), "KERNELS": "fast"}
+    without.pop("CXX", None)
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not slow"]
+    result = subprocess.run(tests, env=without, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:]
+    run = [sys.executable, "-c", ENGINES]
+    bare, plain = (
+        subprocess.run(run, env={**without, "KERNELS": kernel}, capture_output=True, text=True)
+        for kernel in ("fast", "plain")
+    )
+    assert bare.stdout == plain.stdout and len(bare.stdout.splitlines()) == 4, bare.stderr
+    assert bare.stderr.count("without compiled kernels") == 1 and "compiled kernels" not in plain.stderr
 
 
 @COMPILED
@@ -181,13 +211,20 @@ class TestPack:
         pack(model)
         assert relative_error(logits(model, 5), expected) < 1e-5
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
     def test_other_dtypes_stay_exactly_as_they_are(self, dtype):
         model = tiny("qwen3", dtype)
         expected = logits(model, 2)
         pack(model)
         assert torch.equal(logits(model, 2), expected)
         assert {type(m) for m in model.model.layers[0].children()} == {RMSNorm, Attention, MLP}
+
+    def test_without_a_compiler_bfloat16_is_torchs(self, monkeypatch):
+        monkeypatch.setattr("common.kernels.build.compiled", lambda: None)
+        model = tiny("qwen3", torch.bfloat16)
+        expected = logits(model, 2)
+        pack(model)
+        assert torch.equal(logits(model, 2), expected) and expected.dtype == torch.bfloat16
 
     def test_without_the_private_operators_the_matrices_stay(self, monkeypatch):
         monkeypatch.setattr(torch.ops, "mkldnn", object())
