@@ -68,7 +68,7 @@ class Request:
     num_cached_tokens: int = 0  # of the prompt: found in the prefix cache when it was first scheduled
     num_preemptions: int = 0
     last_step: int = -1  # the step in which it was last scheduled
-    last_start: int = 0  # the position of the first token that it computed then
+    last_start: int = 0  # the position of the first token that it computed then, or found in the cache
     in_flight: bool = False  # between `schedule` and `update_from_output`
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None
@@ -345,6 +345,8 @@ class Scheduler:
         self.running.append(request)
         request.status = RequestStatus.RUNNING
         self.schedule_request(request, num_tokens, plan)
+        if computed_blocks:  # another request may be computing them in this very step
+            request.last_start = 0
         return num_tokens
 
     def schedule_request(self, request: Request, num_tokens: int, plan: SchedulerOutput) -> None:

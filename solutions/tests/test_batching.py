@@ -283,6 +283,30 @@ def test_priorities(model):
     assert order == ["a", "a2", "b", "c"]
 
 
+def test_a_sample_copies_no_block_that_the_same_step_computes(model):
+    """Its parent, preempted before, finds its blocks again where another request has just been scheduled to compute
+    them. Blocks are copied before that: the sample waits a step.
+    """
+    prompt, params = [5, 6, 7, 8], SamplingParams(max_tokens=6, n=2, ignore_eos=True)
+    engine = local_engine(model, Letters(), num_blocks=30, block_size=2, max_model_len=32, scheduling_policy="priority")
+    output = engine.output(engine.add_request(prompt, params, priority=1))
+    engine.step()
+    scheduler = engine.scheduler
+    scheduler.preempt(scheduler.running[0], SchedulerOutput(0))
+    engine.manager.reset()
+    cache = engine.executor.runner.cache
+    for tensor in cache.device_tensors:
+        tensor.fill_(9.0)
+    engine.add_request([*prompt, 9], replace(params, n=1))
+    copied = []
+    while engine.has_unfinished_requests:
+        engine.step()
+        copied += [each for each in scheduler.running if each.parent]
+    assert copied, "no sample was forked: test something else"
+    expected = Oracle(model, Letters())(prompt, replace(params, n=1)).token_ids
+    assert [output.token_ids, output.siblings[0].token_ids] == [expected] * 2
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What goes wrong
 # ---------------------------------------------------------------------------------------------------------------
