@@ -312,6 +312,18 @@ class TestChat:
         equal(output.token_ids, expected.token_ids, "the tokens of the answer: temperature 0.8, seed 4, max_tokens 5")
         equal(output.text, expected.text, "the text of the answer")
 
+    def test_without_parameters(self, code):
+        with storyteller(code) as own:
+            own.tokenizer.chat_template = TEMPLATE
+            prompt = own.tokenizer.encode("<s>user: Of an owl.\nassistant:\n", add_special_tokens=False)
+            expected = own.generate([prompt], progress=False)[0]
+            with contextlib.redirect_stdout(io.StringIO()):
+                output = own.chat(TALK[1:2])
+            holds(isinstance(output, code.RequestOutput), "chat without parameters returned no RequestOutput.", "none")
+            what = "an answer without parameters, beside `generate` of the same prompt without parameters"
+            equal(len(output.token_ids), len(expected.token_ids), f"the number of tokens of {what},")
+            equal(output.token_ids, expected.token_ids, f"the tokens of {what},")
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Together

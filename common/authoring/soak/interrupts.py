@@ -28,7 +28,7 @@ class Lines:
         file = frame.f_code.co_filename
         if not file.startswith(OURS) or any(part in file for part in WATCHERS):
             return None
-        if event == "line" and not leaves_with(frame):
+        if event == "line" and not takes_no_signal(frame):
             self.places[file, frame.f_lineno] += 1
             self.reach((file, frame.f_lineno))
         return self
@@ -43,12 +43,14 @@ def first_offsets(code: CodeType) -> dict[int, int]:
     return {line: start for start, _, line in reversed(list(code.co_lines())) if line is not None}
 
 
-def leaves_with(frame: FrameType) -> bool:
-    """Whether a `with` statement is about to call `__exit__`. Python handles no signal between the end of the block and
-    that call: it does so after calls, where functions begin, and where loops go back.
+def takes_no_signal(frame: FrameType) -> bool:
+    """Whether Python handles no signal here: it does so after calls, where functions begin, and where loops go back.
+
+    So not where a `with` statement is about to call `__exit__`, nor at a `try`, which is no part of an outer `try`.
     """
     text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-    return text.startswith("with ") and frame.f_lasti != first_offsets(frame.f_code)[frame.f_lineno]
+    is_left = text.startswith("with ") and frame.f_lasti != first_offsets(frame.f_code)[frame.f_lineno]
+    return is_left or text.startswith("try:")
 
 
 class Pressing(Lines):

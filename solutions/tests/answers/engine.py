@@ -274,6 +274,12 @@ ANSWERS = [
     ),
     wrong(
         "8.12",
+        "parameters of its own where none are given",
+        ", params, progress",
+        ", params or SamplingParams(max_tokens=256), progress",
+    ),
+    wrong(
+        "8.12",
         "all outputs, where there is one",
         "progress=False)[0]",
         "progress=False)",
