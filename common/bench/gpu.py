@@ -8,6 +8,7 @@ miniature, and its numbers mean nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -73,6 +74,8 @@ def gpu_check(quick: bool, out: Path, step: str | None, result: Path | None) -> 
             "gpu-check needs an NVIDIA GPU, and torch sees none here. Without one the kernels are interpreted: "
             "make test-lesson-4 SOLUTION=1 tries them so."
         )
+    if importlib.util.find_spec("triton") is None:
+        raise CourseError("gpu-check needs the package triton: python -m common setup triton")
     if step is not None:
         text = json.dumps(STEPS[step].run(device, quick), indent=2)
         print(text) if result is None else result.write_text(text, encoding="utf-8")

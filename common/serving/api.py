@@ -81,7 +81,8 @@ def create_app(server: Server) -> FastAPI:
 
 
 def add_routes(app: FastAPI, server: Server) -> None:
-    stream = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    stream = {200: {"content": {"text/event-stream": {"schema": event}}}}  # before 3.2 a schema is that of each event
 
     @app.post("/v1/completions", responses=stream, response_model=protocol.CompletionResponse)
     async def completions(request: Request, body: protocol.CompletionRequest):

@@ -323,7 +323,7 @@ function whyTokens(run, entry) {
       : `the last token of its prompt; ${run.requests[parent].id} has computed the others`;
   }
   if (kind === "prefill") return "the rest of its prompt";
-  if (kind === "recompute") return "again, after its preemption";
+  if (kind === "recompute") return "computed before its preemption";
   return kind === "verify" ? `its newest token and ${spec} draft token${spec === 1 ? "" : "s"}` : "its newest token";
 }
 
