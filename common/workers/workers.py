@@ -119,6 +119,7 @@ class Workers:
             if not isinstance(error, (WorkerLost, EOFError, OSError)):
                 self.failures.append(Failure(0, describe(error), is_consequence(error)))
             self.kill(explain(self.connections, self.processes, self.failures))
+            self.interrupts = 0
             raise WorkerError(self.is_down) from error
         except BaseException:
             if self.interrupts != 1:
@@ -128,6 +129,9 @@ class Workers:
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGINT, before)
+            if self.interrupts:  # it came when all was done, and would be raised by the next step
+                self.interrupts = 0
+                raise KeyboardInterrupt
 
     def interrupt(self, *_) -> None:
         """What Ctrl-C does within `guard`."""

@@ -4,6 +4,10 @@
 executions, drawn at random:
 
     INTERRUPTS=3 python -m pytest -m slow solutions/tests/test_interrupts.py
+
+With INTERRUPTS=1, all lines were tried on four engines: 1,765 places on the plain one, 1,858 with swapping, 2,009 with
+n-grams, and 2,011 with a draft model. Of the engines on two processes, 540 places of `go_on` on the pipeline were; the
+others are tried by samples.
 """
 
 from __future__ import annotations

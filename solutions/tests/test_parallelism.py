@@ -28,10 +28,11 @@ from common.config import EngineConfig
 from common.course import ROOT
 from common.workers import WorkerError
 from solutions import engine as engine_module
-from solutions import llama_pytorch
+from solutions import llama_pytorch, parallelism
 from solutions.batching import Engine, SamplingParams, local_engine
 from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import load
+from solutions.parallelism import Group
 from solutions.tests.faults import make_faulty_runner
 
 STORIES = [list(range(5, 30)), [*range(5, 15), *range(30, 40)], [7] * 20]
@@ -315,6 +316,18 @@ def test_the_fault_of_one_request_reaches_no_other(checkpoints, tmp_path, tensor
             assert [output.token_ids for output in others] == expected
         assert pipeline == 1 or "cannot be sent to the process that samples: Can't pickle" in broken.error
         assert [output.token_ids for output in engine.generate(prompts, params, progress=False)] == expected
+
+
+def test_a_slice_is_added_up_as_it_is(monkeypatch):
+    """gloo reads the memory of a tensor from its first number on, whatever its strides are."""
+
+    def all_reduce(x: torch.Tensor, op, group) -> None:
+        x.as_strided((x.numel(),), (1,)).mul_(2)  # as gloo would, with two ranks that have the same numbers
+
+    monkeypatch.setattr(parallelism.dist, "all_reduce", all_reduce)
+    y = torch.arange(8.0).view(2, 4)
+    assert torch.equal(Group(0, (0, 1)).all_reduce(y[:, 1:3]), torch.tensor([[2.0, 4.0], [10.0, 12.0]]))
+    assert torch.equal(y, torch.tensor([[0.0, 2.0, 4.0, 3.0], [4.0, 10.0, 12.0, 7.0]]))
 
 
 def test_an_engine_that_was_dropped(checkpoints):

@@ -224,3 +224,22 @@ def test_a_second_ctrl_c_does_not_wait(pair):
 def test_nothing_here_is_slow_to_import():
     script = "import sys, common.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_ctrl_c_when_a_step_is_done_is_not_left_to_the_next_one(monkeypatch):
+    """While the handler is put back, it may still be called."""
+    workers, put = object.__new__(Workers), signal.signal
+    workers.is_down, workers.interrupts = None, 0
+
+    def put_back(number, handler):
+        if handler is signal.default_int_handler:
+            signal.raise_signal(signal.SIGINT)
+        return put(number, handler)
+
+    monkeypatch.setattr(signal, "signal", put_back)
+    with pytest.raises(KeyboardInterrupt), workers.guard():
+        pass
+    assert workers.interrupts == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(signal, "signal", put)
+    with workers.guard():
+        pass
