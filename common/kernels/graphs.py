@@ -68,7 +68,7 @@ class DecodingGraphs:
     def __call__(self, batch, hidden: Tensor | None = None) -> Tensor:
         """Returns the last layer's output, (T, hidden_size), which is overwritten by the next call."""
         num_requests, metadata = len(batch.metadata.context_lens), batch.metadata
-        size = next((size for size in sorted(self.replays) if size >= num_requests), None)
+        size = min((size for size in self.replays if size >= num_requests), default=None)
         if hidden is not None or size is None or len(batch.token_ids) != num_requests:
             return self.forward(batch, hidden)
         self.token_ids[:num_requests] = batch.token_ids

@@ -154,6 +154,31 @@ class FusedBlock(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+def swapping(
+    attention: type, mlp: type, norm: type, linear: tuple[type | None, ...], *made: Callable[[nn.Module], nn.Module]
+) -> Callable[[nn.Module], nn.Module]:
+    """Returns a function from a module to what takes its place: itself, unless it is exactly of one of the first three
+    classes, lesson 2's, and its parts fit. made: for each of the three, how its substitute is made of it.
+
+    linear: the classes of linear layers of which several can be one, if they are of the same class and have the same
+    method.
+    """
+    makers = dict(zip((attention, mlp, norm), made))
+
+    def can_fuse(*layers: nn.Module) -> bool:
+        return type(layers[0]) in linear and all(
+            type(layer) is type(layers[0]) and type(layer.method) is type(layers[0].method) for layer in layers
+        )
+
+    def fits(module: nn.Module) -> bool:
+        if type(module) is attention:
+            has_known_norms = {type(module.q_norm), type(module.k_norm)} in ({nn.Identity}, {norm})
+            return has_known_norms and can_fuse(module.q_proj, module.k_proj, module.v_proj)
+        return type(module) is not mlp or can_fuse(module.gate_proj, module.up_proj)
+
+    return lambda module: makers[type(module)](module) if type(module) in makers and fits(module) else module
+
+
 def widen(model: nn.Module) -> None:
     """Make float32 of what of a model in bfloat16 is not the matrix of a linear layer, and of what is looked up."""
     for module in model.modules():
@@ -193,18 +218,10 @@ def pack(
             return
         widen(model)
 
-    def can_fuse(*layers: nn.Module) -> bool:
-        return type(layers[0]) in (linear, column) and all(
-            type(layer) is type(layers[0]) and type(layer.method) is type(layers[0].method) for layer in layers
-        )
+    def fast_norm(plain: nn.Module) -> FastNorm:
+        return FastNorm(plain.weight, plain.eps)
 
-    def fast(module: nn.Module) -> nn.Module:
-        if type(module) is attention and can_fuse(module.q_proj, module.k_proj, module.v_proj):
-            if {type(module.q_norm), type(module.k_norm)} in ({nn.Identity}, {norm}):
-                return FusedAttention(module)
-        if type(module) is mlp and can_fuse(module.gate_proj, module.up_proj):
-            return FusedMLP(module)
-        return FastNorm(module.weight, module.eps) if type(module) is norm else module
+    fast = swapping(attention, mlp, norm, (linear, column), FusedAttention, FusedMLP, fast_norm)
 
     def swap_children(parent: nn.Module) -> None:
         for name, child in list(parent.named_children()):

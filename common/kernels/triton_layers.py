@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.kernels import triton_ops as ops
 from common.kernels.attention import Cache
 from common.kernels.groups import Metadata
+from common.kernels.layers import swapping
 from common.rope import depends_on_length
 
 
@@ -163,18 +164,7 @@ def pack_for_gpu(
     linear: the classes of linear layers that can be stacked. A layer that stays on the disk is left as it is.
     """
 
-    def can_stack(*layers: nn.Module) -> bool:
-        kinds = {(type(layer), type(layer.method)) for layer in layers}
-        return len(kinds) == 1 and type(layers[0]) in linear
-
-    def fast(module: nn.Module) -> nn.Module:
-        if type(module) is attention and can_stack(module.q_proj, module.k_proj, module.v_proj):
-            if {type(module.q_norm), type(module.k_norm)} in ({nn.Identity}, {norm}):
-                return TritonAttention(module)
-        if type(module) is mlp and can_stack(module.gate_proj, module.up_proj):
-            return TritonMLP(module)
-        return TritonNorm(module) if type(module) is norm else module
-
+    fast = swapping(attention, mlp, norm, linear, TritonAttention, TritonMLP, TritonNorm)
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):
             if type(layer) is block and not any(parameter.is_meta for parameter in layer.parameters()):
