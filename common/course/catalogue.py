@@ -13,10 +13,9 @@ bug: the skeleton shows the answer with that edit, and its name is not told.
 from __future__ import annotations
 
 import ast
-import importlib.util
+import runpy
 import textwrap
 from dataclasses import dataclass
-from types import ModuleType
 
 from common.course import CourseError, Lesson, shown
 from common.course.exercises import Exercise
@@ -57,19 +56,16 @@ def right(exercise: str, name: str, body: str, top: str = "") -> Answer:
     return Answer(exercise, name, True, body=body, top=top)
 
 
-def load_catalogue(lesson: Lesson) -> ModuleType | None:
-    """The lesson's catalogue, if it has one."""
-    if not lesson.answers.exists():
-        return None
-    spec = importlib.util.spec_from_file_location(f"answers_{lesson.slug}", lesson.answers)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_catalogue(lesson: Lesson) -> dict[str, object]:
+    """The names that the lesson's catalogue defines; none if it has no catalogue. Always from its text: what Python
+    keeps of a compiled file is taken for current if the file is changed within a second and keeps its length.
+    """
+    return runpy.run_path(str(lesson.answers)) if lesson.answers.exists() else {}
 
 
 def load_answers(lesson: Lesson) -> list[Answer]:
     """The lesson's answers; none if it has no catalogue."""
-    return getattr(load_catalogue(lesson), "ANSWERS", [])
+    return load_catalogue(lesson).get("ANSWERS", [])
 
 
 def equivalent(exercise: str, reason: str, *changes: str) -> dict[tuple[str, str], str]:
@@ -79,7 +75,7 @@ def equivalent(exercise: str, reason: str, *changes: str) -> dict[tuple[str, str
 
 def load_equivalents(lesson: Lesson) -> dict[tuple[str, str], str]:
     """By (exercise, change), why it changes nothing: the catalogue's `EQUIVALENT`, a list of `equivalent(...)`."""
-    return {key: why for group in getattr(load_catalogue(lesson), "EQUIVALENT", []) for key, why in group.items()}
+    return {key: why for group in load_catalogue(lesson).get("EQUIVALENT", []) for key, why in group.items()}
 
 
 def planted_answers(lesson: Lesson) -> dict[str, Answer]:

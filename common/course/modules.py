@@ -174,6 +174,15 @@ def check_written(slug: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class StudentLoader(importlib.machinery.SourceFileLoader):
+    """Loads a student's module from its text. What Python keeps of a compiled file is taken for current if the file is
+    changed within a second and keeps its length.
+    """
+
+    def get_code(self, fullname):
+        return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True)
+
+
 class ReferenceLoader(importlib.machinery.SourceFileLoader):
     """Loads a reference module so that what it imports from `solutions` is the reference too."""
 
@@ -201,7 +210,7 @@ class ModuleFinder(importlib.abc.MetaPathFinder):
                     check_finished(file)
                 except CourseError as error:
                     raise UnfinishedModule(str(error)) from None
-            return importlib.util.spec_from_file_location(fullname, file)
+            return importlib.util.spec_from_file_location(fullname, file, loader=StudentLoader(fullname, str(file)))
         if fullname == "reference":
             spec = importlib.machinery.ModuleSpec("reference", None, is_package=True)
             spec.submodule_search_locations = []

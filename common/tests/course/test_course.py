@@ -70,6 +70,20 @@ def test_unfinished_module_is_refused_at_import(tmp_path):
     assert "mine.py cannot be used yet: 1.4 still to do" in result.stderr
 
 
+def test_a_module_that_was_saved_twice_within_a_second_runs_as_it_is(tmp_path):
+    mine = tmp_path / "mine.py"
+    for x in ("1", "2"):
+        mine.write_text(f"x = {x}\n")
+        os.utime(mine, (1, 1))
+        result = run(
+            "import solutions.intro\nprint(solutions.intro.x)",
+            tmp_path,
+            COURSE_MODULES=f"intro={mine}",
+            PYTHONDONTWRITEBYTECODE="",
+        )
+        assert result.stdout.strip() == x, result.stderr
+
+
 def test_a_notebook_chooses_modules_before_they_are_imported(tmp_path, monkeypatch):
     mine = tmp_path / "mine.py"
     mine.write_text((ROOT / "solutions" / "intro.py").read_text())
