@@ -34,6 +34,9 @@ inline void store(void* to, Vector v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// Tells the second cache to get what lies there, while other things are computed. It may be no memory at all.
+inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+
 // Holds a vector in a register. Left to itself gcc reads it from memory again for each use, and spills the sums.
 template <typename Vector>
 inline void keep(Vector& v) {
@@ -72,6 +75,9 @@ inline hvec widen(bvec v) {
   return __builtin_convertvector(v, hvec);
 #endif
 }
+
+inline hvec load_pairs(const int8_t* from) { return widen(load<bvec>(from)); }
+inline hvec load_pairs(const int16_t* from) { return load<hvec>(from); }
 
 // LANES numbers in sixteen bits as floats: a bfloat16 is the upper half of a float, a float16 is not.
 inline vec load_floats(const float* from) { return load<vec>(from); }
