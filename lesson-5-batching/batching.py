@@ -205,7 +205,7 @@ class RequestOutput(llama_pytorch.RequestOutput):
     prompt_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # by position, from 1
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
-    error: str | None = None  # why it failed
+    error: str | None = None  # why it failed, if finish_reason is "error"
     siblings: list[RequestOutput] = field(default_factory=list, repr=False)  # the other n - 1 samples
 
     @property
@@ -250,7 +250,7 @@ class OutputProcessor:
         logprobs = result.logprobs.get(request.request_id, [])
         output.logprobs += logprobs[: len(output.token_ids) - len(output.logprobs)]
         output.prompt_logprobs |= result.prompt_logprobs.get(request.request_id, {})
-        output.error = result.errors.get(request.request_id)
+        output.error = result.errors.get(request.request_id) if request.finish_reason == "error" else None
         output.metrics.num_preemptions = request.num_preemptions
         output.metrics.num_cached_tokens = request.num_cached_tokens
         if state.checker.found or request.status is RequestStatus.FINISHED:

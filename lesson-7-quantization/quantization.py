@@ -209,10 +209,10 @@ class Int4Method(QuantizedMethod):
         return range(columns.start // self.group_size, cdiv(columns.stop, self.group_size))
 
     def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
-        if columns.start % 2:
-            raise ValueError(f"int4 packs columns in pairs; this rank's columns begin with number {columns.start}.")
+        if self.is_saved and columns.start % 2:
+            raise ValueError(f"int4 saves columns in pairs; this rank's columns begin with number {columns.start}.")
         names = ["weight_scale"] if self.symmetric else ["weight_scale", "weight_minimum"]
-        pairs = range(columns.start // 2, cdiv(columns.stop, 2))
+        pairs = range(columns.start // 2, columns.start // 2 + cdiv(len(columns), 2))
         return {"weight": (rows, pairs), **dict.fromkeys(names, (rows, self.groups(columns)))}
 
     def quantized(self, layer: Linear, read: Callable[..., Tensor]) -> dict[str, Tensor]:

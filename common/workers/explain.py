@@ -62,4 +62,4 @@ def explain(
     others |= {rank: text for rank, text in dead.items() if rank not in failed}
     silent = [text for rank, text in others.items() if states.get(rank) in (GONE, SILENT)]
     causes = own or [text for rank, text in others.items() if rank in dead] or silent
-    return "; ".join(causes or [*failed.values(), *others.values()]) + "."
+    return "; ".join(causes or [*failed.values(), *others.values()]).removesuffix(".") + "."

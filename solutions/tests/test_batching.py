@@ -427,6 +427,19 @@ def test_threads_share_an_engine(model):
     check_books(engine)
 
 
+def test_what_was_aborted_before_it_failed_is_aborted(model):
+    engine = local_engine(model, Letters())
+
+    def abort_and_fail(output, scores):
+        engine.scheduler.abort("request-0")  # as another thread does while the step is in flight
+        raise LookupError("a fault")
+
+    output = engine.output(engine.add_request([5, 6], SamplingParams(logits_processors=[abort_and_fail])))
+    while engine.has_unfinished_requests:
+        engine.step()
+    assert (output.finish_reason, output.error) == ("abort", None)
+
+
 @pytest.mark.parametrize("call", ["generate", "stream", "step", "abort"])
 def test_a_step_cannot_begin_another_one(model, call):
     """A logits processor that calls its engine ends its own request, with the reason; its abort waits for the end."""

@@ -269,6 +269,26 @@ def test_compiled_products(method, rows, outputs, columns):
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_int4_of_ranks_whose_columns_begin_with_an_odd_number(is_packed):
+    """Their parts add up to the whole; only saved pairs cannot be cut, and that is said."""
+    ranges = range(13), range(5), range(5, 7), range(7, 13)
+    whole, *parts = layers = [Linear(len(columns), 6) for columns in ranges]
+    for layer, columns in zip(layers, ranges):
+        layer.shape, layer.columns = whole.shape, columns
+        set_method(layer, Int4Method(4, False))
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 13, generator=generator) for rows in (6, 3))
+    for layer in layers:
+        layer.load(lambda name, rows, columns: weight[rows.start : rows.stop, columns.start : columns.stop])
+        if is_packed:
+            layer.method.process_weights_after_loading(layer)
+    total = sum(layer(x[:, layer.columns.start : layer.columns.stop]) for layer in parts)
+    torch.testing.assert_close(total, whole(x))
+    with pytest.raises(ValueError, match="this rank's columns begin with number 5"):
+        Int4Method(4, False, is_saved=True).parts(range(6), range(5, 7))
+
+
 @pytest.mark.parametrize("kind", [KINDS[0], Quantization("int4", 32)], ids=str)
 def test_kernels_leave_other_dtypes_alone(kind, monkeypatch):
     """They compute in float32; a model in float64 keeps its plain layers."""

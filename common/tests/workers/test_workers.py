@@ -28,7 +28,7 @@ def serve() -> None:
 
     def run(command):
         if command == "raise":
-            raise ValueError("too warm")
+            raise ValueError("too warm.")
         if command == "exit":
             os._exit(3)
         if command == "sleep":
@@ -107,6 +107,7 @@ def test_what_a_worker_does_wrong_is_said(pair, what, says):
         pair.connections[1].send(what)
         pair.receive(timeout=0.5)
     assert says in str(error.value)
+    assert not str(error.value).endswith("..")
     assert "rank 2" not in str(error.value) or what == "sleep"
     assert what != "sleep" or "in run (test_workers.py:" in str(error.value)
     assert all_gone([process.pid for process in pair.processes.values()])
