@@ -71,6 +71,9 @@ struct Rows {
   int64_t count, stride;
 };
 
+// The scale in eight bits of numbers of which this is the largest magnitude.
+inline float scale_of(float most) { return (most / 127 > 0 ? most / 127 : 1) + most * 0; }
+
 // The scale of a row in eight bits, as lesson 7's quantize_int8 has it. As there, a row with a NaN has a scale that is
 // NaN: it must not become a number.
 inline float scale_of(const float* x, int64_t K) {
@@ -84,7 +87,7 @@ inline float scale_of(const float* x, int64_t K) {
   float most = 0, zero = 0;
   for (int i = 0; i < LANES; ++i) most = std::max(most, wide[i]), zero += zeros[i];
   for (; k < K; ++k) most = std::max(most, std::fabs(x[k])), zero += x[k] * 0;
-  return (most / 127 > 0 ? most / 127 : 1) + zero;
+  return scale_of(most) + zero;
 }
 
 // `count` numbers of a row in eight bits, from -127 to 127.
