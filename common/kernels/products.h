@@ -264,11 +264,13 @@ inline void times_octs(const Linear& w, const Rows& x, int64_t row, int64_t pane
     ivec exact[R][PARTS] = {};
     for (int64_t left = w.octs(); left > 0; left -= OCTS) {
       Partial partial[R][PARTS] = {};
-      for (int64_t oct = 0; oct < std::min<int64_t>(OCTS, left); ++oct, numbers += 8)
+      for (int64_t oct = 0; oct < std::min<int64_t>(OCTS, left); ++oct, numbers += 8) {
+        fetch(from + w.num_groups * 4 * w.octs() * PANEL);
         for (int i = 0; i < PARTS; ++i, from += 4 * LANES) {
           const ivec both = load<ivec>(from), low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
           for (int r = 0; r < R; ++r) partial[r][i] = add_octs(partial[r][i], low, high, numbers + r * x.stride);
         }
+      }
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < PARTS; ++i) exact[r][i] += whole(partial[r][i]);
     }
