@@ -97,8 +97,8 @@ def native_product(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> T
 
 
 def product_of_part(matrix, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Ranks that have parts of the same tokens in eight bits agree on each token's scale. Since they must, no such layer
-    is fused with others."""
+    """Ranks that have parts of the same tokens in eight bits agree on each token's scale before they multiply, so such
+    a layer is not fused with others."""
     return matrix.apply(x, bias, layer.group.all_reduce(x.abs().amax(-1), dist.ReduceOp.MAX))
 
 
