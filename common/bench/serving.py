@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import operator
 import os
 import re
 import statistics
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import psutil
 import torch
@@ -33,13 +35,39 @@ from common.course import ROOT, CourseError
 
 @dataclass
 class Answer:
-    """What came back for one request. Times are in seconds of `time.perf_counter`."""
+    """What came back for one request. Times are in seconds of `time.perf_counter`.
+
+    Its events are read as JSON when they are first asked for, after the load, so that the client takes little of the
+    processor from the server.
+    """
 
     sent: float = 0.0
-    times: list[float] = field(default_factory=list)  # of each event with text
-    text: str = ""
-    usage: dict | None = None
-    finish_reason: str | None = None
+    received: list[tuple[float, bytes]] = field(default_factory=list)  # when an event came, and its JSON
+
+    @cached_property
+    def events(self) -> list[tuple[float, dict]]:
+        return [(seconds, json.loads(data)) for seconds, data in self.received]
+
+    @cached_property
+    def choices(self) -> list[tuple[float, dict]]:
+        return [(seconds, choice) for seconds, event in self.events for choice in event["choices"]]
+
+    @property
+    def text(self) -> str:
+        return "".join(choice["text"] for _, choice in self.choices)
+
+    @property
+    def usage(self) -> dict | None:
+        return next((event["usage"] for _, event in reversed(self.events) if event.get("usage")), None)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return next((choice["finish_reason"] for _, choice in reversed(self.choices)), None)
+
+    @property
+    def times(self) -> list[float]:
+        """Of each event with text."""
+        return [seconds for seconds, choice in self.choices if choice["text"]]
 
     @property
     def gaps(self) -> list[float]:
@@ -60,16 +88,25 @@ async def request(
 
 
 async def chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The chunks of an answer in HTTP's chunked encoding."""
-    while size := int(await reader.readline(), 16):
-        yield await reader.readexactly(size)
-        await reader.readexactly(2)
+    """The chunks of an answer in HTTP's chunked encoding. Raises EOFError if the connection ends before the last."""
+    data = b""
+    while True:
+        size, line_end, rest = data.partition(b"\r\n")
+        if line_end and len(rest) >= (length := int(size, 16)) + 2:
+            if not length:
+                return
+            yield rest[:length]
+            data = rest[length + 2 :]
+        elif more := await reader.read(2**16):
+            data += more
+        else:
+            raise EOFError("the connection has ended in mid-answer.")
 
 
 async def complete(port: int, body: dict, leave_after: int | None = None) -> Answer:
-    """Ask for a streamed completion. leave_after: close the connection after this many events with text.
+    """Ask for a streamed completion. leave_after: close the connection after this many events.
 
-    Raises RuntimeError if the server refuses, or breaks the answer off.
+    Raises RuntimeError if the server refuses, or sends an error in mid-answer; EOFError if it breaks the answer off.
     """
     answer = Answer(time.perf_counter())
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -80,27 +117,18 @@ async def complete(port: int, body: dict, leave_after: int | None = None) -> Ans
         rest = b""
         async for chunk in chunks(reader):
             *events, rest = (rest + chunk).split(b"\n\n")
-            for event in events:
-                if event == b"data: [DONE]":
+            now = time.perf_counter()
+            for data in (event.removeprefix(b"data: ") for event in events):
+                if data == b"[DONE]":
                     return answer
-                take(answer, json.loads(event.removeprefix(b"data: ")))
-                if leave_after is not None and len(answer.times) >= leave_after:
+                if data.startswith(b'{"error"'):
+                    raise RuntimeError(json.loads(data)["error"]["message"])
+                answer.received.append((now, data))
+                if leave_after is not None and len(answer.received) >= leave_after:
                     return answer
-        raise RuntimeError("the server broke the answer off.")
+        raise EOFError("the answer has no end.")
     finally:
         writer.close()
-
-
-def take(answer: Answer, event: dict) -> None:
-    """Add an event of a stream to the answer."""
-    if "error" in event:
-        raise RuntimeError(event["error"]["message"])
-    answer.usage = event.get("usage") or answer.usage
-    for choice in event["choices"]:
-        answer.finish_reason = choice["finish_reason"] or answer.finish_reason
-        if choice["text"]:
-            answer.text += choice["text"]
-            answer.times.append(time.perf_counter())
 
 
 async def closed_loop(port: int, bodies: Sequence[dict], num_clients: int) -> list[Answer]:
@@ -173,11 +201,8 @@ def measure_serving(model: str, quick: bool, rival: int | None = None) -> dict:
     from solutions.engine import InferenceEngine
     from solutions.llama_pytorch import SamplingParams
 
-    rounds = 1 if quick else 3
     num_prompt_tokens, num_tokens = (16, 8) if quick else (64, 64)
     threads = torch.get_num_threads()
-    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-    sampling = {"max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}
     generator = torch.Generator().manual_seed(0)
     rows = []
     with (
@@ -186,26 +211,38 @@ def measure_serving(model: str, quick: bool, rival: int | None = None) -> dict:
     ):
         ports = {"server": server.port} | ({"rival": rival} if rival else {})
         processes = {way: processes_at(port) for way, port in ports.items()}
-        for num_clients in (1, 8, 32, 128):
+        ways = [*ports, "engine"]
+
+        def answer_all(way: str, prompts: list[list[int]], num_tokens: int) -> list:
+            """Let one of the ways answer, while the servers whose turn it is not are stopped."""
+            with stopped([each for other in ports if other != way for each in processes[other]]):
+                if way == "engine":
+                    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+                    return closed_loop_alone(engine, prompts, params, num_clients)
+                sampling = {"max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}
+                bodies = [{"prompt": prompt, **sampling} for prompt in prompts]
+                return asyncio.run(closed_loop(ports[way], bodies, num_clients))
+
+        for num_clients, rounds in ((1, 9), (8, 7), (32, 5), (128, 3)):  # a short round is as noisy as it is short
             shape = (min(2 * num_clients, 128), num_prompt_tokens)
             prompts = torch.randint(engine.config.model_config.vocab_size, shape, generator=generator).tolist()
-            bodies = [{"prompt": prompt, **sampling} for prompt in prompts]
             num_output_tokens = len(prompts) * num_tokens
-            ways = [*ports, "engine"]
             speeds, cpu, answers = {way: [] for way in ways}, {way: [] for way in ways}, {}
-            for number in range(rounds):
+            for way in ways:  # memory is allocated and kernels are chosen before it counts
+                answer_all(way, prompts[:num_clients], 2)
+            for number in range(1 if quick else rounds):
                 for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
                     own = processes.get(way, [psutil.Process()])
-                    with stopped([each for other in ports if other != way for each in processes[other]]):
-                        start, cpu_start = time.perf_counter(), processor_time(own)
-                        if way == "engine":
-                            outputs = closed_loop_alone(engine, prompts, params, num_clients)
-                        else:
-                            answers[way] = asyncio.run(closed_loop(ports[way], bodies, num_clients))
-                        speeds[way].append(num_output_tokens / (time.perf_counter() - start))
-                        cpu[way].append((processor_time(own) - cpu_start) / num_output_tokens)
+                    start, cpu_start = time.perf_counter(), processor_time(own)
+                    answers[way] = answer_all(way, prompts, num_tokens)
+                    speeds[way].append(num_output_tokens / (time.perf_counter() - start))
+                    cpu[way].append((processor_time(own) - cpu_start) / num_output_tokens)
+            for way in ports:
+                lengths = {answer.usage["completion_tokens"] for answer in answers[way]}
+                if lengths != {num_tokens}:
+                    raise CourseError(f"The {way} gave {sorted(lengths)} tokens; {num_tokens} were asked for.")
+            texts = {way: [answer.text for answer in answers[way]] for way in ways}
             gaps = sorted(gap for answer in answers["server"] for gap in answer.gaps)
-            pairs = zip(answers["server"], outputs)
             row = {
                 "clients": num_clients,
                 "num_requests": len(prompts),
@@ -217,7 +254,7 @@ def measure_serving(model: str, quick: bool, rival: int | None = None) -> dict:
                 "time_to_first_token_p50": statistics.median(each.times[0] - each.sent for each in answers["server"]),
                 "time_between_tokens_p50": statistics.median(gaps),
                 "time_between_tokens_p99": gaps[int(0.99 * len(gaps))],
-                "equal_texts": sum(answer.text == output.text for answer, output in pairs),
+                **{f"{way}_equal_texts": sum(map(operator.eq, texts[way], texts["engine"])) for way in ports},
             }
             rows.append(row)
             others = f" and {row['ratio_to_rival']:.3f} of the other server's" if rival else ""
@@ -227,7 +264,8 @@ def measure_serving(model: str, quick: bool, rival: int | None = None) -> dict:
                 f"{row['server_processor_seconds_per_token'] * 1e3:.2f} and "
                 f"{row['engine_processor_seconds_per_token'] * 1e3:.2f} ms; "
                 f"p99 between tokens {row['time_between_tokens_p99'] * 1e3:.0f} ms; "
-                f"{row['equal_texts']} of {len(prompts)} texts are equal",
+                + ", ".join(f"{row[f'{way}_equal_texts']} of the {way}'s {len(prompts)} texts" for way in ports)
+                + " are the engine's",
                 flush=True,
             )
     return {

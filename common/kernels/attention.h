@@ -8,11 +8,12 @@
 #include <cmath>
 #include <limits>
 
-#include "vectors.h"
+#include "products.h"
 
 namespace inference_course {
 
 constexpr int64_t KEYS = 16, QUERIES = 16;
+constexpr int64_t MANY_KEYS = 32;  // keys in a step, where there are many queries
 
 // One layer's blocks: (num_blocks, block_size, kv_heads, head_dim) each. Number: float, or uint16_t for a bfloat16.
 template <typename Number>
@@ -67,6 +68,105 @@ inline void mix(const float* weights, const Number* const* values, int64_t count
   }
 }
 
+// Rows of D floats in panels: (count, D) -> (D / 16, MANY_KEYS, 16), with 0 where there is nothing.
+template <typename Number>
+inline void in_panels(const Number* const* rows, int64_t count, int64_t D, float* panels) {
+  for (int64_t first = 0; first < D; first += PANEL)
+    for (int64_t j = 0; j < MANY_KEYS; ++j, panels += PANEL) {
+      int64_t d = 0;
+      if (j < count) {
+        for (; d + LANES <= std::min(PANEL, D - first); d += LANES) store(panels + d, load_floats(rows[j] + first + d));
+        for (; d < std::min(PANEL, D - first); ++d) panels[d] = to_float(rows[j][first + d]);
+      }
+      for (; d < PANEL; ++d) panels[d] = 0;
+    }
+}
+
+// Panels of 16 numbers as panels of 16 rows: (size / 16, MANY_KEYS, 16) -> (MANY_KEYS / 16, size, 16).
+inline void transpose(const float* panels, int64_t size, float* out) {
+  for (int64_t d = 0; d < size; d += 4)
+    for (int64_t j = 0; j < MANY_KEYS; j += 4) {
+      const float* from = panels + (d / PANEL * MANY_KEYS + j) * PANEL + d % PANEL;
+      const quad a = load<quad>(from), b = load<quad>(from + PANEL);
+      const quad c = load<quad>(from + 2 * PANEL), e = load<quad>(from + 3 * PANEL);
+      const quad low = pick<0, 4, 1, 5>(a, b), more = pick<0, 4, 1, 5>(c, e);
+      const quad high = pick<2, 6, 3, 7>(a, b), most = pick<2, 6, 3, 7>(c, e);
+      float* to = out + (j / PANEL * size + d) * PANEL + j % PANEL;
+      store(to, pick<0, 1, 4, 5>(low, more)), store(to + PANEL, pick<2, 3, 6, 7>(low, more));
+      store(to + 2 * PANEL, pick<0, 1, 4, 5>(high, most)), store(to + 3 * PANEL, pick<2, 3, 6, 7>(high, most));
+    }
+}
+
+// As `attend`, for many queries: both products are those of matrices, so that a key or value in a register serves TILE
+// queries. Arrays: queries (heads, D), scores and weights (heads, MANY_KEYS), sums (D / 16, heads, 16).
+template <typename Number>
+inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t group, int64_t position, int64_t window,
+                        const Blocks<Number>& blocks, const int64_t* table, int64_t kv_head, float* out,
+                        int64_t out_stride) {
+  const int64_t D = blocks.head_dim, heads = tokens * group, size = (D + PANEL - 1) / PANEL * PANEL;
+  const float scale = 1 / std::sqrt(static_cast<float>(D)), none = -std::numeric_limits<float>::infinity();
+  const Scratch scratch(heads * (2 * size + 2 * MANY_KEYS + 2) + 2 * MANY_KEYS * size);
+  float *panels = scratch.floats, *transposed = panels + MANY_KEYS * size, *queries = transposed + MANY_KEYS * size;
+  float *sums = queries + heads * D, *products = sums + heads * size, *weights = products + heads * MANY_KEYS;
+  float *maximum = weights + heads * MANY_KEYS, *total_weight = maximum + heads;
+  std::fill_n(sums, heads * size, 0.0f), std::fill_n(maximum, heads, none), std::fill_n(total_weight, heads, 0.0f);
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t d = 0; d < D; ++d) queries[h * D + d] = scale * q[h / group * stride + h % group * D + d];
+  const auto multiply = [heads](const float* x, int64_t stride, const float* panel, int64_t count, float* sums) {
+    for (int64_t h = 0; h < heads; h += TILE)
+      with_rows(std::min<int64_t>(TILE, heads - h), [&](auto R) {
+        times_floats<R()>(x + h * stride, stride, panel, count, sums + h * PANEL, panel);
+      });
+  };
+  const int64_t end = position + tokens;
+  for (int64_t first = std::max<int64_t>(0, position - window + 1); first < end; first += MANY_KEYS) {
+    const Number *keys[MANY_KEYS], *values[MANY_KEYS];
+    const int64_t count = std::min(MANY_KEYS, end - first);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t at = blocks.slot(table, first + j) + kv_head * D;
+      keys[j] = blocks.keys + at, values[j] = blocks.values + at;
+    }
+    in_panels(keys, count, D, panels);
+    transpose(panels, size, transposed);
+    std::fill_n(products, heads * MANY_KEYS, 0.0f);
+    for (int64_t j = 0; j < count; j += PANEL)
+      multiply(queries, D, transposed + j * size, D, products + j * heads);
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t t = h / group, low = std::max<int64_t>(0, position + t - window + 1 - first);
+      const int64_t high = std::min(count, position + t + 1 - first);  // it sees the keys from `low` to `high`
+      float* own = weights + h * MANY_KEYS;
+      if (low >= high) {
+        std::fill_n(own, MANY_KEYS, 0.0f);
+        continue;
+      }
+      for (int64_t j = 0; j < MANY_KEYS; j += PANEL)
+        std::memcpy(own + j, products + (j / PANEL * heads + h) * PANEL, PANEL * sizeof(float));
+      std::fill_n(own, low, none), std::fill_n(own + high, MANY_KEYS - high, none);
+      const float highest = std::max(maximum[h], *std::max_element(own + low, own + high));
+      vec part = {};
+      for (int64_t j = 0; j < MANY_KEYS; j += LANES) {
+        const vec weight = exponential(load<vec>(own + j) - highest);
+        store(own + j, weight);
+        part += weight;
+      }
+      if (highest > maximum[h]) {
+        const float keep = std::exp(maximum[h] - highest);
+        maximum[h] = highest, total_weight[h] *= keep;
+        for (int64_t d = 0; d < size; d += PANEL)
+          for (int64_t i = 0; i < PANEL; ++i) sums[d * heads + h * PANEL + i] *= keep;
+      }
+      total_weight[h] += total(part);
+    }
+    in_panels(values, count, D, panels);
+    for (int64_t d = 0; d < D; d += PANEL) multiply(weights, MANY_KEYS, panels + d * MANY_KEYS, count, sums + d * heads);
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    float *own = sums + h * PANEL, *to = out + h / group * out_stride + h % group * D;
+    for (int64_t d = 0; d < D; d += PANEL, own += heads * PANEL)
+      for (int64_t i = 0; i < std::min(PANEL, D - d); ++i) to[d + i] = own[i] / total_weight[h];
+  }
+}
+
 // One item: `tokens` <= QUERIES tokens, the first at `position`, times the `group` query heads of one key/value head.
 // q: of the first token and head; a token's next head is head_dim further, the next token `stride`. out: likewise, with
 // `out_stride`. The keys up to each token's own position are seen, and of them only the last `window`. kv_head: which.
@@ -74,6 +174,7 @@ template <typename Number>
 inline void attend(const float* q, int64_t stride, int64_t tokens, int64_t group, int64_t position, int64_t window,
                    const Blocks<Number>& blocks, const int64_t* table, int64_t kv_head, float* out, int64_t out_stride) {
   const int64_t D = blocks.head_dim, heads = tokens * group;
+  if (heads > TILE) return attend_many(q, stride, tokens, group, position, window, blocks, table, kv_head, out, out_stride);
   const float scale = 1 / std::sqrt(static_cast<float>(D)), none = -std::numeric_limits<float>::infinity();
   std::vector<float> maximum(heads, none), sum(heads, 0.0f);
   for (int64_t t = 0; t < tokens; ++t) std::fill_n(out + t * out_stride, group * D, 0.0f);

@@ -96,15 +96,18 @@ inline void quantize(const float* x, int64_t count, float scale, Number* numbers
   }
 }
 
-// R rows times `count` inputs of a panel, (count, 16) floats; sums: (R, 16), added to.
+// R rows times `count` inputs of a panel, (count, 16) floats; sums: (R, 16), added to. next: as many floats, for which
+// the cache is told that they come next.
 template <int R>
-inline void times_floats(const float* x, int64_t stride, const float* panel, int64_t count, float* sums) {
+inline void times_floats(const float* x, int64_t stride, const float* panel, int64_t count, float* sums,
+                         const float* next) {
   constexpr int PARTS = PANEL / LANES;
   vec s[R][PARTS], w[PARTS];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < PARTS; ++i) s[r][i] = load<vec>(sums + r * PANEL + i * LANES);
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
+    fetch(next + k * PANEL);
     for (int i = 0; i < PARTS; ++i) keep(w[i] = load<vec>(panel + k * PANEL + i * LANES));
     for (int r = 0; r < R; ++r) {
       vec number = x[r * stride + k] - vec{};
@@ -116,16 +119,17 @@ inline void times_floats(const float* x, int64_t stride, const float* panel, int
     for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i]);
 }
 
-// R rows of whole numbers times a panel of pairs, (pairs, 16, 2); sums: (R, 16).
-template <int R>
-inline void times_numbers(const int16_t* x, int64_t stride, const uint8_t* panel, int64_t pairs, int32_t* sums) {
+// R rows of whole numbers times `count` pairs of a panel, (count, 16, 2) int8 or int16; sums: (R, 16), added to.
+template <int R, typename Number>
+inline void times_numbers(const int16_t* x, int64_t stride, const Number* panel, int64_t count, int32_t* sums) {
   constexpr int PARTS = PANEL / LANES;
-  ivec s[R][PARTS] = {};
+  ivec s[R][PARTS];
   hvec w[PARTS];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < PARTS; ++i) s[r][i] = load<ivec>(sums + r * PANEL + i * LANES);
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < pairs; ++k) {
-    for (int i = 0; i < PARTS; ++i)
-      keep(w[i] = widen(load<bvec>(panel + 2 * (k * PANEL + i * LANES))));
+  for (int64_t k = 0; k < count; ++k) {
+    for (int i = 0; i < PARTS; ++i) keep(w[i] = load_pairs(panel + 2 * (k * PANEL + i * LANES)));
     for (int r = 0; r < R; ++r) {
       ivec pair = load<int32_t>(x + r * stride + 2 * k) - ivec{};
       keep(pair);
@@ -134,6 +138,14 @@ inline void times_numbers(const int16_t* x, int64_t stride, const uint8_t* panel
   }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i]);
+}
+
+// `count` pairs of a panel in sixteen bits each. next: as many, for which the cache is told that they come next.
+inline void widen_pairs(const int8_t* pairs, int64_t count, const int8_t* next, int16_t* wide) {
+  for (int64_t k = 0; k < count; ++k, pairs += 2 * PANEL, next += 2 * PANEL, wide += 2 * PANEL) {
+    fetch(next);
+    for (int i = 0; i < 2 * PANEL; i += 2 * LANES) store(wide + i, load_pairs(pairs + i));
+  }
 }
 
 // What BYTES hold of INPUTS inputs for LANES outputs; [j] are those of input j, as floats. CHAINS: the number of sums that
@@ -275,11 +287,14 @@ inline void with_rows(int64_t rows, Call call) {
   }
 }
 
-// `count` inputs as floats: (count, 16), times `scale` plus `base` where there are these, (16) each.
+// `count` inputs as floats: (count, 16), times `scale` plus `base` where there are these, (16) each. What is read next
+// lies `ahead` bytes further.
 template <typename Packed>
-inline void unpack(const uint8_t* from, int64_t count, float* out, const vec* scale = nullptr, const vec* base = nullptr) {
+inline void unpack(const uint8_t* from, int64_t count, int64_t ahead, float* out, const vec* scale = nullptr,
+                   const vec* base = nullptr) {
   constexpr int INPUTS = Packed::INPUTS;
-  for (int64_t k = 0; k < count; k += INPUTS)
+  for (int64_t k = 0; k < count; k += INPUTS) {
+    fetch(from + ahead);
     for (int i = 0; i < PANEL / LANES; ++i, from += Packed::BYTES) {
       const Packed packed(from);
       const auto put = [&](int j) {
@@ -292,17 +307,18 @@ inline void unpack(const uint8_t* from, int64_t count, float* out, const vec* sc
         for (int j = 0; k + j < count; ++j) put(j);
       }
     }
+  }
 }
 
 // Inputs `first` to `last` of a panel as floats, (last - first, 16). INT8's scale is left for the sums. `first` is even,
 // and the first input of a group.
 inline void unpack(const Linear& w, int64_t panel, int64_t first, int64_t last, float* out) {
-  const int64_t at = (panel * w.pairs() + first / 2) * 2 * PANEL;
-  if (w.kind == INT8) return unpack<Pair>(w.packed + at, last - first, out);
-  if (w.kind == BFLOATS) return unpack<Bfloats>(w.packed + 2 * at, last - first, out);
+  const int64_t size = w.pairs() * 2 * PANEL, at = panel * size + first * PANEL;
+  if (w.kind == INT8) return unpack<Pair>(w.packed + at, last - first, size, out);
+  if (w.kind == BFLOATS) return unpack<Bfloats>(w.packed + 2 * at, last - first, 2 * size, out);
   for (int64_t k = first; k < last; k += w.group_size, out += w.group_size * PANEL) {
     const Group of(w, panel, k / w.group_size);
-    unpack<Oct>(of.numbers, std::min(w.group_size, last - k), out, of.scale, of.base);
+    unpack<Oct>(of.numbers, std::min(w.group_size, last - k), w.num_groups * 4 * w.octs() * PANEL, out, of.scale, of.base);
   }
 }
 
@@ -325,20 +341,37 @@ inline void times_panel(const Linear& w, const float* bias, const Rows& x, int64
   const float* in = x.floats + first * x.stride;
   const float* scale = w.kind == INT8 || w.kind == W8A8 ? w.scale.const_data_ptr<float>() + panel * PANEL : nullptr;
   const auto tiles = [&](auto most, auto compute) {  // compute.operator()<R>(row) for each tile of R <= most rows
-    for (int64_t r = 0; r < rows; r += most())
-      with_rows<most()>(std::min<int64_t>(most(), rows - r), [&](auto R) { compute(R, r); });
+    const int64_t count = (rows + most() - 1) / most();
+    for (int64_t i = 0, r = 0; i < count; ++i) {
+      const int64_t next = rows * (i + 1) / count;
+      with_rows<most()>(next - r, [&](auto R) { compute(R, r); });
+      r = next;
+    }
   };
   constexpr std::integral_constant<int, TILE> tile;
   constexpr std::integral_constant<int, FEW_ROWS> few;
   if (w.kind == W8A8) {
     const int16_t* numbers = static_cast<const int16_t*>(x.numbers) + first * x.stride;
-    tiles(tile, [&](auto R, int64_t r) {
-      int32_t exact[R() * PANEL];
-      times_numbers<R()>(numbers + r * x.stride, x.stride, packed + at, w.pairs(), exact);
-      for (int j = 0; j < R(); ++j)
-        for (int i = 0; i < PANEL; ++i)
-          sums[(r + j) * PANEL + i] = static_cast<float>(exact[j * PANEL + i]) * x.scales[first + r + j] * scale[i];
-    });
+    int32_t exact[CHUNK * PANEL];
+    std::fill_n(exact, rows * PANEL, 0);
+    const Scratch scratch(SLICE * PANEL);
+    int16_t* wide = reinterpret_cast<int16_t*>(scratch.floats);
+    for (int64_t k = 0; k < w.pairs(); k += SLICE) {
+      const int64_t count = std::min(SLICE, w.pairs() - k);
+      const int8_t* from = reinterpret_cast<const int8_t*>(packed + at) + 2 * PANEL * k;
+      if (rows > TILE)
+        widen_pairs(from, count, from + w.pairs() * 2 * PANEL, wide);
+      tiles(tile, [&](auto R, int64_t r) {
+        const int16_t* in = numbers + r * x.stride + 2 * k;
+        if (rows > TILE) times_numbers<R()>(in, x.stride, wide, count, exact + r * PANEL);
+        else times_numbers<R()>(in, x.stride, from, count, exact + r * PANEL);
+      });
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int i = 0; i < PANEL; i += LANES) {
+        const vec whole = __builtin_convertvector(load<ivec>(exact + r * PANEL + i), vec);
+        store(sums + r * PANEL + i, whole * x.scales[first + r] * load<vec>(scale + i));
+      }
     scale = nullptr;
   } else if (w.kind == W4A8) {
     tiles(few, [&](auto R, int64_t r) { times_octs<R()>(w, x, first + r, panel, sums + r * PANEL); });
@@ -359,7 +392,8 @@ inline void times_panel(const Linear& w, const float* bias, const Rows& x, int64
         if (w.kind == FLOATS) slice = w.weight.const_data_ptr<float>() + (panel * w.K + k) * PANEL;
         else unpack(w, panel, k, end, scratch.floats);
         tiles(tile, [&](auto R, int64_t r) {
-          times_floats<R()>(in + r * x.stride + k, x.stride, slice, end - k, sums + r * PANEL);
+          times_floats<R()>(in + r * x.stride + k, x.stride, slice, end - k, sums + r * PANEL,
+                            w.kind == FLOATS ? slice + w.K * PANEL : slice);
         });
       }
     }

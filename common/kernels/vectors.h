@@ -17,6 +17,7 @@ constexpr int LANES = 4, TILE = 6;
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef int16_t hvec __attribute__((vector_size(4 * LANES)));  // two to a lane
 typedef int8_t bvec __attribute__((vector_size(2 * LANES)));   // two to a lane
@@ -34,6 +35,20 @@ inline void store(void* to, Vector v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// Four of the eight floats of both, by their numbers.
+template <int A, int B, int C, int D>
+inline quad pick(quad x, quad y) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, A, B, C, D);
+#else
+  typedef int32_t numbers __attribute__((vector_size(16)));
+  return __builtin_shuffle(x, y, numbers{A, B, C, D});
+#endif
+}
+
+// Tells the second cache to get what lies there, while other things are computed. It may be no memory at all.
+inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+
 // Holds a vector in a register. Left to itself gcc reads it from memory again for each use, and spills the sums.
 template <typename Vector>
 inline void keep(Vector& v) {
@@ -46,7 +61,6 @@ inline void keep(Vector& v) {
 
 // Halves first: one lane after another would be a chain of additions that wait for each other.
 inline float total(vec v) {
-  typedef float quad __attribute__((vector_size(16)));
   quad q[LANES / 4];
   std::memcpy(q, &v, sizeof v);
   for (int i = 1; i < LANES / 4; ++i) q[0] += q[i];
@@ -72,6 +86,9 @@ inline hvec widen(bvec v) {
   return __builtin_convertvector(v, hvec);
 #endif
 }
+
+inline hvec load_pairs(const int8_t* from) { return widen(load<bvec>(from)); }
+inline hvec load_pairs(const int16_t* from) { return load<hvec>(from); }
 
 // LANES numbers in sixteen bits as floats: a bfloat16 is the upper half of a float, a float16 is not.
 inline vec load_floats(const float* from) { return load<vec>(from); }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from pydantic_core import to_json
 
 from common.sampling import SamplingParams
 from common.serving.errors import ApiError, as_api_error
@@ -204,7 +204,7 @@ async def begin(
 
 def event(data: dict) -> bytes:
     """One server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return b"data: " + to_json(data) + b"\n\n"
 
 
 def events(chunks: AsyncIterator[dict]) -> StreamingResponse:
