@@ -12,6 +12,7 @@ first run that fails ends the command, which prints how to repeat that run.
 from __future__ import annotations
 
 import random
+import signal
 import time
 import traceback
 from typing import TYPE_CHECKING
@@ -118,6 +119,7 @@ def soak_command(minutes: float, seed: int | None, only: int | None, mine: str) 
     from common.authoring.soak.load import Models, Report, Run
 
     torch.set_num_threads(1)  # of tiny models more would only wait for each other
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored by what it starts with "&"
     console, total, models = Console(), Report(), Models()
     seed = random.randrange(10**6) if seed is None else seed
     first = seed = seed if only is None else only
