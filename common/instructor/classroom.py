@@ -209,7 +209,8 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
 
         def tell(found: Graded) -> None:
             progress.advance(task)
-            text = found.problem or f"{found.points} of {sum(result.points for result in found.results)} points"
+            text = f"{found.points} of {sum(result.points for result in found.results)} points"
+            text += f"\n    {found.problem}" if found.problem else ""
             line = Text.assemble(f"{plain(found.student, 24):<24} {found.lesson.slug:<16} ", text)
             line.append("".join(f"\n    look at it: {each}" for each in found.review), "yellow")
             progress.console.print(line)

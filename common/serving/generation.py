@@ -204,7 +204,7 @@ async def begin(
 
 def event(data: dict) -> bytes:
     """One server-sent event."""
-    return b"data: " + to_json(data) + b"\n\n"
+    return b"data: " + to_json(data, inf_nan_mode="null") + b"\n\n"
 
 
 def events(chunks: AsyncIterator[dict]) -> StreamingResponse:
