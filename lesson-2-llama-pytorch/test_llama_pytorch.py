@@ -1157,7 +1157,7 @@ class TestSample:
 
     def test_frequencies(self, code):
         logits = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]).log()
-        n = 1500
+        n = 750
         for settings, what in (
             ({}, "temperature 1"),
             ({"temperature": 2.0}, "temperature 2"),

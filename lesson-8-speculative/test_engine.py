@@ -313,8 +313,19 @@ class TestChat:
         equal(output.text, expected.text, "the text of the answer")
 
     def test_without_parameters(self, code):
+        """How the engine is asked is what counts: each token that it gets is the next number, without a model."""
+        from solutions.scheduler import ModelRunnerOutput
+
         with storyteller(code) as own:
-            own.tokenizer.chat_template = TEMPLATE
+            own.tokenizer.chat_template, asked = TEMPLATE, []
+
+            def execute(plan, hidden=None):
+                asked.append(dict(vars(plan.scheduled[0].params)))
+                sampling = [each for each in plan.scheduled if each.sample_index is not None]
+                sampled = {each.request_id: [300 + each.sample_index] for each in sampling}
+                return ModelRunnerOutput(plan.step_id, sampled)
+
+            own.executor.runner.execute = execute
             prompt = own.tokenizer.encode("<s>user: Of an owl.\nassistant:\n", add_special_tokens=False)
             expected = own.generate([prompt], progress=False)[0]
             with contextlib.redirect_stdout(io.StringIO()):
@@ -322,7 +333,7 @@ class TestChat:
             holds(isinstance(output, code.RequestOutput), "chat without parameters returned no RequestOutput.", "none")
             what = "an answer without parameters, beside `generate` of the same prompt without parameters"
             equal(len(output.token_ids), len(expected.token_ids), f"the number of tokens of {what},")
-            equal(output.token_ids, expected.token_ids, f"the tokens of {what},")
+            equal(asked[-1], asked[0], f"the SamplingParams of {what},")
 
 
 # ---------------------------------------------------------------------------------------------------------------

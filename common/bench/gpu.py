@@ -25,6 +25,7 @@ import torch
 from common.bench.gpu_steps import STEPS
 from common.bench.results import MEASUREMENTS, save
 from common.course import ROOT, CourseError
+from common.machine import choose_device
 
 LIMIT = 450.0
 """Seconds for all steps together."""
@@ -68,7 +69,7 @@ def wrong_things(result: object, where: str) -> Iterator[str]:
 @click.option("--result", type=click.Path(path_type=Path), help="with --step: the file for what it finds")
 def gpu_check(quick: bool, out: Path, step: str | None, result: Path | None) -> int:
     """Try the kernels and the engine on a GPU, and write how fast they are to gpu.json."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(None)
     if device == "cpu" and not quick:
         raise CourseError(
             "gpu-check needs an NVIDIA GPU, and torch sees none here. Without one the kernels are interpreted: "

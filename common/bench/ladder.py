@@ -25,7 +25,7 @@ from common.bench import peers as rivals
 from common.bench.results import show_table
 from common.checkpoints import find_checkpoint
 from common.config import EngineConfig
-from common.machine import read_bandwidth
+from common.machine import choose_device, read_bandwidth
 from common.tokenizer import Tokenizer
 from solutions import kv_cache, llama_pytorch, paged_attention
 from solutions.batching import Engine, LocalExecutor
@@ -287,7 +287,7 @@ LONGEST = 64
 @mock.patch.dict(os.environ)  # KERNELS is as it was in the end
 def measure_ladder(name: str, quick: bool) -> dict:
     """Climb it, beside whatever else is installed that can serve the same checkpoint."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(None)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bandwidth = read_bandwidth(*(16, 3) if quick else (1024, 9), device=device)
     print(f"reads {bandwidth:.1f} GB/s", flush=True)

@@ -268,6 +268,11 @@ def write_gguf(folder: Path, path: Path, kind: str = "F32") -> None:
 class LlamaCpp:
     """llama.cpp with a GGUF file, through llama-cpp-python's bindings to its C interface.
 
+    It need not stand among the course's packages; building it takes some minutes:
+
+        pip install --no-deps --target ~/llama-cpp llama-cpp-python==0.3.36 diskcache
+        PYTHONPATH=~/llama-cpp python -m common bench ladder
+
     Its own convenience class serves one text at a time and copies all logits. Serving needs several sequences in one
     batch, each with its own keys and values, and only the logits after the last token of each.
     """

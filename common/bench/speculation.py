@@ -139,12 +139,11 @@ def tale_cases(tokenizer, quick: bool) -> list[Case]:
 @mock.patch.dict(os.environ, KERNELS="fast")
 def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
     """Ratios, acceptance and tokens a step. draft: the draft model; None: n-grams of the text itself."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model, tokenizer = load(name, dtype, device)
+    model, tokenizer = load(name)
+    weight = model.model.norm.weight
     use_kernels(model)
     folder = None if draft is None else str(find_checkpoint(draft))
-    plain, _ = load(name, dtype, device)  # for near-ties
+    plain, _ = load(name)  # for near-ties
     cases = chat_cases(tokenizer, quick) if draft is None else tale_cases(tokenizer, quick)
     rows = [measure_case(case, model, plain, tokenizer, folder) for case in cases]
     show(rows)
@@ -152,8 +151,8 @@ def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
     return {
         "model": name,
         "draft": draft,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if weight.is_cuda else "cpu",
         "num_speculative_tokens": 8,
         "row_seconds": measure_rows({"kernels": model, "plain": plain}, repeats),
         "lookup_seconds": measure_lookup(repeats),

@@ -103,9 +103,11 @@ def substitutes() -> dict[str, Path]:
 
 
 def files_used(lessons: tuple[Lesson, ...] = LESSONS) -> str:
-    """One line that says whose code runs, for the first output of every command."""
+    """Whose code runs, for the first output of every command: "your lesson 1, the reference's lessons 0 and 2."."""
     mine = substitutes()
-    return ", ".join(f"lesson {each.number} {'yours' if each.slug in mine else 'reference'}" for each in lessons) + "."
+    owned = {"your": [each for each in lessons if each.slug in mine]}
+    owned["the reference's"] = [each for each in lessons if each.slug not in mine]
+    return ", ".join(f"{owner} {named(own)}" for owner, own in owned.items() if own) + "."
 
 
 def choose_modules(mine: str) -> None:

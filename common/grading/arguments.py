@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+PLAIN = (int, float, str, bytes)
 
 
 @contextmanager
@@ -38,8 +39,8 @@ def watched_arguments(module: ModuleType, function: str) -> Iterator[dict[str, A
         before = {argument: snapshot(value) for argument, value in arguments.items()}
         result = original(*positional, **named)
         for argument, value in arguments.items():
-            if not unchanged(before[argument], after := snapshot(value)):
-                changes[argument] = after
+            if not unchanged(before[argument], value):
+                changes[argument] = snapshot(value)
         return result
 
     setattr(scope, name, watched)
@@ -49,31 +50,41 @@ def watched_arguments(module: ModuleType, function: str) -> Iterator[dict[str, A
         setattr(scope, name, original)
 
 
+def parts(value: Any) -> list | tuple | None:
+    """What a list, a tuple or a frozen dataclass consists of; None of anything else."""
+    if isinstance(value, (list, tuple)):
+        return value
+    settings = getattr(type(value), "__dataclass_params__", None)
+    return [getattr(value, name) for name in value.__dataclass_fields__] if settings and settings.frozen else None
+
+
 def snapshot(value: Any) -> Any:
     """A copy of a tensor, a collection or a frozen dataclass, with all that is in it; anything else as it is."""
+    if value is None or isinstance(value, PLAIN):  # most are, and checks call some functions thousands of times
+        return value
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
         return {key: snapshot(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [snapshot(each) for each in value]
     if isinstance(value, set):
         return set(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.frozen:
-        return [snapshot(getattr(value, field.name)) for field in dataclasses.fields(value)]
-    return value
+    found = parts(value)
+    return value if found is None else [snapshot(each) for each in found]
 
 
-def unchanged(before: Any, after: Any) -> bool:
-    """Whether two snapshots are equal. Objects are compared by identity."""
-    if isinstance(before, Tensor) and isinstance(after, Tensor):
-        if before.shape != after.shape or before.dtype != after.dtype or before.device != after.device:
+def unchanged(before: Any, value: Any) -> bool:
+    """Whether a value still is as in its snapshot. Objects are compared by identity."""
+    if before is value and isinstance(value, PLAIN):
+        return True
+    if isinstance(before, Tensor) and isinstance(value, Tensor):
+        if before.shape != value.shape or before.dtype != value.dtype or before.device != value.device:
             return False
-        return before.is_meta or torch.equal(before.nan_to_num(0.5), after.nan_to_num(0.5))
-    if isinstance(before, dict) and isinstance(after, dict):
-        return list(before) == list(after) and all(unchanged(before[key], after[key]) for key in before)
-    if isinstance(before, list) and isinstance(after, list):
-        return len(before) == len(after) and all(map(unchanged, before, after))
-    if isinstance(before, (set, int, float, str, bytes)):
-        return before == after or before != before
-    return before is after
+        value = value.detach()
+        return before.is_meta or torch.equal(before.nan_to_num(0.5), value.nan_to_num(0.5))
+    if isinstance(before, dict) and isinstance(value, dict):
+        return list(before) == list(value) and all(unchanged(before[key], value[key]) for key in before)
+    if isinstance(before, (set, *PLAIN)):
+        return before == value or before != before
+    if isinstance(before, list) and (found := parts(value)) is not None:
+        return len(before) == len(found) and all(map(unchanged, before, found))
+    return before is value

@@ -58,8 +58,9 @@ struct Input {
   bool is_quantized() const { return layer.kind == W8A8 || layer.kind == W4A8; }
   bool needs_preparation() const { return is_quantized() || layer.kind == INT4; }
 
-  void prepare(const float* x, int64_t row) {
-    if (is_quantized()) scales[row] = scale_of(x, layer.K);
+  // most: the largest magnitudes of all rows, if these are parts of rows, or nullptr.
+  void prepare(const float* x, int64_t row, const float* most = nullptr) {
+    if (is_quantized()) scales[row] = most ? scale_of(most[row]) : scale_of(x, layer.K);
     if (layer.kind == W8A8) quantize(x, layer.K, scales[row], numbers.data() + row * stride);
     int8_t* bytes = reinterpret_cast<int8_t*>(numbers.data()) + row * stride;
     for (int64_t group = 0, k = 0; group < layer.num_groups; ++group, k += layer.group_size) {
@@ -84,8 +85,9 @@ inline const float* floats(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<float>() : nullptr;
 }
 
-// x: (..., K); bias: (N). Returns (..., N).
-at::Tensor apply(const c10::intrusive_ptr<Linear>& layer, const at::Tensor& input, const std::optional<at::Tensor>& bias) {
+// x: (..., K); bias: (N); most: (...), if a row's largest magnitude is another rank's. Returns (..., N).
+at::Tensor apply(const c10::intrusive_ptr<Linear>& layer, const at::Tensor& input, const std::optional<at::Tensor>& bias,
+                 const std::optional<at::Tensor>& most) {
   const Linear& w = *layer;
   const at::Tensor x = input.contiguous();
   const int64_t R = x.numel() / w.K;
@@ -101,7 +103,7 @@ at::Tensor apply(const c10::intrusive_ptr<Linear>& layer, const at::Tensor& inpu
   {
     if (prepared.needs_preparation()) {
 #pragma omp for
-      for (int64_t r = 0; r < R; ++r) prepared.prepare(in + r * w.K, r);
+      for (int64_t r = 0; r < R; ++r) prepared.prepare(in + r * w.K, r, floats(most));
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < panels; p += step)

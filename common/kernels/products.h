@@ -71,6 +71,9 @@ struct Rows {
   int64_t count, stride;
 };
 
+// The scale in eight bits of numbers of which this is the largest magnitude.
+inline float scale_of(float most) { return (most / 127 > 0 ? most / 127 : 1) + most * 0; }
+
 // The scale of a row in eight bits, as lesson 7's quantize_int8 has it. As there, a row with a NaN has a scale that is
 // NaN: it must not become a number.
 inline float scale_of(const float* x, int64_t K) {
@@ -84,7 +87,7 @@ inline float scale_of(const float* x, int64_t K) {
   float most = 0, zero = 0;
   for (int i = 0; i < LANES; ++i) most = std::max(most, wide[i]), zero += zeros[i];
   for (; k < K; ++k) most = std::max(most, std::fabs(x[k])), zero += x[k] * 0;
-  return (most / 127 > 0 ? most / 127 : 1) + zero;
+  return scale_of(most) + zero;
 }
 
 // `count` numbers of a row in eight bits, from -127 to 127.
@@ -261,11 +264,13 @@ inline void times_octs(const Linear& w, const Rows& x, int64_t row, int64_t pane
     ivec exact[R][PARTS] = {};
     for (int64_t left = w.octs(); left > 0; left -= OCTS) {
       Partial partial[R][PARTS] = {};
-      for (int64_t oct = 0; oct < std::min<int64_t>(OCTS, left); ++oct, numbers += 8)
+      for (int64_t oct = 0; oct < std::min<int64_t>(OCTS, left); ++oct, numbers += 8) {
+        fetch(from + w.num_groups * 4 * w.octs() * PANEL);
         for (int i = 0; i < PARTS; ++i, from += 4 * LANES) {
           const ivec both = load<ivec>(from), low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
           for (int r = 0; r < R; ++r) partial[r][i] = add_octs(partial[r][i], low, high, numbers + r * x.stride);
         }
+      }
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < PARTS; ++i) exact[r][i] += whole(partial[r][i]);
     }

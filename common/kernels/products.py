@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -84,11 +86,20 @@ def in_panels(layer: nn.Module, kind: int, embed: Callable, group_size: int = 0,
     if kind in (INT8, W8A8):
         given[1] = F.pad(given[1], (0, -layer.out_features % PANEL))
     matrix = build.compiled().Linear(kind, layer.out_features, layer.in_features, *given, group_size)
-    use(layer, apply=native_product, embed=embed, native=matrix)
+    if kind in (W8A8, W4A8) and len(layer.columns) < layer.shape[1]:
+        use(layer, apply=partial(product_of_part, matrix))
+    else:
+        use(layer, apply=native_product, embed=embed, native=matrix)
 
 
 def native_product(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return native(layer).apply(x, bias)
+    return native(layer).apply(x, bias, None)
+
+
+def product_of_part(matrix, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Ranks that have parts of the same tokens in eight bits agree on each token's scale before they multiply, so such
+    a layer is not fused with others."""
+    return matrix.apply(x, bias, layer.group.all_reduce(x.abs().amax(-1), dist.ReduceOp.MAX))
 
 
 def pack_floats(layer: nn.Module) -> None:
@@ -135,16 +146,9 @@ def look_up_int8(layer: nn.Module, token_ids: Tensor) -> Tensor:
     return look_up_pairs(layer, token_ids) * layer.weight_scale[token_ids, None]
 
 
-def is_whole(layer: nn.Module) -> bool:
-    """Whether a layer has all inputs. Ranks that have parts of them must agree on the scale of a token's activations,
-    so with activations in eight bits such a layer stays as it is."""
-    return len(layer.columns) == layer.shape[1]
-
-
 def pack_w8a8(layer: nn.Module) -> None:
     """As `pack_int8`, for activations in eight bits."""
-    if is_whole(layer):
-        pack_int8(layer, W8A8)
+    pack_int8(layer, W8A8)
 
 
 def pack_int4(layer: nn.Module, group_size: int, kind: int = INT4) -> None:
@@ -166,8 +170,7 @@ def pack_int4(layer: nn.Module, group_size: int, kind: int = INT4) -> None:
 
 def pack_w4a8(layer: nn.Module, group_size: int) -> None:
     """As `pack_int4`, for activations in eight bits."""
-    if is_whole(layer):
-        pack_int4(layer, group_size, W4A8)
+    pack_int4(layer, group_size, W4A8)
 
 
 def share_table(table: nn.Module, head: nn.Module) -> None:

@@ -21,7 +21,7 @@ DOCUMENTED = {status: {"model": ErrorResponse} for status in (400, 401, 404, 413
 
 
 class ApiError(Exception):
-    """An answer other than success. code: a word for programs, such as model_not_found."""
+    """An answer other than success. message: a sentence. code: a word for programs, such as model_not_found."""
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ):
+        message = message if message.endswith((".", "?", "!")) else f"{message}."
         super().__init__(message)
         self.status = status
         self.info = ErrorInfo(message=message, type=error_type(status), param=param, code=code)
@@ -60,16 +61,25 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(500, f"The engine could not compute this request: {error}", code="request_failed")
     if isinstance(error, ValueError):  # the engine's own words, which name the field
         return ApiError(400, str(error))
+    if isinstance(error, RecursionError):
+        return ApiError(400, "The body is nested too deeply.")
     LOG.error("A request has failed.", exc_info=error)
     return ApiError(500, "The server has failed in this request; its log says how.", code="internal_error")
 
 
 def validation_error(error: RequestValidationError) -> ApiError:
-    """Status 400 for a body that does not fit, naming the first field that is wrong."""
-    first = error.errors()[0]
-    where = [str(each) for each in first["loc"] if each != "body"]
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{'.'.join(where)}: {message}" if where else message, param=where[0] if where else None)
+    """Status 400 for a body that does not fit, naming the first field that is wrong.
+
+    Where a field may have several types, the one that fits the longest part of it says what is wrong.
+    """
+    *before, _ = error.errors()[0]["loc"]
+    near = [each for each in error.errors() if list(each["loc"][: len(before)]) == before]
+    chosen = max(near, key=lambda each: len(each["loc"]))
+    where = [str(each) for each in chosen["loc"][1:] if each != "str" and "[" not in str(each)]  # but names of types
+    message = chosen["msg"].removeprefix("Value error, ")
+    if not where and chosen["type"] == "value_error":  # a validator of ours, which names the fields itself
+        return ApiError(400, message)
+    return ApiError(400, f"{'.'.join(where) or 'body'}: {message}", param=where[0] if where else None)
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -89,5 +99,5 @@ def handle_errors(app: FastAPI) -> None:
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    for kind in (ApiError, QueueFull, EngineDead, RequestFailed, ValueError, Exception):
+    for kind in (ApiError, QueueFull, EngineDead, RequestFailed, ValueError, RecursionError, Exception):
         app.exception_handler(kind)(on_failure)

@@ -30,8 +30,11 @@ def draw_timeline(axes, trace: Trace, num_steps: int = 0, with_counts: bool = Fa
     names = [request["id"] for request in trace.requests]
     axes.set(xlabel="step", yticks=range(len(names)), yticklabels=names, xlim=(0, max(num_steps, len(trace.steps))))
     axes.invert_yaxis()
-    for place, kind in enumerate(kind for kind in KINDS if kind in used):
-        axes.text(0.26 * place, 1.03, f"■ {kind}", color=COLORS[kind], transform=axes.transAxes)
+    legend = [(f"■ {kind}", COLORS[kind]) for kind in KINDS if kind in used]
+    if any("preempt" in step.plan for step in trace.steps):
+        legend.append(("▼ preempted", VERMILION))
+    for place, (text, color) in enumerate(legend):
+        axes.text(0.26 * place, 1.03, text, color=color, transform=axes.transAxes)
 
 
 def draw_pool(axes, trace: Trace) -> None:
@@ -51,7 +54,11 @@ def draw_pool(axes, trace: Trace) -> None:
             columns[-1][np.array(replay.counts) > 1] = len(OWNERS) + 1
     settings = dict(cmap=ListedColormap([*OWNERS, CACHED, SHARED]), vmin=0, vmax=len(OWNERS) + 1)
     axes.imshow(np.stack(columns, 1), aspect="auto", interpolation="nearest", **settings)
-    axes.set(xlabel="step", ylabel="block", title="one colour a request")
+    axes.set(xlabel="step", ylabel="block")
+    for place, (text, color) in enumerate(
+        (("one colour a request", BLUE), ("■ shared", SHARED), ("■ free, cached", "#9AA0A6"))
+    ):
+        axes.text(0.4 * place, 1.03, text, color=color, transform=axes.transAxes)
 
 
 def draw_run(file: Path, size: tuple[float, float] = (10, 3)) -> Figure:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import distributed as dist
 
+from common.machine import choose_device
 from common.workers.commands import CommandSocket
 from common.workers.reception import ADDRESS_VARIABLE, START_SECONDS, report
 from common.workers.workers import Workers
@@ -85,7 +86,7 @@ def join_ranks(
 
     timeout: seconds that a rank waits for another one.
     """
-    on_gpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+    on_gpu = (device or choose_device(None)).startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     excepthook, limit, size = sys.excepthook, datetime.timedelta(seconds=timeout), sum(map(len, grid))

@@ -234,6 +234,29 @@ def test_products_of_whole_numbers_are_exact(rows, outputs, columns, monkeypatch
         assert torch.equal(layer(x), expected)
 
 
+class Louder:
+    """The other ranks of a group, whose shares of every token are twice as large."""
+
+    def all_reduce(self, x: torch.Tensor, op: object) -> torch.Tensor:
+        assert op == torch.distributed.ReduceOp.MAX
+        return 2 * x
+
+
+@pytest.mark.parametrize("method", [W8A8Method(), W4A8Method(32, symmetric=False)], ids=["w8a8", "w4a8"])
+def test_a_part_of_a_token_has_the_scale_of_the_whole(method, monkeypatch):
+    torch.manual_seed(0)
+    layer, numbers = Linear(96, 20), torch.randn(20, 192)
+    layer.method, layer.shape, layer.columns, layer.group = method, (20, 192), range(96, 192), Louder()
+    for name, tensor in method.quantized(layer, lambda rows, columns: numbers[:, columns.start : columns.stop]).items():
+        setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+    x = torch.randn(7, 96)
+    with torch.inference_mode():
+        expected = layer.method.apply(layer, x)
+        method.process_weights_after_loading(layer)
+        assert kernels.has_kernel(layer) and kernels.native(layer) is None  # nothing fuses it
+        assert error(layer.method.apply(layer, x), expected) < 2e-6
+
+
 def test_a_long_context(monkeypatch):
     """Of which all but the last tokens are in the cache already, as numbers of any kind."""
     models = build(monkeypatch, num_hidden_layers=1)

@@ -182,6 +182,8 @@ def test_parts_of_a_message_and_other_roles(client):
         ("completions", {"prompt": PROMPT, "model": "gpt"}, 404, "`gpt` does not exist; this server has `tales`"),
         ("completions", {}, 400, "prompt: Field required"),
         ("completions", {"prompt": ""}, 400, "prompt must not be empty"),
+        ("completions", [], 400, "body: Input should be a valid dictionary"),
+        ("completions", {"prompt": [3, -1]}, 400, "prompt.1: Input should be greater than or equal to 0."),
         ("completions", {"prompt": PROMPT, "suffix": "end"}, 400, "suffix is not supported"),
         ("completions", {"prompt": PROMPT, "temperature": -1}, 400, "temperature: Input should be greater than"),
         ("completions", {"prompt": PROMPT, "n": 100}, 400, "100 sequences in one request; this server holds 72"),
@@ -212,6 +214,21 @@ def test_bodies_that_are_no_json_and_routes_that_are_none(url):
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("PUT", "/health", 405)):
         answer = httpx.request(method, url + path)
         assert answer.status_code == status and "/docs" in answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_nested_deeply_is_no_failure_of_the_server(url):
+    """How deep is too deep is Python's affair, and differs between its versions."""
+    for depth in (10, 900, 100_000):
+        nested = '{"a": ' * depth + "1" + "}" * depth
+        body = f'{{"messages": {json.dumps(MESSAGES)}, "max_tokens": 1, "chat_template_kwargs": {nested}}}'
+        headers = {"Content-Type": "application/json"}
+        answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers)
+        assert answer.status_code in (200, 400) and (depth > 10 or answer.status_code == 200)
+        if answer.status_code == 400:
+            assert answer.json()["error"]["message"] in (
+                "The body is nested too deeply.",
+                "There was an error parsing the body.",
+            )
 
 
 def test_unknown_fields_are_ignored_and_null_is_the_default(url):

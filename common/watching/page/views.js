@@ -386,9 +386,17 @@ function drawText(run, step, chosen, choose) {
 // Time: the engine and its ranks
 // ---------------------------------------------------------------------------------------------------------------
 
+const STEPS_IN_VIEW = 24; // of usual length
+
 class Lanes {
   constructor(run, canvas) {
-    Object.assign(this, { run, canvas });
+    const begins = run.steps.map(({ plan }) => plan.t?.[0] ?? 0), ends = run.steps.map(({ plan, result }) => result?.t[2] ?? plan.t?.[2] ?? 0);
+    const lasted = ends.map((end, i) => end - begins[i]), usual = begins.slice(1).map((begin, i) => begin - begins[i]).sort((a, b) => a - b);
+    this.origin = begins[0] ?? 0;
+    this.total = Math.max(1e-6, ends.reduce((a, b) => Math.max(a, b), this.origin) - this.origin);
+    // One scale for the whole run, so that steps can be compared: wide enough for the longest step.
+    this.span = Math.min(this.total, Math.max(STEPS_IN_VIEW * (usual[usual.length >> 1] ?? 0), lasted.reduce((a, b) => Math.max(a, b), 1e-6)));
+    Object.assign(this, { run, canvas, begins, ends });
     this.rows = [["scheduler", []], ["submit", []], ["collect", []]];
     for (const step of run.steps) {
       const [begun, submitted, done] = step.plan.t ?? [0, 0, 0];
@@ -404,9 +412,9 @@ class Lanes {
 
   draw(step) {
     const { run, rows } = this, height = 24, [pen, width] = surface(this.canvas, rows.length * height + 18);
-    const left = 74, near = run.steps.slice(Math.max(0, step.index - 2), step.index + 3);
-    const begin = near[0].plan.t[0], end = Math.max(...near.map((each) => each.result?.t[2] ?? each.plan.t[2]));
-    const scale = (width - left - 4) / Math.max(1e-6, end - begin);
+    const left = 74, { origin, total, span } = this, middle = (this.begins[step.index] + this.ends[step.index]) / 2;
+    const begin = Math.max(origin, Math.min(origin + total - span, middle - span / 2)), end = begin + span;
+    const scale = (width - left - 4) / span, ms = (time) => ((time - origin) * 1e3).toFixed(1);
     pen.fillStyle = colours.paper;
     pen.fillRect(0, 0, width, rows.length * height + 18);
     pen.font = "12px system-ui, sans-serif";
@@ -418,7 +426,7 @@ class Lanes {
       pen.fillText(name, 0, y + height / 2);
       pen.fillStyle = colours.raised;
       pen.fillRect(left, y + 3, width - left, height - 6);
-      for (let i = this.seek(spans, begin); i < spans.length && spans[i][1] <= end; i++) {
+      for (let i = this.seek(spans, begin); i < spans.length && spans[i][1] < end; i++) {
         const [index, from, to] = spans[i], x = left + Math.max(0, from - begin) * scale, x2 = left + (Math.min(to, end) - begin) * scale;
         pen.fillStyle = index === step.index ? colours.shared : colours.idle;
         pen.fillRect(x, y + 3, Math.max(1, x2 - x - 1), height - 6);
@@ -426,15 +434,19 @@ class Lanes {
           pen.fillStyle = index === step.index ? colours.paper : colours.ink;
           pen.fillText(`${run.steps[index].number}`, x + 4, y + height / 2);
         }
-        if (index === step.index) words.push(`${name} from ${((from - begin) * 1e3).toFixed(1)} to ${((to - begin) * 1e3).toFixed(1)} ms`);
+        if (index === step.index) words.push(`${name} from ${ms(from)} to ${ms(to)} ms`);
       }
     });
     pen.fillStyle = colours.faint;
-    pen.fillText("0 ms", left, rows.length * height + 9);
-    pen.textAlign = "right";
-    pen.fillText(`${((end - begin) * 1e3).toFixed(1)} ms`, width - 2, rows.length * height + 9);
+    const unit = 10 ** Math.floor(Math.log10(span * 1e3)), each = unit * (span * 1e3 < 2 * unit ? 0.2 : span * 1e3 < 5 * unit ? 0.5 : 1);
+    pen.textAlign = "center";
+    for (let tick = Math.ceil(+ms(begin) / each) * each; tick <= (end - origin) * 1e3; tick += each) {
+      const x = left + (origin + tick / 1e3 - begin) * scale, text = `${+tick.toPrecision(6)} ms`, half = pen.measureText(text).width / 2;
+      pen.fillRect(x, rows.length * height, 1, 4);
+      if (x - half > left - 8 && x + half < width) pen.fillText(text, x, rows.length * height + 11);
+    }
     pen.textAlign = "left";
-    this.words = `${words.join("; ")}.`;
+    this.words = `Step ${step.number}, in milliseconds since the run began: ${words.join("; ")}.`;
   }
 
   describe() {
