@@ -78,13 +78,17 @@ class EngineConfig:
     pipeline_parallel: int = option(
         1, "stages of layers, each with processes of its own", minimum=1, maximum=1024, envvar="PP"
     )
-    timeout: float = option(30.0, "seconds that a rank waits for another one within a step", minimum=0.001)
+    timeout: float = option(
+        30.0, "seconds that a rank waits for another one within a step", minimum=0.001, maximum=10**6
+    )
 
     # Lesson 7: quantization
     quantization: str | None = option(
         None, "how weights are stored; default: as they are", choices=("int8", "w8a8", "int4", "w4a8"), envvar="QUANT"
     )
-    group_size: int = option(64, "weights that share a scale, with int4 and w4a8; even", minimum=2, envvar="GROUP")
+    group_size: int = option(
+        64, "weights that share a scale, with int4 and w4a8; even", minimum=2, maximum=2**14, envvar="GROUP"
+    )
     symmetric: bool = option(False, "int4 or w4a8 without zero points")
     kv_cache_dtype: str = option("auto", "auto: as the weights", choices=("auto", "int8"), envvar="KV")
     offload: int | None = option(
@@ -102,10 +106,10 @@ class EngineConfig:
     """The model's own config, once this one is resolved."""
 
     def __post_init__(self):
-        if isinstance(self.dtype, str) and self.dtype in DTYPES:
+        if isinstance(self.dtype, str) and (name := self.dtype.removeprefix("torch.")) in DTYPES:
             import torch  # not before it is needed: a command's help is made from this class
 
-            object.__setattr__(self, "dtype", getattr(torch, self.dtype))
+            object.__setattr__(self, "dtype", getattr(torch, name))
         for each in options():
             value = getattr(self, each.name)
             if not (value is None and each.default is None) and (rule := broken_rule(each, value)):
@@ -203,7 +207,8 @@ def broken_rule(each: Field, value: Any) -> str | None:
     """What the value of a field must be, if it is not."""
     rules, default = each.metadata, each.default
     if rules["choices"]:
-        is_allowed = str(value).removeprefix("torch.") in rules["choices"]  # "float32" or torch.float32
+        name = str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
+        is_allowed = isinstance(name, str) and name in rules["choices"]  # "float32" or torch.float32
         return None if is_allowed else f"one of {', '.join(rules['choices'])}"
     if rules["minimum"] is not None:
         is_number = isinstance(value, (int, float) if isinstance(default, float) else int)

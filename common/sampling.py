@@ -8,6 +8,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,7 +24,8 @@ GREEDY = 1e-5
 MAX_SAMPLES = 1024
 MAX_LOGPROBS = 1024
 """Each token's are sorted and kept, and each sample is a request: more of either would hold up all requests."""
-MAX_STOP_TOKENS = 10_000
+MAX_ENTRIES = 10_000
+"""Of each list: `itertools.repeat` would fill the memory."""
 MAX_STOP_CHARACTERS = 10_000
 """The most characters that the stop strings of a request have together: every token is compared with all of them."""
 
@@ -99,15 +101,18 @@ class SamplingParams:
             if value is not None and not (is_number and low <= value <= high):
                 rule = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
                 refuse(name, f"a {'whole ' if kind is Integral else ''}number {rule}", value)
+            if value is not None:  # torch knows no Fraction, and a seed is hashed as it is written: np.int64(3)
+                values[name] = int(value) if kind is Integral else float(value)
         for name in ("stop", "stop_token_ids", "logits_processors"):
             several = isinstance(values[name], Iterable) and not isinstance(values[name], str)
-            values[name] = tuple(values[name]) if several else (values[name],)
+            values[name] = tuple(islice(values[name], MAX_ENTRIES + 1)) if several else (values[name],)
         if not all(isinstance(string, str) and string for string in values["stop"]):
             refuse("stop", "one or several strings that are not empty", values["stop"])
         if (length := sum(map(len, values["stop"]))) > MAX_STOP_CHARACTERS:
             refuse("stop", f"at most {MAX_STOP_CHARACTERS} characters long in all", length)
-        if (length := len(values["stop_token_ids"])) > MAX_STOP_TOKENS:
-            refuse("stop_token_ids", f"at most {MAX_STOP_TOKENS} token ids", length)
+        for name in ("stop_token_ids", "logits_processors"):
+            if len(values[name]) > MAX_ENTRIES:
+                refuse(name, f"a list of at most {MAX_ENTRIES} entries", values[name])
         if not all(map(is_id, values["stop_token_ids"])):
             refuse("stop_token_ids", "token ids", values["stop_token_ids"])
         if not isinstance(values["ignore_eos"], bool):

@@ -388,6 +388,15 @@ class TestCacheBlocks:
             "(what is found, which of the blocks 0 to 3 have a hash), where 0 1 and 2 3 hold the same tokens",
         )
 
+    def test_the_same_beginning_twice(self, code):
+        manager = code.KVCacheManager(6, 2)
+        rows = {"first": [1, 2, 3, 4], "second": [1, 2, 5, 6]}
+        own = [self.sequence(code, manager, token_ids, name) for name, token_ids in rows.items()]
+        for sequence in own:  # both computed before either was cached
+            manager.cache_blocks(sequence, 4)
+        what = "where [1, 2] and [5, 6] are found: block 2 holds [1, 2] once more, and block 3 holds [5, 6]"
+        equal(self.found(code, manager, [1, 2, 5, 6]), [0, 3], what)
+
     def test_switched_off(self, code):
         manager = code.KVCacheManager(6, 2, enable_prefix_caching=False)
         sequence = self.sequence(code, manager, [1, 2, 3, 4])

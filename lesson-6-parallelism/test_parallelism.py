@@ -286,6 +286,12 @@ class TestRingAllReduce:
         results, _ = ring(code, xs)
         close(stacked(results), torch.stack([sum(xs)] * 2), "what 2 ranks have after ring_all_reduce of a matrix's .T")
 
+    def test_the_dtype_stays(self, code):
+        xs = [counted(4).double() + 2**-40 * rank for rank in range(2)]
+        results, _ = ring(code, xs)
+        what = "what 2 ranks have after ring_all_reduce of four numbers in float64"
+        close(stacked(results), torch.stack([sum(xs)] * 2), what, rtol=0, atol=0)
+
     def test_alone(self, code):
         results, _ = ring(code, [counted(3)])
         close(results[0], counted(3), "ring_all_reduce of a rank that is alone")
@@ -719,6 +725,20 @@ class TestWorkerLoop:
         sent, _ = self.run(code, [1, None], run)
         is_consequence = getattr(sent[0], "is_consequence", None) if sent else None
         equal(is_consequence, True, "is_consequence of the Failure when another rank has closed its connection")
+
+    def test_a_lost_connection(self, code):
+        """Nothing can be sent any more, and the process ends."""
+        sent = []
+
+        def receive():
+            raise EOFError("rank 0 is gone")
+
+        try:
+            code.worker_loop(receive, str, sent.append, 2)
+            raised = "nothing"
+        except EOFError:
+            raised = "EOFError"
+        equal((raised, sent), ("EOFError", []), "(what is raised, what is sent), where `receive` raises EOFError")
 
 
 class FakeWorkers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import threading
 import time
@@ -74,6 +75,11 @@ class TestQuantizeInt8:
         what = "of [1e-6, 0] in float16, which cannot tell 1e-6 / 127 from 0"
         close(scale, torch.ones(1).half(), f"the scale {what}")
         close(numbers, torch.zeros(1, 2, dtype=torch.int8), f"the numbers {what}")
+
+    def test_a_fault_stays_visible(self, code):
+        _, scale = code.quantize_int8(torch.tensor([[1.0, math.nan], [254.0, 1.0]]))
+        what = "the scales of [[1, NaN], [254, 1]]: the first is NaN, or the fault would go unnoticed"
+        close(scale, torch.tensor([math.nan, 2.0]), what)
 
     def test_error_is_half_a_step(self, code):
         weight = spread(6, 40)

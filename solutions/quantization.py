@@ -318,14 +318,17 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
     said = checkpoint.config.get("quantization_config")
     if said is None:
         return None
-    if said.get("quant_method") != METHOD:
+    method = said.get("quant_method") if isinstance(said, dict) else said
+    if method != METHOD:
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json: quantized by {said.get('quant_method')!r}; this engine reads its own "
-            "quantized checkpoints and unquantized ones."
+            f"{checkpoint.folder}/config.json: quantized by {method!r:.80}; this engine reads its own quantized "
+            "checkpoints and unquantized ones."
         )
     try:
         return Quantization(said["kind"], said["group_size"], said["symmetric"])
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config lacks {error}.") from None
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {error}") from None
 
 

@@ -6,8 +6,11 @@ import math
 import pickle
 import re
 from dataclasses import fields
+from fractions import Fraction
+from itertools import repeat
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +87,19 @@ def test_what_cannot_be_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"SamplingParams: {name} must be ") as refusal:
         SamplingParams(**{name: value})
     assert len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "logits_processors"])
+def test_an_endless_list_is_refused(name):
+    entry = {"stop": "a", "stop_token_ids": 3, "logits_processors": max}[name]
+    with pytest.raises(ValueError, match=f"SamplingParams: {name} must be .*at most 10000"):
+        SamplingParams(**{name: repeat(entry)})
+
+
+def test_numbers_of_other_libraries_mean_what_python_s_do():
+    params = SamplingParams(temperature=Fraction(1, 2), top_p=np.float32(0.5), seed=np.int64(3), top_k=np.int8(4))
+    assert params == SamplingParams(temperature=0.5, top_p=0.5, seed=3, top_k=4)
+    assert repr(params) == repr(SamplingParams(temperature=0.5, top_p=0.5, seed=3, top_k=4))  # a seed is hashed so
 
 
 def test_the_longest_stop_string_that_is_taken():

@@ -101,6 +101,9 @@ def leave_ranks(num_threads: int) -> None:
     """Disconnect this process from the other ranks, and give it back the threads that it had before."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    # Groups are named by a count. A start that failed has counted, too, and processes that are new would wait for names
+    # that this one does not use.
+    dist.distributed_c10d._world.group_count = 0
     torch.set_num_threads(num_threads)
 
 

@@ -154,7 +154,7 @@ def interrupt_often(engine: InferenceEngine, action: Callable, most: int, seed: 
     for at in places:
         try:
             interrupt(engine, action, at, expected)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:  # one that is raised late would end pytest without a result
             raise AssertionError(f"Ctrl-C at {at}") from error
     if EVERY_LINE:
         print(f"{action.__name__}: {sum(at.is_pressed for at in places)} of {len(places)} places interrupted")

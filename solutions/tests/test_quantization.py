@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from solutions.quantization import (
     W8A8Method,
     int8_matmul,
     pack_int4,
+    quantization_of,
     quantize,
     quantize_int8,
     save_quantized,
@@ -184,6 +186,20 @@ def test_a_quantized_checkpoint_is_not_quantized_again(checkpoints, tmp_path):  
     (tmp_path / "saved" / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match="quantized by 'awq'"):
         engine(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ([], r"quantized by \[\]"),
+        ("int8", "quantized by 'int8'"),
+        ({"quant_method": "inference-course"}, "quantization_config lacks 'kind'"),
+        ("inference-course", "quantization_config: string indices"),
+    ],
+)
+def test_what_does_not_say_how_it_is_quantized_is_refused(said, says):
+    with pytest.raises(CheckpointError, match=f"config.json: {says}"):
+        quantization_of(SimpleNamespace(folder="made", config={"quantization_config": said}))
 
 
 def test_a_weight_of_the_wrong_shape_is_refused(checkpoints, tmp_path):  # noqa: F811

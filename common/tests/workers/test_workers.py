@@ -12,11 +12,13 @@ import time
 from multiprocessing.connection import Client
 
 import pytest
+import torch
 
 from common.course.lessons import ROOT
 from common.workers import CommandSocket, Failure, Reception, WorkerError, WorkerLost, Workers, describe, guarded
 
 from common.workers import is_consequence, kill, report, start  # isort: skip
+from common.workers.rendezvous import join_ranks, leave_ranks
 
 HERE = "common.tests.workers.test_workers"
 
@@ -244,3 +246,16 @@ def test_ctrl_c_when_a_step_is_done_is_not_left_to_the_next_one(monkeypatch):
     monkeypatch.setattr(signal, "signal", put)
     with workers.guard():
         pass
+
+
+def test_a_start_of_ranks_that_failed_leaves_no_trace():
+    """torch counts it, and names the groups of the next start by the count: new processes would wait for others."""
+    dist, threads = torch.distributed, torch.get_num_threads()
+    with pytest.raises(RuntimeError):
+        join_ranks(dist.HashStore(), 0, [[0, 1]], "cpu", timeout=0.001)
+    leave_ranks(threads)
+    join_ranks(dist.HashStore(), 0, [[0]], "cpu", timeout=5)
+    try:
+        assert dist.group.WORLD.group_name == "0"
+    finally:
+        leave_ranks(threads)

@@ -241,6 +241,13 @@ ANSWERS = [
     ),
     wrong(
         "4.5",
+        "the loop ended at the first block of which another holds the same",
+        "            if block.block_hash is None:\n",
+        "            if self.pool.find(block_hash) not in (None, block):\n                break\n"
+        "            if block.block_hash is None:\n",
+    ),
+    wrong(
+        "4.5",
         "the loop ended at the first block that has a hash already",
         "            if block.block_hash is None:\n",
         "            if block.block_hash is not None:\n                break\n            else:\n",

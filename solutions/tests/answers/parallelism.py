@@ -260,6 +260,7 @@ ANSWERS = [
     ),
     # ---------------------------------------------------------------------------------------- 6.9 ring_all_reduce
     wrong("6.9", "the second half left out", "group.exchange(sent, received)", "pass"),
+    wrong("6.9", "sums in float32, whatever dtype x has", "x.clone(", "x.float().clone("),
     wrong(
         "6.9", "x itself changed", "total = x.clone(memory_format=torch.contiguous_format)", "total = x.contiguous()"
     ),
@@ -602,18 +603,32 @@ ANSWERS = [
     wrong("6.17", "the error's kind left out", "describe(error)", "str(error)"),
     wrong("6.17", "every failure called a consequence of another", "is_consequence(error)", "True"),
     wrong("6.17", "no failure called a consequence of another", "is_consequence(error)", "False"),
-    right(
+    wrong_body(
         "6.17",
-        "the loop within the try",
+        "an error of `receive` sent as a Failure",
         """
         try:
             for command in iter(receive, None):
                 result = run(command)
-                if result is None:
-                    continue
-                send(result)
+                if result is not None:
+                    send(result)
         except Exception as error:
-            send(Failure(rank, f"{type(error).__name__}: {error}", is_consequence(error)))
+            send(Failure(rank, describe(error), is_consequence(error)))
+        """,
+    ),
+    right(
+        "6.17",
+        "with iter",
+        """
+        for command in iter(receive, None):
+            try:
+                result = run(command)
+            except Exception as error:
+                send(Failure(rank, f"{type(error).__name__}: {error}", is_consequence(error)))
+                break
+            if result is None:
+                continue
+            send(result)
         """,
     ),
     # ------------------------------------------------------------------------------ 6.18 ParallelExecutor.submit

@@ -27,6 +27,12 @@ ANSWERS = [
         "absmax = weight.abs().amax(dim=1) if absmax is None else absmax",
         "absmax = weight.abs().amax(dim=1)",
     ),
+    wrong(
+        "7.1",
+        "a row with a NaN in it given the scale of a row of zeros",
+        "torch.where(scale == 0, 1.0, scale)",
+        "torch.where(scale > 0, scale, 1.0)",
+    ),
     right(
         "7.1",
         "row by row",
