@@ -262,6 +262,8 @@ class Quantization:
             raise ValueError(f"quantization must be one of int8, w8a8, int4, w4a8; it is {self.kind!r}.")
         if not isinstance(self.group_size, int) or self.group_size < 2 or self.group_size % 2:
             raise ValueError(f"group_size must be an even number of at least 2; it is {self.group_size!r}.")
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric must be true or false; it is {self.symmetric!r}.")
 
     def method(self, is_saved: bool) -> LinearMethod:
         """Returns the method for the linear layers of a model's blocks."""
@@ -292,21 +294,19 @@ METHOD = "inference-course"  # by which a config.json says that its checkpoint w
 
 def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
     """Returns how a checkpoint was quantized by `save_quantized`, or None if it has floats."""
-    said = checkpoint.config.get("quantization_config")
-    if said is None:
+    if (said := checkpoint.config.get("quantization_config")) is None:
         return None
-    method = said.get("quant_method") if isinstance(said, dict) else said
-    if method != METHOD:
+    if not isinstance(said, dict) or said.get("quant_method") != METHOD:
+        method = said.get("quant_method") if isinstance(said, dict) else said
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: quantized by {method!r:.80}; this engine reads its own quantized "
             "checkpoints and unquantized ones."
         )
     try:
         return Quantization(said["kind"], said["group_size"], said["symmetric"])
-    except KeyError as error:
-        raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config lacks {error}.") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {error}") from None
+    except (KeyError, ValueError) as error:
+        reason = f"it lacks {error}." if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {reason}") from None
 
 
 def quantize_for(model: Llama, checkpoint: Checkpoint, quantization: Quantization | None) -> None:

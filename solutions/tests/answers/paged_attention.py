@@ -1047,11 +1047,6 @@ EQUIVALENT = [
         "if not self.enable_prefix_caching: -> if False:",
         "return ([], 0) -> pass",
     ),
-    equivalent(
-        "4.5",
-        "a block that has a hash is in `cached` under it, and `remember` leaves that as it is",
-        "if block.block_hash is None: -> if True:",
-    ),
     equivalent("4.6", "copies in no place are no copies", "if shared: -> if True:"),
     equivalent("4.7", "the slice of the parent's table is a new list already", "list(blocks) -> blocks"),
     equivalent(
