@@ -12,6 +12,7 @@ import json
 import random
 import tempfile
 from collections import Counter, deque
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -91,10 +92,11 @@ class Watched:
         self.flying.append(plan)
         self.inner.submit(plan)
 
-    def drop(self) -> None:
-        """After an interruption: nothing is in flight, though outputs may still come."""
-        self.dropped |= {plan.step_id for plan in self.flying}
-        self.flying.clear()
+    def drop(self, in_flight: Iterable[SchedulerOutput]) -> None:
+        """After an interruption: only these are in flight now, though outputs of others may still come."""
+        kept = {plan.step_id for plan in in_flight}
+        self.dropped |= {plan.step_id for plan in self.flying} - kept
+        self.flying = deque(plan for plan in self.flying if plan.step_id in kept)
 
     def collect(self) -> ModelRunnerOutput:
         output = self.inner.collect()
@@ -140,7 +142,7 @@ class Steps:
             if not tracer.is_pressed:
                 raise  # a real one
             self.num_interrupted += 1
-            self.engine.executor.drop()
+            self.engine.executor.drop(self.engine.in_flight)  # all, if it came before the step began
 
 
 def drive(
