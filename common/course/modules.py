@@ -103,11 +103,12 @@ def substitutes() -> dict[str, Path]:
 
 
 def files_used(lessons: tuple[Lesson, ...] = LESSONS) -> str:
-    """Whose code runs, for the first output of every command: "your lesson 1, the reference's lessons 0 and 2."."""
+    """Whose code runs, for the first output of every command: "Your lesson 1, the reference's lessons 0 and 2."."""
     mine = substitutes()
     owned = {"your": [each for each in lessons if each.slug in mine]}
     owned["the reference's"] = [each for each in lessons if each.slug not in mine]
-    return ", ".join(f"{owner} {named(own)}" for owner, own in owned.items() if own) + "."
+    text = ", ".join(f"{owner} {named(own)}" for owner, own in owned.items() if own)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def choose_modules(mine: str) -> None:

@@ -118,7 +118,7 @@ def test_activate_names_what_is_unfinished(tmp_path, monkeypatch):
     monkeypatch.setenv(course.MODULES_VARIABLE, "")
     course.activate("1")
     assert course.substitutes() == {"llm_basics": folder / "llm_basics.py"}
-    assert course.files_used().startswith("your lesson 1, the reference's lessons 0, 2")
+    assert course.files_used().startswith("Your lesson 1, the reference's lessons 0, 2")
     course.activate("")
     assert course.substitutes() == {}
 

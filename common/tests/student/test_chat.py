@@ -144,7 +144,7 @@ def test_run_shows_the_prompt_to_the_model_as_it_was_given(prompt, capsys):
     assert chat.answer(model, prompt) == 0
     assert model.generate.prompts == [f"<u>{prompt}<a>"]
     out = capsys.readouterr().out
-    assert out.startswith("Hi.") and "fake: " in out and "the reference's lessons" in out
+    assert out.startswith("Hi.") and "fake: " in out and "The reference's lessons" in out
 
 
 def test_run_refuses_an_empty_prompt_and_reports_an_interrupt():
