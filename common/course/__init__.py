@@ -23,5 +23,6 @@ from common.course.modules import (
     install_finder,
     parse_mine,
     substitutes,
+    whose,
     withheld,
 )

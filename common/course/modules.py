@@ -102,12 +102,17 @@ def substitutes() -> dict[str, Path]:
     return withheld() | {slug: Path(file) for slug, _, file in pairs}
 
 
-def files_used(lessons: tuple[Lesson, ...] = LESSONS) -> str:
-    """Whose code runs, for the first output of every command: "Your lesson 1, the reference's lessons 0 and 2."."""
+def whose(lessons: tuple[Lesson, ...]) -> str:
+    """Whose code of these lessons runs: "your lesson 1, the reference's lessons 0 and 2"."""
     mine = substitutes()
     owned = {"your": [each for each in lessons if each.slug in mine]}
     owned["the reference's"] = [each for each in lessons if each.slug not in mine]
-    text = ", ".join(f"{owner} {named(own)}" for owner, own in owned.items() if own)
+    return ", ".join(f"{owner} {named(own)}" for owner, own in owned.items() if own)
+
+
+def files_used() -> str:
+    """A sentence that says whose code runs, for the first output of every command."""
+    text = whose(LESSONS)
     return f"{text[0].upper()}{text[1:]}."
 
 

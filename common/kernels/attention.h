@@ -24,6 +24,15 @@ struct Blocks {
   int64_t slot(const int64_t* table, int64_t position) const {
     return (table[position / block_size] * block_size + position % block_size) * kv_heads * head_dim;
   }
+
+  // Where one head's keys and values of `count` positions lie, from `first` on.
+  void find(const int64_t* table, int64_t first, int64_t count, int64_t kv_head, const Number** found_keys,
+            const Number** found_values) const {
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t at = slot(table, first + j) + kv_head * head_dim;
+      found_keys[j] = keys + at, found_values[j] = values + at;
+    }
+  }
 };
 
 // Scores of one query and `count` <= KEYS keys, times `scale`. What lies beyond `count` is not written.
@@ -122,10 +131,7 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
   for (int64_t first = std::max<int64_t>(0, position - window + 1); first < end; first += MANY_KEYS) {
     const Number *keys[MANY_KEYS], *values[MANY_KEYS];
     const int64_t count = std::min(MANY_KEYS, end - first);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t at = blocks.slot(table, first + j) + kv_head * D;
-      keys[j] = blocks.keys + at, values[j] = blocks.values + at;
-    }
+    blocks.find(table, first, count, kv_head, keys, values);
     in_panels(keys, count, D, panels);
     transpose(panels, size, transposed);
     std::fill_n(products, heads * MANY_KEYS, 0.0f);
@@ -182,10 +188,7 @@ inline void attend(const float* q, int64_t stride, int64_t tokens, int64_t group
   for (int64_t first = std::max<int64_t>(0, position - window + 1); first < end; first += KEYS) {
     const Number *keys[KEYS], *values[KEYS];
     const int64_t count = std::min(KEYS, end - first);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t at = blocks.slot(table, first + j) + kv_head * D;
-      keys[j] = blocks.keys + at, values[j] = blocks.values + at;
-    }
+    blocks.find(table, first, count, kv_head, keys, values);
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t low = std::max<int64_t>(0, position + t - window + 1 - first);  // the keys that this token sees
       const int64_t high = std::min(count, position + t + 1 - first);

@@ -110,8 +110,7 @@ def heading(lesson: Lesson, file: Path) -> None:
     if earlier and not lesson.part:
         mine = "0" if len(earlier) == 1 else f"0-{earlier[-1].number}"
         offer = "" if {each.slug for each in earlier} <= set(course.substitutes()) else f" MINE={mine} takes yours."
-        whose = course.files_used(earlier)
-        console.print(f"[dim]on top of {whose[0].lower()}{whose[1:]}{offer}[/]")
+        console.print(f"[dim]on top of {course.whose(earlier)}.{offer}[/]")
     if lesson.is_withheld:
         console.print("[dim]Its solution is withheld: each exercise is checked in your whole file, with the others.[/]")
     console.print()
