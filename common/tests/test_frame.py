@@ -16,6 +16,7 @@ import pytest
 
 from common import setup
 from common.authoring import checks, clean, notebooks
+from common.authoring.remaining import longest_first
 from common.bench import plots, results
 from common.course import ROOT, Lesson
 from common.machine import interleaved_medians
@@ -260,6 +261,21 @@ def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
     assert run("--remaining", REAL="1") == "fast real slow"
     run("--record", "-m", "not slow", BROKEN="1")  # a run that fails takes the record of the one before away
     assert not (tmp_path / ".course" / "tested.json").exists()
+
+
+def test_each_worker_begins_with_long_tests():
+    class Item:
+        def __init__(self, *seconds):
+            self.seconds = seconds
+
+        def iter_markers(self, name):
+            return [pytest.mark.slow(*self.seconds), pytest.mark.slow]
+
+    short, (a, b, c) = [Item() for _ in range(6)], (Item(20), Item(90), Item(60))
+    found = longest_first([*short[:4], a, short[4], b, c, short[5]], 2)
+    assert found == [b, a, *short[:2], c, *short[2:]]
+    assert longest_first([*short, a, b, c], 1) == [b, c, a, *short]
+    assert longest_first([a, b], 4) == [b, a]
 
 
 def test_the_course_is_tested_whatever_the_environment_says(monkeypatch):
