@@ -3,8 +3,7 @@
 Left out were the slow tests, and those that skipped themselves because transformers or the real model was not there.
 `--record` writes down what a whole run has passed; `--remaining` runs the rest. The record counts only while no file of
 the repository is younger than that run; otherwise, or if that run failed, `--remaining` runs everything.
-
-It also has the tests begin that take longest, those marked `slow(seconds)`: a long one at the end is waited for.
+What is marked `slow(seconds)` begins first, for a long test at the end is waited for.
 """
 
 from __future__ import annotations

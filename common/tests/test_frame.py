@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib
 import nbformat
@@ -264,14 +265,10 @@ def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
 
 
 def test_each_worker_begins_with_long_tests():
-    class Item:
-        def __init__(self, *seconds):
-            self.seconds = seconds
+    def item(*seconds):
+        return Mock(**{"iter_markers.return_value": [pytest.mark.slow(*seconds), pytest.mark.slow]})
 
-        def iter_markers(self, name):
-            return [pytest.mark.slow(*self.seconds), pytest.mark.slow]
-
-    short, (a, b, c) = [Item() for _ in range(6)], (Item(20), Item(90), Item(60))
+    short, (a, b, c) = [item() for _ in range(6)], (item(20), item(90), item(60))
     found = longest_first([*short[:4], a, short[4], b, c, short[5]], 2)
     assert found == [b, a, *short[:2], c, *short[2:]]
     assert longest_first([*short, a, b, c], 1) == [b, c, a, *short]
