@@ -217,7 +217,9 @@ def test_bodies_that_are_no_json_and_routes_that_are_none(url):
     def answer_to(content: bytes, kind: str) -> str:
         return httpx.post(f"{url}/v1/completions", content=content, headers={"Content-Type": kind}).text
 
-    assert "is not JSON: Expecting property name enclosed in double quotes, at char" in answer_to(b"{", "application/json")
+    assert "is not JSON: Expecting property name enclosed in double quotes, at char" in answer_to(
+        b"{", "application/json"
+    )
     assert "must be application/json" in answer_to(b'{"prompt": "x"}', "application/x-www-form-urlencoded")  # curl -d
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("PUT", "/health", 405)):
         answer = httpx.request(method, url + path)
