@@ -142,9 +142,9 @@ class TestTokensToSchedule:
 
     def test_what_is_computed_already(self, code):
         each = request(code, "a", 10, 3, num_computed_tokens=12)
-        equal(code.tokens_to_schedule(each, 16, 16), 1, "10 tokens of prompt and 3 of output, 12 computed")
+        equal(code.tokens_to_schedule(each, 16, 16), 1, "10 tokens of prompt and 3 of output, of which 12 are computed")
         each = request(code, "a", 10, num_computed_tokens=6)
-        equal(code.tokens_to_schedule(each, 3, 16), 3, "a prompt of 10, 6 computed, a budget of 3")
+        equal(code.tokens_to_schedule(each, 3, 16), 3, "a prompt of 10 tokens, of which 6 are computed, a budget of 3")
 
     def test_draft_tokens(self, code):
         each = request(code, "a", 10, 3, num_computed_tokens=12, spec_token_ids=[1, 2, 3, 4])
@@ -153,14 +153,15 @@ class TestTokensToSchedule:
 
     def test_what_was_found_in_the_cache_is_computed(self, code):
         each = request(code, "a", 12, num_computed_tokens=9, num_cached_tokens=8)
-        equal(code.tokens_to_schedule(each, 16, 16), 3, "a prompt of 12, of which 8 were cached and 9 are computed")
+        equal(
+            code.tokens_to_schedule(each, 16, 16), 3, "a prompt of 12 tokens, of which 8 were cached and 9 are computed"
+        )
 
     def test_computed_again_after_preemption(self, code):
         each = request(code, "a", 12, 3, num_cached_tokens=8)
-        equal(
-            code.tokens_to_schedule(each, 16, 16), 15, "12 tokens of prompt, 8 once cached, and 3 of output: preempted"
-        )
-        equal(code.tokens_to_schedule(each, 16, 4), 4, "the same request, preempted, and chunks of at most 4")
+        what = "a preempted request, 12 tokens of prompt (8 of them found in the cache before) and 3 of output"
+        equal(code.tokens_to_schedule(each, 16, 16), 15, what)
+        equal(code.tokens_to_schedule(each, 16, 4), 4, "the same preempted request, chunks of at most 4")
 
     def test_no_budget(self, code):
         equal(code.tokens_to_schedule(request(code, "a", 10), 0, 16), 0, "a new prompt of 10 tokens, a budget of 0")
