@@ -173,8 +173,8 @@ def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Ten
 
     The last group of a row may be shorter. number x scale + minimum approximates the weight. Asymmetric: 0 stands for
     the group's smallest weight and 15 for its largest. Symmetric: 8 stands for 0, and 15 and 1 for the largest
-    magnitude and its negative, so the minimum is -8 scales. Scales and minima are rounded to float16, as they are stored, before
-    the numbers are chosen. A scale that would be 0 in float16 is 1.
+    magnitude and its negative, so the minimum is -8 scales. Scales and minima are rounded to float16, as they are
+    stored, before the numbers are chosen. A scale that would be 0 in float16 is 1.
 
     Returns the numbers, uint8 (out, in), the scales and the minima, both float16 (out, groups).
     """
