@@ -64,8 +64,9 @@ class Tenant:
             )
         if self.tokens_per_minute is not None and self.tokens_left <= 0:
             seconds = max(1.0, 60 * -self.tokens_left / self.tokens_per_minute)
-            allowed = counted(self.tokens_per_minute, "token")
-            message = f"{self.name} has used its {allowed} a minute; try again in {seconds:.0f} s."
+            message = (
+                f"{self.name} has used its {self.tokens_per_minute} tokens a minute; try again in {seconds:.0f} s."
+            )
             raise QueueFull(message, seconds)
         self.num_requests += 1
 
