@@ -34,7 +34,7 @@ def tokens_by_expert(chosen: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """Sort the tokens by the experts that compute them. chosen: (T, k), from `route`.
 
     Returns {expert: (tokens, places)}, with an entry for each expert that is chosen, and for no other. tokens: (n,),
-    the indices of the tokens that chose it, ascending. places: (n,), its index among the k experts of each of these.
+    the indices of the tokens that chose it, ascending. places: (n,), where it stands among each one's k, from 0.
     """
     # TODO 2.19: choice i of the flattened `chosen` is token i // k's, at place i % k. Sort the choices by expert,
     # or find the choices of one expert after the other.
@@ -58,7 +58,7 @@ def experts_read(num_experts: int, k: int, num_tokens: int) -> float:
     Each token chooses k of the experts, all equally likely, and independently of the others. (Real routers are less
     even, since neighbouring tokens are alike.)
     """
-    # TODO 2.21: compute the probability that no token chooses a given expert; otherwise it is read.
+    # TODO 2.21: with which probability does no token choose a given expert?
     raise NotImplementedError("TODO 2.21")
 
 

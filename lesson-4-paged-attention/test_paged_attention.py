@@ -356,9 +356,9 @@ class TestCacheBlocks:
             "where [1, 2], [3, 4] and [5, 6] are found, after cache_blocks of 0, 1, 2, 3, 5 and 6 tokens",
         )
 
-    def test_a_draft_token_is_not_cached(self, code):
+    def test_a_guess_is_not_cached(self, code):
         manager = code.KVCacheManager(6, 2)
-        sequence = self.sequence(code, manager, [1, 2, 3, 8])  # 8 is a draft token
+        sequence = self.sequence(code, manager, [1, 2, 3, 8])  # 8 is a guess
         manager.cache_blocks(sequence, 3)
         has = [block.block_hash is not None for block in manager.pool.blocks[:2]]
         equal(has, [True, False], "which of [1, 2] [3, 8] have a hash, where 4 tokens are computed and 3 verified")
@@ -441,7 +441,7 @@ class TestAllocateSlots:
         self.allocate([0, 1], "for the first 5 tokens, in blocks of 4", manager, sequence, 5)
         equal(manager.block_table("a"), [0, 1], "the block table after that")
         sequence.num_computed_tokens = 5
-        self.allocate([], "for 3 more tokens after 5 (2 blocks of 4 hold 8)", manager, sequence, 3)
+        self.allocate([], "for 3 more tokens behind 5 (2 blocks of 4 have room for 8)", manager, sequence, 3)
         sequence.num_computed_tokens = 8
         self.allocate([2], "for the ninth token, in blocks of 4", manager, sequence, 1)
         sequence.num_computed_tokens = 9
@@ -456,10 +456,10 @@ class TestAllocateSlots:
     def test_lookahead(self, code):
         manager = code.KVCacheManager(6, 4)
         sequence = code.PagedSequence("a", list(range(9)))
-        self.allocate([0, 1], "for 3 tokens and 2 draft tokens, in blocks of 4", manager, sequence, 3, 2)
+        self.allocate([0, 1], "for 3 tokens and 2 guesses, in blocks of 4", manager, sequence, 3, 2)
         sequence.num_computed_tokens = 3
-        self.allocate([], "for the fourth token, where the blocks hold 8", manager, sequence, 1)
-        equal(manager.block_table("a"), [0, 1], "the block table, which needed no further block")
+        self.allocate([], "for the fourth token, where there is room for 8", manager, sequence, 1)
+        equal(manager.block_table("a"), [0, 1], "the block table, which had room enough")
 
     def test_lookahead_alone(self, code):
         manager = code.KVCacheManager(6, 4)

@@ -399,7 +399,7 @@ class Scheduler:
 
     def preempt_by_recompute(self, request: Request) -> None:
         """Free a request's blocks, to compute all of its tokens again once it is admitted. `preempt` does the rest."""
-        # TODO 5.10: free its blocks at the manager; then nothing of it is computed, and it waits. Set both fields.
+        # TODO 5.10: what becomes of its blocks, of `num_computed_tokens`, of its status?
         raise NotImplementedError("TODO 5.10")
 
     def swap_out(self, request: Request, plan: SchedulerOutput) -> bool:

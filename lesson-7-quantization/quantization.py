@@ -39,9 +39,9 @@ from solutions.parallelism import Absent
 def quantize_int8(weight: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round each row to whole numbers from -127 to 127, with one scale for the row. weight: (out, in).
 
-    absmax: (out,), the largest magnitude of each whole row, if `weight` has only a part of the row; by default that of
-    `weight`. Returns the numbers, int8 (out, in), and the scales, (out,): number x scale is approximately the weight. A
-    scale that would be 0, as for a row of zeros, is 1. The scale of a row with a NaN is NaN, so the fault is noticed.
+    absmax: (out,), the largest magnitude in each row; by default that of `weight`, which may be only a part of it.
+    Returns the numbers, int8 (out, in), and the scales, (out,): number x scale is about the weight. A scale that would
+    be 0, as for a row of zeros, is 1. That of a row with a NaN in it is NaN, or the fault would go unnoticed.
     """
     # TODO 7.1: the largest magnitude in a row becomes 127. (-128 is not used, so that every number has a negative.)
     raise NotImplementedError("TODO 7.1")
@@ -52,7 +52,7 @@ def quantize_activations(x: Tensor, absmax: Tensor | None = None) -> tuple[Tenso
 
     absmax: (T,), the largest magnitude of each token, if x has only a part of its channels.
     """
-    # TODO 7.2: each row of x is a token; quantize it as 7.1 quantizes a row of a weight.
+    # TODO 7.2: a token is a row, too.
     raise NotImplementedError("TODO 7.2")
 
 
@@ -122,7 +122,7 @@ class Int8Method(QuantizedMethod):
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
         """Multiply x (T, in) by the matrix that numbers and scales stand for. Returns (T, out) in x's dtype."""
-        # TODO 7.3: multiply x by the numbers, in x's dtype; then multiply each output by its scale.
+        # TODO 7.3: a scale belongs to an output. So when is it cheapest to multiply by it?
         raise NotImplementedError("TODO 7.3")
 
     def embed(self, layer: Linear, token_ids: Tensor) -> Tensor:
@@ -166,10 +166,10 @@ def unpack_int4(packed: Tensor) -> Tensor:
 def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Round each group of `group_size` neighbours in a row to whole numbers from 0 to 15. weight: (out, in).
 
-    The last group of a row may be shorter. number x scale + minimum approximates the weight. Asymmetric: 0 stands for
-    the group's smallest weight and 15 for its largest. Symmetric: 8 stands for 0, and 15 and 1 for the largest
-    magnitude and its negative, so the minimum is -8 scales. Scales and minima are rounded to float16, as they are
-    stored, before the numbers are chosen. A scale that would be 0 in float16 is 1.
+    The last group of a row may be shorter. number x scale + minimum is about the weight. Asymmetric: 0 stands for the
+    group's smallest weight and 15 for its largest. Symmetric: 8 stands for 0, and 15 and 1 for the largest magnitude
+    and its negative, so the minimum is -8 scales. Scales and minima are rounded to float16, as they are stored, before
+    the numbers are chosen. A scale that would be 0 in float16 is 1.
 
     Returns the numbers, uint8 (out, in), the scales and the minima, both float16 (out, groups).
     """
@@ -346,7 +346,7 @@ def save_quantized(model: Llama, quantization: Quantization, source: Path, folde
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Returns the bytes of all parameters in memory; a shared one counts once, one that oneDNN has packed does not."""
+    """Returns the bytes of all parameters in memory; a shared one counts once, and one that oneDNN has packed not."""
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
 
 
@@ -375,7 +375,7 @@ def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: 
     """Scale a model in floats for a quantization, in place, by what it computes on a text. Its outputs stay the same.
 
     Inputs are divided by their factors where they are made: in the norm before q, k and v and before gate and up, and
-    in up's outputs before down. Those of o are channels of v, which several query heads share, so o is not scaled.
+    in up's outputs before down. The inputs of o come from attention, which mixes them, so o is not scaled.
     """
 
     def round_trip(weight: Tensor) -> Tensor:
@@ -448,7 +448,7 @@ class Int8KVCache(PagedKVCache):
         raise NotImplementedError("TODO 7.12")
 
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Read positions start to end of B sequences. Returns keys and values, (B, end - start, K, D) each."""
+        """Read positions start to end of B sequences: two of (B, end - start, K, D), in the model's dtype."""
         # TODO 7.13: select the blocks of these positions as in lesson 4, apply their scales, cut to the slots.
         raise NotImplementedError("TODO 7.13")
 

@@ -72,7 +72,7 @@ class TestQuantizeInt8:
 
     def test_a_scale_that_is_too_small_to_tell_from_0(self, code):
         numbers, scale = code.quantize_int8(torch.tensor([[1e-6, 0.0]]).half())
-        what = "of [1e-6, 0] in float16, where 1e-6 / 127 becomes 0"
+        what = "of [1e-6, 0] in float16, which cannot tell 1e-6 / 127 from 0"
         close(scale, torch.ones(1).half(), f"the scale {what}")
         close(numbers, torch.zeros(1, 2, dtype=torch.int8), f"the numbers {what}")
 
@@ -231,7 +231,7 @@ class TestQuantizeInt4:
     def test_a_short_last_group(self, code):
         weight = torch.tensor([[15.0, 0.0, 1.0, 2.0, 100.0, 130.0], [15.0, 0.0, 1.0, 2.0, -9.0, -3.0]])
         numbers, scale, minimum = code.quantize_int4(weight, 4, False)
-        what = "of rows of six weights in groups of 4, the second group of which has two"
+        what = "of rows of six in groups of 4, the last two alone"
         close(scale, torch.tensor([[1.0, 2.0], [1.0, 0.4]]).half(), f"the scales {what}")
         close(minimum, torch.tensor([[0.0, 100.0], [0.0, -9.0]]).half(), f"the minima {what}")
         expected = torch.tensor([[15, 0, 1, 2, 0, 15], [15, 0, 1, 2, 0, 15]], dtype=torch.uint8)
@@ -627,7 +627,7 @@ class TestKLDivergence:
         logits, other = (spread(3, 70).bfloat16() * scale for scale in (3, 2))
         got = code.kl_divergence(logits, other)
         expected = F.kl_div(other.float().log_softmax(1), logits.float().softmax(1), reduction="batchmean")
-        what = "KL of logits in bfloat16, whose logarithms must be computed in float32"
+        what = "KL of logits in bfloat16, whose logarithms take more bits than that"
         close(got.float(), expected, what, rtol=1e-3)
 
     def test_large_scores(self, code):

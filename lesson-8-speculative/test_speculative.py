@@ -256,20 +256,20 @@ def drawn(code, target: list[float], draft: list[float], token_id: int, number: 
 class TestAcceptOrRecover:
     def outcomes(self, code, target, draft, token_id, expected, why: str) -> None:
         got = sorted(set(drawn(code, target, draft, token_id, 150)))
-        what = f"the possible results for draft token {token_id}, target {target}, draft {draft} ({why}),"
+        what = f"what may come of token {token_id}, as (accepted, token), target {target}, draft {draft} ({why}),"
         equal(got, expected, what)
 
     def test_what_may_come_of_it(self, code):
         """The four kinds: the draft token, one as likely in both, the one that is lacking, one of the draft alone."""
-        why = "accepted with probability 0.1 / 0.5; else 2, the only one that the target gives more than the draft"
+        why = "0.1 / 0.5 of the time it is accepted; else only 2 is lacking"
         self.outcomes(code, [0.1, 0.3, 0.6, 0.0], [0.5, 0.3, 0.1, 0.1], 0, [(False, 2), (True, 0)], why)
 
     def test_kept_where_the_target_likes_it_better(self, code):
         self.outcomes(code, [0.9, 0.1], [0.1, 0.9], 0, [(True, 0)], "0.9 / 0.1 is above 1")
-        self.outcomes(code, [0.25, 0.75], [0.25, 0.75], 0, [(True, 0)], "both are equally likely")
+        self.outcomes(code, [0.25, 0.75], [0.25, 0.75], 0, [(True, 0)], "they are alike")
 
     def test_never_kept_where_the_target_forbids_it(self, code):
-        self.outcomes(code, [0.0, 1.0], [0.5, 0.5], 0, [(False, 1)], "the target gives 0 no probability")
+        self.outcomes(code, [0.0, 1.0], [0.5, 0.5], 0, [(False, 1)], "the target never says 0")
 
     def test_only_what_is_missing_is_drawn(self, code):
         self.outcomes(
@@ -278,7 +278,7 @@ class TestAcceptOrRecover:
             [0.5, 0.5, 0.0, 0.0],
             0,
             [(False, 2)],
-            "only to 2 does the target give more than the draft",
+            "the draft says 1 as often as the target: only 2 is missing",
         )
         self.outcomes(
             code,
@@ -286,17 +286,17 @@ class TestAcceptOrRecover:
             [0.4, 0.6, 0.0, 0.0],
             0,
             [(False, 2), (False, 3)],
-            "only to 2 and 3 does the target give more than the draft",
+            "the draft says 1 too often already: only 2 and 3 are missing",
         )
-        why = "only to 0 does the target give more than the draft, by 0.0005"
+        why = "only 0 is missing, if only by 0.0005"
         self.outcomes(code, [0.5005, 0.4995, 0.0], [0.5, 0.4995, 0.0005], 2, [(False, 0)], why)
 
     def test_nothing_is_missing(self, code):
         """The target does not quite sum to 1: it may be rejected though no other token lacks anything."""
         target, draft = [0.3, 0.0, 0.3, 0.0], [0.4, 0.0, 0.3, 0.5]
         tokens = sorted({token for _, token in drawn(code, target, draft, 0, 100)})
-        what = f"target {target}, draft {draft}: the target is nowhere larger"
-        holds(3 not in tokens, f"Token 3 came, to which the target gives no probability ({what}).", actual=tokens)
+        what = f"target {target}, draft {draft}: rounding has left nothing missing"
+        holds(3 not in tokens, f"Token 3 came, which the target never says ({what}).", actual=tokens)
 
     def test_a_token_that_the_draft_hardly_ever_says(self, code):
         self.outcomes(
@@ -305,7 +305,7 @@ class TestAcceptOrRecover:
             [0.0005, 0.9995],
             0,
             [(False, 1), (True, 0)],
-            "accepted with probability 0.0001 / 0.0005",
+            "0.0001 / 0.0005 of the time it is accepted",
         )
         kept = sum(is_kept for is_kept, _ in drawn(code, [0.0003, 0.9997], [0.0006, 0.9994], 0, 300)) / 300
         close(
@@ -325,7 +325,7 @@ class TestAcceptOrRecover:
     def test_nothing_is_drawn_without_the_generator(self, code):
         target, draft = [0.2, 0.3, 0.5], [0.8, 0.1, 0.1]
         first, again = (drawn(code, target, draft, 0, 40) for _ in range(2))
-        what = "the results of 40 draws, each made a second time with a generator in the same state,"
+        what = "what comes of a token in 40 draws, each made a second time with a generator in the same state,"
         equal(again, first, what)
 
     def test_one_generator_for_many_calls(self, code):
@@ -334,7 +334,7 @@ class TestAcceptOrRecover:
         own.manual_seed(0)
         what = "accept_or_recover, 100 times with one generator, target [0.2, 0.3, 0.5], draft [0.8, 0.1, 0.1],"
         got = sorted({answer(code, what, lambda: code.accept_or_recover(target, draft, 0, own)) for _ in range(100)})
-        equal(got, [(False, 1), (False, 2), (True, 0)], f"the results for token 0, as (accepted, token): {what}")
+        equal(got, [(False, 1), (False, 2), (True, 0)], f"what may come of token 0, as (accepted, token): {what}")
 
     def test_how_often_it_is_kept(self, code):
         target, draft = [0.5, 0.2, 0.3, 0.0], [0.1, 0.5, 0.4, 0.0]
@@ -347,8 +347,7 @@ class TestAcceptOrRecover:
         target, draft = [0.0, 0.5, 0.35, 0.15], [0.7, 0.2, 0.05, 0.05]
         replaced = [token for _, token in drawn(code, target, draft, 0, 600)]
         shares = torch.tensor([replaced.count(token) / 600 for token in range(4)])
-        why = "in proportion to max(target - draft, 0)"
-        what = f"how often each token comes in place of 0, target {target}, draft {draft}: {why},"
+        what = f"how often each token comes in place of 0, target {target}, draft {draft}: by what is missing,"
         close(shares, torch.tensor([0.0, 0.3, 0.3, 0.1]) / 0.7, what, atol=0.08)
 
     def test_distributed_as_the_target(self, code):
@@ -358,7 +357,7 @@ class TestAcceptOrRecover:
         for token_id, probability in enumerate(draft):
             for _, token in drawn(code, target, draft, token_id, 300):
                 shares[token] += probability / 300
-        what = f"how often each token comes, accepted or not, with draft tokens drawn from {draft}, target {target},"
+        what = f"how often each token comes in all, of draft tokens from draft {draft}, target {target},"
         close(shares, torch.tensor(target), what, atol=0.08)
 
 

@@ -41,7 +41,7 @@ def shard_range(size: int, rank: int, world_size: int) -> range:
 
     If the parts cannot be equal, the first ranks have one more each: 10 over 4 ranks is 3, 3, 2, 2.
     """
-    # Exercise 6.1: count the things of all ranks before this one, of which the first ones have one more each.
+    # Exercise 6.1: where does a rank's part begin, if each of the first ranks has one more than the others?
     share, left = divmod(size, world_size)
     start = rank * share + min(rank, left)
     return range(start, start + share + (rank < left))
@@ -160,7 +160,7 @@ def pipeline_timeline(num_stages: int, num_batches: int, num_steps: int) -> list
 
 def bubble_fraction(timeline: Sequence[Sequence[tuple[int, int] | None]]) -> float:
     """The share of all stages' ticks in which nothing is computed: the pipeline's bubble."""
-    # Exercise 6.7: divide the number of cells that are None by the number of all cells.
+    # Exercise 6.7: count.
     cells = [cell for row in timeline for cell in row]
     return cells.count(None) / len(cells)
 
@@ -172,7 +172,7 @@ def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidt
     send at the same time, each to the next one. A message is one of `world_size` parts of the tensor. Messages are sent
     until each part is summed up on one rank, and then until every rank has every sum. From Patarasuk and Yuan (2009).
     """
-    # Exercise 6.8: count the messages that a rank sends one after another, and the bytes of each; add up their times.
+    # Exercise 6.8: how many messages, one after another, of how many bytes each?
     num_messages = 2 * (world_size - 1)
     return num_messages * (latency + num_bytes / world_size / bandwidth)
 

@@ -444,7 +444,7 @@ class Scheduler:
 
     def preempt_by_recompute(self, request: Request) -> None:
         """Free a request's blocks, to compute all of its tokens again once it is admitted. `preempt` does the rest."""
-        # Exercise 5.10: free its blocks at the manager; then nothing of it is computed, and it waits. Set both fields.
+        # Exercise 5.10: what becomes of its blocks, of `num_computed_tokens`, of its status?
         self.manager.free(request)
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING

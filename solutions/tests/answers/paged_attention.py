@@ -229,7 +229,7 @@ ANSWERS = [
     ),
     wrong(
         "4.5",
-        "hashes of all its tokens asked for, draft tokens included, of which the verified ones are used",
+        "hashes of all its tokens asked for, guesses included, of which the verified ones are used",
         "self.hashes(request, num_verified_tokens // self.block_size)",
         "self.hashes(request, len(request.all_token_ids) // self.block_size)[: num_verified_tokens // self.block_size]",
     ),
@@ -553,7 +553,7 @@ ANSWERS = [
     ),
     wrong(
         "4.9",
-        "the tokens counted that it has, draft tokens included, not those that are computed",
+        "the tokens counted that it has, guesses included, not those that are computed",
         "cdiv(request.num_computed_tokens, self.block_size)",
         "cdiv(len(request.all_token_ids), self.block_size)",
     ),
