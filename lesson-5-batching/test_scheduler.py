@@ -467,11 +467,14 @@ class TestScheduleWaiting:
 
     def test_one_that_was_swapped_out(self, code):
         own = scheduler(code, preemption="swap", num_host_blocks=8)
-        (a,) = running(code, own, request(code, "a", 9))
-        own.preempt(a, code.SchedulerOutput(98))
+        (b,) = running(code, own, request(code, "b", 9))
+        own.preempt(b, code.SchedulerOutput(98))
+        own.add(request(code, "a", 3))
         plan = code.SchedulerOutput(99)
         own.schedule_waiting(plan, 16)
-        equal([each.request_id for each in plan.scheduled], ["a"], "what is admitted, where a waits, swapped out")
+        equal(
+            granted(plan), {"a": (0, 3), "b": (9, 1)}, "(start, tokens) where a, which is new, and b, swapped out, wait"
+        )
 
     def test_chunks_below_the_budget(self, code):
         own = scheduler(code, num_blocks=30, long_prefill_token_threshold=4)
