@@ -3,6 +3,7 @@
 Left out were the slow tests, and those that skipped themselves because transformers or the real model was not there.
 `--record` writes down what a whole run has passed; `--remaining` runs the rest. The record counts only while no file of
 the repository is younger than that run; otherwise, or if that run failed, `--remaining` runs everything.
+What is marked `slow(seconds)` begins first, for a long test at the end is waited for.
 """
 
 from __future__ import annotations
@@ -58,10 +59,22 @@ class Recorder:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--remaining") or not RECORD.exists():
-        return
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    if record["python"] == sys.version and last_change() < record["started"]:
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    if config.getoption("--remaining") and record.get("python") == sys.version and last_change() < record["started"]:
         passed = set(record["passed"])
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
         items[:] = [item for item in items if item.nodeid not in passed]
+    items[:] = longest_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def longest_first(items: list[pytest.Item], num_workers: int) -> list[pytest.Item]:
+    """Each worker begins with its share of the long tests; of the list, pytest-xdist gives each an equal stretch."""
+    seconds = {item: sum(mark.args[0] for mark in item.iter_markers("slow") if mark.args) for item in items}
+    long = sorted(filter(seconds.get, items), key=seconds.get, reverse=True)
+    others = [item for item in items if not seconds[item]]
+    found: list[pytest.Item] = []
+    for worker in range(num_workers):
+        share = (len(items) - len(found)) // (num_workers - worker) - len(long[worker::num_workers])
+        found += long[worker::num_workers] + others[: max(0, share)]
+        del others[: max(0, share)]
+    return found

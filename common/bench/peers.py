@@ -70,7 +70,8 @@ class Vllm:
             raise Unable("VLLM_PYTHON does not name the Python of an environment with vLLM")
         script = Path(__file__).with_name("vllm_serve.py")
         words = [str(folder), str(dtype).removeprefix("torch."), str(num_threads)]
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "KERNELS")}
+        ours = ("PYTHONPATH", "KERNELS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
             self.process = subprocess.Popen([python, str(script), *words], env=environment, **pipes)

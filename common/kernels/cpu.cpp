@@ -50,6 +50,7 @@ struct Input {
   std::vector<float> scales, sums;
 
   Input(const Linear& layer, int64_t count) : layer(layer), count(count), stride(layer.K) {
+    layer.locate();
     if (layer.kind == W8A8) stride += stride % 2, numbers.resize(count * stride);
     if (layer.kind == W4A8) stride = layer.num_groups * 8 * layer.octs(), numbers.resize(count * stride / 2);
     if (is_quantized()) scales.resize(count);

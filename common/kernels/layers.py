@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.kernels import build
+from common.kernels import build, huge_pages
 from common.kernels.attention import PagedAttend
 from common.kernels.products import FusedLinear, has_kernel, native, row_major_product, share_table, use
 
@@ -241,6 +241,7 @@ def pack(
                 module.method.process_weights_after_loading(module)
         if is_tied:
             share_table(table, head)
+        huge_pages.move(model)
         if build.compiled() is not None:
             for index, layer in enumerate(model.model.layers):
                 if type(layer) is block and not any(parameter.is_meta for parameter in layer.parameters()):

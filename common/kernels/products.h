@@ -44,17 +44,22 @@ struct Linear : torch::CustomClassHolder {
   int64_t N, K, group_size, num_groups = 0;
   at::Tensor weight, scale, minimum;  // undefined where the kind has none
   // The same without asking torch, which takes as long as a small group: the weights, and scales and minima of groups.
-  const uint8_t* packed;
-  const at::Half *group_scales = nullptr, *group_minima = nullptr;
+  mutable const uint8_t* packed;
+  mutable const at::Half *group_scales = nullptr, *group_minima = nullptr;
 
   Linear(int64_t kind, int64_t N, int64_t K, at::Tensor weight, std::optional<at::Tensor> scale,
          std::optional<at::Tensor> minimum, int64_t group_size)
       : kind(Kind(kind)), N(N), K(K), group_size(group_size), weight(std::move(weight)),
         scale(scale.value_or(at::Tensor())), minimum(minimum.value_or(at::Tensor())) {
-    packed = static_cast<const uint8_t*>(this->weight.const_data_ptr());
-    if (kind != INT4 && kind != W4A8) return;
-    num_groups = this->scale.size(1), group_scales = this->scale.const_data_ptr<at::Half>();
-    if (this->minimum.defined()) group_minima = this->minimum.const_data_ptr<at::Half>();
+    if (kind == INT4 || kind == W4A8) num_groups = this->scale.size(1);
+    locate();
+  }
+
+  // Called before each product, since the tensors may have moved since the last one (huge_pages.py).
+  void locate() const {
+    packed = static_cast<const uint8_t*>(weight.const_data_ptr());
+    if (num_groups != 0) group_scales = scale.const_data_ptr<at::Half>();
+    if (minimum.defined()) group_minima = minimum.const_data_ptr<at::Half>();
   }
 
   int64_t panels() const { return (N + PANEL - 1) / PANEL; }

@@ -82,9 +82,8 @@ def in_panels(layer: nn.Module, kind: int, embed: Callable, group_size: int = 0,
     for name, tensor in tensors.items():
         setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
     given = [getattr(layer, name, None) for name in ("weight", "weight_scale", "weight_minimum")]
-    given = [tensor if tensor is None else tensor.detach() for tensor in given]
     if kind in (INT8, W8A8):
-        given[1] = F.pad(given[1], (0, -layer.out_features % PANEL))
+        given[1] = F.pad(given[1].detach(), (0, -layer.out_features % PANEL))
     matrix = build.compiled().Linear(kind, layer.out_features, layer.in_features, *given, group_size)
     if kind in (W8A8, W4A8) and len(layer.columns) < layer.shape[1]:
         use(layer, apply=partial(product_of_part, matrix))

@@ -260,4 +260,4 @@ def test_threads_that_wait_sleep_soon(monkeypatch):
         run(bare, [])
         os.environ["GOMP_SPINCOUNT"] = "7"
         run(bare, [])
-    assert int(seen[0]) <= 2000 and seen[1] == "7"
+    assert 2000 <= int(seen[0]) <= 20_000 and seen[1] == "7"  # not between two layers, and not for a whole step

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib
 import nbformat
@@ -16,6 +17,7 @@ import pytest
 
 from common import setup
 from common.authoring import checks, clean, notebooks
+from common.authoring.remaining import longest_first
 from common.bench import plots, results
 from common.course import ROOT, Lesson
 from common.machine import interleaved_medians
@@ -260,6 +262,17 @@ def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
     assert run("--remaining", REAL="1") == "fast real slow"
     run("--record", "-m", "not slow", BROKEN="1")  # a run that fails takes the record of the one before away
     assert not (tmp_path / ".course" / "tested.json").exists()
+
+
+def test_each_worker_begins_with_long_tests():
+    def item(*seconds):
+        return Mock(**{"iter_markers.return_value": [pytest.mark.slow(*seconds), pytest.mark.slow]})
+
+    short, (a, b, c) = [item() for _ in range(6)], (item(20), item(90), item(60))
+    found = longest_first([*short[:4], a, short[4], b, c, short[5]], 2)
+    assert found == [b, a, *short[:2], c, *short[2:]]
+    assert longest_first([*short, a, b, c], 1) == [b, c, a, *short]
+    assert longest_first([a, b], 4) == [b, a]
 
 
 def test_the_course_is_tested_whatever_the_environment_says(monkeypatch):

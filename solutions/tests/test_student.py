@@ -74,6 +74,7 @@ def test_untouched_skeleton_scores_nothing_and_says_what_to_do(copy, lesson):
     assert f"0 of {len(exercises)} exercises, 0 of " in result.stdout
 
 
+@pytest.mark.slow(110)
 def test_finished_lessons_pass(student):
     finish(student, *(lesson.number for lesson in LESSONS))
     for lesson in LESSONS:

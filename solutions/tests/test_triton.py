@@ -82,7 +82,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slow(75)
 def test_gpu_check_in_miniature_and_its_refusal(tmp_path):
     """Every part of it on a CPU, where only its verdicts mean something."""
     environment = {**os.environ, "COURSE_PYTHON": "here", "OMP_NUM_THREADS": "1"}

@@ -416,7 +416,7 @@ def walls(request, impatient, monkeypatch):
     return request.param
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_attacks_on_the_grader_fail_and_are_told(impatient, tmp_path):
     attacks = {id: each for id, each in ATTACKS.items() if id != "1.12"}
     bodies = {"e" + id.partition(".")[2]: attack.body for id, attack in attacks.items()}

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from common import kernels
+from common.kernels import huge_pages
 from solutions.engine import InferenceEngine
 from solutions.llama_pytorch import Linear, Llama, SamplingParams, layers_of, load, use_kernels
 from solutions.llm_basics import ModelConfig
@@ -148,6 +149,24 @@ def test_quantized_layers(kind, monkeypatch):
     limit = 2e-2 if "a8" in kind else 1e-5
     for expected, actual in both(monkeypatch, models, BATCHES, 7, [9, 37, 42]):
         assert error(actual, expected) < limit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_lie_together_and_kernels_follow_them(kind, monkeypatch):
+    _, model = build(monkeypatch, kind)
+    layer, x = model.model.layers[0].mlp.down_proj, torch.randn(3, SHAPES["intermediate_size"])
+    before, old = layer(x), [parameter.data for parameter in model.parameters()]  # `old` keeps their memory
+    if sys.platform == "linux":
+        assert len({parameter.untyped_storage().data_ptr() for parameter in model.parameters()}) == 1
+    huge_pages.move(model)
+    assert torch.equal(layer(x), before)
+    for parameter in layer.parameters():
+        parameter.zero_()
+    assert not layer(x).any() and any(tensor.any() for tensor in old)
+    monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)  # another system
+    address = layer.weight.data_ptr()
+    huge_pages.move(model)
+    assert layer.weight.data_ptr() == address
 
 
 class RoundingCache(PagedKVCache):

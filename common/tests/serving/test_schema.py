@@ -55,13 +55,8 @@ def fuzz(small, num_examples: int) -> int:
     return num_successes
 
 
-def test_a_few_requests_of_each_kind(small):
-    assert fuzz(small, 4) > 5
-    eventually(lambda: is_empty(small[1].loop.engine))
-    assert small[1].loop.error is None and not small[1].loop.streams
-
-
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_many_requests_of_each_kind(small):
     assert fuzz(small, 100) > 100
     eventually(lambda: is_empty(small[1].loop.engine))
+    assert small[1].loop.error is None and not small[1].loop.streams
