@@ -2,12 +2,11 @@
 
     python -m common.instructor.guard FD      started by `common.instructor.sandbox` only
 
-Four things are added to the worker of `make test-lesson-N`.
+Three things are added to the worker of `make test-lesson-N`.
 
 - Limits on memory, files and processes.
 - An audit hook (PEP 578), which cannot be removed, refuses what an answer does not need: to read the files that hold
   answers and checks, to start processes, to look at the grader's own frames.
-- After each exercise the functions of Python, torch and the grader that comparisons use must be what they were.
 - Canaries. When an answer passes, a known wrong answer is given to the same checks in the same process. If that passes
   too, the checks have been changed, and the exercise counts as wrong.
 
@@ -16,23 +15,18 @@ No process can be made proof against code that runs in it, so what was refused i
 
 from __future__ import annotations
 
-import builtins
 import json
 import linecache
-import math
 import os
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType, FunctionType
-
-import torch
+from types import FrameType
 
 from common import course
 from common.course import MODULES, ROOT, Lesson
 from common.course.catalogue import apply, load_answers
-from common.grading import compare
 from common.grading.subject import Failure, Subject
 from common.grading.worker import ReportingGrader, work
 
@@ -42,23 +36,12 @@ INTROSPECTION |= {"sys._current_frames", "sys.settrace", "sys.setprofile"}
 PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"}
 
 
-def functions() -> dict[str, object]:
-    """What the grader's comparisons use, of Python, torch and itself, by its full name."""
-    names = {*compare.COMPARING, "__and__", "__invert__"}
-    names |= {
-        name for each in vars(compare).values() if isinstance(each, FunctionType) for name in each.__code__.co_names
-    }
-    owners = (builtins, math, torch, torch.Tensor, compare)
-    return {f"{owner.__name__}.{name}": getattr(owner, name) for owner in owners for name in names & {*dir(owner)}}
-
-
 class WatchfulGrader(ReportingGrader):
     """A grader that also gives each check a wrong answer to catch, and ends the process when it does not."""
 
     def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
         super().__init__(subject, ids, send)
         self.canaries = dict(canaries(subject.lesson))
-        self.functions = functions()
         self.passed: bool | None = None  # what the checks of the exercise at hand say so far; None before the first
         self.canary_passed = True
 
@@ -71,13 +54,9 @@ class WatchfulGrader(ReportingGrader):
         return failure
 
     def finish(self) -> None:
-        now = functions()
-        changed = [name for name, function in self.functions.items() if now.get(name) is not function]
-        fooled = self.passed and self.canary_passed and self.current in self.canaries
-        if changed or fooled:
-            sentence = f"{self.current} {TAMPERED}" if fooled else f"replaces {changed[0]}, which the checks use."
-            self.send("check", {"sentence": sentence})
-            self.send("note", sentence)
+        if self.passed and self.canary_passed and self.current in self.canaries:
+            self.send("check", {"sentence": f"{self.current} {TAMPERED}"})
+            self.send("note", f"{self.current} {TAMPERED}")
             os._exit(1)  # whatever comes next is for a process that has seen nothing of this
         self.passed, self.canary_passed = None, True
         super().finish()
