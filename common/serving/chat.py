@@ -34,6 +34,7 @@ class Choice:
 
     index: int
     reader: Reader
+    max_calls: int | None = None
     content: str = ""
     calls: list[Call] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
@@ -47,7 +48,7 @@ class Choice:
         """
         found = self.reader.push(delta.text) + (self.reader.flush() if delta.finish_reason else [])
         self.content += "".join(each for each in found if isinstance(each, str))
-        self.calls += [each for each in found if isinstance(each, Call)]
+        self.calls = [*self.calls, *(each for each in found if isinstance(each, Call))][: self.max_calls]
         self.logprobs += delta.logprobs
         has_called = self.calls and delta.finish_reason == "stop" and not is_chosen
         self.finish_reason = "tool_calls" if has_called else delta.finish_reason
@@ -64,7 +65,8 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
     params = sampling_params(body, max_tokens, num_logprobs, own)
     generation = await begin(server, request, body, [prompt], [params])
     template = choose_template(server.tokenizer.chat_templates, None, bool(tools_of(body)))
-    choices = [Choice(i, reader_of(body, template)) for i in range(body.n)]
+    max_calls = None if body.parallel_tool_calls else 1
+    choices = [Choice(i, reader_of(body, template), max_calls) for i in range(body.n)]
     if body.stream:
         return events(chunks(generation, body, choices))
     async for delta in generation.deltas():
@@ -105,7 +107,7 @@ def encode_chat(server: Server, body: ChatRequest | TokenizeRequest, tools: Sequ
         "continue_final_message": bool(body.continue_final_message),
     }
     text = server.tokenizer.apply_chat_template(messages, **{**(body.chat_template_kwargs or {}), **values, **own})
-    return server.encode(text, add_special_tokens=False)  # the template writes them itself
+    return server.encode(text, bool(body.add_special_tokens))  # by default the template alone writes them
 
 
 def plain_message(message: Message) -> dict:

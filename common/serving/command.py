@@ -75,7 +75,7 @@ def serve(
             os.environ.setdefault(name, value)  # before Ray is imported, which reads them
         from common.serving.replicas import create_door, start_replicas
 
-        handle = start_replicas(replicas, options, mine, threads, max_waiting, keys)
+        handle = start_replicas(replicas, options, mine, threads, max_waiting, tenants)
         app, greet = create_door(handle, tenants), lambda address: handle.welcome.remote(address=address).result()
     config = uvicorn.Config(
         app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain, **SAME_EVERYWHERE

@@ -72,14 +72,27 @@ def validation_error(error: RequestValidationError) -> ApiError:
 
     Where a field may have several types, the one that fits the longest part of it says what is wrong.
     """
-    *before, _ = error.errors()[0]["loc"]
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}.")
+    *before, _ = first["loc"]
     near = [each for each in error.errors() if list(each["loc"][: len(before)]) == before]
     chosen = max(near, key=lambda each: len(each["loc"]))
-    where = [str(each) for each in chosen["loc"][1:] if each != "str" and "[" not in str(each)]  # but names of types
+    where = [str(each) for each in chosen["loc"][1:] if not names_type(str(each))]
     message = chosen["msg"].removeprefix("Value error, ")
     if not where and chosen["type"] == "value_error":  # a validator of ours, which names the fields itself
         return ApiError(400, message)
-    return ApiError(400, f"{'.'.join(where) or 'body'}: {message}", param=where[0] if where else None)
+    if not where:
+        return ApiError(400, "The body must be a JSON object, and the header Content-Type must be application/json.")
+    given = chosen["input"]
+    if isinstance(given, (str, int, float)) and chosen["type"] != "value_error":
+        message += f"; it is {repr(given)[:80]}"
+    return ApiError(400, f"{'.'.join(where)}: {message}", param=where[0])
+
+
+def names_type(part: str) -> bool:
+    """Whether a part of the place of an error names one of several types that a field may have."""
+    return part == "str" or "[" in part or part[:1].isupper()
 
 
 def handle_errors(app: FastAPI) -> None:

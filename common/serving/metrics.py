@@ -38,6 +38,8 @@ class Metrics(Observer):
         self.between = histogram("inter_token_latency_seconds", "Between two steps that brought tokens.", SECONDS)
         self.whole = histogram("e2e_request_latency_seconds", "From arrival to the end.", SECONDS)
         self.queued = histogram("request_queue_time_seconds", "From arrival to the first step.", SECONDS)
+        self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", SECONDS)
+        self.decode = histogram("request_decode_time_seconds", "From the first token to the end.", SECONDS)
         self.prompt_lengths = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self.answer_lengths = histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
 
@@ -84,7 +86,11 @@ class Metrics(Observer):
 
     def on_end(self, output: Any, reason: str) -> None:
         self.ended.labels(*self.labels, reason).inc()
-        self.whole.observe(time.perf_counter() - output.metrics.arrival_time)
+        now, times = time.perf_counter(), output.metrics
+        self.whole.observe(now - times.arrival_time)
+        if times.first_token_time is not None:
+            self.prefill.observe(times.first_token_time - times.first_scheduled_time)
+            self.decode.observe(now - times.first_token_time)
         self.prompt_lengths.observe(len(output.prompt_token_ids))
         self.answer_lengths.observe(len(output.token_ids))
 

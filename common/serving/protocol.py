@@ -1,7 +1,8 @@
 """The bodies of requests and answers, in OpenAI's words, with vLLM's additions. They make the OpenAPI page, too.
 
-A field that is not listed here is accepted and ignored, as vLLM does; a line in the log, at level debug, names it. A
-listed field with a wrong value is refused with status 400. None gives any field its default.
+A field that vLLM knows and this server does not have is refused if it would change the answer (`REFUSED`). Any other
+field that is not listed here is accepted and ignored, as vLLM does. A listed field with a wrong value is refused with
+status 400. None gives any field its default.
 """
 
 from __future__ import annotations
@@ -12,6 +13,27 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 LARGEST_SEED = 2**63 - 1
+REFUSED = {
+    "use_beam_search": False,
+    "include_stop_str_in_output": False,
+    "skip_special_tokens": True,
+    "truncate_prompt_tokens": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
+    "prompt_logprobs": None,
+    "logprob_token_ids": None,
+    "return_token_ids": False,
+    "return_tokens_as_token_ids": False,
+    "prompt_embeds": None,
+    "documents": None,
+    "chat_template": None,
+    "thinking_token_budget": None,
+    "repetition_detection": None,
+    "echo": False,  # of a chat
+}
+"""Fields with which vLLM gives another answer, and which this server does not have; and the value that asks for
+nothing. Ignoring them would be a wrong answer without an error.
+"""
 
 
 class Body(BaseModel):
@@ -109,6 +131,9 @@ class SamplingBody(Body):
     def fits_together(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true.")
+        for name, value in (self.model_extra or {}).items():
+            if name in REFUSED and value not in (REFUSED[name], []):
+                raise ValueError(f"{name} is not supported by this server; leave it out.")
         if any(not text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or ())):
             raise ValueError("stop must not hold an empty string.")
         return self
@@ -213,7 +238,7 @@ class FunctionDefinition(Body):
 
 
 class Tool(Body):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionDefinition
 
 
@@ -222,7 +247,7 @@ class NamedFunction(Body):
 
 
 class NamedToolChoice(Body):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: NamedFunction
 
 
@@ -236,6 +261,7 @@ class ChatRequest(SamplingBody):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = True
     chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = Field(False, description="beyond those that the chat template writes")
     add_generation_prompt: bool | None = Field(None, description="default: true, unless the final message is continued")
     continue_final_message: bool | None = False
 

@@ -16,10 +16,10 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -28,7 +28,9 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import AuthenticationError, RayActorError
+from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import PrefixCacheAffinityRouter
+from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_tree import PrefixTree
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
@@ -40,15 +42,14 @@ from common.serving.errors import as_api_error, handle_errors
 from common.serving.generation import event
 from common.serving.loop import EngineDead, QueueFull
 from common.serving.server import load_server, welcome
-from common.serving.tenants import Tenants, load_tenants
+from common.serving.tenants import Tenants
+from common.start import OptionError
 
 LOG = logging.getLogger("common.serving")
 
 APPLICATION = "inference"
-ROUTER = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router:PrefixCacheAffinityRouter"
-"""`ray.serve.llm` exports it, too, but that imports vLLM."""
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client")
-LONGEST_PREFIX = 20_000  # characters; the router looks at each of them
+SHORTEST_PREFIX, LONGEST_PREFIX = 200, 20_000  # characters. A few blocks are not worth a queue; the router reads all
 OBJECT_STORE = 80 * 2**20  # bytes; nothing here is stored in it, and Ray's own choice is a third of the memory
 
 
@@ -60,8 +61,9 @@ OBJECT_STORE = 80 * 2**20  # bytes; nothing here is stored in it, and Ray's own 
 class Replica:
     """One engine and the application over it. Ray makes it, and calls `check_health`."""
 
-    def __init__(self, options: dict[str, Any], mine: str, threads: int | None, max_waiting: int, keys: Path | None):
-        self.server = load_server(options, mine, threads, max_waiting, load_tenants(keys))
+    def __init__(self, options: dict[str, Any], mine: str, threads: int, max_waiting: int, tenants: Tenants):
+        own = Tenants([replace(tenant) for tenant in tenants.tenants])  # whose clocks are this machine's
+        self.server = load_server(options, mine, threads, max_waiting, own)
         self.app = create_app(self.server)
 
     async def answer(self, *prefix: Prefix, scope: Scope, body: bytes) -> AsyncIterator[Message]:
@@ -117,8 +119,29 @@ class Prefix:
     prompt: str
 
 
+class PrefixTreeHere:
+    """Stands for the actor that Ray's router keeps prefixes in. Here they are kept in the router's own process.
+
+    Ray may place that actor on any machine, and does not start it again: without it, no request is answered any more.
+    """
+
+    def __init__(self):
+        self.tree = PrefixTree()
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        method = getattr(self.tree, name)
+        return SimpleNamespace(remote=lambda *arguments: ray.put(method(*arguments)))
+
+
+class Router(PrefixCacheAffinityRouter):
+    """Ray's router. (`ray.serve.llm` exports it as well, but imports vLLM.)"""
+
+    def initialize_state(self, **options: Any) -> None:
+        super().initialize_state(tree_actor=PrefixTreeHere(), **options)
+
+
 def prefixes(scope: Scope, body: bytes) -> list[Prefix]:
-    """Return the prompt as the router compares it, or [] for a request that has none.
+    """Return the prompt as the router compares it, or [] for a request that has none, or a short one.
 
     It begins with what the engine hashes into the first block, so tenants whose caches are apart share nothing.
     """
@@ -128,7 +151,8 @@ def prefixes(scope: Scope, body: bytes) -> list[Prefix]:
         salt = scope["state"]["tenant"].salt(fields.get("cache_salt"))
     except (ValueError, AttributeError, RecursionError):  # the replica says what is wrong
         return []
-    return [Prefix(f"{salt} {json.dumps(prompt)}"[:LONGEST_PREFIX])] if prompt else []
+    text = f"{salt} {json.dumps(prompt)}"
+    return [Prefix(text[:LONGEST_PREFIX])] if prompt and len(text) >= SHORTEST_PREFIX else []
 
 
 class Door:
@@ -204,7 +228,10 @@ def create_door(replicas: DeploymentHandle, tenants: Tenants) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        found = await replicas.broadcast("metrics").results_async(timeout_s=10, return_exceptions=True)
+        try:
+            found = await replicas.broadcast("metrics").results_async(timeout_s=10, return_exceptions=True)
+        except TimeoutError:
+            raise EngineDead("a replica has not answered for 10 s; Ray replaces it if it is lost.") from None
         texts = [each for each in found if not isinstance(each, BaseException)]
         return Response(generate_latest(Merged(texts)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
@@ -228,18 +255,13 @@ class Merged:
         yield from families.values()
 
 
-def start_replicas(
-    num_replicas: int, options: dict[str, Any], mine: str, threads: int | None, max_waiting: int, keys: Path | None
-) -> DeploymentHandle:
-    """Start the replicas, and wait until all of them have loaded their engine.
+def connect(num_replicas: int, threads: int | None) -> int:
+    """Start Ray on this machine, or join the cluster that RAY_ADDRESS names. threads: of each replica.
 
-    They are started on this machine, or, where RAY_ADDRESS names a cluster, where that has free processors. Limits of
-    tenants hold for each replica.
+    Returns the threads; by default, the most for which there are processors. Raises OptionError.
     """
-    threads = threads or max(1, (os.cpu_count() or 1) // num_replicas)
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.WARNING)
-    else:
+    if not os.environ.get("RAY_ADDRESS"):
+        threads = threads or max(1, (os.cpu_count() or 1) // num_replicas)
         ray.init(
             "local",
             num_cpus=max(os.cpu_count() or 1, num_replicas * threads),
@@ -247,12 +269,46 @@ def start_replicas(
             include_dashboard=False,
             logging_level=logging.WARNING,
         )
+        return threads
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except (OSError, RuntimeError, AuthenticationError) as error:
+        raise OptionError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined. {error}") from None
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return threads_of_each(num_replicas, [int(machine.get("CPU", 0)) for machine in machines], threads)
+
+
+def threads_of_each(num_replicas: int, processors: Sequence[int], threads: int | None) -> int:
+    """Return how many threads each replica has. processors: of each machine; a replica runs on one of them.
+
+    Raises OptionError if there are too few, since Ray would wait for more.
+    """
+    allowed = [threads] if threads else range(max(processors), 0, -1)
+    for number in allowed:
+        if sum(each // number for each in processors) >= num_replicas:
+            return number
+    raise OptionError(
+        f"This cluster is too small for REPLICAS={num_replicas}: each needs {threads or 1} of the processors of one "
+        f"machine, and its machines have {', '.join(map(str, processors))}."
+    )
+
+
+def start_replicas(
+    num_replicas: int, options: dict[str, Any], mine: str, threads: int | None, max_waiting: int, tenants: Tenants
+) -> DeploymentHandle:
+    """Start the replicas, and wait until all of them have loaded their engine.
+
+    They are started on this machine, or, where RAY_ADDRESS names a cluster, where that has free processors. Limits of
+    tenants hold for each replica. Raises OptionError.
+    """
+    threads = connect(num_replicas, threads)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     logs = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(proxy_location="Disabled", logging_config=logs)
     router = RequestRouterConfig(
-        request_router_class=ROUTER,
-        request_router_kwargs={"imbalanced_threshold": 10, "do_eviction": True},
+        request_router_class=Router,
+        # every two chats begin with the same 30 characters of JSON, so a tenth of the prompt, Ray's default, says little
+        request_router_kwargs={"imbalanced_threshold": 10, "match_rate_threshold": 0.5, "do_eviction": True},
     )
     deployment = serve.deployment(
         Replica,
@@ -265,5 +321,5 @@ def start_replicas(
         graceful_shutdown_wait_loop_s=0.1,
         logging_config=logs,
     )
-    bound = deployment.bind(options, mine, threads, max_waiting, keys and keys.resolve())
+    bound = deployment.bind(options, mine, threads, max_waiting, tenants)
     return serve.run(bound, name=APPLICATION, route_prefix=None)

@@ -12,10 +12,12 @@ httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
 from common.sampling import SamplingParams  # noqa: E402
+from common.serving.protocol import REFUSED  # noqa: E402
 from common.tests.serving.conftest import eventually, is_empty, make_engine  # noqa: E402
 
 PROMPT = "There was once a"
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +184,9 @@ def test_parts_of_a_message_and_other_roles(client):
         ("completions", {"prompt": PROMPT, "model": "gpt"}, 404, "`gpt` does not exist; this server has `tales`"),
         ("completions", {}, 400, "prompt: Field required"),
         ("completions", {"prompt": ""}, 400, "prompt must not be empty"),
-        ("completions", [], 400, "body: Input should be a valid dictionary"),
-        ("completions", {"prompt": [3, -1]}, 400, "prompt.1: Input should be greater than or equal to 0."),
+        ("completions", [], 400, "The body must be a JSON object"),
+        ("completions", {"prompt": [3, -1]}, 400, "prompt.1: Input should be greater than or equal to 0; it is -1."),
+        ("completions", {"prompt": PROMPT, "skip_special_tokens": False}, 400, "skip_special_tokens is not supported"),
         ("completions", {"prompt": PROMPT, "suffix": "end"}, 400, "suffix is not supported"),
         ("completions", {"prompt": PROMPT, "temperature": -1}, 400, "temperature: Input should be greater than"),
         ("completions", {"prompt": PROMPT, "n": 100}, 400, "100 sequences in one request; this server holds 72"),
@@ -198,6 +201,9 @@ def test_parts_of_a_message_and_other_roles(client):
         ("chat/completions", {"messages": []}, 400, "messages: List should have at least 1 item"),
         ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role: Input should be"),
         ("chat/completions", {"messages": MESSAGES, "top_logprobs": 3}, 400, "top_logprobs needs logprobs"),
+        ("chat/completions", {"messages": IMAGE}, 400, "content.0.type: Input should be 'text'; it is 'image_url'."),
+        ("chat/completions", {"messages": MESSAGES, "echo": True}, 400, "echo is not supported"),
+        ("chat/completions", {"messages": MESSAGES, "tool_choice": {"type": "tools"}}, 400, "tool_choice.type: Input"),
     ],
 )
 def test_a_wrong_request_is_told_what_is_wrong(url, route, body, status, words):
@@ -208,9 +214,13 @@ def test_a_wrong_request_is_told_what_is_wrong(url, route, body, status, words):
 
 
 def test_bodies_that_are_no_json_and_routes_that_are_none(url):
-    assert (
-        "JSON" in httpx.post(f"{url}/v1/completions", content=b"{", headers={"Content-Type": "application/json"}).text
+    def answer_to(content: bytes, kind: str) -> str:
+        return httpx.post(f"{url}/v1/completions", content=content, headers={"Content-Type": kind}).text
+
+    assert "is not JSON: Expecting property name enclosed in double quotes, at char" in answer_to(
+        b"{", "application/json"
     )
+    assert "must be application/json" in answer_to(b'{"prompt": "x"}', "application/x-www-form-urlencoded")  # curl -d
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("PUT", "/health", 405)):
         answer = httpx.request(method, url + path)
         assert answer.status_code == status and "/docs" in answer.json()["error"]["message"]
@@ -234,7 +244,8 @@ def test_a_body_that_is_nested_deeply_is_no_failure_of_the_server(url):
 def test_unknown_fields_are_ignored_and_null_is_the_default(url):
     body = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0}
     plain = httpx.post(f"{url}/v1/completions", json=body).json()
-    odd = {**body, "no_such_field": 1, "top_p": None, "n": None, "stop": None, "user": "me"}
+    neutral = {name: [] if value is None else value for name, value in REFUSED.items() if name != "echo"}
+    odd = {**body, **neutral, "no_such_field": 1, "top_p": None, "n": None, "stop": None, "user": "me"}
     assert httpx.post(f"{url}/v1/completions", json=odd).json()["choices"] == plain["choices"]
 
 

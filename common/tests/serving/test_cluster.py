@@ -21,8 +21,9 @@ from ray.serve.exceptions import BackPressureError
 
 from common.bench.serving import RunningServer, complete, request, running_server
 from common.serving.loop import EngineDead
-from common.serving.replicas import Replica, create_door
+from common.serving.replicas import Replica, create_door, threads_of_each
 from common.serving.tenants import Tenant, Tenants
+from common.start import OptionError
 from common.tests.serving.conftest import eventually
 
 BODY = {"prompt": [7] * 64, "max_tokens": 8, "ignore_eos": True, "temperature": 0}
@@ -74,9 +75,9 @@ class Answer:
         pass
 
 
-def through_the_door(replicas: Replicas, tenants: Tenants | None = None, **options):
+def through_the_door(replicas: Replicas, tenants: Tenants | None = None, prompt: str = "Once", **options):
     client = TestClient(create_door(replicas, tenants or Tenants([])), raise_server_exceptions=False)
-    return client.post("/v1/completions", json={"prompt": "Once"}, **options)
+    return client.post("/v1/completions", json={"prompt": prompt}, **options)
 
 
 def body(text: bytes) -> dict:
@@ -115,12 +116,33 @@ def test_a_replica_without_an_engine_ends_itself(monkeypatch) -> None:
 
 def test_keys_hold_at_the_door_and_tenants_share_no_prefix() -> None:
     tenants = Tenants([Tenant("alice", key="a"), Tenant("bob", key="b", isolate_prefix_cache=False)])
-    replicas = Replicas([START, body(b"")], [START, body(b"")])
+    replicas, prompt = Replicas(*[[START, body(b"")]] * 4), "Once " * 50
     assert through_the_door(replicas, tenants).status_code == 401 and not replicas.calls
     for key in ("a", "b"):
-        assert through_the_door(replicas, tenants, headers={"Authorization": f"Bearer {key}"}).status_code == 200
-    assert [prefix for prefix, _ in replicas.calls] == [['alice "Once"'], [' "Once"']]
-    assert json.loads(replicas.calls[0][1]["body"]) == {"prompt": "Once"}
+        headers = {"Authorization": f"Bearer {key}"}
+        assert through_the_door(replicas, tenants, prompt, headers=headers).status_code == 200
+        assert through_the_door(replicas, tenants, "Once", headers=headers).status_code == 200
+    assert [prefix for prefix, _ in replicas.calls] == [[f'alice "{prompt}"'], [], [f' "{prompt}"'], []]
+    assert json.loads(replicas.calls[0][1]["body"]) == {"prompt": prompt}
+
+
+def test_replicas_get_as_many_threads_as_the_machines_of_a_cluster_have_processors_for() -> None:
+    assert threads_of_each(4, [2, 2], None) == 1
+    assert threads_of_each(3, [16, 8], None) == 8
+    assert threads_of_each(2, [3, 5], None) == 3 and threads_of_each(2, [3, 5], 2) == 2
+    for too_many in ((5, [2, 2], None), (2, [3, 5], 4), (2, [0, 1], None)):
+        with pytest.raises(OptionError, match=f"too small for REPLICAS={too_many[0]}"):
+            threads_of_each(*too_many)
+
+
+def test_limits_of_tenants_are_counted_with_the_clock_of_the_replica_s_machine(monkeypatch) -> None:
+    tenant = Tenant("alice", key="a", tokens_per_minute=60)
+    tenant.counted_at += 1e6  # the machine that listens has been up for longer
+    monkeypatch.setattr("common.serving.replicas.load_server", lambda *arguments: arguments[-1])
+    monkeypatch.setattr("common.serving.replicas.create_app", lambda server: None)
+    [own] = Replica({}, "", 1, 1, Tenants([tenant])).server.tenants
+    own.admit()
+    assert (own.name, own.key, own.tokens_left) == ("alice", "a", 60)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ httpx = pytest.importorskip("httpx")
 from common.course import ROOT  # noqa: E402
 from common.tests.serving.conftest import eventually, make_engine, serving  # noqa: E402
 
+PARTS = ("request_prefill_time", "request_decode_time")
 PROMPT = "There was once a thoughtful toad. " * 8
 
 
@@ -41,8 +42,11 @@ def test_what_is_counted():
         assert after["prefix_cache_hits_total"] == usages[1]["prompt_tokens_details"]["cached_tokens"] > 0
         assert after["generation_tokens_total"] == 40 and after["request_success_total length"] == 2
         assert 0 < after["spec_decode_num_accepted_tokens_total"] <= after["spec_decode_num_draft_tokens_total"]
-        for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
-            assert after[f"{name}_count"] == after[f"{name}_bucket +Inf"] == 2 and after[f"{name}_sum"] > 0
+        for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", *PARTS):
+            assert after[f"{name}_seconds_count"] == after[f"{name}_seconds_bucket +Inf"] == 2
+            assert after[f"{name}_seconds_sum"] > 0
+        parts = sum(after[f"{name}_seconds_sum"] for name in ("request_queue_time", *PARTS))
+        assert parts == pytest.approx(after["e2e_request_latency_seconds_sum"], abs=1e-6)
         assert 2 <= after["inter_token_latency_seconds_count"] <= 38  # a step may bring several tokens
         assert after["request_generation_tokens_bucket 20.0"] == 2 == after["request_prompt_tokens_count"]
 
