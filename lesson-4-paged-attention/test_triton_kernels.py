@@ -409,8 +409,8 @@ class TestPrefillKernel:
         self.check(code, [(30, 4)], (2, 2), 10, 7, "the last 4 of 30 tokens, in blocks of 7", extra=3)
 
     def test_a_mixed_batch(self, code):
-        requests = [(4, 4), (20, 1), (1, 1), (23, 18)]
-        self.check(code, requests, (4, 2), 16, 4, "requests with 4, 1, 1 and 18 new tokens of 4, 20, 1 and 23")
+        requests = [(2, 2), (18, 1), (21, 17)]
+        self.check(code, requests, (4, 2), 16, 4, "requests with 2, 1 and 17 new tokens of 2, 18 and 21")
 
     def test_odd_heads(self, code):
         self.check(code, [(6, 3)], (3, 1), 80, 1, "3 query heads over 1, heads of 80, blocks of 1")
@@ -436,8 +436,8 @@ class TestTogether:
         close(code.add_rms_norm(x, residual, weight, 1e-5), expected, "add_rms_norm(x, residual, ...)", rtol=1e-4)
         close(residual, both, "the residual after add_rms_norm", rtol=1e-4)
 
-    @pytest.mark.parametrize(("heads", "head_dim", "block_size"), [((4, 2), 16, 16), ((3, 1), 64, 7)])
-    def test_paged_attention(self, code, heads, head_dim, block_size):
+    @pytest.mark.parametrize(("heads", "head_dim", "block_size", "length"), [((4, 2), 16, 16, 5), ((2, 1), 64, 7, 18)])
+    def test_paged_attention(self, code, heads, head_dim, block_size, length):
         from solutions import paged_attention
 
         num_heads, num_kv_heads = heads
@@ -449,20 +449,20 @@ class TestTogether:
         cache = paged_attention.PagedKVCache(model, 12, block_size)
         cache.keys.copy_(noise(*cache.keys.shape, seed=1))
         cache.values.copy_(noise(*cache.values.shape, seed=2))
-        contexts, new, tables = [20, 9, 1], [18, 1, 1], [[5, 2, 9], [7, 1, 1], [3, 0, 0]]
-        start = [0, 18, 19, 20]
+        contexts, new, tables = [length + 2, 9], [length, 1], [[5, 2, 9], [7, 1, 1]]
+        start = [0, length, length + 1]
         slots = [
             slot
             for table, context, num_new in zip(tables, contexts, new)
             for slot in paged_attention.slot_mapping(table, context - num_new, num_new, block_size)
         ]
         metadata = paged_attention.AttentionMetadata(start, contexts, torch.tensor(slots, device=DEVICE), tables)
-        q, k, v = (noise(20, n, head_dim, seed=n).to(DEVICE) for n in (num_heads, num_kv_heads, num_kv_heads))
+        q, k, v = (noise(length + 1, n, head_dim, seed=n).to(DEVICE) for n in (num_heads, num_kv_heads, num_kv_heads))
         expected = cache.attend(metadata)(0, q, k, v)
         pool = cache.keys[0], cache.values[0], torch.tensor(tables, device=DEVICE)
         lens = torch.tensor(contexts, device=DEVICE)
-        got = code.paged_prefill_attention(q, *pool, torch.tensor(start, device=DEVICE), lens, 18)
+        got = code.paged_prefill_attention(q, *pool, torch.tensor(start, device=DEVICE), lens, length)
         close(got, expected, "paged_prefill_attention, beside PagedKVCache.attend", rtol=1e-4, atol=1e-5)
-        last = [17, 18, 19]
-        got = code.paged_decode_attention(q[last], *pool, lens, 20, 2)
+        last = [length - 1, length]
+        got = code.paged_decode_attention(q[last], *pool, lens, max(contexts), 2)
         close(got, expected[last], "paged_decode_attention, beside PagedKVCache.attend", rtol=1e-4, atol=1e-5)

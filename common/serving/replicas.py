@@ -307,7 +307,7 @@ def start_replicas(
     serve.start(proxy_location="Disabled", logging_config=logs)
     router = RequestRouterConfig(
         request_router_class=Router,
-        # every two chats begin with the same 30 characters of JSON, so a tenth of the prompt, Ray's default, says little
+        # any two chats begin with the same 30 characters of JSON, so a tenth of the prompt, Ray's default, says little
         request_router_kwargs={"imbalanced_threshold": 10, "match_rate_threshold": 0.5, "do_eviction": True},
     )
     deployment = serve.deployment(
