@@ -143,6 +143,16 @@ def test_what_may_be_meant_by_a_module_that_is_missing_is_named(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "files, told", [(["in\x1b[2J.py", "a.rar"], r"in\x1b[2J.py"), ([], "no file"), (["b.7z"], "b.7z")]
+)
+def test_a_submission_without_any_module_says_what_lies_there(tmp_path, files, told):
+    for name in files:
+        (tmp_path / name).touch()
+    submission = read_submission("anna", tmp_path)
+    assert not submission.modules and told in submission.notes[0]
+
+
 def test_file_names_cannot_move_the_cursor_nor_fill_the_screen(tmp_path):
     with zipfile.ZipFile(tmp_path / "eve.zip", "w") as archive:
         archive.writestr("../\x1b[2Jintro.py", "")
