@@ -486,6 +486,18 @@ class TestRunLayers:
         code.load_weights(model, snapshot("llama-3")[0])
         self.check(code, [0, 1, 2], range(2), "run_layers of a Llama with YaRN, at positions 0, 1, 2", model)
 
+    def test_the_tables_are_made_once(self, code):
+        model, calls = built(code, "llama-3")[0], []
+        rotary = model.rotary
+        model.rotary = lambda positions: calls.append(0) or rotary(positions)
+        with torch.inference_mode():
+            model.run_layers(noise(2, 16), torch.tensor([0, 1]), recording([]), range(2))
+        holds(
+            len(calls) < 2,
+            f"`rotary` was called {len(calls)} times for 2 layers, whose tables are the same.",
+            len(calls),
+        )
+
     def test_some_layers(self, code):
         self.check(code, [4, 5], range(1, 2), "run_layers through layer 1 alone")
 
@@ -760,8 +772,12 @@ class TestLoadWeights:
         tensors = self.tensors(code)
         tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(8)
         tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(5, 6)
-        names = ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight"]
-        self.told(code, tensors, "the file has two tensors more than the model", names)
+        tensors["model.layers.0.self_attn.rotary_emb.weight"] = torch.ones(2)
+        names = [
+            "model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight",
+            "model.layers.0.self_attn.rotary_emb.weight",
+        ]  # fmt: skip
+        self.told(code, tensors, "the file has three tensors more than the model", names)
 
     def test_misshapen(self, code):
         name = "model.layers.1.self_attn.o_proj.weight"

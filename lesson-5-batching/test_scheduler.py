@@ -185,6 +185,8 @@ class TestFairShare:
         a, b, c = (request(code, name, prompt, tenant=tenant) for name, prompt, tenant in sizes)
         equal(self.order(code, {"x": 5.0, "y": 5.0}, c, a, b), ["a", "b", "c"], "both tenants were served 5 tokens")
         equal(self.order(code, {"x": 6.0, "y": 5.0}, c, b, a), ["b", "a", "c"], "x, of a and c, was served 6; y 5")
+        what = "x, of a and c, was served 5.4, y 5.3: numbers of type float"
+        equal(self.order(code, {"x": 5.4, "y": 5.3}, c, b, a), ["b", "a", "c"], what)
 
     def test_its_size_does_not_matter(self, code):
         a = request(code, "a", 30, 5, tenant="x", priority=0)
@@ -358,8 +360,12 @@ class TestScheduleRunning:
         a, _ = running(code, own, request(code, "a", 7), request(code, "b", 7))
         answered(code, own, own.schedule())
         a.last_step += 1
-        plan = own.schedule()
+        plan = code.SchedulerOutput(99)
+        left = own.schedule_running(plan)
         equal(granted(plan), {"a": (8, 1)}, "what is scheduled, where it is b's turn, and b itself is preempted")
+        equal(
+            left, 15, "what is left of a budget of 16, of which b, which was preempted, takes nothing and a one token"
+        )
 
     def test_a_long_prompt_in_the_middle(self, code):
         own = scheduler(code, num_blocks=30)
@@ -458,6 +464,17 @@ class TestScheduleWaiting:
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 16)
         equal(sorted(granted(plan)), ["b"], "the first request admitted, with priorities a: 2, b: 0, c: 1")
+
+    def test_one_that_was_swapped_out(self, code):
+        own = scheduler(code, preemption="swap", num_host_blocks=8)
+        (b,) = running(code, own, request(code, "b", 9))
+        own.preempt(b, code.SchedulerOutput(98))
+        own.add(request(code, "a", 3))
+        plan = code.SchedulerOutput(99)
+        own.schedule_waiting(plan, 16)
+        equal(
+            granted(plan), {"a": (0, 3), "b": (9, 1)}, "(start, tokens) where a, which is new, and b, swapped out, wait"
+        )
 
     def test_chunks_below_the_budget(self, code):
         own = scheduler(code, num_blocks=30, long_prefill_token_threshold=4)
@@ -672,6 +689,7 @@ class TestPreemptByRecompute:
         what = "num_computed_tokens of the preempted, which had computed 10 and found 4 in the cache when it was new"
         equal(a.num_computed_tokens, 0, what)
         equal(a.num_cached_tokens, 4, "its num_cached_tokens, which says what it found then")
+        equal(a.last_step, 2, "its last_step, the step in which it was last scheduled: that stays true")
         equal(a.status.value, "waiting", "its status")
         equal(
             [len(a.prompt_token_ids), a.output_token_ids], [9, [7, 7]], "its prompt's length and its output: they stay"

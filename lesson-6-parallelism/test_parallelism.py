@@ -185,6 +185,7 @@ class TestCommunicationCost:
         close(code.communication_cost(4000, 4, 5e-3, 1e6), 6 * (5e-3 + 1e-3), what.format(4000, 4))
         close(code.communication_cost(4000, 2, 5e-3, 1e6), 2 * (5e-3 + 2e-3), what.format(4000, 2))
         close(code.communication_cost(0, 3, 5e-3, 1e6), 20e-3, what.format(0, 3))
+        close(code.communication_cost(6, 4, 0.0, 1.0), 9.0, "seconds for 6 bytes over 4 ranks, no latency, 1 byte/s")
 
     def test_alone(self, code):
         close(float(code.communication_cost(4000, 1, 1e-3, 1e6)), 0.0, "seconds for a rank that is alone")

@@ -15,7 +15,7 @@ import click
 import pytest
 
 from common import course
-from common.course import Lesson
+from common.course import Lesson, counted
 from common.course.catalogue import Answer, apply, describe, load_answers
 from common.course.exercises import TOGETHER, exercises_of
 from common.course.modules import check_solution
@@ -113,8 +113,8 @@ def prove_lesson(lesson_number: int) -> int:
         found = complaints(lesson, grader)
         print(*found, sep="\n")
         print(
-            f"Lesson {lesson.number}, {lesson.slug}: {len(grader.subjects)} answers to {len(grader.num_checks)} "
-            f"exercises, {len(found)} complaints."
+            f"Lesson {lesson.number}, {lesson.slug}: {len(grader.subjects)} answers to "
+            f"{counted(len(grader.num_checks), 'exercise')}, {counted(len(found), 'complaint')}."
         )
         failed |= bool(found) or code != 0
     return int(failed)

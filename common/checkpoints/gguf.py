@@ -151,6 +151,7 @@ def _config(source: _Source, vocabulary: Vocabulary) -> dict:
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "is_causal": of_model("attention.causal", True),
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": str(_dtype(tensors["token_embd.weight"])).removeprefix("torch."),
     }
@@ -160,7 +161,7 @@ def _config(source: _Source, vocabulary: Vocabulary) -> dict:
     config["bos_token_id"] = vocabulary.bos_token_id
     config["eos_token_id"] = eos if len(eos) > 1 else eos[0] if eos else None
     config["pad_token_id"] = vocabulary.padding_token_id
-    names = {key: f"{source.architecture}.{name}" for key, name in keys.items()}
+    names = {key: f"{source.architecture}.{name}" for key, name in {**keys, "is_causal": "attention.causal"}.items()}
     # GGUF files say what other families leave open: no value is a family's default.
     heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
     if config["num_key_value_heads"] is None:

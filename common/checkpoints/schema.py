@@ -120,6 +120,7 @@ class Config(Struct, kw_only=True, frozen=True):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    is_causal: bool = True
     use_sliding_window: bool = False  # Qwen's files have a `sliding_window` that counts only if this is true
     sliding_window: Context | None = None
     max_window_layers: Annotated[int, Meta(ge=0, le=2**31)] = 0  # Qwen: the first layer with a window
@@ -269,6 +270,8 @@ def _contradictions(config: Config):
         ids = getattr(config, key)
         if any(token_id >= config.vocab_size for token_id in (ids if isinstance(ids, list) else [ids or 0])):
             yield key, ids, f"the vocabulary ends at {config.vocab_size - 1}"
+    if not config.is_causal:
+        yield "is_causal", False, "this engine computes causal attention, which is true"
     if config.quantization_config:
         kind = config.quantization_config.get("quant_method")
         yield "quantization_config", kind, "load the unquantized checkpoint instead"

@@ -9,6 +9,7 @@ from common.course.lessons import (
     WITHHELD,
     CourseError,
     Lesson,
+    counted,
     first_line,
     lesson,
     modules_of,

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from common import course
-from common.course import MODULES, ROOT, CourseError, Lesson, shown
+from common.course import MODULES, ROOT, CourseError, Lesson, counted, shown
 from common.course.exercises import exercises_of
 from common.course.modules import check_solution
 from common.course.skeleton import cut_lesson
@@ -199,9 +199,8 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
         console.print(Text(f"Not graded: {each}.", "yellow"))
     left = room.to_grade()
     handed_in = sum(lesson.slug in submission.modules for submission in room.submissions for lesson in room.lessons)
-    console.print(
-        f"{len(room.submissions)} submissions, {handed_in} modules; {handed_in - len(left)} of them are graded already."
-    )
+    handed = f"{counted(len(room.submissions), 'submission')}, {counted(handed_in, 'module')}"
+    console.print(f"{handed}; already graded: {handed_in - len(left)}.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     interrupted = False
     with Progress(*columns, console=console, transient=True) as progress:
@@ -222,7 +221,8 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
     report.write(room.out, room.lessons, room.submissions, room.graded)
     if interrupted:
         num_left = sum((submission.student, lesson.slug) not in room.graded for submission, lesson in left)
-        console.print(f"\nStopped. {num_left} modules are left; nothing is lost: the same command goes on from here.")
+        todo = counted(num_left, "module")
+        console.print(f"\nStopped. Still to grade: {todo}; nothing is lost: the same command goes on from here.")
         return 130
     console.print(f"The class: {shown(room.out / 'index.html')}   for a spreadsheet: {shown(room.out / 'grades.csv')}")
     return 0

@@ -102,7 +102,7 @@ def read_submission(student: str, place: Path) -> Submission:
     submission = Submission(student, place)
     read = entries_of_folder if place.is_dir() else entries_of_zip if zipfile.is_zipfile(place) else entries_of_tar
     candidates: dict[str, list[Entry]] = {}
-    others: list[PurePosixPath] = []
+    others: dict[bool, list[PurePosixPath]] = {True: [], False: []}  # by whether they may be meant
     try:
         for count, entry in enumerate(read(place, submission.notes)):
             if count == MAX_ENTRIES:
@@ -113,14 +113,16 @@ def read_submission(student: str, place: Path) -> Submission:
                 continue
             if slug in SLUGS:
                 candidates.setdefault(slug, []).append(entry)
-            elif len(others) < MAX_NAMED and may_be_meant(entry.path.name):
-                others.append(entry.path)
+            elif len(of_kind := others[may_be_meant(entry.path.name)]) < MAX_NAMED:
+                of_kind.append(entry.path)
         for lesson in MODULES:
             if of_lesson := candidates.get(lesson.slug):
                 take(submission, lesson, of_lesson)
-        meant = [path for path in others if module_meant(path.name) not in submission.modules]
-        if meant:
-            submission.notes.append(f"not taken, since no module is called so: {', '.join(map(str, meant))}")
+        meant = [path for path in others[True] if module_meant(path.name) not in submission.modules]
+        if named := meant or ([] if candidates else others[False]):
+            submission.notes.append(f"not taken, since no module is called so: {', '.join(map(str, named))}")
+        elif not candidates and not submission.notes:
+            submission.notes.append("no file lies in it that could be a module")
     except (
         OSError,
         zipfile.BadZipFile,

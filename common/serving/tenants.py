@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 
+from common.course import counted
 from common.serving.loop import QueueFull
 
 
@@ -58,7 +59,9 @@ class Tenant:
         """Count a request that begins. Raises QueueFull if this tenant must wait; `leave` ends what was admitted."""
         self.spend(0)
         if self.max_concurrent_requests is not None and self.num_requests >= self.max_concurrent_requests:
-            raise QueueFull(f"{self.name} has {self.num_requests} requests at once already; more are not allowed.", 1.0)
+            raise QueueFull(
+                f"{self.name} has {counted(self.num_requests, 'request')} at once already; more are not allowed.", 1.0
+            )
         if self.tokens_per_minute is not None and self.tokens_left <= 0:
             seconds = max(1.0, 60 * -self.tokens_left / self.tokens_per_minute)
             message = (

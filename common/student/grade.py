@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 
 import click
 from rich.console import Console
@@ -193,10 +194,20 @@ def hint(exercise_id: str, level: int) -> int:
     if not 1 <= level <= len(hints):
         raise CourseError(f"LEVEL={level}: {exercise.id} has the hints 1 to {len(hints)}.")
     console.print(f"[bold]{exercise.id} {exercise.function}[/], hint {level} of {len(hints)}\n")
-    console.print(Padding(Markdown(hints[level - 1]), (0, 4)), soft_wrap=False)
+    console.print(Padding(Markdown(hanging(hints[level - 1], console.width - 10)), (0, 4)), soft_wrap=False)
     if level < len(hints):
         console.print(f"\n[dim]More: make hint-{exercise.id} LEVEL={level + 1}[/]")
     return 0
+
+
+def hanging(hint: str, width: int) -> str:
+    """A hint whose lines of code are cut to a width; what is cut off is indented below the line that it belongs to."""
+    lines, is_code = [], False
+    for line in hint.splitlines():
+        is_code ^= line.startswith("```")
+        indent = " " * (len(line) - len(line.lstrip()) + 6)
+        lines += wrap(line, max(width, 40), subsequent_indent=indent) if is_code and line else [line]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from common.course import files_used, substitutes
+from common.course import counted, files_used, substitutes
 from common.options import engine_options, mine, number, option, threads
 from common.sampling import SamplingParams
 from common.start import OptionError, start_engine
@@ -72,7 +72,8 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
         trace.write_text(json.dumps(chrome_events(done)), encoding="utf-8")
     found = totals(done)
     written = ", ".join(map(str, (out, own, *([trace] if trace else []))))
-    print(f"{found.num_steps} steps, {found.num_output_tokens} tokens, {found.num_preemptions} preemptions. {whose()}")
+    sizes = {"step": found.num_steps, "token": found.num_output_tokens, "preemption": found.num_preemptions}
+    print(f"{', '.join(counted(number, noun) for noun, number in sizes.items())}. {whose()}")
     print(f"Written: {written}. Open {out} in a browser.")
     if failure:
         print("The run ended early, and the page shows it until then.", file=sys.stderr)

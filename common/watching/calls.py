@@ -14,6 +14,7 @@ from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 from common.config import EngineConfig
+from common.course import counted
 from common.metrics import EngineMetrics
 from common.watching.recorder import Recorder, short
 
@@ -160,9 +161,10 @@ class CallRecorder(Recorder):
     def plan_state(self, plan: Any) -> Iterator[str]:
         if plan is not None:
             for each in plan.scheduled[:MOST]:
-                drafts = f", of which {each.num_spec_tokens} draft tokens" if each.num_spec_tokens else ""
+                drafts = f", of which {counted(each.num_spec_tokens, 'draft token')}" if each.num_spec_tokens else ""
                 samples = "" if each.sample_index is None else f", samples output token {each.sample_index}"
-                yield f"plan: {each.request_id} from {each.start}, {len(each.token_ids)} tokens{drafts}{samples}"
+                tokens = counted(len(each.token_ids), "token")
+                yield f"plan: {each.request_id} from {each.start}, {tokens}{drafts}{samples}"
             for name in ("swaps_out", "swaps_in", "copies", "preempted_ids", "finished_ids"):
                 if found := getattr(plan, name):
                     yield f"plan.{name}: {told(found)}"
@@ -188,7 +190,8 @@ class CallRecorder(Recorder):
         if self.owner is self.engine:
             totals, states = self.engine.totals, self.engine.processor.states
             seconds = f"{'some' if totals.seconds else 'no'} seconds"
-            yield f"counted: {totals.num_steps} steps, {totals.num_computed_tokens} computed tokens, {seconds}"
+            steps, tokens = counted(totals.num_steps, "step"), counted(totals.num_computed_tokens, "computed token")
+            yield f"counted: {steps}, {tokens}, {seconds}"
             for each in states.values():
                 since = "was scheduled" if each.output.metrics.first_scheduled_time else "was never scheduled"
                 yield f"output of {told(each.output)}, {since}"
@@ -240,7 +243,7 @@ def ranges(numbers: Iterable[int]) -> str:
 def told(value: Any) -> str:
     """A value as short as it can be told: a request by its id, a block by its number."""
     if hasattr(value, "logprobs") and hasattr(value, "finish_reason"):
-        return f"{value.request_id}: {len(value.token_ids)} tokens, {len(value.logprobs)} logprobs"
+        return f"{value.request_id}: {counted(len(value.token_ids), 'token')}, {len(value.logprobs)} logprobs"
     if hasattr(value, "request_id"):
         return value.request_id
     if hasattr(value, "block_id"):

@@ -561,6 +561,7 @@ def test_llama_3_s_scaled_rotary_embedding_is_recognised(tmp_path):
             "rope_scaling.factor is 0.5; expected",
         ),
         ("llama", lambda w: w.add_uint32("llama.rope.dimension_count", 8), {}, "only a part of each head"),
+        ("llama", lambda w: w.add_bool("llama.attention.causal", False), {}, "llama.attention.causal is False; "),
         ("llama", None, {"attention.head_count": 0}, "llama.attention.head_count is 0; expected"),
         ("llama", None, {"block_count": 2**31}, "llama.block_count is 2147483648; expected"),
         ("llama", None, {"attention.key_length": 15}, "llama.attention.key_length is 15; it must be even"),

@@ -143,6 +143,16 @@ def test_what_may_be_meant_by_a_module_that_is_missing_is_named(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "files, told", [(["in\x1b[2J.py", "a.rar"], r"in\x1b[2J.py"), ([], "no file"), (["b.7z"], "b.7z")]
+)
+def test_a_submission_without_any_module_says_what_lies_there(tmp_path, files, told):
+    for name in files:
+        (tmp_path / name).touch()
+    submission = read_submission("anna", tmp_path)
+    assert not submission.modules and told in submission.notes[0]
+
+
 def test_file_names_cannot_move_the_cursor_nor_fill_the_screen(tmp_path):
     with zipfile.ZipFile(tmp_path / "eve.zip", "w") as archive:
         archive.writestr("../\x1b[2Jintro.py", "")
@@ -528,7 +538,7 @@ def test_grading_can_be_interrupted_and_goes_on(tmp_path):
     assert 1 <= len(first) < 3
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"{len(first)} of them are graded already" in again.stdout
+    assert f"already graded: {len(first)}." in again.stdout
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in first.items())
     with (tmp_path / "out" / "grades.csv").open() as file:
         points = {each["student"]: each["points"] for each in csv.DictReader(file)}

@@ -39,6 +39,13 @@ ANSWERS = [
         "num_kv_heads, num_heads // num_kv_heads, head_dim)",
         "num_heads // num_kv_heads, num_kv_heads, head_dim).transpose(1, 2)",
     ),
+    wrong(
+        "3.2",
+        "fetched to the CPU",
+        "num_heads, head_dim = q.shape",
+        "num_heads, head_dim = (q := q.cpu()).shape",
+        recognised=False,
+    ),
     wrong("3.2", "tokens before heads: row t * group + g", "permute(1, 2, 0, 3)", "permute(1, 0, 2, 3)"),
     wrong_body(
         "3.2",

@@ -373,6 +373,12 @@ ANSWERS = [
     ),
     wrong(
         "2.8",
+        "every name with `rotary` ignored, instead of `rotary_emb.inv_freq` alone",
+        'not name.endswith("rotary_emb.inv_freq")',
+        '"rotary" not in name',
+    ),
+    wrong(
+        "2.8",
         "the whole checkpoint read before the first tensor is put in place",
         "for path, layer in layers.items():\n        layer.load(reader(checkpoint, path))",
         "tensors = {name: checkpoint.read(name) for name in wanted}\n    for path, layer in layers.items():\n"
@@ -885,6 +891,12 @@ ANSWERS = [
         "unscaled frequencies, instead of the model's own",
         "self.rotary(positions)",
         "rotary_tables(positions, rotary_frequencies(self.config.head_dim, self.config.rope_theta))",
+    ),
+    wrong(
+        "2.5",
+        "the tables made anew for each layer",
+        "hidden = self.model",
+        "cos, sin = self.rotary(positions)\n            hidden = self.model",
     ),
     wrong("2.5", "sine and cosine swapped", "cos, sin = self", "sin, cos = self"),
     wrong(

@@ -241,6 +241,7 @@ ANSWERS = [
         "num_messages * (latency + num_bytes / world_size / bandwidth)",
         "num_messages * latency + 2 * num_bytes / bandwidth",
     ),
+    wrong("6.8", "the bytes of a message rounded down", "num_bytes / world_size", "num_bytes // world_size"),
     wrong("6.8", "a message too many in each half", "2 * (world_size - 1)", "2 * world_size"),
     wrong("6.8", "a message too many in one half", "2 * (world_size - 1)", "2 * world_size - 1"),
     wrong(

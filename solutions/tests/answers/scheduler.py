@@ -129,6 +129,7 @@ ANSWERS = [
     wrong("5.4", "the request's own tokens, instead of its tenant's", "served[request.tenant]", "request.num_tokens"),
     wrong("5.4", "equals by their ids, instead of arrival", "request.arrival)", "request.request_id)"),
     wrong("5.4", "priority before arrival", "request.arrival)", "request.priority, request.arrival)"),
+    wrong("5.4", "fractions cut off", "served[request.tenant]", "int(served[request.tenant])"),
     right("5.4", "as a list", "return [served.get(request.tenant), request.arrival]"),
     # -------------------------------------------------------------------------------------------------- 5.5 join
     wrong(
@@ -212,6 +213,9 @@ ANSWERS = [
         recognised=False,
     ),
     wrong("5.6", "no request after the preempted one goes on", "continue", "break"),
+    wrong(
+        "5.6", "a token subtracted for a request without a slot", "budget -= num_tokens", "budget -= max(1, num_tokens)"
+    ),
     wrong("5.6", "a token left for requests in flight, too", "len(ready) - i - 1", "len(self.running) - i - 1"),
     right(
         "5.6",
@@ -282,6 +286,12 @@ ANSWERS = [
         "the first in the policy's order, even if it is a sample that should wait to fork another",
         "self.next_waiting(plan)",
         "min(self.waiting, key=self.rank, default=None)",
+    ),
+    wrong(
+        "5.7",
+        "no request admitted that was swapped out",
+        "request is None or",
+        "request is None or request.status is not RequestStatus.WAITING or",
     ),
     right(
         "5.7",
@@ -479,6 +489,12 @@ ANSWERS = [
         "what was once found in the prefix cache counted as computed",
         "request.num_computed_tokens = 0",
         "request.num_computed_tokens = request.num_cached_tokens",
+    ),
+    wrong(
+        "5.10",
+        "`last_step` reset, as if it had never been scheduled",
+        "request.num_computed_tokens = 0",
+        "request.num_computed_tokens = 0\n        request.last_step = -1",
     ),
     right(
         "5.10",
