@@ -13,6 +13,7 @@
 namespace inference_course {
 
 constexpr int64_t KEYS = 16, QUERIES = 16;
+constexpr int FOLDED = LANES == 16 ? 4 : 2;  // heads for which a key is read once: four keys' sums fit into the registers
 constexpr int64_t MANY_KEYS = 32;  // keys in a step, where there are many queries
 
 // One layer's blocks: (num_blocks, block_size, kv_heads, head_dim) each. Number: float, or uint16_t for a bfloat16.
@@ -21,60 +22,64 @@ struct Blocks {
   Number *keys, *values;
   int64_t block_size, kv_heads, head_dim;
 
-  int64_t slot(const int64_t* table, int64_t position) const {
-    return (table[position / block_size] * block_size + position % block_size) * kv_heads * head_dim;
-  }
-
   // Where one head's keys and values of `count` positions lie, from `first` on.
   void find(const int64_t* table, int64_t first, int64_t count, int64_t kv_head, const Number** found_keys,
             const Number** found_values) const {
+    int64_t block = first / block_size, offset = first % block_size;
     for (int64_t j = 0; j < count; ++j) {
-      const int64_t at = slot(table, first + j) + kv_head * head_dim;
+      const int64_t at = ((table[block] * block_size + offset) * kv_heads + kv_head) * head_dim;
       found_keys[j] = keys + at, found_values[j] = values + at;
+      if (++offset == block_size) ++block, offset = 0;
     }
   }
 };
 
-// Scores of one query and `count` <= KEYS keys, times `scale`. What lies beyond `count` is not written.
-template <typename Number>
-inline void score(const float* q, const Number* const* keys, int64_t count, int64_t head_dim, float scale, float* out) {
-  for (int64_t j = 0; j < count; j += 4) {
-    const Number* k[4];
-    for (int i = 0; i < 4; ++i) k[i] = keys[std::min(j + i, count - 1)];
-    vec sums[4] = {};
-    int64_t whole = 0;
-    for (; whole + LANES <= head_dim; whole += LANES) {
-      const vec query = load<vec>(q + whole);
-      for (int i = 0; i < 4; ++i) sums[i] += query * load_floats(k[i] + whole);
+// Scores of HEADS queries, D floats each, and KEYS keys, times `scale`: (HEADS, KEYS).
+template <int HEADS, typename Number>
+inline void score(const float* q, const Number* const* keys, int64_t D, float scale, float* out) {
+  vec sums[HEADS][LANES];
+  for (int64_t first = 0; first < KEYS; first += LANES) {
+    for (int j = 0; j < LANES; j += 4) {
+      vec some[HEADS][4] = {};
+      int64_t d = 0;
+      for (; d + LANES <= D; d += LANES)
+        for (int i = 0; i < 4; ++i) {
+          const vec key = load_floats(keys[first + j + i] + d);
+          for (int h = 0; h < HEADS; ++h) some[h][i] += load<vec>(q + h * D + d) * key;
+        }
+      for (; d < D; ++d)
+        for (int i = 0; i < 4; ++i)
+          for (int h = 0; h < HEADS; ++h) some[h][i][0] += q[h * D + d] * to_float(keys[first + j + i][d]);
+      for (int h = 0; h < HEADS; ++h)
+        for (int i = 0; i < 4; ++i) sums[h][j + i] = some[h][i];
     }
-    for (int64_t i = 0; i < std::min<int64_t>(4, count - j); ++i) {
-      float sum = total(sums[i]);
-      for (int64_t d = whole; d < head_dim; ++d) sum += q[d] * to_float(k[i][d]);
-      out[j + i] = scale * sum;
-    }
+    for (int h = 0; h < HEADS; ++h) store(out + h * KEYS + first, totals(sums[h]) * scale);
   }
 }
 
-// out (head_dim) = out * keep + sum of weights[j] * values[j], for `count` values.
-template <typename Number>
-inline void mix(const float* weights, const Number* const* values, int64_t count, int64_t head_dim, float keep, float* out) {
-  int64_t d = 0;
-  for (; d + 4 * LANES <= head_dim; d += 4 * LANES) {
-    vec sums[4];
-    for (int i = 0; i < 4; ++i) sums[i] = load<vec>(out + d + i * LANES) * keep;
+// out (HEADS, D) = out * keep + sum of weights[j] * values[j], for `count` values. weights: (HEADS, KEYS).
+template <int HEADS, typename Number>
+inline void mix(const float* weights, const Number* const* values, int64_t count, int64_t D, const float* keep, float* out) {
+  const auto parts = [&](auto PARTS, int64_t d) {
+    vec sums[HEADS][PARTS()];
+    for (int h = 0; h < HEADS; ++h)
+      for (int i = 0; i < PARTS(); ++i) sums[h][i] = load<vec>(out + h * D + d + i * LANES) * keep[h];
     for (int64_t j = 0; j < count; ++j)
-      for (int i = 0; i < 4; ++i) sums[i] += weights[j] * load_floats(values[j] + d + i * LANES);
-    for (int i = 0; i < 4; ++i) store(out + d + i * LANES, sums[i]);
-  }
-  for (; d + LANES <= head_dim; d += LANES) {
-    vec sum = load<vec>(out + d) * keep;
-    for (int64_t j = 0; j < count; ++j) sum += weights[j] * load_floats(values[j] + d);
-    store(out + d, sum);
-  }
-  for (; d < head_dim; ++d) {
-    out[d] *= keep;
-    for (int64_t j = 0; j < count; ++j) out[d] += weights[j] * to_float(values[j][d]);
-  }
+      for (int i = 0; i < PARTS(); ++i) {
+        const vec value = load_floats(values[j] + d + i * LANES);
+        for (int h = 0; h < HEADS; ++h) sums[h][i] += weights[h * KEYS + j] * value;
+      }
+    for (int h = 0; h < HEADS; ++h)
+      for (int i = 0; i < PARTS(); ++i) store(out + h * D + d + i * LANES, sums[h][i]);
+  };
+  int64_t d = 0;
+  for (; d + 4 * LANES <= D; d += 4 * LANES) parts(std::integral_constant<int, 4>(), d);
+  for (; d + LANES <= D; d += LANES) parts(std::integral_constant<int, 1>(), d);
+  for (; d < D; ++d)
+    for (int h = 0; h < HEADS; ++h) {
+      out[h * D + d] *= keep[h];
+      for (int64_t j = 0; j < count; ++j) out[h * D + d] += weights[h * KEYS + j] * to_float(values[j][d]);
+    }
 }
 
 // Rows of D floats in panels: (count, D) -> (D / 16, MANY_KEYS, 16), with 0 where there is nothing.
@@ -182,34 +187,41 @@ inline void attend(const float* q, int64_t stride, int64_t tokens, int64_t group
   const int64_t D = blocks.head_dim, heads = tokens * group;
   if (heads > TILE) return attend_many(q, stride, tokens, group, position, window, blocks, table, kv_head, out, out_stride);
   const float scale = 1 / std::sqrt(static_cast<float>(D)), none = -std::numeric_limits<float>::infinity();
-  std::vector<float> maximum(heads, none), sum(heads, 0.0f);
+  float maximum[TILE], sum[TILE];
+  std::fill_n(maximum, heads, none), std::fill_n(sum, heads, 0.0f);
   for (int64_t t = 0; t < tokens; ++t) std::fill_n(out + t * out_stride, group * D, 0.0f);
   const int64_t end = position + tokens;
   for (int64_t first = std::max<int64_t>(0, position - window + 1); first < end; first += KEYS) {
     const Number *keys[KEYS], *values[KEYS];
     const int64_t count = std::min(KEYS, end - first);
     blocks.find(table, first, count, kv_head, keys, values);
+    std::fill(keys + count, keys + KEYS, keys[0]);
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t low = std::max<int64_t>(0, position + t - window + 1 - first);  // the keys that this token sees
       const int64_t high = std::min(count, position + t + 1 - first);
       if (low >= high) continue;
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t h = t * group + g;
-        float scores[KEYS];
-        std::fill_n(scores, KEYS, none);
-        score(q + t * stride + g * D, keys + low, high - low, D, scale, scores + low);
-        float highest = maximum[h];
-        for (int64_t j = low; j < high; ++j) highest = std::max(highest, scores[j]);
-        vec part = {};
-        for (int64_t j = 0; j < KEYS; j += LANES) {
-          const vec weight = exponential(load<vec>(scores + j) - highest);
-          store(scores + j, weight);
-          part += weight;
+      const auto some = [&](auto HEADS, int64_t head) {
+        const float* queries = q + t * stride + head * D;
+        float scores[HEADS() * KEYS], keep[HEADS()];
+        score<HEADS()>(queries, keys, D, scale, scores);
+        for (int h = 0; h < HEADS(); ++h) {
+          float *own = scores + h * KEYS, &most = maximum[t * group + head + h], &all = sum[t * group + head + h];
+          std::fill_n(own, low, none), std::fill_n(own + high, KEYS - high, none);
+          vec top = load<vec>(own), part = {};
+          for (int64_t j = LANES; j < KEYS; j += LANES) top = load<vec>(own + j) > top ? load<vec>(own + j) : top;
+          const float highest = std::max(most, largest(top));
+          for (int64_t j = 0; j < KEYS; j += LANES) {
+            const vec weight = exponential(load<vec>(own + j) - highest);
+            store(own + j, weight);
+            part += weight;
+          }
+          keep[h] = highest > most ? std::exp(most - highest) : 1;
+          most = highest, all = all * keep[h] + total(part);
         }
-        const float keep = std::exp(maximum[h] - highest);
-        maximum[h] = highest, sum[h] = sum[h] * keep + total(part);
-        mix(scores + low, values + low, high - low, D, keep, out + t * out_stride + g * D);
-      }
+        mix<HEADS()>(scores + low, values + low, high - low, D, keep, out + t * out_stride + head * D);
+      };
+      for (int64_t head = 0; head < group; head += FOLDED)
+        with_rows<FOLDED>(std::min<int64_t>(FOLDED, group - head), [&](auto HEADS) { some(HEADS, head); });
     }
   }
   for (int64_t t = 0; t < tokens; ++t)

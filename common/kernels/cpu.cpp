@@ -45,40 +45,45 @@ struct Floats {
 // Rows of a product, and what `prepare` must compute of each of them for matrices of some kinds.
 struct Input {
   const Linear& layer;
-  int64_t count, stride;
-  std::vector<int16_t> numbers;  // W4A8: twice as many int8
+  int64_t count, stride, num_sums;
+  std::vector<uint8_t> numbers;  // whole, or bfloat16, which the floats are rounded to
   std::vector<float> scales, sums;
 
-  Input(const Linear& layer, int64_t count) : layer(layer), count(count), stride(layer.K) {
+  Input(const Linear& layer, int64_t count) : layer(layer), count(count), stride(layer.K), num_sums(layer.num_groups) {
     layer.locate();
-    if (layer.kind == W8A8) stride += stride % 2, numbers.resize(count * stride);
-    if (layer.kind == W4A8) stride = layer.num_groups * 8 * layer.octs(), numbers.resize(count * stride / 2);
+    if (layer.kind == W8A8 || is_rounded()) stride = 4 * layer.words(), numbers.resize(count * stride);
+    if (layer.kind == W4A8) stride = layer.num_groups * 8 * layer.octs(), numbers.resize(count * stride);
+    if (layer.kind == W8A8 && HAS_QUADS) num_sums = 1;
     if (is_quantized()) scales.resize(count);
-    sums.resize(count * layer.num_groups);
+    sums.resize(count * num_sums);
   }
   bool is_quantized() const { return layer.kind == W8A8 || layer.kind == W4A8; }
-  bool needs_preparation() const { return is_quantized() || layer.kind == INT4; }
+  bool is_rounded() const { return layer.kind == BFLOATS && HAS_BFLOATS; }
+  bool needs_preparation() const { return is_quantized() || is_rounded() || layer.kind == INT4; }
 
   // most: the largest magnitudes of all rows, if these are parts of rows, or nullptr.
   void prepare(const float* x, int64_t row, const float* most = nullptr) {
+    uint8_t* to = numbers.data() + row * stride;
     if (is_quantized()) scales[row] = most ? scale_of(most[row]) : scale_of(x, layer.K);
-    if (layer.kind == W8A8) quantize(x, layer.K, scales[row], numbers.data() + row * stride);
-    int8_t* bytes = reinterpret_cast<int8_t*>(numbers.data()) + row * stride;
-    for (int64_t group = 0, k = 0; group < layer.num_groups; ++group, k += layer.group_size) {
-      const int64_t size = std::min(layer.group_size, layer.K - k);
-      float& all = sums[row * layer.num_groups + group];
+    if (is_rounded()) round_to(reinterpret_cast<uint16_t*>(to), x, layer.K);
+    if (layer.kind == W8A8 && !HAS_QUADS) quantize(x, layer.K, scales[row], reinterpret_cast<int16_t*>(to));
+    const int64_t size = layer.num_groups ? layer.group_size : layer.K;
+    for (int64_t group = 0, k = 0; group < num_sums; ++group, k += size) {
+      const int64_t count = std::min(size, layer.K - k);
+      float& all = sums[row * num_sums + group];
       if (layer.kind == INT4) {
-        all = sum(x + k, size);
+        all = sum(x + k, count);
       } else {
-        quantize(x + k, size, scales[row], bytes);
+        int8_t* bytes = reinterpret_cast<int8_t*>(to) + group * 8 * layer.octs();
+        quantize(x + k, count, scales[row], bytes);
         int32_t exact = 0;
-        for (int64_t i = 0; i < size; ++i) exact += bytes[i];
-        all = exact, bytes += 8 * layer.octs();
+        for (int64_t i = 0; i < count; ++i) exact += bytes[i];
+        all = exact;
       }
     }
   }
   Rows rows(const float* x) const {
-    return {is_quantized() ? nullptr : x, numbers.data(), scales.data(), sums.data(), count, stride};
+    return {numbers.empty() ? x : nullptr, numbers.data(), scales.data(), sums.data(), count, stride};
   }
 };
 
@@ -310,6 +315,8 @@ TORCH_LIBRARY(inference_course, library) {
   using Tensor = at::Tensor;
   using Maybe = std::optional<Tensor>;
   using Product = c10::intrusive_ptr<Linear>;
+  library.def("has_quads() -> bool", [] { return HAS_QUADS; });
+  library.def("has_bfloats() -> bool", [] { return HAS_BFLOATS; });
   library.class_<Linear>("Linear")
       .def(torch::init<int64_t, int64_t, int64_t, Tensor, Maybe, Maybe, int64_t>())
       .def("apply", &apply);

@@ -6,15 +6,17 @@
 //
 //   kind      weight                           scale             product
 //   floats    (panels, K, 16) float32                            x . w
-//   bfloats   (panels, K / 2, 16, 2) bfloat16                    x . w: in float32, as all sums
+//   bfloats   (panels, K / 2, 16, 2) bfloat16                    x . w: sums in float32. x is rounded to bfloat16 where the
+//                                                                processor has a product of two bfloat16 (HAS_BFLOATS)
 //   int8      (panels, K / 2, 16, 2) int8      (panels, 16)      (x . w) * scale
 //   w8a8      (panels, K / 2, 16, 2) int8      (panels, 16)      (q . w) * x_scale * scale: q whole numbers, sums exact
+//    or, with HAS_QUADS, (panels, K / 4, 16, 4) uint8: w + 128
 //   int4      (panels, groups,                 (panels, groups, 16) float16, and as many minima: x . (w * scale + minimum)
 //              group / 8, 16, 4) uint8
 //   w4a8      as int4                          as int4           (q . (w * scale + minimum)) * x_scale: sums of q . w exact
 //
 // The last two axes are PANEL outputs and the neighbours of one: two inputs, or four bytes of eight inputs, of which the
-// first four are in the low halves. K / 2 and group / 8 are rounded up, and N to whole panels: what was added is 0.
+// first four are in the low halves. K / 2, K / 4 and group / 8 are rounded up, and N to whole panels: what was added is 0.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -34,7 +36,8 @@ namespace inference_course {
 constexpr int64_t PANEL = 16;
 constexpr int64_t SLICE = 256;        // inputs of a panel, as floats, that stay in the first cache for many rows
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
-constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers; also the tile of W4A8
+constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers, for weights that become floats
+constexpr int OCT_TILE = LANES == 16 ? TILE : 4;  // rows of W4A8 whose sums fit into the registers
 constexpr int64_t CACHED = 144 << 10;  // floats of x that stay in the second cache, or nearly, while the panels pass
 
 enum Kind : int64_t { FLOATS, INT8, W8A8, INT4, BFLOATS, W4A8 };
@@ -63,12 +66,14 @@ struct Linear : torch::CustomClassHolder {
   }
 
   int64_t panels() const { return (N + PANEL - 1) / PANEL; }
-  int64_t pairs() const { return (K + 1) / 2; }
+  int64_t neighbours() const { return kind == W8A8 && HAS_QUADS ? 4 : 2; }
+  int64_t words() const { return (K + neighbours() - 1) / neighbours(); }  // of a row, in kinds without groups
   int64_t octs() const { return (group_size + 7) / 8; }  // of a group
 };
 
-// Rows as a product wants them: floats (count, stride), or whole numbers (count, stride) with a scale for each row. Beside
-// either, for a matrix in four bits, the sums of each group, (count, groups).
+// Rows as a product wants them: floats (count, stride), or numbers of fewer bits, a row in `stride` bytes, with a scale for
+// each row if they are whole. Beside either, for a matrix in four bits, the sums of each group, (count, groups), and for
+// quads the sum of each row.
 struct Rows {
   const float* floats;
   const void* numbers;
@@ -127,21 +132,52 @@ inline void times_floats(const float* x, int64_t stride, const float* panel, int
     for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i]);
 }
 
-// R rows of whole numbers times `count` pairs of a panel, (count, 16, 2) int8 or int16; sums: (R, 16), added to.
-template <int R, typename Number>
-inline void times_numbers(const int16_t* x, int64_t stride, const Number* panel, int64_t count, int32_t* sums) {
+// The four bytes of a row and of a weight that meet in a lane, and what adds their product to a sum.
+struct Quads {
+  typedef ivec Sum;
+  static constexpr int BYTES = 4 * LANES;
+  static ivec read(const uint8_t* from) { return load<ivec>(from); }
+  static ivec add(ivec sums, ivec w, ivec x) { return add_quads(sums, w, x); }
+};
+
+struct BfloatPairs {
+  typedef vec Sum;
+  static constexpr int BYTES = 4 * LANES;
+  static ivec read(const uint8_t* from) { return load<ivec>(from); }
+  static vec add(vec sums, ivec w, ivec x) { return add_bfloats(sums, w, x); }
+};
+
+struct WidePairs {  // of sixteen bits each
+  typedef ivec Sum;
+  static constexpr int BYTES = 4 * LANES;
+  static hvec read(const uint8_t* from) { return load<hvec>(from); }
+  static ivec add(ivec sums, hvec w, ivec x) { return add_pairs(sums, w, (hvec)x); }
+};
+
+struct NarrowPairs : WidePairs {  // a weight has eight bits, a row's number sixteen
+  static constexpr int BYTES = 2 * LANES;
+  static hvec read(const uint8_t* from) { return widen(load<bvec>(from)); }
+};
+
+// R rows times `count` words of a panel, (count, 16 words); sums: (R, 16), added to. x: a row's words, of four bytes, the
+// next row `stride` bytes further.
+template <int R, typename Words, typename Number>
+inline void times_words(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t count, Number* sums) {
   constexpr int PARTS = PANEL / LANES;
-  ivec s[R][PARTS];
-  hvec w[PARTS];
+  typedef typename Words::Sum Sum;
+  Sum s[R][PARTS];
+  decltype(Words::read(panel)) w[PARTS];
+  const uint8_t* next = panel + count * PARTS * Words::BYTES;
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS; ++i) s[r][i] = load<ivec>(sums + r * PANEL + i * LANES);
+    for (int i = 0; i < PARTS; ++i) s[r][i] = load<Sum>(sums + r * PANEL + i * LANES);
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
-    for (int i = 0; i < PARTS; ++i) keep(w[i] = load_pairs(panel + 2 * (k * PANEL + i * LANES)));
+    fetch(next + k * PARTS * Words::BYTES);
+    for (int i = 0; i < PARTS; ++i) keep(w[i] = Words::read(panel + (k * PARTS + i) * Words::BYTES));
     for (int r = 0; r < R; ++r) {
-      ivec pair = load<int32_t>(x + r * stride + 2 * k) - ivec{};
-      keep(pair);
-      for (int i = 0; i < PARTS; ++i) s[r][i] = add_pairs(s[r][i], (hvec)pair, w[i]);
+      ivec word = load<int32_t>(x + r * stride + 4 * k) - ivec{};
+      keep(word);
+      for (int i = 0; i < PARTS; ++i) s[r][i] = Words::add(s[r][i], w[i], word);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -269,7 +305,7 @@ inline void times_octs(const Linear& w, const Rows& x, int64_t row, int64_t pane
     ivec exact[R][PARTS] = {};
     for (int64_t left = w.octs(); left > 0; left -= OCTS) {
       Partial partial[R][PARTS] = {};
-      for (int64_t oct = 0; oct < std::min<int64_t>(OCTS, left); ++oct, numbers += 8) {
+      for (int64_t oct = 0; oct < std::min(OCTS, left); ++oct, numbers += 8) {
         fetch(from + w.num_groups * 4 * w.octs() * PANEL);
         for (int i = 0; i < PARTS; ++i, from += 4 * LANES) {
           const ivec both = load<ivec>(from), low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
@@ -323,7 +359,7 @@ inline void unpack(const uint8_t* from, int64_t count, int64_t ahead, float* out
 // Inputs `first` to `last` of a panel as floats, (last - first, 16). INT8's scale is left for the sums. `first` is even,
 // and the first input of a group.
 inline void unpack(const Linear& w, int64_t panel, int64_t first, int64_t last, float* out) {
-  const int64_t size = w.pairs() * 2 * PANEL, at = panel * size + first * PANEL;
+  const int64_t size = w.words() * 2 * PANEL, at = panel * size + first * PANEL;
   if (w.kind == INT8) return unpack<Pair>(w.packed + at, last - first, size, out);
   if (w.kind == BFLOATS) return unpack<Bfloats>(w.packed + 2 * at, last - first, 2 * size, out);
   for (int64_t k = first; k < last; k += w.group_size, out += w.group_size * PANEL) {
@@ -347,7 +383,7 @@ struct Scratch {
 inline void times_panel(const Linear& w, const float* bias, const Rows& x, int64_t first, int64_t rows, int64_t panel,
                         float* sums) {
   const uint8_t* packed = w.packed;
-  const int64_t at = panel * w.pairs() * 2 * PANEL;  // numbers before this panel, where two inputs are neighbours
+  const int64_t at = panel * w.words() * w.neighbours() * PANEL;  // numbers before this panel, in kinds without groups
   const float* in = x.floats + first * x.stride;
   const float* scale = w.kind == INT8 || w.kind == W8A8 ? w.scale.const_data_ptr<float>() + panel * PANEL : nullptr;
   const auto tiles = [&](auto most, auto compute) {  // compute.operator()<R>(row) for each tile of R <= most rows
@@ -359,23 +395,29 @@ inline void times_panel(const Linear& w, const float* bias, const Rows& x, int64
     }
   };
   constexpr std::integral_constant<int, TILE> tile;
-  constexpr std::integral_constant<int, FEW_ROWS> few;
+  const auto words = [&](auto kind, int64_t word, int64_t count, const uint8_t* from, auto* sums) {
+    const uint8_t* in = static_cast<const uint8_t*>(x.numbers) + first * x.stride + 4 * word;
+    tiles(tile, [&](auto R, int64_t r) {
+      times_words<R(), decltype(kind)>(in + r * x.stride, x.stride, from, count, sums + r * PANEL);
+    });
+  };
   if (w.kind == W8A8) {
-    const int16_t* numbers = static_cast<const int16_t*>(x.numbers) + first * x.stride;
     int32_t exact[CHUNK * PANEL];
-    std::fill_n(exact, rows * PANEL, 0);
-    const Scratch scratch(SLICE * PANEL);
-    int16_t* wide = reinterpret_cast<int16_t*>(scratch.floats);
-    for (int64_t k = 0; k < w.pairs(); k += SLICE) {
-      const int64_t count = std::min(SLICE, w.pairs() - k);
-      const int8_t* from = reinterpret_cast<const int8_t*>(packed + at) + 2 * PANEL * k;
-      if (rows > TILE)
-        widen_pairs(from, count, from + w.pairs() * 2 * PANEL, wide);
-      tiles(tile, [&](auto R, int64_t r) {
-        const int16_t* in = numbers + r * x.stride + 2 * k;
-        if (rows > TILE) times_numbers<R()>(in, x.stride, wide, count, exact + r * PANEL);
-        else times_numbers<R()>(in, x.stride, from, count, exact + r * PANEL);
-      });
+    for (int64_t r = 0; r < rows; ++r)  // a weight is 128 too large where there are quads
+      std::fill_n(exact + r * PANEL, PANEL, HAS_QUADS ? -128 * static_cast<int32_t>(x.sums[first + r]) : 0);
+    const Scratch scratch(HAS_QUADS ? 0 : SLICE * PANEL);
+    for (int64_t k = 0; k < w.words(); k += SLICE) {
+      const int64_t count = std::min(SLICE, w.words() - k);
+      const uint8_t* from = packed + at + w.neighbours() * PANEL * k;
+      if (HAS_QUADS) {
+        words(Quads(), k, count, from, exact);
+      } else if (rows > TILE) {
+        widen_pairs(reinterpret_cast<const int8_t*>(from), count, reinterpret_cast<const int8_t*>(from) + w.words() * 2 * PANEL,
+                    reinterpret_cast<int16_t*>(scratch.floats));
+        words(WidePairs(), k, count, reinterpret_cast<const uint8_t*>(scratch.floats), exact);
+      } else {
+        words(NarrowPairs(), k, count, from, exact);
+      }
     }
     for (int64_t r = 0; r < rows; ++r)
       for (int i = 0; i < PANEL; i += LANES) {
@@ -384,10 +426,15 @@ inline void times_panel(const Linear& w, const float* bias, const Rows& x, int64
       }
     scale = nullptr;
   } else if (w.kind == W4A8) {
+    constexpr std::integral_constant<int, OCT_TILE> few;
     tiles(few, [&](auto R, int64_t r) { times_octs<R()>(w, x, first + r, panel, sums + r * PANEL); });
   } else {
     std::fill(sums, sums + rows * PANEL, 0.0f);
-    if (w.kind != FLOATS && rows <= FEW_ROWS) {
+    if (w.kind == BFLOATS && HAS_BFLOATS) {
+      for (int64_t k = 0; k < w.words(); k += SLICE)
+        words(BfloatPairs(), k, std::min(SLICE, w.words() - k), packed + 2 * at + 4 * PANEL * k, sums);
+    } else if (w.kind != FLOATS && rows <= FEW_ROWS) {
+      constexpr std::integral_constant<int, FEW_ROWS> few;
       tiles(few, [&](auto R, int64_t) {
         if (w.kind == INT4) times_groups<R()>(w, x, first, panel, sums);
         if (w.kind == INT8) times_packed<R(), Pair>(in, x.stride, packed + at, w.K, sums);

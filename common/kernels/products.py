@@ -72,9 +72,10 @@ def panels(matrix: Tensor) -> Tensor:
     return whole.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
-def pairs(matrix: Tensor) -> Tensor:
-    """Panels in which the numbers of two inputs are neighbours: (N, K) -> (panels, K / 2 rounded up, 16, 2)."""
-    return panels(F.pad(matrix.detach(), (0, matrix.shape[1] % 2))).unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+def pairs(matrix: Tensor, size: int = 2) -> Tensor:
+    """Panels in which the numbers of `size` inputs are neighbours: (N, K) -> (panels, K / size rounded up, 16, size)."""
+    whole = panels(F.pad(matrix.detach(), (0, -matrix.shape[1] % size)))
+    return whole.unflatten(1, (-1, size)).transpose(2, 3).contiguous()
 
 
 def in_panels(layer: nn.Module, kind: int, embed: Callable, group_size: int = 0, **tensors: Tensor) -> None:
@@ -130,14 +131,26 @@ def look_up(layer: nn.Module, token_ids: Tensor) -> Tensor:
     return layer.weight[token_ids // PANEL, :, token_ids % PANEL]
 
 
-def pack_int8(layer: nn.Module, kind: int = INT8) -> None:
+def pack_int8(layer: nn.Module) -> None:
     """Rearrange a layer's `weight` (out, in) int8, for its `weight_scale` (out,), if there are compiled kernels."""
     if build.compiled() is not None and not has_kernel(layer):
-        in_panels(layer, kind, look_up_int8, weight=pairs(layer.weight))
+        in_panels(layer, INT8, look_up_int8, weight=pairs(layer.weight))
+
+
+def pack_w8a8(layer: nn.Module) -> None:
+    """As `pack_int8`, for activations in eight bits. Where one instruction multiplies four numbers by four, those of the
+    weight have no sign: 128 is added to each (products.h).
+    """
+    if build.compiled() is None or has_kernel(layer):
+        return
+    if torch.ops.inference_course.has_quads():
+        in_panels(layer, W8A8, look_up_quads, weight=pairs(layer.weight.view(torch.uint8) ^ 128, 4))
+    else:
+        in_panels(layer, W8A8, look_up_int8, weight=pairs(layer.weight))
 
 
 def look_up_pairs(layer: nn.Module, token_ids: Tensor) -> Tensor:
-    """Rows of a matrix in pairs, as float32: (T,) -> (T, K)."""
+    """Rows of a matrix in pairs or quads, as float32: (T,) -> (T, K)."""
     return layer.weight[token_ids // PANEL, :, token_ids % PANEL].flatten(1)[:, : layer.in_features].float()
 
 
@@ -145,9 +158,8 @@ def look_up_int8(layer: nn.Module, token_ids: Tensor) -> Tensor:
     return look_up_pairs(layer, token_ids) * layer.weight_scale[token_ids, None]
 
 
-def pack_w8a8(layer: nn.Module) -> None:
-    """As `pack_int8`, for activations in eight bits."""
-    pack_int8(layer, W8A8)
+def look_up_quads(layer: nn.Module, token_ids: Tensor) -> Tensor:
+    return (look_up_pairs(layer, token_ids) - 128) * layer.weight_scale[token_ids, None]
 
 
 def pack_int4(layer: nn.Module, group_size: int, kind: int = INT4) -> None:

@@ -67,6 +67,38 @@ inline float total(vec v) {
   return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
+// The totals of LANES vectors, in one.
+inline vec totals(const vec* v) {
+#if defined(__AVX512BW__)
+  const auto add_halves = [](vec a, vec b) { return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b); };
+  vec q[4];  // in each quarter of q[i]: what v[4 * i] to v[4 * i + 3] have there, added up
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = (__m512d)add_halves(v[4 * i], v[4 * i + 1]), b = (__m512d)add_halves(v[4 * i + 2], v[4 * i + 3]);
+    q[i] = (vec)_mm512_unpacklo_pd(a, b) + (vec)_mm512_unpackhi_pd(a, b);
+  }
+  const vec low = _mm512_shuffle_f32x4(q[0], q[1], 0x44) + _mm512_shuffle_f32x4(q[0], q[1], 0xee);
+  const vec high = _mm512_shuffle_f32x4(q[2], q[3], 0x44) + _mm512_shuffle_f32x4(q[2], q[3], 0xee);
+  return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
+#elif defined(__AVX2__)
+  const vec low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  const vec high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+  return _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31);
+#else
+  vec all;
+  for (int i = 0; i < LANES; ++i) all[i] = total(v[i]);
+  return all;
+#endif
+}
+
+// The largest number, by halves as in `total`. Of a NaN nothing is promised.
+inline float largest(vec v) {
+  quad q[LANES / 4];
+  std::memcpy(q, &v, sizeof v);
+  for (int i = 1; i < LANES / 4; ++i) q[0] = q[i] > q[0] ? q[i] : q[0];
+  const float a = q[0][0] > q[0][2] ? q[0][0] : q[0][2], b = q[0][1] > q[0][3] ? q[0][1] : q[0][3];
+  return a > b ? a : b;
+}
+
 inline float sum(const float* x, int64_t count) {
   vec part = {};
   int64_t k = 0;
@@ -128,9 +160,7 @@ inline void round_to(uint16_t* to, const float* from, int64_t count) {
 
 // sums + a[0] * b[0] + a[1] * b[1] in each lane: exact, since a product of two numbers of eight bits has fifteen.
 inline ivec add_pairs(ivec sums, hvec a, hvec b) {
-#if defined(__AVX512VNNI__)
-  return (ivec)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
+#if defined(__AVX512BW__)
   return sums + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   return sums + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
@@ -142,13 +172,45 @@ inline ivec add_pairs(ivec sums, hvec a, hvec b) {
 #endif
 }
 
+// sums + a[0] * b[0] + ... + a[3] * b[3] in each lane, exact. a: bytes from 0 to 255; b: from -127 to 127. Only where one
+// instruction does it. It is written in assembly, because gcc 12 copies registers around its intrinsic.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool HAS_QUADS = true;
+#else
+constexpr bool HAS_QUADS = false;
+#endif
+
+inline ivec add_quads(ivec sums, ivec a, ivec b) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+#elif defined(__AVXVNNI__)
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b));
+#endif
+  return sums;
+}
+
+// sums + a[0] * b[0] + a[1] * b[1] in each lane, whose halves are bfloat16. Only where one instruction does it.
+#if defined(__AVX512BF16__)
+constexpr bool HAS_BFLOATS = true;
+#else
+constexpr bool HAS_BFLOATS = false;
+#endif
+
+inline vec add_bfloats(vec sums, ivec a, ivec b) {
+#if defined(__AVX512BF16__)
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+#endif
+  return sums;
+}
+
 // Sums of products of numbers from 0 to 15 and from -127 to 127, in lanes of four bytes, exact. Where an instruction adds
 // pairs in sixteen bits, OCTS steps of `add_octs` fit into a Partial: 4 * 4 * 15 * 127 < 2**15. `whole` adds up the pairs.
-constexpr int OCTS = 4;
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(__AVX2__) && !(defined(__AVX512VNNI__) || defined(__AVXVNNI__))
+constexpr int64_t OCTS = 4;
 typedef hvec Partial;
 inline ivec whole(hvec sums) { return add_pairs(ivec{}, sums, hvec{} + 1); }
 #else
+constexpr int64_t OCTS = 1 << 30;
 typedef ivec Partial;
 inline ivec whole(ivec sums) { return sums; }
 #endif
@@ -156,10 +218,8 @@ inline ivec whole(ivec sums) { return sums; }
 // sums + low . x[0..3] + high . x[4..7] in each lane. low, high: four bytes each; x: the same in all lanes.
 inline Partial add_octs(Partial sums, ivec low, ivec high, const int8_t* x) {
   const ivec first = load<int32_t>(x) - ivec{}, second = load<int32_t>(x + 4) - ivec{};
-#if defined(__AVX512VNNI__)  // in assembly: around its intrinsic gcc 12 copies registers
-  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(low), "v"(first));
-  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(high), "v"(second));
-  return sums;
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  return add_quads(add_quads(sums, low, first), high, second);
 #elif defined(__AVX512BW__)
   sums += (hvec)_mm512_maddubs_epi16((__m512i)low, (__m512i)first);
   return sums + (hvec)_mm512_maddubs_epi16((__m512i)high, (__m512i)second);
