@@ -19,10 +19,11 @@ constexpr int64_t MANY_KEYS = 32;  // keys in a step, where there are many queri
 // One layer's blocks: (num_blocks, block_size, kv_heads, head_dim) each. Number: float, or uint16_t for a bfloat16.
 template <typename Number>
 struct Blocks {
+  static constexpr int64_t LINE = 64 / sizeof(Number);  // numbers in a line of the cache
   Number *keys, *values;
   int64_t block_size, kv_heads, head_dim;
 
-  // Where one head's keys and values of `count` positions lie, from `first` on.
+  // Where one head's keys and values of `count` positions lie, from `first` on. The cache is told that they come next.
   void find(const int64_t* table, int64_t first, int64_t count, int64_t kv_head, const Number** found_keys,
             const Number** found_values) const {
     int64_t block = first / block_size, offset = first % block_size;
@@ -30,6 +31,7 @@ struct Blocks {
       const int64_t at = ((table[block] * block_size + offset) * kv_heads + kv_head) * head_dim;
       found_keys[j] = keys + at, found_values[j] = values + at;
       if (++offset == block_size) ++block, offset = 0;
+      for (int64_t d = 0; d < head_dim; d += LINE) fetch(found_keys[j] + d), fetch(found_values[j] + d);
     }
   }
 };
@@ -129,7 +131,7 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
   const auto multiply = [heads](const float* x, int64_t stride, const float* panel, int64_t count, float* sums) {
     for (int64_t h = 0; h < heads; h += TILE)
       with_rows(std::min<int64_t>(TILE, heads - h), [&](auto R) {
-        times_floats<R()>(x + h * stride, stride, panel, count, sums + h * PANEL, panel);
+        times_floats<R(), 1>(x + h * stride, stride, panel, 0, count, sums + h * PANEL, 0, 0);
       });
   };
   const int64_t end = position + tokens;
@@ -190,12 +192,14 @@ inline void attend(const float* q, int64_t stride, int64_t tokens, int64_t group
   float maximum[TILE], sum[TILE];
   std::fill_n(maximum, heads, none), std::fill_n(sum, heads, 0.0f);
   for (int64_t t = 0; t < tokens; ++t) std::fill_n(out + t * out_stride, group * D, 0.0f);
-  const int64_t end = position + tokens;
-  for (int64_t first = std::max<int64_t>(0, position - window + 1); first < end; first += KEYS) {
-    const Number *keys[KEYS], *values[KEYS];
+  const int64_t begin = std::max<int64_t>(0, position - window + 1), end = position + tokens;
+  const Number *keys[KEYS], *values[KEYS], *next_keys[KEYS], *next_values[KEYS];
+  blocks.find(table, begin, std::min(KEYS, end - begin), kv_head, next_keys, next_values);
+  for (int64_t first = begin; first < end; first += KEYS) {
     const int64_t count = std::min(KEYS, end - first);
-    blocks.find(table, first, count, kv_head, keys, values);
+    std::copy_n(next_keys, count, keys), std::copy_n(next_values, count, values);
     std::fill(keys + count, keys + KEYS, keys[0]);
+    blocks.find(table, first + count, std::min(KEYS, end - first - count), kv_head, next_keys, next_values);
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t low = std::max<int64_t>(0, position + t - window + 1 - first);  // the keys that this token sees
       const int64_t high = std::min(count, position + t + 1 - first);

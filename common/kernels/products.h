@@ -34,7 +34,8 @@
 namespace inference_course {
 
 constexpr int64_t PANEL = 16;
-constexpr int64_t SLICE = 256;        // inputs of a panel, as floats, that stay in the first cache for many rows
+constexpr int WIDE = LANES == 16 ? 2 : 1;  // panels at a time: TILE rows' sums with all of them fit into the registers
+constexpr int64_t SLICE = 256 / WIDE;  // inputs of a panel, as floats, that stay in the first cache for many rows
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
 constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers, for weights that become floats
 constexpr int OCT_TILE = LANES == 16 ? TILE : 4;  // rows of W4A8 whose sums fit into the registers
@@ -109,27 +110,35 @@ inline void quantize(const float* x, int64_t count, float scale, Number* numbers
   }
 }
 
-// R rows times `count` inputs of a panel, (count, 16) floats; sums: (R, 16), added to. next: as many floats, for which
-// the cache is told that they come next.
-template <int R>
-inline void times_floats(const float* x, int64_t stride, const float* panel, int64_t count, float* sums,
-                         const float* next) {
-  constexpr int PARTS = PANEL / LANES;
-  vec s[R][PARTS], w[PARTS];
+// P panels are multiplied by at a time, PARTS vectors of outputs; each number of a row is read once for all of them.
+template <int P>
+constexpr int PARTS = P * PANEL / LANES;
+
+// Where part i begins, in units of which a vector has `size`: in its own panel, and panels are `apart`.
+constexpr int64_t place(int i, int64_t apart, int64_t size = LANES) {
+  return i / (PANEL / LANES) * apart + i % (PANEL / LANES) * size;
+}
+
+// R rows times `count` inputs of P panels, (count, 16) floats; sums: (R, 16) for each panel, `sums_apart`, added to. ahead:
+// that far after each panel lies what comes next, and the cache is told so.
+template <int R, int P>
+inline void times_floats(const float* x, int64_t stride, const float* panel, int64_t apart, int64_t count, float* sums,
+                         int64_t sums_apart, int64_t ahead) {
+  vec s[R][PARTS<P>], w[PARTS<P>];
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS; ++i) s[r][i] = load<vec>(sums + r * PANEL + i * LANES);
+    for (int i = 0; i < PARTS<P>; ++i) s[r][i] = load<vec>(sums + r * PANEL + place(i, sums_apart));
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
-    fetch(next + k * PANEL);
-    for (int i = 0; i < PARTS; ++i) keep(w[i] = load<vec>(panel + k * PANEL + i * LANES));
+    for (int i = 0; i < P; ++i) fetch(panel + i * apart + k * PANEL + ahead);
+    for (int i = 0; i < PARTS<P>; ++i) keep(w[i] = load<vec>(panel + k * PANEL + place(i, apart)));
     for (int r = 0; r < R; ++r) {
       vec number = x[r * stride + k] - vec{};
       keep(number);
-      for (int i = 0; i < PARTS; ++i) s[r][i] += number * w[i];
+      for (int i = 0; i < PARTS<P>; ++i) s[r][i] += number * w[i];
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i]);
+    for (int i = 0; i < PARTS<P>; ++i) store(sums + r * PANEL + place(i, sums_apart), s[r][i]);
 }
 
 // The four bytes of a row and of a weight that meet in a lane, and what adds their product to a sum.
@@ -159,29 +168,29 @@ struct NarrowPairs : WidePairs {  // a weight has eight bits, a row's number six
   static hvec read(const uint8_t* from) { return widen(load<bvec>(from)); }
 };
 
-// R rows times `count` words of a panel, (count, 16 words); sums: (R, 16), added to. x: a row's words, of four bytes, the
-// next row `stride` bytes further.
-template <int R, typename Words, typename Number>
-inline void times_words(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t count, Number* sums) {
-  constexpr int PARTS = PANEL / LANES;
+// As times_floats, for words: (count, 16 words). x: a row's words, of four bytes, the next row `stride` bytes further. apart
+// and ahead: in bytes. sums: (P, CHUNK, 16).
+template <int R, int P, typename Words, typename Number>
+inline void times_words(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t apart, int64_t count, Number* sums,
+                        int64_t ahead) {
+  constexpr int64_t SIZE = PANEL / LANES * Words::BYTES;
   typedef typename Words::Sum Sum;
-  Sum s[R][PARTS];
-  decltype(Words::read(panel)) w[PARTS];
-  const uint8_t* next = panel + count * PARTS * Words::BYTES;
+  Sum s[R][PARTS<P>];
+  decltype(Words::read(panel)) w[PARTS<P>];
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS; ++i) s[r][i] = load<Sum>(sums + r * PANEL + i * LANES);
+    for (int i = 0; i < PARTS<P>; ++i) s[r][i] = load<Sum>(sums + r * PANEL + place(i, CHUNK * PANEL));
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
-    fetch(next + k * PARTS * Words::BYTES);
-    for (int i = 0; i < PARTS; ++i) keep(w[i] = Words::read(panel + (k * PARTS + i) * Words::BYTES));
+    for (int i = 0; i < P; ++i) fetch(panel + i * apart + k * SIZE + ahead);
+    for (int i = 0; i < PARTS<P>; ++i) keep(w[i] = Words::read(panel + k * SIZE + place(i, apart, Words::BYTES)));
     for (int r = 0; r < R; ++r) {
       ivec word = load<int32_t>(x + r * stride + 4 * k) - ivec{};
       keep(word);
-      for (int i = 0; i < PARTS; ++i) s[r][i] = Words::add(s[r][i], w[i], word);
+      for (int i = 0; i < PARTS<P>; ++i) s[r][i] = Words::add(s[r][i], w[i], word);
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i]);
+    for (int i = 0; i < PARTS<P>; ++i) store(sums + r * PANEL + place(i, CHUNK * PANEL), s[r][i]);
 }
 
 // `count` pairs of a panel in sixteen bits each. next: as many, for which the cache is told that they come next.
@@ -378,14 +387,14 @@ struct Scratch {
   }
 };
 
-// The sums of `rows` <= CHUNK rows from `first` on with one panel, scale and bias applied. bias: (N), or nullptr.
-// sums: (rows, 16). A slice of the panel stays in the first cache for all rows.
-inline void times_panel(const Linear& w, const float* bias, const Rows& x, int64_t first, int64_t rows, int64_t panel,
-                        float* sums) {
-  const uint8_t* packed = w.packed;
-  const int64_t at = panel * w.words() * w.neighbours() * PANEL;  // numbers before this panel, in kinds without groups
+// The sums of `rows` <= CHUNK rows from `first` on with P panels, the next one `apart` panels further, scale and bias
+// applied. bias: (N), or nullptr. sums: (P, CHUNK, 16). A slice of the panels stays in the first cache for all rows.
+template <int P>
+inline void times_panels(const Linear& w, const float* bias, const Rows& x, int64_t first, int64_t rows, int64_t panel,
+                         int64_t apart, float* sums) {
+  const int64_t size = w.words() * w.neighbours() * PANEL;  // numbers of a panel, in kinds without groups
+  const int64_t steps = P > 1 && apart == 1 ? P : 1;        // panels from here to the ones that are multiplied by next
   const float* in = x.floats + first * x.stride;
-  const float* scale = w.kind == INT8 || w.kind == W8A8 ? w.scale.const_data_ptr<float>() + panel * PANEL : nullptr;
   const auto tiles = [&](auto most, auto compute) {  // compute.operator()<R>(row) for each tile of R <= most rows
     const int64_t count = (rows + most() - 1) / most();
     for (int64_t i = 0, r = 0; i < count; ++i) {
@@ -395,70 +404,84 @@ inline void times_panel(const Linear& w, const float* bias, const Rows& x, int64
     }
   };
   constexpr std::integral_constant<int, TILE> tile;
-  const auto words = [&](auto kind, int64_t word, int64_t count, const uint8_t* from, auto* sums) {
+  const auto words = [&](auto kind, int64_t word, int64_t count, const uint8_t* from, int64_t bytes_apart, auto* to,
+                         int64_t ahead) {
     const uint8_t* in = static_cast<const uint8_t*>(x.numbers) + first * x.stride + 4 * word;
     tiles(tile, [&](auto R, int64_t r) {
-      times_words<R(), decltype(kind)>(in + r * x.stride, x.stride, from, count, sums + r * PANEL);
+      times_words<R(), P, decltype(kind)>(in + r * x.stride, x.stride, from, bytes_apart, count, to + r * PANEL, ahead);
     });
   };
   if (w.kind == W8A8) {
-    int32_t exact[CHUNK * PANEL];
-    for (int64_t r = 0; r < rows; ++r)  // a weight is 128 too large where there are quads
-      std::fill_n(exact + r * PANEL, PANEL, HAS_QUADS ? -128 * static_cast<int32_t>(x.sums[first + r]) : 0);
-    const Scratch scratch(HAS_QUADS ? 0 : SLICE * PANEL);
+    int32_t exact[P * CHUNK * PANEL];
+    for (int i = 0; i < P; ++i)
+      for (int64_t r = 0; r < rows; ++r)  // a weight is 128 too large where there are quads
+        std::fill_n(exact + (i * CHUNK + r) * PANEL, PANEL, HAS_QUADS ? -128 * static_cast<int32_t>(x.sums[first + r]) : 0);
+    const Scratch scratch(HAS_QUADS ? 0 : P * SLICE * PANEL);
+    int16_t* wide = reinterpret_cast<int16_t*>(scratch.floats);
     for (int64_t k = 0; k < w.words(); k += SLICE) {
       const int64_t count = std::min(SLICE, w.words() - k);
-      const uint8_t* from = packed + at + w.neighbours() * PANEL * k;
+      const uint8_t* from = w.packed + panel * size + w.neighbours() * PANEL * k;
       if (HAS_QUADS) {
-        words(Quads(), k, count, from, exact);
+        words(Quads(), k, count, from, apart * size, exact, steps * size);
       } else if (rows > TILE) {
-        widen_pairs(reinterpret_cast<const int8_t*>(from), count, reinterpret_cast<const int8_t*>(from) + w.words() * 2 * PANEL,
-                    reinterpret_cast<int16_t*>(scratch.floats));
-        words(WidePairs(), k, count, reinterpret_cast<const uint8_t*>(scratch.floats), exact);
+        for (int i = 0; i < P; ++i) {
+          const int8_t* pairs = reinterpret_cast<const int8_t*>(from) + i * apart * size;
+          widen_pairs(pairs, count, pairs + size, wide + i * 2 * SLICE * PANEL);
+        }
+        words(WidePairs(), k, count, reinterpret_cast<const uint8_t*>(wide), 4 * SLICE * PANEL, exact, 0);
       } else {
-        words(NarrowPairs(), k, count, from, exact);
+        words(NarrowPairs(), k, count, from, apart * size, exact, steps * size);
       }
     }
     for (int64_t r = 0; r < rows; ++r)
-      for (int i = 0; i < PANEL; i += LANES) {
-        const vec whole = __builtin_convertvector(load<ivec>(exact + r * PANEL + i), vec);
-        store(sums + r * PANEL + i, whole * x.scales[first + r] * load<vec>(scale + i));
+      for (int i = 0; i < PARTS<P>; ++i) {
+        const int64_t at = r * PANEL + place(i, CHUNK * PANEL);
+        store(sums + at, __builtin_convertvector(load<ivec>(exact + at), vec) * x.scales[first + r]);
       }
-    scale = nullptr;
   } else if (w.kind == W4A8) {
-    constexpr std::integral_constant<int, OCT_TILE> few;
-    tiles(few, [&](auto R, int64_t r) { times_octs<R()>(w, x, first + r, panel, sums + r * PANEL); });
+    for (int i = 0; i < P; ++i)
+      tiles(std::integral_constant<int, OCT_TILE>(), [&](auto R, int64_t r) {
+        times_octs<R()>(w, x, first + r, panel + i * apart, sums + (i * CHUNK + r) * PANEL);
+      });
   } else {
-    std::fill(sums, sums + rows * PANEL, 0.0f);
+    for (int i = 0; i < P; ++i) std::fill_n(sums + i * CHUNK * PANEL, rows * PANEL, 0.0f);
     if (w.kind == BFLOATS && HAS_BFLOATS) {
       for (int64_t k = 0; k < w.words(); k += SLICE)
-        words(BfloatPairs(), k, std::min(SLICE, w.words() - k), packed + 2 * at + 4 * PANEL * k, sums);
+        words(BfloatPairs(), k, std::min(SLICE, w.words() - k), w.packed + 2 * panel * size + 4 * PANEL * k, 2 * apart * size,
+              sums, 2 * steps * size);
     } else if (w.kind != FLOATS && rows <= FEW_ROWS) {
-      constexpr std::integral_constant<int, FEW_ROWS> few;
-      tiles(few, [&](auto R, int64_t) {
-        if (w.kind == INT4) times_groups<R()>(w, x, first, panel, sums);
-        if (w.kind == INT8) times_packed<R(), Pair>(in, x.stride, packed + at, w.K, sums);
-        if (w.kind == BFLOATS) times_packed<R(), Bfloats>(in, x.stride, packed + 2 * at, w.K, sums);
-      });
+      for (int i = 0; i < P; ++i)
+        with_rows<FEW_ROWS>(rows, [&](auto R) {
+          const int64_t number = panel + i * apart;
+          float* own = sums + i * CHUNK * PANEL;
+          if (w.kind == INT4) times_groups<R()>(w, x, first, number, own);
+          if (w.kind == INT8) times_packed<R(), Pair>(in, x.stride, w.packed + number * size, w.K, own);
+          if (w.kind == BFLOATS) times_packed<R(), Bfloats>(in, x.stride, w.packed + 2 * number * size, w.K, own);
+        });
     } else {
-      const int64_t unit = w.kind == INT4 ? w.group_size : 2, step = (SLICE + unit - 1) / unit * unit;
-      const Scratch scratch(w.kind == FLOATS ? 0 : std::min(step, w.K) * PANEL);
+      const int64_t unit = w.kind == INT4 ? w.group_size : 2, step = (SLICE + unit - 1) / unit * unit, all = w.K * PANEL;
+      const Scratch scratch(w.kind == FLOATS ? 0 : P * step * PANEL);
       for (int64_t k = 0; k < w.K; k += step) {
         const int64_t end = std::min(k + step, w.K);
         const float* slice = scratch.floats;
-        if (w.kind == FLOATS) slice = w.weight.const_data_ptr<float>() + (panel * w.K + k) * PANEL;
-        else unpack(w, panel, k, end, scratch.floats);
+        if (w.kind == FLOATS) slice = reinterpret_cast<const float*>(w.packed) + panel * all + k * PANEL;
+        else for (int i = 0; i < P; ++i) unpack(w, panel + i * apart, k, end, scratch.floats + i * step * PANEL);
+        const int64_t between = w.kind == FLOATS ? apart * all : step * PANEL, ahead = w.kind == FLOATS ? steps * all : 0;
         tiles(tile, [&](auto R, int64_t r) {
-          times_floats<R()>(in + r * x.stride + k, x.stride, slice, end - k, sums + r * PANEL,
-                            w.kind == FLOATS ? slice + w.K * PANEL : slice);
+          times_floats<R(), P>(in + r * x.stride + k, x.stride, slice, between, end - k, sums + r * PANEL, CHUNK * PANEL,
+                               ahead);
         });
       }
     }
   }
-  const int64_t outputs = std::min(PANEL, w.N - panel * PANEL);
-  for (int64_t r = 0; r < rows; ++r, sums += PANEL) {
-    for (int i = 0; scale && i < PANEL; ++i) sums[i] *= scale[i];
-    for (int64_t i = 0; bias && i < outputs; ++i) sums[i] += bias[panel * PANEL + i];
+  for (int i = 0; i < P; ++i, panel += apart) {
+    const int64_t outputs = std::min(PANEL, w.N - panel * PANEL);
+    const float* scale = w.kind == INT8 || w.kind == W8A8 ? w.scale.const_data_ptr<float>() + panel * PANEL : nullptr;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* own = sums + (i * CHUNK + r) * PANEL;
+      for (int j = 0; scale && j < PANEL; ++j) own[j] *= scale[j];
+      for (int64_t j = 0; bias && j < outputs; ++j) own[j] += bias[panel * PANEL + j];
+    }
   }
 }
 
@@ -468,14 +491,23 @@ template <int COUNT, typename Done>
 inline void product(const Linear& w, const float* bias, const Rows& x, int64_t begin, int64_t end, int64_t apart,
                     Done done) {
   const int64_t chunk = std::clamp<int64_t>(CACHED / w.K / TILE * TILE, 2 * TILE, CHUNK);
-  float sums[COUNT * CHUNK * PANEL];
-  for (int64_t first = 0; first < x.count; first += chunk)
+  float sums[std::max(COUNT, WIDE) * CHUNK * PANEL];
+  for (int64_t first = 0; first < x.count; first += chunk) {
+    const int64_t rows = std::min(chunk, x.count - first);
     for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t rows = std::min(chunk, x.count - first);
-      for (int i = 0; i < COUNT; ++i)
-        times_panel(w, bias, x, first, rows, panel + i * apart, sums + i * CHUNK * PANEL);
-      done(panel, first, rows, sums);
+      if (COUNT < WIDE && panel + 1 < end) {  // two neighbours
+        times_panels<WIDE>(w, bias, x, first, rows, panel, 1, sums);
+        done(panel, first, rows, sums), done(++panel, first, rows, sums + CHUNK * PANEL);
+      } else if (COUNT == WIDE) {
+        times_panels<COUNT>(w, bias, x, first, rows, panel, apart, sums);
+        done(panel, first, rows, sums);
+      } else {
+        for (int i = 0; i < COUNT; ++i)
+          times_panels<1>(w, bias, x, first, rows, panel + i * apart, 0, sums + i * CHUNK * PANEL);
+        done(panel, first, rows, sums);
+      }
     }
+  }
 }
 
 }  // namespace inference_course
