@@ -128,10 +128,18 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
   std::fill_n(sums, heads * size, 0.0f), std::fill_n(maximum, heads, none), std::fill_n(total_weight, heads, 0.0f);
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t d = 0; d < D; ++d) queries[h * D + d] = scale * q[h / group * stride + h % group * D + d];
-  const auto multiply = [heads](const float* x, int64_t stride, const float* panel, int64_t count, float* sums) {
+  // x: (heads, stride), of which `count` numbers count; panels (panels, length, 16); sums: (panels, heads, 16), added to.
+  const auto multiply = [heads](const float* x, int64_t stride, int64_t count, const float* panel, int64_t num_panels,
+                                int64_t length, float* sums) {
     for (int64_t h = 0; h < heads; h += TILE)
       with_rows(std::min<int64_t>(TILE, heads - h), [&](auto R) {
-        times_floats<R(), 1>(x + h * stride, stride, panel, 0, count, sums + h * PANEL, 0, 0);
+        const auto some = [&](auto P, int64_t i) {
+          times_floats<R(), P()>(x + h * stride, stride, panel + i * length * PANEL, length * PANEL, count,
+                                 sums + (i * heads + h) * PANEL, heads * PANEL, 0);
+        };
+        int64_t i = 0;
+        for (; i + WIDE <= num_panels; i += WIDE) some(std::integral_constant<int, WIDE>(), i);
+        for (; i < num_panels; ++i) some(std::integral_constant<int, 1>(), i);
       });
   };
   const int64_t end = position + tokens;
@@ -142,8 +150,7 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
     in_panels(keys, count, D, panels);
     transpose(panels, size, transposed);
     std::fill_n(products, heads * MANY_KEYS, 0.0f);
-    for (int64_t j = 0; j < count; j += PANEL)
-      multiply(queries, D, transposed + j * size, D, products + j * heads);
+    multiply(queries, D, D, transposed, (count + PANEL - 1) / PANEL, size, products);
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t t = h / group, low = std::max<int64_t>(0, position + t - window + 1 - first);
       const int64_t high = std::min(count, position + t + 1 - first);  // it sees the keys from `low` to `high`
@@ -155,7 +162,9 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
       for (int64_t j = 0; j < MANY_KEYS; j += PANEL)
         std::memcpy(own + j, products + (j / PANEL * heads + h) * PANEL, PANEL * sizeof(float));
       std::fill_n(own, low, none), std::fill_n(own + high, MANY_KEYS - high, none);
-      const float highest = std::max(maximum[h], *std::max_element(own + low, own + high));
+      vec top = load<vec>(own);
+      for (int64_t j = LANES; j < MANY_KEYS; j += LANES) top = load<vec>(own + j) > top ? load<vec>(own + j) : top;
+      const float highest = std::max(maximum[h], largest(top));
       vec part = {};
       for (int64_t j = 0; j < MANY_KEYS; j += LANES) {
         const vec weight = exponential(load<vec>(own + j) - highest);
@@ -171,7 +180,7 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
       total_weight[h] += total(part);
     }
     in_panels(values, count, D, panels);
-    for (int64_t d = 0; d < D; d += PANEL) multiply(weights, MANY_KEYS, panels + d * MANY_KEYS, count, sums + d * heads);
+    multiply(weights, MANY_KEYS, count, panels, size / PANEL, MANY_KEYS, sums);
   }
   for (int64_t h = 0; h < heads; ++h) {
     float *own = sums + h * PANEL, *to = out + h / group * out_stride + h % group * D;

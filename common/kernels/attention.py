@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.kernels import build
 from common.kernels.groups import Metadata
 from common.kernels.products import enabled
 
@@ -49,22 +50,18 @@ class PagedAttend:
         return self.cache.attend(self.metadata)
 
     @functools.cached_property
-    def layout(self) -> tuple[Tensor, Tensor, int]:
-        """Slots (T); the requests' rows, contexts and block tables in one tensor, as cpu.cpp says; their number."""
+    def native(self):
+        """The batch and the cache's blocks, as the compiled layers take them (`Paged` in cpu.cpp)."""
         batch = self.metadata
         num_requests = len(batch.context_lens)
         starts = accumulate(map(len, batch.block_tables[:-1]), initial=3 * num_requests + 1)
         numbers = [*batch.query_start, *batch.context_lens, *starts, *chain.from_iterable(batch.block_tables)]
-        return batch.slot_mapping, torch.tensor(numbers), num_requests
-
-    @functools.cached_property
-    def blocks(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each of the cache's layers: (num_blocks, block_size, K, D) each."""
-        return list(zip(self.cache.keys.unbind(), self.cache.values.unbind()))
+        cache, numbers = self.cache, torch.tensor(numbers)
+        return build.compiled().Paged(cache.keys, cache.values, batch.slot_mapping, numbers, num_requests)
 
     def of_layer(self, layer: int) -> tuple:
         """What the compiled layer with this number in the model takes beside hidden states and rotary tables."""
-        return *self.blocks[layer - self.cache.layers.start], *self.layout
+        return self.native, layer - self.cache.layers.start
 
 
 def paged(cache: Cache, metadata: Metadata):

@@ -158,6 +158,18 @@ struct Residual {
   }
 };
 
+// A batch, and the blocks that its layers write and read: keys and values (layers, blocks, block_size, kv_heads, head_dim).
+// slots: (T). layout: of R requests query_start (R + 1), context_lens (R), where each table begins (R), and the tables, one
+// after another.
+struct Paged : torch::CustomClassHolder {
+  at::Tensor keys, values, slots, layout;
+  int64_t requests;
+
+  Paged(at::Tensor keys, at::Tensor values, at::Tensor slots, at::Tensor layout, int64_t requests)
+      : keys(std::move(keys)), values(std::move(values)), slots(std::move(slots)), layout(std::move(layout)),
+        requests(requests) {}
+};
+
 struct Layer : torch::CustomClassHolder {
   at::Tensor norm_weight;
   double eps;
@@ -183,22 +195,22 @@ struct AttentionLayer : Layer {
         heads(heads), kv_heads(kv_heads), head_dim(head_dim), window(window), qk_norm(std::move(qk_norm)),
         qk_eps(qk_eps) {}
 
-  // hidden: (T, hidden_size); cos, sin: (T, head_dim / 2); keys, values: this layer's blocks; slots: (T). layout: of R
-  // requests query_start (R + 1), context_lens (R), where each table begins (R), and the tables, one after another.
-  // Returns (T, hidden_size): hidden plus the layer's output, or the output alone. Number: a float, or a bfloat16.
+  // hidden: (T, hidden_size); cos, sin: (T, head_dim / 2); layer: whose blocks these are. Returns (T, hidden_size): hidden
+  // plus the layer's output, or the output alone. Number: a float, or a bfloat16.
   template <typename Number>
-  at::Tensor compute(const at::Tensor& given, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
-                     const at::Tensor& values, const at::Tensor& slots, const at::Tensor& layout, int64_t requests,
-                     bool add_hidden) {
+  at::Tensor compute(const at::Tensor& given, const at::Tensor& cos, const at::Tensor& sin, const Paged& batch,
+                     int64_t layer, bool add_hidden) {
     const at::Tensor hidden = given.contiguous();
+    const int64_t requests = batch.requests, before_layer = layer * batch.keys.stride(0);
     const Linear &qkv = *first, &o = *second;
     const int64_t T = hidden.size(0), H = qkv.K, width = qkv.N, half = head_dim / 2, rotated = heads + kv_heads;
     const int64_t group = heads / kv_heads, mixed_width = heads * head_dim;
     const float *x = hidden.const_data_ptr<float>(), *weight = norm_weight.const_data_ptr<float>();
     const float *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
-    const Blocks<Number> blocks{static_cast<Number*>(keys.data_ptr()), static_cast<Number*>(values.data_ptr()),
-                                keys.size(1), kv_heads, head_dim};
-    const int64_t *slot = slots.const_data_ptr<int64_t>(), *start = layout.const_data_ptr<int64_t>();
+    const Blocks<Number> blocks{static_cast<Number*>(batch.keys.data_ptr()) + before_layer,
+                                static_cast<Number*>(batch.values.data_ptr()) + before_layer, batch.keys.size(2), kv_heads,
+                                head_dim};
+    const int64_t *slot = batch.slots.const_data_ptr<int64_t>(), *start = batch.layout.const_data_ptr<int64_t>();
     const int64_t *context = start + requests + 1, *table = context + requests;
     at::Tensor result = at::empty_like(hidden);
     const Floats normed(T * H), projected(T * width), mixed(T * mixed_width);
@@ -251,11 +263,11 @@ struct AttentionLayer : Layer {
     return result;
   }
 
-  at::Tensor forward(const at::Tensor& hidden, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
-                     const at::Tensor& values, const at::Tensor& slots, const at::Tensor& layout, int64_t requests,
-                     bool add_hidden) {
-    const auto run = keys.scalar_type() == at::kFloat ? &AttentionLayer::compute<float> : &AttentionLayer::compute<uint16_t>;
-    return (this->*run)(hidden, cos, sin, keys, values, slots, layout, requests, add_hidden);
+  at::Tensor forward(const at::Tensor& hidden, const at::Tensor& cos, const at::Tensor& sin,
+                     const c10::intrusive_ptr<Paged>& batch, int64_t layer, bool add_hidden) {
+    const bool has_floats = batch->keys.scalar_type() == at::kFloat;
+    const auto run = has_floats ? &AttentionLayer::compute<float> : &AttentionLayer::compute<uint16_t>;
+    return (this->*run)(hidden, cos, sin, *batch, layer, add_hidden);
   }
 };
 
@@ -308,6 +320,44 @@ struct MLPLayer : Layer {
   }
 };
 
+// Both halves, where no rank waits for another one between them: one call from Python, which takes as long as a half.
+struct DecoderLayer : torch::CustomClassHolder {
+  c10::intrusive_ptr<AttentionLayer> attention;
+  c10::intrusive_ptr<MLPLayer> mlp;
+
+  DecoderLayer(c10::intrusive_ptr<AttentionLayer> attention, c10::intrusive_ptr<MLPLayer> mlp)
+      : attention(std::move(attention)), mlp(std::move(mlp)) {}
+
+  at::Tensor forward(const at::Tensor& hidden, const at::Tensor& cos, const at::Tensor& sin,
+                     const c10::intrusive_ptr<Paged>& batch, int64_t layer) {
+    return mlp->forward(attention->forward(hidden, cos, sin, batch, layer, true), true);
+  }
+};
+
+// The number of the largest of each row of scores, the first of equal ones, or -1 where there is a NaN. (R, V) -> (R).
+at::Tensor likeliest(const at::Tensor& given) {
+  const at::Tensor scores = given.contiguous();
+  const int64_t R = scores.size(0), V = scores.size(1);
+  at::Tensor found = at::empty({R}, scores.options().dtype(at::kLong));
+  const float* all = scores.const_data_ptr<float>();
+  int64_t* numbers = found.data_ptr<int64_t>();
+#pragma omp parallel for
+  for (int64_t r = 0; r < R; ++r) {
+    const float* x = all + r * V;
+    vec most = x[0] - vec{}, zeros = {};  // v - v is 0, or NaN where v is a NaN or infinite
+    int64_t i = 0;
+    for (; i + LANES <= V; i += LANES) {
+      const vec v = load<vec>(x + i);
+      most = v > most ? v : most;
+      zeros += v != v ? v : vec{};
+    }
+    float top = largest(most), nan = total(zeros);
+    for (; i < V; ++i) top = x[i] > top ? x[i] : top, nan += x[i] != x[i] ? x[i] : 0;
+    numbers[r] = nan == nan ? std::find(x, x + V, top) - x : -1;
+  }
+  return found;
+}
+
 }  // namespace inference_course
 
 TORCH_LIBRARY(inference_course, library) {
@@ -320,10 +370,15 @@ TORCH_LIBRARY(inference_course, library) {
   library.class_<Linear>("Linear")
       .def(torch::init<int64_t, int64_t, int64_t, Tensor, Maybe, Maybe, int64_t>())
       .def("apply", &apply);
+  library.def("likeliest(Tensor scores) -> Tensor", &likeliest);
+  library.class_<Paged>("Paged").def(torch::init<Tensor, Tensor, Tensor, Tensor, int64_t>());
   library.class_<AttentionLayer>("AttentionLayer")
       .def(torch::init<Tensor, double, Product, Maybe, Product, Maybe, int64_t, int64_t, int64_t, int64_t, Maybe, double>())
       .def("forward", &AttentionLayer::forward);
   library.class_<MLPLayer>("MLPLayer")
       .def(torch::init<Tensor, double, Product, Maybe, Product, Maybe>())
       .def("forward", &MLPLayer::forward);
+  library.class_<DecoderLayer>("DecoderLayer")
+      .def(torch::init<c10::intrusive_ptr<AttentionLayer>, c10::intrusive_ptr<MLPLayer>>())
+      .def("forward", &DecoderLayer::forward);
 }

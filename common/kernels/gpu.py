@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from common.kernels.attention import paged as paged_on_cpu
+from common.kernels.build import compiled
+from common.kernels.greedy import draw as draw_greedy
 from common.kernels.layers import pack as pack_for_cpu
 from common.kernels.products import enabled
 
@@ -48,12 +50,15 @@ def paged(cache, metadata):
 
 
 def accelerate(runner, config):
-    """Let a model runner of a process of its own sample on the GPU, and replay its decoding steps as CUDA graphs.
+    """Let a model runner sample a batch at once. On a GPU, in a process of its own, it also replays its decoding steps as
+    CUDA graphs.
 
     runner: lesson 5's `ModelRunner`. config: a resolved `EngineConfig`. Returns the runner.
     """
     model, cache = runner.model, runner.cache
     if not on_triton(model.model.norm.weight):
+        if config.speculative is None and enabled() and compiled() is not None:
+            runner.draw = draw_greedy
         return runner
     from common.kernels.sampler import draw
     from common.kernels.triton_layers import TritonBlock

@@ -104,6 +104,9 @@ class FusedBlock(nn.Module):
         self.post_attention_layernorm, self.mlp = plain.post_attention_layernorm, plain.mlp
         self.row = row
         self.native_attention, self.native_mlp = self.make_attention(), self.make_mlp()
+        self.index, self.native = plain.self_attn.layer, None
+        if self.native_attention is not None and self.native_mlp is not None and type(self.self_attn.o_proj) is not row:
+            self.native = build.compiled().DecoderLayer(self.native_attention, self.native_mlp)
 
     def operands(self, layer: nn.Module):
         """Returns a layer's matrix and bias for the compiled kernels, or None. What ranks add up has no bias yet."""
@@ -142,8 +145,11 @@ class FusedBlock(nn.Module):
         return total if layer.bias is None else total.add_(layer.bias)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
-        if self.native_attention is not None and isinstance(attend, PagedAttend) and attend.has_floats:
-            given = hidden, cos, sin, *attend.of_layer(self.self_attn.layer)
+        has_blocks = isinstance(attend, PagedAttend) and attend.has_floats
+        if self.native is not None and has_blocks:
+            return self.native.forward(hidden, cos, sin, *attend.of_layer(self.index))
+        if self.native_attention is not None and has_blocks:
+            given = hidden, cos, sin, *attend.of_layer(self.index)
             hidden = self.add_up(hidden, self.self_attn.o_proj, lambda add: self.native_attention.forward(*given, add))
         else:
             normed = self.input_layernorm(hidden)

@@ -35,7 +35,7 @@ namespace inference_course {
 
 constexpr int64_t PANEL = 16;
 constexpr int WIDE = LANES == 16 ? 2 : 1;  // panels at a time: TILE rows' sums with all of them fit into the registers
-constexpr int64_t SLICE = 256 / WIDE;  // inputs of a panel, as floats, that stay in the first cache for many rows
+constexpr int64_t SLICE = WIDE == 1 ? 256 : 192;  // at most so many inputs of a panel stay in the first cache for many rows
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
 constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers, for weights that become floats
 constexpr int OCT_TILE = LANES == 16 ? TILE : 4;  // rows of W4A8 whose sums fit into the registers
@@ -387,6 +387,12 @@ struct Scratch {
   }
 };
 
+// The size of a slice, a multiple of `unit`: all slices are about as large, at most SLICE or one unit.
+inline int64_t slice_size(int64_t all, int64_t unit = 1) {
+  const int64_t units = (all + unit - 1) / unit, most = std::max<int64_t>(1, SLICE / unit), slices = (units + most - 1) / most;
+  return (units + slices - 1) / slices * unit;
+}
+
 // The sums of `rows` <= CHUNK rows from `first` on with P panels, the next one `apart` panels further, scale and bias
 // applied. bias: (N), or nullptr. sums: (P, CHUNK, 16). A slice of the panels stays in the first cache for all rows.
 template <int P>
@@ -418,8 +424,8 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
         std::fill_n(exact + (i * CHUNK + r) * PANEL, PANEL, HAS_QUADS ? -128 * static_cast<int32_t>(x.sums[first + r]) : 0);
     const Scratch scratch(HAS_QUADS ? 0 : P * SLICE * PANEL);
     int16_t* wide = reinterpret_cast<int16_t*>(scratch.floats);
-    for (int64_t k = 0; k < w.words(); k += SLICE) {
-      const int64_t count = std::min(SLICE, w.words() - k);
+    for (int64_t k = 0, step = slice_size(w.words()); k < w.words(); k += step) {
+      const int64_t count = std::min(step, w.words() - k);
       const uint8_t* from = w.packed + panel * size + w.neighbours() * PANEL * k;
       if (HAS_QUADS) {
         words(Quads(), k, count, from, apart * size, exact, steps * size);
@@ -446,8 +452,8 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
   } else {
     for (int i = 0; i < P; ++i) std::fill_n(sums + i * CHUNK * PANEL, rows * PANEL, 0.0f);
     if (w.kind == BFLOATS && HAS_BFLOATS) {
-      for (int64_t k = 0; k < w.words(); k += SLICE)
-        words(BfloatPairs(), k, std::min(SLICE, w.words() - k), w.packed + 2 * panel * size + 4 * PANEL * k, 2 * apart * size,
+      for (int64_t k = 0, step = slice_size(w.words()); k < w.words(); k += step)
+        words(BfloatPairs(), k, std::min(step, w.words() - k), w.packed + 2 * panel * size + 4 * PANEL * k, 2 * apart * size,
               sums, 2 * steps * size);
     } else if (w.kind != FLOATS && rows <= FEW_ROWS) {
       for (int i = 0; i < P; ++i)
@@ -459,7 +465,7 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
           if (w.kind == BFLOATS) times_packed<R(), Bfloats>(in, x.stride, w.packed + 2 * number * size, w.K, own);
         });
     } else {
-      const int64_t unit = w.kind == INT4 ? w.group_size : 2, step = (SLICE + unit - 1) / unit * unit, all = w.K * PANEL;
+      const int64_t step = slice_size(w.K, w.kind == INT4 ? w.group_size : 2), all = w.K * PANEL;
       const Scratch scratch(w.kind == FLOATS ? 0 : P * step * PANEL);
       for (int64_t k = 0; k < w.K; k += step) {
         const int64_t end = std::min(k + step, w.K);
