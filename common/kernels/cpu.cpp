@@ -320,17 +320,20 @@ struct MLPLayer : Layer {
   }
 };
 
-// Both halves, where no rank waits for another one between them: one call from Python, which takes as long as a half.
-struct DecoderLayer : torch::CustomClassHolder {
-  c10::intrusive_ptr<AttentionLayer> attention;
-  c10::intrusive_ptr<MLPLayer> mlp;
+// Several layers in one call, where no rank waits for another one between them. Between two calls from Python the other
+// threads would fall asleep, and waking them takes as long as a small layer.
+struct Layers : torch::CustomClassHolder {
+  std::vector<c10::intrusive_ptr<AttentionLayer>> attention;
+  std::vector<c10::intrusive_ptr<MLPLayer>> mlp;
 
-  DecoderLayer(c10::intrusive_ptr<AttentionLayer> attention, c10::intrusive_ptr<MLPLayer> mlp)
-      : attention(std::move(attention)), mlp(std::move(mlp)) {}
+  void append(c10::intrusive_ptr<AttentionLayer> first, c10::intrusive_ptr<MLPLayer> second) {
+    attention.push_back(std::move(first)), mlp.push_back(std::move(second));
+  }
 
-  at::Tensor forward(const at::Tensor& hidden, const at::Tensor& cos, const at::Tensor& sin,
-                     const c10::intrusive_ptr<Paged>& batch, int64_t layer) {
-    return mlp->forward(attention->forward(hidden, cos, sin, batch, layer, true), true);
+  at::Tensor forward(at::Tensor hidden, const at::Tensor& cos, const at::Tensor& sin, const c10::intrusive_ptr<Paged>& batch) {
+    for (size_t i = 0; i < mlp.size(); ++i)
+      hidden = mlp[i]->forward(attention[i]->forward(hidden, cos, sin, batch, i, true), true);
+    return hidden;
   }
 };
 
@@ -378,7 +381,8 @@ TORCH_LIBRARY(inference_course, library) {
   library.class_<MLPLayer>("MLPLayer")
       .def(torch::init<Tensor, double, Product, Maybe, Product, Maybe>())
       .def("forward", &MLPLayer::forward);
-  library.class_<DecoderLayer>("DecoderLayer")
-      .def(torch::init<c10::intrusive_ptr<AttentionLayer>, c10::intrusive_ptr<MLPLayer>>())
-      .def("forward", &DecoderLayer::forward);
+  library.class_<Layers>("Layers")
+      .def(torch::init<>())
+      .def("append", &Layers::append)
+      .def("forward", &Layers::forward);
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.kernels.attention import paged as paged_on_cpu
 from common.kernels.build import compiled
 from common.kernels.greedy import draw as draw_greedy
+from common.kernels.layers import fuse_forward
 from common.kernels.layers import pack as pack_for_cpu
 from common.kernels.products import enabled
 
@@ -57,8 +58,10 @@ def accelerate(runner, config):
     """
     model, cache = runner.model, runner.cache
     if not on_triton(model.model.norm.weight):
-        if config.speculative is None and enabled() and compiled() is not None:
-            runner.draw = draw_greedy
+        if enabled() and compiled() is not None:
+            fuse_forward(runner)
+            if config.speculative is None:
+                runner.draw = draw_greedy
         return runner
     from common.kernels.sampler import draw
     from common.kernels.triton_layers import TritonBlock

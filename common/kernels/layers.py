@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.kernels import build, huge_pages
 from common.kernels.attention import PagedAttend
-from common.kernels.products import FusedLinear, has_kernel, native, row_major_product, share_table, use
+from common.kernels.products import FusedLinear, enabled, has_kernel, native, row_major_product, share_table, use
 
 NO_WINDOW = 1 << 62
 
@@ -104,9 +104,6 @@ class FusedBlock(nn.Module):
         self.post_attention_layernorm, self.mlp = plain.post_attention_layernorm, plain.mlp
         self.row = row
         self.native_attention, self.native_mlp = self.make_attention(), self.make_mlp()
-        self.index, self.native = plain.self_attn.layer, None
-        if self.native_attention is not None and self.native_mlp is not None and type(self.self_attn.o_proj) is not row:
-            self.native = build.compiled().DecoderLayer(self.native_attention, self.native_mlp)
 
     def operands(self, layer: nn.Module):
         """Returns a layer's matrix and bias for the compiled kernels, or None. What ranks add up has no bias yet."""
@@ -145,11 +142,8 @@ class FusedBlock(nn.Module):
         return total if layer.bias is None else total.add_(layer.bias)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
-        has_blocks = isinstance(attend, PagedAttend) and attend.has_floats
-        if self.native is not None and has_blocks:
-            return self.native.forward(hidden, cos, sin, *attend.of_layer(self.index))
-        if self.native_attention is not None and has_blocks:
-            given = hidden, cos, sin, *attend.of_layer(self.index)
+        if self.native_attention is not None and isinstance(attend, PagedAttend) and attend.has_floats:
+            given = hidden, cos, sin, *attend.of_layer(self.self_attn.layer)
             hidden = self.add_up(hidden, self.self_attn.o_proj, lambda add: self.native_attention.forward(*given, add))
         else:
             normed = self.input_layernorm(hidden)
@@ -158,6 +152,41 @@ class FusedBlock(nn.Module):
         if self.native_mlp is not None:
             return self.add_up(hidden, self.mlp.down_proj, lambda add: self.native_mlp.forward(hidden, add))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class FusedForward:
+    """Takes the place of a model runner's `forward`: all of its layers in one call of a compiled operator.
+
+    forward: the runner's own, which computes where the fast paths are not wanted.
+    """
+
+    def __init__(self, model: nn.Module, cache, forward: Callable):
+        self.model, self.cache, self.forward = model, cache, forward
+        self.layers = build.compiled().Layers()
+        for index in cache.layers:
+            self.layers.append(model.model.layers[index].native_attention, model.model.layers[index].native_mlp)
+
+    def __call__(self, batch, hidden: Tensor | None) -> Tensor:
+        """(T, hidden_size), or None at the first layer -> (T, hidden_size)."""
+        if not enabled():
+            return self.forward(batch, hidden)
+        hidden = self.model.embed(batch.token_ids) if hidden is None else hidden
+        tables = self.model.rotary(batch.positions)
+        return self.layers.forward(hidden, *tables, PagedAttend(self.cache, batch.metadata).native)
+
+
+def fuse_forward(runner) -> None:
+    """Let a model runner (lesson 5's) compute all layers in one call, where each of them can be computed as a whole."""
+    model, cache = runner.model, runner.cache
+    layers = [model.model.layers[index] for index in cache.layers]
+    if cache.keys.dtype in (torch.float32, torch.bfloat16) and all(
+        type(layer) is FusedBlock
+        and layer.native_attention is not None
+        and layer.native_mlp is not None
+        and type(layer.self_attn.o_proj) is not layer.row
+        for layer in layers
+    ):
+        runner.forward = FusedForward(model, cache, runner.forward)
 
 
 def swapping(
