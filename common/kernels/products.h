@@ -10,7 +10,8 @@
 //                                                                processor has a product of two bfloat16 (HAS_BFLOATS)
 //   int8      (panels, K / 2, 16, 2) int8      (panels, 16)      (x . w) * scale
 //   w8a8      (panels, K / 2, 16, 2) int8      (panels, 16)      (q . w) * x_scale * scale: q whole numbers, sums exact
-//    or, with HAS_QUADS, (panels, K / 4, 16, 4) uint8: w + 128
+//    both, with HAS_QUADS, (panels, K / 4, 16, 4) uint8: w + 128; and x of int8 becomes whole numbers of sixteen bits, of
+//    which the high and the low eight are multiplied each for itself
 //   int4      (panels, groups,                 (panels, groups, 16) float16, and as many minima: x . (w * scale + minimum)
 //              group / 8, 16, 4) uint8
 //   w4a8      as int4                          as int4           (q . (w * scale + minimum)) * x_scale: sums of q . w exact
@@ -67,14 +68,16 @@ struct Linear : torch::CustomClassHolder {
   }
 
   int64_t panels() const { return (N + PANEL - 1) / PANEL; }
-  int64_t neighbours() const { return kind == W8A8 && HAS_QUADS ? 4 : 2; }
+  bool has_quads() const { return (kind == W8A8 || kind == INT8) && HAS_QUADS; }
+  int64_t neighbours() const { return has_quads() ? 4 : 2; }
+  int64_t planes() const { return kind == INT8 && has_quads() ? 2 : 1; }  // numbers of eight bits that one of x becomes
   int64_t words() const { return (K + neighbours() - 1) / neighbours(); }  // of a row, in kinds without groups
   int64_t octs() const { return (group_size + 7) / 8; }  // of a group
 };
 
 // Rows as a product wants them: floats (count, stride), or numbers of fewer bits, a row in `stride` bytes, with a scale for
 // each row if they are whole. Beside either, for a matrix in four bits, the sums of each group, (count, groups), and for
-// quads the sum of each row.
+// quads the sum of each row, (count, planes).
 struct Rows {
   const float* floats;
   const void* numbers;
@@ -99,6 +102,15 @@ inline float scale_of(const float* x, int64_t K) {
   for (int i = 0; i < LANES; ++i) most = std::max(most, wide[i]), zero += zeros[i];
   for (; k < K; ++k) most = std::max(most, std::fabs(x[k])), zero += x[k] * 0;
   return scale_of(most) + zero;
+}
+
+// `count` numbers of a row in sixteen bits, from -32512 to 32512, each as 256 * high + low.
+inline void quantize(const float* x, int64_t count, float scale, int8_t* high, int8_t* low) {
+  for (int64_t k = 0; k < count; ++k) {
+    const float nearest = (x[k] / scale + 12582912.0f) - 12582912.0f;
+    const int32_t whole = static_cast<int32_t>(std::min(32512.0f, std::max(-32512.0f, nearest)));
+    high[k] = static_cast<int8_t>((whole + 128) >> 8), low[k] = static_cast<int8_t>(whole);
+  }
 }
 
 // `count` numbers of a row in eight bits, from -127 to 127.
@@ -401,7 +413,7 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
   const int64_t size = w.words() * w.neighbours() * PANEL;  // numbers of a panel, in kinds without groups
   const int64_t steps = P > 1 && apart == 1 ? P : 1;        // panels from here to the ones that are multiplied by next
   const float* in = x.floats + first * x.stride;
-  const auto tiles = [&](auto most, auto compute) {  // compute.operator()<R>(row) for each tile of R <= most rows
+  const auto tiles = [](int64_t rows, auto most, auto compute) {  // compute(R, row) for each tile of R <= most rows
     const int64_t count = (rows + most() - 1) / most();
     for (int64_t i = 0, r = 0; i < count; ++i) {
       const int64_t next = rows * (i + 1) / count;
@@ -410,18 +422,21 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
     }
   };
   constexpr std::integral_constant<int, TILE> tile;
+  const int64_t planes = w.planes(), all_rows = rows * planes;  // with several planes each is a row
   const auto words = [&](auto kind, int64_t word, int64_t count, const uint8_t* from, int64_t bytes_apart, auto* to,
                          int64_t ahead) {
     const uint8_t* in = static_cast<const uint8_t*>(x.numbers) + first * x.stride + 4 * word;
-    tiles(tile, [&](auto R, int64_t r) {
-      times_words<R(), P, decltype(kind)>(in + r * x.stride, x.stride, from, bytes_apart, count, to + r * PANEL, ahead);
+    const int64_t stride = x.stride / planes;
+    tiles(all_rows, tile, [&](auto R, int64_t r) {
+      times_words<R(), P, decltype(kind)>(in + r * stride, stride, from, bytes_apart, count, to + r * PANEL, ahead);
     });
   };
-  if (w.kind == W8A8) {
+  if (w.kind == W8A8 || w.has_quads()) {
     int32_t exact[P * CHUNK * PANEL];
     for (int i = 0; i < P; ++i)
-      for (int64_t r = 0; r < rows; ++r)  // a weight is 128 too large where there are quads
-        std::fill_n(exact + (i * CHUNK + r) * PANEL, PANEL, HAS_QUADS ? -128 * static_cast<int32_t>(x.sums[first + r]) : 0);
+      for (int64_t r = 0; r < all_rows; ++r)  // a weight is 128 too large where there are quads
+        std::fill_n(exact + (i * CHUNK + r) * PANEL, PANEL,
+                    HAS_QUADS ? -128 * static_cast<int32_t>(x.sums[first * planes + r]) : 0);
     const Scratch scratch(HAS_QUADS ? 0 : P * SLICE * PANEL);
     int16_t* wide = reinterpret_cast<int16_t*>(scratch.floats);
     for (int64_t k = 0, step = slice_size(w.words()); k < w.words(); k += step) {
@@ -441,12 +456,14 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
     }
     for (int64_t r = 0; r < rows; ++r)
       for (int i = 0; i < PARTS<P>; ++i) {
-        const int64_t at = r * PANEL + place(i, CHUNK * PANEL);
-        store(sums + at, __builtin_convertvector(load<ivec>(exact + at), vec) * x.scales[first + r]);
+        const int32_t* own = exact + r * planes * PANEL + place(i, CHUNK * PANEL);
+        vec whole = __builtin_convertvector(load<ivec>(own), vec);
+        if (planes == 2) whole = 256 * whole + __builtin_convertvector(load<ivec>(own + PANEL), vec);
+        store(sums + r * PANEL + place(i, CHUNK * PANEL), whole * x.scales[first + r]);
       }
   } else if (w.kind == W4A8) {
     for (int i = 0; i < P; ++i)
-      tiles(std::integral_constant<int, OCT_TILE>(), [&](auto R, int64_t r) {
+      tiles(rows, std::integral_constant<int, OCT_TILE>(), [&](auto R, int64_t r) {
         times_octs<R()>(w, x, first + r, panel + i * apart, sums + (i * CHUNK + r) * PANEL);
       });
   } else {
@@ -473,7 +490,7 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
         if (w.kind == FLOATS) slice = reinterpret_cast<const float*>(w.packed) + panel * all + k * PANEL;
         else for (int i = 0; i < P; ++i) unpack(w, panel + i * apart, k, end, scratch.floats + i * step * PANEL);
         const int64_t between = w.kind == FLOATS ? apart * all : step * PANEL, ahead = w.kind == FLOATS ? steps * all : 0;
-        tiles(tile, [&](auto R, int64_t r) {
+        tiles(rows, tile, [&](auto R, int64_t r) {
           times_floats<R(), P>(in + r * x.stride + k, x.stride, slice, between, end - k, sums + r * PANEL, CHUNK * PANEL,
                                ahead);
         });
@@ -496,7 +513,7 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
 template <int COUNT, typename Done>
 inline void product(const Linear& w, const float* bias, const Rows& x, int64_t begin, int64_t end, int64_t apart,
                     Done done) {
-  const int64_t chunk = std::clamp<int64_t>(CACHED / w.K / TILE * TILE, 2 * TILE, CHUNK);
+  const int64_t chunk = std::clamp<int64_t>(CACHED / w.K / TILE * TILE, 2 * TILE, CHUNK) / w.planes();
   float sums[std::max(COUNT, WIDE) * CHUNK * PANEL];
   for (int64_t first = 0; first < x.count; first += chunk) {
     const int64_t rows = std::min(chunk, x.count - first);

@@ -131,22 +131,23 @@ def look_up(layer: nn.Module, token_ids: Tensor) -> Tensor:
     return layer.weight[token_ids // PANEL, :, token_ids % PANEL]
 
 
-def pack_int8(layer: nn.Module) -> None:
-    """Rearrange a layer's `weight` (out, in) int8, for its `weight_scale` (out,), if there are compiled kernels."""
-    if build.compiled() is not None and not has_kernel(layer):
-        in_panels(layer, INT8, look_up_int8, weight=pairs(layer.weight))
+def pack_int8(layer: nn.Module, kind: int = INT8) -> None:
+    """Rearrange a layer's `weight` (out, in) int8, for its `weight_scale` (out,), if there are compiled kernels.
 
-
-def pack_w8a8(layer: nn.Module) -> None:
-    """As `pack_int8`, for activations in eight bits. Where one instruction multiplies four numbers by four, those of the
-    weight have no sign: 128 is added to each (products.h).
+    Where one instruction multiplies four numbers by four, those of the weight have no sign: 128 is added to each. The
+    activations are then rounded to sixteen bits, which is finer than bfloat16 and float16.
     """
     if build.compiled() is None or has_kernel(layer):
         return
     if torch.ops.inference_course.has_quads():
-        in_panels(layer, W8A8, look_up_quads, weight=pairs(layer.weight.view(torch.uint8) ^ 128, 4))
+        in_panels(layer, kind, look_up_quads, weight=pairs(layer.weight.view(torch.uint8) ^ 128, 4))
     else:
-        in_panels(layer, W8A8, look_up_int8, weight=pairs(layer.weight))
+        in_panels(layer, kind, look_up_int8, weight=pairs(layer.weight))
+
+
+def pack_w8a8(layer: nn.Module) -> None:
+    """As `pack_int8`, for activations in eight bits."""
+    pack_int8(layer, W8A8)
 
 
 def look_up_pairs(layer: nn.Module, token_ids: Tensor) -> Tensor:
