@@ -153,7 +153,7 @@ class ModelRunnerOutput:
 
 def tokens_to_schedule(request: Request, budget: int, max_chunk: int) -> int:
     """Return the number of tokens to schedule for this request: all that are not computed, including draft tokens, but
-    at most `budget` (what is left of this step's tokens) and at most `max_chunk` (the limit of one request in a step).
+    at most both limits. budget: tokens that are left in this step. max_chunk: the limit of one request in a step.
     """
     # Exercise 5.3: add its tokens and its draft tokens, subtract the computed ones, and apply both limits.
     num_uncomputed = request.num_tokens + len(request.spec_token_ids) - request.num_computed_tokens
