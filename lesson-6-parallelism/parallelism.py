@@ -202,7 +202,7 @@ def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
     adds it to its own: then every rank has one complete sum. In the other messages the complete sums go to all ranks.
     """
     # TODO 6.9: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Rank r sends part r,
-    # and then each time the part that it has just received and added to. So after the first half part r + 1 is complete.
+    # and then each time the part that it has just received and added to. After the first half part r + 1 is complete.
     raise NotImplementedError("TODO 6.9")
 
 

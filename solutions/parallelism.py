@@ -229,7 +229,7 @@ def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
     adds it to its own: then every rank has one complete sum. In the other messages the complete sums go to all ranks.
     """
     # Exercise 6.9: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Rank r sends part r,
-    # and then each time the part that it has just received and added to. So after the first half part r + 1 is complete.
+    # and then each time the part that it has just received and added to. After the first half part r + 1 is complete.
     total = x.clone(memory_format=torch.contiguous_format)
     parts = total.view(-1).tensor_split(group.size)
     for step in range(group.size - 1):
