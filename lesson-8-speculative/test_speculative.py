@@ -652,6 +652,16 @@ class Drafting:
         self.proposer = code.DraftProposer(self.model, code.PagedKVCache(self.model, num_blocks, 4))
         self.passes: list[int] = []
         self.model.register_forward_pre_hook(lambda module, arguments: self.passes.append(len(arguments[0])))
+        self.compute, self.proposer.logits = self.proposer.logits, self.logits_of_new_tokens
+
+    def logits_of_new_tokens(self, drafts, new_token_ids):
+        """The proposer's `logits`, which cannot compute a draft without new tokens."""
+        sentence = (
+            "`logits` was called with no new token for a draft. Is its `num_computed` too large, or was the draft token "
+            "not appended to its `token_ids`?"
+        )
+        holds(all(new_token_ids), sentence)
+        return self.compute(drafts, new_token_ids)
 
     def propose(self, requests, sampled: dict[str, list[int]], limits: dict[str, int], why: str = ""):
         """Propose after a step in which `sampled` was sampled. Returns the drafts by request id."""
@@ -661,7 +671,7 @@ class Drafting:
             for each in requests
             for id in [each.request_id]
         ]
-        what = f"propose, with limits {limits}{why or f' after {sampled} was sampled'}"
+        what = f"propose with limits {limits}{why or f' after {sampled} was sampled'},"
         with torch.inference_mode():
             self.proposer.follow(self.code.SchedulerOutput(1, list(requests)))
             answer(self.code, what, lambda: self.proposer.propose(drafts))
