@@ -42,8 +42,8 @@ class Zygote:
     def __init__(self):
         self.address = ""
 
-    def connect(self) -> socket.socket:
-        """A connection for one request."""
+    def begin(self) -> None:
+        """Start it, unless it runs."""
         if not self.address:
             self.room = tempfile.TemporaryDirectory()
             self.address = f"{self.room.name}/socket"
@@ -57,6 +57,10 @@ class Zygote:
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )
             self.lifeline = self.connect()
+
+    def connect(self) -> socket.socket:
+        """A connection for one request."""
+        self.begin()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.address)
         return connection
@@ -71,6 +75,14 @@ class Zygote:
 
 ZYGOTE = Zygote()
 """One for all tests of this process: common/tests/ and solutions/tests/ each have the fixture."""
+
+
+def python() -> list[str]:
+    """The words to put before the arguments of a Python that is to be forked: for a shell."""
+    if not IS_SAFE:
+        return [sys.executable]
+    ZYGOTE.begin()
+    return [sys.executable, "-SEI", str(Path(__file__).with_name("forked_python.py")), ZYGOTE.address, sys.executable]
 
 
 def start(program: str, variables: Mapping[str, object] = MappingProxyType({})) -> Forked:
@@ -99,7 +111,7 @@ def typed_in(folder: Path, *words: str, stdin: str = "", **variables: str) -> su
             process = subprocess.Popen([sys.executable, "-m", "common", *words], **options)
         else:
             files = [given.fileno(), said.fileno(), said.fileno()]
-            process = Forked(("", list(words), str(folder), str(folder), environment), files)
+            process = Forked(("common", list(words), str(folder), str(folder), environment), files)
         try:
             code = process.wait(300)
         finally:
@@ -193,13 +205,16 @@ def serve(server: socket.socket) -> None:
 def become(request: tuple, files: list[int]) -> None:
     """Be the process that a Python of its own would have been. Never returns."""
     program, words, root, folder, environment = request
-    status = 1
+    status = 0
     try:
+        atexit._clear()
         os.setsid()
         for number, file in enumerate(files):
             os.dup2(file, number)
         for file in files:
             os.close(file)
+        sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # seekable or not, as it may be
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
@@ -211,19 +226,21 @@ def become(request: tuple, files: list[int]) -> None:
         for each in ("common.workers.calls", "common.workers.workers"):
             importlib.import_module(each).start = start
         sys.argv[1:] = words
-        if program:
+        if program == "common":
+            status = importlib.import_module("common.__main__").main(words)
+        elif program == "-c":
+            exec(words[0], {"__name__": "__main__"})
+        else:
             importlib.import_module("common.workers.lifeline").hold()
             importlib.import_module("common.workers.calls").find(program)()
-            status = 0
-        else:
-            status = importlib.import_module("common.__main__").main(words)
-            atexit._run_exitfuncs()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
+        status = 1
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
@@ -246,3 +263,4 @@ if __name__ == "__main__":
     sys.modules["common.tests.zygote"] = sys.modules["__main__"]
     ZYGOTE.address = sys.argv[2]
     serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)  # what takes apart all that was imported takes a second, and Triton complains
