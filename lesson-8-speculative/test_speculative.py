@@ -657,7 +657,7 @@ class Drafting:
     def logits_of_new_tokens(self, drafts, new_token_ids):
         """The proposer's `logits`, which cannot compute a draft without new tokens."""
         sentence = (
-            "`logits` was called with no new token for a draft. Is its `num_computed` too large, or was the draft token "
+            "`logits` was called with no new token for a draft. Is `num_computed` too large, or was the draft token "
             "not appended to its `token_ids`?"
         )
         holds(all(new_token_ids), sentence)
