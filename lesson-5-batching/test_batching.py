@@ -284,9 +284,7 @@ class TestStep:
         except RuntimeError as error:
             outputs = f"RuntimeError: {error}"
         equal(outputs, [], "the outputs of a step whose plan preempts a and schedules no request")
-        equal(
-            own.executor.log, ["submit []", "collect []"], "the calls to the executor in a step without tokens"
-        )
+        equal(own.executor.log, ["submit []", "collect []"], "the calls to the executor in a step without tokens")
 
 
 @together()
