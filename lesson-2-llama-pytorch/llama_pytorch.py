@@ -368,8 +368,8 @@ def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
     so are the `...rotary_emb.inv_freq` of old Llama checkpoints.
 
     Raises CheckpointError before it reads anything. The error names every tensor that is missing from the checkpoint,
-    or every tensor that the model does not have, or the first tensor whose shape is not what its layer expects, with
-    both shapes and its file.
+    or every tensor that the model does not have. Or it names the first tensor whose shape differs from its layer's,
+    with both shapes and the file.
     """
     # TODO 2.8: collect the `shapes()` of all `layers_of(model)` under their full names. Compare names, then shapes.
     # Then let each layer `load` with its `reader`, and tie the head at the end.
@@ -585,7 +585,7 @@ def generate(
     """Continue a prompt token by token, calling `on_text` with each piece of text as soon as it is certain.
 
     The answer ends with "stop" at one of the tokenizer's `eos_token_ids` (unless `ignore_eos`), a stop token or a stop
-    string, and with "length" after `max_tokens` or in a full context; if both are true, with "stop". Text of the first
+    string. It ends with "length" after `max_tokens` or in a full context; if both hold, with "stop". Text of the first
     `min_tokens` tokens is not searched for stop strings. `next_logits` maps all tokens so far to the scores (V,) of the
     next; the default, `recompute`, computes the whole sequence at every step, which lesson 3 changes.
     """
