@@ -27,6 +27,7 @@ from types import FrameType
 from common import course
 from common.course import MODULES, ROOT, Lesson
 from common.course.catalogue import apply, load_answers
+from common.grading.compare import REPLACES
 from common.grading.subject import Failure, Subject
 from common.grading.worker import ReportingGrader, work
 
@@ -44,20 +45,26 @@ class WatchfulGrader(ReportingGrader):
         self.canaries = dict(canaries(subject.lesson))
         self.passed: bool | None = None  # what the checks of the exercise at hand say so far; None before the first
         self.canary_passed = True
+        self.replaced = ""
 
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
         failure = super().judge(subject, exercise_id, check)
         self.passed = self.passed is not False and failure is None
+        if failure is not None and failure.what == REPLACES:
+            self.replaced = failure.sentence
         canary = self.canaries.get(exercise_id)
         if canary is not None and self.passed and self.canary_passed:
             self.canary_passed = subject.attempt(check, canary.untouched) is None
         return failure
 
     def finish(self) -> None:
+        if self.replaced:
+            self.send("note", self.replaced)
+            os._exit(1)  # whatever comes next is for a process that has seen nothing of this
         if self.passed and self.canary_passed and self.current in self.canaries:
             self.send("check", {"sentence": f"{self.current} {TAMPERED}"})
             self.send("note", f"{self.current} {TAMPERED}")
-            os._exit(1)  # whatever comes next is for a process that has seen nothing of this
+            os._exit(1)
         self.passed, self.canary_passed = None, True
         super().finish()
 
