@@ -63,7 +63,10 @@ def test_each_kind_of_submission_gives_its_modules_and_nothing_else(tmp_path):
 def test_no_submissions_is_said_clearly(tmp_path):
     with pytest.raises(CourseError, match="is no folder"):
         find_submissions(tmp_path / "absent")
-    with pytest.raises(CourseError, match="There is no submission in"):
+    with pytest.raises(CourseError, match="There is no submission in .* lies: nothing"):
+        find_submissions(tmp_path)
+    (tmp_path / "anna.7z").touch()
+    with pytest.raises(CourseError, match="There is no submission in .* lies: anna.7z"):
         find_submissions(tmp_path)
 
 
@@ -189,6 +192,32 @@ def test_a_byte_order_mark_costs_no_points(tmp_path):
     file.write_bytes(b"\xef\xbb\xbf" + SOURCE.encode())
     assert read_source(file) == SOURCE
     assert to_do(file) == []
+
+
+def test_a_file_is_decoded_as_python_decodes_it(tmp_path):
+    file = tmp_path / "intro.py"
+    file.write_bytes(f"# -*- coding: latin-1 -*-\n# \xe9\n{SOURCE}".encode("latin-1"))
+    assert read_source(file).endswith("# \xe9\n" + SOURCE) and to_do(file) == []
+    for content in (
+        SOURCE.encode("utf-16"),
+        f"{SOURCE}# \xe9".encode("latin-1"),
+        f"# \xe9\n{SOURCE}".encode("latin-1"),
+    ):
+        file.write_bytes(content)
+        for read in (read_source, to_do):
+            with pytest.raises(CourseError, match=r"intro.py is not UTF-8 text: .*\. Save it as UTF-8\."):
+                read(file)
+
+
+def test_the_last_of_two_entries_with_one_path_counts(tmp_path):
+    """As with every program that unpacks; `zip -g` and others add a second one."""
+    with zipfile.ZipFile(tmp_path / "anna.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("intro.py", "old")
+        archive.writestr("intro.py", "new")
+    submission = read_submission("anna", tmp_path / "anna.zip")
+    assert submission.modules == {"intro": b"new"} and submission.notes == [
+        "intro.py is there 2 times; graded is intro.py"
+    ]
 
 
 @dataclass
