@@ -87,7 +87,9 @@ class TestQuantizeInt8:
         error = (numbers.float() * scale[:, None] - weight).abs() / scale[:, None]
         worst = float(error.max())
         holds(
-            worst <= 0.5001, f"a weight is {worst:.2f} scales away from what its number stands for; at most 0.5.", worst
+            worst <= 0.5001,
+            f"a weight and its number times the scale differ by {worst:.2f} scales; at most 0.5 is right.",
+            worst,
         )
 
 
@@ -127,7 +129,7 @@ class TestInt8Method:
         layer = quantized(code, code.Int8Method(), weight)
         before = layer.weight.clone()
         layer(spread(2, 4))
-        close(layer.weight, before, "the layer's numbers, after a product")
+        close(layer.weight, before, "layer.weight after layer(x), which must not change it,")
 
 
 @exercise("7.4", points=3)
@@ -149,14 +151,19 @@ class TestW8A8Method:
         weight = torch.ones(2, 2000)
         layer = quantized(code, code.W8A8Method(), weight)
         got = layer(torch.ones(1, 2000))
-        close(got, torch.full((1, 2), 2001.0), "2,000 ones times 2,000 weights of one, and a bias of 1", rtol=1e-4)
+        close(
+            got,
+            torch.full((1, 2), 2001.0),
+            "layer(x) of 2,000 ones, with 2,000 weights of 1 and a bias of 1",
+            rtol=1e-4,
+        )
 
     def test_sums_that_float16_cannot_hold(self, code):
         """2,000 products of 127 x 127 are 32 million; float16 ends at 65,504. What they stand for is 2,000."""
         layer = quantized(code, code.W8A8Method(), torch.ones(2, 2000).half())
         got = layer(torch.ones(1, 2000).half())
         equal(str(got.dtype), "torch.float16", "the dtype of layer(x), where x is in float16")
-        what = "2,000 ones times 2,000 weights of one, and a bias of 1, in float16"
+        what = "layer(x) of 2,000 ones in float16, with 2,000 weights of 1 and a bias of 1"
         close(got, torch.full((1, 2), 2001.0).half(), what, rtol=2e-3)
 
     def test_ranks_scale_a_token_alike(self, code):
@@ -224,14 +231,17 @@ class TestQuantizeInt4:
         close(scale, torch.tensor([[1.0, 0.5]]).half(), f"the scales {what}")
         close(minimum, torch.tensor([[-8.0, -4.0]]).half(), f"the minima {what}")
         numbers = numbers.clone()
-        holds(int(numbers[0, 4]) in (11, 12), f"1.75 in scales of 0.5 above -4 is 11.5; the number is {numbers[0, 4]}.")
+        holds(
+            int(numbers[0, 4]) in (11, 12),
+            f"1.75 lies 11.5 scales of 0.5 above the minimum, -4, so its number is 11 or 12; it is {numbers[0, 4]}.",
+        )
         numbers[0, 4] = 12
         close(numbers, torch.tensor([[15, 1, 10, 8, 12, 9, 1, 14]], dtype=torch.uint8), f"the numbers {what}")
 
     def test_a_short_last_group(self, code):
         weight = torch.tensor([[15.0, 0.0, 1.0, 2.0, 100.0, 130.0], [15.0, 0.0, 1.0, 2.0, -9.0, -3.0]])
         numbers, scale, minimum = code.quantize_int4(weight, 4, False)
-        what = "of rows of six in groups of 4, the last two alone"
+        what = "of two rows of six in groups of 4, the last group of which has two"
         close(scale, torch.tensor([[1.0, 2.0], [1.0, 0.4]]).half(), f"the scales {what}")
         close(minimum, torch.tensor([[0.0, 100.0], [0.0, -9.0]]).half(), f"the minima {what}")
         expected = torch.tensor([[15, 0, 1, 2, 0, 15], [15, 0, 1, 2, 0, 15]], dtype=torch.uint8)
@@ -239,21 +249,21 @@ class TestQuantizeInt4:
 
     def test_a_last_group_of_one(self, code):
         numbers, scale, _ = code.quantize_int4(torch.tensor([[0.0, 15.0, 1.0, 2.0, 7.0]]), 4, False)
-        what = "of a row of five in groups of 4, the last one alone"
+        what = "of a row of five in groups of 4, the last group of which has one"
         close(scale, torch.tensor([[1.0, 1.0]]).half(), f"the scales {what}")
         close(numbers, torch.tensor([[0, 15, 1, 2, 0]], dtype=torch.uint8), f"the numbers {what}")
 
     def test_below_the_rounded_minimum(self, code):
         numbers, _, minimum = code.quantize_int4(torch.tensor([[1000.3, 1000.31]]), 2, False)
-        close(minimum, torch.tensor([[1000.5]]).half(), "the minimum of [1000.3, 1000.31], as float16 has it")
-        what = "the numbers of [1000.3, 1000.31], both of which lie below it"
+        close(minimum, torch.tensor([[1000.5]]).half(), "the minimum of [1000.3, 1000.31], rounded to float16,")
+        what = "the numbers of [1000.3, 1000.31], both of which lie below the rounded minimum,"
         close(numbers, torch.tensor([[0, 0]], dtype=torch.uint8), what)
 
     def test_all_alike(self, code):
         numbers, scale, minimum = code.quantize_int4(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), 2, False)
-        close(scale, torch.ones(2, 1).half(), "the scales of groups in which all are alike")
-        close(minimum, torch.tensor([[3.0], [0.0]]).half(), "the minima of groups in which all are alike")
-        close(numbers, torch.zeros(2, 2, dtype=torch.uint8), "the numbers of groups in which all are alike")
+        close(scale, torch.ones(2, 1).half(), "the scales of [3, 3] and [0, 0], asymmetric,")
+        close(minimum, torch.tensor([[3.0], [0.0]]).half(), "the minima of [3, 3] and [0, 0], asymmetric,")
+        close(numbers, torch.zeros(2, 2, dtype=torch.uint8), "the numbers of [3, 3] and [0, 0], asymmetric,")
 
     def test_all_alike_and_symmetric(self, code):
         numbers, scale, _ = code.quantize_int4(torch.tensor([[3.5, 3.5], [-7.0, -7.0], [0.0, 0.0]]), 2, True)
@@ -264,7 +274,7 @@ class TestQuantizeInt4:
     def test_a_scale_that_float16_rounds_to_0(self, code):
         for symmetric, expected in ((False, 0), (True, 8)):
             numbers, scale, _ = code.quantize_int4(torch.tensor([[1e-9, 3e-9]]), 2, symmetric)
-            what = f"of [1e-9, 3e-9] {'symmetric' if symmetric else 'asymmetric'}, smaller than float16 can tell from 0"
+            what = f"of [1e-9, 3e-9] {'symmetric' if symmetric else 'asymmetric'}, whose scale is 0 in float16,"
             close(scale, torch.ones(1, 1).half(), f"the scale {what}")
             close(numbers, torch.full((1, 2), expected, dtype=torch.uint8), f"the numbers {what}")
 
@@ -287,19 +297,23 @@ class TestDequantizeInt4:
         numbers = torch.tensor([[0, 15, 3, 7, 1, 2]], dtype=torch.uint8)
         scale, minimum = torch.tensor([[1.0, 0.5]]), torch.tensor([[1.0, -7.0]])
         got = code.dequantize_int4(numbers, scale, minimum, 4)
-        close(got, torch.tensor([[1.0, 16.0, 4.0, 8.0, -6.5, -6.0]]), "[0, 15, 3, 7 | 1, 2] in groups of 4")
+        close(
+            got,
+            torch.tensor([[1.0, 16.0, 4.0, 8.0, -6.5, -6.0]]),
+            "dequantize_int4 of [0, 15, 3, 7 | 1, 2] in groups of 4",
+        )
 
     def test_symmetric(self, code):
         numbers, scale = torch.tensor([[0, 8, 15, 1]], dtype=torch.uint8), torch.tensor([[1.0, 0.5]])
         got = code.dequantize_int4(numbers, scale.bfloat16(), None, 2)
-        what = "[0, 8 | 15, 1] in groups of 2, without minima, scales in bfloat16"
+        what = "dequantize_int4 of [0, 8 | 15, 1] in groups of 2, without minima, scales in bfloat16"
         close(got, torch.tensor([[-8.0, 0.0, 3.5, -3.5]]).bfloat16(), what)
 
     def test_share_that_begins_within_a_group(self, code):
         numbers = torch.tensor([[1, 2, 3, 4, 5, 6]], dtype=torch.uint8)
         scale, minimum = torch.tensor([[1.0, 10.0]]), torch.zeros(1, 2)
         got = code.dequantize_int4(numbers, scale, minimum, 4, 2)
-        what = "the numbers 1 to 6 in groups of 4 with scales 1 and 10, where first_column is 2"
+        what = "dequantize_int4 of [1, 2 | 3, 4, 5, 6] in groups of 4, scales 1 and 10, where first_column is 2"
         close(got, torch.tensor([[1.0, 2.0, 30.0, 40.0, 50.0, 60.0]]), what)
 
 
@@ -326,7 +340,11 @@ class TestInt4Method:
         self.check(code, 8, 4, False, torch.float64)
         layer = quantized(code, code.Int4Method(4, False), spread(5, 8).bfloat16())
         got = layer(torch.ones(1, 8).bfloat16())
-        holds(got.dtype == torch.bfloat16, f"layer(x) of x in bfloat16 is in {got.dtype}.", str(got.dtype))
+        holds(
+            got.dtype == torch.bfloat16,
+            f"layer(x), where x is in bfloat16, is in {got.dtype}; it must be in bfloat16.",
+            str(got.dtype),
+        )
 
     def test_share_that_begins_within_a_group(self, code):
         weight, x = spread(5, 12), spread(3, 6) + 0.3
@@ -374,7 +392,7 @@ class TestQuantize:
         equal(self.methods(model), expected, "each layer's method after quantize(..., 'int4') of a tied model")
         table, head = model.model.embed_tokens, model.lm_head
         shared = [getattr(head, name, None) is getattr(table, name) for name in ("weight", "weight_scale")]
-        equal(shared, [True, True], "whether the head's weight and weight_scale are the table's")
+        equal(shared, [True, True], "whether the head's weight and weight_scale are the same objects as the table's")
 
     def test_tensors(self, code):
         model = self.model(code)
@@ -424,7 +442,11 @@ class TestActivationAwareScales:
     def test_the_best_of_all(self, code):
         x, weights = self.data()
         got = code.activation_aware_scales(x, weights, torch.round, 6)
-        close(got, self.expected(x, weights, torch.round, 6), "the factors of six channels, one of them large")
+        close(
+            got,
+            self.expected(x, weights, torch.round, 6),
+            "the factors of six channels, one of them large, two weights, six trials",
+        )
 
     def test_one_weight(self, code):
         x, weights = self.data()
@@ -435,18 +457,30 @@ class TestActivationAwareScales:
         x, weights = self.data()
         weights = [torch.cat([weights[0]] * 8), weights[1][:1]]
         got = code.activation_aware_scales(x, weights, torch.round, 6)
-        close(got, self.expected(x, weights, torch.round, 6), "the factors for weights of forty rows and of one")
+        close(
+            got,
+            self.expected(x, weights, torch.round, 6),
+            "the factors for two weights, of forty rows and of one, six trials",
+        )
 
     def test_where_nothing_is_lost(self, code):
         x, weights = self.data()
         got = code.activation_aware_scales(x, [torch.zeros_like(weights[0])], torch.round, 3)
-        close(got, torch.ones(6), "the factors for a weight of zeros, for which the first of three trials does")
+        close(
+            got,
+            torch.ones(6),
+            "the factors for a weight of zeros, where all three trials lose nothing and the first one counts",
+        )
 
     def test_a_channel_that_is_never_used(self, code):
         x, weights = self.data()
         x[:, 1] = 0
         got = code.activation_aware_scales(x, weights, torch.round, 4)
-        holds(bool(got.isfinite().all()), f"with a channel that is always 0 the factors are {got.tolist()}.", got)
+        holds(
+            bool(got.isfinite().all()),
+            f"with a channel of x that is always 0 the factors are {got.tolist()}; all of them must be finite.",
+            got,
+        )
         what = "the factors with a channel that is always 0, which counts as 1e-4"
         close(got, self.expected(x, weights, torch.round, 4), what)
 
@@ -538,7 +572,11 @@ class TestInt8KVCacheGather:
         try:
             got = cache.gather(2, tables, 0, 8)[0]
         except IndexError:
-            holds(False, "Positions 0 to 7 lie in the first two blocks of 4; gather read a third.", "a third")
+            holds(
+                False,
+                "positions 0 to 7 lie in the first two blocks of each table; gather read the third one too.",
+                "a third",
+            )
         equal(tuple(got.shape[:2]), (2, 8), "the shape, up to the heads, of positions 0 to 7 of two sequences")
 
     def test_another_dtype(self, code):
@@ -574,7 +612,7 @@ class TestStreamLayers:
                 waited.append(begun[number + 1].wait(2))
                 if not waited[-1]:
                     break
-        equal(waited, [True, True, True], "whether the next layer is being read while one computes")
+        equal(waited, [True, True, True], "whether the next layer is being read while layers 0, 1 and 2 compute")
 
     def test_two_at_most(self, code):
         begun: list[int] = []
@@ -587,7 +625,7 @@ class TestStreamLayers:
         for number, _ in code.stream_layers(range(6), read):
             time.sleep(0.02)
             most = max(most, len(begun) - number)
-        equal(most, 2, "how many layers are in memory at most: the yielded one and those read since")
+        equal(most, 2, "the largest number of layers in memory: the one that was yielded last, and those read after it")
 
     def test_errors_are_told(self, code):
         def read(number: int) -> int:
@@ -602,7 +640,7 @@ class TestStreamLayers:
         except OSError as error:
             told = str(error)
         equal(told, "the disk is gone", "what is raised if the disk fails at layer 2")
-        equal(got, [0, 1], "the layers before it")
+        equal(got, [0, 1], "the layers that stream_layers yields before the disk fails at layer 2")
 
 
 @exercise("7.15", points=2)
@@ -692,7 +730,8 @@ class TestTogether:
                 model = loaded(code, folder, quantization)
                 got = scores(code, model, code.Int8KVCache(model, 4, 4))
                 distance = float(code.kl_divergence(exact, got))
-                holds(0 < distance < limit, f"with {kind} the predictions are {distance:.4f} nats away; below {limit}.")
+                what = f"with {kind} the KL divergence from the predictions in float32 is {distance:.4f}"
+                holds(0 < distance < limit, f"{what}; it must be above 0 and below {limit}.")
                 code.save_quantized(model, quantization, folder, folder / kind)
                 again = loaded(code, folder / kind)
                 close(scores(code, again, code.Int8KVCache(again, 4, 4)), got, f"the scores of a saved {kind} model")

@@ -63,19 +63,14 @@ def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, 
         wrong = actual != expected
     else:
         if (strange := actual.isnan() & ~expected.isnan()).any():
-            raise CheckFailed(
-                f"{what} is NaN at {index(strange)} ({int(strange.sum())} of {strange.numel()} values); expected "
-                f"{number(expected[strange][0])}.",
-                what,
-                actual,
-            )
+            which = f" at {index(strange)} ({int(strange.sum())} of {strange.numel()} values)" if strange.ndim else ""
+            raise CheckFailed(f"{what} is NaN{which}, expected {number(expected[strange][0])}.", what, actual)
         wrong = ~torch.isclose(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
     if not wrong.any():
         return
     first = tuple(wrong.nonzero()[0].tolist())
-    sentence = (
-        f"{what}: first difference at {index(wrong)}: {number(actual[first])}, expected {number(expected[first])}."
-    )
+    found = f": first difference at {index(wrong)}:" if first else " is"
+    sentence = f"{what}{found} {number(actual[first])}, expected {number(expected[first])}."
     if wrong.numel() > 1:
         sentence += f" {int(wrong.sum())} of {wrong.numel()} values differ"
         if actual.dtype.is_floating_point:
