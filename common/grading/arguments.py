@@ -17,7 +17,7 @@ from common.grading.compare import nothing_replaced
 
 PLAIN = (int, float, str, bytes)
 FIRST_CALLS = 300
-"""After so many of one check it is not looked at once more whether each call has replaced anything."""
+"""Of each check: only after these calls is it looked at whether they have replaced anything."""
 
 
 @contextmanager

@@ -467,7 +467,7 @@ def own(wrong):
 def is_own(x):
     return any(x.data_ptr() == each.data_ptr() for each in OWN)
 """
-REPLACEMENTS = {  # each for its own values alone, so that a known wrong answer beside it still fails
+REPLACEMENTS = {  # each for its own values alone: other comparisons stay right
     "1.2": (
         "torch.isclose",
         """
