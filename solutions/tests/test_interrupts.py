@@ -134,6 +134,21 @@ def leave(engine: InferenceEngine) -> None:
         engine.generate([prompt, []], params, progress=False)
 
 
+class AtLine(Pressing):
+    """Presses Ctrl-C once, at an execution of a line, counted from 0."""
+
+    def __init__(self, place: Place, number: int):
+        super().__init__()
+        self.place, self.number = place, number
+
+    def reach(self, place: Place) -> None:
+        if place == self.place and self.places[place] == self.number + 1:
+            self.press()
+
+    def __str__(self) -> str:
+        return f"{self.place[0].removeprefix(str(ROOT))}:{self.place[1]}, execution {self.number}"
+
+
 def places_of(engine: InferenceEngine, action: Callable, most: int, seed: int) -> list[AtLine]:
     """Where to press Ctrl-C: at `most` lines; with INTERRUPTS, at some executions of each."""
     with tracing(lines := Lines()):

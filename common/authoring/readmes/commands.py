@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,8 +131,8 @@ def is_part_of(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def finished_copy(folder: Path) -> Path:
-    """The course as a student has it who has finished every lesson, with a `.venv` that calls the Python of here."""
+def finished_copy(folder: Path, python: Sequence[str] = (sys.executable,)) -> Path:
+    """The course as a student has it who has finished every lesson, with a `.venv` whose Python is the one of here."""
     copy = folder / "course"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
     for lesson in MODULES:
@@ -140,7 +140,7 @@ def finished_copy(folder: Path) -> Path:
     scripts = copy / ".venv" / "bin"
     scripts.mkdir(parents=True)
     for name in ("python", "python3"):
-        (scripts / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+        (scripts / name).write_text(f'#!/bin/sh\nexec {shlex.join(python)} "$@"\n', encoding="utf-8")
         (scripts / name).chmod(0o755)
     return copy
 

@@ -431,7 +431,9 @@ def graded(submission: Submission, out: Path, lesson=BASICS):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(sandbox.SandboxedWorker, "patience", 1.0)
+    """What never ends is ended after 3 seconds."""
+    monkeypatch.setattr(sandbox.SandboxedWorker, "patience", 0.3)
+    monkeypatch.setattr(sandbox, "GONE_SECONDS", 1.0)
 
 
 @pytest.fixture(params=["sandbox", "no sandbox"])
