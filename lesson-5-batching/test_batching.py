@@ -167,7 +167,7 @@ class TestStep:
     def test_nothing_to_do(self, code):
         own = self.engine(code)
         equal(own.step(), [], "step of an engine without requests")
-        equal(own.executor.log, [], "the calls to the executor")
+        equal(own.executor.log, [], "the calls to the executor in a step without requests")
 
     def test_no_request_can_be_served(self, code):
         own = self.engine(code)
@@ -284,7 +284,7 @@ class TestStep:
         except RuntimeError as error:
             outputs = f"RuntimeError: {error}"
         equal(outputs, [], "the outputs of a step whose plan preempts a and schedules no request")
-        equal(own.executor.log, ["submit []", "collect []"], "the calls to the executor")
+        equal(own.executor.log, ["submit []", "collect []"], "the calls to the executor in a step without tokens")
 
 
 @together()

@@ -531,7 +531,11 @@ class TestUpdateFromOutput:
         equal([a.output_token_ids, b.output_token_ids], [[11], [12]], "output_token_ids of a and b")
         equal([a.in_flight, b.in_flight], [False, False], "in_flight of a and b after update_from_output")
         equal(names(got), ["a", "b"], "the requests that update_from_output returns")
-        equal([a.num_computed_tokens, b.num_computed_tokens], [3, 5], "num_computed_tokens of a and b")
+        equal(
+            [a.num_computed_tokens, b.num_computed_tokens],
+            [3, 5],
+            "num_computed_tokens of a and b after the step that computed their prompts of 3 and 5 tokens",
+        )
 
     def test_a_chunk_samples_nothing(self, code):
         own = scheduler(code, budget=4)
@@ -746,6 +750,7 @@ class TestPreemptByRecompute:
         a.num_cached_tokens = 4
         own.preempt_by_recompute(a)
         equal(own.manager.pool.num_free_blocks, 11, "the number of free blocks of 12, where only b still holds one")
+        equal(own.manager.block_table("a"), [], "the block table of the preempted request")
         what = "num_computed_tokens of the preempted request, which had computed 10 tokens"
         equal(a.num_computed_tokens, 0, what)
         equal(a.num_cached_tokens, 4, "num_cached_tokens of the preempted request, which must not change,")

@@ -82,21 +82,6 @@ def asked(engine: InferenceEngine) -> list[tuple[list[int], SamplingParams]]:
     return [(prompt, replace(params, temperature=0.0) if engine.config.draft else params) for prompt, params in some]
 
 
-class AtLine(Pressing):
-    """Presses Ctrl-C once, at an execution of a line, counted from 0."""
-
-    def __init__(self, place: Place, number: int):
-        super().__init__()
-        self.place, self.number = place, number
-
-    def reach(self, place: Place) -> None:
-        if place == self.place and self.places[place] == self.number + 1:
-            self.press()
-
-    def __str__(self) -> str:
-        return f"{self.place[0].removeprefix(str(ROOT))}:{self.place[1]}, execution {self.number}"
-
-
 def told(outputs) -> list:
     return [
         (each.token_ids, each.text, each.finish_reason, [sorted(entry) for entry in each.logprobs])

@@ -425,7 +425,7 @@ ANSWERS = [
     wrong("5.9", "the first in the policy's order, instead of the last", "return max(", "return min("),
     wrong(
         "5.9",
-        "a request that is in flight",
+        "requests in flight not left out",
         "for request in self.running if not request.in_flight)",
         "for request in self.running)",
     ),
@@ -461,6 +461,12 @@ ANSWERS = [
     ),
     # -------------------------------------------------------------------------- 5.10 Scheduler.preempt_by_recompute
     wrong("5.10", "its blocks not freed", "self.manager.free(request)", "pass"),
+    wrong(
+        "5.10",
+        "the blocks freed, but the block table kept",
+        "self.manager.free(request)",
+        "self.manager.pool.free_blocks(self.manager.block_tables[request.request_id])",
+    ),
     wrong("5.10", "its tokens still counted as computed", "request.num_computed_tokens = 0", "pass"),
     wrong(
         "5.10",
