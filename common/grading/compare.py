@@ -19,7 +19,7 @@ class CheckFailed(AssertionError):
 
     def __init__(self, sentence: str, what: str, actual: Any):
         super().__init__(sentence)
-        self.sentence, self.what, self.actual = sentence, what, actual
+        self.sentence, self.what, self.actual = sentence.replace(",: ", ": "), what, actual
 
 
 REPLACES = "replaces"
@@ -52,7 +52,7 @@ def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, 
     check_type(actual, expected, what)
     if not isinstance(expected, Tensor):
         if abs(actual - expected) > atol + rtol * abs(expected) or actual != actual:
-            raise CheckFailed(f"{what} is {number(actual)}, expected {number(expected)}.", what, actual)
+            raise CheckFailed(f"{what} {be(what)} {number(actual)}, expected {number(expected)}.", what, actual)
         return
     if actual.shape != expected.shape:
         raise CheckFailed(f"{what} has shape {shape(actual)}, expected {shape(expected)}.", what, actual)
@@ -69,7 +69,7 @@ def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, 
     if not wrong.any():
         return
     first = tuple(wrong.nonzero()[0].tolist())
-    found = f": first difference at {index(wrong)}:" if first else " is"
+    found = f": first difference at {index(wrong)}:" if first else f" {be(what)}"
     sentence = f"{what}{found} {number(actual[first])}, expected {number(expected[first])}."
     if wrong.numel() > 1:
         sentence += f" {int(wrong.sum())} of {wrong.numel()} values differ"
@@ -93,13 +93,10 @@ def equal(actual: Any, expected: Any, what: str) -> None:
             raise CheckFailed(f"{what}: it {has} {key!r}.", what, actual)
         for key, value in expected.items():
             if actual[key] != value:
-                raise CheckFailed(
-                    f"{what}: first difference at [{key!r}]: {brief(actual[key])}, expected {brief(value)}.",
-                    what,
-                    actual,
-                )
+                found = f"{what}: first difference at [{key!r}]: {brief(actual[key])}, expected {brief(value)}."
+                raise CheckFailed(found, what, actual)
     if actual != expected:
-        raise CheckFailed(f"{what} is {brief(actual)}, expected {brief(expected)}.", what, actual)
+        raise CheckFailed(f"{what} {be(what)} {brief(actual)}, expected {brief(expected)}.", what, actual)
     if others := types_in(actual) - types_in(expected) - {int, float, bool, Tensor}:
         names = ", ".join(sorted(each.__name__ for each in others))
         raise CheckFailed(
@@ -221,6 +218,13 @@ def is_telling(actual: Any) -> bool:
     if isinstance(actual, (list, tuple)):
         return len(actual) > 0 and any(map(is_telling, actual))
     return actual is not None and actual != "" and actual != {} and actual != set()
+
+
+def be(what: str) -> str:
+    """Is or are, as what was looked at asks: "the ids of the blocks" are, "the number of blocks" is."""
+    nouns = r"the ((?!of |and |argument )\S+ ){0,2}?(?!status|class|bias|loss|most )\w+s"
+    then = r"(?=,|$| \(| (of|from|after|in|for|wh\w+|with|that|to|scheduled|admitted|sent)\b)"
+    return "are" if re.match(nouns + then, what) else "is"
 
 
 def number(value: Any) -> str:

@@ -119,6 +119,21 @@ def test_a_tensor_that_is_a_single_number_has_no_index(actual, sentence):
     assert failed.value.sentence == sentence
 
 
+def test_a_sentence_has_the_verb_of_its_subject_and_no_comma_before_a_colon():
+    told = {
+        "the number of blocks": "the number of blocks is [1], expected [].",
+        "the ids of the blocks, where one is free,": "the ids of the blocks, where one is free, are [1], expected [].",
+        "the status of the requests": "the status of the requests is [1], expected [].",
+    }
+    for what, sentence in told.items():
+        with pytest.raises(compare.CheckFailed) as failed:
+            compare.equal([1], [], what)
+        assert failed.value.sentence == sentence
+    with pytest.raises(compare.CheckFailed) as failed:
+        compare.equal([1], [2], "the ids, where one is free,")
+    assert failed.value.sentence == "the ids, where one is free: first difference at [0]: 1, expected 2."
+
+
 class Near(float):
     def __sub__(self, other):
         return 0.0
