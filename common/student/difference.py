@@ -47,7 +47,7 @@ def show(lesson: Lesson, exercise: Exercise) -> None:
     comment = reference.split("\n")[exercise.comment_line - 1 : exercise.first_answer_line - 1]
     task = {line.strip().replace("# Exercise", "# TODO") for line in comment}
     console.print(f"\n[bold]{exercise.id} {exercise.function}[/]")
-    yours, line = answer(lesson.module.read_text(encoding="utf-8-sig"), exercise.function, task)
+    yours, line = answer(read_source(lesson.module), exercise.function, task)
     theirs, their_line = answer(reference, exercise.function, task)
     if ast.dump(ast.parse(yours)) == ast.dump(ast.parse(theirs)):
         console.print(Text(f"  the same as the reference's, {shown(lesson.solution)}:{their_line}", "dim"))
