@@ -102,10 +102,8 @@ def difference(chosen: list[tuple[Lesson, list[Exercise]]], force: bool) -> None
                 held_back.append(exercise.id)
     if held_back:
         verb = "has" if len(held_back) == 1 else "have"
-        console.print(
-            f"\n{listed(held_back, 99)} {verb} not passed yet: there the reference's answer is held back, so "
-            "that yours is the first that you see. FORCE=1 shows it all the same."
-        )
+        hidden = f"\n{listed(held_back, 99)} {verb} not passed yet, so the reference's answer is not shown."
+        console.print(f"{hidden} FORCE=1 shows it anyway.")
 
 
 even_wrong = force("also where yours has not passed yet")
