@@ -352,14 +352,6 @@ class TestCacheBlocks:
         has = [block.block_hash is not None for block in manager.pool.blocks[:3]]
         equal(has, [True, True, False], "whether the blocks [1, 2] [3, 4] [5 _] have a hash")
 
-    def test_blocks_that_a_window_has_passed(self, code):
-        manager = code.KVCacheManager(6, 2, sliding_window=2)
-        sequence = self.sequence(code, manager, [1, 2, 3, 4, 5, 6])
-        manager.drop_outside_window(sequence)
-        manager.cache_blocks(sequence, 6)
-        what = "the cached blocks of [1, 2], [3, 4] and [5, 6], where the window has passed the first two,"
-        equal(self.found(code, manager, [1, 2, 3, 4, 5, 6]), [None, None, 2], what)
-
     def test_step_by_step(self, code):
         manager = code.KVCacheManager(6, 2)
         sequence = self.sequence(code, manager, [1, 2, 3, 4, 5, 6], computed=5)
@@ -424,6 +416,14 @@ class TestCacheBlocks:
         manager.cache_blocks(sequence, 4)
         what = "the cached blocks of [1, 2] and [3, 4], where enable_prefix_caching=False,"
         equal(self.found(code, manager, [1, 2, 3, 4]), [None, None], what)
+
+    def test_blocks_that_a_window_has_passed(self, code):
+        manager = code.KVCacheManager(6, 2, sliding_window=2)
+        sequence = self.sequence(code, manager, [1, 2, 3, 4, 5, 6])
+        manager.drop_outside_window(sequence)
+        manager.cache_blocks(sequence, 6)
+        what = "the cached blocks of [1, 2], [3, 4] and [5, 6], where the window has passed the first two,"
+        equal(self.found(code, manager, [1, 2, 3, 4, 5, 6]), [None, None, 2], what)
 
 
 def bookkeeping(manager) -> dict[str, object]:

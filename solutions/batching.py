@@ -17,7 +17,7 @@ import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -400,7 +400,7 @@ class Engine:
             ("request_id", request_id, str), ("priority", priority, int), ("tenant", tenant, str),
             ("cache_salt", cache_salt, str),
         ):  # fmt: skip
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{name} must be {'text' if kind is str else 'a whole number'}; it is {value!r:.80}.")
         token_ids = self.encode(prompt)
         llama_pytorch.check_prompt(token_ids, self.config.model_config, replace(params, n=1))
@@ -438,7 +438,7 @@ class Engine:
             return self.tokenizer.encode(prompt)
         try:
             token_ids = list(prompt)
-            if isinstance(prompt, bytes) or any(isinstance(token_id, bool) for token_id in token_ids):
+            if isinstance(prompt, (bytes, Mapping, Set)) or any(isinstance(token_id, bool) for token_id in token_ids):
                 raise TypeError(f"it is {prompt!r:.80}")
             return [operator.index(token_id) for token_id in token_ids]
         except TypeError as error:
@@ -571,7 +571,7 @@ class Engine:
         `siblings`. A request that fails has finish_reason "error", and the others go on. Raises ValueError before it
         computes anything if one prompt can never be served. Ctrl-C aborts all of them.
         """
-        is_one = isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable)
+        is_one = isinstance(prompts, (str, bytes, Mapping, Set)) or not isinstance(prompts, Iterable)
         if is_one or getattr(prompts, "ndim", 1) == 0:
             prompts = [prompts]
         elif (prompts := list(prompts)) and hasattr(prompts[0], "__index__"):

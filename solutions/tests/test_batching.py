@@ -336,6 +336,9 @@ def test_a_sample_copies_no_block_that_the_same_step_computes(model):
         (dict(prompt=[5, True]), r"token ids, which are whole numbers: it is \[5, True\]"),
         (dict(prompt=b"ab"), "token ids, which are whole numbers: it is b'ab'"),
         (dict(prompt=5), "prompt must be text or a list of token ids"),
+        (dict(prompt={5, 6}), "token ids, which are whole numbers: it is {5, 6}"),  # in no order
+        (dict(prompt={5: 1}), "token ids, which are whole numbers: it is {5: 1}"),
+        (dict(prompt=[5], priority=True), "priority must be a whole number; it is True"),
     ],
 )
 def test_bad_requests_are_refused_at_once(model, arguments, says):
@@ -346,7 +349,7 @@ def test_bad_requests_are_refused_at_once(model, arguments, says):
     assert list(engine.scheduler.requests) == ["taken"]
 
 
-@pytest.mark.parametrize("prompts", [None, 5, 5.0, {"a": 1}, b"ab", torch.tensor(5), [[[5]]], [None]], ids=str)
+@pytest.mark.parametrize("prompts", [None, 5, 5.0, {"a": 1}, {5, 6}, b"ab", torch.tensor(5), [[[5]]], [None]], ids=str)
 def test_what_is_no_list_of_prompts_is_refused(model, prompts):
     engine = local_engine(model, Letters(), num_blocks=30, max_model_len=MAX_MODEL_LEN)
     with pytest.raises(ValueError, match="Prompt 0: prompt must be text or a list of token ids"):

@@ -85,7 +85,7 @@ def test_each_kind_of_mistake_gets_its_sentence(tmp_path):
         "nothing": "nothing([1, 2]) is None: is a `return` missing?",
         "shaped": "shaped([1, 2]) has shape (1, 2), expected (2,).",
         "typed": "typed([1, 2]) has dtype float64, expected float32.",
-        "strange": "strange([1, 2]) is NaN at [0] (2 of 2 values); expected 2.",
+        "strange": "strange([1, 2]) is NaN at [0] (2 of 2 values), expected 2.",
         "valued": "valued([1, 2]): first difference at [1]: 5, expected 4. 1 of 2 values differ, the largest error "
         "is 1.",
         "listed": "listed([1, 2]) is a list ([2.0, 4.0]), expected a tensor.",
@@ -103,6 +103,20 @@ def test_an_attribute_that_is_none_may_lack_an_assignment():
         compare.CheckFailed, match="^status of a request is None: is a `return` or an assignment missing"
     ):
         compare.equal(None, 1, "status of a request")
+
+
+@pytest.mark.parametrize(
+    "actual, sentence",
+    [
+        (2.5, "the loss is 2.5, expected 2."),
+        (float("nan"), "the loss is NaN, expected 2."),
+        (3, "the loss is 3, expected 2."),
+    ],
+)
+def test_a_tensor_that_is_a_single_number_has_no_index(actual, sentence):
+    with pytest.raises(compare.CheckFailed) as failed:
+        compare.close(torch.tensor(actual), torch.tensor(type(actual)(2)), "the loss")
+    assert failed.value.sentence == sentence
 
 
 def test_a_sentence_has_the_verb_of_its_subject_and_no_comma_before_a_colon():

@@ -452,7 +452,7 @@ class TestStudent:
 
         write(student, LESSONS[3])
         code, said = course(student, "test-exercise", "4.17")
-        assert code == 0 and "on top of your lessons 0, 1, 2 and 3." in " ".join(said.split()), said
+        assert code == 0 and "It runs with your lessons 0, 1, 2 and 3." in " ".join(said.split()), said
         write(student, LESSONS[3], edit=("permute(1, 2, 0, 3)", "permute(1, 0, 2, 3)"))
         assert course(student, "test-exercise", "4.17")[0] == 1, "it is the student's lesson 3 that runs"
         write(student, LESSONS[3])
