@@ -1,8 +1,8 @@
 """Runs what the READMEs say to type, in a copy of the course whose lessons are finished.
 
 `make test-all` runs every line of a block of commands (bash, sh, console, shell) and every Python block, from top to
-bottom. Blocks below `<!-- not run: REASON -->` are left out, or only one line of the block, if the reason begins with it. A command
-must end with exit status 0. Commands that another one covers are left out too:
+bottom. Blocks below `<!-- not run: REASON -->` are left out, or only one line of the block, if the reason begins with
+it. A command must end with exit status 0. Commands that another one covers are left out too:
 
 - a line that occurred in an earlier text;
 - all but the first `make test-lesson-N`, because test_student.py runs it for every N;
