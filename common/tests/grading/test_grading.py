@@ -334,6 +334,9 @@ def test_own_helpers_imports_and_methods_come_along(tmp_path):
     )
     module = isolate.composite("made", reference, text, student, "A.f")
     assert module.A().f() == 5 and module.A().g() == 5 and module.h() == 5
+    other = isolate.composite("other", reference, "def h():\n    return 7\n", student, "h")
+    assert other.h() == 7 and other.A().g() == 1 and not hasattr(other, "plus"), "one answer stays in the reference"
+    assert not hasattr(other.A, "own")
 
 
 def test_second_chance_in_the_untouched_module(tmp_path):

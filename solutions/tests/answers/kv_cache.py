@@ -198,9 +198,7 @@ ANSWERS = [
         "self.lengths = [num_tokens] * len(self.lengths)",
         "self.lengths[-1] = num_tokens",
     ),
-    wrong(
-        "3.5", "so many tokens forgotten, instead of kept", "[num_tokens] * len", "[self.num_tokens - num_tokens] * len"
-    ),
+    wrong("3.5", "num_tokens tokens removed, not kept", "[num_tokens] * len", "[self.num_tokens - num_tokens] * len"),
     wrong("3.5", "a cache made longer than it is", "<= self.num_tokens", "<= self.keys.shape[2]"),
     wrong(
         "3.5",
