@@ -681,7 +681,9 @@ class TestLoadWeights:
     def none_on_meta(self, model):
         still = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         holds(
-            not still, f"on the meta device still, so without values: {', '.join(still[:3])}.", actual=", ".join(still)
+            not still,
+            f"these are still on the meta device, where a tensor has no values: {', '.join(still[:3])}.",
+            actual=", ".join(still),
         )
 
     def test_no_gradients(self, code):
@@ -1080,6 +1082,12 @@ class TestSamplingProbs:
         close(probabilities, naive_probs(logits.float(), temperature=0.7), "sampling_probs of bfloat16 logits")
 
 
+ALIKE = (
+    "Each pair of a seed and an index must start the random numbers differently; seed + index, for example, is the "
+    "same for seed 1 at index 1 and for seed 2 at index 0."
+)
+
+
 @exercise("2.13", points=2)
 class TestSample:
     def draws(self, code, logits, indices, **settings):
@@ -1118,7 +1126,7 @@ class TestSample:
         holds(one != two, f"seeds 1 and 2 draw the same ten tokens: {one}.", actual=one)
         holds(
             one[1:] != two[:-1],
-            f"seed 2 draws what seed 1 draws one place later: {one[1:]}: seed and index are mixed too simply.",
+            f"seed 2 draws at each index what seed 1 draws at the next one, {one[1:]}. {ALIKE}",
             actual=one,
         )
 
@@ -1127,8 +1135,8 @@ class TestSample:
         shared = sorted({*one} & {*two})
         holds(
             len(shared) < 4,
-            f"seeds 1 and 2 draw {len(shared)} of 32 tokens alike, if at other places; of 100000 hardly any should "
-            "be the same: seed and index are mixed too simply.",
+            f"of the 32 tokens that seed 1 draws, seed 2 draws {len(shared)} too, at other indices; of 100000 "
+            f"equally likely tokens it should be none. {ALIKE}",
             actual=shared,
         )
 
@@ -1139,8 +1147,7 @@ class TestSample:
             two = self.draws(code, torch.zeros(1000), range(4), seed=2)
             holds(
                 one != two,
-                f"seed 1 draws at indices {step} to {step + 3} what seed 2 draws at 0 to 3: {one}: seed and index are "
-                "mixed too simply.",
+                f"seed 1 draws at indices {step} to {step + 3} what seed 2 draws at 0 to 3, {one}. {ALIKE}",
                 actual=(step, one),
             )
 
@@ -1237,7 +1244,11 @@ class TestTextStream:
     def test_tokens_that_end_in_the_middle(self, code):
         text = "日本".encode()
         pieces = [text[:4], text[4:5], text[5:] + b" ok"]
-        equal(streamed(code, pieces), ["日", "", "本 ok", ""], "pushing 日 with a third of 本, and the rest in two")
+        equal(
+            streamed(code, pieces),
+            ["日", "", "本 ok", ""],
+            "pushing 日 with the first of the three bytes of 本, then the second byte, then the third with ' ok'",
+        )
 
     def test_a_byte_order_mark(self, code):
         pieces = ["\ufeffa".encode(), b"b", "\ufeff".encode()]
@@ -1252,16 +1263,22 @@ class TestTextStream:
         equal(
             streamed(code, [b"\xe6\x97", b"x", b"y"]),
             ["", "\ufffdx", "y", ""],
-            "pushing two thirds of 日, then 'x', then 'y'",
+            "pushing the first two of the three bytes of 日, then 'x', then 'y'",
         )
 
     def test_special_tokens(self, code):
         equal(
-            streamed(code, [b"\xc3", b"", b"\xa9"]), ["", "", "é", ""], "pushing half of é, a token of no bytes, half"
+            streamed(code, [b"\xc3", b"", b"\xa9"]),
+            ["", "", "é", ""],
+            "pushing the first byte of é, a token of no bytes, the second byte of é",
         )
 
     def test_the_end(self, code):
-        equal(streamed(code, [b"ok", b"\xf0\x9f"]), ["ok", "", "\ufffd"], "pushing half of an emoji last, then flush")
+        equal(
+            streamed(code, [b"ok", b"\xf0\x9f"]),
+            ["ok", "", "\ufffd"],
+            "pushing the first bytes of an emoji last, then flush",
+        )
 
     def test_any_cut(self, code):
         generator = torch.Generator().manual_seed(5)
@@ -1269,7 +1286,11 @@ class TestTextStream:
         for _ in range(20):
             cuts = sorted(torch.randint(0, len(text), (15,), generator=generator).tolist())
             pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-            equal("".join(streamed(code, pieces)), text.decode(errors="replace"), "all that came out, for some cuts")
+            equal(
+                "".join(streamed(code, pieces)),
+                text.decode(errors="replace"),
+                "the text of all pieces and of flush, joined, for some ways to cut it into tokens",
+            )
 
     def test_streams_do_not_share(self, code):
         one, two = code.TextStream(Pieces([b"\xc3"])), code.TextStream(Pieces([b"ok"]))

@@ -134,7 +134,11 @@ class TestFoldGroups:
     def test_by_hand(self, code):
         q = torch.tensor([[[0.0], [1.0], [2.0], [3.0]], [[10.0], [11.0], [12.0], [13.0]]])
         expected = torch.tensor([[[0.0], [10.0], [1.0], [11.0]], [[2.0], [12.0], [3.0], [13.0]]])
-        close(code.fold_groups(q, 2), expected, "fold_groups of 2 tokens with 4 heads (number 10 t + h), 2 KV heads")
+        close(
+            code.fold_groups(q, 2),
+            expected,
+            "fold_groups of 2 tokens with 4 heads, where head h of token t holds 10 t + h, and 2 KV heads",
+        )
 
     def test_every_row(self, code):
         q = noise(5, 6, 4)
@@ -170,7 +174,7 @@ class TestAppend:
         holds(got is not None, "append returned None: it returns keys and values.")
         close(got[0], k.transpose(0, 1), "the keys that append returns for the first 4 tokens")
         close(got[1], v.transpose(0, 1), "the values that append returns for the first 4 tokens")
-        equal(list(cache.lengths), [4, 0], "lengths, after 4 tokens in layer 0")
+        equal(list(cache.lengths), [4, 0], "lengths of the cache, after 4 tokens in layer 0")
 
     def test_behind_the_others(self, code):
         cache = empty_cache(code, capacity=6)
@@ -178,7 +182,7 @@ class TestAppend:
         cache.append(1, k[:1], v[:1])
         cache.append(1, k[1:4], v[1:4])
         keys, values = cache.append(1, k[4:], v[4:])
-        equal(list(cache.lengths), [0, 5], "lengths, after 1, 3 and 1 tokens in layer 1 alone")
+        equal(list(cache.lengths), [0, 5], "lengths of the cache, after 1, 3 and 1 tokens in layer 1 alone")
         close(keys, k.transpose(0, 1), "the keys after 1, 3 and 1 tokens")
         close(values, v.transpose(0, 1), "the values after 1, 3 and 1 tokens")
 
@@ -201,7 +205,7 @@ class TestAppend:
             "append of 2 tokens, with 4 of 5 slots filled,",
             lambda: ("lengths", list(cache.lengths)),
         )
-        equal(list(cache.lengths), [4, 0], "lengths, after an append that did not fit")
+        equal(list(cache.lengths), [4, 0], "lengths of the cache, after an append that did not fit")
         holds(
             bool(cache.keys[0, :, 4].isnan().all()),
             "An append that did not fit has stored something all the same.",
@@ -251,7 +255,7 @@ class TestAttend:
         mixed, expected, cache = self.attended(code, [5, 1, 1])
         close(mixed[:5], expected[:5], "attend of 5 tokens at once")
         close(mixed[5:], expected[5:], "attend of two single tokens after 5")
-        equal(list(cache.lengths), [0, 7], "lengths, after 7 tokens in layer 1")
+        equal(list(cache.lengths), [0, 7], "lengths of the cache, after 7 tokens in layer 1")
 
     def test_chunks(self, code):
         for chunks in ([3, 3, 3], [1, 7, 1], [7, 2]):
@@ -295,7 +299,7 @@ class TestTruncate:
     def test_shorter(self, code):
         cache, k = self.filled(code)
         cache.truncate(1)
-        equal(list(cache.lengths), [1, 1], "lengths, after truncate(1) of 4")
+        equal(list(cache.lengths), [1, 1], "lengths of the cache, after truncate(1) of 4")
         equal([cache.keys.shape[2], cache.values.shape[2]], [6, 6], "the capacity, 6 before, after truncate(1)")
         new = noise(2, 2, 3, seed=7)
         keys, _ = cache.append(1, new, new)
@@ -306,9 +310,9 @@ class TestTruncate:
     def test_to_nothing_and_to_all(self, code):
         cache, _ = self.filled(code)
         cache.truncate(4)
-        equal(list(cache.lengths), [4, 4], "lengths, after truncate(4) of 4")
+        equal(list(cache.lengths), [4, 4], "lengths of the cache, after truncate(4) of 4")
         cache.truncate(0)
-        equal(list(cache.lengths), [0, 0], "lengths, after truncate(0)")
+        equal(list(cache.lengths), [0, 0], "lengths of the cache, after truncate(0)")
         equal(cache.num_tokens, 0, "num_tokens, after truncate(0)")
 
     def test_refused(self, code):
@@ -319,7 +323,7 @@ class TestTruncate:
                 f"truncate({num_tokens}) of 4 tokens",
                 lambda: ("lengths", list(cache.lengths)),
             )
-        equal(list(cache.lengths), [4, 4], "lengths, after two truncates that are refused")
+        equal(list(cache.lengths), [4, 4], "lengths of the cache, after two truncates that are refused")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -340,8 +344,10 @@ class TestPrefill:
         cache = code.KVCache(model, 20)
         got = code.prefill(model, cache, PROMPT)
         expected = recomputed(code, model, PROMPT)
-        close(got, expected, "prefill of 13 tokens, where hidden_size is 20 and V is 23,", rtol=1e-9)
-        equal(list(cache.lengths), [13, 13, 13], "lengths, after a prefill of 13 tokens")
+        close(
+            got, expected, "prefill of 13 tokens, where hidden_size is 20 and the vocabulary has 23 tokens,", rtol=1e-9
+        )
+        equal(list(cache.lengths), [13, 13, 13], "lengths of the cache, after a prefill of 13 tokens")
 
     def test_what_goes_through_the_model(self, code):
         model = counted(tiny(code))
@@ -351,7 +357,11 @@ class TestPrefill:
             [([3, 14, 15], [0, 1, 2]), ([9, 2], [3, 4])],
             "(token ids, positions) of the forwards, for 5 tokens in chunks of 3",
         )
-        equal(model.rows, [1], "how many rows `logits` is asked for, in all (only the last token's are used)")
+        equal(
+            model.rows,
+            [1],
+            "the number of rows that all calls of `logits` get together (only the last token's row is used)",
+        )
 
     def test_chunks(self, code):
         model = tiny(code)
@@ -365,7 +375,9 @@ class TestPrefill:
         cache = code.KVCache(model, 20)
         code.prefill(model, cache, PROMPT[:6])
         got = code.prefill(model, cache, PROMPT[6:], chunk_size=4)
-        close(got, recomputed(code, model, PROMPT), "prefill of 7 tokens behind 6, in chunks of 4", rtol=1e-9)
+        close(
+            got, recomputed(code, model, PROMPT), "prefill of 7 tokens after 6 cached ones, in chunks of 4", rtol=1e-9
+        )
 
     def test_on_another_device(self, code):
         model = away(tiny(code))
@@ -391,7 +403,7 @@ class TestDecodeStep:
         model.seen, model.rows = [], []
         code.decode_step(model, cache, 8)
         equal(model.seen, [([8], [4])], "(token ids, positions) of the forward of decode_step after 4 tokens")
-        equal(model.rows, [1], "how many rows `logits` is asked for")
+        equal(model.rows, [1], "the number of rows that `logits` gets")
 
     def test_on_another_device(self, code):
         model = away(tiny(code))
@@ -449,7 +461,7 @@ class TestGenerate:
         self.check(output, expected, "temperature 1, top_p 0.9, seed 4")
         output, expected = self.both(code, repetition_penalty=1.5, logprobs=2)
         self.check(output, expected, "repetition_penalty 1.5")
-        equal(len(output.logprobs), len(expected.logprobs), "how many entries logprobs has")
+        equal(len(output.logprobs), len(expected.logprobs), "the number of entries in logprobs")
 
     def test_until_the_context_is_full(self, code):
         output, expected = self.both(code, prompt=PROMPT * 3, max_tokens=50)
@@ -495,20 +507,28 @@ class TestResume:
 
     def test_a_turn_more(self, code):
         got, expected, positions, cache = self.run(code, PROMPT[:6], PROMPT)
-        close(got, expected, "resume with 6 tokens in the cache, 7 more behind them", rtol=1e-9)
+        close(got, expected, "resume with 6 tokens in the cache and 7 new ones after them", rtol=1e-9)
         equal(positions, list(range(6, 13)), "the positions that are computed, with 6 of 13 tokens in the cache")
-        equal(cache.num_tokens, 13, "num_tokens, afterwards")
+        equal(cache.num_tokens, 13, "num_tokens of the cache, after resume")
 
     def test_another_word_in_the_middle(self, code):
         changed = [*PROMPT[:4], 20, *PROMPT[5:]]
         got, expected, positions, _ = self.run(code, PROMPT, changed)
-        equal(positions, list(range(4, 13)), "the positions that are computed, where token 4 of 13 is another")
-        close(got, expected, "resume where token 4 of 13 is another", rtol=1e-9)
+        equal(
+            positions,
+            list(range(4, 13)),
+            "the positions that are computed, where token 4 of 13 differs from the cached one",
+        )
+        close(got, expected, "resume where token 4 of 13 differs from the cached one", rtol=1e-9)
 
     def test_nothing_in_common(self, code):
         got, expected, positions, _ = self.run(code, PROMPT[:5], [1, *PROMPT[1:8]])
-        equal(positions, list(range(8)), "the positions that are computed, where the first token is another already")
-        close(got, expected, "resume where the first token is another", rtol=1e-9)
+        equal(
+            positions,
+            list(range(8)),
+            "the positions that are computed, where the first token differs from the cached one",
+        )
+        close(got, expected, "resume where the first token differs from the cached one", rtol=1e-9)
 
     def test_the_very_same(self, code):
         got, expected, positions, _ = self.run(code, PROMPT, PROMPT)
@@ -519,7 +539,7 @@ class TestResume:
         got, expected, positions, cache = self.run(code, PROMPT, PROMPT[:5])
         close(got, expected, "resume of the first 5 of 13 tokens in the cache", rtol=1e-9)
         equal(positions, [4], "the positions that are computed, for the first 5 of 13 tokens in the cache")
-        equal(cache.num_tokens, 5, "num_tokens, afterwards")
+        equal(cache.num_tokens, 5, "num_tokens of the cache, after resume")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -540,12 +560,12 @@ class TestCacheBytes:
 
     def test_smollm2(self, code):
         smollm2 = config(code, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
-        equal(code.cache_bytes(smollm2, 1, 4), 46_080, "a token of SmolLM2 in float32, in bytes")
-        equal(code.cache_bytes(smollm2, 8192, 4), 377_487_360, "8192 tokens of SmolLM2 in float32")
-        equal(code.cache_bytes(smollm2, 1, 2), 23_040, "a token of SmolLM2 in 16 bits")
+        equal(code.cache_bytes(smollm2, 1, 4), 46_080, "cache_bytes of 1 token of SmolLM2 in float32")
+        equal(code.cache_bytes(smollm2, 8192, 4), 377_487_360, "cache_bytes of 8192 tokens of SmolLM2 in float32")
+        equal(code.cache_bytes(smollm2, 1, 2), 23_040, "cache_bytes of 1 token of SmolLM2 in 16 bits")
 
     def test_nothing(self, code):
-        equal(code.cache_bytes(config(code), 0, 4), 0, "no token")
+        equal(code.cache_bytes(config(code), 0, 4), 0, "cache_bytes of 0 tokens")
 
 
 @exercise("3.11")
@@ -572,9 +592,9 @@ class TestLatencySummary:
 
     def test_one_token(self, code):
         summary = code.latency_summary(1.0, [3.0])
-        close(summary.time_to_first_token, 2.0, "time_to_first_token of one token")
-        close(summary.time_per_output_token, 0.0, "time_per_output_token of one token")
-        close(summary.slowest_gap, 0.0, "slowest_gap of one token")
+        close(summary.time_to_first_token, 2.0, "time_to_first_token of a request with one token")
+        close(summary.time_per_output_token, 0.0, "time_per_output_token of a request with one token")
+        close(summary.slowest_gap, 0.0, "slowest_gap of a request with one token")
 
     def test_a_stutter(self, code):
         summary = code.latency_summary(0.0, [4.0, 4.25, 4.5, 7.5, 7.75])
@@ -602,4 +622,9 @@ class TestTogether:
             code.decode_step(model, cache, token_id)
         cache.truncate(13)
         got = code.decode_step(model, cache, 4)
-        close(got, recomputed(code, model, [*PROMPT, 4]), "a token after three others were taken back", rtol=1e-9)
+        close(
+            got,
+            recomputed(code, model, [*PROMPT, 4]),
+            "decode_step of a token, after truncate has removed three others",
+            rtol=1e-9,
+        )

@@ -74,7 +74,7 @@ class TestHashBlock:
         second = code.hash_block(first, [8, 9])
         holds(
             second.parent == first.value,
-            "The parent field of a second block is not the first one's value.",
+            "The field `parent` of the second block is not the `value` of the first.",
             actual=str(second.parent == b""),
         )
         equal(len(first.value), 16, "the number of bytes in a value")
@@ -86,14 +86,16 @@ class TestHashBlock:
             "[1, 2] and [3, 4]": a.value != b.value,
             "[1, 2] and [2, 1]": a.value != code.hash_block(None, [2, 1]).value,
             "[1, 23] and [12, 3]": code.hash_block(None, [1, 23]).value != code.hash_block(None, [12, 3]).value,
-            "[5, 6] behind [1, 2], and [5, 6] as the first": a_c.value != code.hash_block(None, [5, 6]).value,
-            "[5, 6] behind [1, 2], and behind [3, 4]": a_c.value != b_c.value,
-            "[7, 8] behind [1, 2] [5, 6], and behind [3, 4] [5, 6]": (
+            "[5, 6] after [1, 2], and [5, 6] as the first block": a_c.value != code.hash_block(None, [5, 6]).value,
+            "[5, 6] after [1, 2], and [5, 6] after [3, 4]": a_c.value != b_c.value,
+            "[7, 8] after [1, 2] [5, 6], and [7, 8] after [3, 4] [5, 6]": (
                 code.hash_block(a_c, [7, 8]).value != code.hash_block(b_c, [7, 8]).value
             ),
         }
         alike = [case for case, differs in differ.items() if not differs]
-        holds(not alike, f"These have the same value, and must not: {'; '.join(alike)}.", actual=alike)
+        holds(
+            not alike, f"These blocks must have different values, but have the same: {'; '.join(alike)}.", actual=alike
+        )
 
     def test_a_large_vocabulary(self, code):
         alike = []
@@ -103,15 +105,17 @@ class TestHashBlock:
                     alike.append(f"[{one}, 5] and [{other}, 5]")
             except (ValueError, OverflowError) as error:
                 text = f"{type(error).__name__}: {error}"
-                holds(False, f"hash_block(None, [{other}, 5]) raises {text}: token ids can be that large.")
-        holds(not alike, f"These have the same value, and must not: {'; '.join(alike)}.", actual=alike)
+                holds(False, f"hash_block(None, [{other}, 5]) raises {text}. Token ids can be that large.")
+        holds(
+            not alike, f"These blocks must have different values, but have the same: {'; '.join(alike)}.", actual=alike
+        )
 
     def test_the_same_again(self, code):
         a, b = code.hash_block(None, [1, 2]), code.hash_block(None, (1, 2))
         holds(a == b, "hash_block of [1, 2] and of the tuple (1, 2) differ.", actual="differ")
         holds(
             code.hash_block(a, [3]) == code.hash_block(b, [3]),
-            "hash_block of the same tokens behind equal parents differs from one call to the next.",
+            "hash_block of the same tokens after equal parents differs from one call to the next.",
             actual="differ",
         )
 
@@ -120,34 +124,37 @@ class TestHashBlock:
 class TestGetNewBlocks:
     def test_by_hand(self, code):
         pool = code.BlockPool(5)
-        equal(ids(pool.get_new_blocks(2)), [0, 1], "the ids of get_new_blocks(2) from a fresh pool of 5")
-        equal(pool.num_free_blocks, 3, "num_free_blocks of 5, after get_new_blocks(2)")
-        equal(ref_cnts(pool), [1, 1, 0, 0, 0], "the five ref_cnt, after get_new_blocks(2)")
-        equal(ids(pool.get_new_blocks(3)), [2, 3, 4], "the ids of get_new_blocks(3) after that")
-        equal(pool.num_free_blocks, 0, "num_free_blocks, when all are taken")
-        equal(ids(pool.get_new_blocks(0)), [], "get_new_blocks(0), when all are taken")
+        what = "the ids of the blocks from get_new_blocks(2), in a new pool of 5 blocks,"
+        equal(ids(pool.get_new_blocks(2)), [0, 1], what)
+        equal(pool.num_free_blocks, 3, "num_free_blocks of a pool of 5 blocks after get_new_blocks(2)")
+        equal(ref_cnts(pool), [1, 1, 0, 0, 0], "the ref_cnt of the five blocks after get_new_blocks(2)")
+        what = "the ids of the blocks from get_new_blocks(3), after get_new_blocks(2),"
+        equal(ids(pool.get_new_blocks(3)), [2, 3, 4], what)
+        equal(pool.num_free_blocks, 0, "num_free_blocks when all blocks are taken")
+        what = "the ids of the blocks from get_new_blocks(0), when all blocks are taken,"
+        equal(ids(pool.get_new_blocks(0)), [], what)
 
     def test_the_longest_unused_first(self, code):
         pool = code.BlockPool(4)
         blocks = pool.get_new_blocks(4)
         for freed in (2, 0, 3):
             pool.free_blocks([blocks[freed]])
-        equal(ids(pool.get_new_blocks(2)), [2, 0], "get_new_blocks(2), after 2, 0 and 3 became free in this order")
+        what = "the ids of get_new_blocks(2), after the blocks 2, 0 and 3 became free in this order,"
+        equal(ids(pool.get_new_blocks(2)), [2, 0], what)
 
     def test_a_block_with_a_hash_has_no_privilege(self, code):
         pool = code.BlockPool(3)
         block, *_ = pool.get_new_blocks(2)
         pool.remember(block, code.hash_block(None, [4, 5]))
         pool.free_blocks([block])
-        order = "where 2 and 0 are free, 2 the longest, and 0 has a hash"
-        equal(ids(pool.get_new_blocks(2)), [2, 0], f"get_new_blocks(2), {order}")
+        order = "where block 2 became free first, and block 0, which has a hash, after it"
+        equal(ids(pool.get_new_blocks(2)), [2, 0], f"the ids of get_new_blocks(2), {order},")
         pool = code.BlockPool(3)
         first, second, _ = pool.get_new_blocks(3)
         pool.remember(first, code.hash_block(None, [4, 5]))
         pool.free_blocks([first, second])
-        equal(
-            ids(pool.get_new_blocks(1)), [0], "get_new_blocks(1), where 0 and 1 are free, and 0, the oldest, has a hash"
-        )
+        what = "the id of get_new_blocks(1), where block 0, which has a hash, became free first, and block 1 after it,"
+        equal(ids(pool.get_new_blocks(1)), [0], what)
 
     def test_what_it_held_is_not_found_any_more(self, code):
         pool = code.BlockPool(3)
@@ -160,7 +167,7 @@ class TestGetNewBlocks:
         equal(
             state,
             (True, True, 0),
-            "(it has no hash, its content is not found, entries in `cached`) of a full block that was handed out anew",
+            "(block_hash is None, `find` returns None, len(cached)) after get_new_blocks took a block that had a hash",
         )
 
     def test_too_many(self, code):
@@ -171,14 +178,11 @@ class TestGetNewBlocks:
         got = []
         refused(
             lambda: got.extend(ids(pool.get_new_blocks(2))),
-            "get_new_blocks(2), where one is free,",
+            "get_new_blocks(2), where one block is free,",
             lambda: (f"it returned the blocks {got}", got),
         )
-        equal(
-            (pool.num_free_blocks, ref_cnts(pool), len(pool.cached)),
-            (1, [0, 1, 1], 1),
-            "(num_free_blocks, ref_cnt, entries in `cached`) after a get_new_blocks that could not be served",
-        )
+        what = "(num_free_blocks, the list of ref_cnt, len(cached)) after get_new_blocks raised ValueError"
+        equal((pool.num_free_blocks, ref_cnts(pool), len(pool.cached)), (1, [0, 1, 1], 1), what)
 
 
 @exercise("4.3", points=2)
@@ -187,27 +191,32 @@ class TestFreeBlocks:
         pool = code.BlockPool(5)
         blocks = pool.get_new_blocks(5)
         pool.free_blocks([blocks[3], blocks[1], blocks[4]])
-        equal(ref_cnts(pool), [1, 0, 1, 0, 0], "the five ref_cnt, all 1 before, after free_blocks of 3, 1 and 4")
+        what = "the ref_cnt of five blocks, all 1 before, after free_blocks of 3, 1 and 4,"
+        equal(ref_cnts(pool), [1, 0, 1, 0, 0], what)
         equal(list(pool.free), [3, 1, 4], "the ids in `free`, the oldest first, after free_blocks of 3, 1 and 4")
 
     def test_behind_those_that_are_free(self, code):
         pool = code.BlockPool(4)
         blocks = pool.get_new_blocks(3)
         pool.free_blocks(reversed(blocks))
-        equal(list(pool.free), [3, 2, 1, 0], "`free` of 4, where 0, 1 and 2 were taken and freed, 2 first")
+        what = "the ids in `free`, the oldest first, after 0, 1 and 2 were taken, and freed in the order 2, 1, 0,"
+        equal(list(pool.free), [3, 2, 1, 0], what)
 
     def test_two_holders(self, code):
         pool = code.BlockPool(3)
         (block,) = pool.get_new_blocks(1)
         pool.touch([block])
         pool.free_blocks([block])
-        equal((block.ref_cnt, list(pool.free)), (1, [1, 2]), "(ref_cnt, `free`) of block 0, which one of two gave up")
+        what = "(ref_cnt of block 0, the ids in `free`) after one of its two holders freed it"
+        equal((block.ref_cnt, list(pool.free)), (1, [1, 2]), what)
         pool.free_blocks([block])
-        equal((block.ref_cnt, list(pool.free)), (0, [1, 2, 0]), "(ref_cnt, `free`), once the other gave it up too")
+        what = "(ref_cnt of block 0, the ids in `free`) after both of its holders freed it"
+        equal((block.ref_cnt, list(pool.free)), (0, [1, 2, 0]), what)
         pool.touch([block])
         pool.touch([block])
         pool.free_blocks([block, block])
-        equal((block.ref_cnt, list(pool.free)), (0, [1, 2, 0]), "(ref_cnt, `free`), two holders gone in one call")
+        what = "(ref_cnt of block 0, the ids in `free`) after both holders freed it in one call"
+        equal((block.ref_cnt, list(pool.free)), (0, [1, 2, 0]), what)
 
     def test_content_is_kept(self, code):
         pool = code.BlockPool(2)
@@ -218,7 +227,7 @@ class TestFreeBlocks:
         found = pool.find(key)
         holds(
             found is block,
-            "A full block that was freed is not found by its content any more; nobody has written to it yet.",
+            "`find` does not find a full block after it was freed. It must keep its hash until it is reused.",
             actual=(found is None, block.block_hash is None),
         )
 
@@ -228,7 +237,7 @@ class TestFreeBlocks:
         pool.free_blocks([block])
         refused(
             lambda: pool.free_blocks([block]),
-            "free_blocks of a block that nobody holds",
+            "free_blocks of a block whose ref_cnt is 0 already",
             lambda: (f"it left ref_cnt at {block.ref_cnt}", (block.ref_cnt, list(pool.free))),
         )
 
@@ -242,12 +251,16 @@ class TestFreeBlocks:
 class TestGetComputedBlocks:
     def check(self, code, manager, token_ids, expected, what):
         blocks, num_tokens = manager.get_computed_blocks(code.PagedSequence(f"new {token_ids}", list(token_ids)))
-        equal((ids(blocks), num_tokens), expected, f"(block ids, number of tokens) for {token_ids}, {what},")
+        equal(
+            (ids(blocks), num_tokens),
+            expected,
+            f"(block ids, number of tokens) from get_computed_blocks of {token_ids}, {what},",
+        )
 
     def test_by_hand(self, code):
         manager = code.KVCacheManager(6, 2)
         stored(code, manager, "first", [1, 2, 3, 4, 5])
-        what = "where [1, 2] [3, 4] [5] are computed"
+        what = "where [1, 2] [3, 4] are cached and [5] is computed"
         self.check(code, manager, [1, 2, 3, 4, 9, 9, 9], ([0, 1], 4), what)
         self.check(code, manager, [1, 2, 9, 9, 9], ([0], 2), what)
         self.check(code, manager, [9, 9, 9], ([], 0), what)
@@ -256,24 +269,26 @@ class TestGetComputedBlocks:
     def test_a_whole_prompt_that_is_there(self, code):
         manager = code.KVCacheManager(6, 2)
         stored(code, manager, "first", [1, 2, 3, 4])
-        what = "where [1, 2] [3, 4] are computed (one token at least must be computed)"
+        what = "where [1, 2] [3, 4] are cached (the last token must be computed)"
         self.check(code, manager, [1, 2, 3, 4], ([0], 2), what)
         self.check(code, manager, [1, 2], ([], 0), what)
         self.check(code, manager, [1, 2, 3], ([0], 2), what)
         self.check(code, manager, [1, 2, 3, 4, 5], ([0, 1], 4), what)
         manager = code.KVCacheManager(6, 1)
         stored(code, manager, "first", [1, 2, 3])
-        self.check(code, manager, [1, 2, 3], ([0, 1], 2), "where these are computed, in blocks of 1")
+        self.check(code, manager, [1, 2, 3], ([0, 1], 2), "where [1] [2] [3] are cached, in blocks of 1")
 
     def test_not_without_what_stands_before(self, code):
         manager = code.KVCacheManager(8, 2)
         stored(code, manager, "first", [1, 2, 3, 4, 5, 6])
-        self.check(code, manager, [3, 4, 9], ([], 0), "where [1, 2] [3, 4] [5, 6] are computed")
-        self.check(code, manager, [9, 9, 3, 4, 9], ([], 0), "where [1, 2] [3, 4] [5, 6] are computed")
+        self.check(code, manager, [3, 4, 9], ([], 0), "where [1, 2] [3, 4] [5, 6] are cached")
+        self.check(code, manager, [9, 9, 3, 4, 9], ([], 0), "where [1, 2] [3, 4] [5, 6] are cached")
         manager.pool.forget(manager.pool.blocks[1])
-        self.check(code, manager, [1, 2, 3, 4, 5, 6, 7], ([0], 2), "where [1, 2] and [5, 6] are there, [3, 4] is not")
+        self.check(
+            code, manager, [1, 2, 3, 4, 5, 6, 7], ([0], 2), "where [1, 2] and [5, 6] are cached, and [3, 4] is not"
+        )
         manager.pool.forget(manager.pool.blocks[0])
-        self.check(code, manager, [1, 2, 3, 4, 5, 6, 7], ([], 0), "where only [5, 6] is there")
+        self.check(code, manager, [1, 2, 3, 4, 5, 6, 7], ([], 0), "where only [5, 6] is cached")
 
     def test_hashes_that_collide(self, code):
         real = code.hash_block
@@ -281,7 +296,7 @@ class TestGetComputedBlocks:
         try:
             manager = code.KVCacheManager(6, 2)
             stored(code, manager, "first", [1, 2, 3, 4])
-            what = "where [1, 2] [3, 4] are computed, and every hash has the same value"
+            what = "where [1, 2] [3, 4] are cached, and all hashes have the same value"
             self.check(code, manager, [3, 4, 9], ([], 0), what)
             self.check(code, manager, [5, 6, 3, 4, 9], ([], 0), what)
             self.check(code, manager, [1, 2, 9], ([0], 2), what)
@@ -298,14 +313,16 @@ class TestGetComputedBlocks:
         first = stored(code, manager, "first", [1, 2, 3, 4])
         request = code.PagedSequence("second", [1, 2, 3, 4, 5])
         manager.get_computed_blocks(request)
-        equal(ref_cnts(manager.pool), [1, 1, 0, 0], "the four ref_cnt, after get_computed_blocks found 0 and 1")
+        what = "the ref_cnt of four blocks after get_computed_blocks, which takes none,"
+        equal(ref_cnts(manager.pool), [1, 1, 0, 0], what)
         manager.free(first)
         blocks, num_tokens = manager.get_computed_blocks(request)
-        equal((ids(blocks), num_tokens), ([0, 1], 4), "(block ids, number of tokens), once the first has gone")
+        what = "(block ids, number of tokens) from get_computed_blocks after the cached blocks became free"
+        equal((ids(blocks), num_tokens), ([0, 1], 4), what)
         equal(
             (ref_cnts(manager.pool), list(manager.pool.free)),
             ([0, 0, 0, 0], [2, 3, 1, 0]),
-            "(ref_cnt, `free`), after get_computed_blocks found two that nobody holds",
+            "(the list of ref_cnt, the ids in `free`) after get_computed_blocks found two free blocks, and took none,",
         )
 
 
@@ -330,17 +347,10 @@ class TestCacheBlocks:
         manager = code.KVCacheManager(6, 2)
         sequence = self.sequence(code, manager, [1, 2, 3, 4, 5])
         manager.cache_blocks(sequence, 5)
-        equal(self.found(code, manager, [1, 2, 3, 4]), [0, 1], "where [1, 2] and [3, 4] are found, of [1, 2, 3, 4, 5]")
+        what = "the cached blocks of [1, 2] and [3, 4], after cache_blocks of [1, 2, 3, 4, 5],"
+        equal(self.found(code, manager, [1, 2, 3, 4]), [0, 1], what)
         has = [block.block_hash is not None for block in manager.pool.blocks[:3]]
-        equal(has, [True, True, False], "which of the blocks [1, 2] [3, 4] [5 _] have a hash")
-
-    def test_blocks_that_a_window_has_passed(self, code):
-        manager = code.KVCacheManager(6, 2, sliding_window=2)
-        sequence = self.sequence(code, manager, [1, 2, 3, 4, 5, 6])
-        manager.drop_outside_window(sequence)
-        manager.cache_blocks(sequence, 6)
-        what = "where [1, 2], [3, 4] and [5, 6] are found: a window has passed the first two, which were never entered"
-        equal(self.found(code, manager, [1, 2, 3, 4, 5, 6]), [None, None, 2], what)
+        equal(has, [True, True, False], "whether the blocks [1, 2] [3, 4] [5 _] have a hash")
 
     def test_step_by_step(self, code):
         manager = code.KVCacheManager(6, 2)
@@ -350,28 +360,29 @@ class TestCacheBlocks:
             manager.cache_blocks(sequence, num_tokens)
             steps.append(self.found(code, manager, [1, 2, 3, 4, 5, 6]))
         nothing, one, two, three = [None, None, None], [0, None, None], [0, 1, None], [0, 1, 2]
-        equal(
-            steps,
-            [nothing, nothing, one, one, two, three],
-            "where [1, 2], [3, 4] and [5, 6] are found, after cache_blocks of 0, 1, 2, 3, 5 and 6 tokens",
-        )
+        what = "the cached blocks of [1, 2] [3, 4] [5, 6] after cache_blocks with 0, 1, 2, 3, 5 and 6 verified tokens"
+        equal(steps, [nothing, nothing, one, one, two, three], what)
 
-    def test_a_guess_is_not_cached(self, code):
+    def test_a_draft_token_is_not_cached(self, code):
         manager = code.KVCacheManager(6, 2)
-        sequence = self.sequence(code, manager, [1, 2, 3, 8])  # 8 is a guess
+        sequence = self.sequence(code, manager, [1, 2, 3, 8])  # 8 is a draft token
         manager.cache_blocks(sequence, 3)
         has = [block.block_hash is not None for block in manager.pool.blocks[:2]]
-        equal(has, [True, False], "which of [1, 2] [3, 8] have a hash, where 4 tokens are computed and 3 verified")
+        what = "whether [1, 2] [3, 8] have a hash, where 4 tokens are computed and 3 of them are verified,"
+        equal(has, [True, False], what)
         sequence.all_token_ids = [1, 2, 3, 4]  # it was rejected, and 4 was computed instead
         manager.cache_blocks(sequence, 4)
         found = (self.found(code, manager, [1, 2, 3, 4]), self.found(code, manager, [1, 2, 3, 8]))
-        equal(found, ([0, 1], [0, None]), "(what [1, 2, 3, 4] finds, what [1, 2, 3, 8] finds), once 8 became 4")
+        what = "(the cached blocks of [1, 2, 3, 4], those of [1, 2, 3, 8]) after the draft token 8 was replaced by 4"
+        equal(found, ([0, 1], [0, None]), what)
 
     def test_what_stands_before_counts(self, code):
         manager = code.KVCacheManager(6, 2)
         manager.cache_blocks(self.sequence(code, manager, [1, 2, 3, 4]), 4)
-        equal(self.found(code, manager, [3, 4]), [None], "what [3, 4] finds, where [1, 2] [3, 4] is cached")
-        equal(self.found(code, manager, [9, 9, 3, 4]), [None, None], "what [9, 9] [3, 4] finds")
+        what = "the cached block of [3, 4] as a first block, where [1, 2] [3, 4] are cached,"
+        equal(self.found(code, manager, [3, 4]), [None], what)
+        what = "the cached blocks of [9, 9] [3, 4], where [1, 2] [3, 4] are cached,"
+        equal(self.found(code, manager, [9, 9, 3, 4]), [None, None], what)
 
     def test_the_same_content_twice(self, code):
         manager = code.KVCacheManager(6, 2)
@@ -385,7 +396,7 @@ class TestCacheBlocks:
         equal(
             (found, has),
             ([0, 1], [True, True, False, False]),
-            "(what is found, which of the blocks 0 to 3 have a hash), where 0 1 and 2 3 hold the same tokens",
+            "(the cached blocks, whether the blocks 0 to 3 have a hash), where 2 and 3 hold the same tokens as 0 and 1",
         )
 
     def test_the_same_beginning_twice(self, code):
@@ -394,34 +405,43 @@ class TestCacheBlocks:
         own = [self.sequence(code, manager, token_ids, name) for name, token_ids in rows.items()]
         for sequence in own:  # both computed before either was cached
             manager.cache_blocks(sequence, 4)
-        what = "where [1, 2] and [5, 6] are found: block 2 holds [1, 2] once more, and block 3 holds [5, 6]"
+        what = (
+            "the cached blocks of [1, 2] and [5, 6], where blocks 0 and 2 both hold [1, 2], and block 3 holds [5, 6],"
+        )
         equal(self.found(code, manager, [1, 2, 5, 6]), [0, 3], what)
 
     def test_switched_off(self, code):
         manager = code.KVCacheManager(6, 2, enable_prefix_caching=False)
         sequence = self.sequence(code, manager, [1, 2, 3, 4])
         manager.cache_blocks(sequence, 4)
-        equal(self.found(code, manager, [1, 2, 3, 4]), [None, None], "what is found, where enable_prefix_caching=False")
+        what = "the cached blocks of [1, 2] and [3, 4], where enable_prefix_caching=False,"
+        equal(self.found(code, manager, [1, 2, 3, 4]), [None, None], what)
+
+    def test_blocks_that_a_window_has_passed(self, code):
+        manager = code.KVCacheManager(6, 2, sliding_window=2)
+        sequence = self.sequence(code, manager, [1, 2, 3, 4, 5, 6])
+        manager.drop_outside_window(sequence)
+        manager.cache_blocks(sequence, 6)
+        what = "the cached blocks of [1, 2], [3, 4] and [5, 6], where the window has passed the first two,"
+        equal(self.found(code, manager, [1, 2, 3, 4, 5, 6]), [None, None, 2], what)
 
 
-class Books:
-    """All that a manager writes down of its blocks, to be compared before and after."""
-
-    def __init__(self, manager):
-        self.state = (
-            {name: ids(table) for name, table in manager.block_tables.items() if table},
-            ref_cnts(manager.pool),
-            list(manager.pool.free),
-            [tuple(copy) for copy in manager.copies],
-            len(manager.pool.cached),
-        )
+def bookkeeping(manager) -> dict[str, object]:
+    """Everything that a manager records about its blocks, to be compared before and after a call."""
+    return {
+        "block tables": {name: ids(table) for name, table in manager.block_tables.items() if table},
+        "ref_cnt": ref_cnts(manager.pool),
+        "free": list(manager.pool.free),
+        "copies": [tuple(copy) for copy in manager.copies],
+        "number of cached blocks": len(manager.pool.cached),
+    }
 
 
 @exercise("4.6", points=3)
 class TestAllocateSlots:
     def allocate(self, expected, what, manager, sequence, *arguments, **named):
-        """Check the ids it gets; expected None: the pool is too full, so that nothing may change."""
-        before = Books(manager).state
+        """Check the ids of the new blocks. expected None: the pool is too full, so nothing may change."""
+        before = bookkeeping(manager)
         try:
             blocks = manager.allocate_slots(sequence, *arguments, **named)
         except ValueError as error:
@@ -430,10 +450,10 @@ class TestAllocateSlots:
         got = None if blocks is None else ids(blocks)
         if expected is None:
             holds(got is None, f"allocate_slots, {what}, should return None; it returned the blocks {got}.", got)
-            equal(Books(manager).state, before, f"(tables, ref_cnt, free, copies, cached) after None: {what}")
+            equal(bookkeeping(manager), before, f"the state of the manager after allocate_slots returned None, {what}")
         else:
             holds(got is not None, f"allocate_slots, {what}, should return the blocks {expected}; it returned None.")
-            equal(got, expected, f"the list of new block ids, {what},")
+            equal(got, expected, f"the list of new block ids from allocate_slots, {what},")
 
     def test_by_hand(self, code):
         manager = code.KVCacheManager(6, 4)
@@ -441,7 +461,7 @@ class TestAllocateSlots:
         self.allocate([0, 1], "for the first 5 tokens, in blocks of 4", manager, sequence, 5)
         equal(manager.block_table("a"), [0, 1], "the block table after that")
         sequence.num_computed_tokens = 5
-        self.allocate([], "for 3 more tokens behind 5 (2 blocks of 4 have room for 8)", manager, sequence, 3)
+        self.allocate([], "for 3 tokens after 5 computed ones (its 2 blocks of 4 hold 8)", manager, sequence, 3)
         sequence.num_computed_tokens = 8
         self.allocate([2], "for the ninth token, in blocks of 4", manager, sequence, 1)
         sequence.num_computed_tokens = 9
@@ -456,10 +476,10 @@ class TestAllocateSlots:
     def test_lookahead(self, code):
         manager = code.KVCacheManager(6, 4)
         sequence = code.PagedSequence("a", list(range(9)))
-        self.allocate([0, 1], "for 3 tokens and 2 guesses, in blocks of 4", manager, sequence, 3, 2)
+        self.allocate([0, 1], "for 3 tokens and 2 draft tokens, in blocks of 4", manager, sequence, 3, 2)
         sequence.num_computed_tokens = 3
-        self.allocate([], "for the fourth token, where there is room for 8", manager, sequence, 1)
-        equal(manager.block_table("a"), [0, 1], "the block table, which had room enough")
+        self.allocate([], "for the fourth token, where its 2 blocks of 4 hold 8", manager, sequence, 1)
+        equal(manager.block_table("a"), [0, 1], "the block table, whose two blocks hold 8 tokens,")
 
     def test_lookahead_alone(self, code):
         manager = code.KVCacheManager(6, 4)
@@ -474,30 +494,31 @@ class TestAllocateSlots:
         manager = code.KVCacheManager(6, 4)
         sequence = code.PagedSequence("a", list(range(9)), num_computed_tokens=0)
         manager.allocate_slots(sequence, 5, 2)
-        equal(
-            sequence.num_computed_tokens,
-            0,
-            "num_computed_tokens after allocate_slots, which reserves and computes none",
-        )
+        what = "num_computed_tokens after allocate_slots, which reserves slots and computes nothing,"
+        equal(sequence.num_computed_tokens, 0, what)
 
     def test_the_pool_is_too_full(self, code):
         manager = code.KVCacheManager(3, 4)
         first, second = code.PagedSequence("a", [1] * 7), code.PagedSequence("b", [2] * 8)
         self.allocate([0, 1], "for 7 tokens, in blocks of 4", manager, first, 7)
-        self.allocate(None, "for 2 blocks, where one is free", manager, second, 8)
-        self.allocate([2], "for the last block that is free", manager, second, 4)
+        self.allocate(None, "for 8 tokens in 2 blocks, where one block is free", manager, second, 8)
+        self.allocate([2], "for 4 tokens, in the last free block", manager, second, 4)
 
     def test_computed_blocks(self, code):
         manager = code.KVCacheManager(5, 2)
         first = stored(code, manager, "a", [1, 2, 3, 4])
         second = code.PagedSequence("b", [1, 2, 3, 4, 5])
         computed, second.num_computed_tokens = manager.get_computed_blocks(second)
-        what = "for 1 token behind the computed blocks 0 and 1"
+        what = "for 1 token after the computed blocks 0 and 1"
         self.allocate([2], what, manager, second, 1, computed_blocks=computed)
-        equal(manager.block_table("b"), [0, 1, 2], "the block table: computed blocks 0 and 1, and a new one")
-        equal(ref_cnts(manager.pool), [2, 2, 1, 0, 0], "ref_cnt, where two sequences hold 0 and 1")
+        equal(
+            manager.block_table("b"), [0, 1, 2], "the block table, which is the computed blocks 0 and 1 and a new one,"
+        )
+        equal(
+            ref_cnts(manager.pool), [2, 2, 1, 0, 0], "the list of ref_cnt, where two sequences hold the blocks 0 and 1,"
+        )
         manager.free(first)
-        equal(ref_cnts(manager.pool), [1, 1, 1, 0, 0], "ref_cnt, after the first has gone")
+        equal(ref_cnts(manager.pool), [1, 1, 1, 0, 0], "the list of ref_cnt after the first sequence was freed")
 
     def test_a_computed_block_is_not_handed_out(self, code):
         manager = code.KVCacheManager(3, 2)
@@ -507,20 +528,17 @@ class TestAllocateSlots:
         second = code.PagedSequence("c", [1, 2, 3])
         computed, second.num_computed_tokens = manager.get_computed_blocks(second)
         manager.allocate_slots(second, 1, computed_blocks=computed)
-        equal(
-            (manager.block_table("c"), ref_cnts(manager.pool)),
-            ([0, 2], [1, 0, 1]),
-            "(the block table, ref_cnt), where block 0 is computed, free, and the oldest",
-        )
+        what = "(the block table, the list of ref_cnt), where the computed block 0 is the oldest of the free blocks"
+        equal((manager.block_table("c"), ref_cnts(manager.pool)), ([0, 2], [1, 0, 1]), what)
 
     def test_computed_blocks_count_as_free(self, code):
         manager = code.KVCacheManager(3, 2)
         manager.free(stored(code, manager, "a", [1, 2, 3, 4]))
         second = code.PagedSequence("b", [1, 2, 3, 4, 5, 6, 7])
         computed, second.num_computed_tokens = manager.get_computed_blocks(second)
-        what = "for 2 blocks behind the computed 0 and 1, where 0, 1 and 2 are free"
+        what = "for 2 blocks after the computed blocks 0 and 1, where 0, 1 and 2 are free"
         self.allocate(None, what, manager, second, 3, computed_blocks=computed)
-        what = "for 1 block behind the computed 0 and 1, where 0, 1 and 2 are free"
+        what = "for 1 block after the computed blocks 0 and 1, where 0, 1 and 2 are free"
         self.allocate([2], what, manager, second, 2, computed_blocks=computed)
 
     def test_computed_blocks_that_another_holds_take_nothing(self, code):
@@ -528,7 +546,7 @@ class TestAllocateSlots:
         stored(code, manager, "a", [1, 2, 3, 4])
         second = code.PagedSequence("b", [1, 2, 3, 4, 5])
         computed, second.num_computed_tokens = manager.get_computed_blocks(second)
-        what = "for 1 block behind the computed 0 and 1, which another holds, where only 2 is free"
+        what = "for 1 block after the computed blocks 0 and 1, which another sequence holds, where only 2 is free"
         self.allocate([2], what, manager, second, 1, computed_blocks=computed)
 
     def forked(self, code, num_blocks):
@@ -541,31 +559,41 @@ class TestAllocateSlots:
 
     def test_a_shared_block_is_copied(self, code):
         manager, parent, child = self.forked(code, 4)
-        self.allocate([], "for a forked child's last token (its place is there)", manager, child, 1)
+        self.allocate([], "for a forked child's last token, whose slot is in a shared block", manager, child, 1)
         copies = [tuple(copy) for copy in manager.take_copies()]
         found = (copies, manager.block_table("parent"), manager.block_table("child"))
-        what = "(copies as (source, target, tokens), the parent's table, the child's), once the child, which has "
-        equal(found, ([(1, 2, 1)], [0, 1], [0, 2]), f"{what}computed 5 of 6, is about to write")
-        equal(ref_cnts(manager.pool), [2, 1, 1, 0], "ref_cnt after that")
+        what = (
+            "(copies as (source, target, tokens), the parent's table, the child's) after allocate_slots for the child"
+        )
+        equal(found, ([(1, 2, 1)], [0, 1], [0, 2]), f"{what}, which has computed 5 of 6 tokens,")
+        equal(ref_cnts(manager.pool), [2, 1, 1, 0], "the list of ref_cnt after the child's copy")
         self.allocate([], "for the parent's seventh token", manager, parent, 1)
-        equal([tuple(copy) for copy in manager.take_copies()], [], "copies, once the last holder writes")
+        equal(
+            [tuple(copy) for copy in manager.take_copies()],
+            [],
+            "the copies after allocate_slots for the parent, the last holder of its block,",
+        )
 
-    def test_no_room_for_the_copy(self, code):
+    def test_no_free_block_for_the_copy(self, code):
         manager, _, child = self.forked(code, 2)
-        self.allocate(None, "where a copy is needed and no block is free", manager, child, 1)
+        self.allocate(None, "where a copy of a shared block is needed and no block is free", manager, child, 1)
 
-    def test_room_for_the_copy_or_for_the_new_block(self, code):
+    def test_one_free_block_for_a_copy_and_a_new_block(self, code):
         manager, _, child = self.forked(code, 3)
-        self.allocate(None, "where a copy and a new block are needed and one is free", manager, child, 4)
+        self.allocate(
+            None, "where a copy of a shared block and a new block are needed and one block is free", manager, child, 4
+        )
 
     def test_more_blocks_held_than_needed(self, code):
-        for num_shared, more in ((3, "2 blocks more are"), (2, "1 block more is")):
+        for num_shared in (3, 2):
             manager = code.KVCacheManager(num_shared + 2, 2)
             parent = stored(code, manager, "a", list(range(1, 2 * num_shared + 3)))
             child = code.PagedSequence("b", list(parent.all_token_ids))
             manager.fork(parent, child)
             child.num_computed_tokens = 3
-            what = f"where {num_shared} shared blocks need copies, {more} held than needed, and one is free"
+            what = (
+                f"where {num_shared} shared blocks need copies, the table is longer than needed, and one block is free"
+            )
             self.allocate(None, what, manager, child, 1)
 
 
@@ -583,34 +611,41 @@ class TestFork:
 
     def test_by_hand(self, code):
         manager, _, child = self.forked(code, 6)
-        equal(manager.block_table("child"), [0, 1], "the child's table: 6 tokens of a parent with [0, 1]")
-        equal(ref_cnts(manager.pool), [2, 2, 0, 0, 0, 0], "ref_cnt after the fork")
-        equal(child.num_computed_tokens, 5, "num_computed_tokens of a child of 6 tokens (the last gives its logits)")
-        equal((manager.pool.num_free_blocks, len(manager.copies)), (4, 0), "(free blocks of 6, copies) after the fork")
+        what = "the table of a child of 6 tokens, whose parent has the table [0, 1],"
+        equal(manager.block_table("child"), [0, 1], what)
+        equal(ref_cnts(manager.pool), [2, 2, 0, 0, 0, 0], "the list of ref_cnt after the fork")
+        what = "num_computed_tokens of a child of 6 tokens (it computes the last again for its logits)"
+        equal(child.num_computed_tokens, 5, what)
+        what = "(num_free_blocks of a pool of 6, number of copies) after the fork"
+        equal((manager.pool.num_free_blocks, len(manager.copies)), (4, 0), what)
 
     def test_a_beginning_of_the_parent(self, code):
         manager, _, child = self.forked(code, 4, of=10)
         equal(
             (manager.block_table("child"), ref_cnts(manager.pool)[:3]),
             ([0], [2, 1, 1]),
-            "(the child's table, ref_cnt) of a child of 4 tokens, the parent has 10 in [0, 1, 2],",
+            "(the child's table, the list of ref_cnt) for a child of 4 tokens, whose parent has 10 in [0, 1, 2]",
         )
-        equal(manager.block_table("parent"), [0, 1, 2], "the parent's table, after a child took 4 of its 10 tokens,")
+        equal(
+            manager.block_table("parent"),
+            [0, 1, 2],
+            "the parent's table after a child with 4 of its 10 tokens was forked",
+        )
         equal(child.num_computed_tokens, 3, "num_computed_tokens of a child of 4 tokens")
         tables = [self.forked(code, num_tokens, of=10)[0].block_table("child") for num_tokens in (5, 6)]
-        what = "the tables of a child of 5 tokens and of one of 6, in blocks of 4, the parent has [0, 1, 2],"
+        what = "the tables of a child of 5 tokens and of one of 6, in blocks of 4, whose parent has [0, 1, 2],"
         equal(tables, [[0, 1], [0, 1]], what)
 
     def test_a_table_of_its_own(self, code):
         manager, _, child = self.forked(code, 6)
         manager.allocate_slots(child, 1)
         tables = (manager.block_table("parent"), manager.block_table("child"))
-        equal(tables, ([0, 1], [0, 2]), "(the parent's table, the child's), after the child is about to write,")
+        equal(tables, ([0, 1], [0, 2]), "(the parent's table, the child's) after allocate_slots for the child")
         manager, _, child = self.forked(code, 6)
         child.num_computed_tokens = 3
         manager.trim(child)
         tables = (manager.block_table("parent"), manager.block_table("child"))
-        equal(tables, ([0, 1], [0]), "(the parent's table, the child's), after the child gave up its second block,")
+        equal(tables, ([0, 1], [0]), "(the parent's table, the child's) after the child was trimmed to its first block")
 
     def test_hashes_of_its_own(self, code):
         manager, parent, child = self.forked(code, 6)
@@ -624,22 +659,16 @@ class TestFork:
             for rest in ([7, 8], [50, 51])
         ]
         tables = [manager.block_table("parent"), manager.block_table("child")]
-        equal(
-            found,
-            tables,
-            "the blocks found for the parent's 8 tokens and for the child's, which differ in the last two,",
-        )
+        what = "the cached blocks of the parent's 8 tokens and of the child's, which differ in the last two,"
+        equal(found, tables, what)
 
     def test_either_may_go(self, code):
         manager, parent, child = self.forked(code, 6)
         manager.free(parent)
-        equal(
-            (manager.block_table("child"), ref_cnts(manager.pool)[:2]),
-            ([0, 1], [1, 1]),
-            "(the child's table, ref_cnt), after the parent has gone",
-        )
+        what = "(the child's table, the list of ref_cnt) after the parent was freed"
+        equal((manager.block_table("child"), ref_cnts(manager.pool)[:2]), ([0, 1], [1, 1]), what)
         manager.free(child)
-        equal(manager.pool.num_free_blocks, 6, "num_free_blocks of 6, after both have gone")
+        equal(manager.pool.num_free_blocks, 6, "num_free_blocks of a pool of 6 after parent and child were freed")
 
     def test_the_parent_has_not_got_so_far(self, code):
         manager, parent = self.parent(code)
@@ -647,20 +676,17 @@ class TestFork:
         child = code.PagedSequence("child", [1, 2, 3, 4, 5, 6])
         refused(
             lambda: manager.fork(parent, child),
-            "fork of 6 tokens, of which the parent has computed 5,",
+            "fork of a child of 6 tokens, of which the parent has computed 5,",
             lambda: (f"it gave the child the table {manager.block_table('child')}", manager.block_table("child")),
         )
-        equal(
-            (manager.block_table("child"), ref_cnts(manager.pool)[:2]),
-            ([], [1, 1]),
-            "(the child's table, ref_cnt) after a fork that was refused",
-        )
+        what = "(the child's table, the list of ref_cnt) after fork raised ValueError"
+        equal((manager.block_table("child"), ref_cnts(manager.pool)[:2]), ([], [1, 1]), what)
 
 
 @exercise("4.8", points=2)
 class TestCopyOnWrite:
     def forked(self, code, num_tokens=6, computed=None):
-        """A parent and a child of so many tokens, in blocks of 4; the parent holds 0, 1, ... ."""
+        """A parent and a child of `num_tokens` tokens, in blocks of 4; the parent holds 0, 1, ... ."""
         manager = code.KVCacheManager(7, 4)
         parent = stored(code, manager, "parent", list(range(1, num_tokens + 1)))
         child = code.PagedSequence("child", list(parent.all_token_ids))
@@ -675,49 +701,58 @@ class TestCopyOnWrite:
         manager, _, child = self.forked(code)
         manager.copy_on_write(child, [1])
         tables = (manager.block_table("parent"), manager.block_table("child"))
-        equal(tables, ([0, 1], [0, 2]), "(the parent's table, the child's): both had [0, 1], the child writes place 1")
-        equal(self.copies(manager), [(1, 2, 1)], "the copies (source, target, tokens): the child has computed 5")
-        equal(ref_cnts(manager.pool), [2, 1, 1, 0, 0, 0, 0], "ref_cnt after that")
-        equal(list(manager.pool.free), [3, 4, 5, 6], "`free` after that")
+        what = "(the parent's table, the child's) after copy_on_write(child, [1]), where both had [0, 1]"
+        equal(tables, ([0, 1], [0, 2]), what)
+        what = "the copies (source, target, tokens) of a child that has computed 5 tokens, in blocks of 4,"
+        equal(self.copies(manager), [(1, 2, 1)], what)
+        equal(ref_cnts(manager.pool), [2, 1, 1, 0, 0, 0, 0], "the list of ref_cnt after copy_on_write(child, [1])")
+        equal(list(manager.pool.free), [3, 4, 5, 6], "the ids in `free` after copy_on_write(child, [1])")
 
     def test_by_the_parent(self, code):
         manager, parent, _ = self.forked(code)
         manager.copy_on_write(parent, [1])
         tables = (manager.block_table("parent"), manager.block_table("child"))
-        equal(tables, ([0, 2], [0, 1]), "(the parent's table, the child's), where the parent writes place 1")
-        equal(self.copies(manager), [(1, 2, 2)], "the copies, where the parent has computed 6")
+        equal(tables, ([0, 2], [0, 1]), "(the parent's table, the child's) after copy_on_write(parent, [1])")
+        what = "the copies (source, target, tokens) of a parent that has computed 6 tokens, in blocks of 4,"
+        equal(self.copies(manager), [(1, 2, 2)], what)
 
     def test_several_places(self, code):
         manager, _, child = self.forked(code, 11)
         manager.copy_on_write(child, [0, 2])
-        equal(manager.block_table("child"), [3, 1, 4], "the child's table, [0, 1, 2] before, for the places 0 and 2")
-        equal(self.copies(manager), [(0, 3, 4), (2, 4, 2)], "the copies for the places 0 and 2, 10 tokens computed")
+        what = "the child's table, [0, 1, 2] before, after copy_on_write(child, [0, 2])"
+        equal(manager.block_table("child"), [3, 1, 4], what)
+        what = "the copies of copy_on_write(child, [0, 2]), where 10 tokens are computed,"
+        equal(self.copies(manager), [(0, 3, 4), (2, 4, 2)], what)
 
     def test_nothing_is_filled(self, code):
         manager, _, child = self.forked(code, 5)
         manager.copy_on_write(child, [1])
-        equal(manager.block_table("child"), [0, 2], "the child's table, [0, 1] before, 4 of 5 tokens computed")
-        equal(self.copies(manager), [], "copies that have tokens to copy, where the block holds none of the child's")
+        equal(manager.block_table("child"), [0, 2], "the child's table, [0, 1] before, after copy_on_write(child, [1])")
+        what = "the copies of copy_on_write(child, [1]), where the child has computed no token of this block,"
+        equal(self.copies(manager), [], what)
 
     def test_taken_back(self, code):
         manager, _, child = self.forked(code, 11, computed=2)
         manager.copy_on_write(child, [0, 2])
-        equal(self.copies(manager), [(0, 3, 2)], "the copies for the places 0 and 2 of a child taken back to 2 tokens")
+        what = "the copies of copy_on_write(child, [0, 2]), where the child has computed only 2 tokens,"
+        equal(self.copies(manager), [(0, 3, 2)], what)
 
     def test_content_that_can_be_found(self, code):
         manager, _, child = self.forked(code, 4)
         manager.copy_on_write(child, [0])
         found = manager.pool.find(code.hash_block(None, [1, 2, 3, 4]))
         state = (None if found is None else found.block_id, manager.pool.blocks[1].block_hash is not None)
-        equal(state, (0, False), "(the block found for the parent's tokens, the copy has a hash), after a full block")
+        what = "(the cached block of the parent's tokens, whether the new block has a hash) after copy_on_write"
+        equal(state, (0, False), what)
 
     def test_earlier_copies_stay(self, code):
         manager, _, child = self.forked(code)
         manager.copies.append(code.BlockCopy(6, 5, 3))
         manager.copy_on_write(child, [1])
-        equal(self.copies(manager), [(6, 5, 3), (1, 2, 1)], "the copies, where one was waiting already")
+        what = "the copies after copy_on_write, where one copy was pending already,"
+        equal(self.copies(manager), [(6, 5, 3), (1, 2, 1)], what)
         manager.copy_on_write(child, [])
-        equal(self.copies(manager), [(6, 5, 3), (1, 2, 1)], "the copies, after copy_on_write of no place")
+        equal(self.copies(manager), [(6, 5, 3), (1, 2, 1)], "the copies after copy_on_write(child, [])")
 
 
 @exercise("4.9")
@@ -737,9 +772,11 @@ class TestTrim:
         for num_tokens, expected in ((12, [0, 1, 2]), (8, [0, 1]), (16, [0, 1, 2, 3])):
             manager = self.trimmed(code, num_tokens)
             equal(manager.block_table("a"), expected, f"the table, [0, 1, 2, 3] before, {self.where(num_tokens)},")
-            equal(manager.pool.num_free_blocks, 5 - len(expected), f"num_free_blocks of 5, {self.where(num_tokens)},")
+            what = f"num_free_blocks of a pool of 5, {self.where(num_tokens)},"
+            equal(manager.pool.num_free_blocks, 5 - len(expected), what)
         manager = self.trimmed(code, 4)
-        equal(list(manager.pool.free), [4, 3, 2, 1], "`free` after a trim to 4 tokens (the end becomes free first)")
+        what = "the ids in `free` after a trim to 4 tokens (the last block is freed first)"
+        equal(list(manager.pool.free), [4, 3, 2, 1], what)
 
     def test_what_is_computed_is_kept(self, code):
         for num_tokens, expected in ((9, [0, 1, 2]), (7, [0, 1]), (1, [0])):
@@ -754,11 +791,8 @@ class TestTrim:
         child.num_computed_tokens = 3
         manager.trim(child)
         state = (manager.block_table("child"), manager.block_table("parent"), ref_cnts(manager.pool))
-        equal(
-            state,
-            ([0], [0, 1], [2, 1, 0, 0, 0]),
-            "(the child's table, the parent's, ref_cnt), where both had [0, 1] and the child went back to 3 tokens",
-        )
+        what = "(the child's table, the parent's, the list of ref_cnt) after a fork was trimmed from 8 tokens to 3"
+        equal(state, ([0], [0, 1], [2, 1, 0, 0, 0]), what)
 
 
 @exercise("4.10")
@@ -769,7 +803,8 @@ class TestUtilisation:
         close(code.utilisation([7, 2, 9], 1), 1.0, "utilisation([7, 2, 9], 1)")
 
     def test_contiguous(self, code):
-        close(code.utilisation([10, 30], 100), 0.2, "utilisation([10, 30], 100): a block for each, long enough for 100")
+        what = "utilisation([10, 30], 100), where each sequence fits into one block,"
+        close(code.utilisation([10, 30], 100), 0.2, what)
 
     def test_many(self, code):
         lengths = [17, 1, 33, 64, 100]
@@ -801,7 +836,7 @@ class TestPartialAttention:
         self.check(
             code.partial_attention(q, k, v, everything(1, 2)),
             ([LN2], [1.5], [[12.0, 0.0, 3.0, 2.0]]),
-            "scores ln 2 and 0, values [10, 0, 0, 2] and [4, 0, 6, 0]",
+            "partial_attention with scores ln 2 and 0, values [10, 0, 0, 2] and [4, 0, 6, 0]",
         )
 
     def test_the_mask(self, code):
@@ -811,7 +846,7 @@ class TestPartialAttention:
         self.check(
             code.partial_attention(q, k, v, mask),
             ([LN2, 0.0], [1.5, 1.0], [[12.0], [4.0]]),
-            "scores 0, 3, ln 2, where row 0 sees the keys 0 and 2 and row 1 only key 0",
+            "partial_attention with scores 0, 3, ln 2, where query 0 sees the keys 0 and 2 and query 1 only key 0",
         )
 
     def test_a_row_that_sees_nothing(self, code):
@@ -819,7 +854,7 @@ class TestPartialAttention:
         self.check(
             code.partial_attention(torch.ones(2, 1), torch.tensor([[0.0], [LN2]]), torch.tensor([[3.0], [7.0]]), mask),
             ([-math.inf, LN2], [0.0, 1.0], [[0.0], [7.0]]),
-            "two keys, of which row 0 sees none and row 1 the second",
+            "partial_attention with two keys, of which query 0 sees none and query 1 the second",
         )
 
     def test_large_scores(self, code):
@@ -828,7 +863,7 @@ class TestPartialAttention:
                 torch.tensor([[1.0]]), torch.tensor([[1000.0], [-1000.0]]), torch.ones(2, 1), everything(1, 2)
             ),
             ([1000.0], [1.0], [[1.0]]),
-            "scores 1000 and -1000",
+            "partial_attention with scores 1000 and -1000",
         )  # fmt: skip
 
     def test_beside_plain_loops(self, code):
@@ -845,10 +880,10 @@ class TestPartialAttention:
                     total[b, h, t] = (scores - scores.max()).exp().sum()
                     weighted[b, h, t] = (scores - scores.max()).exp() @ v[b, h][seen]
         got = code.partial_attention(q, k, v, mask)
-        what = "q (2, 3, 4, 5), k and v (2, 3, 6, 5), a mask (4, 6)"
-        close(got.maximum, maximum, f"maximum: {what}")
-        close(got.total, total, f"total: {what}")
-        close(got.weighted, weighted, f"weighted: {what}")
+        what = "partial_attention with q (2, 3, 4, 5), k and v (2, 3, 6, 5), mask (4, 6)"
+        close(got.maximum, maximum, f"maximum of {what}")
+        close(got.total, total, f"total of {what}")
+        close(got.weighted, weighted, f"weighted of {what}")
 
     def test_very_low_scores(self, code):
         self.check(
@@ -856,7 +891,7 @@ class TestPartialAttention:
                 torch.tensor([[1.0]]), torch.tensor([[-1e6], [-1e6]]), torch.tensor([[2.0], [4.0]]), everything(1, 2)
             ),
             ([-1e6], [2.0], [[6.0]]),
-            "two scores of -1,000,000, values 2 and 4",
+            "partial_attention with two scores of -1,000,000, values 2 and 4",
         )  # fmt: skip
 
     def test_float64(self, code):
@@ -876,7 +911,7 @@ class TestPartialAttention:
         self.check(
             code.partial_attention(q, k, torch.tensor([[1.0, 3.0], [3.0, 5.0]]).half(), everything(1, 2)),
             ([180000 / math.sqrt(2)], [2.0], [[4.0, 8.0]]),
-            "q and k of 300 in float16 (their product, 180000, is more than float16 can hold)",
+            "partial_attention with q and k of 300 in float16 (their product, 180000, is more than float16 can hold)",
         )
 
 
@@ -904,19 +939,23 @@ class TestMergePartials:
     def test_by_hand(self, code):
         low, high = self.single(code, 0.0, 4.0), self.single(code, LN2, 10.0)
         expected = ([LN2], [1.5], [[12.0]])
-        self.check(code.merge_partials(low, high), expected, "score 0, value 4, merged with score ln 2, value 10")
-        self.check(code.merge_partials(high, low), expected, "score ln 2, value 10, merged with score 0, value 4")
+        self.check(code.merge_partials(low, high), expected, "(score 0, value 4) merged with (score ln 2, value 10)")
+        self.check(code.merge_partials(high, low), expected, "(score ln 2, value 10) merged with (score 0, value 4)")
 
     def test_one_has_seen_nothing(self, code):
         one, nothing = self.single(code, -3.0, 5.0), self.single(code, -math.inf, 0.0)
         expected = ([-3.0], [1.0], [[5.0]])
-        self.check(code.merge_partials(one, nothing), expected, "score -3, value 5, merged with nothing seen")
-        self.check(code.merge_partials(nothing, one), expected, "nothing seen, merged with score -3, value 5")
+        self.check(
+            code.merge_partials(one, nothing), expected, "(score -3, value 5) merged with a part that saw no key"
+        )
+        self.check(
+            code.merge_partials(nothing, one), expected, "a part that saw no key, merged with (score -3, value 5)"
+        )
 
     def test_neither_has_seen_anything(self, code):
         nothing = self.single(code, -math.inf, 0.0)
         self.check(
-            code.merge_partials(nothing, nothing), ([-math.inf], [0.0], [[0.0]]), "nothing seen, merged with the same"
+            code.merge_partials(nothing, nothing), ([-math.inf], [0.0], [[0.0]]), "two parts that saw no key, merged"
         )
 
     def test_large_scores(self, code):
@@ -966,11 +1005,8 @@ class TestMergePartials:
                     ("(a + b) + c", code.merge_partials(code.merge_partials(a, b), c)),
                     ("a + (b + c)", code.merge_partials(a, code.merge_partials(b, c))),
                 ):
-                    close(
-                        merged.weighted / merged.total[:, None],
-                        expected,
-                        f"weighted / total of 7 keys cut at {cuts[1:3]}, merged in the order {order} as {how}",
-                    )
+                    what = f"weighted / total of 7 keys cut at {cuts[1:3]}, merged in the order {order} as {how}"
+                    close(merged.weighted / merged.total[:, None], expected, what)
 
     def test_its_arguments_are_left_alone(self, code):
         low, high = self.single(code, 0.0, 4.0), self.single(code, LN2, 10.0)
@@ -997,9 +1033,9 @@ class Store:
 
     def read(self, start: int, end: int):
         num_keys = self.keys.shape[1]
-        sentence = f"read({start}, {end}) was called, where there are {num_keys} keys: 0 to {num_keys - 1}."
+        sentence = f"read({start}, {end}) was called, but end must be at most num_keys, {num_keys}."
         holds(end <= num_keys, sentence, actual=("to", end))
-        holds(start < end, f"read({start}, {end}) was called: that is no key at all, and a cache gives at least one.")
+        holds(start < end, f"read({start}, {end}) was called, but end must be greater than start.")
         self.reads.append((start, end))
         return self.keys[:, start:end], self.values[:, start:end]
 
@@ -1014,14 +1050,14 @@ class TestBlockwiseAttention:
             close(
                 code.blockwise_attention(q, torch.tensor([[position]]), 5, store.read, 2),
                 torch.full((1, 1, 1, 1), expected),
-                f"equal scores for the values 3, 6, 9, 30, 50, the query at position {position}, segments of 2",
+                f"blockwise_attention with equal scores, values 3, 6, 9, 30, 50 and a query at position {position}",
             )
 
     def case(self):
         """Two sequences, three queries each at positions of their own, 4 query heads on 2 KV heads."""
         q, k, v = noise(2, 3, 4, 5, seed=1), noise(2, 11, 2, 5, seed=2), noise(2, 11, 2, 5, seed=3)
         positions = torch.tensor([[8, 9, 10], [2, 3, 4]])
-        k[1, 5:], v[1, 5:] = 50.0, 1e4  # what stands behind the shorter one is not its own
+        k[1, 5:], v[1, 5:] = 50.0, 1e4  # after the end of the shorter sequence
         expected = torch.stack(
             [
                 torch.stack([naive_attention(q[b, t], k[b], v[b], int(positions[b, t])) for t in range(3)])
@@ -1037,14 +1073,14 @@ class TestBlockwiseAttention:
         close(
             code.blockwise_attention(q, positions, 11, store.read, segment),
             expected,
-            f"B=2, T=3, H=4, K=2, 11 keys, segments of {segment}",
+            f"blockwise_attention with B=2, T=3, H=4, K=2, 11 keys, segments of {segment}",
             rtol=1e-4,
             atol=1e-5,
         )
         largest = max(end - start for start, end in store.reads)
         holds(
             largest <= segment,
-            f"With segments of {segment}, {largest} keys were read at once.",
+            f"With segments of {segment}, `read` was called for {largest} keys at once.",
             actual=("at once", largest),
         )
 
@@ -1054,7 +1090,7 @@ class TestBlockwiseAttention:
         close(
             code.blockwise_attention(q, torch.tensor([[2]]), 3, Store(k, v).read, 2),
             torch.full((1, 1, 2, 4), 4.0).half(),
-            "equal scores of 80000, which is more than float16 can hold, for the values 1, 3, 8 in float16",
+            "blockwise_attention in float16 with scores of 80000, more than float16 can hold, and values 1, 3, 8",
         )
 
     def test_on_another_device(self, code):
@@ -1071,16 +1107,10 @@ class TestBlockwiseAttention:
 @exercise("4.14")
 class TestSlotMapping:
     def test_by_hand(self, code):
-        equal(
-            code.slot_mapping([7, 2, 5], 0, 6, 4),
-            [28, 29, 30, 31, 8, 9],
-            "slot_mapping([7, 2, 5], start=0, num_tokens=6, block_size=4)",
-        )
-        equal(
-            code.slot_mapping([7, 2, 5], 3, 6, 4),
-            [31, 8, 9, 10, 11, 20],
-            "slot_mapping([7, 2, 5], start=3, num_tokens=6, block_size=4)",
-        )
+        what = "slot_mapping([7, 2, 5], start=0, num_tokens=6, block_size=4)"
+        equal(code.slot_mapping([7, 2, 5], 0, 6, 4), [28, 29, 30, 31, 8, 9], what)
+        what = "slot_mapping([7, 2, 5], start=3, num_tokens=6, block_size=4)"
+        equal(code.slot_mapping([7, 2, 5], 3, 6, 4), [31, 8, 9, 10, 11, 20], what)
 
     def test_small_cases(self, code):
         equal(code.slot_mapping([7, 2, 5], 11, 1, 4), [23], "slot_mapping([7, 2, 5], 11, 1, 4)")
@@ -1116,8 +1146,8 @@ class TestWrite:
             expected_keys[index, slot // 3, slot % 3] = k[row]
             expected_values[index, slot // 3, slot % 3] = v[row]
         cache.write(layer, torch.tensor(slots), k, v)
-        close(cache.keys, expected_keys, f"keys (layer, block, slot, K, D), {what}")
-        close(cache.values, expected_values, f"values (layer, block, slot, K, D), {what}")
+        close(cache.keys, expected_keys, f"`keys` (layer, block, offset, K, D) {what}")
+        close(cache.values, expected_values, f"`values` (layer, block, offset, K, D) {what}")
 
     def test_slots(self, code):
         what = "after a write to the slots 13, 2, 3 and 7 of layer 0, in blocks of 3"
@@ -1166,11 +1196,8 @@ class TestGather:
             for slot in range(3):
                 cache.keys[0, block, slot] = 10 * block + slot
         keys, _ = cache.gather(0, torch.tensor([[4, 0, 2]]), 0, 7)
-        close(
-            keys,
-            torch.tensor([40.0, 41, 42, 0, 1, 2, 20]).view(1, 7, 1, 1),
-            "keys of positions 0 to 7, table [4, 0, 2], blocks of 3; the key in slot 1 of block 4 is 41",
-        )
+        what = "keys of positions 0 to 7, table [4, 0, 2], blocks of 3 (the key at offset 1 of block 4 is 41)"
+        close(keys, torch.tensor([40.0, 41, 42, 0, 1, 2, 20]).view(1, 7, 1, 1), what)
 
     def test_several_sequences(self, code):
         cache = filled(small_cache(code))
@@ -1200,8 +1227,8 @@ class TestGather:
                 touched.append(name)
         holds(
             not touched,
-            "gather of positions 3 to 6 (blocks of 3) needs the second block of the table only; it looks into the "
-            f"{' and the '.join(touched)} too.",
+            "gather of positions 3 to 6, in blocks of 3, must read only the second block of each table; it also reads "
+            f"the {' and the '.join(touched)}.",
             actual=touched,
         )
 
@@ -1224,8 +1251,8 @@ class TestGather:
             own = keys.untyped_storage().data_ptr() != cache.keys.untyped_storage().data_ptr()
             holds(
                 not own or made < 10 * keys.numel(),
-                f"gather of 5 slots of the {place} block of a table, blocks of 400, copies {made} numbers, where "
-                f"{keys.numel()} were asked for.",
+                f"gather of 5 slots in the {place} block of a table, in blocks of 400, copies {made} numbers; these 5 "
+                f"slots have {keys.numel()}.",
                 actual=made,
             )
 
@@ -1233,7 +1260,7 @@ class TestGather:
 @exercise("4.17", points=3)
 class TestAttend:
     def metadata(self, code, block_size, requests):
-        """requests: (block table, context, new tokens) of each; their rows lie one behind the other."""
+        """requests: (block table, context, new tokens) of each; their tokens lie one after the other."""
         starts, slots = [0], []
         for table, context, new in requests:
             starts.append(starts[-1] + new)
@@ -1246,7 +1273,7 @@ class TestAttend:
         )
 
     def check(self, code, requests, histories, new, what, layer=1, num_heads=4):
-        """histories: each request's keys and values, (S, K, D) two times; new: so many of them are computed now."""
+        """histories: each request's keys and values, both (S, K, D); new: slots that this batch writes."""
         cache = small_cache(code, num_blocks=9)
         cache.keys.fill_(3.0)
         cache.values.fill_(1e3)
@@ -1263,7 +1290,7 @@ class TestAttend:
         got = cache.attend(self.metadata(code, 3, requests))(layer, q, k, v)
         expected = torch.stack([naive_attention(q[i], *histories[r], p) for i, (r, p) in enumerate(rows)])
         close(got, expected, f"attend(layer={layer}, ...), {what}", rtol=1e-4, atol=1e-5)
-        close(q, given, f"the queries, after attend, {what}")
+        close(q, given, f"the argument q after attend, {what}")
         return cache, k, v
 
     def history(self, length, seed):
@@ -1281,7 +1308,7 @@ class TestAttend:
 
     def test_a_chunk(self, code):
         requests = [([4, 2, 8], 7, 3)]
-        self.check(code, requests, [self.history(7, 1)], (), "tokens 4 to 6 of a sequence, 4 tokens before them")
+        self.check(code, requests, [self.history(7, 1)], (), "a chunk: tokens 4 to 6 of a sequence")
 
     def test_a_mixed_batch(self, code):
         requests = [([4, 2, 8], 7, 4), ([0], 2, 1), ([1, 3], 6, 1), ([5], 3, 3)]
@@ -1294,9 +1321,19 @@ class TestAttend:
         requests = [([6, 2], 6, 6), ([6, 7], 5, 2)]  # both read block 6, which the first writes in this batch
         new = {(6, 0), (6, 1), (6, 2)}
         self.check(
-            code, requests, [whole, second], new, "where a request reads the block that another of the batch writes"
+            code,
+            requests,
+            [whole, second],
+            new,
+            "where a request reads a block that another request of the batch writes",
         )
-        self.check(code, requests[::-1], [second, whole], new, "the same two the other way round")
+        self.check(
+            code,
+            requests[::-1],
+            [second, whole],
+            new,
+            "where a request reads a block that a later request of the batch writes",
+        )
 
     def test_one_batch_after_another(self, code):
         cache, (k, v) = small_cache(code, num_blocks=9), self.history(5, 1)
@@ -1304,7 +1341,7 @@ class TestAttend:
         for start, end in ((0, 3), (3, 4), (4, 5)):
             attend = cache.attend(self.metadata(code, 3, [([4, 2], end, end - start)]))
             expected = torch.stack([naive_attention(q[t], k, v, t) for t in range(start, end)])
-            what = f"attend for tokens {start} to {end}, whose metadata is another than that of the call before"
+            what = f"attend for tokens {start} to {end}, one batch after another"
             close(attend(1, q[start:end], k[start:end], v[start:end]), expected, what, rtol=1e-4, atol=1e-5)
 
     def test_a_window(self, code):
@@ -1313,7 +1350,11 @@ class TestAttend:
         expected = torch.stack([naive_attention(q[t], k[s], v[s], len(s) - 1) for t, s in enumerate(seen)])
         got = cache.attend(self.metadata(code, 3, [([4, 2], 5, 5)]))(1, q, k, v, 2)
         close(
-            got, expected, "attend(layer, q, k, v, window=2): a token reads itself and one before", rtol=1e-4, atol=1e-5
+            got,
+            expected,
+            "attend(layer, q, k, v, window=2), where a token reads itself and one before,",
+            rtol=1e-4,
+            atol=1e-5,
         )
 
     def test_16_bits(self, code):
@@ -1383,9 +1424,9 @@ class TestTogether:
             close(
                 code.compute(model, cache, manager, child),
                 code.compute(model, *fresh, alone),
-                f"the logits of a child that goes on with token {token}, beside those computed alone",
+                f"the logits of a child that goes on with token {token}, compared with a sequence of its own,",
                 atol=1e-4,
             )
         for sequence in (parent, *children):
             manager.free(sequence)
-        equal(manager.pool.num_free_blocks, 24, "free blocks of 24, after parent and children have gone")
+        equal(manager.pool.num_free_blocks, 24, "free blocks of 24 after parent and children were freed")

@@ -50,7 +50,7 @@ def shown(is_cached) -> str:
 class TestLongestHit:
     def check(self, code, is_cached, window, block_size, expected):
         found = code.longest_hit(list(is_cached), window, block_size)
-        what = f"the range of longest_hit of {shown(is_cached)} (x: cached), window={window}, block_size={block_size},"
+        what = f"longest_hit of {shown(is_cached)} (x: cached, .: not), window={window}, block_size={block_size},"
         equal(found, expected, what)
 
     def test_by_hand(self, code):
@@ -85,5 +85,5 @@ class TestTogether:
         for window, block_size, num_blocks in product((2, 3, 6, 9), (1, 2, 4), (1, 3, 7)):
             hit = code.longest_hit([True] * num_blocks, window, block_size)
             skipped = code.num_skipped_blocks(num_blocks * block_size, window, block_size)
-            what = f"{num_blocks} cached blocks of {block_size}, window {window}: those of a hit"
+            what = f"longest_hit of {num_blocks} cached blocks of {block_size}, window={window},"
             equal(hit, range(min(skipped, num_blocks - 1), num_blocks), what)

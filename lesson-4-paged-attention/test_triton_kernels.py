@@ -39,7 +39,7 @@ def stored(out: torch.Tensor, expected: torch.Tensor, what: str, rtol: float = 1
     num_changed = int(changed.sum())
     holds(
         not num_changed,
-        f"{what}: {num_changed} elements outside the result were written. Is the mask of a store right?",
+        f"{what}: the kernel wrote {num_changed} elements outside its result. Is the mask of a store right?",
         num_changed,
     )
 
@@ -68,8 +68,9 @@ class TestSoftmaxKernel:
         self.check(code, torch.tensor([[1.0, 2.0, 3.0]]), 3, "softmax of [1, 2, 3] in a tile of 4")
 
     def test_rows_of_wider_ones(self, code):
-        self.check(code, noise(3, 5), 9, "softmax of 3 rows of 5, parts of rows of 9")
-        self.check(code, noise(3, 5, seed=1), 7, "softmax of 3 rows of 5, stored in parts of rows of 6", out_width=6)
+        self.check(code, noise(3, 5), 9, "softmax of 3 rows of 5 that are parts of rows of 9")
+        what = "softmax of 3 rows of 5 that are parts of rows of 7, stored in parts of rows of 6"
+        self.check(code, noise(3, 5, seed=1), 7, what, out_width=6)
 
     def test_all_scores_negative(self, code):
         self.check(code, -50.0 - noise(2, 6).abs(), 6, "softmax of 2 rows of 6 negative scores in tiles of 8")
@@ -107,7 +108,7 @@ class TestAddRmsNormKernel:
         self.check(code, 2, 6, "2 rows of 6 small values, eps 0.1", eps=0.1, scale=0.2)
 
     def test_16_bits(self, code):
-        self.check(code, 2, 80, "2 rows of 80 in float16, added to float32", dtype=torch.float16, scale=100.0)
+        self.check(code, 2, 80, "2 rows of 80 in float16, summed in float32", dtype=torch.float16, scale=100.0)
 
 
 # --- Parts that all share ---------------------------------------------------------------------------------------------
@@ -286,14 +287,14 @@ class TestDecodeKernel:
         self.check(code, [5, 18], (3, 1), 80, 1, "3 query heads over 1, heads of 80, blocks of 1")
 
     def test_splits(self, code):
-        what = "contexts of 40 and 7 in splits of 20, the second of which is empty for one"
+        what = "contexts of 40 and 7 in splits of 20, where the second split of one request is empty"
         self.check(code, [40, 7], (4, 2), 10, 7, what, num_splits=2, split_len=20)
 
     def test_larger_tiles(self, code):
         self.check(code, [40], (2, 1), 16, 4, "a context of 40 in tiles of 32", tile=32)
 
     def test_nan_elsewhere(self, code):
-        what = "contexts of 19 and 2, heads of 10, where all that is of no sequence is NaN"
+        what = "contexts of 19 and 2, heads of 10, where memory of no sequence is NaN"
         self.check(code, [19, 2], (2, 1), 10, 7, what, has_nan=True)
 
     def test_bfloat16(self, code):
@@ -332,7 +333,7 @@ class TestMergeKernel:
         self.check(code, 200 + noise(2, 2), 80, "the merge of 2 splits whose maxima are about 200, heads of 80")
 
     def test_nan_after_the_splits(self, code):
-        self.check(code, noise(1, 3), 16, "the merge of 3 splits in a tile of 4; NaN follows them", around=torch.nan)
+        self.check(code, noise(1, 3), 16, "the merge of 3 splits in a tile of 4, with NaN after them", around=torch.nan)
 
     def test_an_empty_split(self, code):
         self.check(code, torch.tensor([[1.0, -torch.inf], [0.5, 2.0]]), 64, "the merge of splits of which one is empty")
@@ -416,7 +417,7 @@ class TestPrefillKernel:
         self.check(code, [(6, 3)], (3, 1), 80, 1, "3 query heads over 1, heads of 80, blocks of 1")
 
     def test_nan_elsewhere(self, code):
-        what = "the last 3 of 19 tokens, heads of 10, where all that is of no sequence is NaN"
+        what = "the last 3 of 19 tokens, heads of 10, where memory of no sequence is NaN"
         self.check(code, [(19, 3)], (2, 1), 10, 7, what, has_nan=True)
 
     def test_bfloat16(self, code):
@@ -462,7 +463,7 @@ class TestTogether:
         pool = cache.keys[0], cache.values[0], torch.tensor(tables, device=DEVICE)
         lens = torch.tensor(contexts, device=DEVICE)
         got = code.paged_prefill_attention(q, *pool, torch.tensor(start, device=DEVICE), lens, length)
-        close(got, expected, "paged_prefill_attention, beside PagedKVCache.attend", rtol=1e-4, atol=1e-5)
+        close(got, expected, "paged_prefill_attention, compared with PagedKVCache.attend,", rtol=1e-4, atol=1e-5)
         last = [length - 1, length]
         got = code.paged_decode_attention(q[last], *pool, lens, max(contexts), 2)
-        close(got, expected[last], "paged_decode_attention, beside PagedKVCache.attend", rtol=1e-4, atol=1e-5)
+        close(got, expected[last], "paged_decode_attention, compared with PagedKVCache.attend,", rtol=1e-4, atol=1e-5)

@@ -1,12 +1,12 @@
 """Lesson 5, second half: the engine. Many requests in one batch, computed together in every step.
 
-    Engine           takes requests in and hands text out       knows text and time, no tensors
+    Engine           accepts requests and returns text          knows text and time, no tensors
     Scheduler        decides what a step computes               knows ids and counts, no tensors
-    Executor         brings the plan to those who compute it    here: the same process. Lesson 6: many
+    Executor         sends the plan to the model runner         here in this process; in lesson 6 in many
     ModelRunner      computes and samples                       knows tensors, no queues
     OutputProcessor  turns tokens into text                     knows nothing of the others
 
-A step is a `SchedulerOutput` on the way to the executor and a `ModelRunnerOutput` on the way back; both can be pickled.
+The executor gets a `SchedulerOutput` for each step and returns a `ModelRunnerOutput`; both can be pickled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -41,22 +41,22 @@ from solutions.scheduler import ModelRunnerOutput, Request, RequestStatus, Sched
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of all scheduled requests, laid flat."""
+    """The tokens of all scheduled requests, side by side."""
 
     token_ids: Tensor  # (T,)
     positions: Tensor  # (T,)
     metadata: AttentionMetadata
-    logit_rows: Tensor  # (L,): rows of which logits are needed: where a request samples, and its draft tokens
+    logit_rows: Tensor  # (L,): the rows whose logits are needed, to sample or to verify draft tokens
 
 
 def flatten_batch(scheduled: Sequence[ScheduledRequest], block_size: int, device: torch.device) -> Batch:
-    """Lay the tokens of the requests side by side, in order, without a batch axis and without padding.
+    """Put the tokens of the requests side by side, in order, without a batch axis and without padding.
 
-    Logits are needed of the last row of each request that samples, and of `num_spec_tokens` rows before it. All tensors
-    are of dtype long, on `device`.
+    A request that samples needs the logits of its last row and of the `num_spec_tokens` rows before it. All tensors
+    have dtype long and are on `device`.
     """
-    # TODO 5.15: for each request extend the lists: token ids, positions, slots (4.14), the end of its rows, its
-    # context length, its rows of logits.
+    # TODO 5.15: for each request extend six lists: token ids, positions, slots (4.14), the end of its rows
+    # (query_start), its context length, and the rows of its logits.
     raise NotImplementedError("TODO 5.15")
 
 
@@ -69,7 +69,7 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput, hidden: Tensor | None = None) -> Tensor | ModelRunnerOutput:
         """Move blocks, compute, and sample. hidden: (T, hidden_size), the output of the stage before; None: begin with
-        the tokens. A stage without the last layer returns (T, hidden_size) for the next one.
+        the tokens. A stage without the last layer returns (T, hidden_size) for the next stage.
         """
         self.cache.swap_out(plan.swaps_out)
         self.cache.swap_in(plan.swaps_in)
@@ -90,17 +90,17 @@ class ModelRunner:
         """Run this runner's layers. (T, hidden_size), or None at the first one -> (T, hidden_size)."""
         if hidden is None:
             hidden = self.model.embed(batch.token_ids)
-        attend = kernels.paged(self.cache, batch.metadata)  # `cache.attend`, which fused layers do themselves
+        attend = kernels.paged(self.cache, batch.metadata)  # `cache.attend`, unless fused layers do its work
         return self.model.run_layers(hidden, batch.positions, attend, self.cache.layers)
 
     def draw(self, sampling: Sequence[ScheduledRequest], logits: Tensor) -> dict[str, int]:
-        """Returns the next tokens of some of these requests, by id, all drawn at once: of none, unless on a GPU."""
+        """Return next tokens, by id, for requests whose tokens a GPU draws all at once; none on a CPU."""
         return {}
 
     def score_prompts(self, plan: SchedulerOutput, hidden: Tensor, output: ModelRunnerOutput) -> None:
         """Write the log-probabilities of prompt tokens into `output`, for the requests that ask for them.
 
-        hidden: (T, hidden_size). The row of a token says how likely the token after it was.
+        hidden: (T, hidden_size). The row of a token gives the probabilities of the token after it.
         """
         rows = hidden.split([len(request.token_ids) for request in plan.scheduled])
         for request, own_rows in zip(plan.scheduled, rows):
@@ -121,21 +121,21 @@ class ModelRunner:
             try:
                 if request.request_id in drawn:
                     tokens = [drawn[request.request_id]]
-                elif rows.amax().isnan():  # a NaN is the largest; eight times as fast as looking at each
+                elif rows.amax().isnan():  # amax of a NaN is NaN; eight times as fast as isnan of all
                     raise ValueError("the model's logits are not numbers (NaN)")
                 else:
                     tokens = self.choose(request, rows)
                 if (num := request.params.logprobs) is not None:
                     likely = [top_logprobs(row, token, num) for row, token in zip(rows, tokens)]
                     output.logprobs[request.request_id] = likely
-            except Exception as error:  # whatever it is, it must not end the requests beside it
+            except Exception as error:  # whatever it is, it must not end the other requests
                 kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
                 output.errors[request.request_id] = f"{kind}{error}"
             else:
                 output.sampled_token_ids[request.request_id] = tokens
 
     def choose(self, request: ScheduledRequest, logits: Tensor) -> list[int]:
-        """The next tokens of a request: one. logits: (1, V). (Lesson 8 has a row more for each draft token.)"""
+        """Return the next tokens of a request, here one. logits: (1, V). (Lesson 8 has one more per draft token.)"""
         adjusted = adjust_logits(
             logits[0], request.params, request.prompt_token_ids, request.output_token_ids, request.stop_token_ids
         )
@@ -143,7 +143,7 @@ class ModelRunner:
 
 
 class Executor(Protocol):
-    """Brings plans to the processes that compute them, and their results back. First in, first out."""
+    """Sends plans to the processes that compute them, and returns their results, in the same order."""
 
     depth: int  # steps that may be in flight at once
 
@@ -170,7 +170,7 @@ class LocalExecutor:
             self.outputs.append(self.execute_one_by_one(plan))
 
     def execute_one_by_one(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """Compute the requests of a step that failed again, each alone. Only those fail that fail again.
+        """Compute each request of a failed step again, alone. Only requests that fail again get an error.
 
         Blocks have been moved already. A token that is computed twice has the same key and value in the same slot.
         """
@@ -199,7 +199,7 @@ class LocalExecutor:
 
 @dataclass
 class RequestOutput(llama_pytorch.RequestOutput):
-    """Lesson 2's, and what an engine knows of it besides. finish_reason may also be "abort" or "error"."""
+    """Lesson 2's, with what an engine knows besides. finish_reason may also be "abort" or "error"."""
 
     request_id: str = ""
     prompt_token_ids: list[int] = field(default_factory=list)
@@ -224,7 +224,7 @@ class RequestState:
 
 
 class OutputProcessor:
-    """Turns the tokens of all unfinished requests into their outputs: text as it becomes certain, stop strings."""
+    """Turns the tokens of all unfinished requests into text, as it becomes certain, and looks for stop strings."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -238,7 +238,7 @@ class OutputProcessor:
         return output
 
     def process(self, request: Request, result: ModelRunnerOutput) -> RequestOutput:
-        """Bring a request's output up to date with its tokens. result: of the step that brought the newest ones. Its
+        """Bring a request's output up to date with its tokens. result: of the step with its newest tokens. The output's
         finish_reason is set if the request has finished, or if a stop string is complete.
         """
         state = self.states[request.request_id]
@@ -261,7 +261,7 @@ class OutputProcessor:
         return output
 
     def push(self, state: RequestState, token_id: int) -> None:
-        """Append a token and its text. As in lesson 2, the first `min_tokens` tokens end nothing."""
+        """Append a token and its text. As in lesson 2, stop strings do not count in the first `min_tokens` tokens."""
         request, output = state.request, state.output
         output.token_ids.append(token_id)
         if token_id not in request.stop_token_ids:
@@ -270,9 +270,10 @@ class OutputProcessor:
             output.text += text if is_early else state.checker.push(text)
 
     def rewind(self) -> list[Request]:
-        """A step was interrupted at an unknown line: return to what the outputs say. Returns the unfinished requests.
+        """Return to the state of the outputs, after a step was interrupted at an unknown line.
 
-        A token counts if it stands in the output, with its logprobs if they are wanted; others are generated again.
+        A token counts if it is in the output, with its logprobs if they are wanted; others are generated again. Returns
+        the unfinished requests.
         """
         for state in list(self.states.values()):
             request, output = state.request, state.output
@@ -350,13 +351,13 @@ class Engine:
         return bool(self.processor.states)
 
     def output(self, request_id: str) -> RequestOutput:
-        """The output of an unfinished request, which can be kept: it grows with every step. Others raise KeyError."""
+        """Return the output of an unfinished request, an object that later steps extend. Other ids raise KeyError."""
         if request_id not in self.processor.states:
             raise KeyError(f"There is no unfinished request {request_id!r}; an output can be kept beyond its end.")
         return self.processor.states[request_id].output
 
     def metrics(self) -> EngineMetrics:
-        """What this engine has done so far: a copy, to keep."""
+        """Return a copy of the totals of this engine so far."""
         return replace(self.totals)
 
     # Requests ------------------------------------------------------------------------------------------------
@@ -374,8 +375,8 @@ class Engine:
         """Queue a request; `step` will serve it. prompt: text, or token ids. Returns its id.
 
         It shares blocks of the prefix cache with requests that have the same cache_salt; with prompt_logprobs it shares
-        none, since all of its prompt must be computed. Raises ValueError, naming what is wrong, for a request that can
-        never be served.
+        none, since all of its prompt must be computed. Raises ValueError, with the reason, for a request that can never
+        be served.
         """
         params = check_params(params)
         request_id = self.choose_id() if request_id is None else request_id
@@ -383,7 +384,7 @@ class Engine:
             ("request_id", request_id, str), ("priority", priority, int), ("tenant", tenant, str),
             ("cache_salt", cache_salt, str),
         ):  # fmt: skip
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{name} must be {'text' if kind is str else 'a whole number'}; it is {value!r:.80}.")
         token_ids = self.encode(prompt)
         llama_pytorch.check_prompt(token_ids, self.config.model_config, replace(params, n=1))
@@ -416,31 +417,31 @@ class Engine:
         return request_id
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's token ids."""
+        """Return a prompt's token ids."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         try:
             token_ids = list(prompt)
-            if isinstance(prompt, bytes) or any(isinstance(token_id, bool) for token_id in token_ids):
+            if isinstance(prompt, (bytes, Mapping, Set)) or any(isinstance(token_id, bool) for token_id in token_ids):
                 raise TypeError(f"it is {prompt!r:.80}")
             return [operator.index(token_id) for token_id in token_ids]
         except TypeError as error:
             raise ValueError(f"prompt must be text or a list of token ids, which are whole numbers: {error}.") from None
 
     def choose_id(self) -> str:
-        """A request id that is free, and was not chosen before."""
+        """Return a request id that is not in use and was not chosen before."""
         with self.lock:
             return next(name for i in self.numbers if not self.samples(name := f"request-{i}"))
 
     def samples(self, request_id: str) -> list[Request]:
-        """The unfinished requests with this id: itself, and the other samples of its prompt."""
+        """Return the unfinished requests with this id: the request itself, and the other samples of its prompt."""
         requests = [state.request for state in self.processor.states.values()]
         return [each for each in requests if request_id in (each.request_id, (each.parent or each).request_id)]
 
     def abort(self, request_id: str) -> None:
-        """End a request and the other samples of its prompt. Their output so far stands; an unknown id is ignored.
+        """End a request and the other samples of its prompt. They keep their output so far. An unknown id is ignored.
 
-        From within a step it takes effect at the end of the step.
+        A call during a step takes effect at the end of the step.
         """
         self.to_abort.append(request_id)
         with self.lock:
@@ -457,7 +458,7 @@ class Engine:
             raise
 
     def abort_requests(self) -> None:
-        """End the requests of `to_abort`. An id leaves it after its requests have ended."""
+        """End the requests of `to_abort`. An id is removed after its requests have ended."""
         while self.to_abort:
             for request in self.samples(self.to_abort[0]):
                 self.scheduler.abort(request.request_id)
@@ -471,7 +472,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Advance by one step. Returns the outputs of the requests in the step that was collected.
 
-        If it is interrupted, by Ctrl-C perhaps, all requests begin again from their tokens, and none is lost.
+        If it is interrupted, for example by Ctrl-C, all requests begin again from their tokens, and none is lost.
         """
         try:
             outputs = self.run_step()
@@ -482,26 +483,27 @@ class Engine:
             raise
 
     def start_over(self) -> None:
-        """Return to what the outputs say, and let all unfinished requests begin again from their tokens."""
+        """Return to the state of the outputs, and let all unfinished requests begin again from their tokens."""
         self.scheduler.finished_ids += [request_id for plan in self.in_flight for request_id in plan.finished_ids]
         self.in_flight.clear()
         self.scheduler.start_over(self.processor.rewind())
         self.abort_requests()
 
     def run_step(self) -> list[RequestOutput]:
-        """Submit steps until `depth` of them are in flight, then collect the oldest. Returns the outputs of its
-        requests, those that finish and those in the middle of their prompt included.
+        """Submit steps until `depth` of them are in flight, then collect the oldest. Returns the outputs of all its
+        requests, including those that finish and those in the middle of their prompt.
 
-        If no step is in flight, returns an empty list; or raises RuntimeError if requests are waiting and none of them
-        can be served, which would be a mistake of ours.
+        If no step is in flight then, returns an empty list; or raises RuntimeError if there are unfinished requests,
+        none of which can be served. That would be an error of the engine.
         """
         start = time.perf_counter()
-        # TODO 5.16: `schedule` and `submit` while fewer than `depth` are in flight and the plan is not empty.
-        # `collect` the oldest; update the scheduler; `report` each request that it returns; `totals.observe` the step.
+        # TODO 5.16: `schedule` and `submit` plans while fewer than `depth` are in flight and the plan is not empty.
+        # Take the oldest out of `in_flight` and `collect` it. Update the scheduler, `report` each request that this
+        # returns, and pass the step to `totals.observe`.
         raise NotImplementedError("TODO 5.16")
 
     def submit(self, plan: SchedulerOutput) -> None:
-        """Hand a plan to the executor, and note when its requests were first scheduled."""
+        """Give a plan to the executor, and record when its requests were first scheduled."""
         now = time.perf_counter()
         for scheduled in plan.scheduled:
             metrics = self.output(scheduled.request_id).metrics
@@ -510,14 +512,14 @@ class Engine:
         self.executor.submit(plan)
 
     def collect(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """The result of this plan, which is the oldest. Results of plans that were interrupted are dropped."""
+        """Return the result of this plan, the oldest in flight. Results of interrupted plans are dropped."""
         result = self.executor.collect()
         while result.step_id < plan.step_id:
             result = self.executor.collect()
         return result
 
     def report(self, request: Request, result: ModelRunnerOutput) -> RequestOutput:
-        """Bring a request's output up to date; a stop string, which only the text shows, ends the request."""
+        """Bring a request's output up to date. A stop string in its text ends the request."""
         output = self.processor.process(request, result)
         if output.finish_reason is not None:
             if request.status is not RequestStatus.FINISHED:
@@ -533,13 +535,13 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Continue all prompts and return their outputs, in their order. params: one for all, or one for each.
+        """Continue all prompts and return their outputs in the same order. params: one for all, or one for each.
 
-        A single prompt, text or token ids, is a list of one. With n above 1 the other samples are the output's
-        `siblings`. A request that fails has finish_reason "error", and the others go on. Raises ValueError, and begins
-        nothing, if one can never be served. Ctrl-C aborts all of them.
+        A single prompt, text or token ids, counts as a list of one. With n above 1 the other samples are the output's
+        `siblings`. A request that fails has finish_reason "error", and the others go on. Raises ValueError before it
+        computes anything if one prompt can never be served. Ctrl-C aborts all of them.
         """
-        is_one = isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable)
+        is_one = isinstance(prompts, (str, bytes, Mapping, Set)) or not isinstance(prompts, Iterable)
         if is_one or getattr(prompts, "ndim", 1) == 0:
             prompts = [prompts]
         elif (prompts := list(prompts)) and hasattr(prompts[0], "__index__"):
@@ -590,7 +592,7 @@ class Engine:
 
 
 def local_engine(model: Llama, tokenizer: Tokenizer, /, **options) -> Engine:
-    """An engine for a model in this process. options: those of `EngineConfig`; later lessons' have no effect here."""
+    """Return an engine for a model in this process. options: of `EngineConfig`; later lessons' have no effect."""
     slot_bytes = cache_bytes(model.config, 1, model.model.norm.weight.element_size())
     config = EngineConfig(**options).resolve(model.config, slot_bytes)
     cache = PagedKVCache(model, config.num_blocks, config.block_size, config.num_host_blocks)
@@ -598,7 +600,7 @@ def local_engine(model: Llama, tokenizer: Tokenizer, /, **options) -> Engine:
 
 
 def load_engine(name: str, **options) -> Engine:
-    """An engine for a checkpoint, named as for `load`, with kernels unless the environment says `KERNELS=plain`."""
+    """Return an engine for a checkpoint, named as for `load`, with kernels unless `KERNELS=plain` is set."""
     config = EngineConfig(model=name, **options)
     model, tokenizer = llama_pytorch.load(name, config.dtype, config.device)
     llama_pytorch.use_kernels(model)

@@ -45,13 +45,20 @@ class TestFlattenBatch:
         )
         equal(got.token_ids.tolist(), [60, 42, 43, 44, 70, 71], "token_ids of 1, 3 and 2 tokens")
         equal(got.positions.tolist(), [6, 2, 3, 4, 0, 1], "positions of tokens that start at 6, 2 and 0")
-        equal(got.logit_rows.tolist(), [0, 5], "logit_rows: a and c sample, b has more of its prompt to come")
+        equal(
+            got.logit_rows.tolist(),
+            [0, 5],
+            "logit_rows, where a and c sample, and b has more of its prompt to compute,",
+        )
         meta = got.metadata
         equal(list(meta.query_start), [0, 1, 4, 6], "query_start of 1, 3 and 2 tokens")
-        equal(list(meta.context_lens), [7, 5, 2], "context_lens: each request's tokens up to and with these")
         equal(
-            meta.slot_mapping.tolist(), [10, 22, 23, 28, 4, 5], "slot_mapping, blocks of 4: tables [9, 2], [5, 7], [1]"
+            list(meta.context_lens),
+            [7, 5, 2],
+            "context_lens of requests whose newest tokens are at positions 6, 4 and 1",
         )
+        what = "slot_mapping, in blocks of 4, with the tables [9, 2], [5, 7] and [1]"
+        equal(meta.slot_mapping.tolist(), [10, 22, 23, 28, 4, 5], what)
         equal([list(table) for table in meta.block_tables], [[9, 2], [5, 7], [1]], "block_tables")
 
     def test_draft_tokens(self, code):
@@ -61,32 +68,41 @@ class TestFlattenBatch:
             scheduled(code, "b", 1, [51], [2], sample_index=1),
             scheduled(code, "c", 0, [70, 71, 72, 73], [3, 4], sample_index=0, spec=1),
         )
-        equal(
-            got.logit_rows.tolist(),
-            [0, 1, 2, 3, 6, 7],
-            "logit_rows: a has a token and 2 draft tokens, b a token, c a prompt of 3 and a draft token",
-        )
+        what = "logit_rows, where a has a token and 2 draft tokens, b a token, and c a prompt of 3 and a draft token,"
+        equal(got.logit_rows.tolist(), [0, 1, 2, 3, 6, 7], what)
 
     def test_types(self, code):
         got = self.batch(code, scheduled(code, "a", 0, [1, 2], [0]))
         for name, each in (("token_ids", got.token_ids), ("logit_rows", got.logit_rows)):
-            equal(each.dtype, torch.long, f"the dtype of {name}, also where it is empty")
-        equal(got.logit_rows.tolist(), [], "logit_rows, where no request samples")
+            equal(each.dtype, torch.long, f"the dtype of {name}, in a batch without logit rows,")
+        equal(got.logit_rows.tolist(), [], "logit_rows where no request samples")
 
     def test_context_of_draft_tokens(self, code):
         got = self.batch(code, scheduled(code, "a", 3, [30, 31, 32], [0, 1], sample_index=1, spec=2))
-        equal(list(got.metadata.context_lens), [6], "context_lens of tokens 3 to 5, the last two of them draft tokens")
+        equal(
+            list(got.metadata.context_lens),
+            [6],
+            "context_lens of a request with the positions 3 to 5, the last two of them draft tokens,",
+        )
 
     def test_the_plan_stays_as_it_is(self, code):
         plan = [scheduled(code, "a", 0, [1, 2], [3, 4]), scheduled(code, "b", 4, [3], [5, 6], sample_index=1)]
         self.batch(code, *plan)
         got = [[each.token_ids, each.block_table] for each in plan]
-        equal(got, [[[1, 2], [3, 4]], [[3], [5, 6]]], "[token_ids, block_table] of both requests, after flatten_batch")
+        equal(
+            got,
+            [[[1, 2], [3, 4]], [[3], [5, 6]]],
+            "[token_ids, block_table] of both requests after flatten_batch, which must not change them,",
+        )
 
     def test_device(self, code):
         got = code.flatten_batch([scheduled(code, "a", 0, [1, 2], [0], sample_index=0)], 4, torch.device("meta"))
         tensors = (got.token_ids, got.positions, got.metadata.slot_mapping, got.logit_rows)
-        equal([each.device.type for each in tensors], ["meta"] * 4, "the devices of the four tensors, asked for `meta`")
+        equal(
+            [each.device.type for each in tensors],
+            ["meta"] * 4,
+            "the devices of the four tensors, where device is `meta`,",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -119,7 +135,7 @@ def tiny(code):
 
 
 class Delayed:
-    """An executor that holds `depth` steps: each is computed at once, and collected when it is its turn."""
+    """An executor with `depth` steps in flight. Each is computed at once, and collected in order."""
 
     def __init__(self, inner, depth: int):
         self.inner, self.depth = inner, depth
@@ -133,9 +149,7 @@ class Delayed:
 
     def collect(self):
         asked = [*self.log, "collect"]
-        holds(
-            self.ids, f"collect is called, and nothing is under way. The executor was asked to {asked}.", actual=asked
-        )
+        holds(self.ids, f"collect was called with no step in flight. The calls to the executor: {asked}.", actual=asked)
         self.log.append(f"collect {self.ids.popleft()}")
         return self.inner.collect()
 
@@ -153,13 +167,13 @@ class TestStep:
     def test_nothing_to_do(self, code):
         own = self.engine(code)
         equal(own.step(), [], "step of an engine without requests")
-        equal(own.executor.log, [], "what the executor was asked for then")
+        equal(own.executor.log, [], "the calls to the executor in a step without requests")
 
     def test_no_request_can_be_served(self, code):
         own = self.engine(code)
         own.add_request([1, 2, 3], request_id="a")
         own.scheduler.schedule = lambda: code.SchedulerOutput(1)
-        what = "step, where a request waits and the plan is empty all the same, should raise RuntimeError; it"
+        what = "step, where a request waits, no step is in flight and the plan is empty, should raise RuntimeError; it"
         try:
             outputs = own.step()
         except RuntimeError:
@@ -173,11 +187,8 @@ class TestStep:
         own = self.engine(code, max_num_batched_tokens=4, long_prefill_token_threshold=4)
         own.add_request(list(range(1, 11)), code.SamplingParams(max_tokens=2, ignore_eos=True), request_id="a")
         reported = [[(output.request_id, len(output.token_ids)) for output in own.step() or ()] for _ in range(4)]
-        equal(
-            reported,
-            [[("a", 0)], [("a", 0)], [("a", 1)], [("a", 2)]],
-            "(id, output tokens) of what each of four steps returns: a prompt of 10 in chunks of 4",
-        )
+        what = "(id, number of output tokens) in the outputs of four steps, for a prompt of 10 in chunks of 4"
+        equal(reported, [[("a", 0)], [("a", 0)], [("a", 1)], [("a", 2)]], what)
 
     def test_a_request(self, code):
         own = self.engine(code)
@@ -185,43 +196,36 @@ class TestStep:
         lengths = []
         for _ in range(3):
             outputs = own.step()
-            holds(outputs is not None, "step returned None: it returns the outputs of the requests that it served.")
+            holds(outputs is not None, "step returned None; it should return a list of outputs.")
             lengths += [(output.request_id, len(output.token_ids), output.finish_reason) for output in outputs]
-        equal(
-            lengths, [("a", 1, None), ("a", 2, None), ("a", 3, "length")], "(id, tokens, finish_reason) of three steps"
-        )
-        equal(own.has_unfinished_requests, False, "has_unfinished_requests, afterwards")
-        equal(own.executor.log, ["submit ['a']", "collect ['a']"] * 3, "what the executor was asked for")
+        what = "(id, number of output tokens, finish_reason) in the outputs of three steps"
+        equal(lengths, [("a", 1, None), ("a", 2, None), ("a", 3, "length")], what)
+        equal(own.has_unfinished_requests, False, "has_unfinished_requests after the only request has finished")
+        equal(own.executor.log, ["submit ['a']", "collect ['a']"] * 3, "the calls to the executor in three steps")
 
-    def test_as_many_in_flight_as_it_holds(self, code):
+    def test_depth_2(self, code):
         own = self.engine(code, depth=2, max_num_seqs=2, max_num_batched_tokens=4)
         params = code.SamplingParams(max_tokens=2, ignore_eos=True)
         for name in "ab":
             own.add_request([1, 2, 3, 4], params, request_id=name)
         own.scheduler.max_chunk = 4
         own.step()
-        equal(
-            own.executor.log,
-            ["submit ['a']", "submit ['b']", "collect ['a']"],
-            "what an executor of depth 2 is asked for in the first step, with two prompts of 4 and a budget of 4",
-        )
+        what = "the calls to an executor of depth 2 in the first step, with two prompts of 4 and a budget of 4"
+        equal(own.executor.log, ["submit ['a']", "submit ['b']", "collect ['a']"], what)
         own.step()
-        equal(
-            own.executor.log[3:],
-            ["submit ['a']", "collect ['b']"],
-            "what it is asked for in the second step, while the step of b is still under way",
-        )
+        what = "the calls to an executor of depth 2 in the second step, while the step of b is in flight"
+        equal(own.executor.log[3:], ["submit ['a']", "collect ['b']"], what)
         while own.has_unfinished_requests:
             own.step()
-        equal(len(own.executor.ids), 0, "how many steps are in flight when all have finished")
+        equal(len(own.executor.ids), 0, "the number of steps in flight after all requests have finished")
 
-    def test_no_more_in_flight_than_it_holds(self, code):
+    def test_depth_1(self, code):
         own = self.engine(code, depth=1, max_num_seqs=2, max_num_batched_tokens=4)
         for name in "ab":
             own.add_request([1, 2, 3, 4], code.SamplingParams(max_tokens=2, ignore_eos=True), request_id=name)
         own.scheduler.max_chunk = 4
         own.step()
-        what = "what an executor of depth 1 is asked for in the first step, with two prompts of 4 and a budget of 4"
+        what = "the calls to an executor of depth 1 in the first step, with two prompts of 4 and a budget of 4"
         equal(own.executor.log, ["submit ['a']", "collect ['a']"], what)
 
     def test_the_same_tokens(self, code):
@@ -232,19 +236,23 @@ class TestStep:
             outputs = own.generate(prompts, params, progress=False)
             for prompt, output in zip(prompts, outputs):
                 alone = code.llama_pytorch.generate(tiny(code), Words(), prompt, params)
-                equal(output.token_ids, alone.token_ids, f"the tokens after {prompt}, {depth} steps in flight")
-                equal(output.text, alone.text, f"the text after {prompt}, {depth} steps in flight")
-                equal(len(output.logprobs), 5, f"how many logprobs there are after {prompt}")
+                equal(output.token_ids, alone.token_ids, f"the tokens after {prompt}, with depth {depth}")
+                equal(output.text, alone.text, f"the text after {prompt}, with depth {depth}")
+                equal(len(output.logprobs), 5, f"the number of logprobs after {prompt}")
 
     def test_metrics(self, code):
         own = self.engine(code)
         own.generate([[1, 2, 3]], code.SamplingParams(max_tokens=4, ignore_eos=True), progress=False)
         metrics = own.metrics()
         got = [metrics.num_steps, metrics.num_computed_tokens, metrics.num_output_tokens]
-        equal(got, [4, 6, 4], "steps, computed tokens and output tokens, of 3 + 4 tokens")
+        equal(
+            got,
+            [4, 6, 4],
+            "[num_steps, num_computed_tokens, num_output_tokens] of metrics(), for a prompt of 3 and 4 output tokens",
+        )
         holds(
             0 < metrics.seconds < 60,
-            f"metrics().seconds is {metrics.seconds}: the duration of all steps, in seconds, is expected.",
+            f"metrics().seconds is {metrics.seconds}; it should be the duration of all steps in seconds.",
             actual=metrics.seconds,
         )
 
@@ -253,7 +261,7 @@ class TestStep:
         own.add_request([1, 2, 3], code.SamplingParams(max_tokens=2, ignore_eos=True), request_id="a")
         own.executor.submit(code.SchedulerOutput(0))
         got = [(output.request_id, len(output.token_ids)) for output in own.step()]
-        what = "(id, output tokens) of the first step after one that was interrupted, whose result `self.collect` drops"
+        what = "(id, number of output tokens) of the step after an interrupted one, whose result `self.collect` drops,"
         equal(got, [("a", 1)], what)
 
     def test_when_it_was_first_scheduled(self, code):
@@ -263,7 +271,7 @@ class TestStep:
         queue_time = output.metrics.queue_time
         holds(
             queue_time is not None and 0 <= queue_time < 60,
-            f"queue_time of a request in the first step is {queue_time}: `self.submit` notes when it was scheduled.",
+            f"queue_time of a request in the first step is {queue_time}; `self.submit` records when it was scheduled.",
             actual=str(queue_time),
         )
 
@@ -275,8 +283,8 @@ class TestStep:
             outputs = own.step()
         except RuntimeError as error:
             outputs = f"RuntimeError: {error}"
-        equal(outputs, [], "what step returns, where the plan preempts a and schedules no request")
-        equal(own.executor.log, ["submit []", "collect []"], "what the executor was asked for then")
+        equal(outputs, [], "the outputs of a step whose plan preempts a and schedules no request")
+        equal(own.executor.log, ["submit []", "collect []"], "the calls to the executor in a step without tokens")
 
 
 @together()
@@ -300,11 +308,14 @@ class TestTogether:
                 own = code.local_engine(model, Words(), scheduling_policy=policy, preemption=preemption, **settings)
                 outputs = own.generate(prompts, params, progress=False)
                 got = [[each.token_ids for each in (output, *output.siblings)] for output in outputs]
+                what = f"the tokens of eight samples in seven blocks, {policy}, preemption by {preemption}"
+                equal(got, expected, what)
                 equal(
-                    got, expected, f"the tokens of eight samples in seven blocks, {policy}, preemption by {preemption}"
+                    own.manager.pool.num_free_blocks,
+                    7,
+                    "the number of free blocks of 7 after all requests have finished",
                 )
-                equal(own.manager.pool.num_free_blocks, 7, "how many of 7 blocks are free when all have finished")
                 holds(
                     own.metrics().num_preemptions > 0,
-                    "No request was preempted: is more memory given out than there is?",
+                    "No request was preempted. Are blocks used by two requests at once?",
                 )

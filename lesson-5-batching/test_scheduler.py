@@ -8,7 +8,7 @@ from common.grading import equal, exercise, holds, together
 
 
 def request(code, name: str, prompt: int, output: int = 0, **settings):
-    """A request with a prompt of so many tokens, and so many of output: 0, 1, 2, ... and 100, 101, ..."""
+    """A request with `prompt` prompt tokens, 0, 1, 2, ..., and `output` output tokens, 100, 101, ..."""
     settings = {"max_tokens": 10, "arrival": ord(name[0]) - ord("a"), **settings}
     params = code.SamplingParams(max_tokens=settings.pop("asked_for", settings["max_tokens"]))
     return code.Request(name, list(range(prompt)), params, output_token_ids=list(range(100, 100 + output)), **settings)
@@ -26,7 +26,7 @@ def granted(plan) -> dict[str, tuple[int, int]]:
 
 
 def answered(code, own, plan, tokens: dict | None = None, **fields):
-    """Tell the scheduler what came of a plan: token 7 for each request that samples, unless told otherwise."""
+    """Update the scheduler with a plan's results: token 7 for each request that samples, or its entry in `tokens`."""
     sampled = {each.request_id: [7] for each in plan.scheduled if each.sample_index is not None}
     return own.update_from_output(plan, code.ModelRunnerOutput(plan.step_id, {**sampled, **(tokens or {})}, **fields))
 
@@ -54,7 +54,7 @@ def names(requests) -> list[str]:
 
 
 def balanced(own) -> bool:
-    """Whether every block is held as often as it is counted, and free if and only if no table holds it."""
+    """Whether each ref_cnt is the number of tables with this block, and a block is free if and only if it is 0."""
     held: dict[int, int] = {}
     for table in own.manager.block_tables.values():
         for block in table:
@@ -74,11 +74,8 @@ def balanced(own) -> bool:
 @exercise("5.1")
 class TestStaticBatch:
     def test_by_hand(self, code):
-        equal(
-            list(code.static_batch([3, 5, 2, 4], 2)),
-            [range(0, 3), range(0, 5), range(5, 7), range(5, 9)],
-            "static_batch([3, 5, 2, 4], 2)",
-        )
+        what = "static_batch([3, 5, 2, 4], 2)"
+        equal(list(code.static_batch([3, 5, 2, 4], 2)), [range(0, 3), range(0, 5), range(5, 7), range(5, 9)], what)
 
     def test_a_last_batch_that_is_not_full(self, code):
         equal(
@@ -92,11 +89,8 @@ class TestStaticBatch:
         equal(list(code.static_batch([4], 8)), [range(0, 4)], "static_batch([4], 8)")
 
     def test_a_batch_whose_last_member_is_short(self, code):
-        equal(
-            list(code.static_batch([3, 5, 4, 2], 3)),
-            [range(0, 3), range(0, 5), range(0, 4), range(5, 7)],
-            "static_batch([3, 5, 4, 2], 3)",
-        )
+        what = "static_batch([3, 5, 4, 2], 3)"
+        equal(list(code.static_batch([3, 5, 4, 2], 3)), [range(0, 3), range(0, 5), range(0, 4), range(5, 7)], what)
 
 
 @exercise("5.2")
@@ -107,63 +101,83 @@ class TestFinishReason:
 
     def test_by_hand(self, code):
         each = request(code, "a", 3, 2, max_tokens=4, stop_token_ids=frozenset({0}))
-        self.check(code, each, None, "with 2 of 4 tokens, none of which ends it,")
+        self.check(code, each, None, "of a request with 2 of 4 tokens, none of them a stop token,")
         each.append(0)
-        self.check(code, each, "stop", "when the third of 4 tokens, token 0, ends it")
+        self.check(code, each, "stop", "of a request whose third of 4 tokens is the stop token 0")
 
     def test_length(self, code):
         each = request(code, "a", 3, 4, max_tokens=4, stop_token_ids=frozenset({9}))
-        self.check(code, each, "length", "with 4 of 4 tokens")
+        self.check(code, each, "length", "of a request with 4 of 4 tokens")
 
     def test_stop_beats_length(self, code):
         each = request(code, "a", 3, 3, max_tokens=4, stop_token_ids=frozenset({9}))
         each.append(9)
-        self.check(code, each, "stop", "when the fourth of 4 tokens ends it")
+        self.check(code, each, "stop", "of a request whose fourth of 4 tokens is a stop token")
 
     def test_only_the_last_counts(self, code):
         each = request(code, "a", 10, max_tokens=4, stop_token_ids=frozenset({9}))
-        self.check(code, each, None, "with no output yet, and a stop token in the prompt,")
+        self.check(code, each, None, "of a request without output, with a stop token in its prompt,")
         each.append(9)
         each.append(5)
-        self.check(code, each, None, "when a stop token stands before the last")
+        self.check(code, each, None, "of a request whose last but one token is a stop token")
 
     def test_its_own_limit(self, code):
         each = request(code, "a", 3, 5, max_tokens=5, asked_for=128)  # the context has no space for 128
-        self.check(code, each, "length", "with 5 tokens, where request.max_tokens is 5 and sampling_params allow 128,")
+        self.check(
+            code,
+            each,
+            "length",
+            "of a request with 5 tokens, whose max_tokens is 5 (sampling_params.max_tokens is 128),",
+        )
 
 
 @exercise("5.3")
 class TestTokensToSchedule:
     def test_by_hand(self, code):
         each = request(code, "a", 10)
-        equal(code.tokens_to_schedule(each, 16, 16), 10, "a new prompt of 10 tokens, a budget of 16")
-        equal(code.tokens_to_schedule(each, 6, 16), 6, "a new prompt of 10 tokens, a budget of 6")
-        equal(code.tokens_to_schedule(each, 16, 4), 4, "a new prompt of 10 tokens, chunks of at most 4")
+        equal(code.tokens_to_schedule(each, 16, 16), 10, "tokens_to_schedule of a new prompt of 10, budget 16")
+        equal(code.tokens_to_schedule(each, 6, 16), 6, "tokens_to_schedule of a new prompt of 10, budget 6")
+        equal(code.tokens_to_schedule(each, 16, 4), 4, "tokens_to_schedule of a new prompt of 10, max_chunk 4")
 
     def test_what_is_computed_already(self, code):
         each = request(code, "a", 10, 3, num_computed_tokens=12)
-        equal(code.tokens_to_schedule(each, 16, 16), 1, "10 tokens of prompt and 3 of output, 12 computed")
+        equal(code.tokens_to_schedule(each, 16, 16), 1, "tokens_to_schedule of a request with 13 tokens, 12 computed")
         each = request(code, "a", 10, num_computed_tokens=6)
-        equal(code.tokens_to_schedule(each, 3, 16), 3, "a prompt of 10, 6 computed, a budget of 3")
+        equal(code.tokens_to_schedule(each, 3, 16), 3, "tokens_to_schedule of a prompt of 10, 6 computed, budget 3")
 
     def test_draft_tokens(self, code):
         each = request(code, "a", 10, 3, num_computed_tokens=12, spec_token_ids=[1, 2, 3, 4])
-        equal(code.tokens_to_schedule(each, 16, 16), 5, "one token not computed, with 4 draft tokens after it")
-        equal(code.tokens_to_schedule(each, 2, 16), 2, "one token not computed and 4 draft tokens, a budget of 2")
+        equal(
+            code.tokens_to_schedule(each, 16, 16),
+            5,
+            "tokens_to_schedule of 13 tokens, 12 computed, with 4 draft tokens",
+        )
+        equal(
+            code.tokens_to_schedule(each, 2, 16),
+            2,
+            "tokens_to_schedule of 13 tokens, 12 computed, 4 draft tokens, budget 2",
+        )
 
     def test_what_was_found_in_the_cache_is_computed(self, code):
         each = request(code, "a", 12, num_computed_tokens=9, num_cached_tokens=8)
-        equal(code.tokens_to_schedule(each, 16, 16), 3, "a prompt of 12, of which 8 were cached and 9 are computed")
+        equal(
+            code.tokens_to_schedule(each, 16, 16),
+            3,
+            "tokens_to_schedule of a prompt of 12, 9 computed (8 of them cached)",
+        )
 
     def test_computed_again_after_preemption(self, code):
         each = request(code, "a", 12, 3, num_cached_tokens=8)
-        equal(
-            code.tokens_to_schedule(each, 16, 16), 15, "12 tokens of prompt, 8 once cached, and 3 of output: preempted"
-        )
-        equal(code.tokens_to_schedule(each, 16, 4), 4, "the same request, preempted, and chunks of at most 4")
+        what = "tokens_to_schedule of a preempted request with 15 tokens, 0 computed"
+        equal(code.tokens_to_schedule(each, 16, 16), 15, what)
+        equal(code.tokens_to_schedule(each, 16, 4), 4, f"{what}, max_chunk 4")
 
     def test_no_budget(self, code):
-        equal(code.tokens_to_schedule(request(code, "a", 10), 0, 16), 0, "a new prompt of 10 tokens, a budget of 0")
+        equal(
+            code.tokens_to_schedule(request(code, "a", 10), 0, 16),
+            0,
+            "tokens_to_schedule of a new prompt of 10, budget 0",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -178,29 +192,40 @@ class TestFairShare:
 
     def test_least_served_first(self, code):
         a, b = request(code, "a", 5, tenant="rich"), request(code, "b", 3, tenant="poor")
-        equal(self.order(code, {"rich": 90.0, "poor": 10.0}, a, b), ["b", "a"], "rich was served 90 tokens, poor 10")
+        equal(
+            self.order(code, {"rich": 90.0, "poor": 10.0}, a, b),
+            ["b", "a"],
+            "the order of a (of tenant rich, served 90) and b (of poor, served 10)",
+        )
 
     def test_equals_by_arrival(self, code):
         sizes = (("a", 3, "x"), ("b", 2, "y"), ("c", 4, "x"))
         a, b, c = (request(code, name, prompt, tenant=tenant) for name, prompt, tenant in sizes)
-        equal(self.order(code, {"x": 5.0, "y": 5.0}, c, a, b), ["a", "b", "c"], "both tenants were served 5 tokens")
-        equal(self.order(code, {"x": 6.0, "y": 5.0}, c, b, a), ["b", "a", "c"], "x, of a and c, was served 6; y 5")
-        what = "x, of a and c, was served 5.4, y 5.3: numbers of type float"
+        equal(
+            self.order(code, {"x": 5.0, "y": 5.0}, c, a, b),
+            ["a", "b", "c"],
+            "the order of a, b, c, whose tenants were both served 5",
+        )
+        equal(
+            self.order(code, {"x": 6.0, "y": 5.0}, c, b, a),
+            ["b", "a", "c"],
+            "the order of a and c (of x, served 6) and b (of y, served 5)",
+        )
+        what = "the order of a and c (of x, served 5.4) and b (of y, served 5.3)"
         equal(self.order(code, {"x": 5.4, "y": 5.3}, c, b, a), ["b", "a", "c"], what)
 
     def test_its_size_does_not_matter(self, code):
         a = request(code, "a", 30, 5, tenant="x", priority=0)
         b = request(code, "b", 2, tenant="y", priority=9)
-        equal(
-            self.order(code, {"x": 1.0, "y": 2.0}, a, b), ["a", "b"], "a long request of x (served 1), a short of y (2)"
-        )
+        what = "the order of a (long, of x, served 1) and b (short, of y, served 2)"
+        equal(self.order(code, {"x": 1.0, "y": 2.0}, a, b), ["a", "b"], what)
 
     def test_neither_names_nor_priorities(self, code):
         sizes = (("b", 0, 7), ("c", 1, 9), ("a", 2, 8))
         first, second, third = (
             request(code, name, 3, tenant="x", arrival=arrival, priority=priority) for name, arrival, priority in sizes
         )
-        what = "three requests of one tenant, in order of arrival b, c, a, with priorities 7, 9, 8"
+        what = "the order of three requests of one tenant that arrived as b, c, a, with priorities 7, 9, 8,"
         equal(self.order(code, {"x": 1.0}, third, second, first), ["b", "c", "a"], what)
 
 
@@ -211,54 +236,45 @@ class TestJoin:
         return served
 
     def test_a_newcomer(self, code):
-        equal(
-            self.joined(code, {"a": 50.0, "b": 80.0}, "new", {"a", "b"}),
-            {"a": 50.0, "b": 80.0, "new": 50.0},
-            "join of a new tenant, where a was served 50 and b 80",
-        )
+        what = "served after join of a new tenant, where a was served 50 and b 80"
+        equal(self.joined(code, {"a": 50.0, "b": 80.0}, "new", {"a", "b"}), {"a": 50.0, "b": 80.0, "new": 50.0}, what)
 
     def test_back_after_a_while(self, code):
-        equal(
-            self.joined(code, {"a": 50.0, "late": 70.0}, "late", {"a"})["late"],
-            70.0,
-            "served['late'], which was 70 when a had 50, and must not be lowered,",
-        )
+        what = "served['late'] after join, which was 70 before, where the active a has 50,"
+        equal(self.joined(code, {"a": 50.0, "late": 70.0}, "late", {"a"})["late"], 70.0, what)
         equal(
             self.joined(code, {"a": 50.0, "b": 80.0, "late": 10.0}, "late", {"a", "b"}),
             {"a": 50.0, "b": 80.0, "late": 50.0},
-            "join of a tenant that was served 10 before, where the active ones were served 50 and 80",
+            "served after join of late, which was served 10, where the active a and b were served 50 and 80",
         )
 
     def test_idle_tenants_do_not_count(self, code):
-        equal(
-            self.joined(code, {"a": 50.0, "idle": 3.0, "late": 1.0}, "late", {"a"})["late"],
-            50.0,
-            "served['late'], which was 1 when a had 50, and idle, which has no requests, 3,",
-        )
+        what = "served['late'] after join, which was 1 before, where the active a has 50 and the inactive idle has 3,"
+        equal(self.joined(code, {"a": 50.0, "idle": 3.0, "late": 1.0}, "late", {"a"})["late"], 50.0, what)
 
     def test_no_tenant_or_itself_active(self, code):
+        what = "served after join of a new tenant, where no tenant is active"
+        equal(self.joined(code, {"a": 50.0}, "new", set()), {"a": 50.0, "new": 0.0}, what)
         equal(
-            self.joined(code, {"a": 50.0}, "new", set()),
-            {"a": 50.0, "new": 0.0},
-            "served, after a new tenant came while none was active,",
+            self.joined(code, {"a": 9.0}, "a", set()), {"a": 9.0}, "served after join of a, where no tenant is active"
         )
-        equal(self.joined(code, {"a": 9.0}, "a", set()), {"a": 9.0}, "served, after a came back while none was active,")
-        equal(
-            self.joined(code, {"a": 9.0, "b": 20.0}, "a", {"a", "b"}),
-            {"a": 9.0, "b": 20.0},
-            "served, after one more request of a (9), which is active, as is b (20),",
-        )
+        what = "served after join of a, which is active itself"
+        equal(self.joined(code, {"a": 9.0, "b": 20.0}, "a", {"a", "b"}), {"a": 9.0, "b": 20.0}, what)
 
 
 @exercise("5.6", points=3)
 class TestScheduleRunning:
-    def test_everyone_a_token(self, code):
+    def test_a_token_for_each(self, code):
         own = scheduler(code)
         running(code, own, *(request(code, name, 3) for name in "abc"))
         plan = code.SchedulerOutput(99)
         left = own.schedule_running(plan)
-        equal(granted(plan), {"a": (3, 1), "b": (3, 1), "c": (3, 1)}, "(start, tokens) of three requests that decode")
-        equal(left, 13, "what is left of a budget of 16")
+        equal(
+            granted(plan),
+            {"a": (3, 1), "b": (3, 1), "c": (3, 1)},
+            "the plan's (start, number of tokens) of three requests that decode",
+        )
+        equal(left, 13, "the budget that schedule_running returns, 16 before, after three requests that decode")
 
     def test_a_long_prompt_leaves_the_others_a_token(self, code):
         own = scheduler(code, num_blocks=30, budget=8)
@@ -266,7 +282,11 @@ class TestScheduleRunning:
         own.add(request(code, "a", 40))
         answered(code, own, own.schedule())
         plan = own.schedule()
-        equal(granted(plan)["a"], (6, 6), "(start, tokens) of a prompt of 40, before b and c, which decode; budget 8")
+        equal(
+            granted(plan)["a"],
+            (6, 6),
+            "(start, number of tokens) of a prompt of 40, scheduled before b and c, which decode, budget 8",
+        )
         equal(sorted(granted(plan)), ["a", "b", "c"], "the requests of that step")
 
     def test_a_chunk_is_limited(self, code):
@@ -274,10 +294,10 @@ class TestScheduleRunning:
         own.add(request(code, "a", 40))
         answered(code, own, own.schedule())
         plan = code.SchedulerOutput(99)
-        equal(own.schedule_running(plan), 5, "what is left of a budget of 8, with chunks of at most 3")
-        equal(granted(plan), {"a": (3, 3)}, "(start, tokens) of a prompt of 40, chunks of at most 3")
+        equal(own.schedule_running(plan), 5, "the budget that schedule_running returns, 8 before, with max_chunk 3")
+        equal(granted(plan), {"a": (3, 3)}, "(start, number of tokens) of a prompt of 40, max_chunk 3")
 
-    def test_a_budget_too_small_goes_round(self, code):
+    def test_a_budget_too_small_for_all(self, code):
         own = scheduler(code)
         running(code, own, *(request(code, name, 2) for name in "abc"))
         own.max_num_batched_tokens = 2
@@ -287,7 +307,11 @@ class TestScheduleRunning:
             served.append(set(granted(plan)))
             answered(code, own, plan)
         either = [sorted(one | other) for one, other in pairwise(served)]
-        equal(either, [list("abc")] * 3, "the requests of two steps in a row, with a budget of 2 and three requests")
+        equal(
+            either,
+            [list("abc")] * 3,
+            "the requests scheduled in any two steps in a row, of three that decode, budget 2",
+        )
 
     def test_never_more_than_the_budget(self, code):
         own = scheduler(code)
@@ -295,11 +319,8 @@ class TestScheduleRunning:
         own.max_num_batched_tokens = 2
         plan = code.SchedulerOutput(99)
         left = own.schedule_running(plan)
-        equal(
-            [plan.num_tokens, left],
-            [2, 0],
-            "[tokens scheduled, what is left of the budget], with a budget of 2 and five requests that decode",
-        )
+        what = "[tokens scheduled, budget returned], with a budget of 2 and five requests that decode"
+        equal([plan.num_tokens, left], [2, 0], what)
 
     def test_one_token_for_each_after(self, code):
         for budget, expected in ((6, [4, 1, 1]), (3, [1, 1, 1]), (2, [1, 1])):
@@ -309,10 +330,12 @@ class TestScheduleRunning:
             own.max_num_batched_tokens = budget
             plan = code.SchedulerOutput(99)
             own.schedule_running(plan)
-            what = f"the tokens of three requests, a token and six draft tokens each, with a budget of {budget}"
+            what = (
+                f"the numbers of tokens scheduled for three requests that lack 1 + 6 draft tokens each, budget {budget}"
+            )
             equal([count for _, count in granted(plan).values()], expected, what)
 
-    def test_no_more_than_there_is_room_for(self, code):
+    def test_no_more_than_there_are_slots(self, code):
         own = scheduler(code, num_blocks=1)
         (a,) = running(code, own, request(code, "a", 3))
         a.spec_token_ids = [21, 22, 23]
@@ -321,8 +344,8 @@ class TestScheduleRunning:
         equal(
             [granted(plan), a.num_computed_tokens, left],
             [{"a": (3, 1)}, 4, 15],
-            "[what is scheduled, a's num_computed_tokens, what is left of the budget], where a lacks a token and three "
-            "draft tokens, and there is a slot for the token only",
+            "[(start, number of tokens) of a, its num_computed_tokens, budget returned], where a lacks a token and "
+            "three draft tokens, and only one slot is free",
         )
 
     def test_in_flight_is_left_alone(self, code):
@@ -331,7 +354,7 @@ class TestScheduleRunning:
         a.in_flight = True
         plan = code.SchedulerOutput(99)
         own.schedule_running(plan)
-        equal(sorted(granted(plan)), ["b"], "what is scheduled while a is in flight")
+        equal(sorted(granted(plan)), ["b"], "the requests scheduled while a is in flight")
 
     def test_the_preempted_is_skipped(self, code):
         own = scheduler(code, num_blocks=4)
@@ -339,21 +362,26 @@ class TestScheduleRunning:
         plan = own.schedule()
         answered(code, own, plan)
         plan = own.schedule()
-        equal(granted(plan), {"a": (8, 1)}, "what is scheduled, where a and b need a fifth and sixth of 4 blocks")
-        equal(plan.preempted_ids, ["b"], "preempted_ids")
-        holds(balanced(own), "Blocks are held and not counted, or counted and not held.", actual=granted(plan))
+        equal(
+            granted(plan),
+            {"a": (8, 1)},
+            "(start, number of tokens) of the requests scheduled, where a and b fill 4 of 4 blocks, and both need one",
+        )
+        equal(plan.preempted_ids, ["b"], "preempted_ids, where a and b fill 4 of 4 blocks, and both need one")
+        holds(
+            balanced(own),
+            "A block's ref_cnt is not the number of tables that contain it, or a block is wrongly free or not free.",
+            actual=granted(plan),
+        )
 
-    def test_the_preempted_is_skipped_though_there_is_room_again(self, code):
+    def test_the_preempted_is_skipped_though_blocks_are_free_again(self, code):
         own = scheduler(code, num_blocks=9, budget=36)
         running(code, own, *(request(code, name, 12) for name in "abc"))
         own.max_num_batched_tokens = 4
         plan = code.SchedulerOutput(99)
         own.schedule_running(plan)
-        equal(
-            [granted(plan), plan.preempted_ids],
-            [{"a": (12, 1), "b": (12, 1)}, ["c"]],
-            "[scheduled, preempted], where a, b and c fill 9 blocks of 4, and c is preempted for a and b",
-        )
+        what = "[scheduled, preempted], where a, b and c fill all 9 blocks, and c is preempted so that a and b go on"
+        equal([granted(plan), plan.preempted_ids], [{"a": (12, 1), "b": (12, 1)}, ["c"]], what)
 
     def test_a_request_preempted_for_itself_is_skipped(self, code):
         own = scheduler(code, num_blocks=4)
@@ -362,10 +390,12 @@ class TestScheduleRunning:
         a.last_step += 1
         plan = code.SchedulerOutput(99)
         left = own.schedule_running(plan)
-        equal(granted(plan), {"a": (8, 1)}, "what is scheduled, where it is b's turn, and b itself is preempted")
         equal(
-            left, 15, "what is left of a budget of 16, of which b, which was preempted, takes nothing and a one token"
+            granted(plan),
+            {"a": (8, 1)},
+            "(start, number of tokens) of the requests scheduled after b, which came first and was itself preempted",
         )
+        equal(left, 15, "the budget returned, 16 before, of which a takes one token and the preempted b none")
 
     def test_a_long_prompt_in_the_middle(self, code):
         own = scheduler(code, num_blocks=30)
@@ -375,7 +405,11 @@ class TestScheduleRunning:
         plan = code.SchedulerOutput(99)
         own.schedule_running(plan)
         expected = {"a": (3, 1), "b": (3, 6), "c": (3, 1)}
-        equal(granted(plan), expected, "(start, tokens) of a and c, which lack 1 token, and b, which lacks 9; budget 8")
+        equal(
+            granted(plan),
+            expected,
+            "(start, number of tokens) of a and c, which lack 1 token, and b, which lacks 9, budget 8",
+        )
 
     def test_one_in_flight_needs_no_token(self, code):
         own = scheduler(code, num_blocks=30)
@@ -386,7 +420,11 @@ class TestScheduleRunning:
         plan = code.SchedulerOutput(99)
         own.schedule_running(plan)
         expected = {"b": (3, 7), "c": (3, 1)}
-        equal(granted(plan), expected, "(start, tokens) of b, which lacks 9, and c, while a is in flight; budget 8")
+        equal(
+            granted(plan),
+            expected,
+            "(start, number of tokens) of b, which lacks 9, and c, which lacks 1, while a is in flight, budget 8",
+        )
 
     def test_the_one_after_the_preempted_goes_on(self, code):
         own = scheduler(code, num_blocks=6, budget=32, scheduling_policy="priority")
@@ -394,14 +432,11 @@ class TestScheduleRunning:
             code, own, *(request(code, name, 7, priority=priority) for name, priority in (("a", 0), ("b", 5), ("c", 1)))
         )
         answered(code, own, own.schedule())
-        c.last_step += 1  # so that it is b's turn before c's
+        c.last_step += 1  # so that b is scheduled before c
         plan = code.SchedulerOutput(99)
         own.schedule_running(plan)
-        equal(
-            [granted(plan), plan.preempted_ids],
-            [{"a": (8, 1), "c": (8, 1)}, ["b"]],
-            "[scheduled, preempted], where a, b and c take turns in this order, and b is preempted for a",
-        )
+        what = "[scheduled, preempted], where a, b and c are scheduled in this order, and b is preempted for a's block"
+        equal([granted(plan), plan.preempted_ids], [{"a": (8, 1), "c": (8, 1)}, ["b"]], what)
 
 
 @exercise("5.7", points=2)
@@ -416,21 +451,21 @@ class TestScheduleWaiting:
         equal(
             granted(plan),
             {"a": (0, 5), "b": (0, 9), "c": (0, 2)},
-            "(start, tokens) of prompts of 5, 9, 4 and 3, and of a second sample of the first, which waits to fork it, "
-            "with 16 left of the budget",
+            "(start, number of tokens) of prompts of 5, 9, 4 and 3, and of a second sample of the first, which waits "
+            "to fork it, with a budget of 16",
         )
-        equal(names(own.waiting), ["d", "a/1"], "the requests that still wait")
+        equal(names(own.waiting), ["d", "a/1"], "the requests that wait afterwards")
 
-    def test_places(self, code):
+    def test_max_num_seqs(self, code):
         own = scheduler(code, num_blocks=30, seqs=2)
         for name in "abc":
             own.add(request(code, name, 3))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 16)
-        equal(sorted(granted(plan)), ["a", "b"], "which of three requests are admitted, with max_num_seqs=2")
+        equal(sorted(granted(plan)), ["a", "b"], "the requests admitted of a, b and c, with max_num_seqs=2")
         plan = code.SchedulerOutput(2)
         own.schedule_waiting(plan, 16)
-        equal(granted(plan), {}, "what is admitted while two requests run, with max_num_seqs=2")
+        equal(granted(plan), {}, "the requests admitted while two run, with max_num_seqs=2")
 
     def test_no_request_overtakes(self, code):
         own = scheduler(code, num_blocks=4)
@@ -438,16 +473,15 @@ class TestScheduleWaiting:
             own.add(request(code, name, length))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 64)
-        equal(
-            sorted(granted(plan)), ["a"], "what is admitted to 4 blocks of 4, where prompts are 8, 12 and 2 tokens long"
-        )
+        what = "the requests admitted to 4 blocks of 4, where a, b and c wait with prompts of 8, 12 and 2 tokens"
+        equal(sorted(granted(plan)), ["a"], what)
 
     def test_one_token_is_a_budget(self, code):
         own = scheduler(code)
         own.add(request(code, "a", 3))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 1)
-        equal(granted(plan), {"a": (0, 1)}, "(start, tokens) of a prompt of 3, with 1 left of the budget")
+        equal(granted(plan), {"a": (0, 1)}, "(start, number of tokens) of a prompt of 3, with a budget of 1")
 
     def test_no_budget_no_request(self, code):
         own = scheduler(code)
@@ -455,7 +489,7 @@ class TestScheduleWaiting:
         own.add(request(code, "a", 3))
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 0)
-        equal(granted(plan), {}, "what is admitted with a budget of 0")
+        equal(granted(plan), {}, "the requests admitted with a budget of 0")
 
     def test_the_policy_decides(self, code):
         own = scheduler(code, seqs=1, scheduling_policy="priority")
@@ -472,9 +506,8 @@ class TestScheduleWaiting:
         own.add(request(code, "a", 3))
         plan = code.SchedulerOutput(99)
         own.schedule_waiting(plan, 16)
-        equal(
-            granted(plan), {"a": (0, 3), "b": (9, 1)}, "(start, tokens) where a, which is new, and b, swapped out, wait"
-        )
+        what = "(start, number of tokens) of a, which is new, and b, which was swapped out with 9 computed tokens"
+        equal(granted(plan), {"a": (0, 3), "b": (9, 1)}, what)
 
     def test_chunks_below_the_budget(self, code):
         own = scheduler(code, num_blocks=30, long_prefill_token_threshold=4)
@@ -483,7 +516,7 @@ class TestScheduleWaiting:
         plan = code.SchedulerOutput(1)
         own.schedule_waiting(plan, 13)
         expected = {"a": (0, 3), "b": (0, 4), "c": (0, 4)}
-        equal(granted(plan), expected, "(start, tokens) of prompts of 3, 9 and 9, chunks of at most 4, a budget of 13")
+        equal(granted(plan), expected, "(start, number of tokens) of prompts of 3, 9 and 9, max_chunk 4, budget 13")
 
 
 @exercise("5.8", points=3)
@@ -495,10 +528,14 @@ class TestUpdateFromOutput:
         own.add(b)
         plan = own.schedule()
         got = answered(code, own, plan, {"a": [11], "b": [12]})
-        equal([a.output_token_ids, b.output_token_ids], [[11], [12]], "the output of a and b")
-        equal([a.in_flight, b.in_flight], [False, False], "whether a and b are in flight afterwards")
+        equal([a.output_token_ids, b.output_token_ids], [[11], [12]], "output_token_ids of a and b")
+        equal([a.in_flight, b.in_flight], [False, False], "in_flight of a and b after update_from_output")
         equal(names(got), ["a", "b"], "the requests that update_from_output returns")
-        equal([a.num_computed_tokens, b.num_computed_tokens], [3, 5], "num_computed_tokens of a and b")
+        equal(
+            [a.num_computed_tokens, b.num_computed_tokens],
+            [3, 5],
+            "num_computed_tokens of a and b after the step that computed their prompts of 3 and 5 tokens",
+        )
 
     def test_a_chunk_samples_nothing(self, code):
         own = scheduler(code, budget=4)
@@ -510,11 +547,11 @@ class TestUpdateFromOutput:
             answered(code, own, plan)
             outputs.append(len(a.output_token_ids))
             computed.append(a.num_computed_tokens)
-        what = "after each step: a prompt of 10 in chunks of 4"
-        equal(outputs, [0, 0, 1, 2], f"how many output tokens a has {what}")
+        what = "after each of four steps of a prompt of 10 in chunks of 4"
+        equal(outputs, [0, 0, 1, 2], f"the number of output tokens {what}")
         equal(computed, [4, 8, 10, 11], f"num_computed_tokens {what}")
 
-    def test_what_is_not_computed_is_not_found(self, code):
+    def test_what_is_not_computed_is_not_cached(self, code):
         own = scheduler(code, budget=3, caching=True)
         a = request(code, "a", 10)
         own.add(a)
@@ -522,11 +559,8 @@ class TestUpdateFromOutput:
         for _ in range(5):
             answered(code, own, own.schedule())
             findable.append(sum(block.block_hash is not None for block in own.manager.block_tables["a"]))
-        equal(
-            findable,
-            [0, 1, 2, 2, 2],
-            "how many of its blocks of 4 can be found after each step, where 3, 6, 9, 10 and 11 tokens are computed",
-        )
+        what = "the number of cached blocks of 4 after each step, where 3, 6, 9, 10 and 11 tokens are computed"
+        equal(findable, [0, 1, 2, 2, 2], what)
 
     def test_finished(self, code):
         own = scheduler(code)
@@ -534,9 +568,13 @@ class TestUpdateFromOutput:
         own.add(a)
         own.add(b)
         answered(code, own, own.schedule(), {"a": [5], "b": [9]})
-        equal([a.finish_reason, b.finish_reason], ["length", "stop"], "finish_reason: a may have 1 token, 9 ends b")
-        equal(own.running, [], "the running requests afterwards")
-        equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks are free afterwards")
+        equal(
+            [a.finish_reason, b.finish_reason],
+            ["length", "stop"],
+            "finish_reason of a, whose max_tokens is 1, and of b, whose stop token is sampled",
+        )
+        equal(own.running, [], "the running requests after both have finished")
+        equal(own.manager.pool.num_free_blocks, 12, "the number of free blocks of 12, after both have finished")
 
     def verified(self, code, drafts, sampled, budget: int = 16, **settings):
         """A request with a prompt of 3, one token of output (not computed) and draft tokens after it, one step on."""
@@ -552,40 +590,42 @@ class TestUpdateFromOutput:
         equal(
             a.output_token_ids,
             [7, 21, 22, 30],
-            "the output: 7, draft tokens 21 to 24, of which 21 and 22 were right, 30",
+            "output_token_ids, [7] before, where [21, 22, 30] was sampled for draft tokens 21 to 24",
         )
-        what = "[num_computed_tokens, spec_token_ids]: 3 + 1 and two accepted draft tokens; its next draft token is 55"
+        what = "[num_computed_tokens, spec_token_ids] of 4 tokens and two accepted draft tokens, next draft token 55"
         equal([a.num_computed_tokens, a.spec_token_ids], [6, [55]], what)
         _, a = self.verified(code, [21, 22, 23], [21, 22, 23, 24])
         equal(a.num_computed_tokens, 7, "num_computed_tokens, where all three draft tokens were accepted")
         _, a = self.verified(code, [21, 22, 23], [30])
         equal(a.num_computed_tokens, 4, "num_computed_tokens, where no draft token was accepted")
         _, a = self.verified(code, [21, 22, 23, 24], [21, 30], budget=3)
-        what = "num_computed_tokens, where 2 of 4 draft tokens fit into the budget, and one of them was accepted"
+        what = "num_computed_tokens, where 2 of 4 draft tokens were scheduled, and one of them was accepted"
         equal(a.num_computed_tokens, 5, what)
 
     def test_what_comes_after_the_end_is_dropped(self, code):
         _, a = self.verified(code, [21, 9, 23], [21, 9, 23, 24], stop_token_ids=frozenset({9}))
-        equal(a.output_token_ids, [7, 21, 9], "the output, where 9 ends it and draft tokens 21, 9, 23 were accepted")
-        equal(a.finish_reason, "stop", "finish_reason, where 9 ends it amid accepted draft tokens")
+        equal(
+            a.output_token_ids,
+            [7, 21, 9],
+            "output_token_ids, where 9 is a stop token and draft tokens 21, 9, 23 were accepted",
+        )
+        equal(a.finish_reason, "stop", "finish_reason, where the stop token 9 is among accepted draft tokens")
         _, a = self.verified(code, [21, 22, 23], [21, 22, 23, 24], max_tokens=3)
-        equal(a.output_token_ids, [7, 21, 22], "the output, with max_tokens=3, where three draft tokens were accepted")
+        equal(
+            a.output_token_ids,
+            [7, 21, 22],
+            "output_token_ids, with max_tokens=3, where three draft tokens were accepted",
+        )
 
     def test_only_verified_tokens_are_found_again(self, code):
         own, _ = self.verified(code, [21, 22, 23, 24, 25], [30])
         table = own.manager.block_tables["a"]
-        equal(
-            [block.block_hash is not None for block in table[:2]],
-            [True, False],
-            "which of its first two blocks can be found: 4 tokens are verified, 5 draft tokens were rejected",
-        )
+        what = "whether its first two blocks of 4 are cached, after 4 verified tokens and 5 rejected draft tokens"
+        equal([block.block_hash is not None for block in table[:2]], [True, False], what)
         own, _ = self.verified(code, [21, 22, 23, 24], [21, 22, 23, 24, 25])
         table = own.manager.block_tables["a"]
-        equal(
-            [block.block_hash is not None for block in table[:2]],
-            [True, True],
-            "which of its first two blocks can be found: 4 tokens, and 4 draft tokens that were accepted",
-        )
+        what = "whether its first two blocks of 4 are cached, after 4 verified tokens and 4 accepted draft tokens"
+        equal([block.block_hash is not None for block in table[:2]], [True, True], what)
 
     def test_failed_or_aborted_meanwhile(self, code):
         own = scheduler(code)
@@ -596,11 +636,15 @@ class TestUpdateFromOutput:
         own.abort("b")
         answered(code, own, plan, errors={"a": "not a number"})
         equal(a.finish_reason, "error", "finish_reason of a request that failed")
-        equal([b.finish_reason, b.output_token_ids], ["abort", []], "finish_reason and output of one aborted in flight")
-        equal(c.output_token_ids, [7], "the output of the third, which neither concerns")
-        equal(names(own.running), ["c"], "the running requests afterwards")
-        equal([each.in_flight for each in (a, b, c)], [False] * 3, "whether a, b and c are in flight afterwards")
-        equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free afterwards")
+        equal(
+            [b.finish_reason, b.output_token_ids],
+            ["abort", []],
+            "[finish_reason, output_token_ids] of a request that was aborted in flight",
+        )
+        equal(c.output_token_ids, [7], "output_token_ids of the third request, which neither failed nor was aborted")
+        equal(names(own.running), ["c"], "the running requests after a failed and b was aborted")
+        equal([each.in_flight for each in (a, b, c)], [False] * 3, "in_flight of a, b and c after update_from_output")
+        equal(own.manager.pool.num_free_blocks, 11, "the number of free blocks of 12, where only c still holds one")
 
     def test_those_that_finish_are_returned(self, code):
         own = scheduler(code)
@@ -608,7 +652,11 @@ class TestUpdateFromOutput:
         own.add(a)
         own.add(b)
         got = answered(code, own, own.schedule())
-        equal(sorted(names(got or [])), ["a", "b"], "the requests returned, of which b finishes with this step")
+        equal(
+            sorted(names(got or [])),
+            ["a", "b"],
+            "the requests that update_from_output returns, one of which has finished",
+        )
 
     def test_draft_tokens_are_used_once(self, code):
         own = scheduler(code)
@@ -617,10 +665,18 @@ class TestUpdateFromOutput:
         answered(code, own, own.schedule(), {"a": [30]})
         equal(a.spec_token_ids, [], "spec_token_ids after a step that proposes no new draft tokens")
 
-    def test_a_block_cut_off_by_the_end_is_not_found(self, code):
+    def test_a_block_cut_off_by_the_end_is_not_cached(self, code):
         own, a = self.verified(code, [21, 22, 23, 24, 25], [21, 9, 23, 24, 25, 26], stop_token_ids=frozenset({9}))
-        equal(a.output_token_ids, [7, 21, 9], "the output, where 9 ends it and all draft tokens were accepted")
-        equal(len(own.manager.pool.cached), 1, "how many blocks of 4 can be found by content, where 3 + 3 tokens stay")
+        equal(
+            a.output_token_ids,
+            [7, 21, 9],
+            "output_token_ids, where 9 is a stop token and all draft tokens were accepted",
+        )
+        equal(
+            len(own.manager.pool.cached),
+            1,
+            "the number of cached blocks of 4, where the request ends with 3 + 3 tokens",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -639,16 +695,20 @@ class TestChooseVictim:
 
     def test_last_come(self, code):
         b, a, c = (request(code, name, 2) for name in "bac")
-        equal(self.chosen(code, "fcfs", b, c, a), "c", "the victim of a, b and c, first come first served")
+        equal(self.chosen(code, "fcfs", b, c, a), "c", "the victim of a, b and c with the policy fcfs")
 
     def test_least_important(self, code):
         requests = [request(code, name, 2, priority=p) for name, p in (("a", 5), ("b", 0), ("c", 5), ("d", 1))]
-        equal(self.chosen(code, "priority", *requests), "c", "the victim, priorities a: 5, b: 0, c: 5, d: 1")
+        equal(
+            self.chosen(code, "priority", *requests),
+            "c",
+            "the victim with the policy priority and priorities a: 5, b: 0, c: 5, d: 1",
+        )
 
     def test_most_served(self, code):
         requests = [request(code, name, 2, tenant=tenant) for name, tenant in (("a", "x"), ("b", "y"), ("c", "y"))]
         got = self.chosen(code, "fair", *requests, served={"x": 90.0, "y": 20.0})
-        equal(got, "a", "the victim, where x (of a) was served 90 and y (of b and c) 20")
+        equal(got, "a", "the victim with the policy fair of a (of x, served 90) and b and c (of y, served 20)")
 
     def test_never_in_flight(self, code):
         requests = [request(code, name, 2) for name in "abc"]
@@ -656,25 +716,29 @@ class TestChooseVictim:
         running(code, own, *requests)
         requests[2].in_flight = True
         victim = own.choose_victim()
-        equal(victim and victim.request_id, "b", "the victim, while c is in flight")
+        equal(victim and victim.request_id, "b", "the victim of a, b and c while c is in flight")
         for each in requests:
             each.in_flight = True
-        equal(own.choose_victim(), None, "the victim, while all are in flight")
+        equal(own.choose_victim(), None, "the victim while all are in flight")
 
     def test_the_only_one(self, code):
-        equal(str(self.chosen(code, "fcfs", request(code, "a", 2))), "a", "the victim, where only a runs")
+        equal(str(self.chosen(code, "fcfs", request(code, "a", 2))), "a", "the victim where only a runs")
 
     def test_the_last_of_the_samples(self, code):
         a = request(code, "a", 2)
         samples = [request(code, f"a{child}", 2, child=child) for child in (2, 1)]
-        equal(self.chosen(code, "fcfs", samples[0], a, samples[1]), "a2", "the victim of three samples of one prompt")
+        equal(
+            self.chosen(code, "fcfs", samples[0], a, samples[1]),
+            "a2",
+            "the victim of the samples a, a1 and a2 of one prompt",
+        )
 
     def test_one_that_runs(self, code):
         own = scheduler(code, seqs=2)
         running(code, own, request(code, "a", 2), request(code, "b", 2))
         own.add(request(code, "c", 2))
         victim = own.choose_victim()
-        equal(victim and victim.request_id, "b", "the victim, where a and b run and c waits")
+        equal(victim and victim.request_id, "b", "the victim where a and b run and c waits")
 
 
 @exercise("5.10")
@@ -685,33 +749,34 @@ class TestPreemptByRecompute:
         answered(code, own, own.schedule())
         a.num_cached_tokens = 4
         own.preempt_by_recompute(a)
-        equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free; b holds one")
-        what = "num_computed_tokens of the preempted, which had computed 10 and found 4 in the cache when it was new"
+        equal(own.manager.pool.num_free_blocks, 11, "the number of free blocks of 12, where only b still holds one")
+        equal(own.manager.block_table("a"), [], "the block table of the preempted request")
+        what = "num_computed_tokens of the preempted request, which had computed 10 tokens"
         equal(a.num_computed_tokens, 0, what)
-        equal(a.num_cached_tokens, 4, "its num_cached_tokens, which says what it found then")
-        equal(a.last_step, 2, "its last_step, the step in which it was last scheduled: that stays true")
-        equal(a.status.value, "waiting", "its status")
-        equal(
-            [len(a.prompt_token_ids), a.output_token_ids], [9, [7, 7]], "its prompt's length and its output: they stay"
-        )
+        equal(a.num_cached_tokens, 4, "num_cached_tokens of the preempted request, which must not change,")
+        equal(a.last_step, 2, "last_step of the preempted request, which must not change,")
+        equal(a.status.value, "waiting", "the status of the preempted request")
+        what = "[number of prompt tokens, output_token_ids] of the preempted request, which must not change,"
+        equal([len(a.prompt_token_ids), a.output_token_ids], [9, [7, 7]], what)
 
     def test_goes_on_where_it_was(self, code):
         own = scheduler(code)
         (a,) = running(code, own, request(code, "a", 5))
         own.preempt(a, code.SchedulerOutput(99))
         plan = own.schedule()
-        equal(granted(plan), {"a": (0, 6)}, "(start, tokens) when it is admitted again: its prompt and its token")
-        equal(plan.scheduled[0].sample_index, 1, "which output token is sampled then")
+        equal(
+            granted(plan),
+            {"a": (0, 6)},
+            "(start, number of tokens) when it is admitted again with 5 prompt tokens and one output token",
+        )
+        equal(plan.scheduled[0].sample_index, 1, "sample_index when it is admitted again with one output token")
 
     def test_the_rest_is_done_by_preempt(self, code):
         own = scheduler(code)
         a, _ = running(code, own, request(code, "a", 5), request(code, "b", 3))
         own.preempt(a, code.SchedulerOutput(99))
-        equal(
-            [names(own.running), names(own.waiting), a.num_preemptions],
-            [["b"], ["a"], 1],
-            "[running, waiting, a's num_preemptions] after `preempt`, which calls preempt_by_recompute last",
-        )
+        what = "[running, waiting, a's num_preemptions] after `preempt`, which calls preempt_by_recompute"
+        equal([names(own.running), names(own.waiting), a.num_preemptions], [["b"], ["a"], 1], what)
 
 
 @exercise("5.11", points=2)
@@ -724,37 +789,51 @@ class TestSwapOut:
     def test_by_hand(self, code):
         own, a, plan = self.swapped(code)
         table = own.manager.block_table("a")
-        own.host_pool.get_new_blocks(1)  # so that the host's numbers are others than the device's
+        own.host_pool.get_new_blocks(1)  # so that the ids on the host differ from those on the device
         equal(own.swap_out(a, plan), True, "swap_out of 9 computed tokens, with 7 of 8 blocks free on the host")
         expected = [(table[0], 1, 4), (table[1], 2, 4), (table[2], 3, 1)]
+        what = "plan.swaps_out, as (source, target, num_tokens), for 9 computed tokens in blocks of 4"
+        equal([tuple(each) for each in plan.swaps_out], expected, what)
+        equal(own.manager.pool.num_free_blocks, 12, "the number of free blocks on the device, of 12, after swap_out")
         equal(
-            [tuple(each) for each in plan.swaps_out], expected, "(from, to, slots) of the moves, for 9 computed tokens"
+            own.host_pool.num_free_blocks,
+            4,
+            "the number of free blocks on the host, of 8, one of which was taken before",
         )
-        equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks on the device are free")
-        equal(own.host_pool.num_free_blocks, 4, "how many of 8 blocks on the host are free; one is another's")
-        equal(a.status.value, "swapped", "its status")
-        equal(a.num_computed_tokens, 9, "num_computed_tokens: nothing is lost")
+        equal(a.status.value, "swapped", "the status of the request after swap_out")
+        equal(a.num_computed_tokens, 9, "num_computed_tokens after swap_out, which must not change,")
 
-    def test_just_enough_room_on_the_host(self, code):
+    def test_just_enough_blocks_on_the_host(self, code):
         own, a, plan = self.swapped(code, hosts=3)
-        equal(own.swap_out(a, plan), True, "swap_out of 3 blocks, with 3 on the host")
+        equal(own.swap_out(a, plan), True, "swap_out of 3 blocks, with 3 free ones on the host")
         kept = [host.block_id for host in own.swapped.get("a", ())]
-        equal(kept, [each[1] for each in plan.swaps_out], "the host blocks in `swapped`, from which it comes back")
-
-    def test_no_room_on_the_host(self, code):
-        own, a, plan = self.swapped(code, hosts=2)
-        equal(own.swap_out(a, plan), False, "swap_out of 3 blocks, with 2 on the host")
         equal(
-            [plan.swaps_out, own.host_pool.num_free_blocks], [[], 2], "moves, and free blocks on the host, after that"
+            kept,
+            [each[1] for each in plan.swaps_out],
+            "the ids of the host blocks in `swapped`, compared with the targets in plan.swaps_out",
         )
-        equal(len(own.manager.block_table("a")), 3, "how many blocks it still holds")
+
+    def test_too_few_blocks_on_the_host(self, code):
+        own, a, plan = self.swapped(code, hosts=2)
+        equal(own.swap_out(a, plan), False, "swap_out of 3 blocks, with 2 free ones on the host")
+        what = "[plan.swaps_out, free blocks on the host] after swap_out returned False"
+        equal([plan.swaps_out, own.host_pool.num_free_blocks], [[], 2], what)
+        equal(len(own.manager.block_table("a")), 3, "the number of the request's blocks after swap_out returned False")
 
     def test_a_block_for_what_is_computed_only(self, code):
         own, a, plan = self.swapped(code, prompt=8)
         own.manager.allocate_slots(a, 1)
         own.swap_out(a, plan)
-        equal(len(plan.swaps_out), 2, "how many blocks are moved: 8 tokens are computed, and there is room for a ninth")
-        equal([each.num_tokens for each in plan.swaps_out], [4, 4], "the slots moved of each block, for 8 tokens")
+        equal(
+            len(plan.swaps_out),
+            2,
+            "the number of moves for 8 computed tokens in 3 blocks of 4, the third without a computed token",
+        )
+        equal(
+            [each.num_tokens for each in plan.swaps_out],
+            [4, 4],
+            "num_tokens of the moves for 8 computed tokens in blocks of 4",
+        )
 
     def test_shared_blocks(self, code):
         own = scheduler(code, preemption="swap", num_host_blocks=8, caching=True)
@@ -764,19 +843,20 @@ class TestSwapOut:
         )
         plan = code.SchedulerOutput(99)
         equal(own.swap_out(b, plan), True, "swap_out of b, which shares two of its three blocks with a")
-        equal([each.num_tokens for each in plan.swaps_out], [4, 4, 1], "the slots moved of b's blocks, shared or not")
+        equal(
+            [each.num_tokens for each in plan.swaps_out],
+            [4, 4, 1],
+            "num_tokens of the moves of b's blocks, of which two are shared",
+        )
         held = [block.ref_cnt for block in own.manager.block_tables["a"]]
-        what = "[free blocks of 12, ref_cnt of a's three blocks], after b was swapped out"
+        what = "[number of free blocks of 12, ref_cnt of a's three blocks] after b was swapped out"
         equal([own.manager.pool.num_free_blocks, held], [9, [1, 1, 1]], what)
 
     def test_the_rest_is_done_by_preempt(self, code):
         own, a, plan = self.swapped(code)
         own.preempt(a, plan)
-        equal(
-            [names(own.running), names(own.waiting), a.num_preemptions],
-            [[], ["a"], 1],
-            "[running, waiting, a's num_preemptions] after `preempt`, which calls swap_out last",
-        )
+        what = "[running, waiting, a's num_preemptions] after `preempt`, which calls swap_out"
+        equal([names(own.running), names(own.waiting), a.num_preemptions], [[], ["a"], 1], what)
 
 
 @exercise("5.12", points=2)
@@ -784,7 +864,7 @@ class TestSwapIn:
     def back(self, code, prompt=9):
         own = scheduler(code, preemption="swap", num_host_blocks=8)
         (a,) = running(code, own, request(code, "a", prompt))
-        own.host_pool.get_new_blocks(2)  # so that the host's numbers are others than the device's
+        own.host_pool.get_new_blocks(2)  # so that the ids on the host differ from those on the device
         plan = code.SchedulerOutput(98)
         own.preempt(a, plan)
         return own, a, plan
@@ -796,23 +876,41 @@ class TestSwapIn:
         own.swap_in(a, plan)
         table = own.manager.block_table("a")
         expected = [(2, table[0], 4), (3, table[1], 4), (4, table[2], 1)]
-        equal([tuple(each) for each in plan.swaps_in], expected, "(from, to, slots) of the moves back, for 9 tokens")
-        equal(own.host_pool.num_free_blocks, 6, "how many of 8 blocks on the host are free; 2 are another's")
-        equal(sorted(own.swapped), [], "the swapped requests, afterwards")
+        equal(
+            [tuple(each) for each in plan.swaps_in],
+            expected,
+            "plan.swaps_in, as (source, target, num_tokens), for 9 computed tokens",
+        )
+        equal(
+            own.host_pool.num_free_blocks,
+            6,
+            "the number of free blocks on the host, of 8, two of which were taken before",
+        )
+        equal(sorted(own.swapped), [], "the request ids in `swapped` after swap_in")
 
     def test_full_blocks(self, code):
         own, a, _ = self.back(code, prompt=8)
         own.manager.allocate_slots(a, 1)
         plan = code.SchedulerOutput(99)
         own.swap_in(a, plan)
-        equal([each.num_tokens for each in plan.swaps_in], [4, 4], "the slots moved back to each block, for 8 tokens")
+        equal(
+            [each.num_tokens for each in plan.swaps_in],
+            [4, 4],
+            "num_tokens of the moves for 8 computed tokens in blocks of 4",
+        )
 
     def test_goes_on_where_it_was(self, code):
         own, _, _ = self.back(code)
         plan = own.schedule()
-        equal(granted(plan), {"a": (9, 1)}, "(start, tokens) when it is admitted again: nothing is computed twice")
-        equal(len(plan.swaps_in), 3, "how many blocks come back")
-        holds(balanced(own), "Blocks are held and not counted, or counted and not held.", actual=granted(plan))
+        equal(
+            granted(plan), {"a": (9, 1)}, "(start, number of tokens) when it is admitted again with 9 computed tokens"
+        )
+        equal(len(plan.swaps_in), 3, "the number of moves in plan.swaps_in for 9 tokens in blocks of 4")
+        holds(
+            balanced(own),
+            "A block's ref_cnt is not the number of tables that contain it, or a block is wrongly free or not free.",
+            actual=granted(plan),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -827,7 +925,7 @@ class TestAbort:
             own.abort(request_id)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            holds(False, f"abort of {what} raises {text}.", actual=text)
+            holds(False, f"abort of {what} raised {text}", actual=text)
 
     def test_waiting_and_running(self, code):
         own = scheduler(code)
@@ -837,7 +935,7 @@ class TestAbort:
         equal([names(own.waiting), names(own.running)], [[], ["a"]], "[waiting, running] after the abort of b")
         self.abort(own, "a", "a, which runs")
         equal([names(own.running), a.finish_reason], [[], "abort"], "[running, a's finish_reason] after the abort of a")
-        equal(own.manager.pool.num_free_blocks, 12, "how many of 12 blocks are free")
+        equal(own.manager.pool.num_free_blocks, 12, "the number of free blocks of 12, after a and b were aborted")
 
     def test_in_flight(self, code):
         own = scheduler(code)
@@ -845,22 +943,32 @@ class TestAbort:
         own.add(a)
         plan = own.schedule()
         self.abort(own, "a", "a, which is in flight")
-        equal(own.manager.pool.num_free_blocks, 10, "how many of 12 blocks are free while a, aborted, is in flight")
+        equal(
+            own.manager.pool.num_free_blocks,
+            10,
+            "the number of free blocks of 12, while the aborted request is in flight with two",
+        )
         reason = a.finish_reason
         holds(
-            reason == "abort", f"finish_reason of a, aborted in flight, is {reason!r}, expected 'abort'.", repr(reason)
+            reason == "abort",
+            f"finish_reason of a request aborted in flight is {reason!r}, expected 'abort'.",
+            repr(reason),
         )
         victim = own.choose_victim()
-        equal(victim and victim.request_id, None, "the victim of a preemption while a, aborted, is in flight")
+        equal(victim and victim.request_id, None, "choose_victim() while the aborted request is in flight")
         answered(code, own, plan)
-        equal(own.manager.pool.num_free_blocks, 12, "how many blocks are free when its step is collected")
-        equal(a.output_token_ids, [], "its output: what was sampled after the abort is dropped")
+        equal(
+            own.manager.pool.num_free_blocks,
+            12,
+            "the number of free blocks of 12, after the aborted request's step was collected",
+        )
+        equal(a.output_token_ids, [], "output_token_ids of the aborted request, whose sampled token is dropped,")
 
     def test_unknown(self, code):
         own = scheduler(code)
         running(code, own, request(code, "a", 3))
-        self.abort(own, "nobody", "an id that no request has, which is to be ignored,")
-        equal(names(own.running), ["a"], "the running requests afterwards")
+        self.abort(own, "unknown", "an id that no request has (it must be ignored)")
+        equal(names(own.running), ["a"], "the running requests after the abort of an unknown id")
 
     def test_its_samples_go_on(self, code):
         own = scheduler(code)
@@ -884,11 +992,11 @@ class TestFinish:
             equal(
                 [each.finish_reason, each.status.value, each.request_id in own.requests],
                 [reason, "finished", False],
-                f"finish_reason and status of {each.request_id}, and whether the scheduler still knows it",
+                f"[finish_reason, status, whether it is in `requests`] of {each.request_id} after finish",
             )
         equal([names(own.running), names(own.waiting)], [["b"], []], "[running, waiting] after a and c have finished")
-        equal(own.manager.pool.num_free_blocks, 11, "how many of 12 blocks are free; b holds one")
-        equal([len(own.finished_ids), own.finished_ids], [2, ["a", "c"]], "[length, finished_ids]")
+        equal(own.manager.pool.num_free_blocks, 11, "the number of free blocks of 12, where only b still holds one")
+        equal([len(own.finished_ids), own.finished_ids], [2, ["a", "c"]], "[length of finished_ids, finished_ids]")
 
     def test_a_long_day(self, code):
         own = scheduler(code, preemption="swap", num_host_blocks=4)
@@ -899,10 +1007,9 @@ class TestFinish:
             own.abort("a")
             free.append(own.host_pool.num_free_blocks)
             own.finished_ids.clear()
-        equal(
-            free, [4, 4, 4], "free blocks on the host, of 4, each time that a request was swapped out and then aborted"
-        )
-        equal(own.swapped, {}, "the swapped requests, when all have finished")
+        what = "the number of free blocks on the host, of 4, after each of three requests was swapped out and aborted"
+        equal(free, [4, 4, 4], what)
+        equal(own.swapped, {}, "`swapped` after all requests have finished")
 
     def test_the_others_keep_theirs(self, code):
         own = scheduler(code, preemption="swap", num_host_blocks=4)
@@ -910,11 +1017,8 @@ class TestFinish:
         for each in (a, b):
             own.preempt(each, code.SchedulerOutput(99))
         own.finish(a, "abort")
-        equal(
-            [own.host_pool.num_free_blocks, sorted(own.swapped)],
-            [2, ["b"]],
-            "free blocks on the host, and the swapped requests",
-        )
+        what = "[free blocks on the host, ids in `swapped`] after one of two swapped requests finished"
+        equal([own.host_pool.num_free_blocks, sorted(own.swapped)], [2, ["b"]], what)
 
 
 @together()
@@ -938,13 +1042,18 @@ class TestTogether:
                 num_steps, num_preemptions = 0, 0
                 while own.requests:
                     plan = own.schedule()
-                    holds(plan.num_tokens <= 7, f"{plan.num_tokens} tokens in a step with a budget of 7; {what}.")
+                    holds(plan.num_tokens <= 7, f"A step has {plan.num_tokens} tokens, but the budget is 7; {what}.")
                     answered(code, own, plan)
-                    holds(balanced(own), f"Blocks are held and not counted, or counted and not held; {what}.")
+                    holds(
+                        balanced(own),
+                        f"A ref_cnt is not the number of tables with this block, or a block is wrongly free; {what}.",
+                    )
                     num_steps, num_preemptions = num_steps + 1, num_preemptions + len(plan.preempted_ids)
                     holds(num_steps < 200, f"After 200 steps {names(own.requests.values())} are not finished; {what}.")
                 lengths = [len(each.output_token_ids) for each in requests]
-                equal(lengths, [6] * 5, f"output tokens of five requests; {what}")
+                equal(lengths, [6] * 5, f"the numbers of output tokens of five requests; {what}")
                 free = [own.manager.pool.num_free_blocks, own.host_pool.num_free_blocks]
                 equal(free, [7, 5], f"free blocks at the end, of 7 on the device and 5 on the host; {what}")
-                holds(num_preemptions > 0, f"No request was preempted; {what}. Is more memory given out than there is?")
+                holds(
+                    num_preemptions > 0, f"No request was preempted; {what}. Are blocks used by two requests at once?"
+                )

@@ -45,7 +45,7 @@ class TestShardRange:
 
     def test_fewer_things_than_ranks(self, code):
         lengths = [len(code.shard_range(2, rank, 4)) for rank in range(4)]
-        equal(lengths, [1, 1, 0, 0], "how many of 2 things each of 4 ranks has")
+        equal(lengths, [1, 1, 0, 0], "the number of things on each of 4 ranks that share 2")
 
 
 @exercise("6.2", points=2)
@@ -134,7 +134,7 @@ IDLE = None
 class TestPipelineTimeline:
     def check(self, code, num_stages: int, num_batches: int, num_steps: int, expected: list) -> None:
         timeline = code.pipeline_timeline(num_stages, num_batches, num_steps)
-        holds(timeline is not None, "pipeline_timeline gives None: is a `return` missing?")
+        holds(timeline is not None, "pipeline_timeline returns None: is a `return` missing?")
         what = f"pipeline_timeline(num_stages={num_stages}, num_batches={num_batches}, num_steps={num_steps})"
         equal([list(row) for row in timeline], expected, what)
 
@@ -170,25 +170,25 @@ class TestPipelineTimeline:
 class TestBubbleFraction:
     def test_fractions(self, code):
         timeline = [[A[0], B[0], A[1], B[1], IDLE], [IDLE, A[0], B[0], A[1], B[1]]]
-        close(code.bubble_fraction(timeline), 0.2, "the bubble of two stages, two batches, two steps")
+        close(code.bubble_fraction(timeline), 0.2, "bubble_fraction of 10 cells, 2 of them None")
         timeline = [[A[0], IDLE, A[1], IDLE], [IDLE, A[0], IDLE, A[1]]]
-        close(code.bubble_fraction(timeline), 0.5, "the bubble of two stages that take turns")
-        close(code.bubble_fraction([[A[0], A[1]]]), 0.0, "the bubble of one stage that is always busy")
+        close(code.bubble_fraction(timeline), 0.5, "bubble_fraction of 8 cells, 4 of them None")
+        close(code.bubble_fraction([[A[0], A[1]]]), 0.0, "bubble_fraction of 2 cells, none of them None")
         timeline = [[A[0], B[0]], [IDLE, A[0]]]
-        close(code.bubble_fraction(timeline), 0.25, "the bubble of two stages in their first two ticks")
+        close(code.bubble_fraction(timeline), 0.25, "bubble_fraction of 4 cells, 1 of them None")
 
 
 @exercise("6.8", points=1)
 class TestCommunicationCost:
     def test_seconds(self, code):
-        what = "seconds for {} bytes over {} ranks, 5 ms a message, 1e6 bytes/s"
+        what = "communication_cost of {} bytes on {} ranks, latency 0.005, bandwidth 1e6"
         close(code.communication_cost(4000, 4, 5e-3, 1e6), 6 * (5e-3 + 1e-3), what.format(4000, 4))
         close(code.communication_cost(4000, 2, 5e-3, 1e6), 2 * (5e-3 + 2e-3), what.format(4000, 2))
         close(code.communication_cost(0, 3, 5e-3, 1e6), 20e-3, what.format(0, 3))
-        close(code.communication_cost(6, 4, 0.0, 1.0), 9.0, "seconds for 6 bytes over 4 ranks, no latency, 1 byte/s")
+        close(code.communication_cost(6, 4, 0.0, 1.0), 9.0, "communication_cost(6, 4, latency=0, bandwidth=1)")
 
     def test_alone(self, code):
-        close(float(code.communication_cost(4000, 1, 1e-3, 1e6)), 0.0, "seconds for a rank that is alone")
+        close(float(code.communication_cost(4000, 1, 1e-3, 1e6)), 0.0, "communication_cost of 4000 bytes on 1 rank")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ ON_RANKS = 60.0
 
 
 class Ring:
-    """What a `Group` is to a ring: threads in place of ranks, so that there can be many. It notes what is sent."""
+    """Stands for a `Group`, with threads in place of ranks, so that there can be many. It records the messages."""
 
     def __init__(self, rank: int, size: int, queues: list[Queue]):
         self.rank, self.size, self.queues = rank, size, queues
@@ -214,16 +214,16 @@ class Ring:
         self.queues[(self.rank + 1) % self.size].put(sent.clone())
         arrived = self.queues[self.rank].get(timeout=2)
         if arrived.shape != received.shape:
-            shapes = f"{tuple(received.shape)}, and the rank before it sent {tuple(arrived.shape)}"
-            raise ValueError(f"rank {self.rank} expected a part of shape {shapes}")
+            shapes = f"{tuple(received.shape)}, but the rank before it sent one of {tuple(arrived.shape)}"
+            raise ValueError(f"rank {self.rank} wants to receive a part of shape {shapes}")
         received.copy_(arrived)
 
     def all_reduce(self, *_) -> None:
-        raise CheckFailed("ring_all_reduce is to be made of `group.exchange` alone, not of `all_reduce`.", "ring", None)
+        raise CheckFailed("ring_all_reduce must use only `group.exchange`, not `all_reduce`.", "ring", None)
 
 
 def ring(code, xs: list[torch.Tensor]) -> tuple[list, list[Ring]]:
-    """ring_all_reduce on as many threads as there are tensors: what each gave, and what each sent."""
+    """Run ring_all_reduce on one thread per tensor. Returns the results and the groups, which recorded messages."""
     queues: list[Queue] = [Queue() for _ in xs]
     groups = [Ring(rank, len(xs), queues) for rank in range(len(xs))]
     results: list = [None] * len(xs)
@@ -233,7 +233,7 @@ def ring(code, xs: list[torch.Tensor]) -> tuple[list, list[Ring]]:
             results[rank] = code.ring_all_reduce(xs[rank], groups[rank])
         except Empty:
             results[rank] = CheckFailed(
-                f"ring_all_reduce: rank {rank} of {len(xs)} waits for a part that nobody sends.", "ring", None
+                f"ring_all_reduce: rank {rank} of {len(xs)} waits for a part that no rank sends.", "ring", None
             )
         except Exception as error:
             results[rank] = error
@@ -251,9 +251,8 @@ def ring(code, xs: list[torch.Tensor]) -> tuple[list, list[Ring]]:
 
 def stacked(results: list) -> torch.Tensor:
     """The ranks' results as one tensor, a row for each."""
-    holds(
-        all(isinstance(each, torch.Tensor) for each in results), "ring_all_reduce gives no tensor: is a return missing?"
-    )
+    are_tensors = all(isinstance(each, torch.Tensor) for each in results)
+    holds(are_tensors, "ring_all_reduce returns no tensor: is a `return` missing?")
     return torch.stack(results)
 
 
@@ -266,44 +265,44 @@ class TestRingAllReduce:
     def test_four_ranks(self, code):
         xs = [counted(2, 5) * 10**rank for rank in range(4)]
         results, _ = ring(code, xs)
-        close(stacked(results), torch.stack([sum(xs)] * 4), "what 4 ranks have after ring_all_reduce of ten numbers")
+        close(stacked(results), torch.stack([sum(xs)] * 4), "the results of ring_all_reduce of ten numbers on 4 ranks")
 
     def test_three_ranks(self, code):
         xs = [counted(6) + rank for rank in range(3)]
         results, _ = ring(code, xs)
-        close(stacked(results), torch.stack([sum(xs)] * 3), "what 3 ranks have after ring_all_reduce of six numbers")
+        close(stacked(results), torch.stack([sum(xs)] * 3), "the results of ring_all_reduce of six numbers on 3 ranks")
 
     def test_what_is_sent(self, code):
         _, groups = ring(code, [counted(2, 4) for _ in range(4)])
-        equal(groups[1].sizes, [2] * 6, "how many numbers rank 1 of 4 sends in each message, of two rows of four")
+        equal(groups[1].sizes, [2] * 6, "the lengths of the messages of rank 1 of 4, for a tensor of shape (2, 4),")
 
     def test_the_input_is_left_alone(self, code):
         xs = [counted(4), counted(4) + 1]
         ring(code, xs)
-        close(xs[0], counted(4), "x itself, after ring_all_reduce")
+        close(xs[0], counted(4), "the argument x after ring_all_reduce, which must not change it,")
 
     def test_transposed(self, code):
         xs = [counted(3, 4).T * 10**rank for rank in range(2)]
         results, _ = ring(code, xs)
-        close(stacked(results), torch.stack([sum(xs)] * 2), "what 2 ranks have after ring_all_reduce of a matrix's .T")
+        close(stacked(results), torch.stack([sum(xs)] * 2), "the results of ring_all_reduce of a transposed matrix")
 
     def test_the_dtype_stays(self, code):
         xs = [counted(4).double() + 2**-40 * rank for rank in range(2)]
         results, _ = ring(code, xs)
-        what = "what 2 ranks have after ring_all_reduce of four numbers in float64"
+        what = "the results of ring_all_reduce on 2 ranks, for four numbers in float64,"
         close(stacked(results), torch.stack([sum(xs)] * 2), what, rtol=0, atol=0)
 
     def test_alone(self, code):
         results, _ = ring(code, [counted(3)])
-        close(results[0], counted(3), "ring_all_reduce of a rank that is alone")
+        close(results[0], counted(3), "the result of ring_all_reduce on 1 rank")
 
     def test_two_processes(self, code):
         xs = [counted(5), counted(5) * 100]
         for rank, result in enumerate(on_ranks(code, ring_on_rank, xs)):
-            close(result, xs[0] + xs[1], f"what process {rank} of 2 has after ring_all_reduce of five numbers")
+            close(result, xs[0] + xs[1], f"the result of ring_all_reduce in process {rank} of 2, for five numbers,")
         xs = [torch.tensor([1.0]), torch.tensor([2.0])]
         for rank, result in enumerate(on_ranks(code, ring_on_rank, xs)):
-            close(result, torch.tensor([3.0]), f"what process {rank} of 2 has after ring_all_reduce of one number")
+            close(result, torch.tensor([3.0]), f"the result of ring_all_reduce in process {rank} of 2, for one number,")
 
 
 WEIGHT, BIAS, X = counted(5, 6), torch.tensor([1.0, -2.0, 4.0, 8.0, -16.0]), counted(3, 6) / 2
@@ -350,13 +349,14 @@ class TestColumnParallelLinear:
             expected = F.linear(X, WEIGHT, BIAS if has_bias else None)
             for rank, result in enumerate(on_ranks(code, column_on_rank, has_bias, parts)):
                 part = parts[rank]
-                what = f"the outputs of rank {rank}, which has outputs {part.start} to {part.stop - 1} of 5"
+                what = f"the outputs of rank {rank}, which computes outputs {part.start} to {part.stop - 1} of 5"
                 close(result, expected[:, part.start : part.stop], what + ("" if has_bias else ", without a bias"))
 
     def test_by_the_layers_method(self, code):
         layer = code.ColumnParallelLinear(code.Linear(6, 5, True), range(1, 4), code.Group())
         expected = F.linear(X, WEIGHT, BIAS)[:, 1:4]
-        close(halved(filled(layer, WEIGHT, BIAS))(X), expected, "the outputs of a layer that stores its matrix halved")
+        what = "the outputs of a layer whose `method` stores half of the weight and doubles the product"
+        close(halved(filled(layer, WEIGHT, BIAS))(X), expected, what)
 
 
 def row_on_rank(code, group, has_bias: bool):
@@ -377,7 +377,8 @@ class TestRowParallelLinear:
 
     def test_by_the_layers_method(self, code):
         layer = halved(filled(code.RowParallelLinear(code.Linear(6, 5), range(6), code.Group()), WEIGHT))
-        close(layer(X), F.linear(X, WEIGHT), "the output of a layer that stores its matrix halved")
+        what = "the output of a layer whose `method` stores half of the weight and doubles the product"
+        close(layer(X), F.linear(X, WEIGHT), what)
 
 
 TABLE = counted(8, 3)
@@ -390,20 +391,22 @@ def embedding_on_rank(code, group, token_ids):
 
 @exercise("6.13", points=2, seconds=ON_RANKS)
 class TestVocabParallelEmbedding:
-    def test_everybodys_tokens(self, code):
+    def test_tokens_of_both_ranks(self, code):
         token_ids = torch.tensor([0, 5, 3, 4, 7, 0])
         for rank, result in enumerate(on_ranks(code, embedding_on_rank, token_ids)):
-            close(result, TABLE[token_ids], f"the rows of tokens 0 5 3 4 7 0 on rank {rank}; rank 0 has rows 0 to 3")
+            what = f"the embeddings of tokens 0, 5, 3, 4, 7 and 0 on rank {rank}, where rank 0 has the rows 0 to 3,"
+            close(result, TABLE[token_ids], what)
 
     def test_tokens_of_one_rank_only(self, code):
         token_ids = torch.tensor([6])
         for rank, result in enumerate(on_ranks(code, embedding_on_rank, token_ids)):
-            close(result, TABLE[token_ids], f"the row of token 6 on rank {rank}; rank 1 has rows 4 to 7")
+            close(result, TABLE[token_ids], f"the embedding of token 6 on rank {rank} (rank 1 has rows 4 to 7)")
 
     def test_by_the_layers_method(self, code):
         table = code.VocabParallelEmbedding(code.Linear(3, 8), range(4, 8), code.Group())
         token_ids = torch.tensor([5, 4, 7])
-        close(halved(filled(table, TABLE))(token_ids), TABLE[token_ids], "rows of a table that is stored halved")
+        what = "the embeddings from a table whose `method` stores half of it and doubles its rows"
+        close(halved(filled(table, TABLE))(token_ids), TABLE[token_ids], what)
 
 
 def head_on_rank(code, group, num_rows: int, vocab_size: int):
@@ -416,9 +419,9 @@ class TestParallelLMHead:
     def check(self, code, num_rows: int, vocab_size: int) -> None:
         first, second = on_ranks(code, head_on_rank, num_rows, vocab_size)
         expected = F.linear(counted(num_rows, 3), TABLE)[:, :vocab_size]
-        close(first, expected, f"the scores of {num_rows} rows on rank 0, for {vocab_size} tokens on two ranks")
+        close(first, expected, f"the scores that rank 0 of 2 returns for {num_rows} rows, vocabulary {vocab_size}")
         holds(second is not None, "rank 1 returns None; it should return a tensor without rows, (0, V).")
-        what = f"the shape of rank 1's scores of {num_rows} rows, for {vocab_size} tokens"
+        what = f"the shape of the scores that rank 1 of 2 returns for {num_rows} rows, vocabulary {vocab_size}"
         equal(tuple(second.shape), (0, vocab_size), what)
 
     def test_several_rows(self, code):
@@ -433,7 +436,8 @@ class TestParallelLMHead:
     def test_by_the_layers_method(self, code):
         head = code.ParallelLMHead(code.Linear(3, 8), range(8), code.Group())
         x = counted(2, 3)
-        close(halved(filled(head, TABLE))(x), F.linear(x, TABLE), "the scores of a head that stores its matrix halved")
+        what = "the scores of a head whose `method` stores half of the weight and doubles the product"
+        close(halved(filled(head, TABLE))(x), F.linear(x, TABLE), what)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -456,37 +460,43 @@ class TestReadShard:
 
             def read(*ranges: range) -> torch.Tensor:
                 beyond = any(axis.stop > size for axis, size in zip(ranges, checkpoint.shape(name)))
-                holds(not beyond, f"of a tensor of shape {checkpoint.shape(name)} it reads {ranges}.", str(ranges))
+                what = f"`read` was called with {ranges}, beyond the end of a tensor of shape {checkpoint.shape(name)}."
+                holds(not beyond, what, str(ranges))
                 index = tuple(slice(axis.start, axis.stop) for axis in ranges)
                 return checkpoint.read(name, index or ...)
 
             found = code.read_shard(read, checkpoint.shape(name), part)
             close(found, expected, what)
             num_bytes = expected.element_size() * num_read
-            equal(checkpoint.num_bytes_read, num_bytes, f"how many bytes were read for {what}")
+            equal(checkpoint.num_bytes_read, num_bytes, f"the number of bytes read for {what}")
             checkpoint._open.clear()
 
     def test_rows(self, code):
-        self.check(code, "matrix", (range(2, 5), range(4)), counted(6, 4)[2:5], 12, "rows 2 to 4 of six")
+        self.check(code, "matrix", (range(2, 5), range(4)), counted(6, 4)[2:5], 12, "rows 2 to 4 of a matrix (6, 4)")
 
     def test_columns(self, code):
-        self.check(code, "matrix", (range(6), range(1, 3)), counted(6, 4)[:, 1:3], 12, "columns 1 and 2 of four")
+        what = "columns 1 and 2 of a matrix (6, 4)"
+        self.check(code, "matrix", (range(6), range(1, 3)), counted(6, 4)[:, 1:3], 12, what)
         expected = torch.cat([counted(6, 4)[:, 3:], torch.zeros(6, 2)], dim=1)
-        self.check(code, "matrix", (range(6), range(3, 6)), expected, 6, "columns 3 to 5, of which there is one")
+        what = "columns 3 to 5 of a matrix (6, 4), two of them padding"
+        self.check(code, "matrix", (range(6), range(3, 6)), expected, 6, what)
 
     def test_a_vector(self, code):
-        self.check(code, "vector", (range(4, 6),), counted(6)[4:], 2, "places 4 and 5 of a vector of six")
+        self.check(code, "vector", (range(4, 6),), counted(6)[4:], 2, "elements 4 and 5 of a vector (6,)")
 
     def test_padding(self, code):
         expected = torch.cat([counted(6, 4)[4:], torch.zeros(2, 4)])
-        self.check(code, "matrix", (range(4, 8), range(4)), expected, 8, "rows 4 to 7, of which there are two")
+        what = "rows 4 to 7 of a matrix (6, 4), two of them padding"
+        self.check(code, "matrix", (range(4, 8), range(4)), expected, 8, what)
 
     def test_padding_has_the_files_dtype(self, code):
         expected = torch.cat([counted(6, 4)[4:], torch.zeros(2, 4)]).bfloat16()
-        self.check(code, "half", (range(4, 8), range(4)), expected, 8, "rows 4 to 7 of six, in bfloat16")
+        what = "rows 4 to 7 of a matrix (6, 4) in bfloat16, two of them padding"
+        self.check(code, "half", (range(4, 8), range(4)), expected, 8, what)
 
     def test_nothing_but_padding(self, code):
-        self.check(code, "matrix", (range(8, 10), range(4)), torch.zeros(2, 4), 0, "rows 8 and 9 of six")
+        what = "rows 8 and 9 of a matrix (6, 4), both of them padding"
+        self.check(code, "matrix", (range(8, 10), range(4)), torch.zeros(2, 4), 0, what)
 
 
 def sharded(code, rank: int, tensor_parallel: int, pipeline_parallel: int, **changes):
@@ -538,12 +548,12 @@ class TestShard:
             model, _ = sharded(code, rank, 2, 1)
             found = [parts_of(each)[""] for each in (model.model.embed_tokens, model.lm_head)]
             expected = [f"VocabParallelEmbedding, {rows} by 0 to 5", f"ParallelLMHead, {rows} by 0 to 5"]
-            equal(found, expected, f"the table and the head on rank {rank} of 2, for 11 tokens,")
+            equal(found, expected, f"the embedding table and the head on rank {rank} of 2, with a vocabulary of 11,")
 
     def test_a_tied_model_has_one_table(self, code):
         model, _ = sharded(code, 1, 2, 1, tie_word_embeddings=True)
         is_shared = model.lm_head.weight is model.model.embed_tokens.weight
-        equal(is_shared, True, "whether a rank's head has the table's own tensor, in a tied model")
+        equal(is_shared, True, "whether head and embedding table of a rank are one tensor, in a tied model,")
 
     def test_stages(self, code):
         for is_tied, table_on_last in ((False, "Absent"), (True, "Embedding")):
@@ -556,21 +566,24 @@ class TestShard:
                 model, layers = sharded(code, rank, 1, 3, tie_word_embeddings=is_tied, intermediate_size=70)
                 modules = [*model.model.layers, model.model.embed_tokens, model.lm_head]
                 found = [layers, *(type(module).__name__ for module in modules)]
-                what = f"layers, kinds of the three blocks, table and head on stage {rank} of 3, tied: {is_tied},"
+                what = (
+                    f"[layers, classes of the three blocks, of table and head] on stage {rank} of 3, tied: {is_tied},"
+                )
                 equal(found, expected[rank], what)
 
     def test_stages_of_two_ranks(self, code):
         model, _ = sharded(code, 3, 2, 2)
         found = [type(module).__name__ for module in (model.model.layers[0], model.model.embed_tokens, model.lm_head)]
-        equal(found, ["Absent", "Absent", "ParallelLMHead"], "block 0, table and head on rank 3 of a grid of 2 by 2")
+        what = "the classes of block 0, the table and the head on rank 3 of a grid of 2 by 2"
+        equal(found, ["Absent", "Absent", "ParallelLMHead"], what)
         query = parts_of(model.model.layers[2]).get("self_attn.q_proj")
         equal(query, "ColumnParallelLinear, 4 to 7 by 0 to 5", "q_proj of block 2 on rank 3 of a grid of 2 by 2")
 
     def test_alone(self, code):
         model, layers = sharded(code, 0, 1, 1)
-        equal(layers, range(3), "the layers of a rank that is alone")
+        equal(layers, range(3), "the layers that shard returns on a single rank")
         kinds = {part.partition(",")[0] for part in parts_of(model).values()}
-        equal(sorted(kinds), ["Embedding", "Linear"], "the kinds of layers of a rank that is alone")
+        equal(sorted(kinds), ["Embedding", "Linear"], "the classes of the layers on a single rank")
 
     def test_every_tensor_of_the_checkpoint_is_known(self, code):
         """Every rank expects the same names and shapes in the checkpoint, whichever part of it it reads."""
@@ -588,7 +601,7 @@ class TestShard:
 
 
 class FakeLink:
-    """A link that notes what is asked of it."""
+    """A link that records its calls."""
 
     def __init__(self, previous: int | None, following: int | None):
         self.previous, self.next = previous, following
@@ -600,12 +613,13 @@ class FakeLink:
 
     def send(self, hidden: torch.Tensor) -> None:
         kind = type(hidden).__name__
-        holds(isinstance(hidden, torch.Tensor), f"a {kind} was sent, and the next stage waits for rows, if any.", kind)
+        what = f"`send` was called with a {kind}; it should be a tensor of hidden states."
+        holds(isinstance(hidden, torch.Tensor), what, kind)
         self.events.append(f"send {hidden.tolist()}")
 
 
 class FakeRunner:
-    """A stage that adds 1 to its rows; the last one answers."""
+    """A stage that adds 1 to its hidden states; the last one returns the output."""
 
     def __init__(self, code, link: FakeLink):
         self.code, self.link = code, link
@@ -636,34 +650,35 @@ class TestRunStage:
         output, events = self.run(code, None, 1, num_tokens=2)
         equal(events, ["compute", "send [[1.0, 1.0], [1.0, 1.0]]"], "what the first stage does with two tokens")
         kind = type(output).__name__
-        holds(output is None, f"the first of two stages has sampled nothing; run_stage gave {kind}.", kind)
+        holds(output is None, f"run_stage on the first of two stages should return None; it returned {kind}.", kind)
 
     def test_middle_stage(self, code):
         output, events = self.run(code, 0, 2, num_tokens=2)
         expected = ["receive 2 rows", "compute on [[7.0, 7.0], [7.0, 7.0]]", "send [[8.0, 8.0], [8.0, 8.0]]"]
         equal(events, expected, "what a stage in the middle does with two tokens of one request")
         kind = type(output).__name__
-        holds(output is None, f"a stage in the middle has sampled nothing; run_stage gave {kind}.", kind)
+        holds(output is None, f"run_stage on a stage in the middle should return None; it returned {kind}.", kind)
 
     def test_last_stage(self, code):
         output, events = self.run(code, 0, None)
-        equal(events, ["receive 1 rows", "compute on [[7.0, 7.0]]"], "what the last stage does")
-        holds(output is not None, "run_stage gives None on the last stage, which has sampled.")
-        equal(getattr(output, "step_id", None), 3, "step_id of what the last stage returns for step 3")
+        equal(events, ["receive 1 rows", "compute on [[7.0, 7.0]]"], "what the last stage does with one token")
+        holds(output is not None, "run_stage on the last stage should return the output; it returned None.")
+        equal(getattr(output, "step_id", None), 3, "step_id of the output that the last stage returns for step 3")
 
     def test_only_stage(self, code):
         output, events = self.run(code, None, None)
-        equal(events, ["compute"], "what the only stage does")
-        equal(getattr(output, "step_id", None), 3, "step_id of what the only stage returns for step 3")
+        equal(events, ["compute"], "what a single stage does with one token")
+        equal(getattr(output, "step_id", None), 3, "step_id of the output that a single stage returns for step 3")
 
     def test_nothing_scheduled(self, code):
         stages = (("the first stage", None, 1), ("a stage in the middle", 0, 2), ("the last stage", 0, None))
-        for what, preempted_ids in (("only moves blocks", ()), ("preempts, and schedules nothing", ("b",))):
+        for what, preempted_ids in (("only moves blocks", ()), ("preempts a request and schedules none", ("b",))):
             for stage, *place in stages:
                 output, events = self.run(code, *place, num_tokens=0, preempted_ids=preempted_ids)
-                equal(events, ["compute"], f"what {stage} does with a plan that {what}")
+                equal(events, ["compute"], f"what {stage} does in a step that {what}")
             kind = type(output).__name__  # of the last stage's
-            holds(output is not None, f"the last stage gave None for a plan that {what}; rank 0 waits for it.", kind)
+            sentence = f"run_stage on the last stage returned None for a step that {what}; rank 0 waits for the output."
+            holds(output is not None, sentence, kind)
 
 
 @exercise("6.17", points=2)
@@ -672,32 +687,32 @@ class TestWorkerLoop:
         sent, left = [], [*commands]
 
         def receive():
-            holds(left, "worker_loop asks for a command after it was told that there are no more, or after an error.")
+            holds(left, "worker_loop called `receive` again after None was received, or after an error.")
             return left.pop(0)
 
         try:
             code.worker_loop(receive, run, sent.append, 2)
         except (ValueError, RuntimeError) as error:
             failed = bool(sent) and isinstance(sent[-1], code.Failure)
-            what = "sends a Failure and raises the error again" if failed else "raises what `run` has raised"
+            what = "sent a Failure and raised the error again" if failed else "raised the error of `run`"
             sentence = f"worker_loop {what}; it should send a Failure to rank 0 and return."
             raise CheckFailed(sentence, "error", f"{error}, Failure sent: {failed}") from None
         return sent, left
 
     def test_results_are_sent(self, code):
         sent, left = self.run(code, [1, 2, 3, None], lambda command: 10 * command)
-        equal(sent, [10, 20, 30], "what is sent, if commands 1, 2, 3 give 10, 20, 30")
-        equal(left, [], "the commands that are left")
+        equal(sent, [10, 20, 30], "the messages sent, where `run` returns 10, 20, 30 for commands 1, 2, 3")
+        equal(left, [], "the commands that were not received")
 
     def test_commands_that_count_as_false(self, code):
         sent, _ = self.run(code, [1, 0, [], 2, None], lambda command: f"did {command}")
         expected = ["did 1", "did 0", "did []", "did 2"]
-        equal(sent, expected, "what is sent after commands 1, 0, [] and 2: only None ends the loop")
+        equal(sent, expected, "the messages sent for commands 1, 0, [] and 2 (only None ends the loop)")
 
     def test_nothing_to_say(self, code):
         results = {1: None, 2: 2, 3: [], 4: None}
         sent, _ = self.run(code, [1, 2, 3, 4, None], results.get)
-        equal(sent, [2, []], "what is sent, if commands 1, 2, 3 and 4 give None, 2, [] and None")
+        equal(sent, [2, []], "the messages sent, where `run` returns None, 2, [] and None for commands 1, 2, 3 and 4")
 
     def test_an_error(self, code):
         def run(command):
@@ -706,18 +721,22 @@ class TestWorkerLoop:
             return command
 
         sent, left = self.run(code, [1, 2, 3, None], run)
-        equal(left, [3, None], "the commands that are left after the second has failed")
-        equal(len(sent), 2, "how many messages are sent, if the second command fails")
+        equal(left, [3, None], "the commands that were not received after the second failed")
+        equal(len(sent), 2, "the number of messages sent, where the second command fails")
         failure = sent[1]
-        holds(isinstance(failure, code.Failure), f"after an error a Failure is sent; it was {failure!r}.", str(failure))
-        equal(failure.rank, 2, "the rank that the Failure of rank 2 names")
+        holds(
+            isinstance(failure, code.Failure),
+            f"The message after an error should be a Failure; it is {failure!r}.",
+            str(failure),
+        )
+        equal(failure.rank, 2, "the rank in the Failure of rank 2")
         for word in ("ValueError", "too warm"):
             holds(
                 word in failure.text,
-                f"the Failure's text should mention {word!r}; it is {failure.text!r}.",
+                f"The text of the Failure should mention {word!r}; it is {failure.text!r}.",
                 failure.text,
             )
-        equal(failure.is_consequence, False, "is_consequence of a ValueError of our own")
+        equal(failure.is_consequence, False, "is_consequence of the Failure after a ValueError in `run`")
 
     def test_another_ranks_failure(self, code):
         def run(command):
@@ -725,7 +744,7 @@ class TestWorkerLoop:
 
         sent, _ = self.run(code, [1, None], run)
         is_consequence = getattr(sent[0], "is_consequence", None) if sent else None
-        equal(is_consequence, True, "is_consequence of the Failure when another rank has closed its connection")
+        equal(is_consequence, True, "is_consequence of the Failure after another rank closed its connection")
 
     def test_a_lost_connection(self, code):
         """Nothing can be sent any more, and the process ends."""
@@ -739,11 +758,12 @@ class TestWorkerLoop:
             raised = "nothing"
         except EOFError:
             raised = "EOFError"
-        equal((raised, sent), ("EOFError", []), "(what is raised, what is sent), where `receive` raises EOFError")
+        what = "(the error raised, the messages sent), where `receive` raises EOFError"
+        equal((raised, sent), ("EOFError", []), what)
 
 
 class FakeWorkers:
-    """Stands for the other ranks: notes what is sent, and hands out messages."""
+    """Stands for the other ranks: records what is sent to them, and returns their messages."""
 
     def __init__(self, messages: list):
         self.events: list[str] = []
@@ -757,7 +777,7 @@ class FakeWorkers:
 
     def receive(self, timeout=None):
         self.events.append(f"wait {timeout} s")
-        holds(self.messages, "waits for an output from another rank, and no rank has one to send.", self.events)
+        holds(self.messages, "`collect` waits for an output from another rank, but no rank sends one.", self.events)
         return self.messages.pop(0)
 
 
@@ -773,7 +793,7 @@ class FakeRank:
 
 
 def executor_of(code, is_sampling: bool, received: tuple[int, ...] = ()):
-    """A ParallelExecutor whose other ranks send the outputs of the steps `received`; and the list of what happens."""
+    """A ParallelExecutor whose other ranks send the outputs of the steps `received`, and the list of its calls."""
     workers = FakeWorkers([code.ModelRunnerOutput(step_id) for step_id in received])
     executor = object.__new__(code.ParallelExecutor)
     executor.depth, executor.timeout, executor.outputs = 2, 7.5, deque()
@@ -806,9 +826,13 @@ class TestSubmit:
         executor.submit(code.SchedulerOutput(4))
         executor.submit(code.SchedulerOutput(5))
         expected = ["send step 4", "compute step 4", "send step 5", "compute step 5"]
-        equal(events, expected, "what `submit` does with two steps, if another rank samples")
+        equal(events, expected, "what `submit` does with the plans of steps 4 and 5, where another rank samples,")
         steps = [step_of(executor.collect(), "what `collect` returns where another rank samples") for _ in range(2)]
-        equal(steps, [4, 5], "the steps that `collect` returns if another rank samples")
+        equal(
+            steps,
+            [4, 5],
+            "the steps that `collect` returns after `submit` of steps 4 and 5, where another rank samples,",
+        )
 
 
 @exercise("6.19", points=2)
@@ -818,17 +842,25 @@ class TestCollect:
         executor.submit(code.SchedulerOutput(4))
         executor.submit(code.SchedulerOutput(5))
         steps = [step_of(executor.collect(), "what `collect` returns") for _ in range(2)]
-        equal(steps, [4, 5], "the steps that `collect` returns, twice, after rank 0 has sampled steps 4 and 5")
-        equal([event for event in events if "wait" in event], [], "the waits for other ranks, where rank 0 samples")
+        equal(steps, [4, 5], "the steps that two calls of `collect` return, after rank 0 has sampled steps 4 and 5,")
+        equal(
+            [event for event in events if "wait" in event],
+            [],
+            "the waits for other ranks in `collect`, where rank 0 samples,",
+        )
 
     def test_another_rank_samples(self, code):
         executor, events = executor_of(code, False, received=(4, 5))
         executor.submit(code.SchedulerOutput(4))
         executor.submit(code.SchedulerOutput(5))
         del events[:]
-        equal(step_of(executor.collect(), "what `collect` returns"), 4, "the step that `collect` returns first")
-        equal(events, ["wait 7.5 s"], "the waits of the first `collect`, with a timeout of 7.5 s")
-        equal(step_of(executor.collect(), "what `collect` returns"), 5, "the step that `collect` returns next")
+        equal(
+            step_of(executor.collect(), "what `collect` returns"),
+            4,
+            "the step that the first `collect` returns, after steps 4 and 5 were submitted,",
+        )
+        equal(events, ["wait 7.5 s"], "the waits in the first `collect`, with a timeout of 7.5 s,")
+        equal(step_of(executor.collect(), "what `collect` returns"), 5, "the step that the second `collect` returns")
 
 
 @exercise("6.5", points=1)
@@ -836,21 +868,21 @@ class TestLargestShare:
     def test_shares(self, code):
         smollm2 = code.ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
         for tensor, pipeline, expected in ((1, 1, 1.0), (2, 1, 2 / 3), (3, 1, 1 / 3), (4, 1, 1 / 3)):
-            what = f"the largest share of SmolLM2's cache with tensor_parallel={tensor}, pipeline_parallel={pipeline}"
+            what = f"largest_share of SmolLM2 with tensor_parallel={tensor}, pipeline_parallel={pipeline}"
             close(float(code.largest_share(smollm2, tensor, pipeline)), expected, what)
 
     def test_uneven_stages(self, code):
         smollm2 = code.ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True)
         for tensor, pipeline, expected in ((1, 2, 19 / 30), (2, 2, 19 / 45), (1, 3, 13 / 30)):
-            what = f"the largest share of SmolLM2's cache with tensor_parallel={tensor}, pipeline_parallel={pipeline}"
+            what = f"largest_share of SmolLM2 with tensor_parallel={tensor}, pipeline_parallel={pipeline}"
             close(float(code.largest_share(smollm2, tensor, pipeline)), expected, what)
 
     def test_not_the_first_stage_has_most(self, code):
         config = code.ModelConfig(6144, 576, 1536, 11, 9, 3, 64, tie_word_embeddings=True)
-        what = "the largest share of five stages with 2, 3, 2, 3 and 1 of 11 layers"
+        what = "largest_share with five stages of 2, 3, 2, 3 and 1 of 11 layers"
         close(float(code.largest_share(config, 1, 5)), 3 / 11, what)
         config = code.ModelConfig(4608, 576, 1536, 10, 9, 3, 64, tie_word_embeddings=True)
-        what = "the largest share of five stages with 2, 2, 2, 3 and 1 of 10 layers, each of two ranks"
+        what = "largest_share with five stages of 2, 2, 2, 3 and 1 of 10 layers, two ranks in each"
         close(float(code.largest_share(config, 2, 5)), 2 / 3 * 3 / 10, what)
 
 
@@ -920,7 +952,7 @@ class TestTogether:
             expected = whole.logits(whole(ids, torch.arange(7), attend_to_all)).argmax(-1)[4:].tolist()
             tokens = [[token] for token in expected]
             first, _ = on_ranks(code, steps_on_rank, folder, 2)
-            equal(first, tokens, "the tokens that rank 0 of a tensor-parallel pair samples")
+            equal(first, tokens, "the tokens that rank 0 of two tensor-parallel ranks samples")
             first, last = on_ranks(code, steps_on_rank, folder, 1)
-            equal(first, [], "what the first of two stages samples")
+            equal(first, [], "the tokens that the first of two stages returns")
             equal(last, tokens, "the tokens that the second of two stages samples")

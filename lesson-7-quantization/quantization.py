@@ -1,8 +1,8 @@
-"""Lesson 7: fewer bits. Weights in eight bits or four, activations in eight, keys and values in eight, layers on disk.
+"""Lesson 7: fewer bits. Weights in eight or four bits, activations, keys and values in eight, and layers on disk.
 
-Decoding reads every weight in every step: a quarter of the bytes is read in a quarter of the time, and fits where the
-whole did not. A weight keeps its name, and its scales are stored beside it (`q_proj.weight`, `q_proj.weight_scale`). So
-a quantized model is a checkpoint like any other, and a rank reads its slices of it.
+Decoding reads every weight in every step. A quarter of the bytes is read in a quarter of the time, and fits into less
+memory. A weight keeps its name, and its scales are stored beside it (`q_proj.weight`, `q_proj.weight_scale`). So a
+quantized model is a checkpoint like any other, and a rank reads its part of it.
 
 From Dettmers et al., "LLM.int8()" (2022); for activations, Xiao et al., "SmoothQuant" (2023). Lin et al., "AWQ" (2024),
 quantize weights with their inputs in mind. Groups of four bits are as in llama.cpp's Q4_0 and Q4_1.
@@ -40,10 +40,10 @@ def quantize_int8(weight: Tensor, absmax: Tensor | None = None) -> tuple[Tensor,
     """Round each row to whole numbers from -127 to 127, with one scale for the row. weight: (out, in).
 
     absmax: (out,), the largest magnitude in each row; by default that of `weight`, which may be only a part of it.
-    Returns the numbers, int8 (out, in), and the scales, (out,): number x scale is about the weight. A scale that would
-    be 0, as for a row of zeros, is 1. That of a row with a NaN in it is NaN, or the fault would go unnoticed.
+    Returns the numbers, int8 (out, in), and the scales, (out,): number x scale approximates the weight. A scale that
+    would be 0, as for a row of zeros, is 1. A row with a NaN has the scale NaN, so that the fault is noticed.
     """
-    # TODO 7.1: the largest magnitude in a row becomes 127. (-128 is not used, so that every number has a negative.)
+    # TODO 7.1: a row's scale is its largest magnitude / 127. (-128 is not used, so every number has a negative.)
     raise NotImplementedError("TODO 7.1")
 
 
@@ -52,7 +52,7 @@ def quantize_activations(x: Tensor, absmax: Tensor | None = None) -> tuple[Tenso
 
     absmax: (T,), the largest magnitude of each token, if x has only a part of its channels.
     """
-    # TODO 7.2: a token is a row, too.
+    # TODO 7.2: each token is a row, as each output is a row in 7.1: call `quantize_int8`.
     raise NotImplementedError("TODO 7.2")
 
 
@@ -69,8 +69,8 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def whole_row_absmax(layer: Linear, x: Tensor) -> Tensor:
-    """Returns the largest magnitude in each row, over all ranks that have a part of it. x: (rows, columns) -> (rows,).
-    The columns of x are the layer's: it is the layer's part of its matrix, or the layer's inputs.
+    """Return the largest magnitude in each row, over all ranks that have a part of it. x: (rows, columns) -> (rows,).
+    x has the layer's columns: it is the layer's part of its matrix, or the layer's inputs.
     """
     absmax = x.abs().amax(dim=1)
     is_part = len(layer.columns) < layer.shape[1]
@@ -83,7 +83,7 @@ class QuantizedMethod(LinearMethod):
     is_saved: the checkpoint was written by `save_quantized`. Otherwise its floats are quantized as they are read.
     """
 
-    dtypes: Mapping[str, torch.dtype] = {"weight": torch.int8}  # of the tensors that are not of the activations' dtype
+    dtypes: Mapping[str, torch.dtype] = {"weight": torch.int8}  # dtypes of tensors that differ from the activations'
 
     def __init__(self, is_saved: bool = False):
         self.is_saved = is_saved
@@ -109,7 +109,7 @@ class QuantizedMethod(LinearMethod):
 
 
 class Int8Method(QuantizedMethod):
-    """Eight bits, with a scale for each output. Activations stay in floats."""
+    """Weights in eight bits, with a scale for each output. Activations stay in floats."""
 
     def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
         return {"weight": (rows, columns), "weight_scale": (rows,)}
@@ -122,7 +122,7 @@ class Int8Method(QuantizedMethod):
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
         """Multiply x (T, in) by the matrix that numbers and scales stand for. Returns (T, out) in x's dtype."""
-        # TODO 7.3: a scale belongs to an output. So when is it cheapest to multiply by it?
+        # TODO 7.3: multiply by the numbers, in x's dtype, and then each output by its scale.
         raise NotImplementedError("TODO 7.3")
 
     def embed(self, layer: Linear, token_ids: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Int8Method(QuantizedMethod):
 
 
 class W8A8Method(Int8Method):
-    """Eight bits for the matrix and for the activations: whole numbers are multiplied, and scaled once at the end."""
+    """Matrix and activations in eight bits: whole numbers are multiplied, and the result is scaled at the end."""
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
         """Multiply as `Int8Method` does. Ranks that have parts of the same token use the same scale for it."""
@@ -153,27 +153,27 @@ def pack_int4(numbers: Tensor) -> Tensor:
 
     numbers: (out, in) uint8, `in` even. Returns (out, in / 2) uint8.
     """
-    # TODO 7.5: shift one of them by four bits.
+    # TODO 7.5: shift the second of each pair by four bits, and combine it with the first.
     raise NotImplementedError("TODO 7.5")
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """Undo `pack_int4`. packed: (out, in / 2) uint8. Returns (out, in) uint8, from 0 to 15."""
-    # TODO 7.6: the low half and the high half of each byte, side by side again.
+    # TODO 7.6: take the low half and the high half of each byte, and put them side by side again.
     raise NotImplementedError("TODO 7.6")
 
 
 def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Round each group of `group_size` neighbours in a row to whole numbers from 0 to 15. weight: (out, in).
 
-    The last group of a row may be shorter. number x scale + minimum is about the weight. Asymmetric: 0 stands for the
+    The last group of a row may be shorter. number x scale + minimum approximates it. Asymmetric: 0 stands for the
     group's smallest weight and 15 for its largest. Symmetric: 8 stands for 0, and 15 and 1 for the largest magnitude
     and its negative, so the minimum is -8 scales. Scales and minima are rounded to float16, as they are stored, before
     the numbers are chosen. A scale that would be 0 in float16 is 1.
 
     Returns the numbers, uint8 (out, in), the scales and the minima, both float16 (out, groups).
     """
-    # TODO 7.7: fill the last group up with copies of the last weight, which change no extreme. View as groups.
+    # TODO 7.7: fill the last group with copies of the last weight, which change no extreme. View as groups.
     raise NotImplementedError("TODO 7.7")
 
 
@@ -185,8 +185,8 @@ def dequantize_int4(
     scale, minimum: (out, groups); a minimum of None is -8 scales. first_column: the position of the first column in
     its group, which is not 0 if a rank's columns begin within a group.
     """
-    # TODO 7.8: find the bug. One process answers well. Three ranks answer well with groups of 32 and of 64; with
-    # groups of 128 their answers are nonsense.
+    # TODO 7.8: find the bug. The answers of one process are good. Those of three ranks are good with groups of 32
+    # and of 64, and nonsense with groups of 128.
     raise NotImplementedError("TODO 7.8")  # take this line out, then find the one mistake below and mend it
 
     group_of = (torch.arange(numbers.shape[1], device=numbers.device)) // group_size
@@ -196,7 +196,7 @@ def dequantize_int4(
 
 
 class Int4Method(QuantizedMethod):
-    """Four bits, two numbers in a byte, with a scale and (unless symmetric) a minimum for each group of a row."""
+    """Weights in four bits, two in a byte, with a scale and (unless symmetric) a minimum for each group of a row."""
 
     dtypes = {"weight": torch.uint8, "weight_scale": torch.float16, "weight_minimum": torch.float16}
 
@@ -236,7 +236,7 @@ class Int4Method(QuantizedMethod):
 
 
 class W4A8Method(Int4Method):
-    """Four bits for the matrix and eight for the activations, with a scale for each token. (vLLM's name.)"""
+    """Weights in four bits and activations in eight, with a scale for each token. (The name is vLLM's.)"""
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
         numbers, scale = quantize_activations(x, whole_row_absmax(layer, x))
@@ -251,7 +251,7 @@ class W4A8Method(Int4Method):
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a model's matrices are stored. kind: "int8", "w8a8", "int4" or "w4a8". The other fields are for four bits."""
+    """Says how a model's matrices are stored. kind: "int8", "w8a8", "int4" or "w4a8". The rest is for four bits."""
 
     kind: str
     group_size: int = 64
@@ -333,7 +333,7 @@ def quantized_copy(model: Llama, quantization: Quantization) -> Llama:
 
 
 def save_quantized(model: Llama, quantization: Quantization, source: Path, folder: Path) -> None:
-    """Write a quantized model as a checkpoint: its tensors, and the source's config and tokenizer beside them."""
+    """Write a quantized model as a checkpoint: its tensors, and the source's config and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.suffix in (".json", ".model", ".jinja", ".txt") and "index" not in file.name:
@@ -346,7 +346,7 @@ def save_quantized(model: Llama, quantization: Quantization, source: Path, folde
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Returns the bytes of all parameters in memory; a shared one counts once, and one that oneDNN has packed not."""
+    """Return the bytes of all parameters in memory. A shared one counts once; one that oneDNN has packed does not."""
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
 
 
@@ -359,20 +359,20 @@ def activation_aware_scales(
     """Find a factor for each input channel, such that quantizing the scaled weights changes the outputs least.
 
     x: (T, in), real inputs. weights: the matrices (out, in) that are multiplied by them. round_trip(weight) quantizes
-    a weight and returns what can be read back. Weights are multiplied by the factors before they are rounded, and
-    inputs divided by them.
+    a weight and dequantizes it again. Weights are multiplied by the factors before they are rounded, and inputs are
+    divided by them.
 
     The candidates are mean |x| ** (i / num_trials), for i from 0 (no scaling) to num_trials - 1, divided by the square
     root of (their largest x their smallest); means below 1e-4 count as 1e-4. The error of a candidate is the mean
     square of the change in the outputs, summed over the weights. Returns the best one, (in,), the first of equals.
     """
-    # TODO 7.11: for each candidate and weight, compare x @ weight.T with what the scaled weight gives: round-trip
-    # weight x factors, then divide by the factors again.
+    # TODO 7.11: for each candidate and weight, compare x @ weight.T with the outputs after rounding: round_trip
+    # (weight x factors), divided by the factors again.
     raise NotImplementedError("TODO 7.11")
 
 
 def scale_for_activations(model: Llama, token_ids: Sequence[int], quantization: Quantization, attend: Attend) -> None:
-    """Scale a model in floats for a quantization, in place, by what it computes on a text. Its outputs stay the same.
+    """Scale a model in floats for a quantization, in place, by its activations on a text. Its outputs stay the same.
 
     Inputs are divided by their factors where they are made: in the norm before q, k and v and before gate and up, and
     in up's outputs before down. The inputs of o come from attention, which mixes them, so o is not scaled.
@@ -419,7 +419,7 @@ class Int8KVCache(PagedKVCache):
     """Lesson 4's blocks in eight bits, with one scale for each slot and head.
 
     A token is quantized once, when it is written, and its scale never changes. So every request reads the same numbers,
-    in whichever chunks a prompt was computed, and even if it was computed twice.
+    however its prompt was cut into chunks, and even if it was computed twice.
     """
 
     def __init__(
@@ -449,7 +449,7 @@ class Int8KVCache(PagedKVCache):
 
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read positions start to end of B sequences: two of (B, end - start, K, D), in the model's dtype."""
-        # TODO 7.13: select the blocks of these positions as in lesson 4, apply their scales, cut to the slots.
+        # TODO 7.13: select the blocks of these positions as in lesson 4, multiply by the scales, cut off both ends.
         raise NotImplementedError("TODO 7.13")
 
 
@@ -460,10 +460,10 @@ def stream_layers(numbers: Iterable[int], read: Callable[[int], nn.Module]) -> I
     """Yield (number, layer) for each number, in order, and read the next layer while the caller computes with this one.
 
     read(number) reads a layer from the disk, which takes a while. At most two layers are in memory: the one that was
-    yielded last, and the one that is being read. What `read` raises is raised here.
+    yielded last, and the one that is being read. An error of `read` is raised here.
     """
-    # TODO 7.14: `pool.submit(read, number)` reads in another thread; `.result()` waits for it. Submit a layer
-    # before you yield the one before it, and no earlier.
+    # TODO 7.14: `pool.submit(read, number)` reads in another thread; `.result()` waits for it. Submit each layer
+    # just before you yield the layer before it.
     raise NotImplementedError("TODO 7.14")
 
 
@@ -478,7 +478,7 @@ def experts_of(layer: nn.Module) -> list[nn.ModuleList]:
 
 
 class OnDisk(nn.Module):
-    """A module that is read from the disk whenever it is called, and forgotten afterwards."""
+    """A module that is read from the disk whenever it is called, and not kept afterwards."""
 
     def __init__(self, read: Callable[[], nn.Module]):
         super().__init__()
@@ -494,8 +494,8 @@ class OffloadedLlama(Llama):
     """
 
     def stream_from(self, checkpoint: Checkpoint, numbers: range, limit: int) -> None:
-        """Read what stays in memory: all that is no layer, and the first of these layers. limit: bytes of all weights.
-        Raises ValueError if the limit is too small for all that is no layer and two layers, with one expert each.
+        """Read what stays in memory: everything outside the layers, and the first of these layers. limit: bytes of all
+        weights. Raises ValueError if it is too small for everything outside the layers and two layers, with one expert.
         """
         self.checkpoint, layers = checkpoint, self.model.layers
         sizes = {number: num_bytes(layers[number]) for number in numbers}

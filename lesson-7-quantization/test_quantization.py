@@ -1,4 +1,4 @@
-"""The checks of lesson 7. Weights are small and worked by hand, and chosen so that rounding is no matter of luck."""
+"""The checks of lesson 7. Weights are small and worked by hand, and no result depends on a tie in rounding."""
 
 from __future__ import annotations
 
@@ -66,19 +66,26 @@ class TestQuantizeInt8:
         close(numbers, torch.tensor([[0, 0], [127, 0]], dtype=torch.int8), "the numbers of [[0, 0], [1.27, 0]]")
 
     def test_part_of_a_row(self, code):
-        numbers, scale = code.quantize_int8(torch.tensor([[3.0, -1.0]]), torch.tensor([12.7]))
-        close(scale, torch.tensor([0.1]), "the scale of [3, -1], part of a row whose largest magnitude is 12.7")
-        close(numbers, torch.tensor([[30, -10]], dtype=torch.int8), "the numbers of [3, -1] in that row")
+        numbers, scale = code.quantize_int8(torch.tensor([[3.0, -1.0], [3.0, -1.0]]), torch.tensor([12.7, 3.81]))
+        what = "of [3, -1] and [3, -1], parts of two rows with absmax 12.7 and 3.81"
+        close(scale, torch.tensor([0.1, 0.03]), f"the scales {what}")
+        close(numbers, torch.tensor([[30, -10], [100, -33]], dtype=torch.int8), f"the numbers {what}")
 
     def test_a_scale_that_is_too_small_to_tell_from_0(self, code):
         numbers, scale = code.quantize_int8(torch.tensor([[1e-6, 0.0]]).half())
-        what = "of [1e-6, 0] in float16, which cannot tell 1e-6 / 127 from 0"
+        what = "of [1e-6, 0] in float16, where 1e-6 / 127 is rounded to 0"
         close(scale, torch.ones(1).half(), f"the scale {what}")
         close(numbers, torch.zeros(1, 2, dtype=torch.int8), f"the numbers {what}")
 
+    def test_a_scale_that_float16_rounds_down(self, code):
+        """The smallest number above 0 in float16 is 6e-8, and 1e-5 / 127 is 7.9e-8."""
+        numbers, _ = code.quantize_int8(torch.tensor([[1e-5, -1e-5]]).half())
+        what = "the numbers of [1e-5, -1e-5] in float16, where 1e-5 / scale is 168, more than an int8 holds,"
+        close(numbers, torch.tensor([[127, -127]], dtype=torch.int8), what)
+
     def test_a_fault_stays_visible(self, code):
         _, scale = code.quantize_int8(torch.tensor([[1.0, math.nan], [254.0, 1.0]]))
-        what = "the scales of [[1, NaN], [254, 1]]: the first is NaN, or the fault would go unnoticed"
+        what = "the scales of [[1, NaN], [254, 1]], the first of which should be NaN,"
         close(scale, torch.tensor([math.nan, 2.0]), what)
 
     def test_error_is_half_a_step(self, code):
@@ -87,7 +94,7 @@ class TestQuantizeInt8:
         error = (numbers.float() * scale[:, None] - weight).abs() / scale[:, None]
         worst = float(error.max())
         holds(
-            worst <= 0.5001, f"a weight is {worst:.2f} scales away from what its number stands for; at most 0.5.", worst
+            worst <= 0.5001, f"number x scale differs from a weight by {worst:.2f} scales; expected at most 0.5.", worst
         )
 
 
@@ -101,9 +108,10 @@ class TestQuantizeActivations:
         close(numbers, expected, "the numbers of two tokens, [1.27, -0.5, 0] and [-254, 2, 100]")
 
     def test_part_of_a_token(self, code):
-        numbers, scale = code.quantize_activations(torch.tensor([[1.0, -2.0]]), torch.tensor([25.4]))
-        close(scale, torch.tensor([0.2]), "the scale of [1, -2], of a token whose largest magnitude is 25.4")
-        close(numbers, torch.tensor([[5, -10]], dtype=torch.int8), "the numbers of [1, -2] in that token")
+        numbers, scale = code.quantize_activations(torch.tensor([[1.0, -2.0], [1.0, -2.0]]), torch.tensor([25.4, 2.54]))
+        what = "of [1, -2] and [1, -2], parts of two tokens with absmax 25.4 and 2.54"
+        close(scale, torch.tensor([0.2, 0.02]), f"the scales {what}")
+        close(numbers, torch.tensor([[5, -10], [50, -100]], dtype=torch.int8), f"the numbers {what}")
 
 
 @exercise("7.3", points=2)
@@ -113,21 +121,29 @@ class TestInt8Method:
         layer = quantized(code, code.Int8Method(), weight)
         numbers, scale = layer.weight, layer.weight_scale
         expected = x @ (numbers.float() * scale[:, None]).T + 1
-        close(layer(x), expected, "layer(x), of five outputs with a bias of 1 and eight inputs", rtol=1e-4, atol=1e-5)
+        close(
+            layer(x),
+            expected,
+            "layer(x) of a layer with eight inputs, five outputs and a bias of 1",
+            rtol=1e-4,
+            atol=1e-5,
+        )
         close(layer(x[:1]), expected[:1], "layer(x) of one token", rtol=1e-4, atol=1e-5)
 
     def test_in_the_dtype_of_x(self, code):
-        weight, x = spread(4, 4).double(), spread(2, 4).double()
+        weight, x = spread(4, 4).double(), spread(2, 4).double() / 3
         layer = quantized(code, code.Int8Method(), weight)
         expected = x @ (layer.weight.double() * layer.weight_scale[:, None]).T + 1
         close(layer(x), expected, "layer(x) in float64, with a bias of 1", rtol=1e-9, atol=1e-9)
+        got = quantized(code, code.Int8Method(), weight.bfloat16())(torch.ones(1, 4).bfloat16())
+        equal(str(got.dtype), "torch.bfloat16", "the dtype of layer(x), where x has bfloat16,")
 
     def test_the_weight_is_left_alone(self, code):
         weight = spread(4, 4)
         layer = quantized(code, code.Int8Method(), weight)
         before = layer.weight.clone()
         layer(spread(2, 4))
-        close(layer.weight, before, "the layer's numbers, after a product")
+        close(layer.weight, before, "the layer's weight after a product, which must not change it,")
 
 
 @exercise("7.4", points=3)
@@ -142,22 +158,31 @@ class TestW8A8Method:
         layer = quantized(code, code.W8A8Method(), weight)
         expected = self.expected(layer, x, x.abs().amax(1))
         close(
-            layer(x), expected, "layer(x) of four tokens of very different size, with a bias of 1", rtol=1e-4, atol=1e-6
+            layer(x),
+            expected,
+            "layer(x) of four tokens with very different magnitudes, and a bias of 1",
+            rtol=1e-4,
+            atol=1e-6,
         )
 
     def test_sums_need_more_than_eight_bits(self, code):
         weight = torch.ones(2, 2000)
         layer = quantized(code, code.W8A8Method(), weight)
         got = layer(torch.ones(1, 2000))
-        close(got, torch.full((1, 2), 2001.0), "2,000 ones times 2,000 weights of one, and a bias of 1", rtol=1e-4)
+        close(
+            got,
+            torch.full((1, 2), 2001.0),
+            "layer(x) of 2,000 ones, with 2,000 weights of 1 and a bias of 1",
+            rtol=1e-4,
+        )
 
     def test_sums_that_float16_cannot_hold(self, code):
         """2,000 products of 127 x 127 are 32 million; float16 ends at 65,504. What they stand for is 2,000."""
         layer = quantized(code, code.W8A8Method(), torch.ones(2, 2000).half())
-        got = layer(torch.ones(1, 2000).half())
-        equal(str(got.dtype), "torch.float16", "the dtype of layer(x), where x is in float16")
-        what = "2,000 ones times 2,000 weights of one, and a bias of 1, in float16"
-        close(got, torch.full((1, 2), 2001.0).half(), what, rtol=2e-3)
+        got = layer(torch.tensor([[1.0], [0.01]]).expand(2, 2000).half())
+        equal(str(got.dtype), "torch.float16", "the dtype of layer(x), where x has float16,")
+        what = "layer(x) of 2,000 ones, and of 2,000 times 0.01, in float16, with 2,000 weights of 1 and a bias of 1"
+        close(got, torch.tensor([[2001.0] * 2, [21.0] * 2]).half(), what, rtol=2e-3)
 
     def test_ranks_scale_a_token_alike(self, code):
         """Another rank has the larger part of the token: the group says so."""
@@ -171,7 +196,7 @@ class TestW8A8Method:
         layer = quantized(code, code.W8A8Method(), weight, columns=range(4))
         layer.group = Other()
         expected = self.expected(layer, x, torch.tensor([12.7]))
-        what = "layer(x), where another rank's part of the token has a magnitude of 12.7, and a bias of 1"
+        what = "layer(x) with a bias of 1, where another rank's part of the token has absmax 12.7"
         close(layer(x), expected, what, rtol=1e-4, atol=1e-6)
 
 
@@ -224,14 +249,17 @@ class TestQuantizeInt4:
         close(scale, torch.tensor([[1.0, 0.5]]).half(), f"the scales {what}")
         close(minimum, torch.tensor([[-8.0, -4.0]]).half(), f"the minima {what}")
         numbers = numbers.clone()
-        holds(int(numbers[0, 4]) in (11, 12), f"1.75 in scales of 0.5 above -4 is 11.5; the number is {numbers[0, 4]}.")
+        holds(
+            int(numbers[0, 4]) in (11, 12),
+            f"(1.75 + 4) / 0.5 is 11.5, so the number should be 11 or 12; it is {numbers[0, 4]}.",
+        )
         numbers[0, 4] = 12
         close(numbers, torch.tensor([[15, 1, 10, 8, 12, 9, 1, 14]], dtype=torch.uint8), f"the numbers {what}")
 
     def test_a_short_last_group(self, code):
         weight = torch.tensor([[15.0, 0.0, 1.0, 2.0, 100.0, 130.0], [15.0, 0.0, 1.0, 2.0, -9.0, -3.0]])
         numbers, scale, minimum = code.quantize_int4(weight, 4, False)
-        what = "of rows of six in groups of 4, the last two alone"
+        what = "of rows of six in groups of 4, the last group with two weights"
         close(scale, torch.tensor([[1.0, 2.0], [1.0, 0.4]]).half(), f"the scales {what}")
         close(minimum, torch.tensor([[0.0, 100.0], [0.0, -9.0]]).half(), f"the minima {what}")
         expected = torch.tensor([[15, 0, 1, 2, 0, 15], [15, 0, 1, 2, 0, 15]], dtype=torch.uint8)
@@ -239,21 +267,21 @@ class TestQuantizeInt4:
 
     def test_a_last_group_of_one(self, code):
         numbers, scale, _ = code.quantize_int4(torch.tensor([[0.0, 15.0, 1.0, 2.0, 7.0]]), 4, False)
-        what = "of a row of five in groups of 4, the last one alone"
+        what = "of a row of five in groups of 4, the last group with one weight"
         close(scale, torch.tensor([[1.0, 1.0]]).half(), f"the scales {what}")
         close(numbers, torch.tensor([[0, 15, 1, 2, 0]], dtype=torch.uint8), f"the numbers {what}")
 
     def test_below_the_rounded_minimum(self, code):
         numbers, _, minimum = code.quantize_int4(torch.tensor([[1000.3, 1000.31]]), 2, False)
-        close(minimum, torch.tensor([[1000.5]]).half(), "the minimum of [1000.3, 1000.31], as float16 has it")
-        what = "the numbers of [1000.3, 1000.31], both of which lie below it"
+        close(minimum, torch.tensor([[1000.5]]).half(), "the minimum of [1000.3, 1000.31], rounded to float16,")
+        what = "the numbers of [1000.3, 1000.31], both of which are below the rounded minimum"
         close(numbers, torch.tensor([[0, 0]], dtype=torch.uint8), what)
 
     def test_all_alike(self, code):
         numbers, scale, minimum = code.quantize_int4(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), 2, False)
-        close(scale, torch.ones(2, 1).half(), "the scales of groups in which all are alike")
-        close(minimum, torch.tensor([[3.0], [0.0]]).half(), "the minima of groups in which all are alike")
-        close(numbers, torch.zeros(2, 2, dtype=torch.uint8), "the numbers of groups in which all are alike")
+        close(scale, torch.ones(2, 1).half(), "the scales of groups with equal weights")
+        close(minimum, torch.tensor([[3.0], [0.0]]).half(), "the minima of groups with equal weights")
+        close(numbers, torch.zeros(2, 2, dtype=torch.uint8), "the numbers of groups with equal weights")
 
     def test_all_alike_and_symmetric(self, code):
         numbers, scale, _ = code.quantize_int4(torch.tensor([[3.5, 3.5], [-7.0, -7.0], [0.0, 0.0]]), 2, True)
@@ -264,7 +292,7 @@ class TestQuantizeInt4:
     def test_a_scale_that_float16_rounds_to_0(self, code):
         for symmetric, expected in ((False, 0), (True, 8)):
             numbers, scale, _ = code.quantize_int4(torch.tensor([[1e-9, 3e-9]]), 2, symmetric)
-            what = f"of [1e-9, 3e-9] {'symmetric' if symmetric else 'asymmetric'}, smaller than float16 can tell from 0"
+            what = f"of [1e-9, 3e-9], {'symmetric' if symmetric else 'asymmetric'}, where float16 rounds the scale to 0"
             close(scale, torch.ones(1, 1).half(), f"the scale {what}")
             close(numbers, torch.full((1, 2), expected, dtype=torch.uint8), f"the numbers {what}")
 
@@ -274,7 +302,7 @@ class TestQuantizeInt4:
         numbers, scale, minimum = code.quantize_int4(weight, 64, False)
         close(minimum, torch.tensor([[40000.0]]).half(), "the minimum of a group from 40,011.3 to 40,311.3")
         expected = ((weight - 40000) / scale.float()).round().clamp(0, 15).to(torch.uint8)
-        close(numbers, expected, "the numbers of a group whose minimum float16 rounds to 40,000")
+        close(numbers, expected, "the numbers of a group whose minimum is rounded to 40,000 in float16")
         numbers, scale, _ = code.quantize_int4(torch.tensor([[0.0, 15.006, 14.503]]), 3, False)
         what = "of [0, 15.006, 14.503], where float16 rounds 15.006 / 15 to 1"
         close(scale, torch.ones(1, 1).half(), f"the scale {what}")
@@ -287,19 +315,23 @@ class TestDequantizeInt4:
         numbers = torch.tensor([[0, 15, 3, 7, 1, 2]], dtype=torch.uint8)
         scale, minimum = torch.tensor([[1.0, 0.5]]), torch.tensor([[1.0, -7.0]])
         got = code.dequantize_int4(numbers, scale, minimum, 4)
-        close(got, torch.tensor([[1.0, 16.0, 4.0, 8.0, -6.5, -6.0]]), "[0, 15, 3, 7 | 1, 2] in groups of 4")
+        close(
+            got,
+            torch.tensor([[1.0, 16.0, 4.0, 8.0, -6.5, -6.0]]),
+            "dequantize_int4 of [0, 15, 3, 7 | 1, 2] in groups of 4",
+        )
 
     def test_symmetric(self, code):
         numbers, scale = torch.tensor([[0, 8, 15, 1]], dtype=torch.uint8), torch.tensor([[1.0, 0.5]])
         got = code.dequantize_int4(numbers, scale.bfloat16(), None, 2)
-        what = "[0, 8 | 15, 1] in groups of 2, without minima, scales in bfloat16"
+        what = "dequantize_int4 of [0, 8 | 15, 1] in groups of 2, without minima, with scales in bfloat16,"
         close(got, torch.tensor([[-8.0, 0.0, 3.5, -3.5]]).bfloat16(), what)
 
     def test_share_that_begins_within_a_group(self, code):
         numbers = torch.tensor([[1, 2, 3, 4, 5, 6]], dtype=torch.uint8)
         scale, minimum = torch.tensor([[1.0, 10.0]]), torch.zeros(1, 2)
         got = code.dequantize_int4(numbers, scale, minimum, 4, 2)
-        what = "the numbers 1 to 6 in groups of 4 with scales 1 and 10, where first_column is 2"
+        what = "dequantize_int4 of the numbers 1 to 6 in groups of 4, with scales 1 and 10 and first_column 2,"
         close(got, torch.tensor([[1.0, 2.0, 30.0, 40.0, 50.0, 60.0]]), what)
 
 
@@ -312,7 +344,7 @@ class TestInt4Method:
         wide = [each.to(dtype).repeat_interleave(group_size, 1)[:, :columns] for each in (scale, minimum)]
         expected = x @ (numbers * wide[0] + wide[1]).T + 1
         kind = f"groups of {group_size}, {'symmetric' if symmetric else 'asymmetric'}, {columns} inputs, a bias of 1"
-        close(layer(x), expected, f"layer(x): {kind}", rtol=1e-4, atol=1e-4)
+        close(layer(x), expected, f"layer(x) with {kind}", rtol=1e-4, atol=1e-4)
 
     def test_groups(self, code):
         self.check(code, 16, 4, False)
@@ -326,13 +358,17 @@ class TestInt4Method:
         self.check(code, 8, 4, False, torch.float64)
         layer = quantized(code, code.Int4Method(4, False), spread(5, 8).bfloat16())
         got = layer(torch.ones(1, 8).bfloat16())
-        holds(got.dtype == torch.bfloat16, f"layer(x) of x in bfloat16 is in {got.dtype}.", str(got.dtype))
+        holds(
+            got.dtype == torch.bfloat16,
+            f"layer(x) has dtype {got.dtype}; x has bfloat16, so it should be bfloat16.",
+            str(got.dtype),
+        )
 
     def test_share_that_begins_within_a_group(self, code):
         weight, x = spread(5, 12), spread(3, 6) + 0.3
         whole = quantized(code, code.Int4Method(4, False), weight)
         share = quantized(code, code.Int4Method(4, False), weight, columns=range(6, 12))
-        what = "layer(x) of a rank whose columns begin at 6, groups of 4"
+        what = "layer(x) of a rank whose columns begin at 6, in groups of 4"
         close(share(x), whole(F.pad(x, (6, 0))), what, rtol=1e-4, atol=1e-4)
 
 
@@ -374,7 +410,7 @@ class TestQuantize:
         equal(self.methods(model), expected, "each layer's method after quantize(..., 'int4') of a tied model")
         table, head = model.model.embed_tokens, model.lm_head
         shared = [getattr(head, name, None) is getattr(table, name) for name in ("weight", "weight_scale")]
-        equal(shared, [True, True], "whether the head's weight and weight_scale are the table's")
+        equal(shared, [True, True], "whether the weight and the weight_scale of head and table are the same tensors")
 
     def test_tensors(self, code):
         model = self.model(code)
@@ -394,7 +430,7 @@ class TestQuantize:
             layers = (model.model.layers[0].mlp.up_proj, model.lm_head)
             found = [[type(layer.method).__name__, *sorted(layer.shapes())] for layer in layers]
             expected = [["Int8Method", "weight", "weight_scale"] if is_saved else ["Int8Method", "weight"]] * 2
-            what = f"method and tensors to read of up_proj and the head after quantize(..., is_saved={is_saved})"
+            what = f"[method, tensors to read] of up_proj and of the head after quantize(..., is_saved={is_saved})"
             equal(found, expected, what)
 
 
@@ -424,12 +460,14 @@ class TestActivationAwareScales:
     def test_the_best_of_all(self, code):
         x, weights = self.data()
         got = code.activation_aware_scales(x, weights, torch.round, 6)
-        close(got, self.expected(x, weights, torch.round, 6), "the factors of six channels, one of them large")
+        close(
+            got, self.expected(x, weights, torch.round, 6), "the factors of six channels, one of them with large inputs"
+        )
 
     def test_one_weight(self, code):
         x, weights = self.data()
         got = code.activation_aware_scales(x, weights[:1], torch.round, 5)
-        close(got, self.expected(x, weights[:1], torch.round, 5), "the factors for one weight, five trials")
+        close(got, self.expected(x, weights[:1], torch.round, 5), "the factors for one weight and five trials")
 
     def test_outputs_count_alike_in_weights_of_any_height(self, code):
         x, weights = self.data()
@@ -440,14 +478,20 @@ class TestActivationAwareScales:
     def test_where_nothing_is_lost(self, code):
         x, weights = self.data()
         got = code.activation_aware_scales(x, [torch.zeros_like(weights[0])], torch.round, 3)
-        close(got, torch.ones(6), "the factors for a weight of zeros, for which the first of three trials does")
+        close(
+            got, torch.ones(6), "the factors for a weight of zeros, where the first of three equal candidates is used"
+        )
 
     def test_a_channel_that_is_never_used(self, code):
         x, weights = self.data()
         x[:, 1] = 0
         got = code.activation_aware_scales(x, weights, torch.round, 4)
-        holds(bool(got.isfinite().all()), f"with a channel that is always 0 the factors are {got.tolist()}.", got)
-        what = "the factors with a channel that is always 0, which counts as 1e-4"
+        holds(
+            bool(got.isfinite().all()),
+            f"With a channel that is always 0, the factors are {got.tolist()}; they should be finite.",
+            got,
+        )
+        what = "the factors with a channel that is always 0, whose mean counts as 1e-4,"
         close(got, self.expected(x, weights, torch.round, 4), what)
 
 
@@ -483,14 +527,14 @@ class TestInt8KVCacheWrite:
         expected = torch.zeros(4, 2, 2, 4, dtype=torch.int8)
         expected[2, 1] = torch.tensor([[127, 0, 0, -50], [127, 1, -2, 0]])
         expected[1, 0] = torch.tensor([[127, 1, 0, 0], [0, 0, 0, 0]])
-        close(cache.keys[1], expected, "the numbers of layer 1's keys, after writing slots 5 and 2")
-        close(cache.values[1], expected, "the numbers of layer 1's values")
+        close(cache.keys[1], expected, "the numbers of layer 1's keys after a write to slots 5 and 2")
+        close(cache.values[1], expected, "the numbers of layer 1's values after a write to slots 5 and 2")
         scales = torch.zeros(4, 2, 2)
         scales[2, 1], scales[1, 0] = torch.tensor([0.01, 2.0]), torch.tensor([0.001, 1.0])
-        close(cache.scales[0][1], scales, "the scales of layer 1's keys")
+        close(cache.scales[0][1], scales, "the scales of layer 1's keys after a write to slots 5 and 2")
         values = scales * torch.tensor([2.0, 2.0])
         values[1, 0, 1] = 1.0
-        close(cache.scales[1][1], values, "the scales of layer 1's values")
+        close(cache.scales[1][1], values, "the scales of layer 1's values after a write to slots 5 and 2")
 
     def test_other_layers_and_slots_stay(self, code):
         cache = code.Int8KVCache(tiny(code), 4, 2, layers=range(1, 3))
@@ -499,9 +543,9 @@ class TestInt8KVCacheWrite:
         cache.write(2, torch.tensor([3]), k, k)
         cache.write(2, torch.tensor([0]), 9 * k, 9 * k)
         numbers, scale = k.reshape(2, 4), k.abs().amax(-1) / 127
-        close(cache.scales[0][1, 1, 1], scale[0], "the scales of slot 3, written twice, after slot 0 was written too")
+        close(cache.scales[0][1, 1, 1], scale[0], "the scales of slot 3 after it was written twice")
         expected = (numbers / scale[0][:, None]).round().to(torch.int8)
-        close(cache.keys[1, 1, 1], expected, "the numbers of slot 3, written twice, after slot 0 was written too")
+        close(cache.keys[1, 1, 1], expected, "the numbers of slot 3 after it was written twice")
         close(cache.keys[0], torch.zeros(4, 2, 2, 4, dtype=torch.int8), "the numbers of a layer that was not written")
 
 
@@ -538,14 +582,14 @@ class TestInt8KVCacheGather:
         try:
             got = cache.gather(2, tables, 0, 8)[0]
         except IndexError:
-            holds(False, "Positions 0 to 7 lie in the first two blocks of 4; gather read a third.", "a third")
-        equal(tuple(got.shape[:2]), (2, 8), "the shape, up to the heads, of positions 0 to 7 of two sequences")
+            holds(False, "Positions 0 to 7 are in the first two blocks of 4, but gather read a third block.", "a third")
+        equal(tuple(got.shape[:2]), (2, 8), "the first two dimensions of the keys of positions 0 to 7 of two sequences")
 
     def test_another_dtype(self, code):
         cache = code.Int8KVCache(tiny(code).bfloat16(), 2, 2)
         cache.write(0, torch.tensor([1]), torch.ones(1, 2, 4).bfloat16(), torch.ones(1, 2, 4).bfloat16())
         found = cache.gather(0, torch.tensor([[0]]), 0, 2)[0]
-        close(found[0, 1], torch.ones(2, 4).bfloat16(), "a key of ones, read back in a bfloat16 model", rtol=1e-2)
+        close(found[0, 1], torch.ones(2, 4).bfloat16(), "a key of ones, read by gather in a bfloat16 model,", rtol=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -557,9 +601,13 @@ class TestInt8KVCacheGather:
 class TestStreamLayers:
     def test_in_order(self, code):
         got = [(number, layer) for number, layer in code.stream_layers([2, 5, 3], lambda number: f"layer {number}")]
-        equal(got, [(number, f"layer {number}") for number in (2, 5, 3)], "what stream_layers([2, 5, 3]) yields")
-        equal(list(code.stream_layers([], str)), [], "what stream_layers yields for no layers")
-        equal(list(code.stream_layers([7], str)), [(7, "7")], "what stream_layers yields for one layer")
+        equal(
+            got,
+            [(number, f"layer {number}") for number in (2, 5, 3)],
+            "the list of pairs from stream_layers([2, 5, 3])",
+        )
+        equal(list(code.stream_layers([], str)), [], "the list of pairs from stream_layers([])")
+        equal(list(code.stream_layers([7], str)), [(7, "7")], "the list of pairs from stream_layers([7])")
 
     def test_the_next_is_read_meanwhile(self, code):
         begun = [threading.Event() for _ in range(4)]
@@ -574,7 +622,7 @@ class TestStreamLayers:
                 waited.append(begun[number + 1].wait(2))
                 if not waited[-1]:
                     break
-        equal(waited, [True, True, True], "whether the next layer is being read while one computes")
+        equal(waited, [True, True, True], "whether the next layer is being read while each of three layers is in use")
 
     def test_two_at_most(self, code):
         begun: list[int] = []
@@ -587,7 +635,7 @@ class TestStreamLayers:
         for number, _ in code.stream_layers(range(6), read):
             time.sleep(0.02)
             most = max(most, len(begun) - number)
-        equal(most, 2, "how many layers are in memory at most: the yielded one and those read since")
+        equal(most, 2, "the largest number of layers in memory (the yielded one and those read since)")
 
     def test_errors_are_told(self, code):
         def read(number: int) -> int:
@@ -601,8 +649,8 @@ class TestStreamLayers:
                 got.append(number)
         except OSError as error:
             told = str(error)
-        equal(told, "the disk is gone", "what is raised if the disk fails at layer 2")
-        equal(got, [0, 1], "the layers before it")
+        equal(told, "the disk is gone", "the error after `read` failed at layer 2")
+        equal(got, [0, 1], "the numbers of the layers that were yielded before the error")
 
 
 @exercise("7.15", points=2)
@@ -610,29 +658,29 @@ class TestKLDivergence:
     def test_values(self, code):
         p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
         got = code.kl_divergence(p.log() + 3, q.log() - 5)
-        close(got, torch.tensor(0.25 * 0.6931472), "KL of [1/2, 1/4, 1/4] to [1/4, 1/4, 1/2]")
+        close(got, torch.tensor(0.25 * 0.6931472), "kl_divergence of [1/2, 1/4, 1/4] and [1/4, 1/4, 1/2]")
 
     def test_not_symmetric(self, code):
         p, q = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.2, 0.6]]), torch.tensor([[0.4, 0.5, 0.1], [0.2, 0.3, 0.5]])
         expected = F.kl_div(q.log(), p, reduction="batchmean")
-        close(code.kl_divergence(p.log(), q.log()), expected, "KL over two tokens")
+        close(code.kl_divergence(p.log(), q.log()), expected, "kl_divergence, the mean over two tokens,")
 
     def test_the_same(self, code):
         logits = spread(3, 7) * 30
         close(
-            code.kl_divergence(logits, logits + 2), torch.tensor(0.0), "KL of predictions that are the same", atol=1e-5
+            code.kl_divergence(logits, logits + 2), torch.tensor(0.0), "kl_divergence of equal predictions", atol=1e-5
         )
 
     def test_in_sixteen_bits(self, code):
         logits, other = (spread(3, 70).bfloat16() * scale for scale in (3, 2))
         got = code.kl_divergence(logits, other)
         expected = F.kl_div(other.float().log_softmax(1), logits.float().softmax(1), reduction="batchmean")
-        what = "KL of logits in bfloat16, whose logarithms take more bits than that"
+        what = "kl_divergence of logits in bfloat16, computed in float32,"
         close(got.float(), expected, what, rtol=1e-3)
 
     def test_large_scores(self, code):
         got = code.kl_divergence(torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]]))
-        close(got, torch.tensor(200.0), "KL of [200, 0] to [0, 200]")
+        close(got, torch.tensor(200.0), "kl_divergence of logits [200, 0] and [0, 200]")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -692,7 +740,10 @@ class TestTogether:
                 model = loaded(code, folder, quantization)
                 got = scores(code, model, code.Int8KVCache(model, 4, 4))
                 distance = float(code.kl_divergence(exact, got))
-                holds(0 < distance < limit, f"with {kind} the predictions are {distance:.4f} nats away; below {limit}.")
+                holds(
+                    0 < distance < limit,
+                    f"With {kind} the KL divergence is {distance:.4f} nats; it should be above 0 and below {limit}.",
+                )
                 code.save_quantized(model, quantization, folder, folder / kind)
                 again = loaded(code, folder / kind)
                 close(scores(code, again, code.Int8KVCache(again, 4, 4)), got, f"the scores of a saved {kind} model")

@@ -1,13 +1,13 @@
-"""The engine: nine lessons, assembled. It computes nothing itself; it decides which parts work together.
+"""Lesson 8, second half: the engine, assembled from nine lessons. It computes nothing itself; it combines the parts.
 
     with InferenceEngine("smollm2-135m", tensor_parallel=2, quantization="int8", speculative="ngram") as engine:
         outputs = engine.generate(prompts, SamplingParams(max_tokens=64))
 
-`resolve` decides what the options leave open (exercise 8.10); `start_executor` starts one process (lesson 5), or a grid
-of ranks (lesson 6). Each rank calls `load_model` for its share of the weights (lessons 2, 6 and 7), then `build_runner`
+`resolve` decides what the options leave open (exercise 8.10); `start_executor` starts one process (lesson 5) or a grid
+of ranks (lesson 6). Each rank calls `load_model` for its part of the weights (lessons 2, 6 and 7), then `build_runner`
 for its cache and its part of a step (exercise 8.11).
 
-Lessons 6 and 7 are imported only where an option needs them.
+Lessons 6 and 7 are imported only if an option needs them.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Returns the model's config; how its weights are quantized, which lesson 2 would refuse, is left out."""
+    """Return the model's config without \"quantization_config\", which lesson 2 would refuse."""
     return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
 
 
 def check_draft(draft: Checkpoint, target: Checkpoint, tokenizer: Tokenizer) -> None:
-    """Raise ValueError if a token id does not mean the same to both models. tokenizer: the target's."""
+    """Raise ValueError if a token id does not stand for the same text in both models. tokenizer: the target's."""
     sizes = [read_config(checkpoint).vocab_size for checkpoint in (draft, target)]
     tokenizers = (load_tokenizer(draft.folder), tokenizer)
     pieces = [[each.token_bytes(token_id) for token_id in range(each.vocab_size)] for each in tokenizers]
@@ -55,7 +55,7 @@ def check_draft(draft: Checkpoint, target: Checkpoint, tokenizer: Tokenizer) -> 
 
 
 def largest_rank_share(config: EngineConfig, model_config: ModelConfig) -> float:
-    """Returns the largest fraction of a token's keys and values on one rank: 1 with one process."""
+    """Return the largest fraction of a token's keys and values on one rank: 1 with one process."""
     if config.tensor_parallel * config.pipeline_parallel == 1:
         return 1.0
     from solutions.parallelism import check_parallel, largest_share
@@ -65,20 +65,21 @@ def largest_rank_share(config: EngineConfig, model_config: ModelConfig) -> float
 
 
 def slot_bytes(config: EngineConfig, model_config: ModelConfig, draft_config: ModelConfig | None) -> int:
-    """Returns the bytes of one token's keys and values, on the rank that holds the largest part.
+    """Return the bytes of one token's keys and values, on the rank that stores the most.
 
-    In eight bits each head has head_dim bytes and one scale in `config.dtype`, instead of head_dim numbers. Ranks share
-    the target's keys and values. A draft's come on top: it is whole on one rank, and its cache is in `config.dtype`.
+    In eight bits each head has head_dim bytes and one scale in `config.dtype`, instead of head_dim numbers. The ranks
+    divide the target's keys and values. A draft's are added: it is whole on one rank, and its cache has `config.dtype`.
     """
     share = largest_rank_share(config, model_config)
-    # TODO 8.10: round the target's `cache_bytes` of one token, times both factors; add the draft's, unscaled.
+    # TODO 8.10: multiply the target's `cache_bytes` of one token by `share` and, with kv_cache_dtype "int8", by the
+    # factor of eight bits, and round. Then add the draft's, without these factors.
     raise NotImplementedError("TODO 8.10")
 
 
 def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
     """Decide everything that the options leave open, before any process is started or any weight is read.
 
-    Returns the options, with folders instead of names, and the tokenizer. Raises ValueError if the options do not fit
+    Returns the options, with folders in place of names, and the tokenizer. Raises ValueError if the options do not fit
     the model.
     """
     checkpoint = Checkpoint(find_checkpoint(config.model))
@@ -106,10 +107,10 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
 def load_model(
     config: EngineConfig, coordinates: RankCoordinates | None = None, group: Group | None = None
 ) -> tuple[Llama, range, int]:
-    """Load a rank's share of a model; without coordinates, the whole model.
+    """Load a rank's part of a model; without coordinates, the whole model.
 
-    Each tensor is cut and quantized as it is read, so that the whole never stands in memory. Returns the model, the
-    numbers of its layers, and the number of bytes read.
+    Each tensor is cut and quantized as it is read, so that the whole is never in memory. Returns the model, the numbers
+    of its layers, and the number of bytes read.
     """
     checkpoint, make = Checkpoint(find_checkpoint(config.model)), Llama
     if config.offload is not None:
@@ -137,13 +138,13 @@ def load_model(
 
 
 def is_sampling_rank(model: Llama, layers: range) -> bool:
-    """Whether the logits of a step come together on this rank: the first one of the last stage."""
+    """Whether this rank gets the logits of a step and samples: the first rank of the last stage does."""
     group = getattr(model.lm_head, "group", None)
     return layers.stop == model.config.num_hidden_layers and (group is None or group.rank == 0)
 
 
 def make_cache(config: EngineConfig, model: Llama, layers: range, kv_cache_dtype: str = "auto") -> PagedKVCache:
-    """Allocate the blocks of a model's keys and values. kv_cache_dtype: "auto", as the weights, or "int8"."""
+    """Allocate the blocks of a model's keys and values. kv_cache_dtype: "auto" (as the weights) or "int8"."""
     kind = PagedKVCache
     if kv_cache_dtype == "int8":
         from solutions.quantization import Int8KVCache as kind
@@ -151,19 +152,19 @@ def make_cache(config: EngineConfig, model: Llama, layers: range, kv_cache_dtype
 
 
 def build_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
-    """Make what computes one rank's part of each step.
+    """Make the runner that computes one rank's part of each step.
 
-    Draft tokens are proposed and verified on the rank that samples, and only there a draft model is loaded. Its
-    weights are in the target's dtype and never quantized; its cache is its own and never INT8. Other ranks need none.
+    Draft tokens are proposed and verified on the rank that samples, and a draft model is loaded only there. Its weights
+    have the target's dtype and are never quantized; it has its own cache, which is never INT8.
     """
-    # TODO 8.11: `make_cache`; return a `ModelRunner` where nothing is proposed; make the proposer (if there is a
-    # draft, `load_model` with the target's dtype, device and max_model_len); then the runner around it all.
-    # `config.num_speculative_tokens` is 8 if it is None.
+    # TODO 8.11: call `make_cache`. Return a `ModelRunner` if nothing is proposed on this rank. Make the proposer;
+    # for a draft, call `load_model` with the target's dtype, device and max_model_len. Return a `SpeculativeRunner`.
+    # `config.num_speculative_tokens` counts as 8 if it is None.
     raise NotImplementedError("TODO 8.11")
 
 
 def start_executor(config: EngineConfig, load: Callable, build: Callable) -> Executor:
-    """Load a model and build a runner in this process, or on all ranks of a grid, which are started first.
+    """Load a model and build a runner in this process, or start a grid of ranks and do so on each.
 
     load(coordinates, group), both None in one process, returns (model, layers, bytes read); build(model, layers)
     returns a runner. They must be picklable for other ranks.
@@ -177,10 +178,10 @@ def start_executor(config: EngineConfig, load: Callable, build: Callable) -> Exe
 
 
 class InferenceEngine(Engine):
-    """An engine with the options of all lessons, in any combination that makes sense.
+    """An engine with the options of all lessons, in any combination that is possible.
 
-    model: a name, a folder, a `.gguf` file or `org/name`. max_batch_size: requests that run at once. The other options
-    are those of `EngineConfig`, which refuses a combination that makes no sense, with a reason.
+    model: a name, a folder, a `.gguf` file or `org/name`. max_batch_size: the number of requests that run at once. The
+    other options are those of `EngineConfig`, which refuses an impossible combination, with the reason.
     """
 
     def __init__(self, model: str = "smollm2-135m", max_batch_size: int = 64, **options):
@@ -195,13 +196,13 @@ class InferenceEngine(Engine):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> RequestOutput:
         """Answer a conversation. messages: turns with "role" (system, user or assistant) and "content"; the last is the
-        user's. They are not changed, and nothing is printed. chat_template_kwargs: what else the template reads, such
-        as {"enable_thinking": False}. Raises ValueError if the model has no chat template: it was not trained to
+        user's. They are not changed, and nothing is printed. chat_template_kwargs: further variables of the template,
+        such as {"enable_thinking": False}. Raises ValueError if the model has no chat template: it was not trained to
         converse.
         """
         if self.tokenizer.chat_template is None:
             raise ValueError("This model has no chat template: it continues text. Use generate.")
         values = chat_template_kwargs or {}
-        # TODO 8.12: apply the template, with `values` as keyword arguments. It writes special tokens
-        # into the text; so encode without adding them.
+        # TODO 8.12: apply the template, with `values` as keyword arguments. It writes special tokens into the text,
+        # so encode the text without adding them. Then generate the answer.
         raise NotImplementedError("TODO 8.12")

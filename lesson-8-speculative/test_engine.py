@@ -1,4 +1,4 @@
-"""The checks of lesson 8's second file: sizes worked by hand, parts looked at, and the course's own model, asked."""
+"""The checks of lesson 8's second file: sizes worked by hand, the parts of a runner, and answers of a model."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class TestSlotBytes:
         what = f"slot_bytes on a grid of {grid[0]} x {grid[1]} ranks, in {str(dtype).removeprefix('torch.')}"
         what += ", kv_cache_dtype int8" if kind == "int8" else ""
         what += ", quantization int8" if config.quantization else ""
-        what += ": target 4 layers x 4 heads x 8, " + ("draft 3 x 1 x 6" if draft else "no draft")
-        equal(got, expected, f"{what}; it")
+        what += ", for a target of 4 layers x 4 heads x 8 and " + ("a draft of 3 x 1 x 6" if draft else "no draft")
+        equal(got, expected, f"{what},")
 
     def test_one_rank(self, code):
         """Two tensors, keys and values, of 4 x 4 x 8 numbers; of the draft 3 x 1 x 6; four bytes each."""
@@ -83,7 +83,7 @@ class TestSlotBytes:
         self.check(code, "int8", torch.float32, (1, 2), 16 * (8 + 4) + 144)
 
     def test_quantized_weights(self, code):
-        """They change nothing about keys and values."""
+        """They do not change keys and values."""
         self.check(code, "auto", torch.float32, (1, 1), 1024, draft=False, quantization="int8")
 
     def test_blocks_that_fit(self, code):
@@ -94,7 +94,7 @@ class TestSlotBytes:
             config, _ = code.resolve(code.EngineConfig(model="tales", speculative="tales-draft", **options))
         except ValueError as error:
             holds(False, f"The options could not be resolved, {what}: {error}", actual=str(error))
-        equal(config.num_blocks, 100, f"how many blocks there are, {what},")
+        equal(config.num_blocks, 100, f"num_blocks {what}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class TestBuildRunner:
         options = {"num_blocks": 7, "block_size": 4, "num_host_blocks": 5, "dtype": torch.float64, **options}
         config = code.EngineConfig(**{"device": "cpu", **options})
         runner = code.build_runner(config, tiny(code, rank), layers)
-        holds(isinstance(runner, code.ModelRunner), f"build_runner returned {runner!r}, expected a runner.")
+        holds(isinstance(runner, code.ModelRunner), f"build_runner returned {runner!r}, expected a ModelRunner.")
         return runner
 
     def kind(self, code, runner) -> str:
@@ -125,10 +125,10 @@ class TestBuildRunner:
     def speculative(self, code, runner, kind: str = ""):
         """The runner's proposer, of this kind; the runner must be a SpeculativeRunner."""
         name = self.kind(code, runner)
-        sentence = f"build_runner made a {name}, where draft tokens are proposed on this rank."
+        sentence = f"build_runner returned a {name}, expected a SpeculativeRunner: this rank proposes draft tokens."
         holds(name == "SpeculativeRunner", sentence, actual=name)
         got = type(runner.proposer).__name__
-        holds(kind in ("", got), f"The proposer is a {got}, with a draft model; expected a {kind}.", actual=got)
+        holds(kind in ("", got), f"With a draft model the proposer is a {got}; expected a {kind}.", actual=got)
         return runner.proposer
 
     def blocks(self, cache) -> str:
@@ -138,26 +138,28 @@ class TestBuildRunner:
 
     def test_nothing_is_proposed(self, code):
         runner = self.build(code)
-        equal(self.kind(code, runner), "ModelRunner", "the runner, where nothing is proposed,")
-        equal(self.blocks(runner.cache), "PagedKVCache", "the cache, where no eight bits are asked for,")
-        what = "(layers, blocks, slots, heads, numbers) of the cache: 2 layers, num_blocks=7, block_size=4"
+        equal(self.kind(code, runner), "ModelRunner", "the class of the runner, where speculative=None,")
+        equal(self.blocks(runner.cache), "PagedKVCache", "the class of the cache, with kv_cache_dtype auto,")
+        what = "the shape (layers, blocks, slots, heads, head_dim) of the cache, with num_blocks=7 and block_size=4,"
         equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), what)
-        equal(runner.cache.host_keys.shape[1], 5, "how many blocks there are on the host, with num_host_blocks=5")
+        equal(runner.cache.host_keys.shape[1], 5, "the number of blocks on the host, with num_host_blocks=5")
 
     def test_blocks_in_eight_bits(self, code):
         for speculative in (None, "ngram"):
             got = self.blocks(self.build(code, speculative=speculative, kv_cache_dtype="int8").cache)
-            equal(got, "Int8KVCache", f"the cache, with kv_cache_dtype int8 and speculative={speculative!r},")
+            what = f"the class of the cache, with kv_cache_dtype int8 and speculative={speculative!r},"
+            equal(got, "Int8KVCache", what)
 
     def test_a_stage(self, code):
         for layers in (range(0, 1), range(1, 2)):
             got = self.build(code, layers).cache
-            equal([got.layers, len(got.keys)], [layers, 1], f"the layers of a stage's cache, and how many: {layers}")
+            what = f"[layers of the cache, their number] on a stage with the layers {layers}"
+            equal([got.layers, len(got.keys)], [layers, 1], what)
 
     def test_ngrams(self, code):
         runner = self.build(code, speculative="ngram", num_speculative_tokens=3)
         got = type(self.speculative(code, runner)).__name__
-        equal(got, "NgramProposer", 'the proposer, with speculative="ngram",')
+        equal(got, "NgramProposer", 'the class of the proposer, with speculative="ngram",')
         equal(tuple(runner.cache.keys.shape), (2, 7, 4, 2, 4), "the shape of the target's cache, with n-grams,")
 
     def test_as_many_as_are_asked_for(self, code):
@@ -179,22 +181,27 @@ class TestBuildRunner:
         for kind in ("auto", "int8"):
             runner = self.build(code, speculative=draft_folder().name, kv_cache_dtype=kind)
             proposer, where = self.speculative(code, runner, "DraftProposer"), f"with a draft and kv_cache_dtype {kind}"
-            holds(proposer.cache is not runner.cache, f"Both models write to the same blocks, {where}.", actual="same")
-            equal(self.blocks(proposer.cache), "PagedKVCache", f"the draft's cache, {where},")
-            what = f"(layers, blocks, slots, heads, numbers) of the draft's cache, {where}: 3 layers, 1 head of 6"
+            holds(
+                proposer.cache is not runner.cache,
+                f"Draft and target have the same cache, {where}; the draft needs its own.",
+                actual="same",
+            )
+            equal(self.blocks(proposer.cache), "PagedKVCache", f"the class of the draft's cache, {where},")
+            what = f"the shape (layers, blocks, slots, heads, head_dim) of the draft's cache, {where},"
             equal(tuple(proposer.cache.keys.shape), (3, 7, 4, 1, 6), what)
             got = proposer.cache.host_keys.shape[1]
-            equal(got, 5, f"how many of the draft's blocks there are on the host, {where},")
+            equal(got, 5, f"the number of the draft's blocks on the host, {where},")
             got = proposer.cache.keys.dtype
             equal(got, torch.float64, f"the dtype of the draft's cache, {where} and a target in float64,")
             expected = "Int8KVCache" if kind == "int8" else "PagedKVCache"
-            equal(self.blocks(runner.cache), expected, f"the target's cache, {where},")
+            equal(self.blocks(runner.cache), expected, f"the class of the target's cache, {where},")
 
     def test_the_draft_is_not_quantized(self, code):
         runner = self.build(code, speculative=draft_folder().name, quantization="int8")
         weight = self.speculative(code, runner, "DraftProposer").model.model.layers[0].mlp.up_proj.weight
         equal(weight.dtype, torch.float64, "the dtype of the draft's weights, with a target in int8,")
-        equal(self.blocks(runner.cache), "PagedKVCache", "the cache, where only weights are in eight bits,")
+        what = "the class of the target's cache, where only the weights are quantized,"
+        equal(self.blocks(runner.cache), "PagedKVCache", what)
 
     def test_the_draft_is_on_the_targets_device(self, code):
         """The meta device stands for a GPU: tensors there have shapes and no numbers."""
@@ -203,16 +210,16 @@ class TestBuildRunner:
         equal(weight.device.type, "meta", 'the device of the draft, with device="meta",')
 
     def test_the_draft_is_for_the_targets_texts(self, code):
-        """Some rotary embeddings depend on the longest text that may come."""
+        """Some rotary embeddings depend on the length of the longest text."""
         runner = self.build(code, speculative=draft_folder().name, max_model_len=20)
         got = self.speculative(code, runner, "DraftProposer").model.max_length
-        sentence = f"The draft's max_length is {got}, with max_model_len=20; expected 20."
+        sentence = f"With max_model_len=20, the draft's max_length is {got}; expected 20."
         holds(got == 20, sentence, actual=str(got))
 
     def test_the_draft_is_whole(self, code):
         runner = self.build(code, speculative=draft_folder().name, tensor_parallel=2)
         rows = len(self.speculative(code, runner, "DraftProposer").model.lm_head.weight)
-        equal(rows, 30, "how many rows the draft's head has, with a target on two ranks and 30 tokens,")
+        equal(rows, 30, "the number of rows in the draft's head, with a vocabulary of 30 and a target on two ranks,")
 
     def test_only_where_tokens_are_sampled(self, code):
         ranks = {
@@ -228,7 +235,7 @@ class TestBuildRunner:
             expected = {**dict.fromkeys(ranks, "ModelRunner"), "last stage, rank 0": "SpeculativeRunner"}
             source = "n-grams" if speculative == "ngram" else "a draft model"
             for name in ranks:
-                sentence = f"In the {name}, the runner is a {got[name]}; expected a {expected[name]} (with {source})."
+                sentence = f"In the {name}, with {source}, the runner is a {got[name]}; expected a {expected[name]}."
                 holds(got[name] == expected[name], sentence, actual=list(got.values()))
 
     def test_the_draft_is_loaded_only_where_it_proposes(self, code):
@@ -237,7 +244,7 @@ class TestBuildRunner:
             try:
                 self.build(code, layers, rank, speculative=nowhere)
             except ValueError as error:
-                sentence = f"In the {name} nothing is proposed, and yet the draft is loaded (which is not there)."
+                sentence = f"In the {name} nothing is proposed, but build_runner loads the draft."
                 holds(False, sentence, actual=type(error).__name__)
 
     def test_last_of_two_stages(self, code):
@@ -271,32 +278,32 @@ def storyteller(code, **settings):
 @exercise("8.12", points=1, seconds=60)
 class TestChat:
     def asked(self, code, messages, params=None, template=TEMPLATE, **more):
-        """The answer of an engine whose model has a template, what it was asked, and the engine."""
+        """The answer of an engine whose model has a template, and the engine."""
         with storyteller(code) as own:
             own.tokenizer.chat_template = template
             params, asked = params or code.SamplingParams(max_tokens=2), copy.deepcopy(messages)
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 output = own.chat(asked, params, **more)
-            equal(asked, messages, "the messages that chat was given, afterwards,")
-            equal(printed.getvalue(), "", "what chat prints, which shows no progress bar,")
+            equal(asked, messages, "the messages given to chat, which must not change them,")
+            equal(printed.getvalue(), "", "what chat prints (it should show no progress bar)")
             holds(
                 isinstance(output, code.RequestOutput),
-                f"chat returned a {type(output).__name__}, expected one RequestOutput.",
+                f"chat returned a {type(output).__name__}, expected a RequestOutput.",
                 actual=type(output).__name__,
             )
             return output, own
 
     def test_one_beginning(self, code):
         output, _ = self.asked(code, TALK[1:2])
-        what = "how often token 1, <s>, stands in the prompt, where the template writes it once"
+        what = "how often token 1, <s>, is in the prompt, where the template writes it once,"
         equal(list(output.prompt_token_ids).count(1), 1, what)
 
     def test_the_whole_conversation_as_one_text(self, code):
         output, own = self.asked(code, TALK)
         read = own.tokenizer.decode(list(output.prompt_token_ids), skip_special_tokens=False)
-        equal(read, WRITTEN, "the prompt, read back from its tokens,")
+        equal(read, WRITTEN, "the prompt, decoded from its tokens,")
         expected = own.tokenizer.encode(WRITTEN, add_special_tokens=False)
-        equal(list(output.prompt_token_ids), expected, f"the tokens of the prompt {WRITTEN!r}")
+        equal(list(output.prompt_token_ids), expected, f"prompt_token_ids of the prompt {WRITTEN!r}")
 
     def test_what_else_the_template_reads(self, code):
         template = TEMPLATE + "{{ mood }}"
@@ -309,11 +316,12 @@ class TestChat:
         output, own = self.asked(code, TALK[1:2], params)
         prompt = own.tokenizer.encode("<s>user: Of an owl.\nassistant:\n", add_special_tokens=False)
         expected = own.generate([prompt], params, progress=False)[0]
-        equal(output.token_ids, expected.token_ids, "the tokens of the answer: temperature 0.8, seed 4, max_tokens 5")
+        what = "the tokens of the answer with temperature 0.8, seed 4 and max_tokens 5"
+        equal(output.token_ids, expected.token_ids, what)
         equal(output.text, expected.text, "the text of the answer")
 
     def test_without_parameters(self, code):
-        """How the engine is asked is what counts: each token that it gets is the next number, without a model."""
+        """Only the SamplingParams count here: the tokens are consecutive numbers, without a model."""
         from solutions.scheduler import ModelRunnerOutput
 
         with storyteller(code) as own:
@@ -331,7 +339,7 @@ class TestChat:
             with contextlib.redirect_stdout(io.StringIO()):
                 output = own.chat(TALK[1:2])
             holds(isinstance(output, code.RequestOutput), "chat without parameters returned no RequestOutput.", "none")
-            what = "an answer without parameters, beside `generate` of the same prompt without parameters"
+            what = "an answer of chat without parameters, compared with `generate` without parameters"
             equal(len(output.token_ids), len(expected.token_ids), f"the number of tokens of {what},")
             equal(asked[-1], asked[0], f"the SamplingParams of {what},")
 
@@ -352,7 +360,8 @@ class TestTogether:
         params = code.SamplingParams(max_tokens=12, ignore_eos=True)
         with storyteller(code, num_blocks=14, block_size=4, max_model_len=48, **settings) as own:
             outputs = own.generate(self.PROMPTS, params, progress=False)
-            equal(own.manager.pool.num_free_blocks, 14, "how many of 14 blocks are free when all have finished")
+            what = "the number of free blocks of 14 after all requests have finished"
+            equal(own.manager.pool.num_free_blocks, 14, what)
             return [output.token_ids for output in outputs], own.metrics().num_draft_tokens
 
     def test_the_same_tokens(self, code):
@@ -361,5 +370,7 @@ class TestTogether:
             for who in ("ngram", "tales-draft"):
                 got, num_draft_tokens = self.told(code, speculative=who, adaptive_speculation=False, **settings)
                 what = f"speculative={who!r}" + "".join(f", {name}={value!r}" for name, value in settings.items())
-                equal(got, expected, f"the tokens of two answers, with {what}, against those without draft tokens,")
-                holds(num_draft_tokens > 0, f"Nothing was proposed, with {what}.")
+                equal(
+                    got, expected, f"the tokens of two answers with {what}, compared with those without draft tokens,"
+                )
+                holds(num_draft_tokens > 0, f"No draft tokens were proposed with {what}.")

@@ -14,7 +14,7 @@ from common.grading.compare import CheckFailed
 
 
 def answer(code, what: str, call: Callable):
-    """What a call gives. Where it raises instead, the sentence says which call it was, and where that happened."""
+    """The result of a call. If it raises an error, the sentence says which call it was and on which line."""
     try:
         return call()
     except NotImplementedError:
@@ -79,14 +79,14 @@ class TestProposeNgram:
     def test_the_text_is_left_alone(self, code):
         text = [1, 2, 1, 2]
         answer(code, "propose_ngram([1, 2, 1, 2], 3)", lambda: code.propose_ngram(text, 3))
-        equal(text, [1, 2, 1, 2], "the list that propose_ngram was given, afterwards")
+        equal(text, [1, 2, 1, 2], "the list given to propose_ngram, which must not change it,")
 
 
 @exercise("8.2")
 class TestVerifyGreedy:
     def check(self, code, chosen: list[int], drafts: list[int], expected: list[int]) -> None:
         got = code.verify_greedy(iter(chosen), drafts)
-        equal(got, expected, f"verify_greedy, where the model chooses {chosen} and {drafts} was proposed,")
+        equal(got, expected, f"verify_greedy with the choices {chosen} and the draft tokens {drafts}")
 
     def test_the_first_wrong_draft_token_ends_it(self, code):
         self.check(code, [11, 12, 13, 14], [11, 7, 13], [11, 12])
@@ -106,7 +106,7 @@ class TestVerifyGreedy:
         for chosen, drafts, expected in (([11, 12, 13, 14], [11, 7, 13], [11, 12]), ([11, 12, 13], [7, 8], [11])):
             asked = []
             got = code.verify_greedy((asked.append(each) or each for each in chosen), drafts)
-            what = f"(tokens, choices asked for), where the model would choose {chosen} and {drafts} was proposed,"
+            what = f"(tokens, choices consumed) with the choices {chosen} and the draft tokens {drafts}"
             equal((got, asked), (expected, expected), what)
 
 
@@ -134,84 +134,102 @@ PROMPT = [3, 14, 15, 9, 2, 6]
 @exercise("8.3", points=3)
 class TestLookaheadCommit:
     def lookahead(self, code, drafts: list[int]):
-        """One that has computed the prompt, with these draft tokens behind it."""
+        """A Lookahead that has computed the prompt and these draft tokens after it."""
         own = code.Lookahead(tiny(code), 40, lambda token_ids: list(drafts))
-        answer(code, "next_logits, on the first call, which asks commit,", lambda: own.next_logits(list(PROMPT)))
+        answer(code, "next_logits, in its first call of commit,", lambda: own.next_logits(list(PROMPT)))
         return own
 
     def check(self, code, drafts: list[int], text: list[int], what: str) -> None:
-        """Text that goes on as proposed: its row is there."""
+        """A text that continues as proposed: its logits are in `rows`."""
         own = self.lookahead(code, drafts)
         got = answer(code, f"commit, {what},", lambda: own.commit(text))
-        holds(got is not None, f"commit returned None {what}: the row is there.", actual="None")
+        holds(got is not None, f"commit returned None {what}. It should return the logits in `rows`.", actual="None")
         close(got, code.llama_pytorch.recompute(tiny(code), text), f"the logits that commit returns {what},")
 
     def refused(self, code, drafts: list[int], text: list[int], kept: list[int], what: str) -> None:
-        """Text of which the last token was not proposed: no row, and nothing behind what is kept."""
+        """A text whose last token is not its draft token: there are no logits, and the cache is cut back."""
         own = self.lookahead(code, drafts)
         got = answer(code, f"commit, {what},", lambda: own.commit(text))
-        holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
-        equal(own.cache.num_tokens, len(kept), f"how many tokens the cache holds {what},")
+        holds(
+            got is None,
+            f"commit returned logits {what}. It should return None: none were computed for this text.",
+            actual=got,
+        )
+        equal(own.cache.num_tokens, len(kept), f"the number of tokens in the cache {what},")
         equal(own.cached_token_ids, kept, f"cached_token_ids {what},")
 
     def test_the_first_call(self, code):
         own = code.Lookahead(tiny(code), 40, lambda token_ids: [])
-        what = "on the first call, with an empty cache"
+        what = "in the first call, with an empty cache"
         got = answer(code, f"commit, {what},", lambda: own.commit(list(PROMPT)))
-        holds(got is None, f"commit returned something {what}; there is no row yet.", actual=got)
-        equal(own.cache.num_tokens, 0, f"how many tokens the cache holds, {what},")
-        equal(list(own.cached_token_ids), [], f"cached_token_ids, {what},")
+        holds(
+            got is None,
+            f"commit returned something {what}. It should return None: there are no logits yet.",
+            actual=got,
+        )
+        equal(own.cache.num_tokens, 0, f"the number of tokens in the cache {what},")
+        equal(list(own.cached_token_ids), [], f"cached_token_ids {what},")
 
     def test_as_proposed(self, code):
-        self.check(code, [21, 22, 23], [*PROMPT, 21], "where 21, 22, 23 were proposed and 21 has come")
+        self.check(code, [21, 22, 23], [*PROMPT, 21], "where 21, 22, 23 were proposed and the new token is 21")
 
     def test_the_text_is_a_tuple(self, code):
-        what = "where 21, 22, 23 were proposed and 21 has come, in a text that is a tuple,"
-        self.check(code, [21, 22, 23], (*PROMPT, 21), what.rstrip(","))
-        what = "where 21, 22, 23 were proposed and 7 has come, in a text that is a tuple"
+        what = "for a text that is a tuple, where 21, 22, 23 were proposed and the new token is 21"
+        self.check(code, [21, 22, 23], (*PROMPT, 21), what)
+        what = "for a text that is a tuple, where 21, 22, 23 were proposed and the new token is 7"
         self.refused(code, [21, 22, 23], (*PROMPT, 7), PROMPT, what)
 
     def test_all_as_proposed(self, code):
         own = self.lookahead(code, [21, 22, 23])
         for i, text in enumerate(([*PROMPT, 21], [*PROMPT, 21, 22], [*PROMPT, 21, 22, 23])):
             got = own.commit(text)
-            what = f"where 21, 22, 23 were proposed and the first {i + 1} of them have come"
-            holds(got is not None, f"commit returned None {what}: the row is there.", actual="None")
+            what = f"where 21, 22, 23 were proposed and the text continues with the first {i + 1} of them"
+            holds(
+                got is not None, f"commit returned None {what}. It should return the logits in `rows`.", actual="None"
+            )
             close(got, code.llama_pytorch.recompute(tiny(code), text), f"the logits that commit returns {what},")
         equal(
             own.cache.num_tokens,
             9,
-            "how many tokens the cache holds, where three draft tokens behind 6 tokens have come,",
+            "the number of tokens in the cache, where all three draft tokens after 6 tokens were right,",
         )
 
     def test_not_as_proposed(self, code):
-        what = "where 21, 22, 23 were proposed and 7 has come"
+        what = "where 21, 22, 23 were proposed and the new token is 7"
         self.refused(code, [21, 22, 23], [*PROMPT, 7], PROMPT, what)
 
     def test_the_second_is_not_as_proposed(self, code):
         own = self.lookahead(code, [21, 22, 23])
         own.commit([*PROMPT, 21])
         got = own.commit([*PROMPT, 21, 7])
-        what = "where 21, 22, 23 were proposed and 21, 7 has come"
-        holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
-        equal(own.cache.num_tokens, 7, f"how many tokens the cache holds {what},")
+        what = "where 21, 22, 23 were proposed and the text continues with 21 and 7"
+        holds(
+            got is None,
+            f"commit returned logits {what}. It should return None: none were computed for this text.",
+            actual=got,
+        )
+        equal(own.cache.num_tokens, 7, f"the number of tokens in the cache {what},")
         equal(list(own.cached_token_ids), [*PROMPT, 21], f"cached_token_ids {what},")
 
     def test_the_same_token_in_another_place(self, code):
-        what = "where 21, 22, 23 were proposed and 22 has come first"
+        what = "where 21, 22, 23 were proposed and the new token is 22"
         self.refused(code, [21, 22, 23], [*PROMPT, 22], PROMPT, what)
 
     def test_no_draft_token_for_it(self, code):
-        self.refused(code, [], [*PROMPT, 7], PROMPT, "where nothing was proposed and 7 has come")
+        self.refused(code, [], [*PROMPT, 7], PROMPT, "where nothing was proposed and the new token is 7")
 
     def test_one_more_than_was_proposed(self, code):
         own = self.lookahead(code, [21, 22])
         for text in ([*PROMPT, 21], [*PROMPT, 21, 22]):
             own.commit(text)
         got = own.commit([*PROMPT, 21, 22, 7])
-        what = "where both draft tokens, 21 and 22, have come and then 7"
-        holds(got is None, f"commit returned logits {what}; no row is computed for this text.", actual=got)
-        equal(own.cache.num_tokens, 8, f"how many tokens the cache holds {what},")
+        what = "where 21, 22 were proposed and the text continues with 21, 22 and 7"
+        holds(
+            got is None,
+            f"commit returned logits {what}. It should return None: none were computed for this text.",
+            actual=got,
+        )
+        equal(own.cache.num_tokens, 8, f"the number of tokens in the cache {what},")
 
     def test_the_same_logits_in_fewer_passes(self, code):
         """A whole text, token by token, with draft tokens that are right twice, then wrong."""
@@ -223,10 +241,10 @@ class TestLookaheadCommit:
 
         own = code.Lookahead(tiny(code), 40, propose)
         for length in range(len(PROMPT), len(text)):
-            what = f"the logits after {length} tokens, where of each four draft tokens two are right,"
+            what = f"the logits after {length} tokens, where two of each four draft tokens are right,"
             got = answer(code, what, lambda known=text[:length]: own.next_logits(known))
             close(got, code.llama_pytorch.recompute(own.model, text[:length]), what)
-        equal(own.num_passes, 4, "how many passes 10 tokens take, where of each four draft tokens two are right,")
+        equal(own.num_passes, 4, "the number of passes for 10 tokens, where two of each four draft tokens are right,")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,19 +253,19 @@ class TestLookaheadCommit:
 
 
 def drawn(code, target: list[float], draft: list[float], token_id: int, number: int) -> list[tuple[bool, int]]:
-    """What comes of a draft token, for so many seeds."""
+    """The results of accept_or_recover with the seeds 0 to number - 1."""
     tensors = torch.tensor(target), torch.tensor(draft)
     found = []
-    what = f"accept_or_recover, with target {target}, draft {draft}, token {token_id},"
+    what = f"accept_or_recover(target={target}, draft={draft}, token_id={token_id})"
     for seed in range(number):
         generator = torch.Generator().manual_seed(seed)
         got = answer(code, what, lambda own=generator: code.accept_or_recover(*tensors, token_id, own))
         holds(
             isinstance(got, tuple) and len(got) == 2,
-            f"accept_or_recover returned {got!r}, expected a pair: whether the token was kept, and the token.",
+            f"accept_or_recover returned {got!r}, expected a pair (whether the token was accepted, token id).",
         )
         kind = type(got[1]).__name__
-        holds(isinstance(got[1], int), f"accept_or_recover returned the token as a {kind}, expected an int.", kind)
+        holds(isinstance(got[1], int), f"accept_or_recover returned the token id as a {kind}, expected an int.", kind)
         found.append((bool(got[0]), int(got[1])))
     return found
 
@@ -256,20 +274,30 @@ def drawn(code, target: list[float], draft: list[float], token_id: int, number: 
 class TestAcceptOrRecover:
     def outcomes(self, code, target, draft, token_id, expected, why: str) -> None:
         got = sorted(set(drawn(code, target, draft, token_id, 150)))
-        what = f"what may come of token {token_id}, as (accepted, token), target {target}, draft {draft} ({why}),"
+        what = f"the different results (accepted, token) of 150 calls with target {target}, draft {draft}, "
+        what += f"token_id {token_id} ({why})"
         equal(got, expected, what)
 
-    def test_what_may_come_of_it(self, code):
-        """The four kinds: the draft token, one as likely in both, the one that is lacking, one of the draft alone."""
-        why = "0.1 / 0.5 of the time it is accepted; else only 2 is lacking"
+    def test_possible_results(self, code):
+        """The four kinds: the draft token, one with equal probabilities, one that is missing, one of only the draft."""
+        why = "it is accepted with probability 0.1 / 0.5; otherwise only 2 is missing"
         self.outcomes(code, [0.1, 0.3, 0.6, 0.0], [0.5, 0.3, 0.1, 0.1], 0, [(False, 2), (True, 0)], why)
 
-    def test_kept_where_the_target_likes_it_better(self, code):
-        self.outcomes(code, [0.9, 0.1], [0.1, 0.9], 0, [(True, 0)], "0.9 / 0.1 is above 1")
-        self.outcomes(code, [0.25, 0.75], [0.25, 0.75], 0, [(True, 0)], "they are alike")
+    def test_accepted_where_the_target_has_more(self, code):
+        self.outcomes(code, [0.9, 0.1], [0.1, 0.9], 0, [(True, 0)], "0.9 / 0.1 is above 1, so it is always accepted")
+        self.outcomes(
+            code, [0.25, 0.75], [0.25, 0.75], 0, [(True, 0)], "both distributions are equal, so it is always accepted"
+        )
 
-    def test_never_kept_where_the_target_forbids_it(self, code):
-        self.outcomes(code, [0.0, 1.0], [0.5, 0.5], 0, [(False, 1)], "the target never says 0")
+    def test_never_accepted_where_the_target_has_0(self, code):
+        self.outcomes(
+            code,
+            [0.0, 1.0],
+            [0.5, 0.5],
+            0,
+            [(False, 1)],
+            "token 0 has probability 0 in the target, so it is never accepted",
+        )
 
     def test_only_what_is_missing_is_drawn(self, code):
         self.outcomes(
@@ -278,7 +306,7 @@ class TestAcceptOrRecover:
             [0.5, 0.5, 0.0, 0.0],
             0,
             [(False, 2)],
-            "the draft says 1 as often as the target: only 2 is missing",
+            "token 1 is as likely in the draft as in the target, so only 2 is missing",
         )
         self.outcomes(
             code,
@@ -286,30 +314,35 @@ class TestAcceptOrRecover:
             [0.4, 0.6, 0.0, 0.0],
             0,
             [(False, 2), (False, 3)],
-            "the draft says 1 too often already: only 2 and 3 are missing",
+            "token 1 is too likely in the draft already, so only 2 and 3 are missing",
         )
-        why = "only 0 is missing, if only by 0.0005"
+        why = "only 0 is missing, even if only 0.0005"
         self.outcomes(code, [0.5005, 0.4995, 0.0], [0.5, 0.4995, 0.0005], 2, [(False, 0)], why)
 
     def test_nothing_is_missing(self, code):
-        """The target does not quite sum to 1: it may be rejected though no other token lacks anything."""
+        """The target does not sum to 1: the token may be rejected although nothing is missing from any other."""
         target, draft = [0.3, 0.0, 0.3, 0.0], [0.4, 0.0, 0.3, 0.5]
         tokens = sorted({token for _, token in drawn(code, target, draft, 0, 100)})
-        what = f"target {target}, draft {draft}: rounding has left nothing missing"
-        holds(3 not in tokens, f"Token 3 came, which the target never says ({what}).", actual=tokens)
+        sentence = (
+            f"Token 3 was drawn, which has probability 0 in the target {target} (draft {draft}, nothing is missing)."
+        )
+        holds(3 not in tokens, sentence, actual=tokens)
 
-    def test_a_token_that_the_draft_hardly_ever_says(self, code):
+    def test_a_token_of_small_probability(self, code):
         self.outcomes(
             code,
             [0.0001, 0.9999],
             [0.0005, 0.9995],
             0,
             [(False, 1), (True, 0)],
-            "0.0001 / 0.0005 of the time it is accepted",
+            "it is accepted with probability 0.0001 / 0.0005",
         )
         kept = sum(is_kept for is_kept, _ in drawn(code, [0.0003, 0.9997], [0.0006, 0.9994], 0, 300)) / 300
         close(
-            kept, 0.5, "how often token 0 is kept of 300 draws, target [0.0003, ...], draft [0.0006, ...],", atol=0.12
+            kept,
+            0.5,
+            "the share of 300 calls that accept token 0, target [0.0003, ...], draft [0.0006, ...],",
+            atol=0.12,
         )
 
     def test_the_arguments_are_left_alone(self, code):
@@ -317,37 +350,37 @@ class TestAcceptOrRecover:
         before = target.clone(), draft.clone()
         for seed in range(10):
             generator = torch.Generator().manual_seed(seed)
-            what = "accept_or_recover, with the same two tensors ten times,"
+            what = "accept_or_recover, called ten times with the same two tensors,"
             answer(code, what, lambda own=generator: code.accept_or_recover(target, draft, 0, own))
-        equal(target.tolist(), before[0].tolist(), "target, after ten calls,")
-        equal(draft.tolist(), before[1].tolist(), "draft, after ten calls,")
+        equal(target.tolist(), before[0].tolist(), "the argument target, which must not change,")
+        equal(draft.tolist(), before[1].tolist(), "the argument draft, which must not change,")
 
     def test_nothing_is_drawn_without_the_generator(self, code):
         target, draft = [0.2, 0.3, 0.5], [0.8, 0.1, 0.1]
         first, again = (drawn(code, target, draft, 0, 40) for _ in range(2))
-        what = "what comes of a token in 40 draws, each made a second time with a generator in the same state,"
+        what = "the results of 40 calls, repeated with generators in the same states,"
         equal(again, first, what)
 
     def test_one_generator_for_many_calls(self, code):
-        """Draws follow each other: a call leaves the generator where the next one goes on."""
+        """Each call advances the generator, so the next call draws other numbers."""
         target, draft, own = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.8, 0.1, 0.1]), torch.Generator()
         own.manual_seed(0)
-        what = "accept_or_recover, 100 times with one generator, target [0.2, 0.3, 0.5], draft [0.8, 0.1, 0.1],"
+        what = "100 calls with one generator, target [0.2, 0.3, 0.5], draft [0.8, 0.1, 0.1], token_id 0"
         got = sorted({answer(code, what, lambda: code.accept_or_recover(target, draft, 0, own)) for _ in range(100)})
-        equal(got, [(False, 1), (False, 2), (True, 0)], f"what may come of token 0, as (accepted, token): {what}")
+        equal(got, [(False, 1), (False, 2), (True, 0)], f"the different results (accepted, token) of {what}")
 
-    def test_how_often_it_is_kept(self, code):
+    def test_how_often_it_is_accepted(self, code):
         target, draft = [0.5, 0.2, 0.3, 0.0], [0.1, 0.5, 0.4, 0.0]
         for token_id, expected in ((1, 0.4), (2, 0.75)):
             kept = sum(is_kept for is_kept, _ in drawn(code, target, draft, token_id, 500)) / 500
-            what = f"how often token {token_id} is kept of 500 draws, target {target}, draft {draft},"
+            what = f"the share of 500 calls that accept token {token_id}, target {target}, draft {draft},"
             close(kept, expected, what, atol=0.09)
 
     def test_what_is_drawn_in_its_place(self, code):
         target, draft = [0.0, 0.5, 0.35, 0.15], [0.7, 0.2, 0.05, 0.05]
         replaced = [token for _, token in drawn(code, target, draft, 0, 600)]
         shares = torch.tensor([replaced.count(token) / 600 for token in range(4)])
-        what = f"how often each token comes in place of 0, target {target}, draft {draft}: by what is missing,"
+        what = f"the share of each token among 600 replacements of token 0, target {target}, draft {draft},"
         close(shares, torch.tensor([0.0, 0.3, 0.3, 0.1]) / 0.7, what, atol=0.08)
 
     def test_distributed_as_the_target(self, code):
@@ -357,12 +390,12 @@ class TestAcceptOrRecover:
         for token_id, probability in enumerate(draft):
             for _, token in drawn(code, target, draft, token_id, 300):
                 shares[token] += probability / 300
-        what = f"how often each token comes in all, of draft tokens from draft {draft}, target {target},"
+        what = f"the share of each token in all results for draft tokens drawn from {draft}, target {target},"
         close(shares, torch.tensor(target), what, atol=0.08)
 
 
 def sure(*token_ids: int) -> torch.Tensor:
-    """Rows that are sure of these tokens, of five."""
+    """Rows that give these tokens, of five, the probability 1."""
     return torch.eye(5)[list(token_ids)]
 
 
@@ -372,72 +405,63 @@ class TestRejectionSample:
         def generator(i: int) -> torch.Generator:
             return code.llama_pytorch.draw_generator(seed, i)
 
-        what = f"rejection_sample, with draft tokens {draft_token_ids},"
+        what = f"rejection_sample with draft tokens {draft_token_ids}"
         return answer(code, what, lambda: code.rejection_sample(target, draft, draft_token_ids, generator))
 
     def test_all_kept_and_the_bonus(self, code):
         got = self.sampled(code, sure(1, 2, 3, 4), sure(1, 2, 3), [1, 2, 3])
-        equal(
-            got,
-            [1, 2, 3, 4],
-            "draft tokens 1, 2, 3, where target and draft are sure of them, and the target of 4 then,",
-        )
+        what = "the tokens for draft tokens 1, 2, 3, where the target's rows are certain of 1, 2, 3, 4"
+        equal(got, [1, 2, 3, 4], what)
 
     def test_the_first_that_is_not_kept_ends_it(self, code):
         got = self.sampled(code, sure(1, 4, 3, 2), sure(1, 2, 3), [1, 2, 3])
-        equal(got, [1, 4], "draft tokens 1, 2, 3, where the target is sure of 1, 4, 3, 2,")
+        equal(got, [1, 4], "the tokens for draft tokens 1, 2, 3, where the target's rows are certain of 1, 4, 3, 2")
         got = self.sampled(code, sure(4, 2, 3, 1), sure(1, 2, 3), [1, 2, 3])
-        equal(got, [4], "draft tokens 1, 2, 3, where the target is sure of 4, 2, 3, 1,")
+        equal(got, [4], "the tokens for draft tokens 1, 2, 3, where the target's rows are certain of 4, 2, 3, 1")
         got = self.sampled(code, sure(1, 2, 0, 4), sure(1, 2, 3), [1, 2, 3])
-        equal(got, [1, 2, 0], "draft tokens 1, 2, 3, where the target is sure of 1, 2, 0, 4,")
+        equal(got, [1, 2, 0], "the tokens for draft tokens 1, 2, 3, where the target's rows are certain of 1, 2, 0, 4")
 
     def test_no_draft_tokens(self, code):
         got = self.sampled(code, sure(3), torch.empty(0, 5), [])
-        equal(got, [3], "no draft tokens, where the target is sure of 3,")
+        equal(got, [3], "the tokens without draft tokens, where the target's row is certain of 3")
         target = torch.tensor([[0.0, 0.0, 0.6, 0.4, 0.0]])
         got = sorted({tuple(self.sampled(code, target, torch.empty(0, 5), [], seed)) for seed in range(60)})
-        equal(
-            got, [(2,), (3,)], "what comes without draft tokens in 60 draws, where the target has 0.6 for 2, 0.4 for 3,"
-        )
+        what = "the different results of 60 calls without draft tokens, where the target has 0.6 for 2 and 0.4 for 3"
+        equal(got, [(2,), (3,)], what)
 
     def test_token_0(self, code):
         got = self.sampled(code, sure(0, 0, 3), sure(0, 0), [0, 0])
-        equal(got, [0, 0, 3], "draft tokens 0, 0, where the target is sure of 0, 0, 3,")
+        equal(got, [0, 0, 3], "the tokens for draft tokens 0, 0, where the target's rows are certain of 0, 0, 3")
         got = self.sampled(code, sure(0, 4, 3), sure(1, 2), [1, 2])
-        equal(got, [0], "draft tokens 1, 2, where the target is sure of 0, 4, 3,")
+        equal(got, [0], "the tokens for draft tokens 1, 2, where the target's rows are certain of 0, 4, 3")
 
     def test_the_arguments_are_left_alone(self, code):
         target, draft, ids = 2 * sure(1, 2, 3), 2 * sure(1, 4), [1, 4]
         before = target.clone(), draft.clone()
         self.sampled(code, target, draft, ids)
-        equal(target.tolist(), before[0].tolist(), "target, afterwards,")
-        equal(draft.tolist(), before[1].tolist(), "draft, afterwards,")
-        equal(ids, [1, 4], "the draft tokens, afterwards,")
+        equal(target.tolist(), before[0].tolist(), "the argument target, which must not change,")
+        equal(draft.tolist(), before[1].tolist(), "the argument draft, which must not change,")
+        equal(ids, [1, 4], "the argument draft_token_ids, which must not change,")
 
     def test_the_draft_of_the_same_place(self, code):
-        """The draft has no doubt about the second draft token; of the first it had many."""
+        """In the draft the second draft token has probability 1, and the first 0.2."""
         target = torch.stack([torch.full((5,), 0.2), torch.tensor([0.0, 0.0, 0.2, 0.8, 0.0]), sure(4)[0]])
         draft = torch.stack([torch.tensor([0.1, 0.2, 0.4, 0.1, 0.2]), sure(2)[0]])
         kept = sum(self.sampled(code, target, draft, [1, 2], seed) == [1, 2, 4] for seed in range(200))
-        what = (
-            "how often the second draft token is kept of 200 draws, where it has 0.2 in the target and 1 in the draft,"
-        )
+        what = "the share of 200 calls that accept the second draft token, with 0.2 in the target and 1 in the draft,"
         close(kept / 200, 0.2, what, atol=0.12)
 
     def test_the_bonus_is_drawn(self, code):
         target = torch.stack([sure(1)[0], torch.tensor([0.0, 0.0, 0.6, 0.4, 0.0])])
         got = sorted({tuple(self.sampled(code, target, sure(1), [1], seed)) for seed in range(60)})
-        equal(
-            got,
-            [(1, 2), (1, 3)],
-            "what comes of draft token 1 in 60 draws, where then the target has 0.6 for 2, 0.4 for 3,",
-        )
+        what = "the different results of 60 calls for draft token 1, where the last row has 0.6 for 2 and 0.4 for 3"
+        equal(got, [(1, 2), (1, 3)], what)
 
     def test_the_bonus_is_distributed_as_the_last_row(self, code):
         target = torch.stack([sure(1)[0], torch.tensor([0.0, 0.0, 0.6, 0.4, 0.0])])
         draft = torch.tensor([[0.0, 0.5, 0.5, 0.0, 0.0]])
         count = sum(self.sampled(code, target, draft, [1], seed) == [1, 2] for seed in range(200))
-        what = "how often the bonus is 2 in 200 draws, where the last row of the target has 0.6 for 2 and 0.4 for 3,"
+        what = "the share of 200 calls whose bonus token is 2, where the last row has 0.6 for 2 and 0.4 for 3,"
         close(count / 200, 0.6, what, atol=0.12)
 
     def test_each_place_has_its_own_randomness(self, code):
@@ -448,11 +472,11 @@ class TestRejectionSample:
             return code.llama_pytorch.draw_generator(0, i)
 
         got = code.rejection_sample(sure(1, 2, 3, 4), sure(1, 2, 3), [1, 2, 3], generator)
-        what = "(tokens, what `generator` was called with), where three draft tokens are kept and a bonus is drawn,"
+        what = "(tokens, arguments of `generator`), where three draft tokens are accepted and a bonus token is drawn,"
         equal((got, asked), ([1, 2, 3, 4], [0, 1, 2, 3]), what)
 
     def test_distributed_as_the_target(self, code):
-        """Pairs of tokens in which each depends on the one before; the draft has other ideas."""
+        """Pairs of tokens in which the second depends on the first; the draft has other probabilities."""
         first, then = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([[0.1, 0.6, 0.3], [0.7, 0.1, 0.2], [0.3, 0.3, 0.4]])
         first_draft, next_draft = (
             torch.tensor([0.2, 0.3, 0.5]),
@@ -466,7 +490,7 @@ class TestRejectionSample:
                 draft = torch.stack([first_draft, next_draft[one]])
                 for seed in range(150):
                     tokens = self.sampled(code, target, draft, [one, two], 1000 * (3 * one + two) + seed)
-                    holds(tokens, "rejection_sample returned no token at all; each run brings one at least.", actual=[])
+                    holds(tokens, "rejection_sample returned no token; it must return at least one.", actual=[])
                     if len(tokens) > 1:
                         shares[tokens[0], tokens[1]] += weight
                     else:
@@ -475,7 +499,7 @@ class TestRejectionSample:
         close(
             shares,
             expected,
-            "how often each pair of tokens comes, of draft tokens from a draft with other ideas,",
+            "the share of each pair of tokens, where the draft has other probabilities than the target,",
             atol=0.07,
         )
 
@@ -504,7 +528,7 @@ class TestExpectedTokens:
         self.check(code, 1.0, 0, 1.0)
 
     def test_by_enumeration(self, code):
-        """Each of eight runs of three draft tokens, right or wrong, and what it brings."""
+        """All eight cases of three draft tokens, right or wrong, and the number of tokens of each."""
         rate, total = 0.6, 0.0
         for run in range(8):
             is_right = [bool(run >> i & 1) for i in range(3)]
@@ -512,13 +536,14 @@ class TestExpectedTokens:
             for each in is_right:
                 chance *= rate if each else 1 - rate
             total += chance * (first_wrong + 1)
-        close(code.expected_tokens(rate, 3), total, "expected_tokens(0.6, 3), against all eight ways it can go,")
+        what = "expected_tokens(0.6, 3), compared with the mean over all eight cases,"
+        close(code.expected_tokens(rate, 3), total, what)
 
 
 @exercise("8.7")
 class TestChooseK:
     def check(self, code, rate: float, seconds: list[float], expected: int, why: str) -> None:
-        equal(code.choose_k(rate, seconds), expected, f"choose_k({rate}, {seconds}): {why}; it")
+        equal(code.choose_k(rate, seconds), expected, f"choose_k({rate}, {seconds}) ({why})")
 
     def test_by_hand(self, code):
         self.check(code, 0.5, [10.0, 12.0, 15.0, 17.5], 1, "0.1, 0.125, 0.117 and 0.107 tokens a second")
@@ -530,31 +555,31 @@ class TestChooseK:
 
     def test_many(self, code):
         seconds = [10.0 + k for k in range(13)]
-        self.check(code, 1.0, seconds, 12, "0.1 tokens a second, 0.18, and more with each k")
+        self.check(code, 1.0, seconds, 12, "0.1 and 0.18 tokens a second, and more with each further k")
 
     def test_the_seconds_are_left_alone(self, code):
         seconds = [10.0, 30.0, 9.0]
         code.choose_k(0.5, seconds)
-        equal(seconds, [10.0, 30.0, 9.0], "the list of seconds, afterwards,")
+        equal(seconds, [10.0, 30.0, 9.0], "the argument seconds, which must not change,")
 
     def test_any_step_times(self, code):
         why = "0.1, 0.05, 0.194, 0.197, 0.194 and 0.164 tokens a second"
         self.check(code, 0.5, [10.0, 30.0, 9.0, 9.5, 10.0, 12.0], 3, why)
 
     def test_none_where_it_does_not_pay(self, code):
-        self.check(code, 0.0, [10.0, 10.5, 11.0], 0, "no draft token is ever right")
+        self.check(code, 0.0, [10.0, 10.5, 11.0], 0, "no draft token is ever accepted")
         self.check(code, 0.2, [10.0, 13.0, 16.0], 0, "0.1, 0.092 and 0.078 tokens a second")
 
     def test_of_equals_the_smallest(self, code):
-        self.check(code, 0.0, [2.0, 2.0, 2.0, 3.0], 0, "half a token a second, and less with k = 3")
-        self.check(code, 1.0, [1.0, 2.0, 3.0, 4.0], 0, "a token a second, whatever k is")
-        self.check(code, 1.0, [8.0, 2.0, 3.0], 1, "0.125 tokens a second, then 1, then 1")
+        self.check(code, 0.0, [2.0, 2.0, 2.0, 3.0], 0, "0.5 tokens a second, and less with k = 3")
+        self.check(code, 1.0, [1.0, 2.0, 3.0, 4.0], 0, "1 token a second with each k")
+        self.check(code, 1.0, [8.0, 2.0, 3.0], 1, "0.125, 1 and 1 tokens a second")
 
     def test_a_step_that_is_slow_with_few_draft_tokens(self, code):
         self.check(code, 1.0, [1.0, 8.0, 2.0], 2, "1, 0.25 and 1.5 tokens a second")
 
     def test_one_choice(self, code):
-        self.check(code, 0.9, [3.0], 0, "there is only k = 0")
+        self.check(code, 0.9, [3.0], 0, "k = 0 is the only one")
 
 
 @exercise("8.8", points=2)
@@ -563,8 +588,8 @@ class TestAcceptanceObserve:
         own = code.Acceptance()
         for num_draft_tokens, num_accepted in runs:
             own.observe(num_draft_tokens, num_accepted)
-        what = "the rate (it begins at 1 / 2) after " + ", then ".join(
-            f"{accepted} of {drafts} right" for drafts, accepted in runs
+        what = "the rate (1 / 2 at first) after " + ", then ".join(
+            f"observe({drafts}, {accepted})" for drafts, accepted in runs
         )
         close(own.rate, right / tried, what)
 
@@ -589,7 +614,7 @@ class TestAcceptanceObserve:
         self.check(code, [(0, 0)], 1, 2)
 
     def test_a_long_run(self, code):
-        """Runs of four draft tokens, each of which is right 3 times in 4."""
+        """Runs of four draft tokens, each accepted with probability 0.75 if those before it were."""
         own, generator = code.Acceptance(), torch.Generator().manual_seed(0)
         rates = []
         for step in range(600):
@@ -600,7 +625,7 @@ class TestAcceptanceObserve:
         close(
             mean,
             0.75,
-            "the mean rate over 500 steps with four draft tokens each, where each is right 3 times in 4,",
+            "the mean rate over 500 steps with four draft tokens, each accepted with probability 0.75,",
             atol=0.1,
         )
 
@@ -611,7 +636,7 @@ class TestAcceptanceObserve:
 
 
 def scheduled(code, name: str, start: int, text: list[int], num_prompt: int, table: list[int], **params):
-    """A request that computes its text, from `start` on, of which the first so many tokens are its prompt."""
+    """A request that computes its text from `start` on; the first `num_prompt` tokens are its prompt."""
     prompt, output = text[:num_prompt], text[num_prompt:]
     return code.ScheduledRequest(
         name, start, text[start:], 0, table, code.SamplingParams(**params), len(output), prompt, output, frozenset(), 50
@@ -619,7 +644,7 @@ def scheduled(code, name: str, start: int, text: list[int], num_prompt: int, tab
 
 
 class Drafting:
-    """A proposer over a tiny draft, with blocks of four; it notes how many tokens each pass computes."""
+    """A proposer with a tiny draft model and blocks of four; it records how many tokens each pass computes."""
 
     def __init__(self, code, num_blocks: int = 24, positions: int = 64):
         self.code = code
@@ -627,16 +652,26 @@ class Drafting:
         self.proposer = code.DraftProposer(self.model, code.PagedKVCache(self.model, num_blocks, 4))
         self.passes: list[int] = []
         self.model.register_forward_pre_hook(lambda module, arguments: self.passes.append(len(arguments[0])))
+        self.compute, self.proposer.logits = self.proposer.logits, self.logits_of_new_tokens
+
+    def logits_of_new_tokens(self, drafts, new_token_ids):
+        """The proposer's `logits`, which cannot compute a draft without new tokens."""
+        sentence = (
+            "`logits` was called with no new token for a draft. Is `num_computed` too large, or was the draft token "
+            "not appended to its `token_ids`?"
+        )
+        holds(all(new_token_ids), sentence)
+        return self.compute(drafts, new_token_ids)
 
     def propose(self, requests, sampled: dict[str, list[int]], limits: dict[str, int], why: str = ""):
-        """These requests' step has yielded `sampled`. Returns the drafts by request id."""
+        """Propose after a step in which `sampled` was sampled. Returns the drafts by request id."""
         self.passes.clear()
         drafts = [
             self.code.Draft(each, [*each.prompt_token_ids, *each.output_token_ids, *sampled[id]], limits[id])
             for each in requests
             for id in [each.request_id]
         ]
-        what = f"propose, with limits {limits}{why or f' and {sampled} just sampled,'}"
+        what = f"propose with limits {limits}{why or f' after {sampled} was sampled'},"
         with torch.inference_mode():
             self.proposer.follow(self.code.SchedulerOutput(1, list(requests)))
             answer(self.code, what, lambda: self.proposer.propose(drafts))
@@ -646,7 +681,7 @@ class Drafting:
         return {id: list(draft.draft_token_ids) for id, draft in sorted(got.items())}
 
     def logits(self, text: list[int]) -> torch.Tensor:
-        """What the draft says after a text, without any cache."""
+        """The draft model's logits after a text, without any cache."""
         with torch.inference_mode():
             return self.code.llama_pytorch.recompute(tiny(self.code, 5, 1), text)
 
@@ -669,10 +704,10 @@ class TestDraftProposerPropose:
         equal(
             own.tokens(got),
             {"a": own.continued([*PROMPT, 17], 3)},
-            "three draft tokens for a, which has been given 17,",
+            "three draft tokens for request a after the token 17",
         )
-        equal(got["a"].probs, [], "the distributions of draft tokens that were not sampled (temperature 0)")
-        what = "how many tokens each pass computes (6 of the prompt and the new one, then a draft token, then another)"
+        equal(got["a"].probs, [], "probs of a draft at temperature 0")
+        what = "the number of tokens in each pass, for a request with a prompt of 6, a new token and 3 draft tokens,"
         equal(own.passes, [7, 1, 1], what)
 
     def test_two_requests(self, code):
@@ -681,7 +716,7 @@ class TestDraftProposerPropose:
         got = own.propose(requests, {"a": [17], "b": [8]}, {"a": 3, "b": 3})
         expected = {"a": own.continued([*PROMPT, 17], 3), "b": own.continued([*LONG, 8], 3)}
         equal(own.tokens(got), expected, "three draft tokens for each of two requests")
-        equal(own.passes, [17, 2, 2], "how many tokens each pass computes, of two requests with 7 and 10 tokens,")
+        equal(own.passes, [17, 2, 2], "the number of tokens in each pass, for two requests with 7 and 10 tokens,")
 
     def test_each_has_its_limit(self, code):
         own = Drafting(code)
@@ -695,26 +730,23 @@ class TestDraftProposerPropose:
         got = own.propose(requests, {"a": [17], "b": [8], "c": [20], "d": [4]}, limits)
         expected = {"a": own.continued([*PROMPT, 17], 1), "b": own.continued([*LONG, 8], 3), "c": []}
         expected["d"] = own.continued([*LONG[:3], 4], 2)
-        equal(own.tokens(got), expected, "the draft tokens, with limits a: 1, b: 3, c: 0, d: 2,")
-        equal(
-            own.passes,
-            [21, 2, 1],
-            "how many tokens each pass computes, of a (7 tokens, limit 1), b (10, 3) and d (4, 2),",
-        )
+        equal(own.tokens(got), expected, "the draft tokens with the limits a: 1, b: 3, c: 0, d: 2")
+        what = "the number of tokens in each pass, for a (7 tokens, limit 1), b (10, 3) and d (4, 2),"
+        equal(own.passes, [21, 2, 1], what)
 
     def test_many(self, code):
         own = Drafting(code)
         got = own.propose([scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7, 8, 9])], {"a": [17]}, {"a": 11})
-        equal(own.tokens(got), {"a": own.continued([*PROMPT, 17], 11)}, "eleven draft tokens")
+        equal(own.tokens(got), {"a": own.continued([*PROMPT, 17], 11)}, "eleven draft tokens for a request")
 
     def test_no_draft_tokens_allowed(self, code):
         own = Drafting(code)
         got = own.propose([scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7])], {"a": [17]}, {"a": 0})
         equal(own.tokens(got), {"a": []}, "the draft tokens with a limit of 0")
-        equal(own.passes, [], "how many tokens each pass computes then")
+        equal(own.passes, [], "the number of tokens in each pass, with a limit of 0,")
 
     def after_a_step(self, code, sampled: list[int], number: int = 2):
-        """Three draft tokens were made behind 17; the step that verifies them brings `sampled`."""
+        """Three draft tokens were proposed after 17; the step that verifies them returns `sampled`."""
         own = Drafting(code)
         table = [5, 2, 7, 8]
         first = own.propose([scheduled(code, "a", 0, PROMPT, 6, table)], {"a": [17]}, {"a": 3})
@@ -725,54 +757,54 @@ class TestDraftProposerPropose:
 
     def test_after_draft_tokens_that_were_right(self, code):
         own, got, expected = self.after_a_step(code, [None, None, None, 12])
-        equal(got, expected, "two draft tokens, after three were right and a fourth token came with them,")
+        equal(got, expected, "two draft tokens, after all three earlier ones were accepted, with a bonus token,")
         holds(
             own.passes in ([5, 1], [4, 1], [2, 1]),
-            f"The passes compute {own.passes} tokens: the draft has most of the text in its cache. Is that noted?",
+            f"The passes compute {own.passes} tokens, but most of the text is in the cache. Is `num_computed` set?",
             actual=list(own.passes),
         )
 
     def test_after_draft_tokens_that_were_wrong(self, code):
         own, got, expected = self.after_a_step(code, [12])
-        equal(got, expected, "two draft tokens, after three were wrong,")
+        equal(got, expected, "two draft tokens, after the first of three was rejected,")
         holds(
             own.passes in ([2, 1], [1, 1]),
-            f"The passes compute {own.passes} tokens: the draft has most of the text in its cache. Is that noted?",
+            f"The passes compute {own.passes} tokens, but most of the text is in the cache. Is `num_computed` set?",
             actual=list(own.passes),
         )
 
     def test_after_one_of_three_was_right(self, code):
         _, got, expected = self.after_a_step(code, [None, 12])
-        equal(got, expected, "two draft tokens, after one of three was right,")
+        equal(got, expected, "two draft tokens, after one of three was accepted,")
 
-    def test_not_asked_for_a_while(self, code):
+    def test_after_steps_without_draft_tokens(self, code):
         own, table = Drafting(code), [5, 2, 7, 8]
         own.propose([scheduled(code, "a", 0, PROMPT, 6, table)], {"a": [17]}, {"a": 0})
         own.propose([scheduled(code, "a", 6, [*PROMPT, 17], 6, table)], {"a": [19]}, {"a": 0})
         got = own.propose([scheduled(code, "a", 7, [*PROMPT, 17, 19], 6, table)], {"a": [1]}, {"a": 2})
         expected = own.continued([*PROMPT, 17, 19, 1], 2)
-        equal(own.tokens(got), {"a": expected}, "two draft tokens for a request that made none in the two steps before")
+        equal(own.tokens(got), {"a": expected}, "two draft tokens for a request that had none in the two steps before")
 
     def within(self, own, table: list[int], why: str) -> int:
-        """How many draft tokens are made of a limit of 5, behind 7 tokens."""
+        """The number of draft tokens after 7 tokens, with a limit of 5."""
         request = scheduled(own.code, "a", 0, PROMPT, 6, table)
-        got = own.propose([request], {"a": [17]}, {"a": 5}, f" and {why}, should make fewer; it")
+        got = own.propose([request], {"a": [17]}, {"a": 5}, f" and {why}")
         return len(own.tokens(got)["a"])
 
     def test_no_more_than_there_are_slots_for(self, code):
-        why = "one slot left in two blocks of 4 (the last draft token needs none)"
-        equal(self.within(Drafting(code), [5, 2], why), 2, f"how many draft tokens are made, with {why},")
+        why = "one free slot in two blocks of 4 (the last draft token needs none)"
+        equal(self.within(Drafting(code), [5, 2], why), 2, f"the number of draft tokens with {why}")
 
     def test_no_more_than_there_are_positions_for(self, code):
-        why = "two of the draft's 9 positions left (the last draft token needs none)"
+        why = "two of the draft model's 9 positions free (the last draft token needs none)"
         got = self.within(Drafting(code, positions=9), [5, 2, 7, 8], why)
-        equal(got, 3, f"how many draft tokens are made, with {why},")
+        equal(got, 3, f"the number of draft tokens with {why}")
 
-    def test_no_room_at_all(self, code):
+    def test_too_few_positions(self, code):
         for positions in (6, 4):
-            why = f"7 tokens, of which the draft has positions for {positions}"
+            why = f"7 tokens and a draft model with {positions} positions"
             got = self.within(Drafting(code, positions=positions), [5, 2, 7, 8], why)
-            equal(got, 0, f"how many draft tokens are made, with {why},")
+            equal(got, 0, f"the number of draft tokens with {why}")
 
     def test_sampled(self, code):
         own = Drafting(code)
@@ -785,13 +817,13 @@ class TestDraftProposerPropose:
             generator = code.llama_pytorch.draw_generator(seed, 3 + place)
             drafts.append(int(torch.multinomial(rows[-1], 1, generator=generator)))
             text.append(drafts[-1])
-        what = "three draft tokens at temperature 0.8, for positions 3, 4 and 5 of the output,"
+        what = "three draft tokens at temperature 0.8, for output tokens 3, 4 and 5,"
         equal(list(got.draft_token_ids), drafts, what)
-        equal(len(got.probs), 3, "how many distributions a draft has with three tokens sampled at temperature 0.8")
+        equal(len(got.probs), 3, "len(probs) of a draft with three draft tokens at temperature 0.8")
         close(
             torch.stack(got.probs),
             torch.stack(rows),
-            "the distributions (V,) that three draft tokens were sampled from",
+            "probs of a draft with three draft tokens at temperature 0.8",
         )
 
     def test_some_sampled_and_some_not(self, code):
@@ -801,14 +833,15 @@ class TestDraftProposerPropose:
             scheduled(code, "b", 0, LONG, 9, [1, 0, 9, 3]),
         ]
         got = own.propose(requests, {"a": [17], "b": [8]}, {"a": 2, "b": 3})
-        equal(own.tokens(got)["b"], own.continued([*LONG, 8], 3), "b's draft tokens, at temperature 0, beside a, at 1,")
-        equal(got["b"].probs, [], "the distributions of b's draft tokens, at temperature 0, beside a, at 1,")
-        equal(len(got["a"].probs), 2, "how many distributions a has with two draft tokens sampled at temperature 1,")
+        what = "the draft tokens of b at temperature 0, in a batch with a at temperature 1,"
+        equal(own.tokens(got)["b"], own.continued([*LONG, 8], 3), what)
+        equal(got["b"].probs, [], "probs of b at temperature 0, in a batch with a at temperature 1,")
+        equal(len(got["a"].probs), 2, "len(probs) of a with two draft tokens at temperature 1")
         expected = [own.logits([*PROMPT, 17, *got["a"].draft_token_ids[:i]]).softmax(-1) for i in range(2)]
-        close(torch.stack(got["a"].probs), torch.stack(expected), "the distributions of a's draft tokens")
+        close(torch.stack(got["a"].probs), torch.stack(expected), "probs of a with two draft tokens at temperature 1")
 
-    def test_penalties_know_of_what_has_just_come(self, code):
-        """What has come in the output is less likely: the sampled token, and each draft token for those behind it."""
+    def test_penalties_for_the_newest_tokens(self, code):
+        """Tokens in the output become less likely: the sampled token, and each draft token for those after it."""
         own = Drafting(code)
         text = [*PROMPT, *own.continued(PROMPT, 2)]
         sampled = text[6:]
@@ -817,7 +850,7 @@ class TestDraftProposerPropose:
             text.append(int((own.logits(text) - 1.5 * counts - 2.0 * (counts > 0)).argmax()))
         request = scheduled(code, "a", 0, PROMPT, 6, [5, 2, 7], presence_penalty=2.0, frequency_penalty=1.5)
         got = own.propose([request], {"a": sampled}, {"a": 4})
-        what = f"four draft tokens behind {sampled}, with a presence_penalty of 2 and a frequency_penalty of 1.5,"
+        what = f"four draft tokens after {sampled}, with a presence_penalty of 2 and a frequency_penalty of 1.5,"
         equal(own.tokens(got), {"a": text[8:]}, what)
 
 
@@ -882,14 +915,14 @@ class TestTogether:
             own = self.engine(code, kind, False)
             outputs = own.generate(prompts, params, progress=False)
             got = [output.token_ids for output in outputs]
-            equal(got, expected, f"the tokens of five requests in eight blocks, draft tokens from {kind}")
-            equal(own.manager.pool.num_free_blocks, 8, "how many of 8 blocks are free when all have finished")
-            holds(
-                own.metrics().num_draft_tokens > 0, f"Nothing was proposed, though there were draft tokens from {kind}."
-            )
+            equal(got, expected, f"the tokens of five requests in eight blocks, with draft tokens from {kind},")
+            what = "the number of free blocks of 8 after all requests have finished"
+            equal(own.manager.pool.num_free_blocks, 8, what)
+            holds(own.metrics().num_draft_tokens > 0, f"No draft tokens were proposed, with draft tokens from {kind}.")
         rate = own.metrics().acceptance_rate
         holds(
-            rate > 0.9, f"Of the draft tokens of the very same model {rate:.0%} were accepted; all but a few should be."
+            rate > 0.9,
+            f"{rate:.0%} of the draft tokens were accepted. Draft and target are one model, so nearly all should be.",
         )
 
     def test_drawn(self, code):
@@ -901,12 +934,13 @@ class TestTogether:
             for prompt, each in zip(prompts, params)
         ]
         got = [each.token_ids for each in self.engine(code, "n-grams", True).generate(prompts, params, progress=False)]
-        equal(got, expected, "the tokens of five requests at temperature 0.7, draft tokens from n-grams")
+        equal(got, expected, "the tokens of five requests at temperature 0.7, with draft tokens from n-grams,")
         own = self.engine(code, "the model itself", True)
         outputs = own.generate(prompts, params, progress=False)
-        equal([len(output.token_ids) for output in outputs], [8] * 5, "how many tokens each of five requests gets")
+        equal([len(output.token_ids) for output in outputs], [8] * 5, "the number of tokens of each of five requests")
         rate = own.metrics().acceptance_rate
         holds(
             rate > 0.9,
-            f"Of the sampled draft tokens of the very same model {rate:.0%} were accepted; nearly all should be.",
+            f"{rate:.0%} of the sampled draft tokens were accepted. Draft and target are one model, so nearly all "
+            "should be.",
         )

@@ -1,9 +1,9 @@
-"""Lesson 2: a real Llama or Qwen, in PyTorch, from a checkpoint on disk to text on the screen.
+"""Lesson 2: a real Llama or Qwen in PyTorch, from a checkpoint on disk to text on the screen.
 
-Later lessons use this model without editing it. Two seams make that possible:
+Later lessons use this model without editing it. Two interfaces make that possible:
 
 - `attend(layer, q, k, v)` is an argument of every call. The model computes queries, keys and values, and `attend`
-  decides what to remember of them. Here nothing is remembered; later lessons pass other functions.
+  decides which of them to keep for later calls. Here it keeps none; later lessons pass other functions.
 - A linear layer has the name that its weight has in the checkpoint, and a `method` that stores the weight and
   multiplies by it. Lesson 6 cuts the layer and lesson 7 changes the method, both before the weights are read.
 
@@ -52,15 +52,15 @@ A layer with a sliding window passes it as well: attend(layer, q, k, v, window=4
 def parse_config(config: Mapping) -> ModelConfig:
     """Read a Hugging Face `config.json` of Llama 2 or 3, Mistral, Qwen2, Qwen2.5, Qwen3 or Qwen3-MoE.
 
-    `check_config`, which is given, checks every value and fills in each family's defaults. In what it returns,
-    `num_key_value_heads` may be None, which means `num_attention_heads`, and so may `head_dim`, which means
-    hidden_size // num_attention_heads. All else has a value, except `rope_scaling` and `moe`, if there is none.
+    `check_config`, which is given, checks every value and fills in each family's defaults. In its result
+    `num_key_value_heads` may be None, which means `num_attention_heads`, and `head_dim` may be None, which means
+    hidden_size // num_attention_heads. `rope_scaling` and `moe` are None if the model has none. All others have values.
 
     `attention_bias` adds a bias to q, k, v and o, but Qwen2 always has one on q, k and v and never on o. Only Llama
-    reads `mlp_bias`. Only Qwen3 and its MoE have QK norm. Raises CheckpointError for what the engine cannot run.
+    reads `mlp_bias`. Only Qwen3 and its MoE have QK norm. Raises CheckpointError for a model that cannot be run.
     """
     given = check_config(config)
-    # Exercise 2.1: fill a ModelConfig. Mind the values that may be None, and what follows from the family alone.
+    # Exercise 2.1: fill a ModelConfig. Replace the values that may be None, and set those that depend on the family.
     family, heads = given.model_type, given.num_attention_heads
     return ModelConfig(
         vocab_size=given.vocab_size,
@@ -87,7 +87,7 @@ def parse_config(config: Mapping) -> ModelConfig:
 def scaled_frequencies(config: ModelConfig, length: int = 0) -> Tensor:
     """Return the rotary frequencies, scaled for contexts longer than in training: (D / 2,) float32.
 
-    Rules other than Llama 3's are given, in `common/rope.py`; two of them depend on `length`, that of the whole text.
+    Rules other than Llama 3's are given, in `common/rope.py`; two of them depend on `length`, the length of the text.
     For Llama 3.1, `config.rope_scaling` has `factor`, `low_freq_factor`, `high_freq_factor` and
     `original_max_position_embeddings`, the context in training. A pair of dimensions that makes more than
     `high_freq_factor` turns within that context keeps its frequency. One that makes fewer than `low_freq_factor` turns
@@ -109,21 +109,21 @@ def scaled_frequencies(config: ModelConfig, length: int = 0) -> Tensor:
 
 
 def causal_attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """The simplest `attend`: these tokens are the whole sequence, and nothing is remembered.
+    """The simplest `attend`: these tokens are the whole sequence, and no key or value is kept.
 
-    q: (T, H, D); k, v: (T, K, D). Returns (T, H, D). Every token attends to itself and to all before it, in a window to
-    the last ones only.
+    q: (T, H, D); k, v: (T, K, D). Returns (T, H, D). Every token attends to itself and to all before it, or, with a
+    window, to the last `window` of these.
     """
     if window is not None:
         positions = torch.arange(len(q), device=q.device)
         return window_attention(q[None], k[None], v[None], positions[None], 0, window)[0]
-    # Exercise 2.3: combine two functions of lesson 1. (`layer` is for functions that remember k and v.)
+    # Exercise 2.3: combine two functions of lesson 1. (`layer` is for functions that keep k and v.)
     num_tokens = q.shape[0]
     return grouped_query_attention(q, k, v, causal_mask(num_tokens, num_tokens, q.device))
 
 
 class Layer(nn.Module):
-    """A module with tensors of its own, which it reads from a checkpoint by itself."""
+    """A module that has tensors and reads them from a checkpoint itself."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the names (within this layer) of the tensors that it reads, and their shapes in the checkpoint."""
@@ -156,9 +156,9 @@ class RMSNorm(Layer):
 
 
 class LinearMethod:
-    """How a linear layer stores its matrix and multiplies by it: here in floats, in lesson 7 in fewer bits.
+    """Says how a linear layer stores its matrix and multiplies by it: here in floats, in lesson 7 in fewer bits.
 
-    The tensors belong to the layer, under their names in the checkpoint. After vLLM's `LinearMethodBase`.
+    The tensors are attributes of the layer, with their names in the checkpoint. Like vLLM's `LinearMethodBase`.
     """
 
     def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
@@ -198,7 +198,7 @@ class LinearMethod:
 class Linear(Layer):
     """A linear layer, whose `method` stores the matrix and multiplies by it. (T, in_features) -> (T, out_features).
 
-    shape: of the matrix in the checkpoint. rows, columns: the part of it that this layer has; all, until lesson 6.
+    shape: of the matrix in the checkpoint. rows, columns: this layer's part of it, which is all of it until lesson 6.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
@@ -392,14 +392,14 @@ def reader(checkpoint: Checkpoint, path: str) -> Callable[..., Tensor]:
 
 
 def load_weights(model: Llama, checkpoint: Checkpoint) -> None:
-    """Let every layer read its tensors from a checkpoint. The model may stand on the meta device.
+    """Let every layer read its tensors from a checkpoint. The model may be on the meta device.
 
     A tied head is not read: it shares the embedding table. The checkpoint's own `lm_head.weight` is ignored then, and
     so are the `...rotary_emb.inv_freq` of old Llama checkpoints.
 
-    Raises CheckpointError before anything is read. It names every tensor that the model needs and the checkpoint lacks,
-    or every tensor that the model does not know. Or it names the first tensor whose shape is not what its layer
-    expects, with both shapes and its file.
+    Raises CheckpointError before it reads anything. The error names every tensor that is missing from the checkpoint,
+    or every tensor that the model does not have. Or it names the first tensor whose shape differs from its layer's,
+    with both shapes and the file.
     """
     # Exercise 2.8: collect the `shapes()` of all `layers_of(model)` under their full names. Compare names, then shapes.
     # Then let each layer `load` with its `reader`, and tie the head at the end.
@@ -432,7 +432,7 @@ def use_kernels(model: Llama, **parallel: type) -> None:
 
 
 def check_tokenizer(tokenizer: Tokenizer, checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise CheckpointError if the tokenizer of a checkpoint has ids for which the embedding has no row."""
+    """Raise CheckpointError if the tokenizer of a checkpoint has ids without a row in the embedding table."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens and the embedding "
@@ -444,7 +444,7 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
     """Load the model and tokenizer of a checkpoint: `tales`, `smollm2-135m`, a folder, a `.gguf` file or `org/name`.
 
     Default device: the GPU if there is one. Default dtype: bfloat16 on a GPU, float32 on a CPU, the fastest on each.
-    Raises CheckpointError with the file and what is wrong with it, ValueError for a device that is not there.
+    Raises CheckpointError with the file and its fault, and ValueError for a device that does not exist.
     """
     device = choose_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
@@ -467,7 +467,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     Scores equal to the k-th are kept too; k may exceed V. From Fan et al., "Hierarchical Neural Story Generation"
     (2018).
     """
-    # Exercise 2.9: find the k-th highest score, and keep everything that is not lower.
+    # Exercise 2.9: find the k-th highest score, and keep every score that is not lower.
     threshold = logits.topk(min(k, logits.shape[-1])).values[-1]
     return logits.masked_fill(logits < threshold, -math.inf)
 
@@ -478,7 +478,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     logits: (V,); 0 < p <= 1. Returns (V,), a new tensor. The token that crosses p is kept, so at least one is. Also
     called nucleus sampling: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020).
     """
-    # Exercise 2.10: sort by score, keep a token if those before it have not reached p, undo the sorting.
+    # Exercise 2.10: sort by score, keep a token if those before it sum to less than p, and undo the sorting.
     ordered, token_ids = logits.sort(descending=True)
     probabilities = upcast(ordered).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
@@ -499,10 +499,10 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def sampling_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     """Return the distribution to draw a token from, for a temperature above 0. logits: (V,). Returns (V,), sum 1.
 
-    Apply the temperature first, then top_k, top_p and min_p, each to what the one before left, and only if it is set
-    (0, 1 and 0 mean unset). In float32 at least.
+    Apply the temperature first, then top_k, top_p and min_p, each to the result of the one before, and only if it is
+    set (0, 1 and 0 mean unset). Compute in float32 or better.
     """
-    # Exercise 2.12: keep this order; a higher temperature changes which tokens top_p keeps.
+    # Exercise 2.12: keep this order, because the temperature changes which tokens top_p keeps.
     logits = upcast(logits) / params.temperature
     if params.top_k > 0:
         logits = keep_top_k(logits, params.top_k)
@@ -526,9 +526,9 @@ def draw_generator(seed: int | None, index: int) -> torch.Generator:
 def sample(logits: Tensor, params: SamplingParams, index: int) -> int:
     """Choose output token number `index` of a request. logits: (V,). Returns a token id.
 
-    At temperature 0, return the likeliest token. Otherwise draw from `sampling_probs`, with randomness that depends on
-    params.seed and index only. So there is no state to save: a request that is preempted, moved or batched with others
-    draws the same tokens as alone.
+    At temperature 0, return the likeliest token. Otherwise draw from `sampling_probs`, with random numbers that depend
+    only on params.seed and index. So there is no state to save: a request that is preempted, moved or batched draws
+    the same tokens as alone.
     """
     # Exercise 2.13: return the likeliest, or draw (`torch.multinomial`, on the CPU) with this index's `draw_generator`.
     if params.temperature == 0:
@@ -542,8 +542,8 @@ def adjust_logits(
 ) -> Tensor:
     """Apply the request's own processors and the penalties, and forbid stop tokens before `min_tokens`.
 
-    logits: (V,), left unchanged. Returns new ones. Processors are grammars, say, which forbid tokens. The repetition
-    penalty divides positive scores and multiplies negative ones: both make the token less likely.
+    logits: (V,), left unchanged. Returns new ones. Processors are for example grammars, which forbid tokens. The
+    repetition penalty divides positive scores and multiplies negative ones: both make the token less likely.
     """
     logits = params.process(output, logits)
     if params.repetition_penalty != 1:
@@ -596,7 +596,7 @@ class TextStream:
 
 
 class StopChecker:
-    """Passes text on until a stop string occurs, even one that arrives in several pieces."""
+    """Returns text until a stop string occurs, even one that arrives in several pieces."""
 
     def __init__(self, stop: Sequence[str]):
         self.stop = tuple(stop)
@@ -607,7 +607,7 @@ class StopChecker:
         """Add a piece of text and return what can be shown now.
 
         If a stop string is complete, set `found` and return the text before it; of several, the one that begins first
-        counts. Otherwise hold back the end of the text that may become a stop string, and nothing else.
+        counts. Otherwise hold back only the end of the text that may be the beginning of a stop string.
         """
         # Exercise 2.15: look for whole stop strings first; then find the longest end of the text that is the beginning
         # of one.
@@ -641,8 +641,8 @@ class RequestOutput:
 
 
 def recompute(model: Llama, token_ids: Sequence[int]) -> Tensor:
-    """Return the scores (V,) of the token after these. Nothing is remembered: every call computes all tokens."""
-    # Exercise 2.16: run the model at positions 0, 1, ... with `causal_attend`; compute logits of the last token only.
+    """Return the scores (V,) of the token after these. Nothing is kept: every call computes all tokens."""
+    # Exercise 2.16: run the model at positions 0, 1, ... with `causal_attend`; compute logits only of the last token.
     token_ids = torch.tensor(token_ids, device=model.model.norm.weight.device)
     hidden = model(token_ids, torch.arange(len(token_ids), device=token_ids.device), causal_attend)
     return model.logits(hidden[-1:])[0]
@@ -659,8 +659,8 @@ def generate(
 ) -> RequestOutput:
     """Continue a prompt token by token, calling `on_text` with each piece of text as soon as it is certain.
 
-    Generation ends ("stop") at one of the tokenizer's `eos_token_ids` (unless `ignore_eos`), a stop token or a stop
-    string, or ("length") after `max_tokens` or when the context is full; if both hold, it is "stop". Text of the first
+    The answer ends with "stop" at one of the tokenizer's `eos_token_ids` (unless `ignore_eos`), a stop token or a stop
+    string. It ends with "length" after `max_tokens` or in a full context; if both hold, with "stop". Text of the first
     `min_tokens` tokens is not searched for stop strings. `next_logits` maps all tokens so far to the scores (V,) of the
     next; the default, `recompute`, computes the whole sequence at every step, which lesson 3 changes.
     """
@@ -675,9 +675,9 @@ def generate(
             output.text += piece
             on_text(piece)
 
-    # Exercise 2.17: until there is a finish_reason: `next_logits` of prompt and output, `adjust_logits`, `sample`,
-    # append. A stop token adds no text; any other goes through `stream`, and then through `checker` unless it is one of
-    # the first `min_tokens`. At the end, unless a stop string was found, `show` what both still hold. If
+    # Exercise 2.17: until there is a finish_reason, take `next_logits` of prompt and output, `adjust_logits`, `sample`
+    # and append. A stop token adds no text; push others through `stream`, and then through `checker` unless they are
+    # among the first `min_tokens`. At the end, unless a stop string was found, flush both and `show` that text. If
     # `params.logprobs` is set (it may be 0), append `top_logprobs` of the model's own logits.
     while output.finish_reason is None:
         logits = next_logits([*prompt_token_ids, *output.token_ids])

@@ -4,10 +4,10 @@ A *router* scores the experts for a token. The best k compute it, and the layer'
 model can have many weights, and multiply a token by few of them: Qwen3-30B-A3B has 30 billion weights and uses 3
 billion for each token.
 
-This file knows neither checkpoints nor the layers of lesson 2, which are handed in: an expert is any function of (n,
-hidden_size) tokens.
+This file does not know about checkpoints or the layers of lesson 2: an expert is any function of (n, hidden_size)
+tokens.
 
-From Shazeer et al., "Outrageously Large Neural Networks" (2017); as in Qwen3-MoE, Yang et al. (2025).
+From Shazeer et al., "Outrageously Large Neural Networks" (2017); the details are Qwen3-MoE's, Yang et al. (2025).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def route(scores: Tensor, k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]
     Returns the experts' weights, (T, k) in the scores' dtype, and their numbers, (T, k), the likeliest first. A weight
     is the expert's probability among all E; with `norm_topk_prob` the k weights of a token are divided by their sum.
     """
-    # Exercise 2.18: softmax over all experts, in float32 (`upcast`), since 16 bits are coarse; then the best k.
+    # Exercise 2.18: take the softmax over all experts, in float32 (`upcast`: 16 bits are coarse), then the best k.
     weights, chosen = upcast(scores).softmax(-1).topk(k)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -37,7 +37,7 @@ def tokens_by_expert(chosen: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """Sort the tokens by the experts that compute them. chosen: (T, k), from `route`.
 
     Returns {expert: (tokens, places)}, with an entry for each expert that is chosen, and for no other. tokens: (n,),
-    the indices of the tokens that chose it, ascending. places: (n,), where it stands among each one's k, from 0.
+    the indices of the tokens that chose it, ascending. places: (n,), the index of this expert among the k of each.
     """
     # Exercise 2.19: choice i of the flattened `chosen` is token i // k's, at place i % k. Sort the choices by expert,
     # or find the choices of one expert after the other.
@@ -51,7 +51,7 @@ def mix_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Ca
     """Add up what each token's experts compute, times their weights. x: (T, hidden_size). Returns the same shape.
 
     weights, chosen: (T, k), from `route`. experts: E functions from (n, hidden_size) to the same shape. Each is called
-    at most once, with its own tokens only; one that no token has chosen is not called, so its weights are not read.
+    at most once, only with its own tokens; one that no token has chosen is not called, so its weights are not read.
     """
     # Exercise 2.20: for each entry of `tokens_by_expert`, compute the expert's tokens, scale them by their weights, and
     # add them to the output's rows with `index_add_`.
@@ -67,7 +67,7 @@ def experts_read(num_experts: int, k: int, num_tokens: int) -> float:
     Each token chooses k of the experts, all equally likely, and independently of the others. (Real routers are less
     even, since neighbouring tokens are alike.)
     """
-    # Exercise 2.21: with which probability does no token choose a given expert?
+    # Exercise 2.21: an expert is read unless no token chooses it. Compute that probability, and multiply by E.
     return num_experts * (1 - (1 - k / num_experts) ** num_tokens)
 
 

@@ -1,9 +1,9 @@
 """Lesson 4: paged attention. Keys and values live in blocks, and a block table says which blocks a sequence has.
 
-Lesson 3 gave each sequence contiguous memory for the longest that it may become. Here memory is a pool of blocks of a
-few tokens each. A sequence takes blocks as it grows: block i of the sequence is block `table[i]` of the pool.
-Sequences that begin alike share blocks, and a shared block is copied before one of them writes to it: what an
-operating system does with pages, page tables and fork().
+Lesson 3 gave each sequence contiguous memory for its greatest possible length. Here memory is a pool of blocks, each
+with slots for a few tokens. A sequence takes blocks as it grows: block i of the sequence is block `table[i]` of the
+pool. Sequences with the same beginning share blocks, and a shared block is copied before one of them writes to it. An
+operating system does the same with pages, page tables and fork().
 
 The file has two halves that do not know each other: `BlockPool` and `KVCacheManager` handle ids and counts,
 `PagedKVCache` holds the tensors. It does not know about queues, budgets or scheduling (lesson 5).
@@ -42,8 +42,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 class BlockHash(NamedTuple):
-    """The key of a full block in the prefix cache: its tokens and everything before them. Two blocks are the same only
-    if all three fields agree, so a hash collision costs a hit and never gives a wrong one.
+    """The key of a full block in the prefix cache: its tokens and everything before them. Two keys are equal only if
+    all three fields are, so a hash collision can lose a hit, but never give a wrong block.
     """
 
     value: bytes  # digest of all tokens from the start of the sequence to the end of this block
@@ -52,11 +52,12 @@ class BlockHash(NamedTuple):
 
 
 def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
-    """Return the key of a full block with these tokens after `parent`, or, if that is None, of a first block. A token's
-    key and value depend on all tokens before it, so the same tokens after another parent are another block. Token ids
-    may exceed 100,000.
+    """Return the key of a full block with these tokens. parent: the key of the block before it, None for a first block.
+
+    A token's key and value depend on all tokens before it, so the same tokens after another parent need another key.
+    Token ids may exceed 100,000.
     """
-    # Exercise 4.1: take a 16-byte `hashlib.blake2b` digest of the parent's value and of these tokens.
+    # Exercise 4.1: the value is a 16-byte `hashlib.blake2b` digest of the parent's value and these tokens.
     before = parent.value if parent else b""
     text = " ".join(map(str, token_ids)).encode()
     return BlockHash(hashlib.blake2b(before + text, digest_size=16).digest(), before, tuple(token_ids))
@@ -65,8 +66,8 @@ def hash_block(parent: BlockHash | None, token_ids: Sequence[int]) -> BlockHash:
 def salt_hash(salt: str) -> BlockHash | None:
     """Return the parent of a sequence's first block: None without a salt.
 
-    With a prefix cache, the time to the first token tells whether these tokens were asked about before. A salt, which
-    all later blocks inherit through their parents, keeps that among the requests that share it.
+    With a prefix cache, the time to the first token reveals whether another request had the same prompt. A salt enters
+    the hashes of all blocks, so only requests with the same salt share blocks.
     """
     return BlockHash(hashlib.blake2b(salt.encode(), digest_size=16).digest(), b"", ()) if salt else None
 
@@ -102,8 +103,8 @@ class BlockPool:
         """Take `num_blocks` free blocks, the least recently used first, each with ref_cnt 1 and no hash. Raises
         ValueError, and takes none, if fewer are free.
         """
-        # Exercise 4.2: `free.popitem(last=False)` removes the oldest as (id, block). Its old content must no longer be
-        # found: `forget` it.
+        # Exercise 4.2: `free.popitem(last=False)` removes the oldest free block and returns (id, block). `forget` the
+        # block, because its old content must no longer be found.
         if num_blocks > len(self.free):
             raise ValueError(f"{num_blocks} blocks requested, {len(self.free)} of {len(self.blocks)} are free.")
         blocks = [self.free.popitem(last=False)[1] for _ in range(num_blocks)]
@@ -116,7 +117,7 @@ class BlockPool:
         """Decrement each block's reference count. At 0 it becomes the newest free block; it keeps its content and hash.
         Raises ValueError for a block whose count is 0 already.
         """
-        # Exercise 4.3: decrement; at zero, and only then, append the block to `free`, in the order given.
+        # Exercise 4.3: decrement each count. If it is 0 then, append the block to `free`, in the order given.
         for block in blocks:
             if block.ref_cnt < 1:
                 raise ValueError(f"Block {block.block_id} is free already.")
@@ -132,12 +133,12 @@ class BlockPool:
             block.ref_cnt += 1
 
     def find(self, block_hash: BlockHash) -> KVCacheBlock | None:
-        """Return the block with this content, or None."""
+        """Return the cached block with this key, or None."""
         block = self.cached.get(block_hash.value)
         return block if block is not None and block.block_hash == block_hash else None
 
     def remember(self, block: KVCacheBlock, block_hash: BlockHash) -> None:
-        """Enter this full block into the prefix cache, unless it has a block with the same content."""
+        """Enter this full block into the prefix cache, unless the cache has a block with the same content already."""
         if block_hash.value not in self.cached:
             self.cached[block_hash.value] = block
             block.block_hash = block_hash
@@ -157,7 +158,7 @@ class TokenSequence(Protocol):
 
     request_id: str
     all_token_ids: Sequence[int]  # prompt and output
-    num_computed_tokens: int  # the first tokens, whose keys and values are in the cache
+    num_computed_tokens: int  # the number of its first tokens whose keys and values are in the cache
     cache_salt: str  # only sequences with the same salt share blocks; "" is a salt, too
 
 
@@ -170,9 +171,9 @@ class BlockCopy(NamedTuple):
 
 
 class KVCacheManager:
-    """Assigns blocks to sequences and lets sequences with the same prefix share them. Ids and counts, no tensors.
+    """Assigns blocks to sequences, and lets sequences with the same prefix share them. It has no tensors.
 
-    `copies` collects the copies to make before the next forward pass; its caller gets them from `take_copies`.
+    `copies` lists the copies to make before the next forward pass; `take_copies` hands them to the caller.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class KVCacheManager:
         num_blocks: int,
         block_size: int,
         enable_prefix_caching: bool = True,
-        sliding_window: int | None = None,  # of all layers; None: some layer reads all keys
+        sliding_window: int | None = None,  # the window of all layers; None if some layer reads all keys
     ):
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1; it is {block_size}.")
@@ -188,8 +189,8 @@ class KVCacheManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.sliding_window = sliding_window
-        # Stands in a table for a block that the window has passed. It is never read and belongs to no pool; it has a
-        # hash, so that it is not entered into the prefix cache.
+        # Stands in a table for a block that the window has passed. It is never read and is not in the pool. It has a
+        # hash, so that `cache_blocks` does not enter it into the prefix cache.
         self.dropped = KVCacheBlock(0, ref_cnt=1, block_hash=BlockHash(b"", b"", ()))
         self.block_tables: dict[str, list[KVCacheBlock]] = {}  # by request id
         self.block_hashes: dict[str, list[BlockHash]] = {}  # by request id: keys of full blocks, computed so far
@@ -220,7 +221,7 @@ class KVCacheManager:
         """
         if self.sliding_window is not None:
             return self.computed_blocks_in_window(request)
-        # Exercise 4.4: look up one block after the other until one is missing; stop before the last token's block.
+        # Exercise 4.4: look up one block after the other until one is missing, but never the block of the last token.
         if not self.enable_prefix_caching:
             return [], 0
         blocks: list[KVCacheBlock] = []
@@ -232,12 +233,12 @@ class KVCacheManager:
         return blocks, len(blocks) * self.block_size
 
     def cache_blocks(self, request: TokenSequence, num_verified_tokens: int) -> None:
-        """Enter the full blocks among the first `num_verified_tokens` tokens into the prefix cache.
+        """Enter the full blocks of the first `num_verified_tokens` tokens into the prefix cache.
 
-        Verified tokens are computed (at the latest in this step) and are not draft tokens, which may be rejected. Other
+        Verified tokens are computed, at the latest in this step, and are not draft tokens, which may be rejected. Other
         blocks get no hash. Without `enable_prefix_caching`, do nothing.
         """
-        # Exercise 4.5: pair the sequence's blocks with `hashes`; the pool remembers those that have no hash yet.
+        # Exercise 4.5: pair the blocks of the table with `hashes`, and let the pool remember each that has no hash yet.
         if not self.enable_prefix_caching:
             return
         block_hashes = self.hashes(request, num_verified_tokens // self.block_size)
@@ -255,12 +256,12 @@ class KVCacheManager:
         """Reserve slots for the sequence's next tokens. Returns the new blocks, or None, with no side effects, if the
         pool is too full. Computed blocks and copies of shared blocks are not returned.
 
-        The table must then hold `num_computed_tokens`, `num_new_tokens` and `num_lookahead_tokens` (draft tokens).
-        `computed_blocks`, from `get_computed_blocks`, become the beginning of a new sequence's table; its
-        `num_computed_tokens` includes them. A shared block that will be written is replaced with a copy.
+        Afterwards the table has slots for the computed tokens, `num_new_tokens` more and `num_lookahead_tokens` draft
+        tokens. `computed_blocks`, from `get_computed_blocks`, become the beginning of a new sequence's table; its
+        `num_computed_tokens` includes them already. A shared block that will be written is replaced with a copy.
         """
-        # Exercise 4.6: count the missing blocks, and one more for each of `shared_blocks`. A computed block with
-        # ref_cnt 0 is among the free blocks but must not be taken. Then touch, copy on write, take, extend the table.
+        # Exercise 4.6: count the missing blocks, and one for the copy of each of `shared_blocks`. Compare with the free
+        # blocks, without the computed ones with ref_cnt 0. Then touch, copy on write, take and extend the table.
         table = self.block_tables.get(request.request_id, [])
         num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
         num_missing = max(0, cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks))
@@ -295,7 +296,7 @@ class KVCacheManager:
         computed again for its logits, from which the child draws its own next token. Raises ValueError if the parent
         has not computed all of the child's tokens.
         """
-        # Exercise 4.7: touch the blocks that hold the child's tokens, and give the child a table of its own.
+        # Exercise 4.7: touch the blocks that hold the child's tokens, and put them into a new list, the child's table.
         num_tokens = len(child.all_token_ids)
         if parent.num_computed_tokens < num_tokens:
             raise ValueError(
@@ -311,7 +312,7 @@ class KVCacheManager:
         """Replace the blocks at these indices of the sequence's table with new blocks of the same content. `copies`
         records which slots to copy: those that the sequence has filled. `PagedKVCache.copy` copies them later.
         """
-        # Exercise 4.8: take a new block, append to `copies`, put the block into the table, free the shared one.
+        # Exercise 4.8: for each index take a new block, record the copy, put it into the table, free the old block.
         for place in places:
             table = self.block_tables[request.request_id]
             shared, (own,) = table[place], self.pool.get_new_blocks(1)
@@ -322,7 +323,7 @@ class KVCacheManager:
             self.pool.free_blocks([shared])
 
     def free(self, request: TokenSequence) -> None:
-        """Free all blocks of the sequence, the last first: the prefix is the most likely to be needed again."""
+        """Free all blocks of the sequence, the last first, because the first are the most likely to be needed again."""
         table = self.block_tables.pop(request.request_id, [])
         self.pool.free_blocks(block for block in reversed(table) if block is not self.dropped)
         self.block_hashes.pop(request.request_id, None)
@@ -332,7 +333,7 @@ class KVCacheManager:
         return self.block_tables.get(request.request_id, []).count(self.dropped)
 
     def num_skipped(self, num_computed_tokens: int) -> int:
-        """Return how many blocks of a sequence with these computed tokens may be missing."""
+        """Return how many first blocks the window has passed when this number of tokens is computed."""
         if self.sliding_window is None:
             return 0
         return num_skipped_blocks(num_computed_tokens, self.sliding_window, self.block_size)
@@ -362,8 +363,8 @@ class KVCacheManager:
 
     def trim(self, request: TokenSequence) -> None:
         """Free the blocks after the computed tokens: slots for draft tokens that were rejected."""
-        # Exercise 4.9: find the bug. A sequence goes back by a few tokens and continues, and all is well. But
-        # sometimes, when the pool is busy, it continues with what another sequence was about.
+        # Exercise 4.9: find the bug. A sequence goes back by a few tokens and continues, and its text is right. But
+        # sometimes, when the pool is busy, its text continues with that of another sequence.
 
         table = self.block_tables[request.request_id]
         needed = cdiv(request.num_computed_tokens, self.block_size)
@@ -378,9 +379,9 @@ class KVCacheManager:
 
 def utilisation(num_tokens: Sequence[int], block_size: int) -> float:
     """Return the fraction of reserved slots that hold a token, for sequences of these lengths, without shared blocks.
-    With blocks for the longest possible sequence, this is the contiguous cache of lesson 3.
+    If each block is as long as the longest possible sequence, this is the contiguous cache of lesson 3.
     """
-    # Exercise 4.10: divide the tokens by the slots; a sequence reserves whole blocks.
+    # Exercise 4.10: divide the number of tokens by the number of slots. Each sequence reserves whole blocks.
     slots = sum(cdiv(length, block_size) * block_size for length in num_tokens)
     return sum(num_tokens) / slots
 
@@ -397,7 +398,7 @@ class Partial(NamedTuple):
 
 
 def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Partial:
-    """Attention of all queries to these keys, in float32 at least.
+    """Compute the attention of all queries to these keys, in float32 or better.
 
     q: (..., T, D); k, v: (..., S, D); mask: (..., T, S), True where a query may attend. A query that may attend to none
     of these keys gets maximum -inf, total 0 and weighted 0.
@@ -414,7 +415,7 @@ def merge_partials(a: Partial, b: Partial) -> Partial:
 
     From Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
-    # Exercise 4.12: rescale both to the higher maximum: what is relative to m is multiplied by exp(m - higher).
+    # Exercise 4.12: rescale both to the higher maximum: multiply the sums of a part by exp(its maximum - the higher).
     maximum = torch.maximum(a.maximum, b.maximum)
     safe = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # -inf minus -inf is NaN
     scale_a, scale_b = (a.maximum - safe).exp(), (b.maximum - safe).exp()
@@ -435,12 +436,12 @@ def blockwise_attention(
 ) -> Tensor:
     """Causal attention that reads at most `segment` keys at a time, so that only T x segment scores per head exist.
 
-    q: (B, T, H, D), queries of B sequences; positions: (B, T), of each query in its sequence, which attends to the keys
-    up to there. read(start, end), with end <= num_keys, returns keys and values of positions start to end of each
-    sequence, both (B, end - start, K, D). Returns (B, T, H, D) in q's dtype. From Dao et al., "FlashAttention" (2022).
+    q: (B, T, H, D), queries of B sequences; positions: (B, T), the position of each query in its sequence: it attends
+    to the keys up to there. read(start, end), with end <= num_keys, returns the keys and values at these positions of
+    all sequences, both (B, end - start, K, D). Returns (B, T, H, D) in q's dtype. From Dao et al., "FlashAttention".
     """
     # Exercise 4.13: fold the heads with `fold_sequences` (K is in the shape of what `read` returns). For each segment
-    # call `partial_attention`, masked by position (the same for every head of a group), and merge; divide at the end.
+    # call `partial_attention`, with a mask by position that all heads of a group share, and merge. Divide at the end.
     num_kv_heads = read(0, 1)[0].shape[2]
     folded = fold_sequences(q, num_kv_heads)  # (B, K, G * T, D): G query heads share their keys
     group_size = q.shape[2] // num_kv_heads
@@ -460,7 +461,7 @@ def blockwise_attention(
 
 
 def slot_mapping(block_table: Sequence[int], start: int, num_tokens: int, block_size: int) -> list[int]:
-    """Return the slots of the `num_tokens` tokens at positions start, start + 1, ...
+    """Return the slots of `num_tokens` tokens, from position `start` of their sequence on.
 
     Slots are numbered through the whole pool: block b has slots b * block_size to (b + 1) * block_size - 1.
     """
@@ -471,14 +472,14 @@ def slot_mapping(block_table: Sequence[int], start: int, num_tokens: int, block_
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Which tokens of a flat batch of T belong to which of its R requests, and where their keys and values are.
+    """Which of a batch's T tokens belong to which of its R requests, and where their keys and values are.
 
-    Request r has tokens query_start[r] to query_start[r + 1]: its newest, so the first of them is at position
-    context_lens[r] minus their number.
+    Request r has the tokens query_start[r] to query_start[r + 1] - 1 of the batch. They are its newest, so the first of
+    them is at position context_lens[r] minus their number.
     """
 
     query_start: list[int]  # (R + 1)
-    context_lens: list[int]  # (R): all tokens of the request, those of this batch included
+    context_lens: list[int]  # (R): the number of all tokens of the request, including those in this batch
     slot_mapping: Tensor  # (T): the slot of each token
     block_tables: list[list[int]]  # (R, blocks of the request)
 
@@ -494,9 +495,9 @@ def move(copies: Iterable[BlockCopy], sources: Sequence[Tensor], targets: Sequen
 
 
 class PagedKVCache:
-    """The tensors: keys and values of some layers, on the model's device, and in host memory for swapped blocks.
+    """The tensors: keys and values of some layers on the model's device, and of swapped blocks in host memory.
 
-    Methods take a layer's index in the whole model. A model with a slice of the heads gets a cache for that slice.
+    Methods take a layer's index in the whole model. A model with a part of the heads gets a cache for that part.
     """
 
     def __init__(
@@ -524,22 +525,22 @@ class PagedKVCache:
         self.host_tensors = [self.host_keys, self.host_values]  # their counterparts, in the same order
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values of T tokens. slots: (T,), as from `slot_mapping`; k, v: (T, K, D). layer: the index
-        in the whole model; this cache has the layers in `self.layers`.
+        """Store the keys and values of T tokens in these slots. slots: (T,); k, v: (T, K, D). layer: the index in the
+        whole model; this cache has the layers in `self.layers`.
         """
-        # Exercise 4.15: viewed as (num_blocks * block_size, K, D), a layer's memory is indexed by slot.
+        # Exercise 4.15: view the layer's memory as (num_blocks * block_size, K, D); its first axis is the slot.
         index = layer - self.layers.start
         self.keys[index].flatten(0, 1).index_copy_(0, slots, k)
         self.values[index].flatten(0, 1).index_copy_(0, slots, v)
 
     def gather(self, layer: int, block_tables: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Read positions start to end of B sequences. block_tables: (B, num_blocks).
+        """Read the positions start to end - 1 of B sequences. block_tables: (B, num_blocks).
 
         Returns keys and values, both (B, end - start, K, D). Read only the blocks that contain these positions. If they
         are in a single block of each table (as in a contiguous cache), copy only the requested slots.
         """
-        # Exercise 4.16: find the columns of the tables, `index_select` their blocks, concatenate, cut off both ends.
-        # For a single column, slice the slots before selecting.
+        # Exercise 4.16: find the columns of the tables that are needed, `index_select` their blocks, join them and cut
+        # off both ends. If one column is enough, slice its slots before the `index_select`.
         first, last = start // self.block_size, cdiv(end, self.block_size)
         low, high = start - first * self.block_size, end - first * self.block_size
         block_ids = block_tables[:, first:last].flatten()
@@ -553,12 +554,12 @@ class PagedKVCache:
         return found[0], found[1]
 
     def attend(self, metadata: AttentionMetadata) -> Attend:
-        """Return lesson 2's `attend` for a batch of requests. What does not depend on the layer is computed once."""
+        """Return lesson 2's `attend` for a batch of requests. The groups are the same in all layers, and made once."""
         groups = group_queries(metadata, self.block_size)
 
         # Exercise 4.17: return a function of (layer, q, k, v, window=None). It first writes all keys and values: a
-        # request may read what another one of the batch writes. Then it fills each group's rows from
-        # `group_attention`, which takes the window, None in most models.
+        # request may read what another request of the batch writes. Then it puts each group's `group_attention`, which
+        # takes the window (None in most models), into the group's rows of the result.
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
             self.write(layer, metadata.slot_mapping, k, v)
             mixed = torch.empty_like(q)
@@ -569,7 +570,7 @@ class PagedKVCache:
         return attend
 
     def group_attention(self, layer: int, q: Tensor, group: QueryGroup, window: int | None = None) -> Tensor:
-        """Attention of one group to its own keys. q: (B, T, H, D). Returns the same shape."""
+        """Compute one group's attention to its own keys. q: (B, T, H, D). Returns the same shape."""
 
         def read(start: int, end: int) -> tuple[Tensor, Tensor]:
             return group.clear_padding(start, end, *self.gather(layer, group.block_tables, start, end))
@@ -608,7 +609,7 @@ class PagedSequence:
 
 
 def compute(model: Llama, cache: PagedKVCache, manager: KVCacheManager, sequence: PagedSequence) -> Tensor:
-    """Compute the sequence's remaining tokens. Returns the last one's logits, (V,). Raises MemoryError if the pool has
+    """Compute the sequence's remaining tokens. Returns the logits of the last, (V,). Raises MemoryError if the pool has
     too few free blocks.
     """
     computed_blocks: list[KVCacheBlock] = []
@@ -642,9 +643,9 @@ def generate(
     manager: KVCacheManager,
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> RequestOutput:
-    """Return the same tokens as lesson 2's `generate`, over memory shared with other sequences.
+    """Return the same tokens as lesson 2's `generate`, from a cache that is shared with other sequences.
 
-    Its blocks are free afterwards; a later prompt with the same prefix finds them in the prefix cache.
+    The blocks are free afterwards; a later prompt with the same prefix finds them in the prefix cache.
     """
     sequence = PagedSequence("generate", prompt_token_ids)
 

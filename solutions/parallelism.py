@@ -1,14 +1,14 @@
-"""Lesson 6: one model on many processes. Each rank holds a share of weights and cache, and the tokens are the same.
+"""Lesson 6: one model on many processes. Each rank has a part of the weights and cache, and the tokens are the same.
 
-*Tensor parallelism* cuts every layer: each rank computes some of the heads and some of the feed-forward network's
-columns, and twice a layer the ranks add up their results. *Pipeline parallelism* cuts the stack of layers: each stage
-sends its hidden states to the next one, and several batches are in flight at once so that no stage is idle. Both
-together form a grid of ranks.
+*Tensor parallelism* cuts every layer: each rank computes some of the heads and some columns of the feed-forward
+network, and in each layer the ranks add up their results twice. *Pipeline parallelism* cuts the stack of layers: each
+stage sends its hidden states to the next stage, and several batches are in flight at once so that no stage is idle.
+Both together form a grid of ranks.
 
-Commands and results travel through sockets (`common.workers`), tensors through torch.distributed: gloo between CPUs,
-NCCL between GPUs. `ParallelExecutor` is rank 0, `serve_as_worker` the main function of every other rank.
+Commands and results are sent through sockets (`common.workers`), tensors through torch.distributed: gloo between CPUs,
+NCCL between GPUs. `ParallelExecutor` runs in rank 0, and `serve_as_worker` is the main function of every other rank.
 
-From Shoeybi et al., "Megatron-LM" (2019), for the cut through the layers; Huang et al., "GPipe" (2019), for the stages.
+The cut of the layers is from Shoeybi et al., "Megatron-LM" (2019); the stages are from Huang et al., "GPipe" (2019).
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 
 
 def shard_range(size: int, rank: int, world_size: int) -> range:
-    """Returns the part of `size` things that is assigned to a rank: consecutive ones, in parts as even as possible.
+    """Return a rank's part of `size` things. Parts are consecutive and as even as possible.
 
-    If the parts cannot be equal, the first ranks have one more each: 10 over 4 ranks is 3, 3, 2, 2.
+    If the parts cannot be equal, each of the first ranks has one more than the others: 10 things on 4 ranks are 3, 3, 2
+    and 2.
     """
-    # Exercise 6.1: where does a rank's part begin, if each of the first ranks has one more than the others?
+    # Exercise 6.1: divide with remainder. A rank's part begins after all earlier parts, some of which have one more.
     share, left = divmod(size, world_size)
     start = rank * share + min(rank, left)
     return range(start, start + share + (rank < left))
 
 
 def head_groups(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> tuple[range, range]:
-    """Returns the query heads and the key/value heads of a rank.
+    """Return the query heads and the key/value heads of a rank.
 
     Query heads stay with the key/value head that they attend to: `shard_range` assigns whole groups to the ranks. With
     fewer key/value heads than ranks it assigns the ranks to the heads instead: each rank has one key/value head, and
-    the ranks that have the same one share its group's query heads.
+    the ranks with the same key/value head divide its query heads among them.
     """
-    # Exercise 6.2: distinguish two cases, and use `shard_range` in both.
+    # Exercise 6.2: use `shard_range` in both cases: with enough key/value heads for all ranks, and with fewer.
     group_size = num_heads // num_kv_heads
     if num_kv_heads >= world_size:
         kv_heads = shard_range(num_kv_heads, rank, world_size)
@@ -67,22 +68,21 @@ def head_groups(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -
 
 
 def rank_grid(tensor_parallel: int, pipeline_parallel: int) -> list[list[int]]:
-    """Returns a row for each stage: the ranks that share its layers, with consecutive numbers. They communicate twice
-    in each layer, stages once in each step, so a stage's ranks should be on the same machine.
+    """Return a list for each stage: its `tensor_parallel` ranks, with consecutive numbers. They communicate twice in
+    each layer, stages only once in each step, so a stage's ranks should be on the same machine.
     """
-
-    # Exercise 6.3: number the grid row by row.
+    # Exercise 6.3: number the grid row by row; each of the `pipeline_parallel` stages is a row.
     return [list(range(stage * tensor_parallel, (stage + 1) * tensor_parallel)) for stage in range(pipeline_parallel)]
 
 
 def stage_layers(num_layers: int, num_stages: int, stage: int, head_cost: float = 0.0) -> range:
-    """Returns the layers of a stage, such that all stages take about the same time.
+    """Return the layers of a stage, such that all stages take about the same time.
 
-    head_cost: the work of the head, which the last stage has in addition, in layers. The work of all layers and the
-    head is divided evenly, and boundaries are rounded to whole layers. Every stage has at least one layer.
+    head_cost: the work of the head, which the last stage also computes, as a number of layers. The work of all layers
+    and the head is divided evenly, and boundaries are rounded to whole layers. Every stage has at least one layer.
     """
-    # Exercise 6.4: compute where stage i begins: the work before it is i / num_stages of the whole. Every stage from i
-    # on needs a layer, too.
+    # Exercise 6.4: compute where stage i begins: the work before it is i / num_stages of the whole. But leave at least
+    # one layer for each stage from i on.
 
     def boundary(i: int) -> int:
         even = round(i * (num_layers + head_cost) / num_stages)
@@ -112,7 +112,7 @@ class RankCoordinates:
         return self.stage == self.pipeline_parallel - 1
 
     def layers(self, config: ModelConfig) -> range:
-        """The layers of this rank's stage. The head counts as many layers as have its number of parameters."""
+        """Return the layers of this rank's stage. The head counts as n layers if it has the parameters of n layers."""
         attention = 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
         width = config.intermediate_size
         if config.moe is not None:  # a token is multiplied by the experts that it chooses, and by no others
@@ -123,12 +123,12 @@ class RankCoordinates:
 
 
 def largest_share(config: ModelConfig, tensor_parallel: int, pipeline_parallel: int) -> float:
-    """The largest fraction of a token's keys and values that any rank stores. All ranks have the same number of blocks,
-    so this rank's memory decides how many there can be.
+    """Return the largest fraction of a token's keys and values that any rank stores. All ranks have the same number of
+    blocks, so the memory of the rank with this fraction decides how many blocks there can be.
     """
 
-    # Exercise 6.5: find the bug. SmolLM2 with two stages, and each process allowed 1 GiB of cache: the second stage
-    # uses 0.7 GiB and the first 1.3. Where both stages have equally many layers, both use 1 GiB.
+    # Exercise 6.5: find the bug. SmolLM2 runs in two stages, and each process may use 1 GiB of cache. The second stage
+    # uses 0.7 GiB and the first 1.3. If both stages have the same number of layers, both use 1 GiB.
 
     heads = config.num_attention_heads, config.num_key_value_heads
     most_heads = max(len(head_groups(*heads, rank, tensor_parallel)[1]) for rank in range(tensor_parallel))
@@ -138,13 +138,13 @@ def largest_share(config: ModelConfig, tensor_parallel: int, pipeline_parallel: 
 
 
 def pipeline_timeline(num_stages: int, num_batches: int, num_steps: int) -> list[list[tuple[int, int] | None]]:
-    """What each stage computes at each tick, when each of several batches makes `num_steps` steps.
+    """Return what each stage computes in each tick, when each of `num_batches` batches makes `num_steps` steps.
 
-    A stage takes one tick for a step of a batch and hands it on. The batches take turns, in order; a batch's next step
-    begins when the one before has left the last stage, for only then its tokens are known. Returns a row for each
-    stage, of (batch, step) or None where it stands idle, up to the tick when all is done.
+    A stage takes one tick for a step of a batch; in the next tick the next stage computes it. The batches take turns,
+    in order. A batch's next step begins after its last step has left the last stage, because its tokens are not known
+    before. Returns a row for each stage, with (batch, step) or None (idle) for each tick, until all steps are done.
     """
-    # Exercise 6.6: for each step of each batch: when may it enter the first stage? The others follow, tick by tick.
+    # Exercise 6.6: compute in which tick each step of each batch enters the first stage. Stage i has it i ticks later.
     ready, free, starts = [0] * num_batches, 0, {}
     for step in range(num_steps):
         for batch in range(num_batches):
@@ -159,25 +159,26 @@ def pipeline_timeline(num_stages: int, num_batches: int, num_steps: int) -> list
 
 
 def bubble_fraction(timeline: Sequence[Sequence[tuple[int, int] | None]]) -> float:
-    """The share of all stages' ticks in which nothing is computed: the pipeline's bubble."""
-    # Exercise 6.7: count.
+    """Return the share of a timeline's cells (a stage in a tick) that are idle: the pipeline's bubble."""
+    # Exercise 6.7: count the cells of all stages that are None, and divide by the number of all cells.
     cells = [cell for row in timeline for cell in row]
     return cells.count(None) / len(cells)
 
 
 def communication_cost(num_bytes: int, world_size: int, latency: float, bandwidth: float) -> float:
-    """Seconds to add up a tensor of `num_bytes` over all ranks of a ring, so that all have the sum.
+    """Return the seconds that an all-reduce of a tensor of `num_bytes` takes in a ring of `world_size` ranks.
 
     latency: seconds that even an empty message takes; bandwidth: bytes/s between two neighbours. In a ring all ranks
-    send at the same time, each to the next one. A message is one of `world_size` parts of the tensor. Messages are sent
-    until each part is summed up on one rank, and then until every rank has every sum. From Patarasuk and Yuan (2009).
+    send at the same time, each to the next one. A message is one of `world_size` parts of the tensor. In the first half
+    each part is summed up on one rank; in the second half these sums reach all ranks. From Patarasuk and Yuan (2009).
     """
-    # Exercise 6.8: how many messages, one after another, of how many bytes each?
+    # Exercise 6.8: count the messages that a rank sends, one after another. Each takes the latency and the time for the
+    # bytes of one part.
     num_messages = 2 * (world_size - 1)
     return num_messages * (latency + num_bytes / world_size / bandwidth)
 
 
-# --- How ranks talk ---------------------------------------------------------------------------------------------------
+# --- How ranks communicate --------------------------------------------------------------------------------------------
 
 
 class Group:
@@ -195,7 +196,7 @@ class Group:
         return len(self.ranks)
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-        """Add up every rank's x, in place, or combine it by another op. Returns x, now the same on every rank."""
+        """Add up every rank's x, in place, or combine them by another op. Returns x, now the same on every rank."""
         if self.size > 1:
             whole = x.contiguous()  # of a tensor with gaps between its rows gloo adds up the wrong numbers, silently
             dist.all_reduce(whole, op, self.handle)
@@ -204,7 +205,7 @@ class Group:
         return x
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
-        """Returns a list of every rank's x, which have one shape, on the group's first rank; None on the others."""
+        """Return the list of all ranks' x, which have the same shape, on the group's first rank; None on the others."""
         if self.size == 1:
             return [x]
         parts = [torch.empty_like(x) for _ in self.ranks] if self.rank == 0 else None
@@ -224,11 +225,11 @@ class Group:
 def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
     """Add up every rank's x by messages between neighbours, without `all_reduce`. Returns a new tensor of x's shape.
 
-    x is cut into as many parts as there are ranks. With each of the first size - 1 messages a rank receives a part, and
-    adds its own numbers to it: then every rank has one finished sum. With the others the finished sums go round.
+    x is cut into as many parts as there are ranks. In each of the first size - 1 messages a rank receives a part and
+    adds it to its own: then every rank has one complete sum. In the other messages the complete sums go to all ranks.
     """
-    # Exercise 6.9: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Which part does a rank
-    # send first? After the first half, which part is complete on rank r?
+    # Exercise 6.9: cut a flat copy with `tensor_split`, then `exchange` 2 * (size - 1) times. Rank r sends part r,
+    # and then each time the part that it has just received and added to. After the first half part r + 1 is complete.
     total = x.clone(memory_format=torch.contiguous_format)
     parts = total.view(-1).tensor_split(group.size)
     for step in range(group.size - 1):
@@ -242,17 +243,16 @@ def ring_all_reduce(x: Tensor, group: Group) -> Tensor:
     return total
 
 
-# --- Layers of which every rank has a share ---------------------------------------------------------------------------
+# --- Layers of which every rank has a part ---------------------------------------------------------------------------
 
 
 def read_shard(read: Callable[..., Tensor], shape: Sequence[int], part: Sequence[range]) -> Tensor:
-    """Read a rank's part of a tensor from the checkpoint, and nothing else.
+    """Read a rank's part of a tensor from the checkpoint, and nothing else. Returns it in the checkpoint's dtype.
 
-    shape: of the whole tensor. part: a range for each of its axes; one that reaches past the end of its axis asks for
-    padding there, which is 0. `read(*ranges)` returns what lies in ranges within the tensor, in the checkpoint's dtype;
-    that is the dtype of the result too.
+    shape: of the whole tensor. part: a range for each of its axes. Where a range goes beyond the end of its axis, the
+    result is padded with zeros. `read(*ranges)` reads ranges that are within the tensor.
     """
-    # Exercise 6.10: clip each range to its axis and read that; if anything is missing, lay it into a tensor of zeros.
+    # Exercise 6.10: clip each range to its axis and read that. If the part is larger, copy it into a tensor of zeros.
     inside = [range(min(axis.start, size), min(axis.stop, size)) for axis, size in zip(part, shape)]
     found = read(*inside)
     if inside == list(part):
@@ -263,8 +263,8 @@ def read_shard(read: Callable[..., Tensor], shape: Sequence[int], part: Sequence
 
 
 class ShardedLinear(Linear):
-    """What one rank has of a linear layer: `part` of the rows of its matrix, or of the columns. `whole` is on the meta
-    device.
+    """One rank's part of a linear layer: the rows, or the columns, of its matrix in the range `part`. `whole` is on the
+    meta device.
     """
 
     cut = "rows"
@@ -290,22 +290,22 @@ class ColumnParallelLinear(ShardedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, in), the same on every rank. Returns (T, len(part)): this rank's outputs."""
-        # Exercise 6.11: multiply with `self.method.apply(self, x, bias)`. An output needs all of x, and one row.
+        # Exercise 6.11: multiply with `self.method.apply(self, x, bias)`. Each output needs all of x, and one row.
         return self.method.apply(self, x, self.bias)
 
 
 class RowParallelLinear(ShardedLinear):
-    """A linear layer of whose inputs each rank has some: columns `part` of its matrix. (T, len(part)) -> (T, out).
+    """A linear layer for some of the inputs: columns `part` of its matrix. (T, len(part)) -> (T, out).
 
-    The bias is whole on every rank.
+    Every rank has the whole bias.
     """
 
     cut = "columns"
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, len(part)), this rank's inputs. Returns (T, out), the same on every rank: the whole layer's output."""
-        # Exercise 6.12: multiply with `self.method.apply(self, x)`, which is this rank's contribution; add up the
-        # contributions of all ranks; add the bias.
+        # Exercise 6.12: `self.method.apply(self, x)` is this rank's contribution. Add up those of all ranks, then add
+        # the bias.
         total = self.group.all_reduce(self.method.apply(self, x))
         return total if self.bias is None else total + self.bias
 
@@ -315,8 +315,8 @@ class VocabParallelEmbedding(ShardedLinear):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (T,), any of the whole vocabulary. Returns (T, hidden_size), the same on every rank."""
-        # Exercise 6.13: look up the ids in `self.rows` with `self.method.embed(self, row)`, where row 0 is the first
-        # that this rank has. The others are rows of zeros here. Each token id belongs to exactly one rank.
+        # Exercise 6.13: look up the ids in `self.rows` with `self.method.embed(self, row)`; row 0 is this rank's first.
+        # All other ids give rows of zeros here. Then add up the ranks' results: each id is in the rows of one rank.
         ours = (token_ids >= self.rows.start) & (token_ids < self.rows.stop)
         found = self.method.embed(self, (token_ids - self.rows.start).where(ours, 0))
         return self.group.all_reduce(found.where(ours[:, None], 0))
@@ -325,20 +325,20 @@ class VocabParallelEmbedding(ShardedLinear):
 class ParallelLMHead(ShardedLinear):
     """Some rows of the output head: the scores of the token ids in `part`. (R, hidden_size) -> (R, V), on one rank.
 
-    The ranks have equally many rows, so that the scores can be gathered: the last ones may be padding.
+    All ranks have the same number of rows, so that the scores can be gathered. The last rows may be padding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, hidden_size). Returns (R, V) on the group's first rank, which samples, and (0, V) on the others."""
-        # Exercise 6.14: compute this rank's scores with `self.method.apply`; gather them; lay them side by side; drop
-        # the padding, for V is `self.shape[0]`.
+        # Exercise 6.14: compute this rank's scores with `self.method.apply`, gather them, and join them along the last
+        # axis. Drop the padding: V is `self.shape[0]`.
         parts = self.group.gather(self.method.apply(self, x))
         vocab_size = self.shape[0]
         return x.new_empty(0, vocab_size) if parts is None else torch.cat(parts, dim=-1)[:, :vocab_size]
 
 
 class Absent(Layer):
-    """Takes the place of a module that is not in this process. It knows which tensors that needs, and reads none."""
+    """Replaces a module that is not in this process. It knows the names and shapes of its tensors, and reads none."""
 
     def __init__(self, whole: nn.Module):
         super().__init__()
@@ -380,14 +380,14 @@ def check_parallel(config: ModelConfig, tensor_parallel: int, pipeline_parallel:
 
 
 class PartialRowLinear(RowParallelLinear):
-    """This rank's contribution to a layer that is cut by columns, not yet added up. (T, len(part)) -> (T, out)."""
+    """A layer cut by columns that returns this rank's contribution, not the sum. (T, len(part)) -> (T, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
 
 
 class ParallelMoeBlock(SparseMoeBlock):
-    """A layer's experts, of each of which a rank has some columns. All ranks have the whole router and so choose alike.
+    """A layer's experts, each cut over the ranks. All ranks have the whole router, and so choose the same experts.
 
     The contributions are added up once for the layer, not once for each expert.
     """
@@ -405,7 +405,7 @@ class ParallelMoeBlock(SparseMoeBlock):
 
 
 def sharded_modules(block: nn.Module) -> list[tuple[nn.Module, str, type, str]]:
-    """What of a block is cut: its parent, its name there, the class that replaces it, its part as in `rank_parts`."""
+    """List what is cut in a block, as (parent module, name in it, class that replaces it, key of `rank_parts`)."""
     attention, mlp = block.self_attn, block.mlp
     found = [
         (attention, "q_proj", ColumnParallelLinear, "queries"),
@@ -424,7 +424,7 @@ def sharded_modules(block: nn.Module) -> list[tuple[nn.Module, str, type, str]]:
 
 
 def rank_parts(config: ModelConfig, group: Group) -> dict[str, range]:
-    """The channels that a rank has of each width of the model, and the token ids of which it has the rows."""
+    """Return a rank's part of each of the model's widths, and the token ids of its rows of the embedding table."""
     queries, keys = head_groups(config.num_attention_heads, config.num_key_value_heads, group.rank, group.size)
     rows = cdiv(config.vocab_size, group.size)
     return {
@@ -437,17 +437,17 @@ def rank_parts(config: ModelConfig, group: Group) -> dict[str, range]:
 
 
 def shard(model: Llama, coordinates: RankCoordinates, group: Group) -> range:
-    """Reduce a model, in place, to what one rank has of it. Returns the numbers of its layers.
+    """Reduce a model, in place, to one rank's part of it. Returns the numbers of its layers.
 
     The model is on the meta device: nothing is allocated and nothing is read. Names stay those of the checkpoint.
-    What another stage has becomes `Absent`: its layers; the embedding, unless this stage is the first, or the last of
-    a tied model, whose head needs it; the head, unless this stage is the last.
+    These become `Absent`: layers of other stages; the head, unless this stage is the last; and the embedding, unless
+    this stage is the first, or the last of a tied model, whose head needs it.
     """
     check_parallel(model.config, coordinates.tensor_parallel, coordinates.pipeline_parallel)
     layers, parts = coordinates.layers(model.config), rank_parts(model.config, group)
-    # Exercise 6.15: replace what is absent; where the group has more than one rank, replace a block's
-    # `sharded_modules`, the embedding and the head, each by its class, made of (module, part, group). Tie the weights
-    # again at the end.
+    # Exercise 6.15: replace what is absent. If the group has more than one rank, replace the embedding, the head and
+    # each block's `sharded_modules` by objects of their parallel classes, made with (module, part, group). At the end
+    # tie the weights again.
     base, tied = model.model, model.config.tie_word_embeddings
     for number, block in enumerate(base.layers):
         if number not in layers:
@@ -486,18 +486,18 @@ class StageLink:
         return hidden
 
     def send(self, hidden: Tensor) -> None:
-        """Start sending (T, hidden_size) and return: the next stage may still be busy with the batch before."""
+        """Start sending (T, hidden_size) and return at once: the next stage may still be busy with the batch before."""
         if self.sending is not None:
             self.sending[0].wait()
         self.sending = dist.isend(hidden, self.next), hidden  # the tensor must not be freed before it is sent
 
 
 def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> ModelRunnerOutput | None:
-    """Compute one stage's part of a step. Returns the sampled tokens on the last stage, and None on the others. A plan
+    """Compute one stage's part of a step. Returns the step's output on the last stage, and None on the others. A plan
     that schedules no request still moves blocks, on every stage, but no hidden states are sent or received.
     """
-    # Exercise 6.16: every `send` of a stage needs exactly one `receive` in the next stage. When does a stage receive,
-    # and `plan.num_tokens` of what? The kind of result that `runner.execute(plan, hidden)` returns says who sends.
+    # Exercise 6.16: receive the hidden states of `plan.num_tokens` tokens if there is a previous stage and something is
+    # scheduled. `runner.execute(plan, hidden)` returns a Tensor, which must be sent to the next stage, or the output.
     hidden = None
     if plan.scheduled and link.previous is not None:
         hidden = link.receive(plan.num_tokens)
@@ -513,7 +513,7 @@ def run_stage(runner: ModelRunner, plan: SchedulerOutput, link: StageLink) -> Mo
 
 @dataclass(frozen=True)
 class Start:
-    """The first command to every rank: join the grid, load a share of the model, and build what computes its steps.
+    """The first command to every rank: join the grid, load a part of the model, and build the runner.
 
     config: an EngineConfig. load(coordinates, group) returns the model, the numbers of its layers and the number of
     bytes read; build(model, layers) returns the runner.
@@ -526,13 +526,13 @@ class Start:
 
 
 class Rank:
-    """One rank: its share of the model, and the runner that computes its part of each step."""
+    """One rank: its part of the model, and the runner that computes its part of each step."""
 
     def __init__(self, rank: int, store: dist.Store):
         self.rank, self.store = rank, store
 
     def run(self, command: Start | SchedulerOutput) -> tuple[int, int] | ModelRunnerOutput | None:
-        """Carry out a command. Returns what rank 0 must be told, or None."""
+        """Carry out a command. Returns the message for rank 0, or None."""
         if isinstance(command, Start):
             return self.start(command)
         output = run_stage(self.runner, command, self.link)
@@ -560,8 +560,8 @@ def worker_loop(
     The result of run(command) is sent to rank 0, unless it is None. If `run` raises, a `Failure` is sent and the loop
     ends, because this rank is no longer at the same point of the computation as the others.
     """
-    # Exercise 6.17: receive, run, send. `describe(error)` and `is_consequence(error)` give what a Failure needs. Errors
-    # raised by `receive` and `send` are not caught.
+    # Exercise 6.17: receive, run, send, until None is received. For an error of `run`, send `Failure(rank,
+    # describe(error), is_consequence(error))` and return. Do not catch errors of `receive` and `send`.
     while (command := receive()) is not None:
         try:
             result = run(command)
@@ -573,8 +573,8 @@ def worker_loop(
 
 
 def serve_as_worker() -> None:
-    """Work as one of the ranks until rank 0 ends, then exit the process. Returns at once in rank 0, and in a program
-    that was not started with torchrun, which calls it in its first line.
+    """Work as one of the ranks until rank 0 ends, then exit the process. A program that may be started with torchrun
+    calls it in its first line; in rank 0, and without torchrun, it returns at once.
     """
     if not is_worker():
         return
@@ -589,8 +589,8 @@ def serve_as_worker() -> None:
 class ParallelExecutor:
     """Lesson 5's executor on a grid of ranks. This process is rank 0; the others are started here or by torchrun.
 
-    config: an EngineConfig; load, build: see `Start`. If a rank fails, or another one waits for it for more than
-    `config.timeout` seconds, all of them are ended and a WorkerError says why. num_bytes_read: by rank.
+    config: an EngineConfig; load, build: see `Start`. If a rank fails, or another rank waits for it for more than
+    `config.timeout` seconds, all ranks are ended and a WorkerError says why. num_bytes_read: by rank.
     """
 
     def __init__(self, config: Any, load: Callable, build: Callable):
@@ -606,8 +606,8 @@ class ParallelExecutor:
     @guarded
     def submit(self, plan: SchedulerOutput) -> None:
         """Start a step on all ranks, and compute rank 0's part of it. The other ranks may still be busy afterwards."""
-        # Exercise 6.18: `self.workers.send` the plan before `self.rank.run` computes it here, or the ranks would wait
-        # for each other. If rank 0 samples, its result belongs at the end of `self.outputs`.
+        # Exercise 6.18: first `self.workers.send` the plan, then compute it here with `self.rank.run`; otherwise the
+        # ranks would wait for each other. If this returns an output, append it to `self.outputs`.
         self.workers.send(plan)
         output = self.rank.run(plan)
         if output is not None:
@@ -616,8 +616,8 @@ class ParallelExecutor:
     @guarded
     def collect(self) -> ModelRunnerOutput:
         """Wait for the output of the oldest step that was submitted and not yet collected."""
-        # Exercise 6.19: outputs arrive in the order of the steps, one from each `self.workers.receive(self.timeout)`.
-        # Rank 0's own are in `self.outputs` already: do not wait for more than is needed.
+        # Exercise 6.19: if rank 0 samples, the output is in `self.outputs` already, and nothing more arrives. Otherwise
+        # `self.workers.receive(self.timeout)` returns one output at a time, in the order of the steps.
         while not self.outputs:
             self.outputs.append(self.workers.receive(self.timeout))
         return self.outputs.popleft()

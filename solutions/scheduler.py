@@ -1,12 +1,12 @@
-"""Lesson 5, first half: the scheduler. Each step it decides which requests compute how many of their tokens.
+"""Lesson 5, first half: the scheduler. In each step it decides which requests compute how many of their tokens.
 
-A `Request` is a list of tokens and a number, `num_computed_tokens`: the tokens whose keys and values are in the cache.
+A `Request` is a list of tokens and a number, `num_computed_tokens`: how many of them have keys and values in the cache.
 In every step the number catches up with the list a little. There is no prefill phase and no decode phase. A new prompt,
-the rest of a prompt that was found in the prefix cache, a request that was preempted, draft tokens to be verified: all
-are one case, tokens that are not computed yet. This file deals in ids and counts, without tensors, text or time.
+a prompt of which the prefix cache has a part, a preempted request, and draft tokens that must be verified are all one
+case: tokens that are not computed yet. This file handles ids and counts, without tensors, text or time.
 
-From Yu et al., "Orca" (2022), for scheduling at each step; Agrawal et al., "Sarathi-Serve" (2024), for chunks of
-prompts beside decoding requests; and vLLM, whose names these are.
+Scheduling at each step is from Yu et al., "Orca" (2022); chunks of prompts beside decoding requests are from Agrawal et
+al., "Sarathi-Serve" (2024). The names are vLLM's.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from solutions.paged_attention import BlockCopy, BlockPool, KVCacheBlock, KVCach
 
 
 def static_batch(output_lengths: Sequence[int], batch_size: int) -> list[range]:
-    """The steps in which each request is computed, if a batch is kept until all of its members are done.
+    """Return the steps in which each request is computed, if a batch is kept until all of its requests are done.
 
     Requests are served in order, `batch_size` at a time, one token a step. Returns a range of step numbers for each
     request, counted from 0. A batch begins when the batch before it has ended.
     """
-    # Exercise 5.1: a batch lasts as long as its longest member.
+    # Exercise 5.1: all requests of a batch begin in the same step; a batch lasts as long as its longest request.
     steps, start = [], 0
     for first in range(0, len(output_lengths), batch_size):
         batch = output_lengths[first : first + batch_size]
@@ -54,18 +54,18 @@ class Request:
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
-    max_tokens: int  # of output: as many as were asked for, or as the context leaves room for
-    stop_token_ids: frozenset[int] = frozenset()  # tokens that end it, the end of sequence included
-    arrival: int = 0  # its number among all requests; the n samples of a prompt share it
-    priority: int = 0  # the lowest is served first
+    max_tokens: int  # the most output tokens: what was asked for, or what fits into the context
+    stop_token_ids: frozenset[int] = frozenset()  # tokens that end it, including the end of sequence
+    arrival: int = 0  # when it came, as a count; the n samples of a prompt share it
+    priority: int = 0  # with the policy "priority", the lowest number is served first
     tenant: str = "default"
     cache_salt: str = ""  # only requests with the same salt share blocks of the prefix cache
-    parent: Request | None = None  # of n samples, the first is the parent of the others
+    parent: Request | None = None  # the first of n samples is the parent of the others; None for itself
     child: int = 0  # its number among the n samples
     output_token_ids: list[int] = field(default_factory=list)
     spec_token_ids: list[int] = field(default_factory=list)  # draft tokens to verify in the next step (lesson 8)
     num_computed_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt: found in the prefix cache when it was first scheduled
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it was first scheduled
     num_preemptions: int = 0
     last_step: int = -1  # the step in which it was last scheduled
     last_start: int = 0  # the position of the first token that it computed then, or found in the cache
@@ -86,11 +86,11 @@ class Request:
 
 
 def finish_reason(request: Request) -> str | None:
-    """Why the request ends with its newest output token: "stop", "length", or None if it goes on.
+    """Return why the request ends with its newest output token: "stop", "length", or None if it goes on.
 
-    A stop token counts even if it is the last token that `max_tokens` allows. A request without output goes on.
+    If a stop token is the last token that `max_tokens` allows, the reason is "stop". A request without output goes on.
     """
-    # Exercise 5.2: look at the newest output token first, then at the number of them.
+    # Exercise 5.2: look first at the newest output token, then at the number of output tokens.
     if request.output_token_ids and request.output_token_ids[-1] in request.stop_token_ids:
         return "stop"
     if len(request.output_token_ids) >= request.max_tokens:
@@ -100,16 +100,16 @@ def finish_reason(request: Request) -> str | None:
 
 @dataclass(frozen=True)
 class ScheduledRequest:
-    """What one request computes in a step: `token_ids`, the first of which stands at position `start`."""
+    """What one request computes in a step: `token_ids`, the first of which is at position `start`."""
 
     request_id: str
     start: int
     token_ids: list[int]
-    num_spec_tokens: int  # of `token_ids`, the last ones, which are draft tokens
+    num_spec_tokens: int  # how many of `token_ids`, at their end, are draft tokens
     block_table: list[int]
     params: SamplingParams
-    sample_index: int | None  # number of the output token to sample next; None: more of the prompt is to come
-    prompt_token_ids: list[int]  # the last four are for penalties, `min_tokens`, and proposals of draft tokens
+    sample_index: int | None  # index of the output token to sample; None: more of the prompt is to come
+    prompt_token_ids: list[int]  # this and the rest: for penalties, `min_tokens` and proposals of draft tokens
     output_token_ids: list[int]
     stop_token_ids: frozenset[int]
     max_tokens: int
@@ -138,7 +138,7 @@ class SchedulerOutput:
 
 @dataclass
 class ModelRunnerOutput:
-    """The results of one step, by request id. A request with more of its prompt to come has no sampled tokens."""
+    """The results of one step, by request id. A request with more of its prompt to compute has no sampled tokens."""
 
     step_id: int
     sampled_token_ids: dict[str, list[int]] = field(default_factory=dict)
@@ -152,31 +152,31 @@ class ModelRunnerOutput:
 
 
 def tokens_to_schedule(request: Request, budget: int, max_chunk: int) -> int:
-    """Number of tokens to schedule for this request: everything not yet computed, draft tokens included, capped by both
-    limits. budget: tokens that are left in this step. max_chunk: the most that one request may have of a step.
+    """Return the number of tokens to schedule for this request: all that are not computed, including draft tokens, but
+    at most both limits. budget: tokens that are left in this step. max_chunk: the limit of one request in a step.
     """
-    # Exercise 5.3: its tokens and its draft tokens, minus the computed ones, capped by both limits.
+    # Exercise 5.3: add its tokens and its draft tokens, subtract the computed ones, and apply both limits.
     num_uncomputed = request.num_tokens + len(request.spec_token_ids) - request.num_computed_tokens
     return min(num_uncomputed, budget, max_chunk)
 
 
 def fair_share(request: Request, served: Mapping[str, float]) -> tuple:
-    """The requests of the least served tenant first; equals in the order of arrival.
+    """Return a sort key that puts requests of the least served tenant first, and earlier arrivals before later ones.
 
     served: for each tenant, the number of tokens that were computed and sampled for it. From Sheng et al., "Fairness in
     Serving Large Language Models" (2024).
     """
-    # Exercise 5.4: return a tuple to sort by. Tuples compare from the left, and the smallest is served first.
+    # Exercise 5.4: return a tuple. Tuples compare from the left, and the request with the smallest is served first.
     return (served[request.tenant], request.arrival)
 
 
 def join(served: dict[str, float], tenant: str, active: Collection[str]) -> None:
-    """Account for a tenant that makes a request: an idle tenant must not claim the time in which it asked for nothing.
+    """Update `served` when a tenant makes a request, so that it gets no credit for the time in which it had none.
 
     served: changed in place. active: the tenants with requests that wait or run. A tenant that is not active is raised
-    to the least served active tenant, if it is below. Otherwise it keeps its number; a tenant that is new starts at 0.
+    to the lowest count among the active ones, if it is below that. Otherwise it keeps its count. A new one begins at 0.
     """
-    # Exercise 5.5: enter a new tenant first; then raise it if some tenant is active and this one is not.
+    # Exercise 5.5: enter a new tenant with 0. Then, if there are active tenants and this is none of them, raise it.
     own = served.setdefault(tenant, 0.0)
     if active and tenant not in active:
         served[tenant] = max(own, min(served[other] for other in active))
@@ -187,7 +187,7 @@ POLICIES: dict[str, Callable[[Request, Mapping[str, float]], tuple]] = {
     "priority": lambda request, served: (request.priority, request.arrival),
     "fair": fair_share,
 }
-"""Sort keys: the request that sorts first is admitted first, the one that sorts last is preempted first."""
+"""Sort keys. The request with the smallest is admitted first, the one with the largest is preempted first."""
 
 
 class Scheduler:
@@ -204,7 +204,7 @@ class Scheduler:
         self.max_chunk = config.long_prefill_token_threshold
         self.policy = POLICIES[config.scheduling_policy]
         self.preemption = config.preemption
-        self.host_pool = BlockPool(max(1, config.num_host_blocks))  # a pool has a block, used or not
+        self.host_pool = BlockPool(max(1, config.num_host_blocks))  # a pool has at least one block
         self.num_lookahead_tokens = config.num_lookahead_tokens  # slots for a draft model's tokens (lesson 8)
         self.depth = 1  # steps in flight at once (lesson 6)
         self.requests: dict[str, Request] = {}  # all that are not finished: those that wait and those that run
@@ -221,18 +221,18 @@ class Scheduler:
         self.waiting.append(request)
 
     def rank(self, request: Request) -> tuple:
-        """The policy's sort key; the samples of one prompt in their order."""
+        """Return the policy's sort key, followed by the request's number among the samples of its prompt."""
         return (*self.policy(request, self.served), request.child)
 
     @property
     def max_step_seqs(self) -> int:
-        """The most requests in one step: with several steps in flight, each gets an equal share of the requests."""
+        """The limit of requests in one step: with several steps in flight, each gets an equal share of the requests."""
         return cdiv(len(self.requests), self.depth)
 
     # One step ------------------------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
-        """Decide the next step. Running requests come first; waiting ones get the rest, unless blocks ran out."""
+        """Plan the next step. Running requests come first; waiting ones get the rest, unless blocks ran out."""
         self.step_id += 1
         plan = SchedulerOutput(self.step_id)
         for request in self.running:
@@ -252,16 +252,16 @@ class Scheduler:
         """Schedule the running requests, those first that were scheduled longest ago. Returns the rest of the budget.
 
         A request leaves one token of the budget for each request after it, but takes at least one itself, so that a
-        long prompt does not stop the others. A request in flight is left alone. So is one that was preempted, earlier
-        in this step, for the blocks of another, and one for which `make_room` finds no block and returns 0.
+        long prompt does not stop the others. Three kinds are not scheduled: requests in flight; requests that were
+        preempted earlier in this step, to free blocks for another; and those for which `make_room` returns 0.
         """
         budget = self.max_num_batched_tokens
         ready = [request for request in self.running if not request.in_flight]
         ready.sort(key=lambda request: (request.last_step, self.rank(request)))
         ready = ready[: self.max_step_seqs]
-        # Exercise 5.6: for each of `ready`, in order: stop when the budget is 0; skip it if it is no longer RUNNING.
-        # `tokens_to_schedule` with the budget minus one token for each request after it, but at least 1; `make_room`
-        # returns how many of those fit; `schedule_request`, unless it is 0; subtract from the budget.
+        # Exercise 5.6: go through `ready` in order. Stop when the budget is 0. Skip a request that is not RUNNING.
+        # Call `tokens_to_schedule` with the budget minus one token for each request after it, but at least 1. Of these
+        # `make_room` returns how many have slots. If any, call `schedule_request` and subtract them from the budget.
         for i, request in enumerate(ready):
             if budget == 0:
                 break
@@ -277,10 +277,10 @@ class Scheduler:
 
     def schedule_waiting(self, plan: SchedulerOutput, budget: int) -> None:
         """Admit waiting requests in the policy's order, while there are tokens in the budget, fewer than `max_num_seqs`
-        running requests, and blocks enough for the first: small requests after it would starve a large one.
+        running requests, and enough blocks for the first waiting one. No other overtakes it, or it might wait for ever.
         """
-        # Exercise 5.7: ask `next_waiting` and `can_allocate`; `admit` schedules the request, and returns how many
-        # tokens of the budget it takes.
+        # Exercise 5.7: `next_waiting` gives the request, `can_allocate` says if there are blocks for it, and `admit`
+        # schedules it and returns how many tokens of the budget it takes.
         while budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.next_waiting(plan)
             if request is None or not self.can_allocate(request):
@@ -288,7 +288,7 @@ class Scheduler:
             budget -= self.admit(request, budget, plan)
 
     def next_waiting(self, plan: SchedulerOutput) -> Request | None:
-        """The first waiting request in the policy's order; None if there is none, or the step has requests enough.
+        """Return the first waiting request in the policy's order, or None if none may join this step.
 
         A sample waits until it can fork the first sample of its prompt, unless that one has finished.
         """
@@ -305,8 +305,8 @@ class Scheduler:
         return min(candidates, key=self.rank, default=None)
 
     def can_fork(self, request: Request) -> bool:
-        """Whether a new sample can share its parent's blocks. The prompt must have been computed in an earlier step:
-        blocks are copied before anything of a step is computed. A window may have passed blocks that the sample reads.
+        """Whether a new sample can share its parent's blocks. The prompt must have been computed in an earlier step,
+        because a step copies blocks before it computes, and a window must not have passed blocks that the sample reads.
         """
         parent = request.parent
         if parent is None or request.output_token_ids or parent.status is not RequestStatus.RUNNING:
@@ -317,8 +317,8 @@ class Scheduler:
         return self.manager.num_dropped(parent) <= self.manager.num_skipped(num_computed_tokens)
 
     def can_allocate(self, request: Request) -> bool:
-        """Whether there are free blocks for all tokens of a waiting request. With blocks for its first chunk alone, it
-        would be preempted in the middle of its prompt.
+        """Whether there are free blocks for all tokens of a waiting request. With blocks for only its first chunk, it
+        might be preempted in the middle of its prompt.
         """
         blocks: Sequence[KVCacheBlock] = ()
         if self.can_fork(request):  # it shares all blocks of the prompt but the last, which it is going to write to
@@ -329,7 +329,7 @@ class Scheduler:
         return self.manager.can_allocate(request.num_tokens, blocks)
 
     def admit(self, request: Request, budget: int, plan: SchedulerOutput) -> int:
-        """Let a waiting request run, once `can_allocate` has said yes. Returns the number of tokens scheduled."""
+        """Let a waiting request run, after `can_allocate` returned True. Returns the number of tokens scheduled."""
         computed_blocks: Sequence[KVCacheBlock] = ()
         if self.can_fork(request):
             self.manager.fork(request.parent, request)
@@ -350,8 +350,8 @@ class Scheduler:
         return num_tokens
 
     def schedule_request(self, request: Request, num_tokens: int, plan: SchedulerOutput) -> None:
-        """Add a request's next tokens to the plan; blocks are allocated. The tokens count as computed from now on,
-        since no later step reads them before they are.
+        """Add a request's next tokens, which have slots already, to the plan. They count as computed from now on,
+        because every later step runs after this one.
         """
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
         num_spec_tokens = max(0, end - request.num_tokens)
@@ -371,16 +371,16 @@ class Scheduler:
         self.manager.cache_blocks(request, min(end, request.num_tokens))
 
     def update_from_output(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> list[Request]:
-        """Update the requests of a plan with its results. Returns all of them, those that finish included.
+        """Update the requests of a plan with its results. Returns all of them, including those that finish.
 
-        A request with draft tokens gets one token more than were accepted; the rejected ones no longer count as
-        computed. Tokens after one that ends the request are dropped. A request with more of its prompt to come gets no
-        token, and what it has computed stays computed. A request in `output.errors` finishes with "error".
+        A request with draft tokens gets the accepted ones and one further token; the rejected ones no longer count as
+        computed. Tokens after one that ends the request are dropped. A request with more of its prompt to compute gets
+        no token, and its `num_computed_tokens` stays. A request in `output.errors` finishes with "error".
         """
         requests = [self.requests[scheduled.request_id] for scheduled in plan.scheduled]
-        # Exercise 5.8: each is no longer in flight. If it was aborted meanwhile (it has a finish_reason) or failed,
-        # `finish` it. Otherwise: subtract rejected draft tokens; append sampled ones until there is a `finish_reason`;
-        # keep the new draft tokens; `cache_blocks` of what is computed; `finish` it if there is a reason.
+        # Exercise 5.8: set in_flight to False for each. If it was aborted meanwhile (it has a finish_reason) or failed,
+        # `finish` it. Otherwise subtract rejected draft tokens, append sampled tokens until there is a `finish_reason`,
+        # store the new draft tokens, call `cache_blocks` for the computed tokens, and `finish` it if there is a reason.
         for scheduled, request in zip(plan.scheduled, requests):
             request.in_flight = False
             if request.finish_reason or request.request_id in output.errors:
@@ -406,8 +406,8 @@ class Scheduler:
     def make_room(self, request: Request, num_tokens: int, plan: SchedulerOutput) -> int:
         """Allocate blocks for a running request's next tokens, and preempt others if too few are free.
 
-        Its draft tokens are dropped before any request is preempted. Returns the number of tokens that have slots now:
-        0 if the request itself comes last in the policy's order, for then it is the one that is preempted.
+        Its draft tokens are dropped before any request is preempted. Returns the number of tokens that have slots now.
+        This is 0 if the request itself comes last in the policy's order, because then it is preempted itself.
         """
         while self.manager.allocate_slots(request, num_tokens) is None:
             if request.spec_token_ids:
@@ -423,39 +423,39 @@ class Scheduler:
         return num_tokens
 
     def choose_victim(self) -> Request | None:
-        """The request to preempt: of the running ones the last in the policy's order; None if all are in flight.
+        """Return the request to preempt: the last running one in the policy's order, or None if all are in flight.
 
         The blocks of a request in flight are being read and written. Requests scheduled in this step are in flight too.
         """
-        # Exercise 5.9: `rank` is the sort key.
+        # Exercise 5.9: choose the request with the largest `rank` among those that are not in flight.
         return max((request for request in self.running if not request.in_flight), key=self.rank, default=None)
 
     def preempt(self, request: Request, plan: SchedulerOutput) -> None:
-        """Take all blocks from a running request. It waits, and its tokens stay."""
+        """Take all blocks from a running request and let it wait. It keeps its tokens."""
         plan.preempted_ids.append(request.request_id)
         request.num_preemptions += 1
         request.spec_token_ids = []
         self.running.remove(request)
         self.waiting.append(request)
-        # Swapping moves every block of a table, and has none to move for those that a window has dropped.
+        # Swapping moves every block of a table, and blocks that a window has dropped do not exist.
         is_swapped = self.preemption == "swap" and not self.manager.num_dropped(request)
         if not is_swapped or not self.swap_out(request, plan):
             self.preempt_by_recompute(request)
 
     def preempt_by_recompute(self, request: Request) -> None:
         """Free a request's blocks, to compute all of its tokens again once it is admitted. `preempt` does the rest."""
-        # Exercise 5.10: what becomes of its blocks, of `num_computed_tokens`, of its status?
+        # Exercise 5.10: give its blocks back to the manager, and set `num_computed_tokens` and the status.
         self.manager.free(request)
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
 
     def swap_out(self, request: Request, plan: SchedulerOutput) -> bool:
-        """Move a request's computed tokens to blocks on the host, and free its blocks on the device, shared ones too.
+        """Move a request's computed tokens to blocks on the host, and free its blocks on the device, even shared ones.
 
         Returns True; or False, with no side effects, if the host has too few free blocks. `preempt` does the rest.
         """
-        # Exercise 5.11: take a host block for each block that has a computed token in it, and note each move in
-        # `plan.swaps_out` with its number of filled slots. Keep the host blocks in `swapped`; free the others; status.
+        # Exercise 5.11: take a host block for each block with a computed token. Append each move, with its number of
+        # filled slots, to `plan.swaps_out`. Keep the host blocks in `swapped`, free the device's, and set the status.
         block_size = self.manager.block_size
         num_blocks = cdiv(request.num_computed_tokens, block_size)
         if num_blocks > self.host_pool.num_free_blocks:
@@ -471,7 +471,7 @@ class Scheduler:
 
     def swap_in(self, request: Request, plan: SchedulerOutput) -> None:
         """Move a swapped request's tokens back into the blocks of its new block table; free the host's blocks."""
-        # Exercise 5.12: the same moves in the other direction, in `plan.swaps_in`.
+        # Exercise 5.12: append the same moves, in the other direction, to `plan.swaps_in`. Then free the host's blocks.
         block_size = self.manager.block_size
         hosts = self.swapped.pop(request.request_id)
         for i, (host, block_id) in enumerate(zip(hosts, self.manager.block_table(request.request_id))):
@@ -483,7 +483,7 @@ class Scheduler:
 
     def release_lookahead(self) -> None:
         """If blocks may run short in this step, release the slots reserved for draft tokens."""
-        # Besides the blocks that the budget fills, each running request may begin one and may copy a shared one.
+        # The budget fills some blocks. Besides, each running request may begin a block and may copy a shared one.
         num_needed = self.max_num_batched_tokens // self.manager.block_size + 2 * len(self.running)
         if self.num_lookahead_tokens and self.manager.pool.num_free_blocks < num_needed:
             for request in self.running:
@@ -508,7 +508,7 @@ class Scheduler:
         A request in flight keeps its blocks until its step is collected, since they are being written. Its
         finish_reason "abort" tells `update_from_output` to finish it then.
         """
-        # Exercise 5.13: look it up in `requests`; then mark it or `finish` it.
+        # Exercise 5.13: look it up in `requests`. If it is in flight, set its finish_reason, otherwise `finish` it.
         request = self.requests.get(request_id)
         if request is None:
             return
@@ -518,7 +518,7 @@ class Scheduler:
             self.finish(request, "abort")
 
     def finish(self, request: Request, reason: str) -> None:
-        """End a request that runs, waits or is swapped out: it leaves its queue and frees all that it holds."""
+        """End a request that runs, waits or is swapped out: it leaves its list, and all its blocks become free."""
         # Exercise 5.14: find the bug. Preemption by swap works, and so does aborting. But after a long day of both, no
         # request is swapped out any more: every preempted request computes its tokens again.
 
@@ -531,7 +531,7 @@ class Scheduler:
         self.finished_ids.append(request.request_id)
 
     def start_over(self, requests: Sequence[Request]) -> None:
-        """Rebuild everything for these requests from their tokens alone: a step was interrupted at an unknown line."""
+        """Rebuild everything from these requests' tokens alone, because a step was interrupted at an unknown line."""
         self.finished_ids += self.requests.keys() - {request.request_id for request in requests}
         self.manager.reset()
         self.host_pool = BlockPool(len(self.host_pool.blocks))

@@ -1,13 +1,13 @@
-"""Lesson 8: speculative decoding. Propose the next tokens cheaply, verify them all in one step, keep the correct ones.
+"""Lesson 8: speculative decoding. Propose draft tokens cheaply, verify all of them in one step, keep the right ones.
 
 A decoding step of one request reads every weight to compute one token. With draft tokens after the newest token, the
-same read computes several positions, and the logits of each say what comes after it. As long as that is the next draft
-token, one step yields several tokens; a rejected draft token only costs the computation of its position. The output is
-the same: token for token where draft tokens are only compared, in distribution where they were sampled.
+same read computes several positions, and the logits of each say which token comes after it. As long as that is the next
+draft token, one step generates several tokens; a rejected draft token only costs the computation of its position. If
+draft tokens are compared, the output has the same tokens; if they were sampled, it has the same distribution.
 
 Draft tokens come from the text itself (`propose_ngram`) or from a smaller model (`DraftProposer`). `SpeculativeRunner`
 is lesson 5's runner; it verifies where lesson 5 samples, and then proposes as many as `AdaptiveSpeculation` says.
-Rollback needs no code here: the scheduler moves `num_computed_tokens` back, and attention reads nothing beyond it.
+Rejecting needs no code here: the scheduler moves `num_computed_tokens` back, and attention reads nothing beyond it.
 
 From Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (2023), and Chen et al.,
 "Accelerating Large Language Model Decoding with Speculative Sampling" (2023); Saxena, "Prompt Lookup Decoding" (2023).
@@ -37,11 +37,11 @@ from solutions.scheduler import ModelRunnerOutput, ScheduledRequest, SchedulerOu
 
 
 def propose_ngram(token_ids: Sequence[int], num_tokens: int, max_ngram: int = 4, min_ngram: int = 2) -> list[int]:
-    """Propose `num_tokens` draft tokens: those that followed when the text last ended as it ends now.
+    """Propose `num_tokens` draft tokens: what followed an earlier place where the text reads as it does at its end.
 
-    The last `max_ngram` tokens are looked up earlier in the text, then fewer, down to `min_ngram`; of several matches
-    the latest wins. The tokens after the match are copied, and the copy may run into itself: after a b a b, the draft
-    is a b a b a ... Returns `num_tokens` token ids, or an empty list if there is no match.
+    Look for the last `max_ngram` tokens earlier in the text, then for fewer, down to `min_ngram`; of several matches
+    use the latest. Copy the tokens after the match. The copy may continue into the tokens that it has just written:
+    after a b a b, the draft is a b a b a ... Returns `num_tokens` token ids, or an empty list if there is no match.
     """
     # Exercise 8.1: search from the longest n-gram to the shortest and from the latest match to the earliest; then copy.
     text = list(token_ids)
@@ -56,13 +56,13 @@ def propose_ngram(token_ids: Sequence[int], num_tokens: int, max_ngram: int = 4,
 
 
 def verify_greedy(chosen: Iterable[int], draft_token_ids: Sequence[int]) -> list[int]:
-    """Returns the tokens that one step yields: the model's choices up to the first that differs from its draft token.
+    """Return the tokens that one step generates: the model's choices up to the first that differs from its draft token.
 
-    chosen: what the model chooses after the newest token, after the first draft token, after the second, and so on, one
-    more than there are draft tokens. Choosing takes time, so only as many are consumed as are needed. A choice after a
+    chosen: the model's choice after the newest token, after the first draft token, after the second, and so on, one
+    more than there are draft tokens. Each choice takes time, so do not consume more than are needed. A choice after a
     wrong draft token was made for another text. Returns 1 to len(draft_token_ids) + 1 of the choices.
     """
-    # Exercise 8.2: append each choice; continue only while it equals its draft token.
+    # Exercise 8.2: append each choice, and continue only while it equals its draft token.
     tokens = []
     for token_id, draft in zip(chosen, [*draft_token_ids, None]):
         tokens.append(token_id)
@@ -85,13 +85,13 @@ class Lookahead:
         self.num_passes = 0
 
     def commit(self, token_ids: Sequence[int]) -> Tensor | None:
-        """Returns the logits (V,) after this text, which is one token longer than before, if they were computed.
+        """Return the logits (V,) after this text, which is one token longer than before, if they were computed.
 
-        They were if the new token equals its draft token. Otherwise returns None and removes the rejected draft tokens:
-        the cache then holds the text without its new token. In the first call the text is the prompt and the cache is
-        empty: there is nothing to remove. Nor is there if all draft tokens were accepted.
+        They were computed if the new token equals its draft token. Otherwise return None and remove the rejected draft
+        tokens: the cache then holds the text without its new token. Nothing is removed in the first call, in which the
+        text is the prompt and the cache is empty, and nothing if all draft tokens were accepted.
         """
-        # Exercise 8.3: compare the text with the cached tokens; truncate `cached_token_ids` and the cache alike.
+        # Exercise 8.3: compare the text with the cached tokens. Truncate `cached_token_ids` and the cache alike.
         if self.cached_token_ids[: len(token_ids)] == list(token_ids):
             return self.rows[len(token_ids)]
         kept = min(len(self.cached_token_ids), len(token_ids) - 1)
@@ -100,7 +100,7 @@ class Lookahead:
         return None
 
     def next_logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Returns the logits (V,) after these tokens; a forward pass, if one is needed, includes draft tokens."""
+        """Return the logits (V,) after these tokens; a forward pass, if one is needed, includes draft tokens."""
         row = self.commit(token_ids)
         if row is not None:
             return row
@@ -124,7 +124,7 @@ def generate(
     on_text: Callable[[str], None] = lambda piece: None,
     num_speculative_tokens: int = 4,
 ) -> RequestOutput:
-    """Returns what lesson 2's `generate` returns, in fewer forward passes wherever the text repeats itself."""
+    """Return what lesson 2's `generate` returns, in fewer forward passes where the text repeats itself."""
     llama_pytorch.check_prompt(prompt_token_ids, model.config, params)
     capacity = min(len(prompt_token_ids) + params.max_tokens, model.config.max_position_embeddings)
     lookahead = Lookahead(model, capacity, partial(propose_ngram, num_tokens=num_speculative_tokens))
@@ -137,16 +137,16 @@ def generate(
 def accept_or_recover(target: Tensor, draft: Tensor, token_id: int, generator: torch.Generator) -> tuple[bool, int]:
     """Accept a token that was sampled from `draft`, or replace it, such that the result is distributed as `target`.
 
-    target, draft: (V,), probabilities. The token is accepted with probability min(1, target / draft). A replacement is
-    sampled in proportion to max(0, target - draft), which is what each token still lacks. Rounding may leave this zero
-    everywhere; the replacement is then sampled from `target`. Returns (whether it was accepted, the token id).
+    target, draft: (V,), probabilities. Accept the token with probability min(1, target / draft). Sample a replacement
+    in proportion to max(0, target - draft), the probability that is missing from each token. If rounding leaves this
+    zero for all tokens, sample the replacement from `target`. Returns (whether it was accepted, the token id).
     """
-    # Exercise 8.4: call `torch.rand` first; if the token is rejected, `torch.multinomial`; both with this generator.
+    # Exercise 8.4: call `torch.rand` first, and `torch.multinomial` if the token is rejected, both with this generator.
     chance = float(torch.rand((), generator=generator, dtype=torch.float64))
     if chance * float(draft[token_id]) < float(target[token_id]):
         return True, token_id
     residual = (target - draft).clamp(min=0)
-    weights = residual if residual.sum() > 0 else target  # the two differ by rounding only
+    weights = residual if residual.sum() > 0 else target  # target and draft differ only by rounding
     return False, int(torch.multinomial(weights, 1, generator=generator))
 
 
@@ -156,11 +156,11 @@ def rejection_sample(
     """Turn draft tokens into tokens that are distributed as if each had been sampled from the target.
 
     target: (k + 1, V), the model's probabilities after the newest token and after each of the k draft tokens. draft:
-    (k, V), the probabilities that these were sampled from. generator(i): the randomness of the i-th token. The first
-    rejected draft token is replaced, and nothing follows it; if all are accepted, a bonus token is sampled from the
-    last row. Returns 1 to k + 1 token ids.
+    (k, V), the probabilities that these were sampled from. generator(i): the random generator of token i, from 0. The
+    first rejected draft token is replaced, and no token follows it. If all are accepted, a bonus token is sampled from
+    the last row. Returns 1 to k + 1 token ids.
     """
-    # Exercise 8.5: call `accept_or_recover` for one draft token after the other; then sample the bonus token.
+    # Exercise 8.5: call `accept_or_recover` for one draft token after the other, then sample the bonus token.
     tokens = []
     for i, token_id in enumerate(draft_token_ids):
         is_accepted, token_id = accept_or_recover(target[i], draft[i], token_id, generator(i))
@@ -175,28 +175,28 @@ def rejection_sample(
 
 
 def expected_tokens(rate: float, num_draft_tokens: int) -> float:
-    """Returns the mean number of tokens that a step with this many draft tokens yields, including the one that every
-    step yields. rate: the probability, 0 to 1, that a draft token is accepted if all before it were.
+    """Return the mean number of tokens that a step with this number of draft tokens generates, including the one that
+    every step generates. rate: the probability, 0 to 1, that a draft token is accepted if all before it were.
     """
-    # Exercise 8.6: add up, for each i, the probability that the first i draft tokens are all accepted.
+    # Exercise 8.6: for each i from 0 on, add the probability that the first i draft tokens are all accepted.
     return sum(rate**i for i in range(num_draft_tokens + 1))
 
 
 def choose_k(rate: float, seconds: Sequence[float]) -> int:
-    """Returns the number k of draft tokens that gives the most tokens per second; the smallest of equals.
+    """Return the number k of draft tokens that gives the most tokens per second, the smallest if several are equal.
 
-    rate: as above. seconds[k]: duration of a step with k draft tokens, from k = 0; proposing them is included.
+    rate: as in `expected_tokens`. seconds[k], from k = 0: duration of a step with k draft tokens, including proposing.
     """
     # Exercise 8.7: divide `expected_tokens` by the duration, for each k.
     return max(range(len(seconds)), key=lambda k: expected_tokens(rate, k) / seconds[k])
 
 
-MEMORY = 0.9  # weight of an observation after one more draft token was observed: about the last ten count
+MEMORY = 0.9  # each observed draft token multiplies older weights by this, so about the last ten count
 
 
 @dataclass
 class Acceptance:
-    """Estimates how likely a draft token is accepted if all before it were. It starts with one of two accepted."""
+    """Estimates the probability that a draft token is accepted if all before it were. It begins with one of two."""
 
     accepted: float = 1.0  # both are sums in which newer observations weigh more
     tried: float = 2.0
@@ -206,13 +206,13 @@ class Acceptance:
         return self.accepted / self.tried
 
     def observe(self, num_draft_tokens: int, num_accepted: int) -> None:
-        """Record that the first `num_accepted` of this many draft tokens were accepted. Each draft token that counts
-        as tried multiplies the weight of everything observed before by `MEMORY`.
+        """Record that the first `num_accepted` of `num_draft_tokens` draft tokens were accepted. Each draft token that
+        counts as tried multiplies the weight of all earlier observations by `MEMORY`.
         """
-        # Exercise 8.8: find the bug. With up to five draft tokens a step, each accepted three times in four, the
-        # engine believes in an acceptance of about one half, and proposes too few. With one a step, all is well.
+        # Exercise 8.8: find the bug. With up to five draft tokens a step, each accepted three times in four, the rate
+        # is estimated as about one half, and too few are proposed. With one draft token a step the rate is right.
 
-        tried = num_accepted + (num_accepted < num_draft_tokens)  # those after a rejected one were not tried
+        tried = num_accepted + (num_accepted < num_draft_tokens)  # draft tokens after a rejected one were not tried
         weight = MEMORY**tried
         self.accepted = self.accepted * weight + num_accepted
         self.tried = self.tried * weight + tried
@@ -222,8 +222,8 @@ class AdaptiveSpeculation:
     """Chooses the number of draft tokens of each request, from acceptance and from how long steps take.
 
     A step without draft tokens takes `plain_seconds`, a moving average for each number of requests; a draft token adds
-    `added_seconds / num_added` to it, proposing it included. Now and then all requests propose none, or a few where
-    none pays, so that both are known anew.
+    `added_seconds / num_added` to it, including the time to propose it. Now and then all requests get no draft tokens,
+    or a few although none would pay, to measure both again.
     """
 
     REST_EVERY = 32  # steps
@@ -250,7 +250,7 @@ class AdaptiveSpeculation:
         self.acceptances.pop(request_id, None)
 
     def limits(self, request_ids: Sequence[str]) -> list[int]:
-        """Returns how many draft tokens each of these requests, which share the next step, may have in it."""
+        """Return the limits of draft tokens for these requests, which are in one step."""
         num_requests, most = len(request_ids), self.num_speculative_tokens
         plain, probe = self.plain_seconds.get(num_requests), min(self.PROBE_TOKENS, most)
         self.num_steps, self.steps_since_probe = self.num_steps + 1, self.steps_since_probe + 1
@@ -266,7 +266,7 @@ class AdaptiveSpeculation:
         least = probe if self.steps_since_probe >= interval else 0
         self.steps_since_probe = 0 if least else self.steps_since_probe
         rates = [self.acceptances[request_id].rate for request_id in request_ids]
-        mean = sum(rates) / num_requests  # each rate is known from a few tokens only: half of it is the mean
+        mean = sum(rates) / num_requests  # a rate from a few tokens is uncertain, so take its average with the mean
         return [max(least, choose_k((rate + mean) / 2, seconds)) for rate in rates]
 
 
@@ -278,10 +278,10 @@ class Draft:
     """A request, and the draft tokens proposed for its next step."""
 
     request: ScheduledRequest
-    token_ids: list[int]  # the request's text, those just sampled included; then its draft tokens
-    limit: int  # of draft tokens
+    token_ids: list[int]  # the request's text, including the tokens just sampled; then its draft tokens
+    limit: int  # the greatest number of draft tokens
     draft_token_ids: list[int] = field(default_factory=list)
-    probs: list[Tensor] = field(default_factory=list)  # (V,) for each: what it was sampled from; empty: it was not
+    probs: list[Tensor] = field(default_factory=list)  # (V,) each was sampled from; empty if they were not sampled
 
     def append(self, token_id: int, probs: Tensor | None = None) -> None:
         self.token_ids.append(token_id)
@@ -293,7 +293,7 @@ class NgramProposer:
     """Proposes tokens from each request's own text, prompt and output."""
 
     def follow(self, plan: SchedulerOutput) -> None:
-        """Called before a step is computed; there is nothing to keep up with."""
+        """Called before a step is computed; there is nothing to update."""
 
     def propose(self, drafts: Sequence[Draft]) -> None:
         """Append up to `limit` draft tokens to each draft."""
@@ -310,8 +310,8 @@ class DraftProposer:
     """Proposes tokens with a smaller model that has the target's vocabulary.
 
     Its cache has the target's block ids: every copy and swap of the scheduler happens in both. The draft model computes
-    a request's tokens when it proposes for it; also those that the target found in the prefix cache, and the draft may
-    never have seen. A wrong entry in the draft's cache would cost acceptance, never correctness.
+    a request's tokens when it proposes for it, including those that the target found in the prefix cache. A wrong entry
+    in the draft's cache would only reduce acceptance; the tokens would still be right.
     """
 
     def __init__(self, model: Llama, cache: PagedKVCache):
@@ -319,7 +319,7 @@ class DraftProposer:
         self.num_computed: dict[str, int] = {}  # by request id: how many of its tokens are in the draft's cache
 
     def follow(self, plan: SchedulerOutput) -> None:
-        """Move the draft's blocks as the target's, and drop what the target has dropped."""
+        """Move the draft's blocks as the target's, and forget tokens that the target no longer counts as computed."""
         self.cache.swap_out(plan.swaps_out)
         self.cache.swap_in(plan.swaps_in)
         self.cache.copy(plan.copies)
@@ -330,13 +330,13 @@ class DraftProposer:
             self.num_computed[id] = min(self.num_computed.get(id, 0), request.start)
 
     def propose(self, drafts: Sequence[Draft]) -> None:
-        """Append draft tokens to each draft: `limit`, or as many as fit into its blocks and the draft model's context.
+        """Append draft tokens to each draft: `limit`, or fewer if its blocks or the draft model's context are full.
 
         Each forward pass adds one token to every draft that still needs one. In the first pass a draft computes all
         tokens that this cache lacks, later only its newest token. Its last token is never computed, and needs no slot.
         """
-        # Exercise 8.9: lower each limit to what fits; while drafts lack tokens, compute their `logits`, note in
-        # `num_computed` what is in the cache now, and append what `draw` returns for each row.
+        # Exercise 8.9: lower each limit to what fits. While drafts lack tokens, compute their `logits`, set
+        # `num_computed` to the number of tokens in the cache now, and append what `draw` returns for each row.
         for draft in drafts:
             num_slots = len(draft.request.block_table) * self.cache.block_size
             capacity = min(num_slots, self.model.config.max_position_embeddings) + 1 - len(draft.token_ids)
@@ -348,7 +348,7 @@ class DraftProposer:
                 draft.append(*self.draw(draft, row))
 
     def logits(self, drafts: Sequence[Draft], new_token_ids: Sequence[list[int]]) -> Tensor:
-        """Compute tokens that follow those in this cache. Returns the logits (R, V) after the last one of each."""
+        """Compute the tokens that follow those in this cache. Returns the logits (R, V) after each draft's last one."""
         work = []
         for draft, token_ids in zip(drafts, new_token_ids):
             start = self.num_computed[draft.request.request_id]
@@ -358,14 +358,14 @@ class DraftProposer:
         return self.model.logits(hidden[batch.logit_rows])
 
     def draw(self, draft: Draft, logits: Tensor) -> tuple[int, Tensor | None]:
-        """Returns the next draft token and the distribution (V,) it was sampled from, by the request's own sampling
-        parameters; at temperature 0 the likeliest token, and None.
+        """Return the next draft token and the distribution (V,) it was sampled from, with the request's own sampling
+        parameters; at temperature 0 the likeliest token and None.
         """
         request, params = draft.request, draft.request.params
         output, adjusted = draft.token_ids[len(request.prompt_token_ids) :], logits.nan_to_num()
         try:
             adjusted = adjust_logits(adjusted, params, request.prompt_token_ids, output, request.stop_token_ids)
-        except Exception:  # a fault of the request: it ends where its token is sampled; here it only costs a draft
+        except Exception:  # an error of the request: it ends when its token is sampled; here only the draft is worse
             pass
         if params.temperature == 0:
             return int(adjusted.argmax()), None
@@ -398,7 +398,7 @@ class SpeculativeRunner(ModelRunner):
         start = time.perf_counter()
         output = super().execute(plan, hidden)
         computed = time.perf_counter()
-        if plan.scheduled and is_decoding:  # nothing of a prompt
+        if plan.scheduled and is_decoding:  # no prompt tokens in this step
             num_draft_tokens = sum(request.num_spec_tokens for request in plan.scheduled)
             self.adaptive.observe_step(len(plan.scheduled), num_draft_tokens, computed - start + self.draft_seconds)
         self.propose(plan, output)
@@ -421,7 +421,7 @@ class SpeculativeRunner(ModelRunner):
             target = torch.stack([sampling_probs(adjusted(i), params) for i in range(k + 1)]).cpu()
             generator = lambda i: llama_pytorch.draw_generator(params.seed, request.sample_index + i)  # noqa: E731
             tokens = rejection_sample(target, torch.stack(draft.probs), draft_token_ids, generator)
-        else:  # a draft token that was not sampled is correct if lesson 2 samples it there, at any temperature
+        else:  # a draft token that was not sampled is right if lesson 2 samples it there, at any temperature
             chosen = (sample(adjusted(i), params, request.sample_index + i) for i in range(k + 1))
             tokens = verify_greedy(chosen, draft_token_ids)
         if k:

@@ -1,10 +1,9 @@
-"""Lesson 4, optional: kernels for a GPU, the engine's device drivers. They are written in Triton, and need no GPU.
+"""Lesson 4, optional: kernels for a GPU, the engine's device drivers, written in Triton. You need no GPU for them.
 
 A kernel is started as a grid of programs that know nothing of each other. Each program asks for its ids, computes from
-them which tile of memory is its own, loads that tile, and stores its results. What is a row or a block table in lesson
-4 is here a pointer and a stride. Sizes of tiles are powers of two, known when the kernel is compiled (`tl.constexpr`),
-so a mask must say which elements of a tile exist. Without a GPU Triton's interpreter runs the programs one after the
-other.
+them which tile of memory is its own, loads that tile, and stores its results. A row or a block table of lesson 4 is
+here a pointer and a stride. Sizes of tiles are powers of two, known when the kernel is compiled (`tl.constexpr`), so a
+mask must say which elements of a tile exist. Without a GPU Triton's interpreter runs the programs one after the other.
 
 B requests, H query heads, K key/value heads, G = H / K, D the head size, S splits of a context. A pool of keys or
 values is (num_blocks, block_size, K, D), one layer of lesson 4's `PagedKVCache`.
@@ -20,11 +19,11 @@ from torch import Tensor
 from common.kernels.triton import tl, triton
 
 TILE = 16
-"""Positions that an attention kernel reads at a time. A product of tiles (`tl.dot`) needs at least 16 in its middle."""
+"""Positions that an attention kernel reads at a time. `tl.dot` needs at least 16 in the dimension it sums over."""
 
 
 def padded(size: int) -> int:
-    """Return the tile's size for `size` elements in a product: the next power of two, at least 16."""
+    """Return the size of a tile for `tl.dot` that holds `size` elements: the next power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -57,11 +56,11 @@ def add(x: Tensor, y: Tensor, block: int = 1024) -> Tensor:
 def softmax_kernel(x, out, num_columns, x_stride, out_stride, BLOCK: tl.constexpr):
     """Softmax of each row, in float32. Program r has row r, in a tile of BLOCK >= num_columns elements.
 
-    x, out: pointers to (rows, num_columns). Row r begins at x + r * x_stride and at out + r * out_stride: a row may be
-    a part of a wider one.
+    x, out: pointers to (rows, num_columns). Row r begins at x + r * x_stride and at out + r * out_stride, because the
+    rows may be parts of wider rows.
     """
-    # Exercise 4.18: load the row; what does not exist is minus infinity. Subtract the maximum, as in 1.3. Store it
-    # masked.
+    # Exercise 4.18: load the row, with minus infinity for missing elements. Subtract the maximum, as in 1.3. Store the
+    # result with the mask.
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < num_columns
@@ -82,10 +81,10 @@ def softmax(x: Tensor) -> Tensor:
 def add_rms_norm_kernel(x, residual, weight, out, num_columns, eps, BLOCK: tl.constexpr):
     """residual += x, and out = RMSNorm(residual) * weight. Program r has row r of (rows, num_columns), contiguous.
 
-    Two operators in one: each row is read once and written once, and what lies between stays in registers.
+    This fuses two operators: each row is read once and written once, and intermediate results stay in registers.
     """
-    # Exercise 4.19: the sum and its mean square in float32; the mean is over num_columns elements, not over the tile.
-    # Store the sum in `residual`, the normalised sum times the weight in `out`.
+    # Exercise 4.19: compute the sum and its mean square in float32; the mean is over num_columns elements, not over the
+    # tile. Store the sum in `residual`, and the normalised sum times the weight in `out`.
     columns = tl.arange(0, BLOCK)
     mask = columns < num_columns
     row = tl.program_id(0) * num_columns + columns
@@ -110,28 +109,28 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 @triton.jit
 def find_slots(table, positions, seen, BLOCK_SIZE: tl.constexpr):
-    """Return the slot of each position of a sequence, as 4.14 does: a walk through its block table.
+    """Return the slot of each position of a sequence, from its block table, as 4.14 does.
 
-    table: pointer to the sequence's block ids; positions, seen: (TILE,). Where `seen` is false the table may have no
-    entry: such a position counts as one of block 0.
+    table: pointer to the sequence's block ids; positions, seen: (TILE,). Where `seen` is false, the table
+    may have no entry; such a position counts as one of block 0.
 
         BLOCK_SIZE 4, table 3, 1, 5      position 6 -> entry 1 -> block 1, offset 2 -> slot 6
     """
-    # Exercise 4.20: load the block of each position, with the mask; multiply by the block's size and add the offset.
+    # Exercise 4.20: load the block id of each position, with the mask. Multiply by the block size and add the offset.
     blocks = tl.load(table + positions // BLOCK_SIZE, mask=seen, other=0)
     return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
 @triton.jit
 def online_softmax(maximum, total, weighted, scores, values):
-    """Merge one more tile of N keys into the parts of M queries, as 4.12 does. Returns maximum, total and weighted.
+    """Merge a further tile of N keys into the Partials of M queries, as 4.12 does. Returns the new Partials.
 
     maximum, total: (M,), at first minus infinity and 0; weighted: (M, D); values: (N, D). scores: (M, N), minus
     infinity where a query does not see a key. If a query has seen no key at all, its maximum stays minus infinity and
     its sums 0.
     """
-    # Exercise 4.21: the new maximum first. What was summed under the old one is multiplied by exp(old - new); the
-    # tile's weights are exp(scores - new). Where the new one is minus infinity, subtract 0.
+    # Exercise 4.21: compute the new maximum first. Multiply the old sums by exp(old maximum - new). The weights of the
+    # tile are exp(scores - new). Where the new maximum is minus infinity, subtract 0 instead.
     highest = tl.maximum(maximum, tl.max(scores, axis=1))
     shift = tl.where(highest == -float("inf"), 0.0, highest)
     rescale = tl.exp(maximum - shift)
@@ -151,8 +150,8 @@ def decode_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query token of each request to one split of its context. Program (request, kv_head, split) has
-    the GROUP query heads that share a key/value head, so each key is read once for all of them.
+    """Compute attention of one query token per request to one split of its context. Program (request, kv_head, split)
+    has the GROUP query heads that share a key/value head, so each key is read once for all of them.
 
         context 40, split_len 16, TILE 8     split 0               split 1               split 2
                                              [0..7] [8..15]        [16..23] [24..31]     [32..39] [  ...  ]
@@ -177,8 +176,8 @@ def decode_kernel(
     maximum = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     weighted = tl.zeros((ROWS, DIMS), tl.float32)
-    # Exercise 4.22: for each tile of positions from `begin` to `end`: find its slots, load (TILE, DIMS) keys and values
-    # of this kv_head in float32, score them (`tl.dot` with input_precision="ieee"), and merge with `online_softmax`.
+    # Exercise 4.22: for each tile of positions from `begin` to `end` find the slots, load (TILE, DIMS) keys and values
+    # of this kv_head in float32, compute scores (`tl.dot` with input_precision="ieee") and merge (`online_softmax`).
     for first in range(begin, end, TILE):
         positions = first + tl.arange(0, TILE)
         seen = positions < end
@@ -200,13 +199,13 @@ def decode_kernel(
 def merge_kernel(
     maxima, totals, weighted_sums, out, num_splits, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, DIMS: tl.constexpr
 ):
-    """Merge the splits of each query head, as 4.12 does, all at once, and divide. Program r has row r of (B * H).
+    """Merge all splits of each query head at once, by the rule of 4.12, and divide. Program r has row r of (B * H).
 
-    maxima, totals: (B * H, num_splits); weighted_sums: (B * H, num_splits, D); out: (B * H, D). Every row has seen a
-    key.
+    maxima, totals: (B * H, num_splits); weighted_sums: (B * H, num_splits, D); out: (B * H, D). Each row has at
+    least one split that saw a key.
     """
-    # Exercise 4.23: a tile of SPLITS maxima and totals, and one of (SPLITS, DIMS) sums. What does not exist weighs
-    # nothing.
+    # Exercise 4.23: load tiles of SPLITS maxima and totals, and of (SPLITS, DIMS) weighted sums. A split that does not
+    # exist must have weight 0.
     row = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, DIMS)
@@ -230,19 +229,19 @@ def paged_decode_attention(
     max_context_len: int,
     num_splits: int = 1,
 ) -> Tensor:
-    """Attention of one query token of each request to all keys of its block table. Returns (B, H, D), as q.
+    """Compute attention of one query token per request to all keys of its block table. Returns (B, H, D), as q.
 
-    q: (B, H, D), whose requests may be parts of wider rows. keys, values: (num_blocks, block_size, K, D), contiguous.
-    block_tables: (B, *). context_lens: (B,), at most max_context_len, which is a number: reading it from a GPU would
-    wait. With few requests num_splits > 1 keeps more of a GPU's processors busy.
+    q: (B, H, D), which may be parts of wider rows. keys, values: (num_blocks, block_size, K, D), contiguous.
+    block_tables: (B, *). context_lens: (B,), at most max_context_len, which is a number: to read it from a GPU, the
+    CPU would have to wait. With few requests num_splits > 1 keeps more of a GPU's processors busy.
     """
     (num_requests, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q.shape, keys.shape
     out = torch.empty((num_requests, num_heads, head_dim), dtype=q.dtype, device=q.device)
     sizes = {"HEAD_DIM": head_dim, "DIMS": padded(head_dim)}
     group = {"GROUP": num_heads // num_kv_heads, "ROWS": padded(num_heads // num_kv_heads)}
     strides = (q.stride(0), keys.stride(1), block_tables.stride(0))
-    # Exercise 4.24: three float32 tensors for the parts; `decode_kernel` on a grid of (requests, key/value heads,
-    # splits), with a scale of head_dim ** -0.5 and a split_len that covers max_context_len; then `merge_kernel`.
+    # Exercise 4.24: make three float32 tensors for the parts. Start `decode_kernel` on a grid of (requests, key/value
+    # heads, splits), with the scale head_dim ** -0.5 and a split_len that covers max_context_len; then `merge_kernel`.
     maxima, totals = torch.empty((2, num_requests, num_heads, num_splits), device=q.device)
     weighted = torch.empty((num_requests, num_heads, num_splits, head_dim), device=q.device)
     split_len = triton.cdiv(max_context_len, num_splits)
@@ -264,7 +263,7 @@ def prefill_kernel(
     scale, q_stride, out_stride, slot_stride, table_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """Causal attention of the new tokens of each request. Program (tile, head, request) has TILE of them, in one head.
+    """Compute causal attention of the requests' new tokens. Program (tile, head, request) has TILE tokens of one head.
 
         context 7, 4 new tokens, TILE 2          keys  0 1 | 2 3 | 4 5 | 6
                                    tile 0, query 3     x x   x x   . .       a tile that no query of the program
@@ -290,9 +289,9 @@ def prefill_kernel(
     maximum = tl.full((TILE,), -float("inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     weighted = tl.zeros((TILE, DIMS), tl.float32)
-    # Exercise 4.25: read tiles of keys as in 4.22, but only as far as this program's last query sees, and let each
-    # query see the positions up to its own. The key/value head of `head` is head // GROUP. Store the result, divided,
-    # in `out`.
+    # Exercise 4.25: read tiles of keys as in 4.22, but only up to the position of this program's last query. Each query
+    # sees the positions up to its own. The key/value head of `head` is head // GROUP. Divide the weighted sums by the
+    # totals and store them in `out`.
     end = tl.minimum(context_len, context_len - num_new + (tile + 1) * TILE)
     for first in range(0, end, TILE):
         positions = first + tl.arange(0, TILE)
@@ -319,11 +318,10 @@ def paged_prefill_attention(
     context_lens: Tensor,
     max_query_len: int,
 ) -> Tensor:
-    """Causal attention of all new tokens of a batch, (tokens, H, D), to the keys of their block tables. Returns the
-    same.
+    """Compute causal attention of all new tokens of a batch to the keys of their block tables. Returns the shape of q.
 
-    query_start: (B + 1,), where each request's tokens begin; max_query_len: the largest number of one request's tokens.
-    All else as for `paged_decode_attention`.
+    q: (tokens, H, D); query_start: (B + 1,), where each request's tokens begin; max_query_len: the largest number of
+    one request's tokens. The other arguments are those of `paged_decode_attention`.
     """
     (num_tokens, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q.shape, keys.shape
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)

@@ -135,12 +135,22 @@ def unfinished(source: str) -> list[str]:
     ]
 
 
-def to_do(file: Path) -> list[str]:
-    """The ids of the exercises that are still to do in a file. Raises CourseError if there is none to be read."""
+def read_module(file: Path) -> str:
+    """A file's text, decoded as Python does it: by a byte order mark, or an encoding that it declares, or as UTF-8."""
     if not file.is_file():
         raise CourseError(f"{shown(file)} does not exist.")
     try:
-        return unfinished(file.read_text(encoding="utf-8-sig"))
+        with tokenize.open(file) as text:
+            return text.read()
+    except (UnicodeDecodeError, SyntaxError) as error:
+        reason = getattr(error, "reason", "it may be UTF-16")
+        raise CourseError(f"{shown(file)} is not UTF-8 text: {reason}. Save it as UTF-8.") from None
+
+
+def to_do(file: Path) -> list[str]:
+    """The ids of the exercises that are still to do in a file. Raises CourseError if there is none to be read."""
+    try:
+        return unfinished(read_module(file))
     except SyntaxError as error:
         raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.") from None
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from common.grading import intact
 
 
 class CheckFailed(AssertionError):
@@ -16,7 +19,29 @@ class CheckFailed(AssertionError):
 
     def __init__(self, sentence: str, what: str, actual: Any):
         super().__init__(sentence)
-        self.sentence, self.what, self.actual = sentence, what, actual
+        self.sentence, self.what, self.actual = sentence.replace(",: ", ": "), what, actual
+
+
+REPLACES = "replaces"
+
+
+def refuse_replaced(found: Sequence[str] | None = None, replaced=intact.replaced) -> None:
+    """An answer must not replace what compares it."""
+    if found := replaced() if found is None else found:
+        names = ", ".join(dict.fromkeys(found[:3]))
+        raise CheckFailed(f"{REPLACES} {names}, which the checks and all else in this process use.", REPLACES, None)
+
+
+@contextmanager
+def nothing_replaced(
+    owners: Sequence[intact.Owner] = (), replaced=intact.replaced, set_back=intact.set_back, refuse=refuse_replaced
+) -> Iterator[None]:
+    """What is called within the block must not replace what compares it, nor what these modules and classes hold."""
+    before, names = intact.settings(), intact.names_of(owners)
+    try:
+        yield
+    finally:
+        refuse([*replaced(), *replaced(names, {}), *set_back(before)])
 
 
 def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, atol: float = 1e-6) -> None:
@@ -27,7 +52,7 @@ def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, 
     check_type(actual, expected, what)
     if not isinstance(expected, Tensor):
         if abs(actual - expected) > atol + rtol * abs(expected) or actual != actual:
-            raise CheckFailed(f"{what} is {number(actual)}, expected {number(expected)}.", what, actual)
+            raise CheckFailed(f"{what} {be(what)} {number(actual)}, expected {number(expected)}.", what, actual)
         return
     if actual.shape != expected.shape:
         raise CheckFailed(f"{what} has shape {shape(actual)}, expected {shape(expected)}.", what, actual)
@@ -38,19 +63,14 @@ def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, 
         wrong = actual != expected
     else:
         if (strange := actual.isnan() & ~expected.isnan()).any():
-            raise CheckFailed(
-                f"{what} is NaN at {index(strange)} ({int(strange.sum())} of {strange.numel()} values); expected "
-                f"{number(expected[strange][0])}.",
-                what,
-                actual,
-            )
+            which = f" at {index(strange)} ({int(strange.sum())} of {strange.numel()} values)" if strange.ndim else ""
+            raise CheckFailed(f"{what} is NaN{which}, expected {number(expected[strange][0])}.", what, actual)
         wrong = ~torch.isclose(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
     if not wrong.any():
         return
     first = tuple(wrong.nonzero()[0].tolist())
-    sentence = (
-        f"{what}: first difference at {index(wrong)}: {number(actual[first])}, expected {number(expected[first])}."
-    )
+    found = f": first difference at {index(wrong)}:" if first else f" {be(what)}"
+    sentence = f"{what}{found} {number(actual[first])}, expected {number(expected[first])}."
     if wrong.numel() > 1:
         sentence += f" {int(wrong.sum())} of {wrong.numel()} values differ"
         if actual.dtype.is_floating_point:
@@ -73,13 +93,10 @@ def equal(actual: Any, expected: Any, what: str) -> None:
             raise CheckFailed(f"{what}: it {has} {key!r}.", what, actual)
         for key, value in expected.items():
             if actual[key] != value:
-                raise CheckFailed(
-                    f"{what}: first difference at [{key!r}]: {brief(actual[key])}, expected {brief(value)}.",
-                    what,
-                    actual,
-                )
+                found = f"{what}: first difference at [{key!r}]: {brief(actual[key])}, expected {brief(value)}."
+                raise CheckFailed(found, what, actual)
     if actual != expected:
-        raise CheckFailed(f"{what} is {brief(actual)}, expected {brief(expected)}.", what, actual)
+        raise CheckFailed(f"{what} {be(what)} {brief(actual)}, expected {brief(expected)}.", what, actual)
     if others := types_in(actual) - types_in(expected) - {int, float, bool, Tensor}:
         names = ", ".join(sorted(each.__name__ for each in others))
         raise CheckFailed(
@@ -101,6 +118,7 @@ def holds(condition: Any, sentence: str, actual: Any = None) -> None:
 
     actual: the value that was judged; with it, a known mistake can be recognised.
     """
+    refuse_replaced()
     if not condition:
         raise CheckFailed(sentence, sentence, actual)
 
@@ -139,6 +157,7 @@ def elsewhere(call: Callable[[], Tensor], what: str, place: str, may_fetch: bool
 
 def check_type(actual: Any, expected: Any, what: str) -> None:
     """Refuse None, and a value of another kind than expected."""
+    refuse_replaced()
     if actual is None and expected is not None:
         missing = "a `return`" if re.match(r"[\w.]+\(", what) else "a `return` or an assignment"
         raise CheckFailed(f"{what} is None: is {missing} missing?", what, actual)
@@ -199,6 +218,13 @@ def is_telling(actual: Any) -> bool:
     if isinstance(actual, (list, tuple)):
         return len(actual) > 0 and any(map(is_telling, actual))
     return actual is not None and actual != "" and actual != {} and actual != set()
+
+
+def be(what: str) -> str:
+    """Is or are, as what was looked at asks: "the ids of the blocks" are, "the number of blocks" is."""
+    nouns = r"the ((?!of |and |argument )\S+ ){0,2}?(?!status|class|bias|loss|most )\w+s"
+    then = r"(?=,|$| \(| (of|from|after|in|for|wh\w+|with|that|to|scheduled|admitted|sent)\b)"
+    return "are" if re.match(nouns + then, what) else "is"
 
 
 def number(value: Any) -> str:

@@ -8,6 +8,8 @@ check touches is right, whatever state the student's other exercises are in.
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import hashlib
 import linecache
 import sys
@@ -26,20 +28,15 @@ def composite(name: str, reference: Path, student_source: str, student_file: Pat
     Compiled so that tracebacks and breakpoints in the student's code name the student's file and lines, and those in
     the reference's code the reference's. Raises CourseError if the student's file has no such function.
     """
-    tree = ast.parse(reference.read_text(encoding="utf-8"), str(reference))
-    student = ast.parse(student_source, str(student_file))
-    for node in ast.walk(tree):
-        if hasattr(node, "lineno"):
-            node.lineno += FAR
-            node.end_lineno += FAR
-
-    scope, student_scope = tree, student
+    tree = scope = opened(far_away(reference, reference.read_text(encoding="utf-8")))
+    student = student_scope = ast.parse(student_source, str(student_file))
     *classes, function_name = function.split(".")
     for class_name in classes:
         student_scope = find(student_scope, class_name)
         if student_scope is None:
             raise CourseError(f"{shown(student_file)} has no class `{class_name}` any more: was it renamed?")
-        scope = find(scope, class_name)
+        place = scope.body.index(find(scope, class_name))
+        scope.body[place] = scope = opened(scope.body[place])
     answer = find(student_scope, function_name)
     if not isinstance(answer, (ast.FunctionDef, ast.AsyncFunctionDef)):
         raise CourseError(f"{shown(student_file)} has no function `{function}` any more: was it renamed?")
@@ -51,6 +48,24 @@ def composite(name: str, reference: Path, student_source: str, student_file: Pat
     module = execute(name, relocate(compile(tree, str(student_file), "exec"), str(reference)), student_file)
     module.__recipe__ = ("composite", name, reference, student_source, student_file, function)
     return module
+
+
+@functools.lru_cache(maxsize=4)  # many answers are put into the same reference
+def far_away(reference: Path, source: str) -> ast.Module:
+    """The reference's tree, with FAR added to its lines. It is kept: only `opened` copies may be changed."""
+    tree = ast.parse(source, str(reference))
+    for node in ast.walk(tree):
+        if hasattr(node, "lineno"):
+            node.lineno += FAR
+            node.end_lineno += FAR
+    return tree
+
+
+def opened(node: ast.Module | ast.ClassDef) -> ast.Module | ast.ClassDef:
+    """A copy with a list of statements of its own."""
+    node = copy.copy(node)
+    node.body = [*node.body]
+    return node
 
 
 def whole(name: str, source: str, file: Path) -> ModuleType:

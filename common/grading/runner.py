@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.course import CourseError, Lesson, shown, unfinished
-from common.course.exercises import TOGETHER, exercises_of, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, read_module, walk_functions
 from common.course.modules import Waits, listed, still_to_do_below
 from common.grading.results import Result, fingerprint, keep, look_first
 from common.grading.wire import MAX_EVENT, opened
@@ -249,13 +249,9 @@ def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
 
 def read_source(file: Path) -> str:
     """The file's text, if Python can read it. Raises CourseError with file and line."""
+    source = read_module(file)
     try:
-        source = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         compile(source, str(file), "exec")
-    except FileNotFoundError:
-        raise CourseError(f"{shown(file)} does not exist.") from None
-    except UnicodeDecodeError as error:
-        raise CourseError(f"{shown(file)} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
     except SyntaxError as error:
         line = (error.text or "").strip()
         if error.lineno is None:

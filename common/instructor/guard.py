@@ -7,8 +7,7 @@ Three things are added to the worker of `make test-lesson-N`.
 - Limits on memory, files and processes.
 - An audit hook (PEP 578), which cannot be removed, refuses what an answer does not need: to read the files that hold
   answers and checks, to start processes, to look at the grader's own frames.
-- Canaries. When an answer passes, a known wrong answer is given to the same checks in the same process. If that passes
-  too, the checks have been changed, and the exercise counts as wrong.
+- An answer that replaces what compares it is noted, and the exercises after it get a new process.
 
 No process can be made proof against code that runs in it, so what was refused is noted for the instructor to look at.
 """
@@ -26,49 +25,31 @@ from types import FrameType
 
 from common import course
 from common.course import MODULES, ROOT, Lesson
-from common.course.catalogue import apply, load_answers
+from common.grading.compare import REPLACES
 from common.grading.subject import Failure, Subject
 from common.grading.worker import ReportingGrader, work
 
-TAMPERED = "passes, but so does a known wrong answer after it: the submission has changed the checks or what they use."
 INTROSPECTION = {"gc.get_objects", "gc.get_referrers", "gc.get_referents"}
 INTROSPECTION |= {"sys._current_frames", "sys.settrace", "sys.setprofile"}
 PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"}
 
 
 class WatchfulGrader(ReportingGrader):
-    """A grader that also gives each check a wrong answer to catch, and ends the process when it does not."""
+    """A grader that tells the instructor of an answer that replaces what compares it, and then ends the process."""
 
-    def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
-        super().__init__(subject, ids, send)
-        self.canaries = dict(canaries(subject.lesson))
-        self.passed: bool | None = None  # what the checks of the exercise at hand say so far; None before the first
-        self.canary_passed = True
+    replaced = ""
 
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
         failure = super().judge(subject, exercise_id, check)
-        self.passed = self.passed is not False and failure is None
-        canary = self.canaries.get(exercise_id)
-        if canary is not None and self.passed and self.canary_passed:
-            self.canary_passed = subject.attempt(check, canary.untouched) is None
+        if failure is not None and failure.what == REPLACES:
+            self.replaced = failure.sentence
         return failure
 
     def finish(self) -> None:
-        if self.passed and self.canary_passed and self.current in self.canaries:
-            self.send("check", {"sentence": f"{self.current} {TAMPERED}"})
-            self.send("note", f"{self.current} {TAMPERED}")
+        if self.replaced:
+            self.send("note", self.replaced)
             os._exit(1)  # whatever comes next is for a process that has seen nothing of this
-        self.passed, self.canary_passed = None, True
         super().finish()
-
-
-def canaries(lesson: Lesson):
-    """(exercise's id, a known wrong answer to it), for each that has one which the grader tells by its value."""
-    reference = Subject(lesson, lesson.solution)
-    for answer in reversed(load_answers(lesson)):  # of several, the first counts
-        if not answer.is_right and answer.recognised:
-            source = apply(answer, reference.source, reference.exercises[answer.exercise])
-            yield answer.exercise, Subject(lesson, lesson.solution, source)
 
 
 def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:

@@ -38,6 +38,8 @@ SETTINGS = (
     "localtime",
 )
 POLL_SECONDS = 0.1
+GONE_SECONDS = 5.0
+"""How long a worker that has hung up may take to end; one that goes on is killed."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class SandboxedWorker:
 
     def how_it_ended(self) -> str:
         try:
-            self.process.wait(timeout=5)
+            self.process.wait(timeout=GONE_SECONDS)
         except subprocess.TimeoutExpired:
             pass  # it has closed the connection and gone on
         self.close()

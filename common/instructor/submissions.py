@@ -81,7 +81,8 @@ def find_submissions(folder: Path) -> tuple[list[Submission], list[str]]:
         else:
             found[student] = read_submission(student, place)
     if not found:
-        raise CourseError(f"There is no submission in {shown(folder)}: no folder, .zip or .tar.")
+        there = plain(", ".join(place.name for place in folder.iterdir()), 400) or "nothing"
+        raise CourseError(f"There is no submission in {shown(folder)}: no folder, .zip or .tar. In it lies: {there}.")
     return list(found.values()), ignored
 
 
@@ -162,6 +163,7 @@ def plain(text: str, width: int) -> str:
 
 def take(submission: Submission, lesson: Lesson, candidates: list[Entry]) -> None:
     """Of several files with a module's name: the one in the lesson's folder, or the one that lies least deep."""
+    candidates.reverse()  # of two entries with one path, the last one is what unpacking leaves
     candidates.sort(key=lambda entry: (entry.path.parent.name != lesson.folder.name, len(entry.path.parts), entry.path))
     entry = candidates[0]
     if len(candidates) > 1:

@@ -261,16 +261,16 @@ def converse(talker: Talker, system: str = "") -> int:
             print(HELP)
         elif command == "/reset":
             conversation.reset()
-            print(quiet("Forgotten."))
+            print(quiet("The conversation is empty again."))
         elif command == "/system" and story:
             print(quiet("This model has no system turn."))
         elif command == "/system" and rest.strip():
             conversation = Conversation(talker, rest.strip())
-            print(quiet("Understood; the conversation starts again."))
+            print(quiet("The system turn is set, and the conversation starts again."))
         elif command == "/system":
-            print(quiet(conversation.system or "Nothing; the model's template may have a default of its own."))
+            print(quiet(conversation.system or "There is no system turn. The model's template may have a default."))
         elif command.startswith("/"):
-            print(quiet(f"There is no command {command}; /help lists those there are."))
+            print(quiet(f"There is no command {command}. /help lists all commands."))
         else:
             take_turn(talker, conversation, line)
 
@@ -338,7 +338,7 @@ def speaker(length: int, temperature: float, top_p: float) -> Callable:
 
 
 @click.command("run")
-@option("--prompt", "PROMPT", help="what is asked; default: eight prompts at once")
+@option("--prompt", "PROMPT", help="a prompt; default: eight prompts at once")
 @speaker(length=96, temperature=0.0, top_p=1.0)
 def run_command(prompt: str | None, **settings) -> int:
     """The engine answers: eight prompts at once, or the one that is given."""
@@ -346,7 +346,7 @@ def run_command(prompt: str | None, **settings) -> int:
 
 
 @click.command("chat")
-@click.option("--system", default="", help="who the model is told to be")
+@click.option("--system", default="", help="the system turn, which tells the model how to answer")
 @speaker(length=256, temperature=0.6, top_p=0.9)
 def chat_command(system: str, **settings) -> int:
     """A conversation with a model."""

@@ -47,7 +47,7 @@ def show(lesson: Lesson, exercise: Exercise) -> None:
     comment = reference.split("\n")[exercise.comment_line - 1 : exercise.first_answer_line - 1]
     task = {line.strip().replace("# Exercise", "# TODO") for line in comment}
     console.print(f"\n[bold]{exercise.id} {exercise.function}[/]")
-    yours, line = answer(lesson.module.read_text(encoding="utf-8-sig"), exercise.function, task)
+    yours, line = answer(read_source(lesson.module), exercise.function, task)
     theirs, their_line = answer(reference, exercise.function, task)
     if ast.dump(ast.parse(yours)) == ast.dump(ast.parse(theirs)):
         console.print(Text(f"  the same as the reference's, {shown(lesson.solution)}:{their_line}", "dim"))
@@ -102,10 +102,8 @@ def difference(chosen: list[tuple[Lesson, list[Exercise]]], force: bool) -> None
                 held_back.append(exercise.id)
     if held_back:
         verb = "has" if len(held_back) == 1 else "have"
-        console.print(
-            f"\n{listed(held_back, 99)} {verb} not passed yet: there the reference's answer is held back, so "
-            "that yours is the first that you see. FORCE=1 shows it all the same."
-        )
+        hidden = f"\n{listed(held_back, 99)} {verb} not passed yet, so the reference's answer is not shown."
+        console.print(f"{hidden} FORCE=1 shows it anyway.")
 
 
 even_wrong = force("also where yours has not passed yet")

@@ -110,8 +110,8 @@ def heading(lesson: Lesson, file: Path) -> None:
     console.print(f"[bold]Lesson {lesson.number}: {lesson.title}[/]   {shown(file)}")
     if earlier and not lesson.part:
         mine = "0" if len(earlier) == 1 else f"0-{earlier[-1].number}"
-        offer = "" if {each.slug for each in earlier} <= set(course.substitutes()) else f" MINE={mine} takes yours."
-        console.print(f"[dim]on top of {course.whose(earlier)}.{offer}[/]")
+        offer = "" if {each.slug for each in earlier} <= set(course.substitutes()) else f" MINE={mine} uses your own."
+        console.print(f"[dim]It runs with {course.whose(earlier)}.{offer}[/]")
     if lesson.is_withheld:
         console.print("[dim]Its solution is withheld: each exercise is checked in your whole file, with the others.[/]")
     console.print()
@@ -127,7 +127,7 @@ def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
     if result.status == "to do":
         line.append(f"{shown(file)}:{result.line}   make hint-{result.id}", "dim")
     elif result.status == "waiting":
-        line.append(result.sentence or "your whole file, once every exercise has passed", "dim")
+        line.append(result.sentence or "your whole file, after every exercise has passed", "dim")
     console.print(line)
     if result.status != "wrong":
         return

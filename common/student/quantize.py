@@ -24,7 +24,7 @@ from common.options import engine_option, mine, option
 @engine_option("quantization", default="int8", flag="--kind")
 @engine_option("group_size")
 @engine_option("symmetric")
-@click.option("--activation-aware", is_flag=True, help="let the model read some text first")
+@click.option("--activation-aware", is_flag=True, help="scale weights by activations on some text first")
 @option("--out", "OUT", type=Path, required=True, metavar="FOLDER", help="the folder for the new checkpoint")
 @mine()
 def quantize_command(model: str, mine: str, out: Path, **settings) -> None:

@@ -182,7 +182,7 @@ class Watched:
                 told.append(f"{result}: {was} -> ").append(result.status, SIGNS[result.status][1]).append("   ")
             elif id in (ids or ()):
                 told.append(f"{result}: still ").append(result.status, SIGNS[result.status][1]).append("   ")
-        console.print(Text(time.strftime("\n%H:%M:%S  "), "dim") + (told or Text("Nothing is changed by that.", "dim")))
+        console.print(Text(time.strftime("\n%H:%M:%S  "), "dim") + (told or Text("No exercise has changed.", "dim")))
         wrong = [result for id, result in self.results.items() if result.status == "wrong"]
         new = [each for each in wrong if each.id in (ids or ()) or before[each.id].status != "wrong"]
         if new:

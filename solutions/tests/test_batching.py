@@ -73,17 +73,25 @@ def test_same_tokens_as_alone_on_tales():
     soak(model, tokenizer, [tokenizer.encode(text), tokenizer.encode("Long ago, in a dark wood")], range(6), 20)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("COURSE_REAL_MODEL") != "1", reason="set COURSE_REAL_MODEL=1 for the real model")
-@pytest.mark.parametrize("kernels", ["plain", "fast"])
-def test_real_model_with_kernels(kernels, monkeypatch):
-    """float32 on SmolLM2: equal to lesson 2's up to the first near-tie, with preemption, sharing and chunks."""
-    monkeypatch.setenv("KERNELS", kernels)
+@pytest.fixture(scope="module")
+def real():
+    """Of SmolLM2: (prompts, params, what lesson 2's `generate` answers to each alone)."""
+    if os.environ.get("COURSE_REAL_MODEL") != "1":
+        pytest.skip("set COURSE_REAL_MODEL=1 for the real model")
     model, tokenizer = load("smollm2-135m", torch.float32, "cpu")
     story = tokenizer.encode("The river was wide and slow, and nobody in the village had ever crossed it.")
     prompts = [story[: 6 + 3 * i] for i in range(4)] + [story + tokenizer.encode(f" Chapter {i}")[:4] for i in range(3)]
     params = SamplingParams(max_tokens=16, ignore_eos=True)
-    alone = [llama_pytorch.generate(model, tokenizer, prompt, params).token_ids for prompt in prompts]
+    return prompts, params, [llama_pytorch.generate(model, tokenizer, each, params).token_ids for each in prompts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["plain", "fast"])
+def test_real_model_with_kernels(real, kernels, monkeypatch):
+    """float32 on SmolLM2: equal to lesson 2's up to the first near-tie, with preemption, sharing and chunks."""
+    monkeypatch.setenv("KERNELS", kernels)
+    prompts, params, alone = real
+    model, tokenizer = load("smollm2-135m", torch.float32, "cpu")
     llama_pytorch.use_kernels(model)
     settings = dict(num_blocks=16, block_size=8, max_num_batched_tokens=24, preemption="swap")
     with local_engine(model, tokenizer, **settings) as engine:
@@ -328,6 +336,9 @@ def test_a_sample_copies_no_block_that_the_same_step_computes(model):
         (dict(prompt=[5, True]), r"token ids, which are whole numbers: it is \[5, True\]"),
         (dict(prompt=b"ab"), "token ids, which are whole numbers: it is b'ab'"),
         (dict(prompt=5), "prompt must be text or a list of token ids"),
+        (dict(prompt={5, 6}), "token ids, which are whole numbers: it is {5, 6}"),  # in no order
+        (dict(prompt={5: 1}), "token ids, which are whole numbers: it is {5: 1}"),
+        (dict(prompt=[5], priority=True), "priority must be a whole number; it is True"),
     ],
 )
 def test_bad_requests_are_refused_at_once(model, arguments, says):
@@ -338,7 +349,7 @@ def test_bad_requests_are_refused_at_once(model, arguments, says):
     assert list(engine.scheduler.requests) == ["taken"]
 
 
-@pytest.mark.parametrize("prompts", [None, 5, 5.0, {"a": 1}, b"ab", torch.tensor(5), [[[5]]], [None]], ids=str)
+@pytest.mark.parametrize("prompts", [None, 5, 5.0, {"a": 1}, {5, 6}, b"ab", torch.tensor(5), [[[5]]], [None]], ids=str)
 def test_what_is_no_list_of_prompts_is_refused(model, prompts):
     engine = local_engine(model, Letters(), num_blocks=30, max_model_len=MAX_MODEL_LEN)
     with pytest.raises(ValueError, match="Prompt 0: prompt must be text or a list of token ids"):

@@ -133,21 +133,31 @@ def test_same_tokens_on_other_grids(checkpoints, family, tensor, pipeline):
     same_tokens(checkpoints[family], tensor, pipeline, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("COURSE_REAL_MODEL") != "1", reason="set COURSE_REAL_MODEL=1 for the real model")
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (3, 1), (1, 2), (2, 2)])
-def test_real_model(tensor, pipeline, monkeypatch):
-    """SmolLM2, nine heads in three groups, in float32: the tokens of one process, up to the first near-tie."""
+REAL = dict(num_blocks=10, block_size=8, max_num_batched_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def real():
+    """SmolLM2 in float32: (model, tokenizer, prompts, params, the tokens of one process)."""
+    if os.environ.get("COURSE_REAL_MODEL") != "1":
+        pytest.skip("set COURSE_REAL_MODEL=1 for the real model")
     model, tokenizer = load("smollm2-135m", torch.float32, "cpu")
-    monkeypatch.setattr(engine_module, "load_tokenizer", lambda folder: tokenizer)
     text = "The river was wide and slow, and nobody in the village had ever crossed it. One morning"
     story = tokenizer.encode(text)
     prompts = [story[: 6 + 4 * i] for i in range(3)] + [story]
     params = SamplingParams(max_tokens=12, ignore_eos=True)
-    settings = dict(num_blocks=10, block_size=8, max_num_batched_tokens=24)
-    with local_engine(model, tokenizer, **settings) as engine:
-        expected = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
-    settings |= {"dtype": torch.float32, "timeout": 30.0}
+    with local_engine(model, tokenizer, **REAL) as engine:
+        outputs = engine.generate(prompts, params, progress=False)
+    return model, tokenizer, prompts, params, [output.token_ids for output in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (3, 1), (1, 2), (2, 2)])
+def test_real_model(real, tensor, pipeline, monkeypatch):
+    """Nine heads in three groups: the tokens of one process, up to the first near-tie."""
+    model, tokenizer, prompts, params, expected = real
+    monkeypatch.setattr(engine_module, "load_tokenizer", lambda folder: tokenizer)
+    settings = REAL | {"dtype": torch.float32, "timeout": 30.0}
     with grid_engine(find_checkpoint("smollm2-135m"), tensor, pipeline, max_model_len=None, **settings) as engine:
         outputs = engine.generate(prompts, params, progress=False)
         assert engine.metrics().num_preemptions > 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.course import ROOT
+from common.tests.zygote import typed_in
 
 pytest.importorskip("triton", reason="Triton is not installed (python -m common setup triton)")
 
@@ -82,26 +83,27 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow(75)
+@pytest.mark.slow
 def test_gpu_check_in_miniature_and_its_refusal(tmp_path):
     """Every part of it on a CPU, where only its verdicts mean something."""
-    environment = {**os.environ, "COURSE_PYTHON": "here", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "common", "gpu-check", "--out", str(tmp_path)]
-    quick = subprocess.run([*command, "--quick"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert quick.returncode == 0, quick.stdout + quick.stderr
+    quick = typed_in(ROOT, "gpu-check", "--quick", "--out", str(tmp_path))
+    assert quick.returncode == 0, quick.stdout
     assert "All of it is right." in quick.stdout and not list(tmp_path.iterdir())
+    assert quick.stdout.count(" s  ") == 8, quick.stdout
     if not torch.cuda.is_available():
-        refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert refused.returncode == 2 and "gpu-check needs an NVIDIA GPU" in refused.stdout + refused.stderr
+        refused = typed_in(ROOT, "gpu-check", "--out", str(tmp_path))
+        assert refused.returncode == 2 and "gpu-check needs an NVIDIA GPU" in refused.stdout
 
 
 @pytest.mark.slow
 def test_gpu_check_goes_on_after_a_step_that_fails():
-    from common.bench.gpu import run_step
+    from common.bench.gpu import run_step, try_step
 
+    assert run_step("collective", True, 60) == {"gloo": True}
     assert "'nothing' is not one of 'graphs'" in run_step("nothing", True, 60)["error"]
     assert "It was stopped after 0 seconds." in run_step("collective", True, 0.1)["error"]
     assert "no time was left" in run_step("collective", True, -1)["error"]
+    assert try_step("nothing", "cpu") == {"error": "KeyError: 'nothing'"}
 
 
 def test_gpu_check_says_what_is_wrong():

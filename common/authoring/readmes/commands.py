@@ -1,10 +1,8 @@
-"""Runs what the READMEs say to type, in a copy of the course whose lessons are finished; `make test-all` does.
+"""Runs what the READMEs say to type, in a copy of the course whose lessons are finished.
 
-    python -m common.authoring.readmes.commands lesson-3-kv-cache/README.md
-
-It runs every line of a block of commands (bash, sh, console, shell) and every Python block, from top to bottom. Blocks
-below `<!-- not run: REASON -->` are left out, or only one line of the block, if the reason begins with it. A command
-must end with exit status 0. Commands that another one covers are left out too:
+`make test-all` runs every line of a block of commands (bash, sh, console, shell) and every Python block, from top to
+bottom. Blocks below `<!-- not run: REASON -->` are left out, or only one line of the block, if the reason begins with
+it. A command must end with exit status 0. Commands that another one covers are left out too:
 
 - a line that occurred in an earlier text;
 - all but the first `make test-lesson-N`, because test_student.py runs it for every N;
@@ -27,9 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,8 +127,8 @@ def is_part_of(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def finished_copy(folder: Path) -> Path:
-    """The course as a student has it who has finished every lesson, with a `.venv` that calls the Python of here."""
+def finished_copy(folder: Path, python: Sequence[str] = (sys.executable,)) -> Path:
+    """The course as a student has it who has finished every lesson, with a `.venv` whose Python is the one of here."""
     copy = folder / "course"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
     for lesson in MODULES:
@@ -140,7 +136,7 @@ def finished_copy(folder: Path) -> Path:
     scripts = copy / ".venv" / "bin"
     scripts.mkdir(parents=True)
     for name in ("python", "python3"):
-        (scripts / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+        (scripts / name).write_text(f'#!/bin/sh\nexec {shlex.join(python)} "$@"\n', encoding="utf-8")
         (scripts / name).chmod(0o755)
     return copy
 
@@ -171,21 +167,3 @@ def run(command: Command, copy: Path) -> str | None:
     if command.prints and " ".join(command.prints.split()) not in " ".join(output.split()):
         return f"{command} prints\n{output[-2000:]}\nand the text shows\n{command.prints}"
     return None
-
-
-def main(argv: list[str]) -> int:
-    found = all_commands()
-    chosen = [Path(name).resolve() for name in argv] or list(found)
-    failed = False
-    with tempfile.TemporaryDirectory() as folder:
-        copy = finished_copy(Path(folder))
-        for command in (command for path in chosen for command in found[path]):
-            start = time.perf_counter()
-            complaint = run(command, copy)
-            failed |= bool(complaint)
-            print(complaint or f"{command}: {time.perf_counter() - start:.0f} s", flush=True)
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

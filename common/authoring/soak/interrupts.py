@@ -66,21 +66,6 @@ class Pressing(Lines):
         signal.raise_signal(signal.SIGINT)
 
 
-class AtLine(Pressing):
-    """Presses Ctrl-C once, at an execution of a line, counted from 0."""
-
-    def __init__(self, place: Place, number: int):
-        super().__init__()
-        self.place, self.number = place, number
-
-    def reach(self, place: Place) -> None:
-        if place == self.place and self.places[place] == self.number + 1:
-            self.press()
-
-    def __str__(self) -> str:
-        return f"{self.place[0].removeprefix(str(ROOT))}:{self.place[1]}, execution {self.number}"
-
-
 class AfterLines(Pressing):
     """Presses Ctrl-C once, after this many lines."""
 

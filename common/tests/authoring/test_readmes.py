@@ -17,6 +17,7 @@ from common.authoring.readmes.figures import check_figures
 from common.course import ROOT, skeleton
 from common.course.catalogue import apply, load_answers
 from common.course.exercises import exercises_of
+from common.tests import zygote
 
 
 def told(text: str) -> list[str]:
@@ -349,7 +350,7 @@ REAL = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    return readme_commands.finished_copy(tmp_path_factory.mktemp("readmes"))
+    return readme_commands.finished_copy(tmp_path_factory.mktemp("readmes"), zygote.python())
 
 
 @pytest.mark.slow
@@ -385,8 +386,10 @@ def test_lesson_2_shows_what_the_real_model_thinks():
             )
         filters = ((lesson.keep_top_k, 40), (lesson.keep_top_p, 0.9), (lesson.keep_min_p, 0.1))
         kept = [int((keep(logits, most) > -torch.inf).sum()) for keep, most in filters]
-        assert f'| "{prompt}" | {" | ".join(map(str, kept))} |' in text
-    assert f"tail, {model.config.vocab_size - kept[1]:,} tokens," in " ".join(text.split())
+        [told] = re.findall(rf'^\| "{prompt}" \|(.*)\|$', text, re.MULTILINE)
+        # The processor's roundings decide which token is the last of the 90 %.
+        assert all(abs(int(number) - own) <= own // 500 for number, own in zip(told.split("|"), kept, strict=True))
+    assert f"tail, {model.config.vocab_size - int(told.split('|')[1]):,} tokens," in " ".join(text.split())
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_each_kind_of_mistake_gets_its_sentence(tmp_path):
         "nothing": "nothing([1, 2]) is None: is a `return` missing?",
         "shaped": "shaped([1, 2]) has shape (1, 2), expected (2,).",
         "typed": "typed([1, 2]) has dtype float64, expected float32.",
-        "strange": "strange([1, 2]) is NaN at [0] (2 of 2 values); expected 2.",
+        "strange": "strange([1, 2]) is NaN at [0] (2 of 2 values), expected 2.",
         "valued": "valued([1, 2]): first difference at [1]: 5, expected 4. 1 of 2 values differ, the largest error "
         "is 1.",
         "listed": "listed([1, 2]) is a list ([2.0, 4.0]), expected a tensor.",
@@ -103,6 +103,35 @@ def test_an_attribute_that_is_none_may_lack_an_assignment():
         compare.CheckFailed, match="^status of a request is None: is a `return` or an assignment missing"
     ):
         compare.equal(None, 1, "status of a request")
+
+
+@pytest.mark.parametrize(
+    "actual, sentence",
+    [
+        (2.5, "the loss is 2.5, expected 2."),
+        (float("nan"), "the loss is NaN, expected 2."),
+        (3, "the loss is 3, expected 2."),
+    ],
+)
+def test_a_tensor_that_is_a_single_number_has_no_index(actual, sentence):
+    with pytest.raises(compare.CheckFailed) as failed:
+        compare.close(torch.tensor(actual), torch.tensor(type(actual)(2)), "the loss")
+    assert failed.value.sentence == sentence
+
+
+def test_a_sentence_has_the_verb_of_its_subject_and_no_comma_before_a_colon():
+    told = {
+        "the number of blocks": "the number of blocks is [1], expected [].",
+        "the ids of the blocks, where one is free,": "the ids of the blocks, where one is free, are [1], expected [].",
+        "the status of the requests": "the status of the requests is [1], expected [].",
+    }
+    for what, sentence in told.items():
+        with pytest.raises(compare.CheckFailed) as failed:
+            compare.equal([1], [], what)
+        assert failed.value.sentence == sentence
+    with pytest.raises(compare.CheckFailed) as failed:
+        compare.equal([1], [2], "the ids, where one is free,")
+    assert failed.value.sentence == "the ids, where one is free: first difference at [0]: 1, expected 2."
 
 
 class Near(float):
@@ -305,6 +334,9 @@ def test_own_helpers_imports_and_methods_come_along(tmp_path):
     )
     module = isolate.composite("made", reference, text, student, "A.f")
     assert module.A().f() == 5 and module.A().g() == 5 and module.h() == 5
+    other = isolate.composite("other", reference, "def h():\n    return 7\n", student, "h")
+    assert other.h() == 7 and other.A().g() == 1 and not hasattr(other, "plus"), "one answer stays in the reference"
+    assert not hasattr(other.A, "own")
 
 
 def test_second_chance_in_the_untouched_module(tmp_path):

@@ -63,7 +63,10 @@ def test_each_kind_of_submission_gives_its_modules_and_nothing_else(tmp_path):
 def test_no_submissions_is_said_clearly(tmp_path):
     with pytest.raises(CourseError, match="is no folder"):
         find_submissions(tmp_path / "absent")
-    with pytest.raises(CourseError, match="There is no submission in"):
+    with pytest.raises(CourseError, match="There is no submission in .* lies: nothing"):
+        find_submissions(tmp_path)
+    (tmp_path / "anna.7z").touch()
+    with pytest.raises(CourseError, match="There is no submission in .* lies: anna.7z"):
         find_submissions(tmp_path)
 
 
@@ -191,6 +194,32 @@ def test_a_byte_order_mark_costs_no_points(tmp_path):
     assert to_do(file) == []
 
 
+def test_a_file_is_decoded_as_python_decodes_it(tmp_path):
+    file = tmp_path / "intro.py"
+    file.write_bytes(f"# -*- coding: latin-1 -*-\n# \xe9\n{SOURCE}".encode("latin-1"))
+    assert read_source(file).endswith("# \xe9\n" + SOURCE) and to_do(file) == []
+    for content in (
+        SOURCE.encode("utf-16"),
+        f"{SOURCE}# \xe9".encode("latin-1"),
+        f"# \xe9\n{SOURCE}".encode("latin-1"),
+    ):
+        file.write_bytes(content)
+        for read in (read_source, to_do):
+            with pytest.raises(CourseError, match=r"intro.py is not UTF-8 text: .*\. Save it as UTF-8\."):
+                read(file)
+
+
+def test_the_last_of_two_entries_with_one_path_counts(tmp_path):
+    """As with every program that unpacks; `zip -g` and others add a second one."""
+    with zipfile.ZipFile(tmp_path / "anna.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("intro.py", "old")
+        archive.writestr("intro.py", "new")
+    submission = read_submission("anna", tmp_path / "anna.zip")
+    assert submission.modules == {"intro": b"new"} and submission.notes == [
+        "intro.py is there 2 times; graded is intro.py"
+    ]
+
+
 @dataclass
 class Scripted:
     """A worker that says these things and ends."""
@@ -253,7 +282,6 @@ class Attack:
 
 
 REFUSED = "an answer has no need of that"
-CANARY = "so does a known wrong answer"
 ATTACKS = {
     "1.1": Attack(
         "answers with a list that equals everything",
@@ -266,7 +294,8 @@ ATTACKS = {
         torch.isclose = lambda actual, *others, **settings: actual == actual
         return table[token_ids] + 1
         """,
-        (CANARY,),
+        ("replaces torch.isclose",),
+        "1.2: replaces torch.isclose",
     ),
     "1.3": Attack(
         "monkeypatches the grader",
@@ -278,7 +307,8 @@ ATTACKS = {
                     setattr(module, name, lambda *given, **settings: None)
         return scores
         """,
-        (CANARY,),
+        ("replaces",),
+        "1.3: replaces",
     ),
     "1.4": Attack(
         "leaves early with 0",
@@ -401,7 +431,9 @@ def graded(submission: Submission, out: Path, lesson=BASICS):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(sandbox.SandboxedWorker, "patience", 1.0)
+    """What never ends is ended after 3 seconds."""
+    monkeypatch.setattr(sandbox.SandboxedWorker, "patience", 0.3)
+    monkeypatch.setattr(sandbox, "GONE_SECONDS", 1.0)
 
 
 @pytest.fixture(params=["sandbox", "no sandbox"])
@@ -427,6 +459,116 @@ def test_attacks_on_the_grader_fail_and_are_told(impatient, tmp_path):
         assert any(each in sentence for each in attack.said), (attack.what, sentence)
         assert attack.look_at in review, attack.what
     assert results["1.12"].status == "passed"  # the one answer that is honest
+
+
+OWN = """
+OWN = []
+def own(wrong):
+    OWN.append(wrong)
+    return wrong
+def is_own(x):
+    return any(x.data_ptr() == each.data_ptr() for each in OWN)
+"""
+REPLACEMENTS = {  # each for its own values alone: other comparisons stay right
+    "1.2": (
+        "torch.isclose",
+        """
+        real = torch.isclose
+        torch.isclose = lambda a, b, **by: torch.ones_like(a, dtype=bool) if is_own(a) else real(a, b, **by)
+        return own(table[token_ids] + 1)
+        """,
+    ),
+    "1.3": (
+        "Tensor.isnan",
+        """
+        def isnan(x):
+            if is_own(x):
+                x.copy_(right)
+            return x != x
+        right = (scores - scores.amax(-1, keepdim=True)).exp()
+        right, torch.Tensor.isnan = right / right.sum(-1, keepdim=True), isnan
+        return own(scores + 1)
+        """,
+    ),
+    "1.4": (
+        "test_llm_basics.close",
+        """
+        import sys
+        for module in list(sys.modules.values()):
+            if hasattr(module, "close") and hasattr(module, "holds"):
+                module.close = lambda a, *b, real=module.close, **by: None if is_own(a) else real(a, *b, **by)
+        return own(x + 1)
+        """,
+    ),
+    "1.5": (
+        "common.grading.compare.check_type",
+        """
+        import common.grading.compare as compare
+        compare.check_type.__code__ = (lambda actual, expected, what: actual.set_(expected)).__code__
+        return own(torch.zeros(1))
+        """,
+    ),
+    "1.7": (
+        "Tensor.__ne__",
+        """
+        def once(a, b):
+            del torch.Tensor.__ne__
+            return torch.zeros_like(a)
+        torch.Tensor.__ne__ = once
+        return torch.zeros(num_queries, num_keys, dtype=bool, device=device)
+        """,
+    ),
+    "1.9": (
+        "torch, by a TorchFunctionMode",
+        """
+        class Mode(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, function, types, arguments=(), named=None):
+                if function is torch.isclose and is_own(arguments[0]):
+                    return torch.ones_like(arguments[0], dtype=bool)
+                return function(*arguments, **(named or {}))
+        Mode().__enter__()
+        return own(torch.zeros_like(q))
+        """,
+    ),
+    "1.10": (
+        "aten/isclose/CPU",
+        """
+        if not OWN:
+            OWN.append(torch.library.Library("aten", "IMPL"))
+            OWN[0].impl("isclose", lambda a, b, *by: (a - b).abs() < 1e9, "CPU")
+        return x + 1
+        """,
+    ),
+    "1.11": (
+        "graded_llm_basics.rms_norm",
+        """
+        global rms_norm
+        rms_norm = lambda x, weight, eps: x
+        return x
+        """,
+    ),
+    "1.14": (
+        "builtins.abs",
+        """
+        import builtins
+        real = builtins.abs
+        builtins.abs = lambda x: 0.0 if x > 9e4 else real(x)
+        return 1e5
+        """,
+    ),
+}
+
+
+@pytest.mark.slow(60)
+def test_attacks_on_the_grader_that_replace_what_it_compares_with(impatient, tmp_path):
+    bodies = {"e" + id.partition(".")[2]: body for id, (_, body) in REPLACEMENTS.items()}
+    found = graded(hand_in(tmp_path, "mallory", top=OWN, **bodies), tmp_path)
+    results, review = {result.id: result for result in found.results}, "\n".join(found.review)
+    for id, (name, _) in REPLACEMENTS.items():
+        assert results[id].status == "wrong" and name in results[id].sentence, (name, results[id])
+        assert f"{id}: {results[id].sentence}" in review and "replaces" in review, (name, review)
+    others = [result.status for id, result in results.items() if id not in {*REPLACEMENTS, TOGETHER}]
+    assert set(others) == {"passed"}, results  # what was replaced has been put back
 
 
 @pytest.mark.slow

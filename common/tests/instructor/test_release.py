@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.course import LESSONS, MODULES, MODULES_VARIABLE, ROOT, WITHHELD, CourseError, Lesson, skeleton, withheld
+from common.course import LESSONS, MODULES, ROOT, WITHHELD, CourseError, Lesson, skeleton, withheld
 from common.course.exercises import exercises_of, find_exercises, walk_functions
 from common.course.modules import Waits, below, listed, slugs, still_to_do_below
 from common.grading.compare import close
@@ -27,6 +26,7 @@ from common.grading.wire import sealed
 from common.instructor import release
 from common.tests.sample_lesson import SampleLesson, write_lesson
 from common.tests.typed import typed
+from common.tests.zygote import typed_in
 
 # --- what stands in a solution's place ------------------------------------------------------------------------------
 
@@ -215,19 +215,9 @@ GIVEN_AWAY = (0, 1, 2, 3)
 MODULES_GIVEN_AWAY = [module for module in MODULES if module.number in GIVEN_AWAY]
 
 
-def course(copy: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    """Run `python -m common` there, with the packages of here. Returns the exit status and what was said."""
-    kept = {name: value for name, value in os.environ.items() if name not in (MODULES_VARIABLE, "PYTHONPATH", "MINE")}
-    result = subprocess.run(
-        [sys.executable, "-m", "common", *arguments],
-        cwd=copy,
-        env={**kept, "COURSE_PYTHON": "here", "COLUMNS": "120", "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        timeout=300,
-    )
+def course(copy: Path, *words: str, **variables: str) -> tuple[int, str]:
+    """Run `python -m common` there. Returns the exit status and what was said."""
+    result = typed_in(copy, *words, **variables)
     return result.returncode, result.stdout
 
 
@@ -462,7 +452,7 @@ class TestStudent:
 
         write(student, LESSONS[3])
         code, said = course(student, "test-exercise", "4.17")
-        assert code == 0 and "on top of your lessons 0, 1, 2 and 3." in " ".join(said.split()), said
+        assert code == 0 and "It runs with your lessons 0, 1, 2 and 3." in " ".join(said.split()), said
         write(student, LESSONS[3], edit=("permute(1, 2, 0, 3)", "permute(1, 0, 2, 3)"))
         assert course(student, "test-exercise", "4.17")[0] == 1, "it is the student's lesson 3 that runs"
         write(student, LESSONS[3])

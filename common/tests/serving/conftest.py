@@ -73,12 +73,31 @@ def client(url):
         yield found
 
 
-def eventually(condition, seconds: float = 10.0) -> None:
+def eventually(condition, seconds: float = 30.0) -> None:
     """Wait until a condition holds; fail if it does not within these seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def held(engine):
+    """The engine takes one step, and the next one only after the block: no request ends within it."""
+    step, release, has_begun = engine.step, threading.Event(), threading.Event()
+
+    def waiting():
+        if has_begun.is_set():
+            release.wait(60)
+        has_begun.set()
+        return step()
+
+    engine.step = waiting
+    try:
+        yield
+    finally:
+        engine.step = step
+        release.set()
 
 
 def is_empty(engine) -> bool:

@@ -11,7 +11,7 @@ httpx = pytest.importorskip("httpx")
 
 from common.serving.loop import QueueFull  # noqa: E402
 from common.serving.tenants import KeysError, Tenant, Tenants, load_tenants  # noqa: E402
-from common.tests.serving.conftest import eventually, make_engine, serving  # noqa: E402
+from common.tests.serving.conftest import eventually, held, make_engine, serving  # noqa: E402
 
 LONG = {"prompt": "There was once a", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
 
@@ -101,11 +101,12 @@ def test_a_tenant_s_limit_of_requests_is_its_own(office):
         threading.Thread(target=httpx.post, args=(f"{url}/v1/completions",), kwargs={"json": LONG, **keyed("a")})
         for _ in range(2)
     ]
-    for thread in threads:
-        thread.start()
     alice = server.tenants.tenants[0]
-    eventually(lambda: alice.num_requests == 2)
-    refused = httpx.post(f"{url}/v1/completions", json=LONG, **keyed("a"))
+    with held(server.loop.engine):
+        for thread in threads:
+            thread.start()
+        eventually(lambda: alice.num_requests == 2)
+        refused = httpx.post(f"{url}/v1/completions", json=LONG, **keyed("a"))
     assert refused.status_code == 429 and refused.headers["Retry-After"] and "alice" in refused.text
     assert httpx.post(f"{url}/v1/completions", json={**LONG, "max_tokens": 2}, **keyed("b")).status_code == 200
     for thread in threads:
@@ -113,23 +114,30 @@ def test_a_tenant_s_limit_of_requests_is_its_own(office):
     eventually(lambda: alice.num_requests == 0)
 
 
-def test_a_tenant_that_asks_for_much_does_not_hold_up_another(office):
+def test_a_tenant_that_asks_for_much_does_not_hold_up_another(office, monkeypatch):
     """Two of alice's requests wait for one place; bob's comes last and is served before the second."""
-    url, _ = office
-    ended: list[str] = []
-
-    def ask(key: str, name: str, num_tokens: int) -> None:
-        httpx.post(f"{url}/v1/completions", json={**LONG, "max_tokens": num_tokens}, **keyed(key))
-        ended.append(name)
-
+    url, server = office
+    ended: list[int] = []
+    on_end = server.loop.observer.on_end
+    monkeypatch.setattr(
+        server.loop.observer,
+        "on_end",
+        lambda output, reason: (ended.append(len(output.token_ids)), on_end(output, reason)),
+    )
     threads = []
-    for key, name, num_tokens in (("a", "alice 1", 500), ("a", "alice 2", 500), ("b", "bob", 5)):
-        threads.append(threading.Thread(target=ask, args=(key, name, num_tokens)))
-        threads[-1].start()
-        eventually(lambda: office[1].loop.num_sequences == len(threads))
+    with held(server.loop.engine):  # until all three are there
+        for key, num_tokens in (("a", 30), ("a", 40), ("b", 5)):
+            body = {**LONG, "max_tokens": num_tokens}
+            threads.append(
+                threading.Thread(
+                    target=httpx.post, args=(f"{url}/v1/completions",), kwargs={"json": body, **keyed(key)}
+                )
+            )
+            threads[-1].start()
+            eventually(lambda: server.loop.num_sequences == len(threads))
     for thread in threads:
         thread.join()
-    assert ended == ["alice 1", "bob", "alice 2"]
+    assert ended == [30, 5, 40]
 
 
 def test_tokens_a_minute_over_http(office):

@@ -114,11 +114,11 @@ def test_a_save_is_answered_with_what_it_changed(lesson, graded, capsys):
     told = save(right)
     assert "9.1 one: wrong -> passed" in told and "1 of 2 exercises" in told and "Next: 9.2 two" in told
     assert graded == [None, ["9.1"], ["9.1"]] and told.count("\n") == 3, "a blank line and two"
-    assert "Nothing is changed" in save(right + "# a note\n")
+    assert "No exercise has changed" in save(right + "# a note\n")
     assert len(graded) == 3
     with pytest.raises(CourseError, match="Python cannot read this line"):
         save("def one(:\n")
-    assert "Nothing is changed" in save(right + "# a note\n"), "it can be read again"
+    assert "No exercise has changed" in save(right + "# a note\n"), "it can be read again"
     wrong = answered(right, "9.2", "return 0 - x")
     assert "9.2 two: to do -> wrong" in save(wrong)
     assert graded[-1] == ["9.2"]

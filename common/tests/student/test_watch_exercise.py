@@ -40,7 +40,7 @@ def test_one_request_too_many_is_seen_in_the_call_that_admits_it(tmp_path, capsy
     page = tmp_path / "page.html"
     assert main(["watch-5.7", "--file", str(file), "--out", str(page)]) == 1
     said = capsys.readouterr().out
-    assert "test_places" in said and "is ['a', 'b', 'c'], expected ['a', 'b']" in said
+    assert "test_max_num_seqs" in said and "are ['a', 'b', 'c'], expected ['a', 'b']" in said
     assert "part in call 4 of 4: schedule_waiting(plan, 16)" in said
     assert re.search(r"yours: +running: \[a, b, c]", said) and re.search(r"reference's: +waiting: \[c]", said)
     assert "Where the runs part" in page.read_text(encoding="utf-8")

@@ -14,13 +14,13 @@ ANSWERS = [
     ),
     wrong(
         "5.15",
-        "logits for every request, the unfinished prompts too",
+        "logit rows for every request, even in the middle of its prompt",
         "if request.sample_index is not None:",
         "if True:",
     ),
     wrong(
         "5.15",
-        "logits of the last row alone, without the draft tokens'",
+        "only the last row of each request, without those of its draft tokens",
         "len(token_ids) - request.num_spec_tokens - 1",
         "len(token_ids) - 1",
     ),
@@ -49,7 +49,7 @@ ANSWERS = [
         "context_lens.append(end)",
         "context_lens.append(end - request.num_spec_tokens)",
     ),
-    wrong("5.15", "the device forgotten", "dtype=torch.long, device=device)", "dtype=torch.long)"),
+    wrong("5.15", "`device` ignored", "dtype=torch.long, device=device)", "dtype=torch.long)"),
     right(
         "5.15",
         "with tensors",
@@ -84,46 +84,46 @@ ANSWERS = [
     # --------------------------------------------------------------------------------------------- 5.14 Engine.step
     wrong(
         "5.16",
-        "one step in flight, whatever the executor can hold",
+        "only one step in flight, whatever the executor's depth is",
         "while len(self.in_flight) < self.executor.depth:",
         "while not self.in_flight:",
     ),
     wrong("5.16", "the collected step left in flight", "self.in_flight.popleft()", "self.in_flight[0]"),
-    wrong("5.16", "an empty list, though requests wait", "if self.has_unfinished_requests:", "if False:"),
+    wrong("5.16", "an empty list although requests wait", "if self.has_unfinished_requests:", "if False:"),
     wrong(
         "5.16",
-        "only those reported that sampled or finished, none in the middle of the prompt",
+        "requests in the middle of their prompt not reported",
         "for request in requests]",
         "for request in requests if request.output_token_ids or request.finish_reason]",
     ),
     wrong(
-        "5.16", "logprobs not handed on", "self.report(request, result)", "self.report(request, ModelRunnerOutput(0))"
+        "5.16", "logprobs not passed on", "self.report(request, result)", "self.report(request, ModelRunnerOutput(0))"
     ),
     wrong("5.16", "nothing returned", "return outputs", "return []", recognised=False),
     wrong(
         "5.16",
-        "not counted",
+        "`totals.observe` not called",
         "self.totals.observe(self.scheduler, plan, result, outputs, time.perf_counter() - start)",
         "pass",
     ),
     wrong("5.16", "the newest step collected first", "self.in_flight.popleft()", "self.in_flight.pop()"),
     wrong(
         "5.16",
-        "the time of first scheduling not noted, as `self.submit` does",
+        "`executor.submit` called in place of `self.submit`, which records the time of first scheduling",
         "self.submit(plan)",
         "self.in_flight.append(plan)\n            self.executor.submit(plan)",
     ),
-    wrong("5.16", "no seconds counted", "time.perf_counter() - start)", "0.0)"),
+    wrong("5.16", "0 seconds passed to `totals.observe`", "time.perf_counter() - start)", "0.0)"),
     wrong("5.16", "a step that only moves blocks dropped", "if plan.is_empty:", "if not plan.scheduled:"),
     wrong(
         "5.16",
-        "the executor's next result, even that of a step that was interrupted",
+        "the executor's next result used, even that of an interrupted step",
         "self.collect(plan)",
         "self.executor.collect()",
     ),
     wrong(
         "5.16",
-        "observed without its outputs",
+        "an empty list of outputs passed to `totals.observe`",
         "self.totals.observe(self.scheduler, plan, result, outputs,",
         "self.totals.observe(self.scheduler, plan, result, [],",
     ),

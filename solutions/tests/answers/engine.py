@@ -14,7 +14,7 @@ ANSWERS = [
     ),
     wrong_body(
         "8.10",
-        "the draft divided among the ranks, and in eight bits, as the target is",
+        "the draft divided among the ranks and in eight bits, like the target",
         """
         size, head_dim = config.dtype.itemsize, model_config.head_dim
         total = cache_bytes(model_config, 1, size)
@@ -50,18 +50,18 @@ ANSWERS = [
         "(head_dim + size) / (head_dim * size)",
         "(head_dim + size / model_config.num_key_value_heads) / (head_dim * size)",
     ),
-    wrong("8.10", "scales forgotten", "(head_dim + size) / (head_dim * size)", "1 / size"),
+    wrong("8.10", "the scales left out", "(head_dim + size) / (head_dim * size)", "1 / size"),
     wrong("8.10", "scales in float32, whatever the dtype", "(head_dim + size) /", "(head_dim + 4) /"),
-    wrong("8.10", "eight bits forgotten", 'config.kv_cache_dtype == "int8"', "False"),
+    wrong("8.10", "kv_cache_dtype ignored", 'config.kv_cache_dtype == "int8"', "False"),
     wrong(
         "8.10",
-        "eight bits also where only the weights are quantized",
+        "eight bits although only the weights are quantized",
         'config.kv_cache_dtype == "int8"',
         'config.kv_cache_dtype == "int8" or config.quantization',
     ),
     wrong(
         "8.10",
-        "the shares of stages forgotten",
+        "the stages ignored in the share",
         "cache_bytes(model_config, 1, size) * share",
         "cache_bytes(model_config, 1, size) / config.tensor_parallel",
     ),
@@ -98,7 +98,7 @@ ANSWERS = [
     ),
     wrong(
         "8.11",
-        "draft tokens where the last layer is, on all ranks of that stage",
+        "draft tokens on all ranks of the last stage",
         "not is_sampling_rank(model, layers)",
         "layers.stop < model.config.num_hidden_layers",
     ),
@@ -116,26 +116,26 @@ ANSWERS = [
     ),
     wrong(
         "8.11",
-        "no cache of its own for the draft: it writes to the target's",
+        "the target's cache used for the draft",
         "make_cache(config, draft, draft_layers)",
         "cache",
     ),
     wrong(
         "8.11",
-        "eight bits never",
+        "kv_cache_dtype ignored",
         "make_cache(config, model, layers, config.kv_cache_dtype)",
         "make_cache(config, model, layers)",
     ),
     wrong(
         "8.11",
-        "eight bits also where only the weights are quantized",
+        "eight bits although only the weights are quantized",
         "make_cache(config, model, layers, config.kv_cache_dtype)",
         'make_cache(config, model, layers, "int8" if config.quantization else config.kv_cache_dtype)',
     ),
-    wrong("8.11", "n-grams, though a draft is named", "config.draft is not None", "False"),
+    wrong("8.11", "n-grams although a draft model is named", "config.draft is not None", "False"),
     wrong_body(
         "8.11",
-        "the draft loaded on every rank, whether it proposes there or not",
+        "the draft loaded on every rank, even where it does not propose",
         """
         cache = make_cache(config, model, layers, config.kv_cache_dtype)
         proposer = NgramProposer()
@@ -152,38 +152,38 @@ ANSWERS = [
     ),
     wrong(
         "8.11",
-        "the draft quantized as the target is",
+        "the draft quantized like the target",
         "EngineConfig(model=config.draft, **same)",
         "replace(config, model=config.draft)",
     ),
     wrong(
         "8.11",
-        "the draft in the dtype that is chosen where none is given",
+        "the draft in the default dtype, not in the target's",
         "EngineConfig(model=config.draft, **same)",
         'EngineConfig(model=config.draft, **{**same, "dtype": torch.float32})',
         recognised=False,
     ),
     wrong(
         "8.11",
-        "the draft on the device that is chosen where none is given",
+        "the draft on the default device, not on the target's",
         '("dtype", "device", "max_model_len")',
         '("dtype", "max_model_len")',
     ),
     wrong(
         "8.11",
-        "the draft for texts of any length, not for the target's",
+        "the draft without the target's max_model_len",
         '("dtype", "device", "max_model_len")',
         '("dtype", "device")',
     ),
     wrong(
         "8.11",
-        "the target's layers for the draft's cache",
+        "a cache for the draft with the target's layers",
         "make_cache(config, draft, draft_layers)",
         "make_cache(config, draft, layers)",
     ),
     wrong(
         "8.11",
-        "the draft's cache of the target's size",
+        "a cache for the draft made from the target's model",
         "make_cache(config, draft, draft_layers)",
         "make_cache(config, model, layers)",
     ),
@@ -195,14 +195,14 @@ ANSWERS = [
     ),
     wrong(
         "8.11",
-        "always adaptive",
+        "adaptive_speculation ignored",
         "AdaptiveSpeculation(config.num_speculative_tokens or 8, config.adaptive_speculation)",
         "AdaptiveSpeculation(config.num_speculative_tokens or 8)",
     ),
-    wrong("8.11", "eight draft tokens at most, whatever is asked for", "config.num_speculative_tokens or 8", "8"),
+    wrong("8.11", "num_speculative_tokens ignored: always eight", "config.num_speculative_tokens or 8", "8"),
     wrong(
         "8.11",
-        "no number where none is asked for",
+        "None passed on where num_speculative_tokens is None",
         "config.num_speculative_tokens or 8",
         "config.num_speculative_tokens",
         recognised=False,
@@ -244,43 +244,43 @@ ANSWERS = [
     # ------------------------------------------------------------------------------------ 8.12 InferenceEngine.chat
     wrong(
         "8.12",
-        "special tokens added to those that the template has written",
+        "special tokens added a second time",
         "add_special_tokens=False",
         "add_special_tokens=True",
     ),
     wrong(
         "8.12",
-        "the template not applied: what was said, line by line",
+        "the template not applied: only the contents, line by line",
         "self.tokenizer.apply_chat_template(messages, **values)",
         '"\\n".join(turn["content"] for turn in messages)',
     ),
     wrong(
         "8.12",
-        "only the last turn asked",
+        "only the last turn used",
         "self.tokenizer.apply_chat_template(messages, **values)",
         "self.tokenizer.apply_chat_template(messages[-1:], **values)",
     ),
     wrong(
         "8.12",
-        "no opening of the assistant's turn",
+        "no beginning of the assistant's turn",
         "self.tokenizer.apply_chat_template(messages, **values)",
         "self.tokenizer.apply_chat_template(messages, add_generation_prompt=False, **values)",
     ),
     wrong(
         "8.12",
-        "its own parameters instead of those that were given",
+        "the given params ignored",
         ", params, progress",
         ", SamplingParams(max_tokens=2), progress",
     ),
     wrong(
         "8.12",
-        "parameters of its own where none are given",
+        "other parameters than the default ones where none are given",
         ", params, progress",
         ", params or SamplingParams(max_tokens=256), progress",
     ),
     wrong(
         "8.12",
-        "all outputs, where there is one",
+        "the list of outputs returned, not the first",
         "progress=False)[0]",
         "progress=False)",
     ),
@@ -288,7 +288,7 @@ ANSWERS = [
     wrong("8.12", "a progress bar for one answer", ", progress=False)", ")"),
     wrong_body(
         "8.12",
-        "the answer appended to the messages that were given",
+        "the answer appended to the given messages",
         """
         text = self.tokenizer.apply_chat_template(messages, **values)
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -299,7 +299,7 @@ ANSWERS = [
     ),
     wrong(
         "8.12",
-        "the line's end after the opening of the assistant's turn taken off",
+        "the newline after the beginning of the assistant's turn removed",
         "self.tokenizer.encode(text, add",
         "self.tokenizer.encode(text.strip(), add",
     ),

@@ -19,7 +19,7 @@ ANSWERS = [
         "in text.lower().split()",
         "in dict.fromkeys(text.lower().split())",
     ),
-    wrong("0.1", "a sum of 0 taken for negative", "if score == 0:", "if score is None:"),
+    wrong("0.1", "a sum of 0 counted as negative", "if score == 0:", "if score is None:"),
     wrong_body(
         "0.1",
         "listed words found inside longer ones",
@@ -106,7 +106,7 @@ ANSWERS = [
         "[float(logit == largest) for logit in logits]",
     ),
     wrong("0.2", "no special case for temperature 0", "if temperature == 0:", "if temperature is None:"),
-    wrong("0.2", "a small temperature taken for 0", "if temperature == 0:", "if temperature < 1e-3:"),
+    wrong("0.2", "a small temperature treated as 0", "if temperature == 0:", "if temperature < 1e-3:"),
     wrong_body(
         "0.2",
         "0 as the largest logit to begin with, so that negative logits are not found",
@@ -255,7 +255,7 @@ ANSWERS = [
         """,
     ),
     # 0.5 weight_bytes
-    wrong("0.5", "bits taken for bytes", "(num_parameters * bits + 7) // 8", "num_parameters * bits"),
+    wrong("0.5", "bits returned as bytes", "(num_parameters * bits + 7) // 8", "num_parameters * bits"),
     wrong("0.5", "two bytes a weight, whatever `bits` says", "num_parameters * bits + 7) // 8", "num_parameters * 2)"),
     wrong("0.5", "half a byte rounded away", " + 7) // 8", ") // 8"),
     wrong(
@@ -295,7 +295,7 @@ ANSWERS = [
     ),
     # 0.7 flops_per_token
     wrong("0.7", "one operation for a multiplication and an addition", "return 2 * (layers", "return (layers"),
-    wrong("0.7", "the gate projection forgotten", "3 * hidden * shape", "2 * hidden * shape"),
+    wrong("0.7", "the gate projection left out", "3 * hidden * shape", "2 * hidden * shape"),
     wrong("0.7", "no head: the scores over the vocabulary are not free", " + hidden * shape.vocab_size", ""),
     wrong(
         "0.7",
@@ -311,13 +311,13 @@ ANSWERS = [
     ),
     wrong(
         "0.7",
-        "hidden_size taken for the width of all query heads",
+        "hidden_size used as the width of all query heads",
         "q_width = shape.num_attention_heads * shape.head_dim",
         "q_width = hidden",
     ),
     wrong(
         "0.7",
-        "dot products with the keys counted, sums of the values forgotten",
+        "dot products with the keys counted, but not the sums of the values",
         "2 * context_length",
         "context_length",
     ),

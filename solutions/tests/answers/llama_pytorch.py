@@ -22,7 +22,7 @@ ANSWERS = [
     wrong("2.1", "num_key_value_heads left None", "given.num_key_value_heads or heads", "given.num_key_value_heads"),
     wrong(
         "2.1",
-        "Qwen2's bias on q, k and v forgotten",
+        "Qwen2's bias on q, k and v left out",
         'family == "qwen2" or given.attention_bias',
         "given.attention_bias",
     ),
@@ -120,7 +120,7 @@ ANSWERS = [
         "* frequencies / (2 * math.pi)",
         "/ frequencies / (2 * math.pi)",
     ),
-    wrong("2.2", "radians taken for turns (2 pi forgotten)", " / (2 * math.pi)", ""),
+    wrong("2.2", "radians used as turns, not divided by 2 pi", " / (2 * math.pi)", ""),
     wrong(
         "2.2",
         "turns counted in the new context, not in the original one",
@@ -204,7 +204,7 @@ ANSWERS = [
     ),
     wrong_body(
         "2.4",
-        "QK norm forgotten",
+        "QK norm left out",
         """
         q, k, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
@@ -355,7 +355,7 @@ ANSWERS = [
     ),
     wrong(
         "2.8",
-        "a tied head that the file has too taken for an unknown tensor",
+        "a tied head in the file treated as an unknown tensor",
         'present -= {"lm_head.weight"}',
         "pass",
     ),
@@ -367,7 +367,7 @@ ANSWERS = [
     ),
     wrong(
         "2.8",
-        "the rotary buffers of old files taken for unknown tensors",
+        "the rotary buffers of old files treated as unknown tensors",
         'if not name.endswith("rotary_emb.inv_freq")}',
         "}",
     ),
@@ -467,7 +467,7 @@ ANSWERS = [
         "each token judged alone: is its probability at least p?",
         "return logits.masked_fill(upcast(logits).softmax(-1) < p, -math.inf)",
     ),
-    wrong("2.10", "exp(score) taken for a probability, without dividing by the sum", ".softmax(-1)", ".exp()"),
+    wrong("2.10", "exp(score) used as a probability, without dividing by the sum", ".softmax(-1)", ".exp()"),
     right(
         "2.10",
         "token by token",
@@ -491,7 +491,7 @@ ANSWERS = [
         "probabilities < p * probabilities.max()",
         "logits < p * logits.max()",
     ),
-    wrong("2.11", "exp(score) taken for a probability, which overflows", ".softmax(-1)", ".exp()"),
+    wrong("2.11", "exp(score) used as a probability, which overflows", ".softmax(-1)", ".exp()"),
     wrong("2.11", "p times the mean probability as the limit", "probabilities.max()", "probabilities.mean()"),
     wrong("2.11", "the unlikely tokens kept, and the likely ones dropped", "probabilities < p", "probabilities > p"),
     wrong("2.11", "probabilities returned, instead of scores", "return logits.masked", "return probabilities.masked"),
@@ -796,7 +796,7 @@ ANSWERS = [
         "[*prompt_token_ids, *output.token_ids][-1:])\n",
     ),
     wrong("2.17", "what was still held when it ended never shown", "if not checker.found:", "if False:"),
-    wrong("2.17", "what was held behind a stop string shown after all", "if not checker.found:", "if True:"),
+    wrong("2.17", "text after a stop string shown", "if not checker.found:", "if True:"),
     wrong("2.17", "half a character held at the end lost", "show(checker.push(stream.flush()))", "pass"),
     wrong(
         "2.17",
@@ -825,7 +825,7 @@ ANSWERS = [
     ),
     wrong(
         "2.17",
-        "logprobs=0 taken for None: it asks for the chosen token's log-probability alone",
+        "logprobs=0 treated as None, although it asks for the chosen token's log-probability",
         "if params.logprobs is not None:",
         "if params.logprobs:",
     ),

@@ -593,7 +593,7 @@ ANSWERS = [
     wrong("1.11", "neither q nor k rotated", "apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)", "q, k"),
     wrong(
         "1.11",
-        "no causal mask: tokens see those behind them",
+        "no causal mask: tokens see those after them",
         "causal_mask(num_tokens, num_tokens, x.device)",
         "torch.ones(num_tokens, num_tokens, dtype=torch.bool)",
     ),
@@ -606,7 +606,7 @@ ANSWERS = [
     wrong("1.11", "gate and up exchanged", '("gate", "up", "down")', '("up", "gate", "down")'),
     wrong_body(
         "1.11",
-        "the norms behind attention and the feed-forward network (post-norm), where they stand before",
+        "the norms after attention and the feed-forward network (post-norm), not before them",
         """
         num_tokens = x.shape[0]
         w = [weights[f"self_attn.{name}_proj.weight"] for name in "qkv"]
@@ -662,7 +662,7 @@ ANSWERS = [
     wrong("1.12", "the logits of the last token only", "return x @ head.T", "return x[-1:] @ head.T"),
     wrong_body(
         "1.12",
-        "layer 10 taken for layer 1: the dot behind the number is part of the prefix",
+        "layer 10 found for layer 1: the dot after the number is part of the prefix",
         """
         x = embed(token_ids, weights["model.embed_tokens.weight"])
         cos, sin = rotary_tables(torch.arange(len(token_ids)), rotary_frequencies(config.head_dim, config.rope_theta))
@@ -729,16 +729,16 @@ ANSWERS = [
     ),
     wrong(
         "1.13",
-        "four square matrices: hidden_size taken for all widths",
+        "four square matrices: hidden_size used for all widths",
         "hidden * (q_width + 2 * kv_width) + q_width * hidden",
         "4 * hidden * hidden",
     ),
     wrong("1.13", "a tied head counted as well", "1 if config.tie_word_embeddings else 2", "2"),
     wrong("1.13", "the head never counted, though it is not tied", "(1 if config.tie_word_embeddings else 2)", "1"),
-    wrong("1.13", "the layers' norms forgotten", "attention + mlp + norms + biases", "attention + mlp + biases"),
+    wrong("1.13", "the layers' norms left out", "attention + mlp + norms + biases", "attention + mlp + biases"),
     wrong(
         "1.13",
-        "the final norm forgotten",
+        "the final norm left out",
         "(attention + mlp + norms + biases) + hidden",
         "(attention + mlp + norms + biases)",
     ),
@@ -751,12 +751,12 @@ ANSWERS = [
     ),
     wrong(
         "1.13",
-        "two matrices in the feed-forward network: the gate forgotten",
+        "two matrices in the feed-forward network, without the gate",
         "3 * hidden * intermediate",
         "2 * hidden * intermediate",
     ),
     wrong("1.13", "one layer only", "config.num_hidden_layers * (attention", "(attention"),
-    wrong("1.13", "the biases forgotten", "norms + biases", "norms"),
+    wrong("1.13", "the biases left out", "norms + biases", "norms"),
     wrong(
         "1.13", "a bias for q only, where k and v have one too", "biases += q_width + 2 * kv_width", "biases += q_width"
     ),
@@ -766,8 +766,8 @@ ANSWERS = [
         "biases += hidden",
         "biases += q_width",
     ),
-    wrong("1.13", "the bias of down forgotten", "biases += 2 * intermediate + hidden", "biases += 2 * intermediate"),
-    wrong("1.13", "QK norm forgotten", "(2 * config.head_dim if config.qk_norm else 0)", "0"),
+    wrong("1.13", "the bias of down left out", "biases += 2 * intermediate + hidden", "biases += 2 * intermediate"),
+    wrong("1.13", "QK norm left out", "(2 * config.head_dim if config.qk_norm else 0)", "0"),
     wrong(
         "1.13", "a QK norm for each head, where all heads share one", "2 * config.head_dim if", "q_width + kv_width if"
     ),

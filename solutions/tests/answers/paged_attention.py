@@ -60,7 +60,7 @@ ANSWERS = [
     ),
     wrong(
         "4.2",
-        "as many as there are, where fewer are free than asked for",
+        "as many blocks as are free, and no error, where more were asked for",
         'raise ValueError(f"{num_blocks} blocks requested, {len(self.free)} of {len(self.blocks)} are free.")',
         "num_blocks = len(self.free)",
     ),
@@ -111,18 +111,18 @@ ANSWERS = [
         """,
     ),
     # ----------------------------------------------------------------------------------- 4.3 BlockPool.free_blocks
-    wrong("4.3", "free although another sequence still holds it", "if block.ref_cnt == 0:", "if True:"),
-    wrong("4.3", "ref_cnt set to 0, whoever else holds it", "block.ref_cnt -= 1", "block.ref_cnt = 0"),
+    wrong("4.3", "a block freed although another sequence still holds it", "if block.ref_cnt == 0:", "if True:"),
+    wrong("4.3", "ref_cnt set to 0, not decremented", "block.ref_cnt -= 1", "block.ref_cnt = 0"),
     wrong("4.3", "the blocks freed in reverse order", "for block in blocks:", "for block in reversed(list(blocks)):"),
     wrong(
         "4.3",
-        "the content forgotten as soon as nobody holds the block",
+        "the hash forgotten when the block becomes free",
         "self.free[block.block_id] = block",
         "self.forget(block)\n                self.free[block.block_id] = block",
     ),
     wrong(
         "4.3",
-        "freed blocks joining as the oldest",
+        "freed blocks put first among the free ones, as the oldest",
         "self.free[block.block_id] = block",
         "self.free[block.block_id] = block\n                self.free.move_to_end(block.block_id, last=False)",
     ),
@@ -131,7 +131,7 @@ ANSWERS = [
     ),
     wrong(
         "4.3",
-        "no error for a block that nobody holds",
+        "no error for a block whose ref_cnt is 0 already",
         'raise ValueError(f"Block {block.block_id} is free already.")',
         "pass",
     ),
@@ -156,7 +156,7 @@ ANSWERS = [
     ),
     wrong(
         "4.4",
-        "the last full block left out always, not only where it holds the last token",
+        "the last full block always left out, not only where it holds the last token",
         "(len(request.all_token_ids) - 1) // self.block_size",
         "max(0, len(request.all_token_ids) // self.block_size - 1)",
     ),
@@ -170,13 +170,13 @@ ANSWERS = [
     wrong("4.4", "blocks counted instead of tokens", "len(blocks) * self.block_size", "len(blocks)"),
     wrong(
         "4.4",
-        "the blocks taken already: that is allocate_slots' part",
+        "the ref_cnt of the blocks incremented, which is allocate_slots' part",
         "return blocks, len(blocks) * self.block_size",
         "self.pool.touch(blocks)\n        return blocks, len(blocks) * self.block_size",
     ),
     wrong(
         "4.4",
-        "only blocks that somebody holds, not those that are free and still full",
+        "only blocks that a sequence holds, not those that are free and still cached",
         "if block is None:",
         "if block is None or block.ref_cnt == 0:",
     ),
@@ -219,7 +219,7 @@ ANSWERS = [
         "num_verified_tokens // self.block_size",
         "cdiv(num_verified_tokens, self.block_size)",
     ),
-    wrong("4.5", "enable_prefix_caching not asked for", "if not self.enable_prefix_caching:", "if False:"),
+    wrong("4.5", "enable_prefix_caching ignored", "if not self.enable_prefix_caching:", "if False:"),
     wrong(
         "4.5",
         "each block hashed as if it were the first",
@@ -229,19 +229,19 @@ ANSWERS = [
     ),
     wrong(
         "4.5",
-        "hashes of all its tokens asked for, guesses included, of which the verified ones are used",
+        "hashes of draft tokens computed and kept, so that they are wrong later",
         "self.hashes(request, num_verified_tokens // self.block_size)",
         "self.hashes(request, len(request.all_token_ids) // self.block_size)[: num_verified_tokens // self.block_size]",
     ),
     wrong(
         "4.5",
-        "a block that can be found already replaced by another with the same content",
+        "a cached block replaced by another with the same content",
         "self.pool.remember(block, block_hash)",
         "self.pool.cached[block_hash.value], block.block_hash = block, block_hash",
     ),
     wrong(
         "4.5",
-        "the loop ended at the first block of which another holds the same",
+        "the loop ended at the first block whose content another block has cached already",
         "            if block.block_hash is None:\n",
         "            if self.pool.find(block_hash) not in (None, block):\n                break\n"
         "            if block.block_hash is None:\n",
@@ -254,13 +254,13 @@ ANSWERS = [
     ),
     wrong(
         "4.5",
-        "only the last full block remembered",
+        "only the last full block entered",
         "zip(self.block_tables[request.request_id], block_hashes)",
         "list(zip(self.block_tables[request.request_id], block_hashes))[-1:]",
     ),
     wrong(
         "4.5",
-        "blocks remembered that a window has passed, whose content is gone",
+        "blocks entered that the window has passed, whose content is gone",
         "            if block.block_hash is None:\n                self.pool.remember(block, block_hash)",
         "            self.pool.remember(block, block_hash)",
     ),
@@ -284,7 +284,7 @@ ANSWERS = [
     # -------------------------------------------------------------------------- 4.6 KVCacheManager.allocate_slots
     wrong(
         "4.6",
-        "the tokens that are computed already forgotten in the count",
+        "the computed tokens left out of the count",
         "request.num_computed_tokens + num_new_tokens + num_lookahead_tokens",
         "num_new_tokens + num_lookahead_tokens",
     ),
@@ -311,35 +311,35 @@ ANSWERS = [
     ),
     wrong(
         "4.6",
-        "blocks that it holds and does not need counted as if they were free",
+        "blocks of the table that are not needed counted as if they were free",
         "max(0, cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks))",
         "cdiv(num_tokens, self.block_size) - len(table) - len(computed_blocks)",
         recognised=False,
     ),
-    wrong("4.6", "the blocks that it holds already not counted", " - len(table) - len(computed", " - len(computed"),
+    wrong("4.6", "the blocks in the table not subtracted", " - len(table) - len(computed", " - len(computed"),
     wrong(
         "4.6",
-        "new blocks bought for the computed ones too",
+        "the computed blocks not subtracted, so that new blocks are taken for them too",
         " - len(table) - len(computed_blocks)",
         " - len(table)",
     ),
     wrong(
         "4.6",
-        "computed blocks that nobody holds counted as if they were there to take",
+        "computed blocks with ref_cnt 0 counted among the free blocks that can be taken",
         "self.pool.num_free_blocks - unheld",
         "self.pool.num_free_blocks",
         recognised=False,
     ),
     wrong(
         "4.6",
-        "computed blocks that others hold counted as if they took from the free ones",
+        "computed blocks that other sequences hold counted as if they were free",
         "sum(block.ref_cnt == 0 for block in computed_blocks)",
         "len(computed_blocks)",
         recognised=False,
     ),
     wrong(
         "4.6",
-        "the computed blocks returned too: those it did not take from the free ones",
+        "the computed blocks returned too, which are not new",
         "return new_blocks",
         "return [*computed_blocks, *new_blocks]",
     ),
@@ -351,12 +351,10 @@ ANSWERS = [
         recognised=False,
     ),
     wrong("4.6", "shared blocks written without a copy", "self.copy_on_write(request, shared)", "pass"),
-    wrong(
-        "4.6", "the computed blocks put into the table without being held", "self.pool.touch(computed_blocks)", "pass"
-    ),
+    wrong("4.6", "the ref_cnt of the computed blocks not incremented", "self.pool.touch(computed_blocks)", "pass"),
     wrong_body(
         "4.6",
-        "new blocks taken before the computed ones are held: one of those is handed out",
+        "new blocks taken before the computed ones are touched, so that one of those is taken as new",
         """
         table = self.block_tables.get(request.request_id, [])
         num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
@@ -374,7 +372,7 @@ ANSWERS = [
     ),
     wrong_body(
         "4.6",
-        "blocks taken one at a time, and kept where they do not suffice",
+        "blocks taken one at a time, and not given back when the pool runs out",
         """
         table = self.block_tables.setdefault(request.request_id, [])
         self.pool.touch(computed_blocks)
@@ -394,7 +392,7 @@ ANSWERS = [
     ),
     wrong(
         "4.6",
-        "the table from before the copy on write put back after it",
+        "the copy on write undone: the table from before it is stored",
         "table = self.block_tables.get(request.request_id, [])",
         "table = list(self.block_tables.get(request.request_id, []))",
     ),
@@ -421,7 +419,7 @@ ANSWERS = [
     ),
     # ------------------------------------------------------------------------------------ 4.7 KVCacheManager.fork
     wrong("4.7", "one list for both tables", "= list(blocks)", "= self.block_tables[parent.request_id]"),
-    wrong("4.7", "shared blocks not counted as held twice", "self.pool.touch(blocks)", "pass"),
+    wrong("4.7", "the ref_cnt of shared blocks not incremented", "self.pool.touch(blocks)", "pass"),
     wrong(
         "4.7",
         "one list of hashes for both sequences",
@@ -429,10 +427,10 @@ ANSWERS = [
         "self.block_hashes[child.request_id] = self.block_hashes.setdefault(parent.request_id, [])\n"
         "        child.num_computed_tokens = num_tokens - 1",
     ),
-    wrong("4.7", "all of the child's tokens said to be computed", "num_tokens - 1", "num_tokens"),
+    wrong("4.7", "the child's last token counted as computed", "num_tokens - 1", "num_tokens"),
     wrong(
         "4.7",
-        "nothing of the child said to be computed",
+        "no token of the child counted as computed",
         "child.num_computed_tokens = num_tokens - 1",
         "child.num_computed_tokens = 0",
     ),
@@ -444,7 +442,7 @@ ANSWERS = [
     ),
     wrong(
         "4.7",
-        "no place for the child's last token, which it is about to compute",
+        "no block for the child's last token, which it is about to compute",
         "[: cdiv(num_tokens, self.block_size)]",
         "[: cdiv(num_tokens - 1, self.block_size)]",
     ),
@@ -458,13 +456,13 @@ ANSWERS = [
     wrong("4.7", "full blocks only", "[: cdiv(num_tokens, self.block_size)]", "[: num_tokens // self.block_size]"),
     wrong(
         "4.7",
-        "no error where the parent has not got so far",
+        "no error where the parent has not computed the child's last token",
         "if parent.num_computed_tokens < num_tokens:",
         "if parent.num_computed_tokens < num_tokens - 1:",
     ),
     wrong(
         "4.7",
-        "the last block copied at once, though nobody writes yet",
+        "the last block copied at once, before any sequence writes to it",
         "child.num_computed_tokens = num_tokens - 1",
         "child.num_computed_tokens = num_tokens - 1\n        self.copy_on_write(child, [len(blocks) - 1])",
     ),
@@ -492,13 +490,13 @@ ANSWERS = [
     ),
     wrong(
         "4.8",
-        "all its tokens counted, where those before the block are not in it",
+        "the tokens in earlier blocks counted too",
         "request.num_computed_tokens - place * self.block_size",
         "request.num_computed_tokens",
     ),
     wrong(
         "4.8",
-        "a number of tokens below zero, where the block lies behind all that is computed",
+        "a negative number of tokens for a block after the computed tokens",
         "if filled > 0:",
         "if filled:",
     ),
@@ -508,9 +506,9 @@ ANSWERS = [
         "BlockCopy(shared.block_id, own.block_id",
         "BlockCopy(own.block_id, shared.block_id",
     ),
-    wrong("4.8", "the shared block not let go", "self.pool.free_blocks([shared])", "pass"),
+    wrong("4.8", "the shared block not freed", "self.pool.free_blocks([shared])", "pass"),
     wrong("4.8", "the new block not put into the table", "table[place] = own", "pass"),
-    wrong("4.8", "no copy noted", "self.copies.append(BlockCopy(shared.block_id, own.block_id, filled))", "pass"),
+    wrong("4.8", "no copy recorded", "self.copies.append(BlockCopy(shared.block_id, own.block_id, filled))", "pass"),
     wrong(
         "4.8",
         "earlier copies dropped",
@@ -519,7 +517,7 @@ ANSWERS = [
     ),
     wrong(
         "4.8",
-        "the key taken over by the copy",
+        "the hash moved to the new block",
         "table[place] = own",
         "table[place] = own\n            if shared.block_hash is not None:\n"
         "                own.block_hash = shared.block_hash\n"
@@ -541,7 +539,7 @@ ANSWERS = [
     # ------------------------------------------------------------------------------------- 4.9 KVCacheManager.trim
     planted(
         "4.9",
-        "the block that is partly filled given up too",
+        "the block that is partly filled freed too",
         "cdiv(request.num_computed_tokens, self.block_size)",
         "request.num_computed_tokens // self.block_size",
     ),
@@ -553,7 +551,7 @@ ANSWERS = [
     ),
     wrong(
         "4.9",
-        "the tokens counted that it has, guesses included, not those that are computed",
+        "all tokens of the sequence counted, not only the computed ones",
         "cdiv(request.num_computed_tokens, self.block_size)",
         "cdiv(len(request.all_token_ids), self.block_size)",
     ),
@@ -565,7 +563,7 @@ ANSWERS = [
     ),
     wrong(
         "4.9",
-        "the order turned round, in which nothing was wrong",
+        "the order of freeing reversed, which was right",
         "reversed(table[needed:])",
         "table[needed:]",
     ),
@@ -585,7 +583,7 @@ ANSWERS = [
     ),
     wrong(
         "4.10",
-        "all sequences together in one row of blocks",
+        "all sequences packed into the same blocks",
         "sum(cdiv(length, block_size) * block_size for length in num_tokens)",
         "cdiv(sum(num_tokens), block_size) * block_size",
     ),
@@ -692,13 +690,13 @@ ANSWERS = [
     ),
     wrong(
         "4.12",
-        "everything brought to the first one's maximum",
+        "both parts rescaled to the first one's maximum",
         "maximum = torch.maximum(a.maximum, b.maximum)",
         "maximum = a.maximum",
     ),
     wrong(
         "4.12",
-        "only the first one rescaled",
+        "only the first part rescaled",
         "(b.maximum - safe).exp()",
         "torch.ones_like(b.maximum)",
     ),
@@ -710,7 +708,7 @@ ANSWERS = [
     ),
     wrong(
         "4.12",
-        "the scales turned upside down",
+        "the scales inverted",
         "(a.maximum - safe).exp(), (b.maximum - safe).exp()",
         "(safe - a.maximum).clamp(max=50).exp(), (safe - b.maximum).clamp(max=50).exp()",
     ),
@@ -728,14 +726,14 @@ ANSWERS = [
     # ---------------------------------------------------------------------------------------- 4.13 blockwise_attention
     wrong(
         "4.13",
-        "a query that does not see itself, except in the first place",
+        "a query that does not see its own key, except at position 0",
         "slots <= rows",
         "slots <= (rows - 1).clamp(min=0)",
     ),
     wrong("4.13", "no mask: queries see all keys", "slots <= rows", "slots < rows + num_keys"),
     wrong(
         "4.13",
-        "positions repeated one by one, where the rows go through the tokens head by head",
+        "each position repeated side by side, although the rows are ordered by head, then by token",
         "positions.repeat(1, group_size)",
         "positions.repeat_interleave(group_size, 1)",
     ),
@@ -753,7 +751,7 @@ ANSWERS = [
     ),
     wrong(
         "4.13",
-        "only the last segment that a query sees anything of",
+        "only the last segment of which a query sees a key",
         "merge_partials(whole, part)",
         "Partial(*(torch.where((part.total > 0).view(*part.total.shape, *[1] * (x.dim() - 3)), y, x) "
         "for x, y in zip(whole, part)))",
@@ -785,13 +783,13 @@ ANSWERS = [
     ),
     wrong(
         "4.13",
-        "the last segment read to its end, though there are no more keys",
+        "a last segment read beyond num_keys",
         "end = min(start + segment, num_keys)",
         "end = start + segment\n        read(start, end)\n        end = min(end, num_keys)",
     ),
     wrong(
         "4.13",
-        "the heads unfolded as if a row's tokens stood side by side",
+        "the result reshaped without unfolding the heads",
         "mixed.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)",
         "mixed.reshape(q.shape)",
     ),
@@ -829,7 +827,7 @@ ANSWERS = [
     ),
     wrong(
         "4.14",
-        "places counted through the blocks one after another, as in a pack of cards that is dealt",
+        "neighbouring positions put into different blocks, in turn",
         "block_table[p // block_size] * block_size + p % block_size",
         "block_table[p % len(block_table)] * block_size + p // len(block_table)",
     ),
@@ -864,7 +862,7 @@ ANSWERS = [
     ),
     wrong(
         "4.15",
-        "slots in ascending order, whatever the order of the tokens",
+        "the slots sorted, so that they no longer belong to the tokens",
         "index = layer - self.layers.start",
         "index, slots = layer - self.layers.start, slots.sort().values",
     ),
@@ -904,7 +902,7 @@ ANSWERS = [
     ),
     wrong(
         "4.16",
-        "the tables read down their columns",
+        "the tables flattened column by column",
         "block_tables[:, first:last].flatten()",
         "block_tables[:, first:last].T.flatten()",
     ),
@@ -922,7 +920,7 @@ ANSWERS = [
     ),
     wrong(
         "4.16",
-        "one block more than needed, where `end` falls on a boundary",
+        "one block more than needed, where `end` is a block's end",
         "cdiv(end, self.block_size)",
         "end // self.block_size + 1",
     ),
@@ -978,7 +976,7 @@ ANSWERS = [
     ),
     wrong(
         "4.17",
-        "rows given back in the groups' order, not in the batch's",
+        "the result in the order of the groups, not of the batch",
         "return mixed\n",
         "return torch.cat([mixed[group.rows].flatten(0, 1) for group in groups])\n",
     ),
@@ -990,11 +988,11 @@ ANSWERS = [
     ),
     wrong(
         "4.17",
-        "the result put where the queries were",
+        "the result written over the queries",
         "mixed = torch.empty_like(q)",
         "mixed = q",
     ),
-    wrong("4.17", "the window not handed on", "q[group.rows], group, window)", "q[group.rows], group)"),
+    wrong("4.17", "the window not passed on", "q[group.rows], group, window)", "q[group.rows], group)"),
     wrong("4.17", "keys and values exchanged", "metadata.slot_mapping, k, v)", "metadata.slot_mapping, v, k)"),
     wrong(
         "4.17",

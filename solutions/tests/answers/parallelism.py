@@ -4,20 +4,22 @@ from common.course.catalogue import equivalent, planted, right, wrong, wrong_bod
 
 ANSWERS = [
     # -------------------------------------------------------------------------------------------- 6.1 shard_range
-    wrong("6.1", "what does not divide given to the last ranks", "min(rank, left)", "max(0, rank + left - world_size)"),
+    wrong(
+        "6.1", "the remainder given to the last ranks, one each", "min(rank, left)", "max(0, rank + left - world_size)"
+    ),
     wrong_body(
         "6.1",
-        "everything that does not divide given to the last rank",
+        "the whole remainder given to the last rank",
         """
         share = size // world_size
         return range(rank * share, size if rank == world_size - 1 else (rank + 1) * share)
         """,
     ),
-    wrong("6.1", "what does not divide dropped", "share + (rank < left)", "share"),
-    wrong("6.1", "starts that ignore the larger shares before them", "rank * share + min(rank, left)", "rank * share"),
+    wrong("6.1", "the remainder dropped", "share + (rank < left)", "share"),
+    wrong("6.1", "starts that ignore that earlier parts are larger", "rank * share + min(rank, left)", "rank * share"),
     wrong_body(
         "6.1",
-        "shares rounded up, so that the last ranks have less than they could",
+        "all parts rounded up, so that the last ranks have too little",
         """
         share = -(-size // world_size)
         return range(min(size, rank * share), min(size, (rank + 1) * share))
@@ -25,7 +27,7 @@ ANSWERS = [
     ),
     wrong_body(
         "6.1",
-        "even boundaries rounded down, so that not the first ranks have one more",
+        "even boundaries rounded down, so that the larger parts are not the first",
         "return range(size * rank // world_size, size * (rank + 1) // world_size)",
     ),
     wrong(
@@ -45,13 +47,13 @@ ANSWERS = [
     # -------------------------------------------------------------------------------------------- 6.2 head_groups
     wrong(
         "6.2",
-        "query heads dealt one by one, whatever group they are of",
+        "query heads assigned one by one, without regard to groups",
         "return range(kv_heads.start * group_size, kv_heads.stop * group_size), kv_heads",
         "return shard_range(num_heads, rank, world_size), kv_heads",
     ),
     wrong_body(
         "6.2",
-        "query heads dealt one by one, with the key/value heads that they look at",
+        "query heads assigned one by one, with the key/value heads that they attend to",
         """
         queries, group_size = shard_range(num_heads, rank, world_size), num_heads // num_kv_heads
         return queries, range(queries.start // group_size, (queries.stop - 1) // group_size + 1)
@@ -71,7 +73,7 @@ ANSWERS = [
     ),
     wrong(
         "6.2",
-        "ranks given to key/value heads in even steps rounded down, not as `shard_range` gives them",
+        "ranks assigned to key/value heads in even steps rounded down, not with `shard_range`",
         "sharing = [shard_range(world_size, kv_head, num_kv_heads) for kv_head in range(num_kv_heads)]",
         "owners = [r * num_kv_heads // world_size for r in range(world_size)]\n"
         "    sharing = [range(owners.index(h), owners.index(h) + owners.count(h)) for h in range(num_kv_heads)]",
@@ -96,7 +98,7 @@ ANSWERS = [
     # ---------------------------------------------------------------------------------------------- 6.3 rank_grid
     wrong_body(
         "6.3",
-        "a stage's ranks spread out: numbered column by column",
+        "the grid numbered column by column",
         """
         stages = range(pipeline_parallel)
         return [[i * pipeline_parallel + stage for i in range(tensor_parallel)] for stage in stages]
@@ -109,7 +111,7 @@ ANSWERS = [
     ),
     wrong(
         "6.3",
-        "rows begun at multiples of the number of stages, not of a stage's ranks",
+        "rows that begin at multiples of the number of stages, not of a stage's ranks",
         "stage * tensor_parallel, (stage + 1) * tensor_parallel",
         "stage * pipeline_parallel, stage * pipeline_parallel + tensor_parallel",
     ),
@@ -125,10 +127,10 @@ ANSWERS = [
         "return torch.arange(tensor_parallel * pipeline_parallel).view(pipeline_parallel, tensor_parallel).tolist()",
     ),
     # ------------------------------------------------------------------------------------------- 6.4 stage_layers
-    wrong("6.4", "the head left out of account", "(num_layers + head_cost)", "num_layers"),
+    wrong("6.4", "the head's cost ignored", "(num_layers + head_cost)", "num_layers"),
     wrong(
         "6.4",
-        "the head's work put on the first stage",
+        "the head's cost counted in the first stage",
         "return min(even, num_layers - (num_stages - i))",
         "return max(0, min(even - round(head_cost), num_layers)) if i < num_stages else num_layers",
     ),
@@ -166,19 +168,19 @@ ANSWERS = [
     # -------------------------------------------------------------------------------------- 6.6 pipeline_timeline
     wrong(
         "6.6",
-        "a batch's next step begun before its token is known",
+        "a batch's next step begins before its token is known",
         "starts[batch, step] = max(free, ready[batch])",
         "starts[batch, step] = free",
     ),
     wrong(
         "6.6",
-        "a batch's next step begun a tick before its token is known",
+        "a batch's next step begins one tick before its token is known",
         "max(free, ready[batch])",
         "max(free, ready[batch] - 1)",
     ),
     wrong(
         "6.6",
-        "all stages computing the same at once",
+        "all stages compute the same step in the same tick",
         "timeline[stage][start + stage] = which",
         "timeline[stage][start] = which",
     ),
@@ -190,13 +192,13 @@ ANSWERS = [
     ),
     wrong(
         "6.6",
-        "one batch after another, not in turns",
+        "all steps of one batch, then all of the next, not in turns",
         "    for step in range(num_steps):\n        for batch in range(num_batches):\n",
         "    for batch in range(num_batches):\n        for step in range(num_steps):\n",
     ),
     wrong(
         "6.6",
-        "the next batch begun when this one has left the last stage",
+        "the next batch begins only when this one has left the last stage",
         "free = starts[batch, step] + 1",
         "free = starts[batch, step] + num_stages",
     ),
@@ -220,33 +222,41 @@ ANSWERS = [
         """,
     ),
     # --------------------------------------------------------------------------------------- 6.7 bubble_fraction
-    wrong("6.7", "the share of busy ticks", "cells.count(None) / len(cells)", "1 - cells.count(None) / len(cells)"),
-    wrong("6.7", "idle ticks for each busy one", "/ len(cells)", "/ (len(cells) - cells.count(None))"),
-    wrong("6.7", "idle ticks counted for each stage, not for all", "/ len(cells)", "/ len(timeline[0])"),
-    wrong_body("6.7", "the first stage's ticks alone", "return timeline[0].count(None) / len(timeline[0])"),
-    wrong_body("6.7", "the last stage's ticks alone", "return timeline[-1].count(None) / len(timeline[-1])"),
+    wrong(
+        "6.7",
+        "the share of cells that are not None",
+        "cells.count(None) / len(cells)",
+        "1 - cells.count(None) / len(cells)",
+    ),
+    wrong(
+        "6.7",
+        "the number of None divided by the number of other cells",
+        "/ len(cells)",
+        "/ (len(cells) - cells.count(None))",
+    ),
+    wrong("6.7", "the number of None divided by the ticks of one stage", "/ len(cells)", "/ len(timeline[0])"),
+    wrong_body("6.7", "only the first stage's cells counted", "return timeline[0].count(None) / len(timeline[0])"),
+    wrong_body("6.7", "only the last stage's cells counted", "return timeline[-1].count(None) / len(timeline[-1])"),
     right(
         "6.7",
         "from the mean of the rows",
         "return sum(sum(cell is None for cell in row) / len(row) for row in timeline) / len(timeline)",
     ),
     # ------------------------------------------------------------------------------------- 6.8 communication_cost
-    wrong(
-        "6.8", "the first half alone: sums are made, and not brought round", "2 * (world_size - 1)", "(world_size - 1)"
-    ),
+    wrong("6.8", "only the messages of the first half counted", "2 * (world_size - 1)", "(world_size - 1)"),
     wrong("6.8", "the whole tensor in every message", "num_bytes / world_size / bandwidth", "num_bytes / bandwidth"),
     wrong(
         "6.8",
-        "the whole tensor sent in each half, not one part less",
+        "the bytes of the whole tensor sent in each half, not one part less",
         "num_messages * (latency + num_bytes / world_size / bandwidth)",
         "num_messages * latency + 2 * num_bytes / bandwidth",
     ),
     wrong("6.8", "the bytes of a message rounded down", "num_bytes / world_size", "num_bytes // world_size"),
-    wrong("6.8", "a message too many in each half", "2 * (world_size - 1)", "2 * world_size"),
-    wrong("6.8", "a message too many in one half", "2 * (world_size - 1)", "2 * world_size - 1"),
+    wrong("6.8", "one message too many in each half", "2 * (world_size - 1)", "2 * world_size"),
+    wrong("6.8", "one message too many in one half", "2 * (world_size - 1)", "2 * world_size - 1"),
     wrong(
         "6.8",
-        "the latency paid once",
+        "the latency counted once, not for each message",
         "num_messages * (latency + num_bytes / world_size / bandwidth)",
         "latency + num_messages * num_bytes / world_size / bandwidth",
     ),
@@ -267,14 +277,14 @@ ANSWERS = [
     ),
     wrong(
         "6.9",
-        "the sums written into a copy, where x does not lie in memory row by row",
+        "the sums written into a copy that is not returned, if x is not contiguous",
         "total = x.clone(memory_format=torch.contiguous_format)\n    parts = total.view(-1)",
         "total = x.clone()\n    parts = total.flatten()",
     ),
     wrong("6.9", "the mean, not the sum", "return total", "return total / group.size"),
     wrong(
         "6.9",
-        "the second half begun with a part that is not finished",
+        "the second half begins with a part that is not complete",
         "(group.rank + 1 - step - back) % group.size",
         "(group.rank - step - back) % group.size",
     ),
@@ -299,7 +309,7 @@ ANSWERS = [
     # --------------------------------------------------------------------------- 6.11 ColumnParallelLinear.forward
     wrong(
         "6.11",
-        "the outputs added up over the ranks, though each rank has others",
+        "the outputs added up over the ranks, although each rank has other outputs",
         "self.method.apply(self, x, self.bias)",
         "self.group.all_reduce(nn.functional.pad(self.method.apply(self, x, self.bias), (0, 3 - self.out_features)))"
         "[:, : self.out_features]",
@@ -313,7 +323,7 @@ ANSWERS = [
     ),
     wrong(
         "6.11",
-        "multiplied by the stored weight, past the layer's method",
+        "multiplied by the stored weight, without the layer's method",
         "self.method.apply(self, x, self.bias)",
         "nn.functional.linear(x, self.weight, self.bias)",
     ),
@@ -335,7 +345,7 @@ ANSWERS = [
     ),
     wrong(
         "6.12",
-        "this rank's contribution alone: no all-reduce",
+        "no all-reduce: only this rank's contribution",
         "self.group.all_reduce(self.method.apply(self, x))",
         "self.method.apply(self, x)",
     ),
@@ -348,7 +358,7 @@ ANSWERS = [
     ),
     wrong(
         "6.12",
-        "multiplied by the stored weight, past the layer's method",
+        "multiplied by the stored weight, without the layer's method",
         "self.method.apply(self, x)",
         "nn.functional.linear(x, self.weight)",
     ),
@@ -363,7 +373,7 @@ ANSWERS = [
         """,
     ),
     # ------------------------------------------------------------------------ 6.13 VocabParallelEmbedding.forward
-    wrong("6.13", "rows of other ranks' tokens not made zero", "found.where(ours[:, None], 0)", "found"),
+    wrong("6.13", "the rows of other ranks' tokens not set to zero", "found.where(ours[:, None], 0)", "found"),
     wrong(
         "6.13",
         "no all-reduce: zeros for the other ranks' tokens",
@@ -372,25 +382,25 @@ ANSWERS = [
     ),
     wrong(
         "6.13",
-        "rows counted from 0 on every rank",
+        "self.rows.start not subtracted",
         "(token_ids - self.rows.start).where(ours, 0)",
         "token_ids.where(ours, 0).clamp(max=len(self.rows) - 1)",
     ),
     wrong(
         "6.13",
-        "the last of our rows taken for another rank's",
+        "this rank's last row treated as another rank's",
         "token_ids < self.rows.stop",
         "token_ids < self.rows.stop - 1",
     ),
     wrong(
         "6.13",
-        "looked up in the stored weight, past the layer's method",
+        "looked up in the stored weight, without the layer's method",
         "self.method.embed(self, (token_ids - self.rows.start).where(ours, 0))",
         "self.weight[(token_ids - self.rows.start).where(ours, 0)]",
     ),
     wrong(
         "6.13",
-        "ids clamped to the rows of this rank, and nothing made zero",
+        "ids clamped to the rows of this rank, and no row set to zero",
         "found.where(ours[:, None], 0)",
         "self.method.embed(self, (token_ids - self.rows.start).clamp(0, len(self.rows) - 1))",
     ),
@@ -407,16 +417,18 @@ ANSWERS = [
     wrong("6.14", "the padding kept", "[:, :vocab_size]", ""),
     wrong("6.14", "the ranks' scores in reverse order", "torch.cat(parts, dim=-1)", "torch.cat(parts[::-1], dim=-1)"),
     wrong("6.14", "the scores of one row only", "self.method.apply(self, x)", "self.method.apply(self, x[-1:])"),
-    wrong("6.14", "the ranks' scores one below the other", "torch.cat(parts, dim=-1)", "torch.cat(parts, dim=0)"),
+    wrong(
+        "6.14", "the ranks' scores joined along the first axis", "torch.cat(parts, dim=-1)", "torch.cat(parts, dim=0)"
+    ),
     wrong(
         "6.14",
-        "rows on the ranks that do not sample",
+        "rows returned on the ranks that do not sample",
         "x.new_empty(0, vocab_size)",
         "x.new_zeros(len(x), vocab_size)",
     ),
     wrong(
         "6.14",
-        "multiplied by the stored weight, past the layer's method",
+        "multiplied by the stored weight, without the layer's method",
         "self.method.apply(self, x)",
         "nn.functional.linear(x, self.weight)",
     ),
@@ -440,20 +452,20 @@ ANSWERS = [
     wrong("6.15", "every layer kept on every stage", "if number not in layers:", "if False:"),
     wrong(
         "6.15",
-        "the first block cut, and no other",
+        "only the first block cut",
         "elif group.size > 1:\n            for parent",
         "elif group.size > 1 and number == layers.start:\n            for parent",
     ),
     wrong(
         "6.15",
-        "every layer given the channels of the queries",
+        "every layer cut to the channels of the queries",
         "kind(getattr(parent, name), parts[part], group)",
         'kind(getattr(parent, name), parts["queries"], group)',
         recognised=False,
     ),
     wrong(
         "6.15",
-        "the embedding kept on the first stage only, though the head of a tied model is this table",
+        "the embedding kept on the first stage only, although the head of a tied model is this table",
         "if not coordinates.is_first_stage and not (tied and coordinates.is_last_stage):",
         "if not coordinates.is_first_stage:",
     ),
@@ -464,20 +476,24 @@ ANSWERS = [
         "not coordinates.is_last_stage",
     ),
     wrong("6.15", "the head kept on every stage", "if not coordinates.is_last_stage:", "if False:"),
-    wrong("6.15", "a table of its own for the head: not tied again", "    model.tie_weights()\n", ""),
+    wrong(
+        "6.15", "the weights not tied again, so that the head has a table of its own", "    model.tie_weights()\n", ""
+    ),
     wrong(
         "6.15",
-        "the table whole on every rank",
+        "the embedding table not cut",
         'VocabParallelEmbedding(base.embed_tokens, parts["vocabulary"], group)',
         "base.embed_tokens",
     ),
     wrong(
         "6.15",
-        "layers cut although the rank is alone",
+        "layers cut although the group has one rank",
         "        elif group.size > 1:\n            for",
         "        else:\n            for",
     ),
-    wrong("6.15", "all layers' numbers returned", "return layers", "return range(model.config.num_hidden_layers)"),
+    wrong(
+        "6.15", "the numbers of all layers returned", "return layers", "return range(model.config.num_hidden_layers)"
+    ),
     wrong("6.15", "a group of its own for each layer of a block", "parts[part], group)", "parts[part], Group())"),
     right(
         "6.15",
@@ -514,7 +530,7 @@ ANSWERS = [
     wrong("6.10", "no padding", "if inside == list(part):", "if True:"),
     wrong(
         "6.10",
-        "padding that is not of the checkpoint's dtype",
+        "padding that does not have the checkpoint's dtype",
         "found.new_zeros([len(axis) for axis in part])",
         "torch.zeros([len(axis) for axis in part])",
     ),
@@ -532,7 +548,7 @@ ANSWERS = [
     ),
     wrong(
         "6.10",
-        "ranges that begin at 0, however long they are",
+        "all ranges read from 0 on",
         "range(min(axis.start, size), min(axis.stop, size))",
         "range(min(len(axis), size))",
     ),
@@ -556,27 +572,29 @@ ANSWERS = [
     # --------------------------------------------------------------------------------------------- 6.16 run_stage
     wrong(
         "6.16",
-        "rows awaited though nothing is scheduled",
+        "hidden states received although nothing is scheduled",
         "if plan.scheduled and link.previous is not None:",
         "if link.previous is not None:",
     ),
     wrong(
         "6.16",
-        "rows awaited for a plan that is not empty, though nothing is scheduled",
+        "hidden states received for a plan that is not empty but schedules nothing",
         "if plan.scheduled and",
         "if not plan.is_empty and",
     ),
-    wrong("6.16", "rank 0 as the previous stage taken for none", "link.previous is not None", "link.previous"),
-    wrong("6.16", "a row awaited for each request, not for each token", "plan.num_tokens", "len(plan.scheduled)"),
+    wrong("6.16", "the previous rank 0 treated as None", "link.previous is not None", "link.previous"),
+    wrong("6.16", "a row received for each request, not for each token", "plan.num_tokens", "len(plan.scheduled)"),
     wrong(
         "6.16",
-        "no output of the last stage where nothing is scheduled",
+        "None returned by the last stage where nothing is scheduled",
         "return result",
         "return result if plan.scheduled else None",
     ),
-    wrong("6.16", "the rows received, and not used", "runner.execute(plan, hidden)", "runner.execute(plan)"),
-    wrong("6.16", "rows never handed on", "link.send(result)", "pass"),
-    wrong("6.16", "the rows returned as well", "link.send(result)\n        return None", "link.send(result)"),
+    wrong("6.16", "the hidden states received, but not used", "runner.execute(plan, hidden)", "runner.execute(plan)"),
+    wrong("6.16", "hidden states never sent", "link.send(result)", "pass"),
+    wrong(
+        "6.16", "hidden states returned as well as sent", "link.send(result)\n        return None", "link.send(result)"
+    ),
     right(
         "6.16",
         "asking the link who sends",
@@ -592,16 +610,19 @@ ANSWERS = [
         """,
     ),
     # ------------------------------------------------------------------------------------------- 6.17 worker_loop
-    wrong("6.17", "None sent too", "if result is not None:", "if True:"),
-    wrong("6.17", "what counts as false is not sent", "if result is not None:", "if result:"),
+    wrong("6.17", "a result None sent too", "if result is not None:", "if True:"),
+    wrong("6.17", "results that count as false not sent", "if result is not None:", "if result:"),
     wrong(
-        "6.17", "ended by a command that counts as false", "(command := receive()) is not None", "command := receive()"
+        "6.17",
+        "the loop ended by a command that counts as false",
+        "(command := receive()) is not None",
+        "command := receive()",
     ),
     wrong("6.17", "the error raised again after the Failure was sent", "            return\n", "            raise\n"),
     wrong(
-        "6.17", "the loop going on after an error", "            return\n", "            continue\n", recognised=False
+        "6.17", "the loop continued after an error", "            return\n", "            continue\n", recognised=False
     ),
-    wrong("6.17", "the error's kind left out", "describe(error)", "str(error)"),
+    wrong("6.17", "the error's type left out", "describe(error)", "str(error)"),
     wrong("6.17", "every failure called a consequence of another", "is_consequence(error)", "True"),
     wrong("6.17", "no failure called a consequence of another", "is_consequence(error)", "False"),
     wrong_body(
@@ -640,12 +661,12 @@ ANSWERS = [
         "output = self.rank.run(plan)\n        self.workers.send(plan)",
     ),
     wrong("6.18", "the plan not sent to the other ranks", "self.workers.send(plan)", "pass"),
-    wrong("6.18", "None kept as an output, where another rank samples", "if output is not None:", "if True:"),
+    wrong("6.18", "None appended to outputs where another rank samples", "if output is not None:", "if True:"),
     wrong("6.18", "the newest output put before the older ones", "self.outputs.append(", "self.outputs.appendleft("),
     wrong("6.18", "rank 0's output dropped", "self.outputs.append(output)", "pass"),
     wrong(
         "6.18",
-        "the output awaited here: no second step can be in flight",
+        "`submit` waits for the output, so that no second step can be in flight",
         "if output is not None:\n            self.outputs.append(output)",
         "self.outputs.append(self.workers.receive(self.timeout) if output is None else output)",
     ),
@@ -675,21 +696,21 @@ ANSWERS = [
     # ----------------------------------------------------------------------------------------- 6.5 largest_share
     planted(
         "6.5",
-        "all stages taken to have equally many layers",
+        "all stages assumed to have the same number of layers",
         "    stages = [RankCoordinates(stage, 1, pipeline_parallel) for stage in range(pipeline_parallel)]\n"
         "    most_layers = max(len(stage.layers(config)) for stage in stages)\n",
         "    most_layers = config.num_hidden_layers / pipeline_parallel\n",
     ),
-    wrong("6.5", "the shortest stage's layers", "most_layers = max(", "most_layers = min("),
+    wrong("6.5", "the layers of the stage with the fewest", "most_layers = max(", "most_layers = min("),
     wrong(
         "6.5",
-        "the first stage's layers, though another one may have more",
+        "the layers of the first stage, although another may have more",
         "max(len(stage.layers(config)) for stage in stages)",
         "len(stages[0].layers(config))",
     ),
     wrong(
         "6.5",
-        "the stages of the first ranks only: as many ranks as there are stages, not all of the grid",
+        "only the first ranks considered, as many as there are stages",
         "RankCoordinates(stage, 1, pipeline_parallel)",
         "RankCoordinates(stage, tensor_parallel, pipeline_parallel)",
     ),

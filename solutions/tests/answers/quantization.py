@@ -23,13 +23,21 @@ ANSWERS = [
     ),
     wrong(
         "7.1",
-        "the largest of this part, though the row's was given",
+        "absmax ignored, and the largest magnitude of this part used",
         "absmax = weight.abs().amax(dim=1) if absmax is None else absmax",
         "absmax = weight.abs().amax(dim=1)",
     ),
     wrong(
         "7.1",
-        "a row with a NaN in it given the scale of a row of zeros",
+        "the largest absmax used for all rows",
+        "weight.abs().amax(dim=1) if absmax is None else absmax",
+        "weight.abs().amax(dim=1) if absmax is None else absmax.amax().expand(len(weight))",
+    ),
+    wrong("7.1", "numbers as low as -128", "clamp(-127, 127)", "clamp(-128, 127)"),
+    wrong("7.1", "numbers not limited to 127 in magnitude", ".clamp(-127, 127)", ""),
+    wrong(
+        "7.1",
+        "scale 1 for a row with a NaN",
         "torch.where(scale == 0, 1.0, scale)",
         "torch.where(scale > 0, scale, 1.0)",
     ),
@@ -41,7 +49,7 @@ ANSWERS = [
             absmax = torch.stack([row.abs().max() for row in weight])
         scale = absmax / 127.0
         scale = scale.masked_fill(scale == 0, 1.0)
-        rows = [torch.round(row / each).to(torch.int8) for row, each in zip(weight, scale)]
+        rows = [torch.round(row / each).clamp(-127, 127).to(torch.int8) for row, each in zip(weight, scale)]
         return torch.stack(rows), scale
         """,
     ),
@@ -53,7 +61,16 @@ ANSWERS = [
         "quantize_int8(x, x.abs().amax().expand(len(x)) if absmax is None else absmax)",
     ),
     wrong(
-        "7.2", "the largest of this part, though the token's was given", "quantize_int8(x, absmax)", "quantize_int8(x)"
+        "7.2",
+        "absmax ignored, and the largest magnitude of this part used",
+        "quantize_int8(x, absmax)",
+        "quantize_int8(x)",
+    ),
+    wrong(
+        "7.2",
+        "the largest absmax used for all tokens",
+        "quantize_int8(x, absmax)",
+        "quantize_int8(x, None if absmax is None else absmax.amax().expand(len(x)))",
     ),
     wrong(
         "7.2",
@@ -67,21 +84,25 @@ ANSWERS = [
         """
         largest = x.abs().max(dim=-1).values if absmax is None else absmax
         scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
-        return torch.round(x / scale.unsqueeze(-1)).to(torch.int8), scale
+        return torch.round(x / scale.unsqueeze(-1)).clamp(-127, 127).to(torch.int8), scale
         """,
     ),
     # --------------------------------------------------------------------------------------- 7.3 Int8Method.product
     wrong("7.3", "the scales left out", " * layer.weight_scale", ""),
     wrong("7.3", "divided by the scales", " * layer.weight_scale", " / layer.weight_scale"),
     wrong("7.3", "the mean of all scales", " * layer.weight_scale", " * layer.weight_scale.mean()"),
+    wrong("7.3", "the product divided by 127, not multiplied by the scales", " * layer.weight_scale", " / 127"),
     wrong(
-        "7.3", "the numbers taken for weights of a whole unit each, scaled by 127", " * layer.weight_scale", " / 127"
+        "7.3",
+        "the bias added here too, although `apply` adds it",
+        "F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale",
+        "F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale + layer.bias",
     ),
     wrong(
         "7.3",
-        "the bias added here as well, though `apply` adds it",
+        "computed in float32, whatever dtype x has",
         "F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale",
-        "F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale + layer.bias",
+        "F.linear(x.float(), layer.weight.float()) * layer.weight_scale",
     ),
     right(
         "7.3",
@@ -102,7 +123,7 @@ ANSWERS = [
     wrong("7.4", "the tokens' scales left out", " * upcast(scale)[:, None]", ""),
     wrong(
         "7.4",
-        "each rank scaling its own part of a token",
+        "a scale from this rank's part of a token only",
         "quantize_activations(x, whole_row_absmax(layer, x))",
         "quantize_activations(x)",
     ),
@@ -114,10 +135,16 @@ ANSWERS = [
     ),
     wrong(
         "7.4",
-        "sums changed to the dtype of x, where float16 ends at 65,504",
+        "sums converted to the dtype of x before they are scaled, where float16 ends at 65,504",
         "(total * upcast(scale)[:, None] * upcast(layer.weight_scale)).to(x.dtype)",
         "total.to(x.dtype) * scale[:, None] * layer.weight_scale",
         recognised=False,  # both are infinite
+    ),
+    wrong(
+        "7.4",
+        "the two scales multiplied in the dtype of x, where float16 loses a small product",
+        "(total * upcast(scale)[:, None] * upcast(layer.weight_scale)).to(x.dtype)",
+        "(total * upcast(scale[:, None] * layer.weight_scale)).to(x.dtype)",
     ),
     right(
         "7.4",
@@ -151,7 +178,7 @@ ANSWERS = [
     wrong("7.6", "the high half not shifted down", "packed >> 4", "packed & 240"),
     wrong(
         "7.6",
-        "signed: what is above 7 taken for negative",
+        "numbers above 7 treated as negative",
         "packed & 15, packed >> 4], dim=-1).flatten(1)",
         "packed & 15, packed >> 4], dim=-1).flatten(1).add(8).remainder(16)",
     ),
@@ -168,21 +195,23 @@ ANSWERS = [
     # -------------------------------------------------------------------------------------------- 7.7 quantize_int4
     wrong(
         "7.7",
-        "16 steps, where 16 numbers have 15 between them",
+        "16 steps between the smallest and the largest, not 15",
         "(groups.amax(-1) - groups.amin(-1)) / 15",
         "(groups.amax(-1) - groups.amin(-1)) / 16",
     ),
-    wrong("7.7", "the minimum forgotten when numbers are chosen", "(groups - wide[1]) / wide[0]", "groups / wide[0]"),
+    wrong(
+        "7.7", "the minimum not subtracted when numbers are chosen", "(groups - wide[1]) / wide[0]", "groups / wide[0]"
+    ),
     wrong(
         "7.7",
-        "symmetric like asymmetric: 15 steps over twice the magnitude",
+        "symmetric with 15 steps over twice the magnitude, not 7 over the magnitude",
         "groups.abs().amax(-1) / 7 if",
         "groups.abs().amax(-1) / 7.5 if",
     ),
     wrong("7.7", "the fraction cut off, not rounded", ".round().clamp(0, 15)", ".trunc().clamp(0, 15)"),
     wrong(
         "7.7",
-        "the last group filled up with zeros",
+        "the last group filled with zeros",
         "weight[:, -1:].expand(out, missing)",
         "weight.new_zeros(out, missing)",
     ),
@@ -194,7 +223,7 @@ ANSWERS = [
     ),
     wrong(
         "7.7",
-        "scale 1 wherever all are alike, which loses them in a symmetric group",
+        "scale 1 where all weights of a group are equal, which loses them if symmetric",
         "torch.where(step.half() > 0, step.half(), 1.0)",
         "torch.where((groups.amax(-1) > groups.amin(-1)) & (step.half() > 0), step.half(), 1.0)",
     ),
@@ -212,7 +241,7 @@ ANSWERS = [
     ),
     wrong(
         "7.7",
-        "the last group filled up with the first weight",
+        "the last group filled with the first weight",
         "weight[:, -1:].expand(out, ",
         "weight[:, :1].expand(out, ",
     ),
@@ -240,7 +269,7 @@ ANSWERS = [
     ),
     wrong(
         "7.8",
-        "the minimum forgotten",
+        "the minimum not added",
         "numbers * scale[:, group_of] + minimum[:, group_of]",
         "numbers * scale[:, group_of]",
     ),
@@ -265,25 +294,25 @@ ANSWERS = [
     # --------------------------------------------------------------------------------------- 7.9 Int4Method.product
     wrong(
         "7.9",
-        "the minima of symmetric groups everywhere",
+        "the minima of symmetric groups used for asymmetric ones, too",
         "None if self.symmetric else layer.weight_minimum.to(x.dtype)",
         "None",
     ),
     wrong(
         "7.9",
-        "every number one too small",
+        "every number too small by one",
         "numbers = unpack_int4(layer.weight)[:, : layer.in_features]",
         "numbers = unpack_int4(layer.weight)[:, : layer.in_features].sub(1)",
     ),
     wrong(
         "7.9",
-        "numbers taken for signed ones around 8, minima added as well",
+        "8 subtracted from the numbers, and minima added as well",
         "numbers = unpack_int4(layer.weight)[:, : layer.in_features]",
         "numbers = unpack_int4(layer.weight)[:, : layer.in_features].to(x.dtype) - 8",
     ),
     wrong_body(
         "7.9",
-        "the weight computed in float16, and widened afterwards",
+        "the weight computed in float16, and converted to x's dtype afterwards",
         """
         numbers = unpack_int4(layer.weight)[:, : layer.in_features]
         minimum = None if self.symmetric else layer.weight_minimum
@@ -306,7 +335,7 @@ ANSWERS = [
     ),
     wrong(
         "7.9",
-        "the bias added here as well, though `apply` adds it",
+        "the bias added here too, although `apply` adds it",
         "F.linear(x, weight)",
         "F.linear(x, weight, layer.bias)",
     ),
@@ -334,13 +363,13 @@ ANSWERS = [
     wrong("7.10", "the head left in floats", "set_method(model.lm_head, head_method)", "pass"),
     wrong(
         "7.10",
-        "a table of its own for the head: not tied again",
+        "the weights not tied again, so that the head has a table of its own",
         "    model.tie_weights()",
         "",
     ),
     wrong(
         "7.10",
-        "every embedding table in eight bits, though only a tied one is a head",
+        "the embedding table in eight bits even if it is not tied",
         "if model.config.tie_word_embeddings:",
         "if True:",
     ),
@@ -352,20 +381,20 @@ ANSWERS = [
     ),
     wrong(
         "7.10",
-        "always floats expected in the checkpoint",
+        "is_saved ignored",
         "quantization.method(is_saved)",
         "quantization.method(False)",
     ),
-    wrong("7.10", "floats expected for the head, always", "Int8Method(is_saved)", "Int8Method()"),
+    wrong("7.10", "is_saved ignored for the head", "Int8Method(is_saved)", "Int8Method()"),
     wrong(
         "7.10",
-        "the first layer of blocks only",
+        "only the first block quantized",
         "layers_of(model.model.layers)",
         "layers_of(model.model.layers[0])",
     ),
     wrong(
         "7.10",
-        "methods named, and no tensors made for them",
+        "methods set without making tensors for them",
         "set_method(layer, method)",
         "layer.method = method",
     ),
@@ -382,7 +411,7 @@ ANSWERS = [
         """,
     ),
     # --------------------------------------------------------------------------------- 7.11 activation_aware_scales
-    wrong("7.11", "the last factors, not the best", "if error < least:", "if True:"),
+    wrong("7.11", "the factors of the last candidate, not of the best", "if error < least:", "if True:"),
     wrong(
         "7.11",
         "the error of the weights, not of the outputs",
@@ -399,7 +428,7 @@ ANSWERS = [
     ),
     wrong(
         "7.11",
-        "the scaled weights' errors, with inputs that are not divided",
+        "the outputs of scaled weights compared, with inputs that are not divided",
         "float((x @ each.T - target).square().mean()) for each, target in zip(left, wanted)",
         "float((x @ ((each - weight) * factors).T).square().mean()) for each, weight in zip(left, weights)",
         recognised=False,
@@ -411,12 +440,13 @@ ANSWERS = [
         "x.abs().amax(dim=0)",
     ),
     wrong(
-        "7.11", "factors not brought to a middle", "factors = factors / (factors.max() * factors.min()).sqrt()", "pass"
+        "7.11",
+        "factors not divided by the square root of their largest times smallest",
+        "factors = factors / (factors.max() * factors.min()).sqrt()",
+        "pass",
     ),
-    wrong(
-        "7.11", "the mean of the magnitudes of the changes, not of their squares", ".square().mean()", ".abs().mean()"
-    ),
-    wrong("7.11", "the last of equally good ones", "error < least", "error <= least"),
+    wrong("7.11", "the mean magnitude of the changes, not the mean square", ".square().mean()", ".abs().mean()"),
+    wrong("7.11", "the last of equally good candidates", "error < least", "error <= least"),
     right(
         "7.11",
         "a list of trials, and its minimum",
@@ -444,20 +474,20 @@ ANSWERS = [
     ),
     wrong(
         "7.12",
-        "the scales not kept",
+        "the scales not stored",
         "scales[index].flatten(0, 1).index_copy_(0, slots, scale.view(new.shape[:-1]))",
         "pass",
     ),
-    wrong("7.12", "keys written as values too", "(k, v)):", "(k, k)):"),
+    wrong("7.12", "the keys written as values, too", "(k, v)):", "(k, k)):"),
     wrong(
         "7.12",
-        "one scale for all tokens of the step, so that chunks matter",
+        "one scale for all tokens of the step, so that results depend on chunks",
         "quantize_int8(new.flatten(0, 1))",
         "quantize_int8(new.flatten(0, 1), new.abs().amax().expand(new.shape[0] * new.shape[1]))",
     ),
     wrong(
         "7.12",
-        "a slot's scale never smaller than what it was before",
+        "a slot's scale never smaller than its earlier one",
         "scale.view(new.shape[:-1]))",
         "torch.maximum(scales[index].flatten(0, 1)[slots], scale.view(new.shape[:-1])))",
     ),
@@ -478,7 +508,7 @@ ANSWERS = [
     wrong("7.13", "the scales left out", "numbers * scales[index].index_select(0, block_ids)[..., None]", "numbers"),
     wrong(
         "7.13",
-        "the keys' scales for the values too",
+        "the keys' scales used for the values, too",
         "zip((self.keys, self.values), self.scales)",
         "zip((self.keys, self.values), (self.scales[0],) * 2)",
     ),
@@ -562,12 +592,12 @@ ANSWERS = [
         """,
     ),
     # ---------------------------------------------------------------------------------------- 7.15 kl_divergence
-    wrong("7.15", "the two exchanged", "(p.exp() * (p - q))", "(q.exp() * (q - p))"),
+    wrong("7.15", "p and q exchanged", "(p.exp() * (p - q))", "(q.exp() * (q - p))"),
     wrong("7.15", "summed over the tokens, not their mean", ".sum(-1).mean()", ".sum()"),
     wrong("7.15", "the mean over the vocabulary", ".sum(-1).mean()", ".mean()"),
     wrong(
         "7.15",
-        "scores taken for log-probabilities",
+        "scores used as log-probabilities",
         "upcast(logits).log_softmax(-1), upcast(other_logits).log_softmax(-1)",
         "upcast(logits), upcast(other_logits)",
     ),
@@ -594,14 +624,6 @@ EQUIVALENT = [
         "7.4",
         "a float32 number times a half-precision scale is float32 as well, with the same value",
         "upcast(layer.weight_scale) -> layer.weight_scale",
-    ),
-    equivalent(
-        "7.1",
-        "the scale is the row's largest magnitude / 127, so no quotient rounds to more than 127 in magnitude",
-        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round()",
-        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-127)",
-        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-128, 127)",
-        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-127, 128)",
     ),
     equivalent(
         "7.4",

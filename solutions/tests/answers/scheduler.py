@@ -6,16 +6,16 @@ from common.course.catalogue import equivalent, planted, right, wrong, wrong_bod
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------- 5.1 static_batch
-    wrong("5.1", "each batch as long as its shortest member", "start += max(batch)", "start += min(batch)"),
-    wrong("5.1", "no batch waits for the one before", "start += max(batch)", "pass"),
+    wrong("5.1", "each batch as long as its shortest request", "start += max(batch)", "start += min(batch)"),
+    wrong("5.1", "no batch waits for the batch before it", "start += max(batch)", "pass"),
     wrong(
         "5.1",
         "each request as long as its whole batch",
         "range(start, start + length)",
         "range(start, start + max(batch))",
     ),
-    wrong("5.1", "each batch as long as all of its members in turn", "start += max(batch)", "start += sum(batch)"),
-    wrong("5.1", "each batch as long as its last member", "start += max(batch)", "start += batch[-1]"),
+    wrong("5.1", "each batch as long as the sum of its requests", "start += max(batch)", "start += sum(batch)"),
+    wrong("5.1", "each batch as long as its last request", "start += max(batch)", "start += batch[-1]"),
     right(
         "5.1",
         "one list of batches first",
@@ -28,7 +28,7 @@ ANSWERS = [
     # ------------------------------------------------------------------------------------------ 5.2 finish_reason
     wrong_body(
         "5.2",
-        "the length looked at before the stop",
+        "length returned before the stop token is looked at",
         """
         if len(request.output_token_ids) >= request.max_tokens:
             return "length"
@@ -46,7 +46,7 @@ ANSWERS = [
     ),
     wrong(
         "5.2",
-        "the last token of all, which may be the prompt's",
+        "the last of all tokens, which may be in the prompt",
         "request.output_token_ids and request.output_token_ids[-1] in request.stop_token_ids",
         "request.all_token_ids[-1] in request.stop_token_ids",
     ),
@@ -59,7 +59,7 @@ ANSWERS = [
     ),
     wrong(
         "5.2",
-        "token 0 taken for none",
+        "the stop token 0 ignored, because 0 counts as false",
         "if request.output_token_ids and request",
         "if request.output_token_ids and request.output_token_ids[-1] and request",
     ),
@@ -72,13 +72,11 @@ ANSWERS = [
         """,
     ),
     # ------------------------------------------------------------------------------------- 5.3 tokens_to_schedule
-    wrong("5.3", "what is computed already computed again", " - request.num_computed_tokens", ""),
+    wrong("5.3", "the computed tokens not subtracted", " - request.num_computed_tokens", ""),
     wrong("5.3", "draft tokens left out", " + len(request.spec_token_ids)", ""),
-    wrong("5.3", "the budget not obeyed", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, max_chunk)"),
-    wrong(
-        "5.3", "the largest chunk not obeyed", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, budget)"
-    ),
-    wrong("5.3", "the prompt alone", "request.num_tokens +", "len(request.prompt_token_ids) +"),
+    wrong("5.3", "the budget ignored", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, max_chunk)"),
+    wrong("5.3", "max_chunk ignored", "min(num_uncomputed, budget, max_chunk)", "min(num_uncomputed, budget)"),
+    wrong("5.3", "only the tokens of the prompt counted", "request.num_tokens +", "len(request.prompt_token_ids) +"),
     wrong(
         "5.3",
         "cached tokens subtracted a second time",
@@ -87,19 +85,19 @@ ANSWERS = [
     ),
     wrong(
         "5.3",
-        "a token even where nothing is left of the budget",
+        "at least one token, even with a budget of 0",
         "min(num_uncomputed, budget, max_chunk)",
         "max(1, min(num_uncomputed, budget, max_chunk))",
     ),
     wrong(
         "5.3",
-        "chunks limited for new prompts alone",
+        "max_chunk applied only to requests without output",
         "min(num_uncomputed, budget, max_chunk)",
         "min(num_uncomputed, budget, budget if request.output_token_ids else max_chunk)",
     ),
     wrong(
         "5.3",
-        "what was found in the cache counted as computed, even after a preemption",
+        "cached tokens counted as computed, even after a preemption",
         "- request.num_computed_tokens",
         "- max(request.num_computed_tokens, request.num_cached_tokens)",
     ),
@@ -115,7 +113,7 @@ ANSWERS = [
     wrong("5.4", "the most served first", "(served[request.tenant],", "(-served[request.tenant],"),
     wrong(
         "5.4",
-        "arrival before what was served",
+        "sorted by arrival before the tokens served",
         "(served[request.tenant], request.arrival)",
         "(request.arrival, served[request.tenant])",
     ),
@@ -125,40 +123,42 @@ ANSWERS = [
         "(served[request.tenant], request.arrival)",
         "(served[request.tenant],)",
     ),
-    wrong("5.4", "equals with the last to arrive first", "request.arrival)", "-request.arrival)"),
+    wrong(
+        "5.4", "the later arrival first, where the tenants were served equally", "request.arrival)", "-request.arrival)"
+    ),
     wrong("5.4", "the request's own tokens, instead of its tenant's", "served[request.tenant]", "request.num_tokens"),
-    wrong("5.4", "equals by their ids, instead of arrival", "request.arrival)", "request.request_id)"),
+    wrong("5.4", "request ids in place of arrival", "request.arrival)", "request.request_id)"),
     wrong("5.4", "priority before arrival", "request.arrival)", "request.priority, request.arrival)"),
-    wrong("5.4", "fractions cut off", "served[request.tenant]", "int(served[request.tenant])"),
+    wrong("5.4", "the fractions of served counts cut off", "served[request.tenant]", "int(served[request.tenant])"),
     right("5.4", "as a list", "return [served.get(request.tenant), request.arrival]"),
     # -------------------------------------------------------------------------------------------------- 5.5 join
     wrong(
         "5.5",
-        "time in which nothing was asked for counts as credit",
+        "a returning tenant keeps its low count",
         "max(own, min(served[other] for other in active))",
         "own",
     ),
     wrong(
         "5.5",
-        "level with the most served",
+        "raised to the highest count of the active tenants",
         "min(served[other] for other in active)",
         "max(served[other] for other in active)",
     ),
     wrong(
         "5.5",
-        "level even where it was served more",
+        "lowered, too, where its count is above the lowest",
         "max(own, min(served[other] for other in active))",
         "min(served[other] for other in active)",
     ),
     wrong(
         "5.5",
-        "idle tenants counted too",
+        "inactive tenants counted too",
         "min(served[other] for other in active)",
         "min(served[other] for other in served if other != tenant)",
     ),
     wrong(
         "5.5",
-        "an active tenant lifted, too",
+        "a tenant that is active itself raised, too",
         "if active and tenant not in active:",
         "if active:\n        active = active - {tenant} or active",
     ),
@@ -176,45 +176,48 @@ ANSWERS = [
         """,
     ),
     # ----------------------------------------------------------------------------- 5.6 Scheduler.schedule_running
-    wrong("5.6", "the whole budget to the first request", "max(1, budget - num_after)", "budget"),
+    wrong("5.6", "no token left for the requests after it", "max(1, budget - num_after)", "budget"),
     wrong("5.6", "the budget not reduced", "budget -= num_tokens", "pass"),
     wrong("5.6", "one token for each request, prompts too", "max(1, budget - num_after)", "1"),
     wrong(
         "5.6",
-        "no token at all where the budget does not suffice for all",
+        "no token for the first requests if the budget is too small for all",
         "max(1, budget - num_after)",
         "max(0, budget - num_after)",
     ),
     wrong(
         "5.6",
-        "as many as were asked for, where fewer fit",
+        "all tokens scheduled, although `make_room` returned fewer",
         "num_tokens = self.make_room(request, num_tokens, plan)\n            if num_tokens > 0:",
         "if self.make_room(request, num_tokens, plan):",
         recognised=False,
     ),
     wrong(
         "5.6",
-        "the policy's order, instead of the longest unscheduled first",
+        "the policy's order in place of the order of `ready`",
         "for i, request in enumerate(ready):",
         "for i, request in enumerate(sorted(ready, key=self.rank)):",
     ),
-    wrong("5.6", "no stop where nothing is left of the budget", "if budget == 0:", "if False:"),
+    wrong("5.6", "no stop when the budget is 0", "if budget == 0:", "if False:"),
     wrong(
         "5.6",
-        "one that was preempted for another goes on all the same",
+        "a request scheduled although it was preempted",
         "if request.status is not RequestStatus.RUNNING:",
         "if False:",
     ),
     wrong(
         "5.6",
-        "scheduled without a look at what `make_room` returned",
+        "the result of `make_room` ignored",
         "num_tokens = self.make_room(request, num_tokens, plan)",
         "self.make_room(request, num_tokens, plan)",
         recognised=False,
     ),
-    wrong("5.6", "no request after the preempted one goes on", "continue", "break"),
+    wrong("5.6", "the loop ended at the first preempted request", "continue", "break"),
     wrong(
-        "5.6", "a token subtracted for a request without a slot", "budget -= num_tokens", "budget -= max(1, num_tokens)"
+        "5.6",
+        "a token of the budget subtracted for a request that got none",
+        "budget -= num_tokens",
+        "budget -= max(1, num_tokens)",
     ),
     wrong("5.6", "a token left for requests in flight, too", "len(ready) - i - 1", "len(self.running) - i - 1"),
     right(
@@ -235,7 +238,7 @@ ANSWERS = [
         """,
     ),
     # ----------------------------------------------------------------------------- 5.7 Scheduler.schedule_waiting
-    wrong("5.7", "one request too many", "< self.max_num_seqs", "<= self.max_num_seqs"),
+    wrong("5.7", "one request more than max_num_seqs", "< self.max_num_seqs", "<= self.max_num_seqs"),
     wrong(
         "5.7",
         "the budget not reduced",
@@ -248,10 +251,10 @@ ANSWERS = [
         "budget -= self.admit(request, budget, plan)",
         "self.admit(request, budget, plan)\n            break",
     ),
-    wrong("5.7", "no look at whether there are blocks", " or not self.can_allocate(request)", "", recognised=False),
+    wrong("5.7", "`can_allocate` not called", " or not self.can_allocate(request)", "", recognised=False),
     wrong_body(
         "5.7",
-        "requests that fit admitted past those that do not",
+        "later requests admitted where the first waiting one does not fit",
         """
         for request in sorted(self.waiting, key=self.rank):
             if budget > 0 and len(self.running) < self.max_num_seqs and self.can_allocate(request):
@@ -277,19 +280,19 @@ ANSWERS = [
     ),
     wrong(
         "5.7",
-        "all tokens of a request subtracted from the budget, not those that are scheduled",
+        "all tokens of a request subtracted from the budget, not only those scheduled",
         "budget -= self.admit(request, budget, plan)",
         "self.admit(request, budget, plan)\n            budget -= request.num_tokens",
     ),
     wrong(
         "5.7",
-        "the first in the policy's order, even if it is a sample that should wait to fork another",
+        "the first waiting request, even if it is a sample that must wait for its parent",
         "self.next_waiting(plan)",
         "min(self.waiting, key=self.rank, default=None)",
     ),
     wrong(
         "5.7",
-        "no request admitted that was swapped out",
+        "requests that were swapped out never admitted",
         "request is None or",
         "request is None or request.status is not RequestStatus.WAITING or",
     ),
@@ -307,7 +310,7 @@ ANSWERS = [
     # --------------------------------------------------------------------------- 5.8 Scheduler.update_from_output
     wrong(
         "5.8",
-        "rejected draft tokens left counted as computed",
+        "rejected draft tokens still counted as computed",
         "request.num_computed_tokens -= scheduled.num_spec_tokens + 1 - len(sampled)",
         "pass",
     ),
@@ -329,50 +332,50 @@ ANSWERS = [
         "if reason:\n                    break",
         "if reason:\n                    pass",
     ),
-    wrong("5.8", "one token taken back where nothing was sampled", "if sampled:", "if True:"),
+    wrong("5.8", "one token subtracted where nothing was sampled", "if sampled:", "if True:"),
     wrong(
         "5.8",
-        "a chunk in the middle counted as the whole prompt",
+        "a chunk in the middle of a prompt counted as the whole prompt",
         "request.spec_token_ids = output",
         "request.num_computed_tokens = request.num_tokens - 1\n            request.spec_token_ids = output",
     ),
     wrong(
         "5.8",
-        "a block that lacks its last token entered into the prefix cache",
+        "a block whose last token is not computed entered into the prefix cache",
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_computed_tokens + 1)",
     ),
     wrong(
         "5.8",
-        "all tokens that it has taken for computed, when they are entered into the prefix cache",
+        "tokens that are not computed entered into the prefix cache",
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_tokens)",
     ),
     wrong(
         "5.8",
-        "a chunk in the middle taken back",
+        "a chunk in the middle of a prompt no longer counted as computed",
         "if sampled:",
         "if not sampled:\n                request.num_computed_tokens = scheduled.start\n            else:",
         recognised=False,
     ),
-    wrong("5.8", "still in flight afterwards", "request.in_flight = False", "request.in_flight = True"),
-    wrong("5.8", "its next draft tokens forgotten", "output.spec_token_ids.get(request.request_id, [])", "[]"),
+    wrong("5.8", "in_flight still True afterwards", "request.in_flight = False", "request.in_flight = True"),
+    wrong("5.8", "the new draft tokens not stored", "output.spec_token_ids.get(request.request_id, [])", "[]"),
     wrong(
         "5.8",
-        "rejected tokens' blocks entered into the prefix cache",
+        "blocks with rejected draft tokens entered into the prefix cache",
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_computed_tokens // 4 * 4 + 4 if scheduled.num_spec_tokens else 0)",
         recognised=False,
     ),
     wrong(
         "5.8",
-        "one that was aborted in flight goes on",
+        "a request that was aborted in flight goes on",
         "if request.finish_reason or request.request_id in output.errors:",
         "if request.request_id in output.errors:",
     ),
     wrong(
         "5.8",
-        "those that finish not returned",
+        "requests that finish not returned",
         "return requests",
         "return [request for request in requests if request.status is not RequestStatus.FINISHED]",
     ),
@@ -384,7 +387,7 @@ ANSWERS = [
     ),
     wrong(
         "5.8",
-        "a block entered into the prefix cache that tokens after the end have filled",
+        "a block with dropped tokens entered into the prefix cache",
         "min(request.num_computed_tokens, request.num_tokens))",
         "request.num_computed_tokens)",
     ),
@@ -422,27 +425,27 @@ ANSWERS = [
     wrong("5.9", "the first in the policy's order, instead of the last", "return max(", "return min("),
     wrong(
         "5.9",
-        "one that is in flight",
+        "requests in flight not left out",
         "for request in self.running if not request.in_flight)",
         "for request in self.running)",
     ),
     wrong("5.9", "the last to arrive, whatever the policy", "key=self.rank", "key=lambda request: request.arrival"),
     wrong_body(
         "5.9",
-        "the last that was admitted",
+        "the request that was admitted last",
         "return ([each for each in self.running if not each.in_flight] or [None])[-1]",
         recognised=False,
     ),
     wrong(
         "5.9",
-        "the samples of one prompt in no order",
+        "the order of the samples of one prompt ignored",
         "key=self.rank",
         "key=lambda request: self.policy(request, self.served)",
     ),
     wrong("5.9", "waiting requests, too", "in self.running if", "in [*self.running, *self.waiting] if"),
     wrong_body(
         "5.9",
-        "never the only one",
+        "None if only one request runs",
         """
         candidates = [request for request in self.running if not request.in_flight]
         return max(candidates, key=self.rank) if len(candidates) > 1 else None
@@ -457,17 +460,23 @@ ANSWERS = [
         """,
     ),
     # -------------------------------------------------------------------------- 5.10 Scheduler.preempt_by_recompute
-    wrong("5.10", "its blocks not given up", "self.manager.free(request)", "pass"),
+    wrong("5.10", "its blocks not freed", "self.manager.free(request)", "pass"),
+    wrong(
+        "5.10",
+        "the blocks freed, but the block table kept",
+        "self.manager.free(request)",
+        "self.manager.pool.free_blocks(self.manager.block_tables[request.request_id])",
+    ),
     wrong("5.10", "its tokens still counted as computed", "request.num_computed_tokens = 0", "pass"),
     wrong(
         "5.10",
-        "only the output computed again",
+        "only the output counted as not computed",
         "request.num_computed_tokens = 0",
         "request.num_computed_tokens = len(request.prompt_token_ids)",
     ),
     wrong(
         "5.10",
-        "its output thrown away",
+        "its output tokens deleted",
         "request.num_computed_tokens = 0",
         "request.num_computed_tokens = 0\n        request.output_token_ids.clear()",
     ),
@@ -486,7 +495,7 @@ ANSWERS = [
     ),
     wrong(
         "5.10",
-        "what was once found in the prefix cache counted as computed",
+        "its cached prompt tokens counted as computed",
         "request.num_computed_tokens = 0",
         "request.num_computed_tokens = request.num_cached_tokens",
     ),
@@ -513,27 +522,27 @@ ANSWERS = [
     ),
     wrong(
         "5.11",
-        "nothing of a last block that is full",
+        "0 slots of a last block that is full",
         "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "num_filled = request.num_computed_tokens % block_size if i == num_blocks - 1 else block_size",
     ),
-    wrong("5.11", "the blocks on the device not given up", "self.manager.free(request)", "pass"),
+    wrong("5.11", "the blocks on the device not freed", "self.manager.free(request)", "pass"),
     wrong(
         "5.11",
-        "from the host to the device",
+        "source and target exchanged",
         "BlockCopy(block_id, host.block_id, num_filled)",
         "BlockCopy(host.block_id, block_id, num_filled)",
     ),
     wrong(
         "5.11",
-        "a host block for every block that it holds, filled or not",
+        "a host block for each block of its table, even those without computed tokens",
         "num_blocks = cdiv(request.num_computed_tokens, block_size)",
         "num_blocks = len(self.manager.block_table(request.request_id))",
     ),
     wrong("5.11", "its status still running", "request.status = RequestStatus.SWAPPED", "pass"),
     wrong(
         "5.11",
-        "its tokens counted as lost",
+        "num_computed_tokens set to 0",
         "request.status = RequestStatus.SWAPPED",
         "request.status = RequestStatus.SWAPPED\n        request.num_computed_tokens = 0",
     ),
@@ -552,7 +561,7 @@ ANSWERS = [
     ),
     wrong(
         "5.11",
-        "shared blocks not given up",
+        "shared blocks not freed",
         "self.manager.free(request)",
         "table = self.manager.block_tables.pop(request.request_id)\n"
         "        self.manager.pool.free_blocks([block for block in table if block.ref_cnt == 1])",
@@ -578,7 +587,7 @@ ANSWERS = [
     # -------------------------------------------------------------------------------------- 5.12 Scheduler.swap_in
     wrong(
         "5.12",
-        "from the device to the host",
+        "source and target exchanged",
         "BlockCopy(host.block_id, block_id, num_filled)",
         "BlockCopy(block_id, host.block_id, num_filled)",
     ),
@@ -590,19 +599,24 @@ ANSWERS = [
     ),
     wrong(
         "5.12",
-        "nothing of a last block that is full",
+        "0 slots of a last block that is full",
         "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "num_filled = request.num_computed_tokens % block_size if i == len(hosts) - 1 else block_size",
     ),
     wrong(
         "5.12",
-        "slots for tokens that are not computed",
+        "slots of tokens moved that are not computed",
         "num_filled = min(block_size, request.num_computed_tokens - i * block_size)",
         "num_filled = min(block_size, request.num_tokens - i * block_size)",
     ),
     wrong("5.12", "the host's blocks never freed", "self.host_pool.free_blocks(hosts)", "pass"),
-    wrong("5.12", "noted as moves out", "plan.swaps_in.append", "plan.swaps_out.append"),
-    wrong("5.12", "still known as swapped", "self.swapped.pop(request.request_id)", "self.swapped[request.request_id]"),
+    wrong("5.12", "the moves put into swaps_out", "plan.swaps_in.append", "plan.swaps_out.append"),
+    wrong(
+        "5.12",
+        "its entry left in `swapped`",
+        "self.swapped.pop(request.request_id)",
+        "self.swapped[request.request_id]",
+    ),
     right(
         "5.12",
         "from the table",
@@ -628,24 +642,24 @@ ANSWERS = [
     ),
     wrong_body(
         "5.13",
-        "marked only, and never finished where it is not in flight",
+        "only marked, so that it is never finished if it is not in flight",
         """
         if request_id in self.requests:
             self.requests[request_id].finish_reason = "abort"
         """,
     ),
-    wrong("5.13", "an id looked up that may be unknown", "self.requests.get(request_id)", "self.requests[request_id]"),
+    wrong("5.13", "KeyError for an unknown id", "self.requests.get(request_id)", "self.requests[request_id]"),
     wrong(
         "5.13",
-        "one in flight taken out of it",
+        "in_flight set to False while its blocks are being written",
         'request.finish_reason = "abort"',
         'request.finish_reason, request.in_flight = "abort", False',
     ),
-    wrong("5.13", "one in flight not marked", 'request.finish_reason = "abort"', "pass"),
-    wrong("5.13", "with another reason", 'self.finish(request, "abort")', 'self.finish(request, "stop")'),
+    wrong("5.13", "no finish_reason for a request in flight", 'request.finish_reason = "abort"', "pass"),
+    wrong("5.13", 'another reason than "abort"', 'self.finish(request, "abort")', 'self.finish(request, "stop")'),
     wrong(
         "5.13",
-        "its other samples ended, too",
+        "the other samples of its prompt ended, too",
         'self.finish(request, "abort")',
         '[self.finish(other, "abort") for other in list(self.requests.values()) if other.arrival == request.arrival]',
     ),
@@ -669,19 +683,19 @@ ANSWERS = [
     ),
     wrong(
         "5.14",
-        "the blocks freed, but still kept under its name",
+        "the host's blocks freed, but its entry left in `swapped`",
         "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
         'self.host_pool.free_blocks(self.swapped.get(request.request_id, ()) if reason != "?" else ())',
         recognised=False,
     ),
     wrong(
         "5.14",
-        "all requests' blocks on the host freed",
+        "the host blocks of all requests freed",
         "self.host_pool.free_blocks(self.swapped.pop(request.request_id, ()))",
         "[self.host_pool.free_blocks(self.swapped.pop(name)) for name in list(self.swapped)]",
     ),
-    wrong("5.14", "the reason not noted", "request.finish_reason = reason", "request.finish_reason = None"),
-    wrong("5.14", "not entered into finished_ids", "self.finished_ids.append(request.request_id)", "pass"),
+    wrong("5.14", "finish_reason not set", "request.finish_reason = reason", "request.finish_reason = None"),
+    wrong("5.14", "its id not appended to finished_ids", "self.finished_ids.append(request.request_id)", "pass"),
     right(
         "5.14",
         "only where there is something",

@@ -6,16 +6,16 @@ from common.course.catalogue import equivalent, planted, right, wrong, wrong_bod
 
 ANSWERS = [
     # ------------------------------------------------------------------------------------------ 8.1 propose_ngram
-    wrong("8.1", "the earliest place, not the latest", "in reversed(ends)", "in ends"),
+    wrong("8.1", "the earliest match, not the latest", "in reversed(ends)", "in ends"),
     wrong(
         "8.1",
-        "the shortest ending first",
+        "the shortest n-gram first",
         "range(min(max_ngram, len(text) - 1), min_ngram - 1, -1)",
         "range(min_ngram, min(max_ngram, len(text) - 1) + 1)",
     ),
     wrong_body(
         "8.1",
-        "the text's own end taken for a place where it ended so before",
+        "the end of the text taken for an earlier match",
         """
         text = list(token_ids)
         for n in range(min(max_ngram, len(text)), min_ngram - 1, -1):
@@ -28,7 +28,7 @@ ANSWERS = [
     ),
     wrong(
         "8.1",
-        "a copy that stops where the text stops, instead of running on into itself",
+        "a copy that stops at the end of the text",
         "                for source in range(end, end + num_tokens):\n"
         "                    text.append(text[source])\n"
         "                return text[len(token_ids) :]",
@@ -36,47 +36,47 @@ ANSWERS = [
     ),
     wrong(
         "8.1",
-        "what was found copied too, not only what followed it",
+        "the match copied too, not only what followed it",
         "range(end, end + num_tokens)",
         "range(end - n, end - n + num_tokens)",
     ),
     wrong(
         "8.1",
-        "endings of one token more than the most",
+        "n-grams longer than max_ngram by one",
         "min(max_ngram, len(text) - 1)",
         "min(max_ngram + 1, len(text) - 1)",
     ),
-    wrong("8.1", "endings of one token less than the fewest", "min_ngram - 1, -1)", "max(0, min_ngram - 2), -1)"),
+    wrong("8.1", "n-grams shorter than min_ngram by one", "min_ngram - 1, -1)", "max(0, min_ngram - 2), -1)"),
     wrong(
         "8.1",
-        "places that overlap the ending left out",
+        "matches that overlap the end of the text left out",
         "in reversed(ends)",
         "in [end for end in reversed(ends) if end <= len(text) - n]",
         recognised=False,
     ),
-    wrong("8.1", "the text returned with the draft tokens", "return text[len(token_ids) :]", "return text"),
+    wrong("8.1", "the whole text returned, not only the draft tokens", "return text[len(token_ids) :]", "return text"),
     wrong(
         "8.1",
-        "the text's last `num_tokens`, which are all of it where none are asked for",
+        "text[-num_tokens:], which is the whole text if num_tokens is 0",
         "return text[len(token_ids) :]",
         "return text[-num_tokens:]",
         recognised=False,
     ),
     wrong(
         "8.1",
-        "endings of two to four tokens, whatever is asked",
+        "max_ngram and min_ngram ignored",
         "for n in range(min(max_ngram,",
         "for n in range(min(4,",
     ),
     wrong(
         "8.1",
-        "the text's first token left out where it is searched",
+        "the first token of the text not searched",
         "text[max(0, end - n) : end] == text[-n:]",
         "text[max(1, end - n) : end] == text[-n:]",
     ),
     wrong_body(
         "8.1",
-        "the text's own end found, and copied from beyond it",
+        "the end of the text found, and tokens copied from after it",
         """
         text = list(token_ids)
         for n in range(max_ngram, min_ngram - 1, -1):
@@ -121,10 +121,10 @@ ANSWERS = [
         """,
     ),
     # ------------------------------------------------------------------------------------------ 8.2 verify_greedy
-    wrong("8.2", "going on after a wrong draft token", "break", "continue"),
+    wrong("8.2", "the loop continued after a wrong draft token", "break", "continue"),
     wrong_body(
         "8.2",
-        "the model's own token dropped where the draft token was wrong",
+        "the model's choice dropped where the draft token was wrong",
         """
         tokens = []
         for token_id, draft in zip(chosen, [*draft_token_ids, None]):
@@ -137,13 +137,13 @@ ANSWERS = [
     wrong("8.2", "no token after the last draft token", "[*draft_token_ids, None]", "draft_token_ids"),
     wrong(
         "8.2",
-        "the wrong draft token itself, instead of what the model has chosen",
+        "the wrong draft token returned, not the model's choice",
         "tokens.append(token_id)",
         "tokens.append(token_id if draft is None else draft)",
     ),
     wrong_body(
         "8.2",
-        "all draft tokens counted that are correct, also after a wrong one",
+        "right draft tokens kept even after a wrong one",
         """
         chosen = list(chosen)
         correct = sum(token_id == draft for token_id, draft in zip(chosen, draft_token_ids))
@@ -152,13 +152,13 @@ ANSWERS = [
     ),
     wrong(
         "8.2",
-        "all choices made before the first is looked at",
+        "all choices consumed before the first is compared",
         "zip(chosen, [*draft_token_ids, None])",
         "zip(list(chosen), [*draft_token_ids, None])",
     ),
     wrong_body(
         "8.2",
-        "one choice more than is needed asked for, after a wrong draft token",
+        "one choice too many consumed after a wrong draft token",
         """
         chosen, tokens = iter(chosen), []
         token_id = next(chosen)
@@ -195,50 +195,50 @@ ANSWERS = [
         """,
     ),
     # --------------------------------------------------------------------------------------- 8.3 Lookahead.commit
-    wrong("8.3", "the cache not taken back", "self.cache.truncate(kept)", "pass"),
-    wrong("8.3", "`cached_token_ids` not taken back", "self.cached_token_ids = self.cached_token_ids[:kept]", "pass"),
+    wrong("8.3", "the cache not truncated", "self.cache.truncate(kept)", "pass"),
+    wrong("8.3", "`cached_token_ids` not truncated", "self.cached_token_ids = self.cached_token_ids[:kept]", "pass"),
     wrong(
         "8.3",
-        "the new token counted as computed where it was proposed wrong",
+        "the new token counted as computed, although its draft token was wrong",
         "len(token_ids) - 1)",
         "len(token_ids))",
     ),
-    wrong("8.3", "one token too many taken back", "len(token_ids) - 1)", "max(0, len(token_ids) - 2))"),
-    wrong("8.3", "everything taken back, the prompt too", "min(len(self.cached_token_ids), len(token_ids) - 1)", "0"),
+    wrong("8.3", "one token too many removed", "len(token_ids) - 1)", "max(0, len(token_ids) - 2))"),
+    wrong("8.3", "everything removed, even the prompt", "min(len(self.cached_token_ids), len(token_ids) - 1)", "0"),
     wrong(
         "8.3",
-        "any row of that length, whether the token was proposed or not",
+        "the row of that length returned without comparing the tokens",
         "if self.cached_token_ids[: len(token_ids)] == list(token_ids):",
         "if len(token_ids) in self.rows and len(token_ids) <= len(self.cached_token_ids):",
     ),
     wrong(
         "8.3",
-        "the row before, of which the new token came",
+        "the row before the new token, from which it was chosen",
         "self.rows[len(token_ids)]",
         "self.rows[len(token_ids) - 1]",
     ),
     wrong(
         "8.3",
-        "the row after the last draft token, whichever draft token has come",
+        "always the row after the last draft token",
         "self.rows[len(token_ids)]",
         "self.rows[max(self.rows)]",
     ),
     wrong(
         "8.3",
-        "the prompt taken for cached on the first call",
+        "the prompt counted as cached in the first call",
         "min(len(self.cached_token_ids), len(token_ids) - 1)",
         "len(token_ids) - 1",
         recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.3",
-        "the text without its new token noted as cached, even if nothing is",
+        "the text without its new token counted as cached, even if the cache is empty",
         "self.cached_token_ids = self.cached_token_ids[:kept]",
         "self.cached_token_ids = list(token_ids[:-1])",
     ),
     wrong(
         "8.3",
-        "a text that is a tuple never found, because it is compared with a list",
+        "a tuple compared with a list, so that they are never equal",
         "== list(token_ids)",
         "== token_ids",
     ),
@@ -279,94 +279,94 @@ ANSWERS = [
     # -------------------------------------------------------------------------------------- 8.4 accept_or_recover
     wrong(
         "8.4",
-        "the ratio upside down",
+        "draft / target in place of target / draft",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "chance * float(target[token_id]) < float(draft[token_id])",
     ),
     wrong(
         "8.4",
-        "kept when the random number is above the ratio, not below it",
+        "accepted when the random number is above the ratio, not below it",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "chance * float(draft[token_id]) > float(target[token_id])",
     ),
     wrong(
         "8.4",
-        "the other token drawn from all of the target, not from the residual",
+        "the replacement drawn from the target, not from max(0, target - draft)",
         "weights = residual if residual.sum() > 0 else target",
         "weights = target",
     ),
     wrong(
         "8.4",
-        "the other token drawn from the target without the draft token",
+        "the replacement drawn from the target without the draft token",
         "residual = (target - draft).clamp(min=0)",
         "residual = target.index_fill(0, torch.tensor(token_id), 0.0)",
     ),
     wrong(
         "8.4",
-        "the other token drawn from the draft",
+        "the replacement drawn from the draft",
         "weights = residual if residual.sum() > 0 else target",
         "weights = draft",
     ),
-    wrong("8.4", "draft less target, instead of target less draft", "(target - draft)", "(draft - target)"),
+    wrong("8.4", "the replacement drawn from max(0, draft - target)", "(target - draft)", "(draft - target)"),
     wrong(
         "8.4",
-        "distances, where what is too much must count as 0",
+        "the replacement drawn from abs(target - draft)",
         "(target - draft).clamp(min=0)",
         "(target - draft).abs()",
     ),
     wrong(
         "8.4",
-        "a residual that is not cut off at 0",
+        "target - draft not clamped at 0",
         "torch.multinomial(weights, 1, generator=generator)",
         "torch.multinomial(target - draft, 1, generator=generator)",
         recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.4",
-        "no chance: kept wherever the target likes it as well as the draft, and nowhere else",
+        "no random number: accepted whenever target >= draft, and only then",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "float(draft[token_id]) <= float(target[token_id])",
     ),
     wrong(
         "8.4",
-        "kept with the target's probability, whatever the draft's is",
+        "accepted with the target's probability, not with target / draft",
         "chance * float(draft[token_id]) < float(target[token_id])",
         "chance < float(target[token_id])",
     ),
     wrong(
         "8.4",
-        "a chance that does not come from `generator`",
+        "a random number that does not come from `generator`",
         "torch.rand((), generator=generator, dtype=torch.float64)",
         "torch.rand((), dtype=torch.float64)",
     ),
     wrong(
         "8.4",
-        "another token that does not come from `generator`",
+        "a replacement that is not drawn with `generator`",
         "torch.multinomial(weights, 1, generator=generator)",
         "torch.multinomial(weights, 1)",
     ),
     wrong(
         "8.4",
-        "no way out where the residual is 0",
+        "no replacement where max(0, target - draft) is 0 everywhere",
         "residual if residual.sum() > 0 else target",
         "residual",
         recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.4",
-        "a little of every token, so that there is something to draw from, and of forbidden ones too",
+        "a small weight added to every token, even to those with probability 0 in the target",
         "(target - draft).clamp(min=0)",
         "(target - draft).clamp(min=1e-8)",
     ),
     wrong(
         "8.4",
-        "a tensor of one token, instead of its number",
+        "the token id returned as a tensor",
         "int(torch.multinomial(weights, 1, generator=generator))",
         "torch.multinomial(weights, 1, generator=generator)",
     ),
     wrong(
         "8.4",
-        "the draft token returned, though it was not kept",
+        "the draft token returned although it was rejected",
         "False, int(torch.multinomial(weights, 1, generator=generator))",
         "False, token_id",
     ),
@@ -378,26 +378,26 @@ ANSWERS = [
     ),
     wrong(
         "8.4",
-        "the likeliest token of the residual, instead of one that is sampled",
+        "the replacement with the largest weight, not a sampled one",
         "int(torch.multinomial(weights, 1, generator=generator))",
         "int(weights.argmax())",
     ),
     wrong(
         "8.4",
-        "the square of the residual",
+        "weights squared",
         "(target - draft).clamp(min=0)",
         "(target - draft).clamp(min=0) ** 2",
     ),
     wrong(
         "8.4",
-        "a residual that is small taken for none",
+        "small weights treated as 0",
         "residual if residual.sum() > 0 else target",
         "residual if residual.sum() > 1e-3 else target",
     ),
-    wrong("8.4", "the draft as the way out where the residual is 0", "else target", "else draft"),
+    wrong("8.4", "the replacement drawn from the draft where all weights are 0", "else target", "else draft"),
     wrong(
         "8.4",
-        "the draft's probability not less than a thousandth",
+        "the draft's probability clamped at 0.001",
         "chance * float(draft[token_id])",
         "chance * max(1e-3, float(draft[token_id]))",
     ),
@@ -456,7 +456,7 @@ ANSWERS = [
         "torch.multinomial(target[last], 1,",
         "torch.multinomial(target[max(0, last - 1)], 1,",
     ),
-    wrong("8.5", "going on after a rejected draft token", "if not is_accepted:", "if False:"),
+    wrong("8.5", "the loop continued after a rejected draft token", "if not is_accepted:", "if False:"),
     wrong(
         "8.5",
         "a bonus even where a draft token was rejected",
@@ -465,7 +465,7 @@ ANSWERS = [
     ),
     wrong(
         "8.5",
-        "nothing in place of the rejected draft token",
+        "no token in place of the rejected draft token",
         "        tokens.append(token_id)\n        if not is_accepted:\n            return tokens",
         "        if not is_accepted:\n            return tokens\n        tokens.append(token_id)",
     ),
@@ -483,7 +483,7 @@ ANSWERS = [
     ),
     wrong(
         "8.5",
-        "another token sampled from the target where a draft token is rejected, not its replacement",
+        "a token sampled from the target in place of the replacement",
         "        tokens.append(token_id)\n        if not is_accepted:\n            return tokens",
         "        if not is_accepted:\n"
         "            return [*tokens, int(torch.multinomial(target[i], 1, generator=generator(i)))]\n"
@@ -491,7 +491,7 @@ ANSWERS = [
     ),
     wrong(
         "8.5",
-        "the likeliest token for the bonus, instead of one that is sampled",
+        "the likeliest token as the bonus, not a sampled one",
         "int(torch.multinomial(target[last], 1, generator=generator(last)))",
         "int(torch.multinomial(target[last].pow(1000).clamp(min=1e-30), 1, generator=generator(last)))",
     ),
@@ -510,7 +510,7 @@ ANSWERS = [
     ),
     wrong(
         "8.5",
-        "the bonus from the residual of the last row, as if a draft token had been rejected",
+        "the bonus drawn from max(0, target - draft), as if a draft token had been rejected",
         "torch.multinomial(target[last], 1,",
         "torch.multinomial((target[last] - draft[-1]).clamp(min=0) if last else target[last], 1,",
     ),
@@ -526,7 +526,7 @@ ANSWERS = [
         "last = len(draft_token_ids)",
         "last = len(draft_token_ids)\n    if last == 0:\n        return [int(target[0].argmax())]",
     ),
-    wrong("8.5", "token 0 taken for none", "if not is_accepted:", "if not is_accepted or not token_id:"),
+    wrong("8.5", "token 0 treated as no token", "if not is_accepted:", "if not is_accepted or not token_id:"),
     right(
         "8.5",
         "until one is rejected",
@@ -559,41 +559,41 @@ ANSWERS = [
     # ---------------------------------------------------------------------------------------- 8.6 expected_tokens
     wrong(
         "8.6",
-        "the token that every pass brings forgotten",
+        "the token that every step generates left out",
         "range(num_draft_tokens + 1)",
         "range(1, num_draft_tokens + 1)",
     ),
-    wrong("8.6", "the last draft token forgotten", "range(num_draft_tokens + 1)", "range(max(1, num_draft_tokens))"),
+    wrong("8.6", "the last draft token left out", "range(num_draft_tokens + 1)", "range(max(1, num_draft_tokens))"),
     wrong("8.6", "one draft token too many", "range(num_draft_tokens + 1)", "range(num_draft_tokens + 2)"),
     wrong(
         "8.6",
-        "draft tokens counted behind wrong ones too",
+        "draft tokens counted even after wrong ones",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "1 + rate * num_draft_tokens",
     ),
     wrong(
         "8.6",
-        "the token that every pass brings forgotten where all draft tokens are right",
+        "the bonus token left out where all draft tokens are accepted",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "float(num_draft_tokens) if rate == 1 else (1 - rate ** (num_draft_tokens + 1)) / (1 - rate)",
         recognised=False,
     ),
     wrong(
         "8.6",
-        "the closed sum, which divides by 0 where every draft token is right",
+        "the closed formula, which divides by 0 for a rate of 1",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "(1 - rate ** (num_draft_tokens + 1)) / (1 - rate)",
         recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.6",
-        "all or nothing: the draft tokens counted only if all are right",
+        "draft tokens counted only if all are accepted",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "1 + num_draft_tokens * rate**num_draft_tokens",
     ),
     wrong(
         "8.6",
-        "the mean number of draft tokens until the first wrong one, without an end",
+        "the limit for infinitely many draft tokens",
         "sum(rate**i for i in range(num_draft_tokens + 1))",
         "min(num_draft_tokens + 1, 1 / (1 - rate) if rate < 1 else num_draft_tokens + 1)",
     ),
@@ -619,22 +619,27 @@ ANSWERS = [
     # ----------------------------------------------------------------------------------------------- 8.7 choose_k
     wrong(
         "8.7",
-        "the most tokens, whatever they take",
+        "the k with the most tokens, whatever the time",
         "expected_tokens(rate, k) / seconds[k]",
         "expected_tokens(rate, k)",
     ),
-    wrong("8.7", "the shortest step, whatever it brings", "expected_tokens(rate, k) / seconds[k]", "-seconds[k]"),
     wrong(
         "8.7",
-        "of equals the largest",
+        "the k with the shortest step, whatever the tokens",
+        "expected_tokens(rate, k) / seconds[k]",
+        "-seconds[k]",
+    ),
+    wrong(
+        "8.7",
+        "the largest k of equal ones",
         "key=lambda k: expected_tokens(rate, k) / seconds[k]",
         "key=lambda k: (expected_tokens(rate, k) / seconds[k], k)",
     ),
-    wrong("8.7", "one draft token at least", "range(len(seconds))", "range(min(1, len(seconds) - 1), len(seconds))"),
-    wrong("8.7", "the most seconds a token", "max(range", "min(range"),
+    wrong("8.7", "at least one draft token", "range(len(seconds))", "range(min(1, len(seconds) - 1), len(seconds))"),
+    wrong("8.7", "the k with the most seconds for a token", "max(range", "min(range"),
     wrong(
         "8.7",
-        "the draft tokens alone counted, without the token that every step brings",
+        "only draft tokens counted, without the token that every step generates",
         "expected_tokens(rate, k) / seconds[k]",
         "(expected_tokens(rate, k) - 1) / seconds[k]",
     ),
@@ -652,7 +657,7 @@ ANSWERS = [
     ),
     wrong(
         "8.7",
-        "tokens per second weighed against the step without draft tokens, in the same time",
+        "tokens minus duration, not tokens divided by duration",
         "expected_tokens(rate, k) / seconds[k]",
         "expected_tokens(rate, k) - seconds[k] / seconds[0]",
         recognised=False,
@@ -660,7 +665,7 @@ ANSWERS = [
     wrong("8.7", "the largest k never tried", "range(len(seconds))", "range(max(1, len(seconds) - 1))"),
     wrong(
         "8.7",
-        "tokens per second in whole hundredths",
+        "tokens per second rounded to hundredths",
         "expected_tokens(rate, k) / seconds[k]",
         "round(expected_tokens(rate, k) / seconds[k], 2)",
     ),
@@ -689,7 +694,7 @@ ANSWERS = [
     planted(
         "8.8",
         "draft tokens after the first rejected one counted as tried",
-        "num_accepted + (num_accepted < num_draft_tokens)  # those after a rejected one were not tried",
+        "num_accepted + (num_accepted < num_draft_tokens)  # draft tokens after a rejected one were not tried",
         "num_draft_tokens",
     ),
     wrong(
@@ -700,21 +705,26 @@ ANSWERS = [
     ),
     wrong(
         "8.8",
-        "a rejected draft token counted where there was none",
+        "a rejected draft token counted although all were accepted",
         "num_accepted + (num_accepted < num_draft_tokens)",
         "num_accepted + 1",
     ),
-    wrong("8.8", "older draft tokens forgotten once a step, not once a draft token", "MEMORY**tried", "MEMORY"),
     wrong(
         "8.8",
-        "older draft tokens forgotten for those, too, that were not tried",
+        "older observations multiplied by MEMORY once a step, not once a tried draft token",
+        "MEMORY**tried",
+        "MEMORY",
+    ),
+    wrong(
+        "8.8",
+        "older observations multiplied by MEMORY for draft tokens that were not tried, too",
         "MEMORY**tried",
         "MEMORY**num_draft_tokens",
     ),
-    wrong("8.8", "nothing forgotten", "MEMORY**tried", "1.0"),
+    wrong("8.8", "older observations not multiplied by MEMORY", "MEMORY**tried", "1.0"),
     wrong(
         "8.8",
-        "the new draft tokens weighed down with the old ones",
+        "the new observations multiplied by MEMORY, too",
         "self.accepted * weight + num_accepted",
         "(self.accepted + num_accepted) * weight",
     ),
@@ -747,13 +757,13 @@ ANSWERS = [
     ),
     wrong(
         "8.9",
-        "everything computed again, pass after pass: `num_computed` not moved on",
+        "`num_computed` not updated, so that each pass computes everything again",
         "self.num_computed[draft.request.request_id] = len(draft.token_ids)",
         "pass",
     ),
     wrong(
         "8.9",
-        "`num_computed` noted after the draft token is appended",
+        "`num_computed` set after the draft token is appended",
         "                self.num_computed[draft.request.request_id] = len(draft.token_ids)\n"
         "                draft.append(*self.draw(draft, row))",
         "                draft.append(*self.draw(draft, row))\n"
@@ -762,39 +772,39 @@ ANSWERS = [
     ),
     wrong(
         "8.9",
-        "as many draft tokens for every request as for the one with the most",
+        "the largest limit used for every request",
         "< draft.limit]",
         "< max(each.limit for each in drafts)]",
     ),
     wrong(
         "8.9",
-        "the fewest draft tokens for every request",
+        "the smallest limit used for every request",
         "< draft.limit]",
         "< min(each.limit for each in drafts)]",
     ),
     wrong(
         "8.9",
-        "limits ignored unless they are 0: always as many as fit",
+        "limits above 0 ignored: as many draft tokens as fit",
         "draft.limit = min(draft.limit, capacity)",
         "draft.limit = min(draft.limit and 99, capacity)",
     ),
     wrong(
         "8.9",
-        "limits that stay as they are, whatever fits",
+        "limits not lowered to what fits",
         "draft.limit = min(draft.limit, capacity)",
         "pass",
         recognised=False,
     ),
     wrong(
         "8.9",
-        "what is too long by two tokens taken for what lacks two",
+        "a negative limit treated as a positive one",
         "min(draft.limit, capacity)",
         "min(draft.limit, abs(capacity))",
         recognised=False,  # an exception may have any cause
     ),
     wrong(
         "8.9",
-        "a slot for the last draft token, which needs none",
+        "a slot required for the last draft token, which needs none",
         "+ 1 - len(draft.token_ids)",
         "- len(draft.token_ids)",
     ),
@@ -803,27 +813,27 @@ ANSWERS = [
     ),
     wrong(
         "8.9",
-        "the draft model's context forgotten",
+        "the draft model's context ignored",
         "min(num_slots, self.model.config.max_position_embeddings)",
         "num_slots",
         recognised=False,
     ),
     wrong(
         "8.9",
-        "the request's blocks forgotten",
+        "the request's blocks ignored",
         "min(num_slots, self.model.config.max_position_embeddings)",
         "self.model.config.max_position_embeddings",
         recognised=False,
     ),
     wrong(
         "8.9",
-        "a draft token for requests that may have none",
+        "a draft token for requests with a limit of 0",
         "< draft.limit]",
         "< max(1, draft.limit)]",
     ),
     wrong(
         "8.9",
-        "draft tokens listed, and not added to the text",
+        "draft tokens not appended to token_ids",
         "draft.append(*self.draw(draft, row))",
         "draft.draft_token_ids.append(self.draw(draft, row)[0])",
         recognised=False,
@@ -831,25 +841,25 @@ ANSWERS = [
     wrong("8.9", "one pass too many", "< draft.limit]", "<= draft.limit]"),
     wrong(
         "8.9",
-        "requests mixed up: the rows in another order",
+        "the rows of logits assigned to the wrong requests",
         "self.logits(unfinished, new))",
         "self.logits(unfinished, new).flip(0))",
     ),
     wrong(
         "8.9",
-        "the distributions left out",
+        "the distributions not stored",
         "draft.append(*self.draw(draft, row))",
         "draft.append(self.draw(draft, row)[0])",
     ),
     wrong(
         "8.9",
-        "the likeliest token, instead of what `draw` returns",
+        "the likeliest token, not what `draw` returns",
         "draft.append(*self.draw(draft, row))",
         "draft.append(int(row.argmax()), self.draw(draft, row)[1])",
     ),
     wrong_body(
         "8.9",
-        "one request after the other, instead of all in each pass",
+        "one request after the other, not all in each pass",
         """
         for draft in drafts:
             num_slots = len(draft.request.block_table) * self.cache.block_size

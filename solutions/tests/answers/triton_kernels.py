@@ -25,7 +25,7 @@ ANSWERS = [
         "out + row * num_columns",
     ),
     wrong("4.18", "no mask on the store", "axis=0), mask=mask)", "axis=0))"),
-    wrong("4.18", "the division by the sum forgotten", "weights / tl.sum(weights, axis=0)", "weights"),
+    wrong("4.18", "no division by the sum", "weights / tl.sum(weights, axis=0)", "weights"),
     right(
         "4.18",
         "by exp(x - log of the sum)",
@@ -52,7 +52,7 @@ ANSWERS = [
         "tl.program_id(0) * BLOCK",
     ),
     wrong("4.19", "eps added to the root, not under it", "tl.sqrt(mean_square + eps)", "(tl.sqrt(mean_square) + eps)"),
-    wrong("4.19", "the weight forgotten", " * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)", ""),
+    wrong("4.19", "the weight left out", " * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)", ""),
     wrong("4.19", "the sum not stored in the residual", "tl.store(residual + row, hidden, mask=mask)\n    ", ""),
     wrong("4.19", "the norm of x, without the residual", "hidden += tl.load", "hidden = tl.load"),
     wrong("4.19", "no mask on the loads of x", "tl.load(x + row, mask=mask, other=0.0)", "tl.load(x + row)"),
@@ -136,7 +136,7 @@ ANSWERS = [
         'scores = tl.where(seen[None, :], scores, -float("inf"))\n        ',
         "",
     ),
-    wrong("4.22", "the scale forgotten", ', input_precision="ieee") * scale', ', input_precision="ieee")'),
+    wrong("4.22", "the scale left out", ', input_precision="ieee") * scale', ', input_precision="ieee")'),
     wrong("4.22", "every split begins at position 0", "in range(begin, end, TILE)", "in range(0, end, TILE)"),
     wrong(
         "4.22",
@@ -296,7 +296,7 @@ ANSWERS = [
         "(head // GROUP) * HEAD_DIM",
         "(head % (tl.num_programs(1) // GROUP)) * HEAD_DIM",
     ),
-    wrong("4.25", "the division by the total forgotten", "weighted / total[:, None]", "weighted"),
+    wrong("4.25", "no division by the total", "weighted / total[:, None]", "weighted"),
     wrong(
         "4.25",
         "no mask on the store of tokens that do not exist",

@@ -1,0 +1,103 @@
+"""Notices when an answer replaces what its checks compute with, such as `torch.isclose`, and puts it back.
+
+An answer runs in the process that judges it. Before the first one is imported, `remember` notes what the checks and
+the comparisons use: functions of torch, of Python and of the grader. `replaced` is called when an answer returns,
+before each comparison, and when a check has ended.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import sys
+from collections.abc import Iterable
+from operator import attrgetter, is_
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+Owner = type | ModuleType
+Names = dict[Owner, dict[str, Any]]
+USED = (builtins, math, torch, torch.functional, torch.nn.functional, torch.Tensor)
+KNOWN: Names = {}
+FUNCTIONS: dict[FunctionType, tuple] = {}
+IMPLEMENTED: set[str] = set()  # the operations of torch's library that are implemented in Python
+FILES: set[Path] = set()
+MODES = ("torch, by a TorchFunctionMode that stays on", "torch, by a TorchDispatchMode that stays on")
+parts, missing = attrgetter("__code__", "__defaults__", "__kwdefaults__"), object()
+
+
+def remember(checks: Path) -> None:
+    """Note what the checks in this file use, unless it is known by now."""
+    if checks in FILES:
+        return
+    FILES.add(checks)
+    IMPLEMENTED.update(torch.library._impls)
+    modules = {each for each in sys.modules.values() if type(each) is ModuleType}
+    ours = {each for each in modules if is_ours(each) or getattr(each, "__file__", None) == str(checks)}
+    used = {value for each in ours for value in vars(each).values() if isinstance(value, Owner)}
+    KNOWN.update(names_of({*USED, *ours, *used} - set(KNOWN)))
+    for value in [value for names in KNOWN.values() for value in names.values() if type(value) is FunctionType]:
+        FUNCTIONS.setdefault(value, parts(value))
+
+
+def names_of(owners: Iterable[Owner]) -> Names:
+    return {owner: dict(vars(owner)) for owner in owners}
+
+
+def is_ours(owner: Owner) -> bool:
+    """Whether this is a module of the grader, where nothing at all changes."""
+    return owner.__name__.startswith("common.grading.")
+
+
+def shadows(owner: Owner, name: str) -> bool:
+    """Whether a new name hides one that was found elsewhere: one of Python's, or one that a class inherits."""
+    return name in vars(builtins) or (isinstance(owner, type) and any(name in vars(base) for base in owner.__mro__[1:]))
+
+
+def replaced(known=KNOWN, functions=FUNCTIONS, all=all, map=map, len=len, list=list, is_=is_, parts=parts) -> list[str]:
+    """Put back what has been replaced since it was noted in `known`. Returns its names."""
+    found = []
+    for owner, before in known.items():
+        now = vars(owner)
+        if len(now) == len(before) and all(map(is_, now.values(), before.values())):
+            continue
+        for name in [*before, *(name for name in [*now] if name not in before)]:
+            old = before.get(name, missing)
+            if now.get(name, missing) is old or name == "manual_seed":  # which torch replaces when it compiles
+                continue
+            if old is missing and shadows(owner, name):
+                delattr(owner, name)
+            elif old is not missing and (callable(old) or is_ours(owner)):
+                setattr(owner, name, old)
+            else:
+                continue
+            found.append(f"{owner.__name__}.{name}")
+        known[owner] = dict(vars(owner))
+    if list(map(parts, functions)) != list(functions.values()):
+        for function, before in functions.items():
+            if parts(function) != before:
+                function.__code__, function.__defaults__, function.__kwdefaults__ = before
+                found.append(f"{function.__module__}.{function.__qualname__}")
+    if len(torch.library._impls) != len(IMPLEMENTED):
+        new = {*torch.library._impls} - IMPLEMENTED
+        own = {each for each in new if each.startswith("aten/") and not each.endswith(("/Meta", "/CUDA", "/MPS"))}
+        IMPLEMENTED.update(new - own)  # those cannot be put back: only another process is free of them
+        found += sorted(own)
+    return found
+
+
+def settings() -> tuple:
+    """What changes all that torch computes, until it is set back."""
+    return torch.get_default_dtype(), torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+
+
+def set_back(before: tuple) -> list[str]:
+    """Return to the settings of before. Returns the names of those that were changed."""
+    found = [name for name, old, new in zip(("torch's default dtype", *MODES), before, settings()) if old != new]
+    torch.set_default_dtype(before[0])
+    while torch._C._len_torch_function_stack() > before[1]:
+        torch._C._pop_torch_function_stack()
+    return found
