@@ -327,7 +327,8 @@ def test_packed_quantized_model(kind, monkeypatch):
     assert weight_bytes(model) <= weight_bytes(packed) < 1.05 * weight_bytes(model)  # a last group is filled up
     with torch.inference_mode():
         one, other = (each.logits(each(ids, positions, causal_attend)) for each in (packed, model))
-    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    # Some processors' kernels round the activations of INT8 to sixteen bits.
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=5e-3 if kind.kind == "int8" else 1e-3)
     if kernels.compiled() is not None:
         products = [module for module in packed.modules() if hasattr(module, "method")]
         assert all(kernels.has_kernel(module) for module in products if module is not packed.model.embed_tokens)
