@@ -6,6 +6,7 @@ with the same version. What scales for activations are chosen with is another pa
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import pydoc_data.topics
@@ -13,7 +14,9 @@ import statistics
 from dataclasses import asdict
 
 import torch
+import torch.nn.functional as F
 
+from common.kernels.products import use
 from solutions.llama_pytorch import causal_attend, load
 from solutions.quantization import (
     Quantization,
@@ -66,9 +69,15 @@ def measure_quality(name: str, quick: bool) -> dict:
     rows = [{"kind": "float32", "bytes": weight_bytes(model), **cost(None)}]
     halved, _ = load(name, torch.bfloat16, "cpu")
     row = {"kind": "bfloat16", "bytes": weight_bytes(halved)}
-    # As the kernels compute it, and as torch does, which rounds what each operation gives.
-    rows.append({**row, "bits_of_sums": 16, **cost(halved)})
-    rows.insert(1, {**row, "bits_of_sums": 32, **cost(halved.float(), rounded)})
+    # As the kernels compute it, on processors that multiply two bfloat16 and on others, and as torch does, which rounds
+    # what each operation gives.
+    wide = copy.deepcopy(halved).float()
+    rows.append({**row, "bits_of_sums": 32, "bits_of_inputs": 32, **cost(wide, rounded)})
+    for layer in wide.modules():
+        if hasattr(layer, "method"):
+            use(layer, apply=lambda layer, x, bias=None: F.linear(x.bfloat16().float(), layer.weight, bias))
+    rows.append({**row, "bits_of_sums": 32, "bits_of_inputs": 16, **cost(wide, rounded)})
+    rows.append({**row, "bits_of_sums": 16, "bits_of_inputs": 16, **cost(halved)})
     kinds = [Quantization("int8"), Quantization("w8a8")]
     sizes = (32,) if quick else (32, 64, 128)
     kinds += [Quantization("int4", size, symmetric) for size in sizes for symmetric in (False, True)]

@@ -42,62 +42,6 @@ struct Floats {
   float* data() const { return numbers.get(); }
 };
 
-// Rows of a product, and what `prepare` must compute of each of them for matrices of some kinds.
-struct Input {
-  const Linear& layer;
-  int64_t count, stride, num_sums;
-  std::vector<uint8_t> numbers;  // whole, or bfloat16, which the floats are rounded to
-  std::vector<float> scales, sums;
-
-  Input(const Linear& layer, int64_t count) : layer(layer), count(count), stride(layer.K), num_sums(layer.num_groups) {
-    layer.locate();
-    if (layer.kind == W8A8 || layer.has_quads() || is_rounded()) {
-      stride = 4 * layer.words() * layer.planes(), numbers.resize(count * stride);
-    }
-    if (layer.kind == W4A8) stride = layer.num_groups * 8 * layer.octs(), numbers.resize(count * stride);
-    if (layer.has_quads()) num_sums = layer.planes();
-    if (is_quantized()) scales.resize(count);
-    sums.resize(count * num_sums);
-  }
-  bool is_quantized() const { return layer.kind == W8A8 || layer.kind == W4A8 || layer.has_quads(); }
-  bool is_rounded() const { return layer.kind == BFLOATS && HAS_BFLOATS; }
-  bool needs_preparation() const { return is_quantized() || is_rounded() || layer.kind == INT4; }
-
-  // most: the largest magnitudes of all rows, if these are parts of rows, or nullptr.
-  void prepare(const float* x, int64_t row, const float* most = nullptr) {
-    uint8_t* to = numbers.data() + row * stride;
-    if (is_quantized()) scales[row] = most ? scale_of(most[row]) : scale_of(x, layer.K);
-    if (is_rounded()) round_to(reinterpret_cast<uint16_t*>(to), x, layer.K);
-    if (layer.kind == W8A8 && !HAS_QUADS) quantize(x, layer.K, scales[row], reinterpret_cast<int16_t*>(to));
-    if (layer.planes() == 2) return prepare_planes(x, row, reinterpret_cast<int8_t*>(to));
-    const int64_t size = layer.num_groups ? layer.group_size : layer.K;
-    for (int64_t group = 0, k = 0; group < num_sums; ++group, k += size) {
-      const int64_t count = std::min(size, layer.K - k);
-      float& all = sums[row * num_sums + group];
-      if (layer.kind == INT4) {
-        all = sum(x + k, count);
-      } else {
-        int8_t* bytes = reinterpret_cast<int8_t*>(to) + group * 8 * layer.octs();
-        quantize(x + k, count, scales[row], bytes);
-        all = total(bytes, count);
-      }
-    }
-  }
-  void prepare_planes(const float* x, int64_t row, int8_t* to) {
-    scales[row] /= 256;
-    quantize(x, layer.K, scales[row], to, to + stride / 2);
-    for (int i = 0; i < 2; ++i) sums[2 * row + i] = total(to + i * stride / 2, layer.K);
-  }
-  static int32_t total(const int8_t* numbers, int64_t count) {
-    int32_t all = 0;
-    for (int64_t i = 0; i < count; ++i) all += numbers[i];
-    return all;
-  }
-  Rows rows(const float* x) const {
-    return {numbers.empty() ? x : nullptr, numbers.data(), scales.data(), sums.data(), count, stride};
-  }
-};
-
 inline const float* floats(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<float>() : nullptr;
 }

@@ -1,126 +1,21 @@
-// Products of rows of activations with a matrix in panels of 16 outputs, in floats, eight bits or four.
+// Products of rows of activations with a matrix in panels (linear.h).
 //
 // Decoding reads each weight once for a few rows, so what counts is the bytes that are read. With many rows arithmetic
-// counts: a panel of few bits becomes floats once, in the cache, for all rows of a chunk. In a panel the outputs of one
-// input lie side by side, so that a sum needs no addition across a register.
-//
-//   kind      weight                           scale             product
-//   floats    (panels, K, 16) float32                            x . w
-//   bfloats   (panels, K / 2, 16, 2) bfloat16                    x . w: sums in float32. x is rounded to bfloat16 where the
-//                                                                processor has a product of two bfloat16 (HAS_BFLOATS)
-//   int8      (panels, K / 2, 16, 2) int8      (panels, 16)      (x . w) * scale
-//   w8a8      (panels, K / 2, 16, 2) int8      (panels, 16)      (q . w) * x_scale * scale: q whole numbers, sums exact
-//    both, with HAS_QUADS, (panels, K / 4, 16, 4) uint8: w + 128; and x of int8 becomes whole numbers of sixteen bits, of
-//    which the high and the low eight are multiplied each for itself
-//   int4      (panels, groups,                 (panels, groups, 16) float16, and as many minima: x . (w * scale + minimum)
-//              group / 8, 16, 4) uint8
-//   w4a8      as int4                          as int4           (q . (w * scale + minimum)) * x_scale: sums of q . w exact
-//
-// The last two axes are PANEL outputs and the neighbours of one: two inputs, or four bytes of eight inputs, of which the
-// first four are in the low halves. K / 2, K / 4 and group / 8 are rounded up, and N to whole panels: what was added is 0.
+// counts: a panel of few bits becomes floats once, in the cache, for all rows of a chunk.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <cmath>
-#include <optional>
 #include <type_traits>
-#include <vector>
 
-#include "vectors.h"
+#include "linear.h"
 
 namespace inference_course {
 
-constexpr int64_t PANEL = 16;
 constexpr int WIDE = LANES == 16 ? 2 : 1;  // panels at a time: TILE rows' sums with all of them fit into the registers
 constexpr int64_t SLICE = WIDE == 1 ? 256 : 192;  // at most so many inputs of a panel stay in the first cache for many rows
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
 constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers, for weights that become floats
 constexpr int OCT_TILE = LANES == 16 ? TILE : 4;  // rows of W4A8 whose sums fit into the registers
 constexpr int64_t CACHED = 144 << 10;  // floats of x that stay in the second cache, or nearly, while the panels pass
-
-enum Kind : int64_t { FLOATS, INT8, W8A8, INT4, BFLOATS, W4A8 };
-
-struct Linear : torch::CustomClassHolder {
-  Kind kind;
-  int64_t N, K, group_size, num_groups = 0;
-  at::Tensor weight, scale, minimum;  // undefined where the kind has none
-  // The same without asking torch, which takes as long as a small group: the weights, and scales and minima of groups.
-  mutable const uint8_t* packed;
-  mutable const at::Half *group_scales = nullptr, *group_minima = nullptr;
-
-  Linear(int64_t kind, int64_t N, int64_t K, at::Tensor weight, std::optional<at::Tensor> scale,
-         std::optional<at::Tensor> minimum, int64_t group_size)
-      : kind(Kind(kind)), N(N), K(K), group_size(group_size), weight(std::move(weight)),
-        scale(scale.value_or(at::Tensor())), minimum(minimum.value_or(at::Tensor())) {
-    if (kind == INT4 || kind == W4A8) num_groups = this->scale.size(1);
-    locate();
-  }
-
-  // Called before each product, since the tensors may have moved since the last one (huge_pages.py).
-  void locate() const {
-    packed = static_cast<const uint8_t*>(weight.const_data_ptr());
-    if (num_groups != 0) group_scales = scale.const_data_ptr<at::Half>();
-    if (minimum.defined()) group_minima = minimum.const_data_ptr<at::Half>();
-  }
-
-  int64_t panels() const { return (N + PANEL - 1) / PANEL; }
-  bool has_quads() const { return (kind == W8A8 || kind == INT8) && HAS_QUADS; }
-  int64_t neighbours() const { return has_quads() ? 4 : 2; }
-  int64_t planes() const { return kind == INT8 && has_quads() ? 2 : 1; }  // numbers of eight bits that one of x becomes
-  int64_t words() const { return (K + neighbours() - 1) / neighbours(); }  // of a row, in kinds without groups
-  int64_t octs() const { return (group_size + 7) / 8; }  // of a group
-};
-
-// Rows as a product wants them: floats (count, stride), or numbers of fewer bits, a row in `stride` bytes, with a scale for
-// each row if they are whole. Beside either, for a matrix in four bits, the sums of each group, (count, groups), and for
-// quads the sum of each row, (count, planes).
-struct Rows {
-  const float* floats;
-  const void* numbers;
-  const float *scales, *sums;
-  int64_t count, stride;
-};
-
-// The scale in eight bits of numbers of which this is the largest magnitude.
-inline float scale_of(float most) { return (most / 127 > 0 ? most / 127 : 1) + most * 0; }
-
-// The scale of a row in eight bits, as lesson 7's quantize_int8 has it. As there, a row with a NaN has a scale that is
-// NaN: it must not become a number.
-inline float scale_of(const float* x, int64_t K) {
-  vec wide = {}, zeros = {};
-  int64_t k = 0;
-  for (; k + LANES <= K; k += LANES) {
-    const vec v = load<vec>(x + k), size = v < 0 ? -v : v;
-    wide = size > wide ? size : wide;
-    zeros += v * 0;
-  }
-  float most = 0, zero = 0;
-  for (int i = 0; i < LANES; ++i) most = std::max(most, wide[i]), zero += zeros[i];
-  for (; k < K; ++k) most = std::max(most, std::fabs(x[k])), zero += x[k] * 0;
-  return scale_of(most) + zero;
-}
-
-// `count` numbers of a row in sixteen bits, from -32512 to 32512, each as 256 * high + low.
-inline void quantize(const float* x, int64_t count, float scale, int8_t* high, int8_t* low) {
-  for (int64_t k = 0; k < count; ++k) {
-    const float nearest = (x[k] / scale + 12582912.0f) - 12582912.0f;
-    const int32_t whole = static_cast<int32_t>(std::min(32512.0f, std::max(-32512.0f, nearest)));
-    high[k] = static_cast<int8_t>((whole + 128) >> 8), low[k] = static_cast<int8_t>(whole);
-  }
-}
-
-// `count` numbers of a row in eight bits, from -127 to 127.
-template <typename Number>
-inline void quantize(const float* x, int64_t count, float scale, Number* numbers) {
-  for (int64_t k = 0; k < count; ++k) {
-    const float nearest = (x[k] / scale + 12582912.0f) - 12582912.0f;
-    numbers[k] = static_cast<Number>(std::min(127.0f, std::max(-127.0f, nearest)));
-  }
-}
 
 // P panels are multiplied by at a time, PARTS vectors of outputs; each number of a row is read once for all of them.
 template <int P>

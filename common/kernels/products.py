@@ -1,7 +1,7 @@
 """Packed weights: what takes the place of a linear layer's `apply`.
 
 A row-major matrix does not suit the loops that multiply by it. The compiled kernels have an order of their own, panels
-of 16 outputs (products.h). It also allows a row to be looked up, so that an embedding table that is the head as well is
+of 16 outputs (linear.h). It also allows a row to be looked up, so that an embedding table that is the head as well is
 in memory once. Where nothing can be compiled, oneDNN, the library beneath torch, has an order that suits the processor.
 Two private operators of torch ask for it; where they are missing too, a matrix stays as it is.
 """
@@ -25,9 +25,9 @@ ROWS_HINT = 32
 256; its choice for a single row takes half as long again with 4 rows."""
 
 PANEL = 16
-"""Outputs in a panel, as products.h has it."""
+"""Outputs in a panel, as linear.h has it."""
 
-FLOATS, INT8, W8A8, INT4, BFLOATS, W4A8 = range(6)  # products.h's kinds
+FLOATS, INT8, W8A8, INT4, BFLOATS, W4A8 = range(6)  # linear.h's kinds
 
 
 def enabled() -> bool:
@@ -105,7 +105,8 @@ def product_of_part(matrix, layer: nn.Module, x: Tensor, bias: Tensor | None = N
 def pack_floats(layer: nn.Module) -> None:
     """Rearrange a layer's matrix of floats, in panels or, without a compiler, for oneDNN. The old one is freed.
 
-    A matrix in bfloat16 is multiplied by in float32: its numbers become floats in registers.
+    A matrix in bfloat16 stays so. Its products are added up in float32; where the processor multiplies two bfloat16, the
+    inputs are rounded to bfloat16.
 
     oneDNN's matrix keeps its shape, dtype and device, but its numbers cannot be read one by one any more, and it is no
     parameter: it is never saved.
