@@ -66,19 +66,22 @@ class TestQuantizeInt8:
         close(numbers, torch.tensor([[0, 0], [127, 0]], dtype=torch.int8), "the numbers of [[0, 0], [1.27, 0]]")
 
     def test_part_of_a_row(self, code):
-        numbers, scale = code.quantize_int8(torch.tensor([[3.0, -1.0]]), torch.tensor([12.7]))
-        close(scale, torch.tensor([0.1]), "the scale of [3, -1], a part of a row with absmax 12.7")
-        close(
-            numbers,
-            torch.tensor([[30, -10]], dtype=torch.int8),
-            "the numbers of [3, -1], a part of a row with absmax 12.7",
-        )
+        numbers, scale = code.quantize_int8(torch.tensor([[3.0, -1.0], [3.0, -1.0]]), torch.tensor([12.7, 3.81]))
+        what = "of [3, -1] and [3, -1], parts of two rows with absmax 12.7 and 3.81"
+        close(scale, torch.tensor([0.1, 0.03]), f"the scales {what}")
+        close(numbers, torch.tensor([[30, -10], [100, -33]], dtype=torch.int8), f"the numbers {what}")
 
     def test_a_scale_that_is_too_small_to_tell_from_0(self, code):
         numbers, scale = code.quantize_int8(torch.tensor([[1e-6, 0.0]]).half())
         what = "of [1e-6, 0] in float16, where 1e-6 / 127 is rounded to 0"
         close(scale, torch.ones(1).half(), f"the scale {what}")
         close(numbers, torch.zeros(1, 2, dtype=torch.int8), f"the numbers {what}")
+
+    def test_a_scale_that_float16_rounds_down(self, code):
+        """The smallest number above 0 in float16 is 6e-8, and 1e-5 / 127 is 7.9e-8."""
+        numbers, _ = code.quantize_int8(torch.tensor([[1e-5, -1e-5]]).half())
+        what = "the numbers of [1e-5, -1e-5] in float16, where 1e-5 / scale is 168, more than an int8 holds,"
+        close(numbers, torch.tensor([[127, -127]], dtype=torch.int8), what)
 
     def test_a_fault_stays_visible(self, code):
         _, scale = code.quantize_int8(torch.tensor([[1.0, math.nan], [254.0, 1.0]]))
@@ -105,13 +108,10 @@ class TestQuantizeActivations:
         close(numbers, expected, "the numbers of two tokens, [1.27, -0.5, 0] and [-254, 2, 100]")
 
     def test_part_of_a_token(self, code):
-        numbers, scale = code.quantize_activations(torch.tensor([[1.0, -2.0]]), torch.tensor([25.4]))
-        close(scale, torch.tensor([0.2]), "the scale of [1, -2], a part of a token with absmax 25.4")
-        close(
-            numbers,
-            torch.tensor([[5, -10]], dtype=torch.int8),
-            "the numbers of [1, -2], a part of a token with absmax 25.4",
-        )
+        numbers, scale = code.quantize_activations(torch.tensor([[1.0, -2.0], [1.0, -2.0]]), torch.tensor([25.4, 2.54]))
+        what = "of [1, -2] and [1, -2], parts of two tokens with absmax 25.4 and 2.54"
+        close(scale, torch.tensor([0.2, 0.02]), f"the scales {what}")
+        close(numbers, torch.tensor([[5, -10], [50, -100]], dtype=torch.int8), f"the numbers {what}")
 
 
 @exercise("7.3", points=2)
@@ -131,10 +131,12 @@ class TestInt8Method:
         close(layer(x[:1]), expected[:1], "layer(x) of one token", rtol=1e-4, atol=1e-5)
 
     def test_in_the_dtype_of_x(self, code):
-        weight, x = spread(4, 4).double(), spread(2, 4).double()
+        weight, x = spread(4, 4).double(), spread(2, 4).double() / 3
         layer = quantized(code, code.Int8Method(), weight)
         expected = x @ (layer.weight.double() * layer.weight_scale[:, None]).T + 1
         close(layer(x), expected, "layer(x) in float64, with a bias of 1", rtol=1e-9, atol=1e-9)
+        got = quantized(code, code.Int8Method(), weight.bfloat16())(torch.ones(1, 4).bfloat16())
+        equal(str(got.dtype), "torch.bfloat16", "the dtype of layer(x), where x has bfloat16,")
 
     def test_the_weight_is_left_alone(self, code):
         weight = spread(4, 4)
@@ -177,10 +179,10 @@ class TestW8A8Method:
     def test_sums_that_float16_cannot_hold(self, code):
         """2,000 products of 127 x 127 are 32 million; float16 ends at 65,504. What they stand for is 2,000."""
         layer = quantized(code, code.W8A8Method(), torch.ones(2, 2000).half())
-        got = layer(torch.ones(1, 2000).half())
-        equal(str(got.dtype), "torch.float16", "the dtype of layer(x), where x is in float16")
-        what = "layer(x) of 2,000 ones in float16, with 2,000 weights of 1 and a bias of 1"
-        close(got, torch.full((1, 2), 2001.0).half(), what, rtol=2e-3)
+        got = layer(torch.tensor([[1.0], [0.01]]).expand(2, 2000).half())
+        equal(str(got.dtype), "torch.float16", "the dtype of layer(x), where x has float16,")
+        what = "layer(x) of 2,000 ones, and of 2,000 times 0.01, in float16, with 2,000 weights of 1 and a bias of 1"
+        close(got, torch.tensor([[2001.0] * 2, [21.0] * 2]).half(), what, rtol=2e-3)
 
     def test_ranks_scale_a_token_alike(self, code):
         """Another rank has the larger part of the token: the group says so."""
@@ -673,7 +675,7 @@ class TestKLDivergence:
         logits, other = (spread(3, 70).bfloat16() * scale for scale in (3, 2))
         got = code.kl_divergence(logits, other)
         expected = F.kl_div(other.float().log_softmax(1), logits.float().softmax(1), reduction="batchmean")
-        what = "kl_divergence of logits in bfloat16, computed in float32"
+        what = "kl_divergence of logits in bfloat16, computed in float32,"
         close(got.float(), expected, what, rtol=1e-3)
 
     def test_large_scores(self, code):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.grading.compare import nothing_replaced
+from common.grading.compare import CheckFailed, nothing_replaced
 
 PLAIN = (int, float, str, bytes)
 FIRST_CALLS = 300
@@ -46,6 +46,9 @@ def watched_arguments(module: ModuleType, function: str) -> Iterator[dict[str, A
         before = {argument: snapshot(value) for argument, value in arguments.items()}
         with nothing_replaced() if next(calls) < FIRST_CALLS else nullcontext():
             result = original(*positional, **named)
+        if type(result) is float and original.__annotations__.get("return") == "int":
+            sentence = f"`{name}` returned {result!r}, a float: it must return a whole number, an int."
+            raise CheckFailed(sentence, f"the type of what `{name}` returns", "float")
         for argument, value in arguments.items():
             if not unchanged(before[argument], value):
                 changes[argument] = snapshot(value)

@@ -378,6 +378,7 @@ ANSWERS = [
     wrong("3.10", "keys or values, not both", "2 * config.num_hidden_layers", "config.num_hidden_layers"),
     wrong("3.10", "all query heads, instead of the key/value heads", "num_key_value_heads", "num_attention_heads"),
     wrong("3.10", "one layer", "2 * config.num_hidden_layers", "2"),
+    wrong("3.10", "a float, which no size can be", "return num_tokens", "return float(num_tokens)"),
     wrong(
         "3.10",
         "hidden_size, instead of the key/value heads",

@@ -29,6 +29,14 @@ ANSWERS = [
     ),
     wrong(
         "7.1",
+        "the largest absmax used for all rows",
+        "weight.abs().amax(dim=1) if absmax is None else absmax",
+        "weight.abs().amax(dim=1) if absmax is None else absmax.amax().expand(len(weight))",
+    ),
+    wrong("7.1", "numbers as low as -128", "clamp(-127, 127)", "clamp(-128, 127)"),
+    wrong("7.1", "numbers not limited to 127 in magnitude", ".clamp(-127, 127)", ""),
+    wrong(
+        "7.1",
         "scale 1 for a row with a NaN",
         "torch.where(scale == 0, 1.0, scale)",
         "torch.where(scale > 0, scale, 1.0)",
@@ -41,7 +49,7 @@ ANSWERS = [
             absmax = torch.stack([row.abs().max() for row in weight])
         scale = absmax / 127.0
         scale = scale.masked_fill(scale == 0, 1.0)
-        rows = [torch.round(row / each).to(torch.int8) for row, each in zip(weight, scale)]
+        rows = [torch.round(row / each).clamp(-127, 127).to(torch.int8) for row, each in zip(weight, scale)]
         return torch.stack(rows), scale
         """,
     ),
@@ -60,6 +68,12 @@ ANSWERS = [
     ),
     wrong(
         "7.2",
+        "the largest absmax used for all tokens",
+        "quantize_int8(x, absmax)",
+        "quantize_int8(x, None if absmax is None else absmax.amax().expand(len(x)))",
+    ),
+    wrong(
+        "7.2",
         "a scale for each channel",
         "quantize_int8(x, absmax)",
         "(lambda numbers, scale: (numbers.T.contiguous(), scale[: len(x)]))(*quantize_int8(x.T))",
@@ -70,7 +84,7 @@ ANSWERS = [
         """
         largest = x.abs().max(dim=-1).values if absmax is None else absmax
         scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
-        return torch.round(x / scale.unsqueeze(-1)).to(torch.int8), scale
+        return torch.round(x / scale.unsqueeze(-1)).clamp(-127, 127).to(torch.int8), scale
         """,
     ),
     # --------------------------------------------------------------------------------------- 7.3 Int8Method.product
@@ -83,6 +97,12 @@ ANSWERS = [
         "the bias added here too, although `apply` adds it",
         "F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale",
         "F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale + layer.bias",
+    ),
+    wrong(
+        "7.3",
+        "computed in float32, whatever dtype x has",
+        "F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale",
+        "F.linear(x.float(), layer.weight.float()) * layer.weight_scale",
     ),
     right(
         "7.3",
@@ -119,6 +139,12 @@ ANSWERS = [
         "(total * upcast(scale)[:, None] * upcast(layer.weight_scale)).to(x.dtype)",
         "total.to(x.dtype) * scale[:, None] * layer.weight_scale",
         recognised=False,  # both are infinite
+    ),
+    wrong(
+        "7.4",
+        "the two scales multiplied in the dtype of x, where float16 loses a small product",
+        "(total * upcast(scale)[:, None] * upcast(layer.weight_scale)).to(x.dtype)",
+        "(total * upcast(scale[:, None] * layer.weight_scale)).to(x.dtype)",
     ),
     right(
         "7.4",
@@ -598,14 +624,6 @@ EQUIVALENT = [
         "7.4",
         "a float32 number times a half-precision scale is float32 as well, with the same value",
         "upcast(layer.weight_scale) -> layer.weight_scale",
-    ),
-    equivalent(
-        "7.1",
-        "the scale is the row's largest magnitude / 127, so no quotient rounds to more than 127 in magnitude",
-        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round()",
-        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-127)",
-        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-128, 127)",
-        "(weight / scale[:, None]).round().clamp(-127, 127) -> (weight / scale[:, None]).round().clamp(-127, 128)",
     ),
     equivalent(
         "7.4",
