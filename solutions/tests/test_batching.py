@@ -60,7 +60,7 @@ def test_same_tokens_as_alone(model):
         assert totals[what] > 5, f"too few {what} for a soak: {totals}"
 
 
-@pytest.mark.slow(50)
+@pytest.mark.slow
 def test_same_tokens_as_alone_many_times(model):
     soak(model, Letters(), STORIES, range(100, 125), 20)
 
