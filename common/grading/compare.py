@@ -118,7 +118,6 @@ def holds(condition: Any, sentence: str, actual: Any = None) -> None:
 
     actual: the value that was judged; with it, a known mistake can be recognised.
     """
-    refuse_replaced()
     if not condition:
         raise CheckFailed(sentence, sentence, actual)
 

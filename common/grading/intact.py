@@ -2,7 +2,7 @@
 
 An answer runs in the process that judges it. Before the first one is imported, `remember` notes what the checks and
 the comparisons use: functions of torch, of Python and of the grader. `replaced` is called when an answer returns,
-before each comparison, and when a check has ended.
+before each comparison of values, and when a check has ended.
 """
 
 from __future__ import annotations

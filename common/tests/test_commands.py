@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from common import commands, options
 from common.__main__ import main, run
 from common.config import EngineConfig
 from common.course import ROOT, CourseError
+from common.tests import zygote
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 
@@ -66,6 +68,25 @@ def test_a_target_reaches_its_command_as_it_was_typed_and_so_do_the_variables_na
     assert echo("nonsense")["argv"] == ["nonsense"]  # which knows what was meant
     assert set(echo("run", "TP=2", "QUNAT=int8")["COURSE_VARIABLES"].split()) == {"TP", "QUNAT"}
     assert echo("run", TP="2")["COURSE_VARIABLES"].split() == []
+
+
+@pytest.mark.skipif(not zygote.IS_SAFE, reason="nothing is forked here")
+def test_what_the_tests_fork_ends_as_a_python_of_its_own_would():
+    """Or a command that fails would pass."""
+    endings = {
+        "-c pass": 0,
+        "-c 'import sys; sys.exit(5)'": 5,
+        "-c 1/0": 1,
+        "-c 'import os; os.kill(os.getpid(), 9)'": 137,
+        "-m common nothing": 2,
+        "-m platform nothing": 0,  # which is not forked
+    }
+    for words, code in endings.items():
+        command = ["sh", "-c", f"{shlex.join(zygote.python())} {words}"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == code, (words, result.stderr)
+    told = zygote.typed_in(ROOT, "nothing")
+    assert told.returncode == 2 and "There is no target 'nothing'" in told.stdout
 
 
 def test_a_reader_who_leaves_early_is_no_error():

@@ -31,7 +31,7 @@ def test_a_wrong_answer_is_recognised(lesson, tmp_path):
     assert (result.status, result.mistake) == ("wrong", answer.name)
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(20)
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
 def test_catalogue_holds(lesson):
     """Every wrong answer of the lesson is caught and recognised, and every right one passes."""

@@ -183,7 +183,7 @@ def test_ctrl_c_at_any_line_leaves_nothing(start, name):
             interrupt_often(engine, action, 1, seed)
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow
 @pytest.mark.parametrize("action", [generate, go_on, leave])
 @pytest.mark.parametrize("name", ENGINES)
 def test_ctrl_c_at_many_more_lines_leaves_nothing(start, name, action):

@@ -505,10 +505,10 @@ def test_smollm2_speaks_as_in_transformers():
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert_same_greedy_tokens("smollm2-135m", theirs, model, prompts, eos)
 
-    # And literally, the shortest.
+    # And literally, the shortest; for tales it is a longer answer.
     prompt = tokenizer.encode("The capital of France is")
     expected = theirs.generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=eos, pad_token_id=0
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=16, eos_token_id=eos, pad_token_id=0
     )
-    output = generate(model, tokenizer, prompt, SamplingParams(max_tokens=64))
+    output = generate(model, tokenizer, prompt, SamplingParams(max_tokens=16))
     assert output.token_ids == expected[0, len(prompt) :].tolist()

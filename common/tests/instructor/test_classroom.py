@@ -446,7 +446,7 @@ def walls(request, impatient, monkeypatch):
     return request.param
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(20)
 def test_attacks_on_the_grader_fail_and_are_told(impatient, tmp_path):
     attacks = {id: each for id, each in ATTACKS.items() if id != "1.12"}
     bodies = {"e" + id.partition(".")[2]: attack.body for id, attack in attacks.items()}
@@ -559,7 +559,7 @@ REPLACEMENTS = {  # each for its own values alone: other comparisons stay right
 }
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(20)
 def test_attacks_on_the_grader_that_replace_what_it_compares_with(impatient, tmp_path):
     bodies = {"e" + id.partition(".")[2]: body for id, (_, body) in REPLACEMENTS.items()}
     found = graded(hand_in(tmp_path, "mallory", top=OWN, **bodies), tmp_path)

@@ -322,14 +322,16 @@ def bodies_in(code: str, depth: int = 0) -> Iterator[list[str]]:
 
 def leaks(files: list[Path], answers: dict[str, list[str]]) -> set[tuple[str, str]]:
     """(exercise, name of a file) where all statements of its answer stand in a row."""
-    found = set()
+    found, beginning = set(), {}
+    for id, answer in answers.items():
+        beginning.setdefault(answer[0], []).append((id, answer))
     for file in files:
         for code in code_in(file):
             for body in bodies_in(code):
-                for id, answer in answers.items():
-                    starts = [i for i, each in enumerate(body) if each == answer[0]]
-                    if any(body[i : i + len(answer)] == answer for i in starts):
-                        found.add((id, file.name))
+                for i, each in enumerate(body):
+                    for id, answer in beginning.get(each, ()):
+                        if body[i : i + len(answer)] == answer:
+                            found.add((id, file.name))
     return found
 
 

@@ -55,7 +55,7 @@ def fuzz(small, num_examples: int) -> int:
     return num_successes
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(30)
 def test_many_requests_of_each_kind(small):
     assert fuzz(small, 100) > 100
     eventually(lambda: is_empty(small[1].loop.engine))

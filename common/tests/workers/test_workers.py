@@ -54,9 +54,9 @@ def start_a_child() -> None:
     time.sleep(3600)
 
 
-@pytest.fixture(autouse=True)
-def really_start(monkeypatch):
-    """Elsewhere workers are forked from a process that has torch: see common/tests/zygote.py."""
+@pytest.fixture
+def really(monkeypatch):
+    """A worker is a Python of its own. Elsewhere it is forked from a process that has torch: see zygote.py."""
     monkeypatch.setattr("common.workers.calls.start", start)
     monkeypatch.setattr("common.workers.workers.start", start)
 
@@ -84,7 +84,7 @@ def all_gone(pids: list[int], seconds: float = 10.0) -> bool:
     return not any(map(is_alive, pids))
 
 
-def test_commands_and_results(pair):
+def test_commands_and_results(really, pair):
     with pair.guard():
         pair.send(21)
         assert sorted(pair.receive() for _ in range(2)) == [(1, 42), (2, 42)]
@@ -116,7 +116,7 @@ def test_what_a_worker_does_wrong_is_said(pair, what, says):
 
 
 @pytest.mark.parametrize(("sent", "says"), [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "not answer")])
-def test_killed_or_stopped(pair, sent, says):
+def test_killed_or_stopped(really, pair, sent, says):
     with pytest.raises(WorkerError, match=f"^rank 2 .*{says}"), pair.guard():
         pair.processes[2].send_signal(sent)
         pair.receive(timeout=0.5)
@@ -128,7 +128,7 @@ def test_our_own_error_is_ours(pair):
         int("one")
 
 
-def test_dropped_workers_end():
+def test_dropped_workers_end(really):
     told = []
     workers = Workers(range(1, 2), at_end=lambda: told.append("ended"))
     workers.start(f"{HERE}:serve", {})
@@ -138,7 +138,7 @@ def test_dropped_workers_end():
     assert all_gone([pid]) and told == ["ended"]
 
 
-def test_a_worker_that_ends_before_it_reports():
+def test_a_worker_that_ends_before_it_reports(really):
     workers = Workers(range(1, 2))
     with pytest.raises(WorkerLost, match="ended before"):
         workers.start("os:abort", {})
