@@ -1,4 +1,4 @@
-"""The likeliest tokens of a whole batch on a CPU, in one pass over the scores. (torch's `argmax` takes ten times as long.)"""
+"""The likeliest tokens of a whole batch on a CPU, in one call. torch's `argmax` takes ten times as long."""
 
 from __future__ import annotations
 

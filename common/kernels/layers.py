@@ -242,8 +242,8 @@ def pack(
     is freed once it is packed. A model that is not on a CPU in float32 or bfloat16 stays as it is, and so does one that
     was packed already.
 
-    With weights in bfloat16 everything else is computed in float32, and what is no matrix becomes float32, the final norm's
-    weight, too. Without a compiler, or with layers on the disk, such a model stays in bfloat16, and torch computes it.
+    With weights in bfloat16 everything else is computed in float32, and what is no matrix becomes float32, the final
+    norm's weight, too. Without a compiler, or with layers on the disk, such a model stays in bfloat16, and torch computes it.
     """
     sample = model.model.norm.weight
     if sample.device.type != "cpu" or sample.dtype not in (torch.float32, torch.bfloat16):

@@ -73,7 +73,7 @@ def panels(matrix: Tensor) -> Tensor:
 
 
 def pairs(matrix: Tensor, size: int = 2) -> Tensor:
-    """Panels in which the numbers of `size` inputs are neighbours: (N, K) -> (panels, K / size rounded up, 16, size)."""
+    """Panels in which `size` inputs of an output are neighbours: (N, K) -> (panels, K / size rounded up, 16, size)."""
     whole = panels(F.pad(matrix.detach(), (0, -matrix.shape[1] % size)))
     return whole.unflatten(1, (-1, size)).transpose(2, 3).contiguous()
 
@@ -105,8 +105,8 @@ def product_of_part(matrix, layer: nn.Module, x: Tensor, bias: Tensor | None = N
 def pack_floats(layer: nn.Module) -> None:
     """Rearrange a layer's matrix of floats, in panels or, without a compiler, for oneDNN. The old one is freed.
 
-    A matrix in bfloat16 stays so. Its products are added up in float32; where the processor multiplies two bfloat16, the
-    inputs are rounded to bfloat16.
+    A matrix in bfloat16 stays so. Its products are added up in float32. Where the processor multiplies two bfloat16,
+    the inputs are rounded to it.
 
     oneDNN's matrix keeps its shape, dtype and device, but its numbers cannot be read one by one any more, and it is no
     parameter: it is never saved.

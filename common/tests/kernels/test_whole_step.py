@@ -96,9 +96,9 @@ def slots_of(table: list[int], start: int, end: int, block_size: int) -> list[in
 
 def test_an_engine_computes_all_layers_in_one_call(monkeypatch):
     """Unless it is told not to, at any time; and with INT8 keys the layers write and read outside."""
-    monkeypatch.setenv("KERNELS", "fast")
     params, found = SamplingParams(max_tokens=12), []
     for options in ({}, {"kv_cache_dtype": "int8"}):
+        monkeypatch.setenv("KERNELS", "fast")
         with InferenceEngine("tales", device="cpu", **options) as engine:
             runner = engine.executor.runner
             assert isinstance(runner.forward, FusedForward) == (not options) and runner.draw is greedy.draw
