@@ -51,8 +51,8 @@ def paged(cache, metadata):
 
 
 def accelerate(runner, config):
-    """Let a model runner of a process of its own compute a step in few calls: on a CPU all layers in one, on a GPU a whole
-    decoding step as a CUDA graph. It also samples a batch at once.
+    """Let a model runner of a process of its own compute a step in few calls: on a CPU all layers in one, on a GPU a
+    whole decoding step as a CUDA graph. It also samples a batch at once.
 
     runner: lesson 5's `ModelRunner`. config: a resolved `EngineConfig`. Returns the runner.
     """

@@ -243,7 +243,8 @@ def pack(
     was packed already.
 
     With weights in bfloat16 everything else is computed in float32, and what is no matrix becomes float32, the final
-    norm's weight, too. Without a compiler, or with layers on the disk, such a model stays in bfloat16, and torch computes it.
+    norm's weight, too. Without a compiler, or with layers on the disk, such a model stays in bfloat16, and torch
+    computes it.
     """
     sample = model.model.norm.weight
     if sample.device.type != "cpu" or sample.dtype not in (torch.float32, torch.bfloat16):
