@@ -203,6 +203,34 @@ def quality() -> Figure:
     return fig
 
 
+@figure("lesson-7-quantization/figures/quality-and-speed.svg")
+def quality_and_speed() -> Figure:
+    """KL divergence against tokens a second, for every kind that the ladder has: one stream, and 32 requests."""
+    measurement, ladder = results.read("quality-smollm2-135m"), results.read("ladder-smollm2-135m")
+    ways = {"engine, kernels": {"kind": "float32"}, "bfloat16": {"kind": "bfloat16", "bits_of_sums": 32}}
+    for kind in ("int8", "w8a8", "int4", "w4a8"):
+        ways[kind.upper()] = {"kind": kind, "group_size": 64, "symmetric": False, "activation_aware": False}
+    costs = {
+        way: [row["kl"] for row in measurement["rows"] if asked.items() <= row.items()][-1]
+        for way, asked in ways.items()
+    }
+    fig = Figure(layout="constrained", figsize=(10, 3.8))
+    for axes, name in zip(fig.subplots(1, 2, sharey=True), ("one stream", "32 mixed requests")):
+        told = next(load["ways"] for load in ladder["loads"] if load["name"] == name)
+        for way, kl in costs.items():
+            speed, label = told[way]["tokens_per_second"], way.replace("engine, kernels", "float32")
+            axes.plot([speed], [kl], "o", color=BLUE)
+            axes.annotate(label, (speed, kl), (6, 4), textcoords="offset points", fontsize=9)
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_ylim(-2e-4, 1)
+        axes.set_xlim(0, 1.2 * max(told[way]["tokens_per_second"] for way in costs))
+        axes.set_xlabel("tokens/s")
+        axes.set_title(name)
+    fig.axes[0].set_ylabel("KL to float32, nats a token")
+    source_line(fig, ladder)
+    return fig
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Lesson 8: what draft tokens give
 # ---------------------------------------------------------------------------------------------------------------
