@@ -91,7 +91,7 @@ def test_what_runs_is_the_students_file(student):
     assert re.search(r"wrong +1\.4 ", lesson_1.stdout) and not re.search(r"wrong +1\.3 ", lesson_1.stdout)
     assert typed_in(student, "test-lesson", "2").returncode == 0
     under_mine = typed_in(student, "test-lesson", "2", MINE="0-1")
-    assert under_mine.returncode == 1 and "on top of your lessons 0 and 1." in under_mine.stdout
+    assert under_mine.returncode == 1 and "It runs with your lessons 0 and 1." in under_mine.stdout
     assert re.search(r"wrong +2\.\d+ ", under_mine.stdout)
 
 
