@@ -33,11 +33,11 @@ def main(words: list[str]) -> int:
         return 1
 
 
-SHORT_SPIN = {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"}
+SHORT_SPIN = {"GOMP_SPINCOUNT": "500", "KMP_BLOCKTIME": "1"}
 """How long a thread that waits for others keeps its core before it sleeps: turns of a loop for GNU's OpenMP (Linux),
 milliseconds for LLVM's and Intel's (macOS, Windows). By default it is so long that beside other busy processes the
-thread that is waited for has no core, since the one that waits has it. With a tenth of this, threads would sleep
-between two layers, and waking them would take half as long again as a step in eight bits."""
+thread that is waited for has no core, since the one that waits has it. All layers of a step are one call, so threads
+wait for each other only briefly, and a longer spin is no faster on an idle machine."""
 
 
 def run(command: commands.Command, rest: list[str]) -> int:
