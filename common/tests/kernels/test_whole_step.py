@@ -38,6 +38,7 @@ def request(name: str, output: tuple[int, ...] = (), **params):
 
 
 def test_whose_tokens_are_chosen_at_once(monkeypatch):
+    monkeypatch.setenv("KERNELS", "fast")
     requests = [
         request("plain"),
         request("warm", temperature=0.5),
