@@ -110,7 +110,7 @@ class ModelRunner:
         return self.model.run_layers(hidden, batch.positions, attend, self.cache.layers)
 
     def draw(self, sampling: Sequence[ScheduledRequest], logits: Tensor) -> dict[str, int]:
-        """Return next tokens, by id, for requests whose tokens a GPU draws all at once; none on a CPU."""
+        """Return next tokens, by id, for requests whose tokens kernels choose all at once; none without them."""
         return {}
 
     def score_prompts(self, plan: SchedulerOutput, hidden: Tensor, output: ModelRunnerOutput) -> None:

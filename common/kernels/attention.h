@@ -84,6 +84,23 @@ inline void mix(const float* weights, const Number* const* values, int64_t count
     }
 }
 
+// Turns COUNT scores into weights, exp(score - highest), and returns their total. most: the highest score so far. keep: what
+// the weights of earlier scores must be multiplied by.
+template <int64_t COUNT>
+inline float weigh(float* scores, float& most, float& keep) {
+  vec top = load<vec>(scores), part = {};
+  for (int64_t j = LANES; j < COUNT; j += LANES) top = load<vec>(scores + j) > top ? load<vec>(scores + j) : top;
+  const float highest = std::max(most, largest(top));
+  for (int64_t j = 0; j < COUNT; j += LANES) {
+    const vec weight = exponential(load<vec>(scores + j) - highest);
+    store(scores + j, weight);
+    part += weight;
+  }
+  keep = highest > most ? std::exp(most - highest) : 1;
+  most = highest;
+  return total(part);
+}
+
 // Rows of D floats in panels: (count, D) -> (D / 16, MANY_KEYS, 16), with 0 where there is nothing.
 template <typename Number>
 inline void in_panels(const Number* const* rows, int64_t count, int64_t D, float* panels) {
@@ -162,22 +179,11 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
       for (int64_t j = 0; j < MANY_KEYS; j += PANEL)
         std::memcpy(own + j, products + (j / PANEL * heads + h) * PANEL, PANEL * sizeof(float));
       std::fill_n(own, low, none), std::fill_n(own + high, MANY_KEYS - high, none);
-      vec top = load<vec>(own);
-      for (int64_t j = LANES; j < MANY_KEYS; j += LANES) top = load<vec>(own + j) > top ? load<vec>(own + j) : top;
-      const float highest = std::max(maximum[h], largest(top));
-      vec part = {};
-      for (int64_t j = 0; j < MANY_KEYS; j += LANES) {
-        const vec weight = exponential(load<vec>(own + j) - highest);
-        store(own + j, weight);
-        part += weight;
-      }
-      if (highest > maximum[h]) {
-        const float keep = std::exp(maximum[h] - highest);
-        maximum[h] = highest, total_weight[h] *= keep;
-        for (int64_t d = 0; d < size; d += PANEL)
-          for (int64_t i = 0; i < PANEL; ++i) sums[d * heads + h * PANEL + i] *= keep;
-      }
-      total_weight[h] += total(part);
+      float keep;
+      const float more = weigh<MANY_KEYS>(own, maximum[h], keep);
+      total_weight[h] = total_weight[h] * keep + more;
+      for (int64_t d = 0; keep != 1 && d < size; d += PANEL)
+        for (int64_t i = 0; i < PANEL; ++i) sums[d * heads + h * PANEL + i] *= keep;
     }
     in_panels(values, count, D, panels);
     multiply(weights, MANY_KEYS, count, panels, size / PANEL, MANY_KEYS, sums);
@@ -218,18 +224,10 @@ inline void attend(const float* q, int64_t stride, int64_t tokens, int64_t group
         float scores[HEADS() * KEYS], keep[HEADS()];
         score<HEADS()>(queries, keys, D, scale, scores);
         for (int h = 0; h < HEADS(); ++h) {
-          float *own = scores + h * KEYS, &most = maximum[t * group + head + h], &all = sum[t * group + head + h];
+          float *own = scores + h * KEYS, &all = sum[t * group + head + h];
           std::fill_n(own, low, none), std::fill_n(own + high, KEYS - high, none);
-          vec top = load<vec>(own), part = {};
-          for (int64_t j = LANES; j < KEYS; j += LANES) top = load<vec>(own + j) > top ? load<vec>(own + j) : top;
-          const float highest = std::max(most, largest(top));
-          for (int64_t j = 0; j < KEYS; j += LANES) {
-            const vec weight = exponential(load<vec>(own + j) - highest);
-            store(own + j, weight);
-            part += weight;
-          }
-          keep[h] = highest > most ? std::exp(most - highest) : 1;
-          most = highest, all = all * keep[h] + total(part);
+          const float more = weigh<KEYS>(own, maximum[t * group + head + h], keep[h]);
+          all = all * keep[h] + more;
         }
         mix<HEADS()>(scores + low, values + low, high - low, D, keep, out + t * out_stride + head * D);
       };

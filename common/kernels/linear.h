@@ -94,11 +94,13 @@ inline float scale_of(const float* x, int64_t K) {
   return scale_of(most) + zero;
 }
 
+// The nearest whole number, from -most to most.
+inline float nearest(float x, float most) { return std::min(most, std::max(-most, (x + 12582912.0f) - 12582912.0f)); }
+
 // `count` numbers of a row in sixteen bits, from -32512 to 32512, each as 256 * high + low.
 inline void quantize(const float* x, int64_t count, float scale, int8_t* high, int8_t* low) {
   for (int64_t k = 0; k < count; ++k) {
-    const float nearest = (x[k] / scale + 12582912.0f) - 12582912.0f;
-    const int32_t whole = static_cast<int32_t>(std::min(32512.0f, std::max(-32512.0f, nearest)));
+    const int32_t whole = static_cast<int32_t>(nearest(x[k] / scale, 32512));
     high[k] = static_cast<int8_t>((whole + 128) >> 8), low[k] = static_cast<int8_t>(whole);
   }
 }
@@ -106,10 +108,7 @@ inline void quantize(const float* x, int64_t count, float scale, int8_t* high, i
 // `count` numbers of a row in eight bits, from -127 to 127.
 template <typename Number>
 inline void quantize(const float* x, int64_t count, float scale, Number* numbers) {
-  for (int64_t k = 0; k < count; ++k) {
-    const float nearest = (x[k] / scale + 12582912.0f) - 12582912.0f;
-    numbers[k] = static_cast<Number>(std::min(127.0f, std::max(-127.0f, nearest)));
-  }
+  for (int64_t k = 0; k < count; ++k) numbers[k] = static_cast<Number>(nearest(x[k] / scale, 127));
 }
 
 // Rows of a product, and what `prepare` must compute of each of them for matrices of some kinds.

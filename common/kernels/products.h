@@ -104,7 +104,7 @@ inline void times_words(const uint8_t* x, int64_t stride, const uint8_t* panel, 
 inline void widen_pairs(const int8_t* pairs, int64_t count, const int8_t* next, int16_t* wide) {
   for (int64_t k = 0; k < count; ++k, pairs += 2 * PANEL, next += 2 * PANEL, wide += 2 * PANEL) {
     fetch(next);
-    for (int i = 0; i < 2 * PANEL; i += 2 * LANES) store(wide + i, load_pairs(pairs + i));
+    for (int i = 0; i < 2 * PANEL; i += 2 * LANES) store(wide + i, widen(load<bvec>(pairs + i)));
   }
 }
 

@@ -136,7 +136,7 @@ def pack_int8(layer: nn.Module, kind: int = INT8) -> None:
     """Rearrange a layer's `weight` (out, in) int8, for its `weight_scale` (out,), if there are compiled kernels.
 
     Where one instruction multiplies four numbers by four, those of the weight have no sign: 128 is added to each. The
-    activations are then rounded to sixteen bits, which is finer than bfloat16 and float16.
+    activations are then rounded to whole numbers of sixteen bits, with one scale for each row.
     """
     if build.compiled() is None or has_kernel(layer):
         return

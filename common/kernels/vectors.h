@@ -119,9 +119,6 @@ inline hvec widen(bvec v) {
 #endif
 }
 
-inline hvec load_pairs(const int8_t* from) { return widen(load<bvec>(from)); }
-inline hvec load_pairs(const int16_t* from) { return load<hvec>(from); }
-
 // LANES numbers in sixteen bits as floats: a bfloat16 is the upper half of a float, a float16 is not.
 inline vec load_floats(const float* from) { return load<vec>(from); }
 
@@ -172,7 +169,7 @@ inline ivec add_pairs(ivec sums, hvec a, hvec b) {
 #endif
 }
 
-// sums + a[0] * b[0] + ... + a[3] * b[3] in each lane, exact. a: bytes from 0 to 255; b: from -127 to 127. Only where one
+// sums + a[0] * b[0] + ... + a[3] * b[3] in each lane, exact. a: bytes from 0 to 255; b: from -128 to 127. Only where one
 // instruction does it. It is written in assembly, because gcc 12 copies registers around its intrinsic.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr bool HAS_QUADS = true;
