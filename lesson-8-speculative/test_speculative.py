@@ -146,15 +146,15 @@ class TestLookaheadCommit:
         holds(got is not None, f"commit returned None {what}. It should return the logits in `rows`.", actual="None")
         close(got, code.llama_pytorch.recompute(tiny(code), text), f"the logits that commit returns {what},")
 
+    def no_logits(self, got, what: str) -> None:
+        sentence = f"commit returned logits {what}. It should return None: none were computed for this text."
+        holds(got is None, sentence, actual=got)
+
     def refused(self, code, drafts: list[int], text: list[int], kept: list[int], what: str) -> None:
         """A text whose last token is not its draft token: there are no logits, and the cache is cut back."""
         own = self.lookahead(code, drafts)
         got = answer(code, f"commit, {what},", lambda: own.commit(text))
-        holds(
-            got is None,
-            f"commit returned logits {what}. It should return None: none were computed for this text.",
-            actual=got,
-        )
+        self.no_logits(got, what)
         equal(own.cache.num_tokens, len(kept), f"the number of tokens in the cache {what},")
         equal(own.cached_token_ids, kept, f"cached_token_ids {what},")
 
@@ -203,11 +203,7 @@ class TestLookaheadCommit:
         own.commit([*PROMPT, 21])
         got = own.commit([*PROMPT, 21, 7])
         what = "where 21, 22, 23 were proposed and the text continues with 21 and 7"
-        holds(
-            got is None,
-            f"commit returned logits {what}. It should return None: none were computed for this text.",
-            actual=got,
-        )
+        self.no_logits(got, what)
         equal(own.cache.num_tokens, 7, f"the number of tokens in the cache {what},")
         equal(list(own.cached_token_ids), [*PROMPT, 21], f"cached_token_ids {what},")
 
@@ -224,11 +220,7 @@ class TestLookaheadCommit:
             own.commit(text)
         got = own.commit([*PROMPT, 21, 22, 7])
         what = "where 21, 22 were proposed and the text continues with 21, 22 and 7"
-        holds(
-            got is None,
-            f"commit returned logits {what}. It should return None: none were computed for this text.",
-            actual=got,
-        )
+        self.no_logits(got, what)
         equal(own.cache.num_tokens, 8, f"the number of tokens in the cache {what},")
 
     def test_the_same_logits_in_fewer_passes(self, code):
