@@ -398,7 +398,7 @@ with engine.InferenceEngine({folder!r}, tensor_parallel={tensor}, pipeline_paral
         engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=40, ignore_eos=True), progress=False)
 """
 
-# Within a step: the other rank computes it too, and waits for rank 0's part of a sum. Between two steps nobody would wait.
+# Within a step the other rank waits for rank 0, for its part of a sum; between two steps it waits for nobody.
 STOP_WITHIN_A_STEP = """
     def all_reduce(*arguments, add=parallelism.Group.all_reduce, calls=[]):
         calls.append(1)
