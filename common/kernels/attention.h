@@ -151,8 +151,8 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
     for (int64_t h = 0; h < heads; h += TILE)
       with_rows(std::min<int64_t>(TILE, heads - h), [&](auto R) {
         const auto some = [&](auto P, int64_t i) {
-          times_floats<R(), P()>(x + h * stride, stride, panel + i * length * PANEL, length * PANEL, count,
-                                 sums + (i * heads + h) * PANEL, heads * PANEL, 0);
+          times_words<R(), P(), FloatWords>(x + h * stride, 4 * stride, panel + i * length * PANEL, 4 * length * PANEL, count,
+                                        sums + (i * heads + h) * PANEL, heads * PANEL, 0);
         };
         int64_t i = 0;
         for (; i + WIDE <= num_panels; i += WIDE) some(std::integral_constant<int, WIDE>(), i);

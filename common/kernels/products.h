@@ -26,78 +26,66 @@ constexpr int64_t place(int i, int64_t apart, int64_t size = LANES) {
   return i / (PANEL / LANES) * apart + i % (PANEL / LANES) * size;
 }
 
-// R rows times `count` inputs of P panels, (count, 16) floats; sums: (R, 16) for each panel, `sums_apart`, added to. ahead:
-// that far after each panel lies what comes next, and the cache is told so.
-template <int R, int P>
-inline void times_floats(const float* x, int64_t stride, const float* panel, int64_t apart, int64_t count, float* sums,
-                         int64_t sums_apart, int64_t ahead) {
-  vec s[R][PARTS<P>], w[PARTS<P>];
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS<P>; ++i) s[r][i] = load<vec>(sums + r * PANEL + place(i, sums_apart));
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k) {
-    for (int i = 0; i < P; ++i) fetch(panel + i * apart + k * PANEL + ahead);
-    for (int i = 0; i < PARTS<P>; ++i) keep(w[i] = load<vec>(panel + k * PANEL + place(i, apart)));
-    for (int r = 0; r < R; ++r) {
-      vec number = x[r * stride + k] - vec{};
-      keep(number);
-      for (int i = 0; i < PARTS<P>; ++i) s[r][i] += number * w[i];
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS<P>; ++i) store(sums + r * PANEL + place(i, sums_apart), s[r][i]);
-}
-
-// The four bytes of a row and of a weight that meet in a lane, and what adds their product to a sum.
-struct Quads {
-  typedef ivec Sum;
+// The four bytes of a row, which all lanes get, those of a weight that meet them, and what adds their product to a sum.
+struct FloatWords {
+  typedef vec Sum;
   static constexpr int BYTES = 4 * LANES;
+  static vec spread(const uint8_t* from) { return load<float>(from) - vec{}; }
+  static vec read(const uint8_t* from) { return load<vec>(from); }
+  static vec add(vec sums, vec w, vec x) { return sums + x * w; }
+};
+
+struct Words {
+  static constexpr int BYTES = 4 * LANES;
+  static ivec spread(const uint8_t* from) { return load<int32_t>(from) - ivec{}; }
   static ivec read(const uint8_t* from) { return load<ivec>(from); }
+};
+
+struct Quads : Words {
+  typedef ivec Sum;
   static ivec add(ivec sums, ivec w, ivec x) { return add_quads(sums, w, x); }
 };
 
-struct BfloatPairs {
+struct BfloatPairs : Words {
   typedef vec Sum;
-  static constexpr int BYTES = 4 * LANES;
-  static ivec read(const uint8_t* from) { return load<ivec>(from); }
   static vec add(vec sums, ivec w, ivec x) { return add_bfloats(sums, w, x); }
 };
 
-struct WidePairs {  // of sixteen bits each
+struct WidePairs : Words {  // of sixteen bits each
   typedef ivec Sum;
-  static constexpr int BYTES = 4 * LANES;
-  static hvec read(const uint8_t* from) { return load<hvec>(from); }
-  static ivec add(ivec sums, hvec w, ivec x) { return add_pairs(sums, w, (hvec)x); }
+  static ivec add(ivec sums, ivec w, ivec x) { return add_pairs(sums, (hvec)w, (hvec)x); }
 };
 
 struct NarrowPairs : WidePairs {  // a weight has eight bits, a row's number sixteen
   static constexpr int BYTES = 2 * LANES;
-  static hvec read(const uint8_t* from) { return widen(load<bvec>(from)); }
+  static ivec read(const uint8_t* from) { return (ivec)widen(load<bvec>(from)); }
 };
 
-// As times_floats, for words: (count, 16 words). x: a row's words, of four bytes, the next row `stride` bytes further. apart
-// and ahead: in bytes. sums: (P, CHUNK, 16).
-template <int R, int P, typename Words, typename Number>
-inline void times_words(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t apart, int64_t count, Number* sums,
-                        int64_t ahead) {
-  constexpr int64_t SIZE = PANEL / LANES * Words::BYTES;
-  typedef typename Words::Sum Sum;
+// R rows times `count` words of P panels, (count, 16 words). x: a row's words, of four bytes. sums: (R, 16) for each panel,
+// `sums_apart`, added to. ahead: that far after each panel lies what comes next, and the cache is told so. stride, apart
+// and ahead are bytes, from a row or panel to the next.
+template <int R, int P, typename Kind, typename Number>
+inline void times_words(const void* rows, int64_t stride, const void* panels, int64_t apart, int64_t count, Number* sums,
+                        int64_t sums_apart, int64_t ahead) {
+  const uint8_t *x = static_cast<const uint8_t*>(rows), *panel = static_cast<const uint8_t*>(panels);
+  constexpr int64_t SIZE = PANEL / LANES * Kind::BYTES;
+  typedef typename Kind::Sum Sum;
   Sum s[R][PARTS<P>];
-  decltype(Words::read(panel)) w[PARTS<P>];
+  decltype(Kind::read(panel)) w[PARTS<P>];
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS<P>; ++i) s[r][i] = load<Sum>(sums + r * PANEL + place(i, CHUNK * PANEL));
+    for (int i = 0; i < PARTS<P>; ++i) s[r][i] = load<Sum>(sums + r * PANEL + place(i, sums_apart));
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
     for (int i = 0; i < P; ++i) fetch(panel + i * apart + k * SIZE + ahead);
-    for (int i = 0; i < PARTS<P>; ++i) keep(w[i] = Words::read(panel + k * SIZE + place(i, apart, Words::BYTES)));
+    for (int i = 0; i < PARTS<P>; ++i) keep(w[i] = Kind::read(panel + k * SIZE + place(i, apart, Kind::BYTES)));
     for (int r = 0; r < R; ++r) {
-      ivec word = load<int32_t>(x + r * stride + 4 * k) - ivec{};
+      auto word = Kind::spread(x + r * stride + 4 * k);
       keep(word);
-      for (int i = 0; i < PARTS<P>; ++i) s[r][i] = Words::add(s[r][i], w[i], word);
+      for (int i = 0; i < PARTS<P>; ++i) s[r][i] = Kind::add(s[r][i], w[i], word);
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < PARTS<P>; ++i) store(sums + r * PANEL + place(i, CHUNK * PANEL), s[r][i]);
+    for (int i = 0; i < PARTS<P>; ++i) store(sums + r * PANEL + place(i, sums_apart), s[r][i]);
 }
 
 // `count` pairs of a panel in sixteen bits each. next: as many, for which the cache is told that they come next.
@@ -131,7 +119,7 @@ struct Oct {
   vec operator[](int j) const { return __builtin_convertvector((all >> (j % 4 * 8 + j / 4 * 4)) & 15, vec); }
 };
 
-// As times_floats, for fewer bits, which become floats in registers: once for all R rows.
+// The same for floats and fewer bits, which become floats in registers: once for all R rows.
 template <int R, typename Packed>
 inline void times_packed(const float* x, int64_t stride, const uint8_t* panel, int64_t count, float* sums) {
   constexpr int PARTS = PANEL / LANES, INPUTS = Packed::INPUTS, CHAINS = R == 1 ? Packed::CHAINS : 1;
@@ -323,7 +311,8 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
     const uint8_t* in = static_cast<const uint8_t*>(x.numbers) + first * x.stride + 4 * word;
     const int64_t stride = x.stride / planes;
     tiles(all_rows, tile, [&](auto R, int64_t r) {
-      times_words<R(), P, decltype(kind)>(in + r * stride, stride, from, bytes_apart, count, to + r * PANEL, ahead);
+      times_words<R(), P, decltype(kind)>(in + r * stride, stride, from, bytes_apart, count, to + r * PANEL, CHUNK * PANEL,
+                                          ahead);
     });
   };
   if (w.kind == W8A8 || w.has_quads()) {
@@ -386,8 +375,8 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
         else for (int i = 0; i < P; ++i) unpack(w, panel + i * apart, k, end, scratch.floats + i * step * PANEL);
         const int64_t between = w.kind == FLOATS ? apart * all : step * PANEL, ahead = w.kind == FLOATS ? steps * all : 0;
         tiles(rows, tile, [&](auto R, int64_t r) {
-          times_floats<R(), P>(in + r * x.stride + k, x.stride, slice, between, end - k, sums + r * PANEL, CHUNK * PANEL,
-                               ahead);
+          times_words<R(), P, FloatWords>(in + r * x.stride + k, 4 * x.stride, slice, 4 * between, end - k, sums + r * PANEL,
+                                      CHUNK * PANEL, 4 * ahead);
         });
       }
     }
