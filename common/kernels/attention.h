@@ -12,9 +12,9 @@
 
 namespace inference_course {
 
-constexpr int64_t KEYS = 16, QUERIES = 16;
+constexpr int64_t KEYS = 16, QUERIES = 32;
 constexpr int FOLDED = LANES == 16 ? 4 : 2;  // heads for which a key is read once: four keys' sums fit into the registers
-constexpr int64_t MANY_KEYS = 32;  // keys in a step, where there are many queries
+constexpr int64_t MANY_KEYS = 64;  // keys in a step, where there are many queries
 
 // One layer's blocks: (num_blocks, block_size, kv_heads, head_dim) each. Number: float, or uint16_t for a bfloat16.
 template <typename Number>
@@ -151,8 +151,8 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
     for (int64_t h = 0; h < heads; h += TILE)
       with_rows(std::min<int64_t>(TILE, heads - h), [&](auto R) {
         const auto some = [&](auto P, int64_t i) {
-          times_words<R(), P(), FloatWords>(x + h * stride, 4 * stride, panel + i * length * PANEL, 4 * length * PANEL, count,
-                                        sums + (i * heads + h) * PANEL, heads * PANEL, 0);
+          times_words<R(), P(), FloatWords>(x + h * stride, 4 * stride, panel + i * length * PANEL, 4 * length * PANEL,
+                                            count, sums + (i * heads + h) * PANEL, heads * PANEL, 0);
         };
         int64_t i = 0;
         for (; i + WIDE <= num_panels; i += WIDE) some(std::integral_constant<int, WIDE>(), i);

@@ -31,9 +31,6 @@ inline int64_t threads() {
 #endif
 }
 
-// Panels that a thread takes at a time: several turns each, so that one which other processes hold up is helped.
-inline int64_t turn(int64_t panels) { return std::max<int64_t>(1, panels / (6 * threads())); }
-
 // Numbers that are written before they are read: a vector would set them to 0 first.
 struct Floats {
   std::unique_ptr<float[]> numbers;
@@ -59,7 +56,7 @@ at::Tensor apply(const c10::intrusive_ptr<Linear>& layer, const at::Tensor& inpu
   const float* in = x.const_data_ptr<float>();
   float* out = y.data_ptr<float>();
   Input prepared(w, R);
-  const int64_t panels = w.panels(), step = turn(panels);
+  const Division parts(w, R, w.panels(), threads());
 #pragma omp parallel
   {
     if (prepared.needs_preparation()) {
@@ -67,8 +64,8 @@ at::Tensor apply(const c10::intrusive_ptr<Linear>& layer, const at::Tensor& inpu
       for (int64_t r = 0; r < R; ++r) prepared.prepare(in + r * w.K, r, floats(most));
     }
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t p = 0; p < panels; p += step)
-      product<1>(w, floats(bias), prepared.rows(in), p, std::min(p + step, panels), 0,
+    for (int64_t i = 0; i < parts.size; ++i)
+      product<1>(w, floats(bias), prepared.rows(in), parts, i, 0,
                  [&](int64_t panel, int64_t first, int64_t rows, const float* sums) {
                    const int64_t outputs = std::min(PANEL, w.N - panel * PANEL);
                    for (int64_t r = 0; r < rows; ++r)
@@ -174,8 +171,8 @@ struct AttentionLayer : Layer {
     for (int64_t r = 0; r < requests; ++r)
       for (int64_t t = start[r]; t < start[r + 1]; t += QUERIES)
         for (int64_t head = 0; head < kv_heads; ++head) items.push_back({r, head, t});
-    const int64_t num_items = items.size(), panels = qkv.panels(), outputs = o.panels();
-    const int64_t step = turn(panels), out_step = turn(outputs);
+    const int64_t num_items = items.size();
+    const Division parts(qkv, T, qkv.panels(), threads()), out_parts(o, T, o.panels(), threads());
     const Residual finish{add_hidden ? x : nullptr, result.data_ptr<float>(), o.N};
 #pragma omp parallel
     {
@@ -185,8 +182,8 @@ struct AttentionLayer : Layer {
         before.prepare(&normed[t * H], t);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < panels; p += step)
-        product<1>(qkv, floats(first_bias), before.rows(normed.data()), p, std::min(p + step, panels), 0,
+      for (int64_t i = 0; i < parts.size; ++i)
+        product<1>(qkv, floats(first_bias), before.rows(normed.data()), parts, i, 0,
                    Residual{nullptr, projected.data(), width});
 #pragma omp for
       for (int64_t t = 0; t < T; ++t) {
@@ -212,8 +209,8 @@ struct AttentionLayer : Layer {
         for (int64_t t = 0; t < T; ++t) after.prepare(&mixed[t * mixed_width], t);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < outputs; p += out_step)
-        product<1>(o, floats(second_bias), after.rows(mixed.data()), p, std::min(p + out_step, outputs), 0, finish);
+      for (int64_t i = 0; i < out_parts.size; ++i)
+        product<1>(o, floats(second_bias), after.rows(mixed.data()), out_parts, i, 0, finish);
     }
     return result;
   }
@@ -235,7 +232,7 @@ struct MLPLayer : Layer {
     const at::Tensor hidden = given.contiguous();
     const Linear &gate_up = *first, &down = *second;
     const int64_t T = hidden.size(0), H = gate_up.K, inner = down.K, panels = gate_up.panels() / 2;
-    const int64_t step = turn(panels), outputs = down.panels(), out_step = turn(outputs);
+    const Division parts(gate_up, T, panels, threads()), out_parts(down, T, down.panels(), threads());
     const float *x = hidden.const_data_ptr<float>(), *weight = norm_weight.const_data_ptr<float>();
     at::Tensor result = at::empty_like(hidden);
     const Floats normed(T * H), active(T * inner);
@@ -249,8 +246,8 @@ struct MLPLayer : Layer {
         before.prepare(&normed[t * H], t);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < panels; p += step)
-        product<2>(gate_up, floats(first_bias), before.rows(normed.data()), p, std::min(p + step, panels), panels,
+      for (int64_t i = 0; i < parts.size; ++i)
+        product<2>(gate_up, floats(first_bias), before.rows(normed.data()), parts, i, panels,
                    [&](int64_t panel, int64_t row, int64_t rows, const float* gate) {
                      const float* up = gate + CHUNK * PANEL;
                      const int64_t size = std::min(PANEL, inner - panel * PANEL);
@@ -268,8 +265,8 @@ struct MLPLayer : Layer {
         for (int64_t t = 0; t < T; ++t) after.prepare(&active[t * inner], t);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t p = 0; p < outputs; p += out_step)
-        product<1>(down, floats(second_bias), after.rows(active.data()), p, std::min(p + out_step, outputs), 0, finish);
+      for (int64_t i = 0; i < out_parts.size; ++i)
+        product<1>(down, floats(second_bias), after.rows(active.data()), out_parts, i, 0, finish);
     }
     return result;
   }

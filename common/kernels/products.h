@@ -11,7 +11,7 @@
 namespace inference_course {
 
 constexpr int WIDE = LANES == 16 ? 2 : 1;  // panels at a time: TILE rows' sums with all of them fit into the registers
-constexpr int64_t SLICE = WIDE == 1 ? 256 : 192;  // at most so many inputs of a panel stay in the first cache for many rows
+constexpr int64_t SLICE = WIDE == 1 ? 256 : 576;  // at most so many inputs of a panel stay in the first cache for many rows
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
 constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers, for weights that become floats
 constexpr int OCT_TILE = LANES == 16 ? TILE : 4;  // rows of W4A8 whose sums fit into the registers
@@ -26,7 +26,8 @@ constexpr int64_t place(int i, int64_t apart, int64_t size = LANES) {
   return i / (PANEL / LANES) * apart + i % (PANEL / LANES) * size;
 }
 
-// The four bytes of a row, which all lanes get, those of a weight that meet them, and what adds their product to a sum.
+// Four bytes of a row, which all lanes get (`spread`), the bytes of the weights that meet them, and what adds their product
+// to a sum. A word is a float, four numbers of eight bits, or two of sixteen.
 struct FloatWords {
   typedef vec Sum;
   static constexpr int BYTES = 4 * LANES;
@@ -61,9 +62,9 @@ struct NarrowPairs : WidePairs {  // a weight has eight bits, a row's number six
   static ivec read(const uint8_t* from) { return (ivec)widen(load<bvec>(from)); }
 };
 
-// R rows times `count` words of P panels, (count, 16 words). x: a row's words, of four bytes. sums: (R, 16) for each panel,
-// `sums_apart`, added to. ahead: that far after each panel lies what comes next, and the cache is told so. stride, apart
-// and ahead are bytes, from a row or panel to the next.
+// R rows times `count` words of P panels, (count, 16 words). stride and apart: the bytes from a row or a panel to the next.
+// sums: (R, 16) for each panel, the next `sums_apart` numbers further, added to. ahead: so many bytes after each panel lies
+// what comes next, and the cache is told so.
 template <int R, int P, typename Kind, typename Number>
 inline void times_words(const void* rows, int64_t stride, const void* panels, int64_t apart, int64_t count, Number* sums,
                         int64_t sums_apart, int64_t ahead) {
@@ -74,7 +75,7 @@ inline void times_words(const void* rows, int64_t stride, const void* panels, in
   decltype(Kind::read(panel)) w[PARTS<P>];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < PARTS<P>; ++i) s[r][i] = load<Sum>(sums + r * PANEL + place(i, sums_apart));
-#pragma GCC unroll 4
+#pragma GCC unroll 1  // unrolled by 4, gcc 12 stores each sum of whole numbers or bfloat16 to memory in every step
   for (int64_t k = 0; k < count; ++k) {
     for (int i = 0; i < P; ++i) fetch(panel + i * apart + k * SIZE + ahead);
     for (int i = 0; i < PARTS<P>; ++i) keep(w[i] = Kind::read(panel + k * SIZE + place(i, apart, Kind::BYTES)));
@@ -375,8 +376,8 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
         else for (int i = 0; i < P; ++i) unpack(w, panel + i * apart, k, end, scratch.floats + i * step * PANEL);
         const int64_t between = w.kind == FLOATS ? apart * all : step * PANEL, ahead = w.kind == FLOATS ? steps * all : 0;
         tiles(rows, tile, [&](auto R, int64_t r) {
-          times_words<R(), P, FloatWords>(in + r * x.stride + k, 4 * x.stride, slice, 4 * between, end - k, sums + r * PANEL,
-                                      CHUNK * PANEL, 4 * ahead);
+          times_words<R(), P, FloatWords>(in + r * x.stride + k, 4 * x.stride, slice, 4 * between, end - k,
+                                          sums + r * PANEL, CHUNK * PANEL, 4 * ahead);
         });
       }
     }
@@ -392,27 +393,40 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
   }
 }
 
-// All rows times some panels, and with COUNT = 2 the panels that lie `apart` after them, too.
+// A product divided among threads: parts of some rows times some panels. Those of the same rows follow each other, so that
+// the rows stay in the second cache. Several turns for each thread: one that other processes hold up is helped.
+struct Division {
+  int64_t rows, panels, chunk, step, parts_of_a_chunk, size;
+
+  Division(const Linear& w, int64_t rows, int64_t panels, int64_t threads)
+      : rows(rows), panels(panels),
+        chunk(std::clamp<int64_t>(CACHED / w.K / TILE * TILE, 2 * TILE, CHUNK) / w.planes()) {
+    const int64_t unit = rows > TILE ? WIDE : 1;  // with few rows memory counts, and more parts take longer to read
+    step = std::max<int64_t>(1, panels / (6 * threads * unit)) * unit;
+    parts_of_a_chunk = (panels + step - 1) / step;
+    size = (rows + chunk - 1) / chunk * parts_of_a_chunk;
+  }
+};
+
+// Part i, and with COUNT = 2 the panels that lie `apart` after its own, too.
 // done(panel, first row, rows, sums): sums (rows, 16), of the second panel CHUNK * 16 further.
 template <int COUNT, typename Done>
-inline void product(const Linear& w, const float* bias, const Rows& x, int64_t begin, int64_t end, int64_t apart,
+inline void product(const Linear& w, const float* bias, const Rows& x, const Division& parts, int64_t part, int64_t apart,
                     Done done) {
-  const int64_t chunk = std::clamp<int64_t>(CACHED / w.K / TILE * TILE, 2 * TILE, CHUNK) / w.planes();
   float sums[std::max(COUNT, WIDE) * CHUNK * PANEL];
-  for (int64_t first = 0; first < x.count; first += chunk) {
-    const int64_t rows = std::min(chunk, x.count - first);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      if (COUNT < WIDE && panel + 1 < end) {  // two neighbours
-        times_panels<WIDE>(w, bias, x, first, rows, panel, 1, sums);
-        done(panel, first, rows, sums), done(++panel, first, rows, sums + CHUNK * PANEL);
-      } else if (COUNT == WIDE) {
-        times_panels<COUNT>(w, bias, x, first, rows, panel, apart, sums);
-        done(panel, first, rows, sums);
-      } else {
-        for (int i = 0; i < COUNT; ++i)
-          times_panels<1>(w, bias, x, first, rows, panel + i * apart, 0, sums + i * CHUNK * PANEL);
-        done(panel, first, rows, sums);
-      }
+  const int64_t first = part / parts.parts_of_a_chunk * parts.chunk, rows = std::min(parts.chunk, parts.rows - first);
+  const int64_t begin = part % parts.parts_of_a_chunk * parts.step, end = std::min(begin + parts.step, parts.panels);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    if (COUNT < WIDE && panel + 1 < end) {  // two neighbours
+      times_panels<WIDE>(w, bias, x, first, rows, panel, 1, sums);
+      done(panel, first, rows, sums), done(++panel, first, rows, sums + CHUNK * PANEL);
+    } else if (COUNT == WIDE) {
+      times_panels<COUNT>(w, bias, x, first, rows, panel, apart, sums);
+      done(panel, first, rows, sums);
+    } else {
+      for (int i = 0; i < COUNT; ++i)
+        times_panels<1>(w, bias, x, first, rows, panel + i * apart, 0, sums + i * CHUNK * PANEL);
+      done(panel, first, rows, sums);
     }
   }
 }
