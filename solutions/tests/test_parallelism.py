@@ -379,24 +379,36 @@ def test_killed_or_stopped_at_any_time(checkpoints, sent, trial):
 
 
 SCRIPT = """
-import sys, threading
+import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
-from solutions import engine
+from solutions import engine, parallelism
 from common.authoring.soak.load import Letters
 from solutions.llama_pytorch import SamplingParams
 engine.load_tokenizer = lambda folder: Letters()
 with engine.InferenceEngine({folder!r}, tensor_parallel={tensor}, pipeline_parallel={pipeline}, dtype=torch.float64,
                             device="cpu", timeout=3.0, max_model_len=64) as engine:
     print(*[process.pid for process in engine.executor.workers.processes.values()], flush=True)
+    {first}
     while True:
         engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=40, ignore_eos=True), progress=False)
 """
 
+# Within a step the other rank waits for rank 0, for its part of a sum; between two steps it waits for nobody.
+STOP_WITHIN_A_STEP = """
+    def all_reduce(*arguments, add=parallelism.Group.all_reduce, calls=[]):
+        calls.append(1)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return add(*arguments)
 
-def run_script(folder: Path, tensor: int, pipeline: int) -> tuple[subprocess.Popen, list[int]]:
+    parallelism.Group.all_reduce = all_reduce
+"""
+
+
+def run_script(folder: Path, tensor: int, pipeline: int, first: str = "") -> tuple[subprocess.Popen, list[int]]:
     """An engine in a process of its own, busy without end; and the process ids of its workers."""
-    script = SCRIPT.format(root=str(ROOT), folder=str(folder), tensor=tensor, pipeline=pipeline)
+    script = SCRIPT.format(root=str(ROOT), folder=str(folder), tensor=tensor, pipeline=pipeline, first=first)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -416,12 +428,11 @@ def test_rank_0_is_killed(checkpoints, tensor, pipeline):
 @pytest.mark.slow
 def test_rank_0_is_stopped_for_a_while(checkpoints):
     """When it goes on, it finds that the others have given up, and says so."""
-    process, workers = run_script(checkpoints["qwen3"], 2, 1)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(5)
+    process, workers = run_script(checkpoints["qwen3"], 2, 1, STOP_WITHIN_A_STEP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    time.sleep(5)  # the other rank waits for three
     process.send_signal(signal.SIGCONT)
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=60)
     assert "WorkerError" in error and "rank 1" in error
     assert nobody_is_left(workers)
 
