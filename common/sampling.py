@@ -12,6 +12,8 @@ from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
+from common.config import shown
+
 
 def stable_hash(*numbers: int) -> int:
     """Hash whole numbers into a seed of 63 bits, the same in every process and on every machine."""
@@ -33,7 +35,7 @@ MAX_STOP_CHARACTERS = 10_000
 def check_params(params: Any) -> SamplingParams:
     """Returns the parameters of a request; the defaults for None. Raises ValueError if they are something else."""
     if params is not None and not isinstance(params, SamplingParams):
-        raise ValueError(f"params must be SamplingParams(...); it is {format(repr(params), '.80')}.")
+        raise ValueError(f"params must be SamplingParams(...); it is {shown(params)}.")
     return params or SamplingParams()
 
 
@@ -43,7 +45,7 @@ def is_id(value: Any) -> bool:
 
 
 def refuse(name: str, rule: str, value: object) -> None:
-    raise ValueError(f"SamplingParams: {name} must be {rule}; it is {format(repr(value), '.80')}.")
+    raise ValueError(f"SamplingParams: {name} must be {rule}; it is {shown(value)}.")
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,10 @@ def check_prompt(prompt_token_ids: Sequence[int], config: Any, params: SamplingP
         )
     for token_id in prompt_token_ids:
         if not isinstance(token_id, Integral):
-            raise ValueError(f"The prompt has {token_id!r} among its token ids, which are whole numbers.")
+            raise ValueError(f"The prompt has {shown(token_id)} among its token ids, which are whole numbers.")
         if not 0 <= token_id < config.vocab_size:
-            raise ValueError(f"The prompt has token id {token_id}; the vocabulary ends at {config.vocab_size - 1}.")
+            raise ValueError(
+                f"The prompt has token id {shown(token_id)}; the vocabulary ends at {config.vocab_size - 1}."
+            )
     if params.n != 1:
         raise ValueError(f"SamplingParams: n is {params.n}; generate makes one sample: call it for params.children().")

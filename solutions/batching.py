@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from common import kernels
-from common.config import EngineConfig
+from common.config import EngineConfig, shown
 from common.metrics import EngineMetrics, RequestMetrics
 from common.progress import progress_bar
 from common.sampling import check_params
@@ -401,7 +401,7 @@ class Engine:
             ("cache_salt", cache_salt, str),
         ):  # fmt: skip
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{name} must be {'text' if kind is str else 'a whole number'}; it is {value!r:.80}.")
+                raise ValueError(f"{name} must be {'text' if kind is str else 'a whole number'}; it is {shown(value)}.")
         token_ids = self.encode(prompt)
         llama_pytorch.check_prompt(token_ids, self.config.model_config, replace(params, n=1))
         max_tokens = self.config.limit_output(len(token_ids), params.max_tokens)
@@ -413,7 +413,7 @@ class Engine:
         for child, own_params in enumerate(params.children()):
             own_id = f"{request_id}/{child}" if child else request_id
             if self.samples(own_id):
-                raise ValueError(f"request_id {own_id!r} is taken: a request with this id is not finished yet.")
+                raise ValueError(f"request_id {shown(own_id)} is taken: a request with this id is not finished yet.")
             parent = requests[0] if requests else None
             request = Request(own_id, token_ids, own_params, max_tokens, stop_token_ids, parent=parent, child=child)
             request.arrival, request.priority, request.tenant = self.num_arrivals, priority, tenant
@@ -437,9 +437,10 @@ class Engine:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         try:
-            token_ids = list(prompt)
-            if isinstance(prompt, (bytes, Mapping, Set)) or any(isinstance(token_id, bool) for token_id in token_ids):
-                raise TypeError(f"it is {prompt!r:.80}")
+            token_ids = list(itertools.islice(prompt, self.config.max_model_len + 1))  # a generator may have no end
+            is_other = isinstance(prompt, (bytes, bytearray, memoryview, Mapping, Set))
+            if is_other or any(isinstance(token_id, bool) for token_id in token_ids):
+                raise TypeError(f"it is {shown(prompt)}")
             return [operator.index(token_id) for token_id in token_ids]
         except TypeError as error:
             raise ValueError(f"prompt must be text or a list of token ids, which are whole numbers: {error}.") from None
