@@ -404,16 +404,14 @@ class Engine:
         stop_token_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
         if params.prompt_logprobs is not None:
             cache_salt = f"{cache_salt}/{self.num_arrivals}"
+        shared = (max_tokens, stop_token_ids, self.num_arrivals, priority, tenant, cache_salt)
         requests: list[Request] = []
         for child, own_params in enumerate(params.children()):
             own_id = f"{request_id}/{child}" if child else request_id
             if self.samples(own_id):
                 raise ValueError(f"request_id {own_id!r} is taken: a request with this id is not finished yet.")
             parent = requests[0] if requests else None
-            request = Request(own_id, token_ids, own_params, max_tokens, stop_token_ids, parent=parent, child=child)
-            request.arrival, request.priority, request.tenant = self.num_arrivals, priority, tenant
-            request.cache_salt = cache_salt
-            requests.append(request)
+            requests.append(Request(own_id, token_ids, own_params, *shared, parent, child))
         self.num_arrivals += 1
         try:
             outputs = [self.processor.add(request) for request in requests]
