@@ -103,12 +103,14 @@ async def chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
             raise EOFError("the connection has ended in mid-answer.")
 
 
-async def complete(port: int, body: dict, leave_after: int | None = None) -> Answer:
-    """Ask for a streamed completion. leave_after: close the connection after this many events.
+async def complete(port: int, body: dict, leave_after: int | None = None, answer: Answer | None = None) -> Answer:
+    """Ask for a streamed completion. leave_after: close the connection after this many events. answer: what comes back
+    is put into it, so that the caller can follow it.
 
     Raises RuntimeError if the server refuses, or sends an error in mid-answer; EOFError if it breaks the answer off.
     """
-    answer = Answer(time.perf_counter())
+    answer = answer or Answer()
+    answer.sent = time.perf_counter()
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     status, reader, writer = await request(port, "/v1/completions", body)
     try:
