@@ -26,9 +26,7 @@ from common.bench.style import (
 )
 from common.course import CourseError
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 0: the roofline
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 0: the roofline -------------------------------------------------------------------------------------------
 
 
 @figure("lesson-0-intro/figures/roofline.svg")
@@ -74,9 +72,7 @@ def roofline() -> Figure:
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 1: rotary embedding, three attention heads, where the parameters are
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 1: rotary embedding, three attention heads, where the parameters are --------------------------------------
 
 
 @figure("lesson-1-llm-basics/figures/rotary.svg")
@@ -235,9 +231,7 @@ def ceilings() -> Figure:
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lessons 2 and 3: seconds for one more token, without a memory and with one
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lessons 2 and 3: seconds for one more token, without a memory and with one ---------------------------------------
 
 
 def over_contexts(name: str, title: str, ways: dict[str, tuple[str, str, int]]) -> tuple[Figure, matplotlib.axes.Axes]:
@@ -289,9 +283,7 @@ def kv_cache() -> Figure:
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 4: what blocks waste
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 4: what blocks waste --------------------------------------------------------------------------------------
 
 
 @figure("lesson-4-paged-attention/figures/utilisation.svg")

@@ -100,9 +100,7 @@ def origin_of(path: str, skeleton: str, old: Mapping[str, str], renumbered: Mapp
     return likeliest if likeliest and shared[likeliest] else None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Taking answers out
-# ---------------------------------------------------------------------------------------------------------------
+# --- Taking answers out -----------------------------------------------------------------------------------------------
 
 
 def take_answers(old: str, mine: str) -> tuple[dict[str, Answer | None], str]:
@@ -169,9 +167,7 @@ def declaration(node: Function) -> str:
     return f"({ast.unparse(node.args)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Putting them in
-# ---------------------------------------------------------------------------------------------------------------
+# --- Putting them in --------------------------------------------------------------------------------------------------
 
 
 def put_together(old: str, mine: str, new: str, answers: Mapping[str, Answer]) -> Carried:

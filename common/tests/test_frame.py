@@ -23,9 +23,7 @@ from common.course import ROOT, Lesson
 from common.machine import interleaved_medians
 from common.tests.typed import typed
 
-# ---------------------------------------------------------------------------------------------------------------
-# The environment
-# ---------------------------------------------------------------------------------------------------------------
+# --- The environment --------------------------------------------------------------------------------------------------
 
 
 class Machine:
@@ -226,9 +224,7 @@ def test_what_decides_outputs_is_pinned():
     assert "python_version" not in text  # one version of a package for every Python
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tests of the tests: what `make test-all` leaves out
-# ---------------------------------------------------------------------------------------------------------------
+# --- The tests of the tests: what `make test-all` leaves out ----------------------------------------------------------
 
 
 def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
@@ -285,9 +281,7 @@ def test_the_course_is_tested_whatever_the_environment_says(monkeypatch):
     assert typed("test", "surplus") == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Notebooks, figures, measurements
-# ---------------------------------------------------------------------------------------------------------------
+# --- Notebooks, figures, measurements ---------------------------------------------------------------------------------
 
 
 def stream(text: str, name: str = "stdout"):

@@ -158,9 +158,7 @@ def both_logits(theirs, model: Llama, token_ids: torch.Tensor, positions: torch.
     return model.logits(model(token_ids, positions, causal_attend)), expected
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Logits
-# ---------------------------------------------------------------------------------------------------------------
+# --- Logits -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -263,9 +261,7 @@ def test_parameters_get_the_dtype_they_were_built_with(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What cannot be loaded says so
-# ---------------------------------------------------------------------------------------------------------------
+# --- What cannot be loaded says so ------------------------------------------------------------------------------------
 
 
 def change(folder: Path, **changes) -> None:
@@ -416,9 +412,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     assert tokenizer.vocab_size == 90 and model.config.vocab_size == 101
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Models that speak
-# ---------------------------------------------------------------------------------------------------------------
+# --- Models that speak ------------------------------------------------------------------------------------------------
 
 STORIES = [
     "Once upon a time", "Lily found a", "The little dog", "One day, Tom and his", "There was a big red",

@@ -169,9 +169,7 @@ def test_real_model(real, tensor, pipeline, monkeypatch):
             assert top[0] - top[1] < 1e-3, f"token {same} of a prompt of {len(prompt)} differs, and it was no tie"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What is read, what is refused, what overlaps
-# ---------------------------------------------------------------------------------------------------------------
+# --- What is read, what is refused, what overlaps ---------------------------------------------------------------------
 
 
 def test_each_rank_reads_its_own(checkpoints):
@@ -235,9 +233,7 @@ def test_memory_is_that_of_each_rank(checkpoints):
         assert engine.config.num_blocks in (3 * alone, 3 * alone + 1, 3 * alone + 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What may befall a rank
-# ---------------------------------------------------------------------------------------------------------------
+# --- What may befall a rank -------------------------------------------------------------------------------------------
 
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -485,9 +481,7 @@ def test_idling_is_no_failure(checkpoints):
     assert [output.token_ids for output in first] == [output.token_ids for output in second]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# torchrun
-# ---------------------------------------------------------------------------------------------------------------
+# --- torchrun ---------------------------------------------------------------------------------------------------------
 
 
 def torchrun(*options: str) -> subprocess.Popen:
