@@ -421,7 +421,7 @@ def test_threads_share_an_engine(model):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert set(answers) == {0, 1, "stream"}, "a thread has failed, or waits for ever"
     oracle = Oracle(model, Letters())
     for i in range(2):
