@@ -40,10 +40,7 @@ class EngineConfig:
 
     model: str = option("smollm2-135m", "a name, a folder, a .gguf file or org/name", envvar="MODEL")
     dtype: Any = option(  # noqa: RUF009  (the default is None)
-        None,
-        "of weights and cache; default: float32 on a CPU, bfloat16 on a GPU",
-        choices=DTYPES,
-        envvar="DTYPE",
+        None, "of weights and cache; default: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES, envvar="DTYPE"
     )
     device: str | None = option(None, "cpu or cuda; default: the GPU if there is one")
 

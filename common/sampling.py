@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import operator
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from numbers import Integral, Real
@@ -28,6 +29,10 @@ MAX_LOGPROBS = 1024
 """Each token's are sorted and kept, and each sample is a request: more of either would hold up all requests."""
 MAX_ENTRIES = 10_000
 """Of each list: `itertools.repeat` would fill the memory."""
+NO_SEQUENCES = (bytes, bytearray, memoryview, Mapping, Set)
+"""Their members are whole numbers perhaps, and yet they are no list of token ids."""
+MAX_PROMPT = 2**22
+"""Token ids that are read of a prompt, more than any context has: a generator may have no end."""
 MAX_STOP_CHARACTERS = 10_000
 """The most characters that the stop strings of a request have together: every token is compared with all of them."""
 
@@ -37,6 +42,37 @@ def check_params(params: Any) -> SamplingParams:
     if params is not None and not isinstance(params, SamplingParams):
         raise ValueError(f"params must be SamplingParams(...); it is {shown(params)}.")
     return params or SamplingParams()
+
+
+def check_kind(kind: type, **values: Any) -> None:
+    """Raises ValueError for a value, given by its name, that is not of this kind, str or int. True is no number."""
+    for name, value in values.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} must be {'text' if kind is str else 'a whole number'}; it is {shown(value)}.")
+
+
+def list_prompts(prompts: Any) -> list:
+    """Returns prompts as a list; a single one, text or token ids, as a list of one."""
+    if isinstance(prompts, (str, *NO_SEQUENCES)):
+        return [prompts]
+    try:
+        several = list(prompts)
+    except TypeError:
+        return [prompts]
+    return [several] if several and hasattr(several[0], "__index__") else several
+
+
+def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
+    """Returns a prompt's token ids. Raises ValueError if it is neither text nor a list of whole numbers."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    try:
+        token_ids = list(islice(prompt, MAX_PROMPT))
+        if isinstance(prompt, NO_SEQUENCES) or any(isinstance(token_id, bool) for token_id in token_ids):
+            raise TypeError(f"it is {shown(prompt)}")
+        return [operator.index(token_id) for token_id in token_ids]
+    except TypeError as error:
+        raise ValueError(f"prompt must be text or a list of token ids, which are whole numbers: {error}.") from None
 
 
 def is_id(value: Any) -> bool:

@@ -27,13 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.chat_templates import (
-    ChatTemplateError,
-    check_messages,
-    choose_template,
-    find_chat_templates,
-    render_chat,
-)
+from common.chat_templates import ChatTemplateError, check_messages, choose_template, find_chat_templates, render_chat
 from common.checkpoints import CheckpointError, read_json
 from common.checkpoints.folder import LARGEST_JSON
 from common.checkpoints.schema import LARGEST_ID, SpecialIds, check, refusal

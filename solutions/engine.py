@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Return the model's config without \"quantization_config\", which lesson 2 would refuse."""
+    """Return the model's config without "quantization_config", which lesson 2 would refuse."""
     return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
 
 
@@ -99,9 +99,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
         config, draft_config = replace(config, speculative=str(draft.folder)), read_config(draft)
     size = slot_bytes(config, model_config, draft_config)
     config = config.resolve(model_config, size)
-    for name in ("num_blocks", "num_host_blocks") if device == "cpu" else ("num_host_blocks",):
-        blocks = f"{name}={getattr(config, name)} blocks of block_size={config.block_size} tokens"
-        check_memory(getattr(config, name) * config.block_size * size, blocks)
+    check_memory(config, size)
     return config, tokenizer
 
 
@@ -152,7 +150,7 @@ def make_cache(config: EngineConfig, model: Llama, layers: range, kv_cache_dtype
     kind = PagedKVCache
     if kv_cache_dtype == "int8":
         from solutions.quantization import Int8KVCache as kind
-    return kind(model, config.num_blocks, config.block_size, config.num_host_blocks, layers, config.dtype)
+    return kind(model, config.num_blocks, config.block_size, config.num_host_blocks, layers)
 
 
 def build_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:

@@ -225,11 +225,7 @@ def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, A
         checked.factor = max(context / checked.original_max_position_embeddings, 1.0)
     if isinstance(checked, Dynamic | Yarn):
         context = min(max(context, int(checked.factor * checked.original_max_position_embeddings)), 2**31)
-    return {
-        "rope_theta": theta,
-        "rope_scaling": msgspec.to_builtins(checked),
-        "max_position_embeddings": context,
-    }
+    return {"rope_theta": theta, "rope_scaling": msgspec.to_builtins(checked), "max_position_embeddings": context}
 
 
 def _layer_windows(config: Config) -> tuple[int | None, ...]:

@@ -274,11 +274,11 @@ def test_code_that_hangs_dies_or_cheats_fails_alone(tmp_path):
 
 
 def test_thread_left_behind_does_not_hold_up_the_grader(tmp_path):
-    body = "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start(); return 2 * x"
+    body = "import threading, time; threading.Thread(target=time.sleep, args=(3600,)).start(); return 2 * x"
     start = time.monotonic()
     results = graded(write_lesson(tmp_path, ["one"]), {"one": body})
     assert statuses(results) == {"one": "passed", "together": "passed"}
-    assert time.monotonic() - start < 45
+    assert time.monotonic() - start < 600
 
 
 def test_check_without_counterpart_is_the_courses_fault(tmp_path):

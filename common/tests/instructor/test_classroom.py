@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -591,15 +593,24 @@ def test_processes_are_started_by_given_code_only(tmp_path):
     assert {each.status for each in results.values()} <= {"passed", "waiting"}, results
 
 
+def is_worker(process: psutil.Process) -> bool:
+    return "common.instructor.guard" in (process.info["cmdline"] or [])
+
+
+def starter(process: psutil.Process) -> int:
+    """The Python process that has started a worker of the grader; this one, if the other is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in process.parents():
+            command = each.cmdline()
+            if command and "python" in os.path.basename(command[0]) and "common.instructor.guard" not in command:
+                return each.pid
+    return os.getpid()
+
+
 def left_behind() -> list[psutil.Process]:
-    """Workers of the grader, and what they have forked, but for those of tests that run beside this one."""
-    own = psutil.Process()
-    beside = [each for each in own.parent().children() if each.pid != own.pid]
-    theirs = {child.pid for each in beside if each.is_running() for child in each.children(recursive=True)}
+    """Workers of the grader, and what they have forked, but for those of other processes, which may be grading too."""
     running = psutil.process_iter(["cmdline"])
-    return [
-        each for each in running if "common.instructor.guard" in (each.info["cmdline"] or []) and each.pid not in theirs
-    ]
+    return [each for each in running if is_worker(each) and starter(each) == os.getpid()]
 
 
 @pytest.mark.slow
@@ -637,10 +648,10 @@ def test_attacks_on_the_machine_stay_inside(walls, tmp_path):
     if walls == "sandbox":  # without it only the instructor's own account protects these, as `walls()` warns
         assert not leak.exists() and not grade_file.exists()
         assert "FileNotFoundError" in results["0.5"].sentence
-    deadline = time.monotonic() + 10  # a process that was killed takes a moment to go
-    while left_behind() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60  # a process that was killed takes a moment to go
+    while (left := left_behind()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert left_behind() == []
+    assert left == []
 
 
 # --- what is written down --------------------------------------------------------------------------------------------
@@ -667,18 +678,21 @@ def test_grading_can_be_interrupted_and_goes_on(tmp_path):
     ]
     command += ["--lessons", "0", "--jobs", "1"]
     environment = {**os.environ, "COURSE_PYTHON": "here", "COLUMNS": "120"}
-    running = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out/state/*/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=60)
+    for _ in range(5):  # the last module may be graded before the signal arrives
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        running = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        while not list(tmp_path.glob("out/state/*/*.json")) and running.poll() is None:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        output, _ = running.communicate(timeout=120)
+        first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/state/*/*.json")}
+        if len(first) < 3:
+            break
     assert running.returncode == 130 and "nothing is lost" in output
-    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/state/*/*.json")}
     assert 1 <= len(first) < 3
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"already graded: {len(first)}." in again.stdout
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in first.items())
