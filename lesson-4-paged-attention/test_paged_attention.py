@@ -1116,9 +1116,10 @@ def small_cache(
     """A cache for a model that has only what the cache asks of it."""
     attention = SimpleNamespace(k_proj=SimpleNamespace(out_features=num_kv_heads * head_dim), head_dim=head_dim)
     layer = SimpleNamespace(self_attn=attention)
-    inner = SimpleNamespace(layers=[layer] * num_layers, norm=SimpleNamespace(weight=torch.ones(8, device=device)))
+    weight = torch.ones(8, dtype=dtype, device=device)
+    inner = SimpleNamespace(layers=[layer] * num_layers, norm=SimpleNamespace(weight=weight))
     model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=num_layers), model=inner)
-    return code.PagedKVCache(model, num_blocks, block_size, layers=layers, dtype=dtype)
+    return code.PagedKVCache(model, num_blocks, block_size, layers=layers)
 
 
 def filled(cache):

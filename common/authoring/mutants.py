@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.course import Lesson
-from common.course.exercises import Exercise, exercises_of, walk_functions
+from common.course.exercises import Exercise, begins, exercises_of, walk_functions
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,7 @@ def told(path: list[ast.AST], like: tuple[int, str] | None = None) -> tuple[int,
 def changes(source: str, function: ast.FunctionDef, exercise: Exercise) -> Iterator[tuple[int, str, str]]:
     """(line, what changed, source of the module) for each change of one answer."""
     lines = source.splitlines()
-    first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-    above_it, below_it = "\n".join(lines[: first - 1]), "\n".join(lines[function.end_lineno :])
+    above_it, below_it = "\n".join(lines[: begins(function) - 1]), "\n".join(lines[function.end_lineno :])
 
     def module() -> str:
         text = textwrap.indent(ast.unparse(ast.fix_missing_locations(function)), " " * function.col_offset)

@@ -17,7 +17,7 @@ import torch
 
 from common.course import CourseError, Lesson, shown, unfinished
 from common.course.catalogue import Answer, apply, load_answers
-from common.course.exercises import TOGETHER, exercises_of, read_module, walk_functions
+from common.course.exercises import TOGETHER, begins, exercises_of, read_module, walk_functions
 from common.grading import isolate
 from common.grading.arguments import watched_arguments
 from common.grading.compare import REPLACES, CheckFailed, is_telling, nothing_replaced, same
@@ -58,13 +58,7 @@ class Subject:
             if function not in self.functions():
                 raise CourseError(f"{shown(self.file)} has no function `{function}` any more: was it renamed?")
             return self.untouched()
-        return isolate.composite(
-            f"graded_{self.lesson.slug}",
-            self.lesson.solution,
-            self.source,
-            self.file,
-            function,
-        )
+        return isolate.composite(f"graded_{self.lesson.slug}", self.lesson.solution, self.source, self.file, function)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def untouched(self) -> ModuleType:
@@ -73,10 +67,7 @@ class Subject:
 
     def functions(self) -> dict[str, int]:
         """The qualified name of each function in the student's file, and the line on which it begins."""
-        return {
-            name: min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            for name, node in walk_functions(ast.parse(self.source))
-        }
+        return {name: begins(node) for name, node in walk_functions(ast.parse(self.source))}
 
     def judge(self, exercise_id: str, check: Check) -> Failure | None:
         """Run one check of an exercise. It passes in the isolated module or, failing that, in the untouched one:

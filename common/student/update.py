@@ -351,11 +351,7 @@ def downloaded(source: Path, folder: Path) -> Version:
 
 
 def report(
-    name: str,
-    new: Mapping[str, str],
-    carried: Mapping[str, Carried],
-    remarks: list[str],
-    renumbered: Mapping[str, str],
+    name: str, new: Mapping[str, str], carried: Mapping[str, Carried], remarks: list[str], renumbered: Mapping[str, str]
 ) -> None:
     print(f"The new version is in, from {name}.")
     for path, module in carried.items():

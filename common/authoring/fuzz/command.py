@@ -71,8 +71,8 @@ class Report:
 class Process:
     """The other process, and the lines that it writes. It is started when it is first needed."""
 
-    def __init__(self, target: str, seed: int, first: int, step: int) -> None:
-        arguments = [target, *map(str, (seed, first, step, MEGABYTES))]
+    def __init__(self, target: str, seed: int, first: int) -> None:
+        arguments = [target, *map(str, (seed, first, MEGABYTES))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "KERNELS": "plain"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "common.authoring.fuzz.variants", *arguments],
@@ -99,7 +99,7 @@ class Process:
 def fuzz(seed: int, seconds: float, most: int | None, target: str = TARGET, first: int = 0, longest: float = LONGEST):
     """Try variants until the time is over or `most` are tried. Returns the Report."""
     report, number, end = Report(), first, time.monotonic() + seconds
-    process, is_new = Process(target, seed, number, 1), True
+    process, is_new = Process(target, seed, number), True
     try:
         while time.monotonic() < end and (most is None or report.total < most):
             try:
@@ -114,7 +114,7 @@ def fuzz(seed: int, seconds: float, most: int | None, target: str = TARGET, firs
                 number = message["ends"] + 1
                 if message["outcome"] in (HANGS, CRASHES):
                     process.end()
-                    process, is_new = Process(target, seed, number, 1), True
+                    process, is_new = Process(target, seed, number), True
     finally:
         process.end()
     return report

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import json
 import os
 import random
@@ -28,24 +30,21 @@ def try_variant(seed: int, number: int) -> dict[str, Any]:
     kind = source.choice(files.KINDS)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "checkpoint"
-        shutil.copytree(_made(kind), folder)
+        shutil.copytree(made(kind).name, folder)
         os.environ["COURSE_CACHE"] = f"{place}/cache"
         done = changes.change(kind, folder, source)
         path = folder / "tiny.gguf" if kind.startswith("gguf") else folder
         return {"kind": kind, "change": done, **outcome(lambda: use(path), place)}
 
 
-_PLACES: dict[str, tempfile.TemporaryDirectory] = {}
-
-
-def _made(kind: str) -> Path:
+@functools.cache
+def made(kind: str) -> tempfile.TemporaryDirectory:
     """The folder with the unchanged checkpoint of this kind; it is made once in a process."""
     from common.authoring.fuzz import files
 
-    if kind not in _PLACES:
-        _PLACES[kind] = tempfile.TemporaryDirectory()
-        files.make(kind, Path(_PLACES[kind].name))
-    return Path(_PLACES[kind].name)
+    folder = tempfile.TemporaryDirectory()
+    files.make(kind, Path(folder.name))
+    return folder
 
 
 def use(path: Path) -> None:
@@ -92,9 +91,9 @@ def outcome(action: Callable[[], None], place: str) -> dict[str, Any]:
     return {"outcome": LOADED, "says": ""}
 
 
-def main(target: str, seed: int, first: int, step: int, megabytes: int) -> None:
-    """Try the variants first, first + step, ... until the process is ended. A line of JSON goes out before each and
-    after it. megabytes: the address space that it may take, beyond what it has once everything is imported.
+def main(target: str, seed: int, first: int, megabytes: int) -> None:
+    """Try one variant after the other, until the process is ended. A line of JSON goes out before each and after it.
+    megabytes: the address space that it may take, beyond what it has once everything is imported.
     """
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
@@ -104,13 +103,11 @@ def main(target: str, seed: int, first: int, step: int, megabytes: int) -> None:
 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
-    number = first
-    while True:
+    for number in itertools.count(first):
         _tell({"begins": number})
         start = time.monotonic()
         result = function(seed, number)
         _tell({"ends": number, "seconds": time.monotonic() - start, "megabytes": _peak_megabytes(), **result})
-        number += step
 
 
 def _peak_megabytes() -> int:

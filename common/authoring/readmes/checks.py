@@ -246,7 +246,7 @@ def complaints() -> list[str]:
     return found
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     found = complaints()
     print(*found, sep="\n", end="\n" if found else "")
     return int(bool(found))
