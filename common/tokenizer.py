@@ -201,6 +201,15 @@ class SentencePieceTokenizer(Tokenizer):
         control = [
             i for i in range(self.model.get_piece_size()) if self.model.is_control(i) or self.model.is_unknown(i)
         ]
+        pieces = set(range(self.model.get_piece_size())).difference(control)
+        for i in sorted(pieces & self.side_files.added.keys()):
+            piece, token = self.model.id_to_piece(i), self.side_files.added[i]
+            if piece != token.content.replace(" ", SPACE) and not self.model.is_unused(i):
+                # Texts would still be encoded as this piece, and decoded as this token.
+                raise CheckpointError(
+                    f"{folder}: the added token {token.content!r:.80} should have the id {i}, which {path.name} has "
+                    f"for {piece!r:.80}. The files are of different checkpoints."
+                )
         self.added = {i: AddedToken(content=self.model.id_to_piece(i), special=True) for i in control}
         self.added |= self.side_files.added
         for role, token_id in (("bos_token", self.model.bos_id()), ("eos_token", self.model.eos_id())):

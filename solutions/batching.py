@@ -409,7 +409,7 @@ class Engine:
         for child, own_params in enumerate(params.children()):
             own_id = f"{request_id}/{child}" if child else request_id
             if self.samples(own_id):
-                raise ValueError(f"request_id {own_id!r} is taken: a request with this id is not finished yet.")
+                raise ValueError(f"request_id {own_id!r:.80} is taken: a request with this id is not finished yet.")
             parent = requests[0] if requests else None
             requests.append(Request(own_id, token_ids, own_params, *shared, parent, child))
         self.num_arrivals += 1

@@ -23,7 +23,7 @@ Layers = Annotated[int, Meta(ge=1, le=4096)]
 Context = Annotated[int, Meta(ge=1, le=2**31)]
 LARGEST_ID = 2**24
 TokenId = Annotated[int, Meta(ge=0, lt=LARGEST_ID)]
-Positive = Annotated[float, Meta(gt=0, le=1e12)]
+Positive = Annotated[float, Meta(ge=1e-6, le=1e12)]
 Factor = Annotated[float, Meta(ge=1, le=1e6)]
 Scale = Annotated[float, Meta(ge=0, le=1e6)]
 Original = Annotated[int, Meta(ge=2, le=2**31)]
@@ -214,8 +214,10 @@ def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, A
     context = given["max_position_embeddings"]
     if kind == "dynamic":
         rope[original] = context
+    elif original in given and kind in ("yarn", "longrope", "llama3"):  # as with transformers, this one counts
+        rope[original] = given[original]
     elif kind in ("yarn", "longrope"):
-        rope[original] = given.get(original, rope.get(original, context))
+        rope.setdefault(original, context)
     scaling = {"rope_type": kind, **rope}
     checked = check(_Scaled, {"rope_scaling": scaling}, file, {"rope_scaling": place, **names}).rope_scaling
     check(_Context, given, file, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import random
@@ -332,6 +333,10 @@ def test_a_sample_copies_no_block_that_the_same_step_computes(model):
         (dict(prompt={5, 6}), "token ids, which are whole numbers: it is {5, 6}"),  # in no order
         (dict(prompt={5: 1}), "token ids, which are whole numbers: it is {5: 1}"),
         (dict(prompt=[5], priority=True), "priority must be a whole number; it is True"),
+        (dict(prompt=bytearray(b"ab")), "token ids, which are whole numbers: it is bytearray"),
+        (dict(prompt=itertools.repeat(5)), "The prompt has 4194304 tokens"),  # without an end
+        (dict(prompt=[10**5000]), "token id an object of type int that cannot be written"),
+        (dict(prompt=[5], tenant=10**5000), "tenant must be text; it is an object of type int"),
     ],
 )
 def test_bad_requests_are_refused_at_once(model, arguments, says):

@@ -335,6 +335,8 @@ def test_old_rotary_buffers_and_a_stored_tied_head_are_skipped(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6), "lm_head.weight": embedding.clone()}
     rewrite(tmp_path, lambda tensors: tensors.update(extra))
     assert ours(tmp_path).lm_head.weight.shape == embedding.shape
+    rewrite(tmp_path, lambda tensors: tensors["lm_head.weight"][-1].neg_())  # transformers would compute with this one
+    refused(tmp_path, "config.json: tie_word_embeddings is True", "'lm_head.weight' with other numbers")
 
 
 @pytest.mark.parametrize(

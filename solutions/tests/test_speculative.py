@@ -1157,7 +1157,13 @@ def test_an_accepted_draft_token_that_ends_the_answer_is_counted(folders, letter
         ("no-such-model", {}, "no model is called 'no-such-model'"),
         ("ngram", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
         ("draft", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
-        ("ngram", dict(max_batch_size=0), "max_num_seqs must be"),
+        ("ngram", dict(max_batch_size=0), "max_batch_size must be a whole number of at least 1; it is 0"),
+        ("ngram", dict(max_num_seqs=0), "max_num_seqs must be"),
+        (
+            "ngram",
+            dict(preemption="swap", num_host_blocks=10**6, block_size=2**16),
+            "num_host_blocks=1000000 blocks of block_size=65536 tokens would take .* bytes; this machine has",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(folders, letters, draft, settings, says):
