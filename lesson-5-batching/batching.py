@@ -484,12 +484,15 @@ class Engine:
         raise NotImplementedError("TODO 5.16")
 
     def submit(self, plan: SchedulerOutput) -> None:
-        """Give a plan to the executor, and record when its requests were first scheduled."""
+        """Give a plan to the executor, with the ids of requests that have ended since the plan before, and record when
+        its requests were first scheduled.
+        """
         now = time.perf_counter()
         for scheduled in plan.scheduled:
             metrics = self.output(scheduled.request_id).metrics
             metrics.first_scheduled_time = metrics.first_scheduled_time or now
-        self.in_flight.append(plan)
+        self.in_flight.append(plan)  # first: an interrupted plan's ids are told again only if it is in flight
+        plan.finished_ids, self.scheduler.finished_ids = self.scheduler.finished_ids, []
         self.executor.submit(plan)
 
     def collect(self, plan: SchedulerOutput) -> ModelRunnerOutput:

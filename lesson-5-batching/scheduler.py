@@ -232,8 +232,6 @@ class Scheduler:
             self.schedule_waiting(plan, budget)
         self.reserve_lookahead(plan)
         plan.copies = self.manager.take_copies()
-        if not plan.is_empty:  # an empty plan is not sent to the executor
-            plan.finished_ids, self.finished_ids = self.finished_ids, []
         return plan
 
     def schedule_running(self, plan: SchedulerOutput) -> int:

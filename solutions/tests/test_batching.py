@@ -47,7 +47,7 @@ def soak(model, tokenizer, stories, seeds, num_requests: int) -> dict:
             report = drive(local_engine(model, tokenizer, **settings), asks, oracle, rng)
         except Exception as error:
             raise AssertionError(f"seed {seed}, {settings}") from error
-        totals["outputs"] += report.num_outputs
+        totals["outputs"] += report.counts["answers"]
         for name, count in report.counts.items():
             totals[name] = totals.get(name, 0) + count
     return totals

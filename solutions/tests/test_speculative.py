@@ -746,7 +746,7 @@ def soak(model, draft, seeds, settings_for, is_adaptive=False, **changes) -> Cou
         except Exception as error:
             raise AssertionError(f"seed {seed}, depth {depth}, {settings}") from error
         totals.update(report.counts)
-        totals["outputs"] += report.num_outputs
+        totals["outputs"] += report.counts["answers"]
         totals["accepted"] += engine.metrics().num_accepted_tokens
     return totals
 
