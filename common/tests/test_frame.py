@@ -211,6 +211,16 @@ def test_a_failed_installer_is_quoted_and_explained(monkeypatch):
     assert "line 99" in str(caught.value) and "line 90\n" not in str(caught.value)
 
 
+def test_what_is_installed_beside_torch_is_waited_for_and_ended_with_it(tmp_path):
+    names = {re.match(r"[\w-]+", each)[0] for each in setup.lighter_packages()}
+    assert {"numpy", "click", "pytest-xdist"} <= names and not names & {"torch", "transformers", "fastapi"}
+    with setup.beside([sys.executable, "-c", f"open({str(tmp_path / 'done')!r}, 'w')"]):
+        pass
+    assert (tmp_path / "done").exists()
+    with pytest.raises(KeyboardInterrupt), setup.beside([sys.executable, "-c", "import time; time.sleep(3600)"]):
+        raise KeyboardInterrupt
+
+
 def test_an_environment_that_does_not_start_is_not_tried_for_ever(monkeypatch):
     monkeypatch.setenv("COURSE_ENTERED", "1")
     with pytest.raises(setup.SetupError, match="Remove that folder"):
