@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ class Machine:
         (root / "pyproject.toml").write_text('[project]\ndependencies = ["torch==2.13.0"]\n\n[tool.pytest]\n')
         monkeypatch.setattr(setup, "ROOT", root)
         monkeypatch.setattr(setup, "run", self.run)
+        monkeypatch.setattr(setup, "beside", self.beside)
         monkeypatch.setattr(setup, "enter", self.entered.append)
         monkeypatch.setattr(setup, "runs", lambda python: python.exists())
         monkeypatch.setattr(setup, "version_of", lambda python: setup.version_text(sys.version_info))
@@ -53,6 +55,12 @@ class Machine:
             shutil.rmtree(setup.venv(), ignore_errors=True)
             setup.venv_python().parent.mkdir(parents=True)
             setup.venv_python().touch()
+
+    @contextlib.contextmanager
+    def beside(self, command):
+        before = len(self.calls)
+        yield
+        assert len(self.calls) > before and "install" in command
 
     def ensure(self, extra: str = "") -> list[str]:
         """What had to be done."""
