@@ -15,11 +15,18 @@ from pathlib import Path
 
 LARGEST_JSON = 256 << 20  # bytes; the largest vocabularies have 35 MB
 ABSENT_EXPERTS = 128  # the number of experts of a mixture of them whose config.json does not say it
+LONGEST = 900  # characters of an error
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls what a weight may be stored as
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete or corrupt. The text names the file and, if one is at fault, the tensor."""
+    """A checkpoint is missing, incomplete or corrupt. The text names the file and, if one is at fault, the tensor.
+
+    It is a sentence: of a long one, which lists the hundred tensors of a large model perhaps, the middle is left out.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if len(text) <= LONGEST else f"{text[:600]} ... {text[-200:]}")
 
 
 def read_json(path: Path) -> dict:

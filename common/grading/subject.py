@@ -65,6 +65,17 @@ class Subject:
         """The student's own module, whole."""
         return isolate.whole(f"graded_{self.lesson.slug}_whole", self.source, self.file)
 
+    def complete(self) -> ModuleType:
+        """The student's own module, whole, if the functions of all exercises are still there once it has run."""
+        module = self.untouched()
+        for name in sorted({exercise.function.partition(".")[0] for exercise in self.exercises.values()}):
+            if not callable(getattr(module, name, None)):
+                raise CourseError(
+                    f"once all of {shown(self.file)} has run, `{name}` is no function any more: does a later line "
+                    "delete it, or use its name for something else?"
+                )
+        return module
+
     def functions(self) -> dict[str, int]:
         """The qualified name of each function in the student's file, and the line on which it begins."""
         return {name: begins(node) for name, node in walk_functions(ast.parse(self.source))}
@@ -75,7 +86,7 @@ class Subject:
         the untouched one.
         """
         if exercise_id == TOGETHER:
-            return self.attempt(check, self.untouched)
+            return self.attempt(check, self.complete)
         failure = self.attempt(check, lambda: self.module(exercise_id), exercise_id)
         if failure is not None and self.lesson.is_withheld:
             return self.in_company(exercise_id, check, failure)
@@ -160,6 +171,8 @@ class Subject:
             text = str(error).strip().partition("\n")[0][:500]
         except Exception:  # its own __str__ fails
             text = ""
+        if isinstance(error, (OSError, EOFError)) and re.search("reading from stdin|reading a line", text):
+            text = "it asks for input, and while a check runs nothing is typed"
         what = type(error).__name__ + (f": {text}" if text else "")
         if isinstance(error, SystemExit):
             what = "SystemExit (a call of exit)"

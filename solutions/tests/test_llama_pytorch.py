@@ -290,6 +290,17 @@ def test_a_missing_tensor_is_named(tmp_path):
     refused(tmp_path, str(tmp_path), "model.layers.1.mlp.up_proj.weight", "lacks")
 
 
+def test_an_error_about_a_hundred_tensors_is_a_sentence(tmp_path):
+    tiny("llama-2", tmp_path)
+    embedding = "model.embed_tokens.weight"
+    rewrite(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors) if name != embedding])
+    with pytest.raises(
+        CheckpointError, match=r"the model needs lm_head.weight, .* \.\.\. .* the checkpoint lacks them\.$"
+    ) as raised:
+        ours(tmp_path)
+    assert len(str(raised.value)) < 900
+
+
 def test_an_unknown_tensor_is_named(tmp_path):
     tiny("llama-2", tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(12)}))

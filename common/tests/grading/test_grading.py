@@ -245,6 +245,18 @@ def test_missing_function_is_named(tmp_path):
     assert results["two"].status == "passed"
 
 
+def test_a_function_that_a_later_line_takes_away_is_named_and_input_is_not_awaited(tmp_path):
+    lesson = write_lesson(tmp_path, ["one", "two"])
+    file = tmp_path / "student.py"
+    source = lesson.solution.read_text()
+    for line in ("del one", "one = 5"):
+        file.write_text(f"{source}\n{line}\n")
+        results = {result.name: result for result in grade(lesson, file)}
+        assert "student.py has run, `one` is no function any more" in results["together"].sentence
+    results = graded(lesson, {"one": "return input('x = ')"})
+    assert "it asks for input, and while a check runs nothing is typed" in results["one"].sentence
+
+
 # --- hostile and broken ----------------------------------------------------------------------------------------------
 
 

@@ -432,14 +432,25 @@ def graded(submission: Submission, out: Path, lesson=BASICS):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """What never ends is ended after 3 seconds."""
-    monkeypatch.setattr(sandbox.SandboxedWorker, "patience", 0.3)
-    monkeypatch.setattr(sandbox, "GONE_SECONDS", 1.0)
+def graded_soon(monkeypatch):
+    """Grades as `graded` does, and ends after 3 seconds what never ends: the answers to the exercises `endless`. Where
+    the machine is so busy that other answers take as long, all get more time.
+    """
+    monkeypatch.setattr(sandbox, "GONE_SECONDS", 2.0)
+
+    def grade(submission: Submission, out: Path, endless: set[str], lesson=BASICS):
+        for patience in (0.3, 1.5, 7.5):
+            monkeypatch.setattr(sandbox.SandboxedWorker, "patience", patience)
+            found = graded(submission, out, lesson)
+            if {result.id for result in found.results if not result.certain} <= endless:
+                break
+        return found
+
+    return grade
 
 
 @pytest.fixture(params=["sandbox", "no sandbox"])
-def walls(request, impatient, monkeypatch):
+def walls(request, monkeypatch):
     """Both with bubblewrap and without it."""
     if request.param == "no sandbox":
         monkeypatch.setattr(sandbox, "has_bubblewrap", lambda: False)
@@ -449,10 +460,11 @@ def walls(request, impatient, monkeypatch):
 
 
 @pytest.mark.slow(20)
-def test_attacks_on_the_grader_fail_and_are_told(impatient, tmp_path):
+def test_attacks_on_the_grader_fail_and_are_told(graded_soon, tmp_path):
     attacks = {id: each for id, each in ATTACKS.items() if id != "1.12"}
     bodies = {"e" + id.partition(".")[2]: attack.body for id, attack in attacks.items()}
-    found = graded(hand_in(tmp_path, "mallory", top=YES, **bodies), tmp_path)
+    endless = {id for id, attack in attacks.items() if "endless loop" in attack.said}
+    found = graded_soon(hand_in(tmp_path, "mallory", top=YES, **bodies), tmp_path, endless)
     results = {result.id: result for result in found.results}
     review = "\n".join(found.review)
     for id, attack in attacks.items():
@@ -562,9 +574,9 @@ REPLACEMENTS = {  # each for its own values alone: other comparisons stay right
 
 
 @pytest.mark.slow(20)
-def test_attacks_on_the_grader_that_replace_what_it_compares_with(impatient, tmp_path):
+def test_attacks_on_the_grader_that_replace_what_it_compares_with(graded_soon, tmp_path):
     bodies = {"e" + id.partition(".")[2]: body for id, (_, body) in REPLACEMENTS.items()}
-    found = graded(hand_in(tmp_path, "mallory", top=OWN, **bodies), tmp_path)
+    found = graded_soon(hand_in(tmp_path, "mallory", top=OWN, **bodies), tmp_path, set())
     results, review = {result.id: result for result in found.results}, "\n".join(found.review)
     for id, (name, _) in REPLACEMENTS.items():
         assert results[id].status == "wrong" and name in results[id].sentence, (name, results[id])
@@ -614,13 +626,13 @@ def left_behind() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_attacks_on_the_machine_stay_inside(walls, tmp_path):
+def test_attacks_on_the_machine_stay_inside(walls, graded_soon, tmp_path):
     """What they would leave behind is not there; and the answers beside them are graded all the same."""
     secret, grade_file = tmp_path / "other" / "intro.py", tmp_path / "grades.csv"
     secret.parent.mkdir()
     secret.write_text("another student's work")
     leak = tmp_path / "leak"
-    found = graded(
+    found = graded_soon(
         hand_in(
             tmp_path,
             "mallory",
@@ -636,6 +648,7 @@ def test_attacks_on_the_machine_stay_inside(walls, tmp_path):
             e7="while True:\n    print('x' * 10000)",
         ),
         tmp_path,
+        {"0.1", "0.7"},
         INTRO,
     )
     results = {result.id: result for result in found.results}
