@@ -148,18 +148,10 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
 
 
 NAMES = (
-    "machine",
-    "recompute-tales",
-    "recompute-smollm2-135m",
-    "kv-cache-smollm2-135m",
-    "preemption-smollm2-135m",
-    "grids-smollm2-135m",
-    "quality-smollm2-135m",
-    "ladder-smollm2-135m",
-    "speculation-smollm2-135m",
-    "speculation-tales",
-    "serving-smollm2-135m",
-)
+    "machine", "recompute-tales", "recompute-smollm2-135m", "kv-cache-smollm2-135m", "preemption-smollm2-135m",
+    "grids-smollm2-135m", "quality-smollm2-135m", "ladder-smollm2-135m", "speculation-smollm2-135m",
+    "speculation-tales", "serving-smollm2-135m",
+)  # fmt: skip
 KINDS = {name.partition("-smollm2")[0].removesuffix("-tales") for name in NAMES}
 DEFAULT = ("machine", "ladder", "speculation")
 

@@ -109,15 +109,8 @@ class Talker:
             counts = metrics.num_cached_tokens, metrics.num_draft_tokens, metrics.num_accepted_tokens
         except KeyboardInterrupt:
             num_tokens, finish_reason, counts = None, "interrupted", ()
-        return Reply(
-            "".join(pieces),
-            len(prompt_token_ids),
-            num_tokens,
-            finish_reason,
-            time.perf_counter() - start,
-            first[0] if first else None,
-            *counts,
-        )
+        seconds = time.perf_counter() - start, first[0] if first else None
+        return Reply("".join(pieces), len(prompt_token_ids), num_tokens, finish_reason, *seconds, *counts)
 
 
 def answer_with(engine) -> Callable[..., Any]:

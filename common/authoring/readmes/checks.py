@@ -46,13 +46,11 @@ class Block:
 
 
 def documents() -> list[Path]:
-    others = [
-        ROOT / "README.md",
-        ROOT / "common" / "README.md",
-        ROOT / "common" / "instructor" / "README.md",
-        ROOT / "common" / "models" / "README.md",
+    others = ("", "common/", "common/instructor/", "common/models/")
+    candidates = [
+        *(ROOT / f"{folder}README.md" for folder in others),
+        *(file for each in LESSONS for file in (each.readme, *each.second_pages, each.hints)),
     ]
-    candidates = [*others, *(file for each in LESSONS for file in (each.readme, *each.second_pages, each.hints))]
     return [path for path in candidates if path.exists()]
 
 
