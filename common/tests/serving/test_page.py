@@ -244,6 +244,36 @@ def test_nothing_overflows_or_is_out_of_reach(page, size) -> None:
                 button.click(trial=True)
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(360, 640), (640, 400), (320, 256)], ids=["narrow", "zoom of 200 %", "zoom of 400 %"])
+def test_a_narrow_or_enlarged_page_scrolls_only_down_and_by_keyboard(page, size, scheme) -> None:
+    """1280 x 800 at 200 % is a window of 640 x 400; 1280 x 1024 at 400 % one of 320 x 256 (WCAG 1.4.10)."""
+    width, height = size
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": height})
+    send(page, "markup")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+    page.locator("summary").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("seed")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    names = set()
+    measure = "e => { const b = e.getBoundingClientRect(); return [b.top, b.bottom, b.left, b.right]; }"
+    page.evaluate("document.activeElement.blur()")
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        focused = page.locator(":focus")
+        if focused.count():
+            names.add(focused.evaluate("e => e.textContent.trim() || e.ariaLabel || e.name"))
+            top, bottom, left, right = focused.evaluate(measure)
+            shown = min(bottom, height) - max(top, 0)
+            assert shown >= min(bottom - top, 20) - 1 and left >= 0 and right <= width, (
+                f"the last of {names} is not seen"
+            )
+    assert {"Chats", "+ Beside", "Edit", "Regenerate", "Send", "seed"} <= names
+    assert page.locator(".messages").bounding_box()["height"] >= 50
+
+
 def test_everything_is_reached_with_the_tabulator(page) -> None:
     send(page, "hello")
     expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
