@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ class Machine:
         (root / "pyproject.toml").write_text('[project]\ndependencies = ["torch==2.13.0"]\n\n[tool.pytest]\n')
         monkeypatch.setattr(setup, "ROOT", root)
         monkeypatch.setattr(setup, "run", self.run)
+        monkeypatch.setattr(setup, "beside", self.beside)
         monkeypatch.setattr(setup, "enter", self.entered.append)
         monkeypatch.setattr(setup, "runs", lambda python: python.exists())
         monkeypatch.setattr(setup, "version_of", lambda python: setup.version_text(sys.version_info))
@@ -53,6 +55,12 @@ class Machine:
             shutil.rmtree(setup.venv(), ignore_errors=True)
             setup.venv_python().parent.mkdir(parents=True)
             setup.venv_python().touch()
+
+    @contextlib.contextmanager
+    def beside(self, command):
+        before = len(self.calls)
+        yield
+        assert len(self.calls) > before and "install" in command
 
     def ensure(self, extra: str = "") -> list[str]:
         """What had to be done."""
@@ -209,6 +217,16 @@ def test_a_failed_installer_is_quoted_and_explained(monkeypatch):
     with pytest.raises(setup.SetupError) as caught:
         setup.run([sys.executable, "-c", many], "pip failed")
     assert "line 99" in str(caught.value) and "line 90\n" not in str(caught.value)
+
+
+def test_what_is_installed_beside_torch_is_waited_for_and_ended_with_it(tmp_path):
+    names = {re.match(r"[\w-]+", each)[0] for each in setup.lighter_packages()}
+    assert {"numpy", "click", "pytest-xdist"} <= names and not names & {"torch", "transformers", "fastapi"}
+    with setup.beside([sys.executable, "-c", f"open({str(tmp_path / 'done')!r}, 'w')"]):
+        pass
+    assert (tmp_path / "done").exists()
+    with pytest.raises(KeyboardInterrupt), setup.beside([sys.executable, "-c", "import time; time.sleep(3600)"]):
+        raise KeyboardInterrupt
 
 
 def test_an_environment_that_does_not_start_is_not_tried_for_ever(monkeypatch):

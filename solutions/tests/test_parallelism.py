@@ -273,8 +273,10 @@ def generate_until_error(engine: Engine) -> str:
 def test_a_rank_that_fails(checkpoints, what, tensor, pipeline, rank):
     """It raises, ends, or never comes to an end, in its third step: an error that says so, and nobody left."""
     build = partial(make_faulty_runner, rank, 3, what)
-    timeout = 3.0 if what == "hang" else 600.0  # what does not hang is noticed at once
+    timeout = 3.0 if what == "hang" and tensor > 1 else 600.0  # what does not hang is noticed at once
     with grid_engine(checkpoints["qwen3"], tensor, pipeline, build, timeout=timeout) as engine:
+        if what == "hang" and tensor == 1:  # no rank waits in the middle of a step: rank 0 waits for its result
+            engine.executor.timeout = 1.0
         pids = [process.pid for process in engine.executor.workers.processes.values()]
         text = generate_until_error(engine)
         assert f"rank {rank}" in text
@@ -319,7 +321,7 @@ def test_the_fault_of_one_request_reaches_no_other(checkpoints, tmp_path, tensor
             broken, *others = engine.generate([prompt, *prompts], [fault, params, params], progress=False)
             assert broken.finish_reason == "error" and says in broken.error
             assert [output.token_ids for output in others] == expected
-        assert pipeline == 1 or "cannot be sent to the process that samples: Can't pickle" in broken.error
+        assert pipeline == 1 or "cannot be sent to the process that samples: Can't " in broken.error
         assert [output.token_ids for output in engine.generate(prompts, params, progress=False)] == expected
 
 
