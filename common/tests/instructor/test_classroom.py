@@ -459,6 +459,16 @@ def walls(request, monkeypatch):
     return request.param
 
 
+def test_without_bubblewrap_the_first_line_says_what_is_not_prevented(monkeypatch):
+    monkeypatch.setattr(sandbox, "has_bubblewrap", lambda: False)
+    for path, why in ((None, "there is no bubblewrap"), ("/usr/bin/bwrap", "may not make namespaces here")):
+        monkeypatch.setattr(sandbox.shutil, "which", lambda name, path=path: path)
+        assert f"{why}): time and memory are limited, but a submission could read and write" in sandbox.walls()
+        assert "leave processes behind" in sandbox.walls()
+    monkeypatch.setattr(sandbox, "has_bubblewrap", lambda: True)
+    assert sandbox.walls().startswith("Each submission runs in a bubblewrap sandbox: no network")
+
+
 @pytest.mark.slow(20)
 def test_attacks_on_the_grader_fail_and_are_told(graded_soon, tmp_path):
     attacks = {id: each for id, each in ATTACKS.items() if id != "1.12"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 
-from common.serving.loop import EngineLoop, Observer  # noqa: E402
+from common.serving.loop import Delta, EngineDead, EngineLoop, Observer, Stream, put_all  # noqa: E402
 from common.tests.serving.conftest import accepts, eventually, held, is_empty, make_engine, serving  # noqa: E402
 
 LONG = {"prompt": "There was once a", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -50,6 +51,29 @@ def test_the_engine_is_loaded_in_the_thread_that_steps():
     loop.close()
     with pytest.raises(ZeroDivisionError):
         EngineLoop(lambda: 1 / 0, lambda engine: Observer())
+
+
+def test_the_next_step_may_begin_when_all_readers_have_run():
+    """And what has arrived is read before the error that ends a stream."""
+
+    async def read() -> None:
+        streams = [Stream(str(number), 1, lambda stream: None) for number in range(3)]
+        readers = [asyncio.create_task(stream.take()) for stream in streams]
+        await asyncio.sleep(0)  # now all of them wait
+        is_written, delta = threading.Event(), Delta(0, "text", [1], [], None, None)
+        put_all({stream: [delta] for stream in streams}, is_written)
+        assert not is_written.is_set()
+        asyncio.get_running_loop().call_soon(lambda: seen.append((is_written.is_set(), [r.done() for r in readers])))
+        await asyncio.sleep(0)
+        assert seen == [(True, [True] * 3)]
+        streams[0].put([delta])
+        streams[0].fail(EngineDead("it has ended"))
+        assert await streams[0].take() == [delta]
+        with pytest.raises(EngineDead):
+            await streams[0].take()
+
+    seen: list[tuple[bool, list[bool]]] = []
+    asyncio.run(read())
 
 
 def test_a_client_that_leaves_a_stream_is_aborted(served, url):
