@@ -324,6 +324,8 @@ def test_messages_that_are_some(messages):
         ({"continue_final_message": "mood"}, "does not read 'mood'"),
         ({"tools": [len]}, "tools is .*must be a list of JSON objects"),
         ({"documents": ["text"]}, "documents is .*must be a list of JSON objects"),
+        ({"tools": 5}, "tools is 5; it must be a list of JSON objects"),
+        ({"tools": (tool for tool in [{}])}, "tools is <generator .*must be a list of JSON objects"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(values, says):

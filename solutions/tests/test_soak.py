@@ -221,8 +221,7 @@ def test_ctrl_c_ends_it_with_the_summary(monkeypatch, capsys):
 def test_nothing_happened(monkeypatch, capsys):
     """After so many runs without preemptions something is wrong with the soak."""
     total = Report()
-    total.counts.update(dict.fromkeys(command.COUNTED, 5), runs=19)
-    total.counts["preemptions"] = 0
+    total.counts |= dict.fromkeys(command.COUNTED, 5) | {"runs": 19, "preemptions": 0}
     assert command.verdict(total) == []
     total.counts["runs"] = 20
     assert command.verdict(total) == ["nothing happened: preemptions"]
