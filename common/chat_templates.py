@@ -122,7 +122,8 @@ def render_chat(
             "continues one."
         )
     for name, objects in (("tools", tools), ("documents", documents)):
-        if objects is not None and not all(isinstance(item, Mapping) for item in objects):
+        is_list = isinstance(objects, (list, tuple)) and all(isinstance(item, Mapping) for item in objects)
+        if objects is not None and not is_list:
             raise ChatTemplateError(f"{name} is {objects!r:.80}; it must be a list of JSON objects.")
     chat = [_message(message) for message in messages]
     if continue_final_message:
@@ -178,9 +179,7 @@ def _plain(value: Any) -> Any:
     return f"<{type(value).__name__}>" if kind is None else kind(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Jinja
-# ---------------------------------------------------------------------------------------------------------------
+# --- Jinja ------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -53,8 +53,8 @@ GROUPS = {
         Command("test", "", "authoring.checks:test", "test the course; your unfinished work does not matter"),
         Command("test-all", "", "authoring.checks:test_all", "slow tests, real model and notebooks too", "dev"),
         Command("check", "", "authoring.checks:check", "lint, skeletons, READMEs, prose and spelling", "dev"),
-        Command("lint", "", "authoring.checks:lint_command", "ruff: mistakes and formatting", "dev"),
-        Command("skeletons", "", "authoring.checks:skeletons_command", "cut the lessons' skeletons from solutions/"),
+        Command("lint", "", "authoring.checks:lint", "ruff: mistakes and formatting", "dev"),
+        Command("skeletons", "", "authoring.checks:skeletons", "cut the lessons' skeletons from solutions/"),
         Command("prove-lesson", "N", "authoring.prove:prove_lesson", "try its checks on known right and wrong answers"),
         Command(
             "mutate-lesson", "N", "authoring.mutate:mutate_lesson", "try its checks on small changes of the answers"

@@ -40,10 +40,7 @@ class EngineConfig:
 
     model: str = option("smollm2-135m", "a name, a folder, a .gguf file or org/name", envvar="MODEL")
     dtype: Any = option(  # noqa: RUF009  (the default is None)
-        None,
-        "of weights and cache; default: float32 on a CPU, bfloat16 on a GPU",
-        choices=DTYPES,
-        envvar="DTYPE",
+        None, "of weights and cache; default: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES, envvar="DTYPE"
     )
     device: str | None = option(None, "cpu or cuda; default: the GPU if there is one")
 
@@ -111,9 +108,7 @@ class EngineConfig:
 
             object.__setattr__(self, "dtype", getattr(torch, name))
         for each in options():
-            value = getattr(self, each.name)
-            if not (value is None and each.default is None) and (rule := broken_rule(each, value)):
-                raise ValueError(f"{each.name} must be {rule}; it is {value!r}.")
+            check_option(each, getattr(self, each.name))
         if self.group_size % 2:
             raise ValueError(f"group_size must be an even number; it is {self.group_size!r}.")
         if self.kv_cache_policy == "contiguous" and self.enable_prefix_caching:
@@ -201,6 +196,20 @@ class EngineConfig:
 def options() -> list[Field]:
     """The options as dataclass fields; their metadata is what was given to `option`."""
     return [each for each in fields(EngineConfig) if each.init]
+
+
+def shown(value: Any) -> str:
+    """The value as an error may quote it: in at most 80 characters, or by its type if it cannot be written."""
+    try:
+        return format(repr(value), ".80")
+    except Exception:  # a whole number of 5,000 digits, or whatever a class of the caller's does
+        return f"an object of type {type(value).__name__} that cannot be written"
+
+
+def check_option(each: Field, value: Any, name: str | None = None) -> None:
+    """Raise ValueError if a field cannot have the value. name: what the caller calls the field."""
+    if not (value is None and each.default is None) and (rule := broken_rule(each, value)):
+        raise ValueError(f"{name or each.name} must be {rule}; it is {shown(value)}.")
 
 
 def broken_rule(each: Field, value: Any) -> str | None:

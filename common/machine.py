@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,14 +39,22 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def check_memory(num_bytes: int, what: str) -> None:
-    """Raise ValueError if something takes more memory than this machine has, which would be noticed late."""
+def check_memory(config: Any, slot_bytes: int) -> None:
+    """Raise ValueError if blocks take more memory than this machine has, which would be noticed late.
+
+    config: an `EngineConfig` with a device. slot_bytes: those of one token's keys and values.
+    """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every system
         return
-    if num_bytes > memory:
-        raise ValueError(f"{what} would take {num_bytes:,} bytes; this machine has {memory:,}.")
+    for name in ("num_blocks", "num_host_blocks") if config.device == "cpu" else ("num_host_blocks",):
+        number, size = getattr(config, name), config.block_size
+        if (num_bytes := number * size * slot_bytes) > memory:
+            raise ValueError(
+                f"{name}={number} blocks of block_size={size} tokens would take {num_bytes:,} bytes; this machine has "
+                f"{memory:,}."
+            )
 
 
 def median_seconds(function: Callable[[], object], repeats: int) -> float:

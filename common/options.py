@@ -25,9 +25,7 @@ from common.course import CourseError
 ENVIRONMENT = ("TORCH", "KERNELS", "COURSE_CACHE", "COURSE_PYTHON", "COURSE_REAL_MODEL", "OMP_NUM_THREADS", "COLUMNS")
 """Variables that no command's options name, but that the course obeys everywhere."""
 
-# ---------------------------------------------------------------------------------------------------------------
-# Calling a command
-# ---------------------------------------------------------------------------------------------------------------
+# --- Calling a command ------------------------------------------------------------------------------------------------
 
 
 def call(command: Command, arguments: list[str]) -> int:
@@ -83,9 +81,7 @@ def name_of(parameter: click.Parameter, context: click.Context | None) -> str:
     return parameter.opts[0] if isinstance(parameter, click.Option) else parameter.make_metavar(context)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Options
-# ---------------------------------------------------------------------------------------------------------------
+# --- Options ----------------------------------------------------------------------------------------------------------
 
 
 class Value(click.ParamType):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import operator
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any
+
+from common.config import shown
 
 
 def stable_hash(*numbers: int) -> int:
@@ -26,6 +29,10 @@ MAX_LOGPROBS = 1024
 """Each token's are sorted and kept, and each sample is a request: more of either would hold up all requests."""
 MAX_ENTRIES = 10_000
 """Of each list: `itertools.repeat` would fill the memory."""
+NO_SEQUENCES = (bytes, bytearray, memoryview, Mapping, Set)
+"""Their members are whole numbers perhaps, and yet they are no list of token ids."""
+MAX_PROMPT = 2**22
+"""Token ids that are read of a prompt, more than any context has: a generator may have no end."""
 MAX_STOP_CHARACTERS = 10_000
 """The most characters that the stop strings of a request have together: every token is compared with all of them."""
 
@@ -33,8 +40,39 @@ MAX_STOP_CHARACTERS = 10_000
 def check_params(params: Any) -> SamplingParams:
     """Returns the parameters of a request; the defaults for None. Raises ValueError if they are something else."""
     if params is not None and not isinstance(params, SamplingParams):
-        raise ValueError(f"params must be SamplingParams(...); it is {format(repr(params), '.80')}.")
+        raise ValueError(f"params must be SamplingParams(...); it is {shown(params)}.")
     return params or SamplingParams()
+
+
+def check_kind(kind: type, **values: Any) -> None:
+    """Raises ValueError for a value, given by its name, that is not of this kind, str or int. True is no number."""
+    for name, value in values.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} must be {'text' if kind is str else 'a whole number'}; it is {shown(value)}.")
+
+
+def list_prompts(prompts: Any) -> list:
+    """Returns prompts as a list; a single one, text or token ids, as a list of one."""
+    if isinstance(prompts, (str, *NO_SEQUENCES)):
+        return [prompts]
+    try:
+        several = list(prompts)
+    except TypeError:
+        return [prompts]
+    return [several] if several and hasattr(several[0], "__index__") else several
+
+
+def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
+    """Returns a prompt's token ids. Raises ValueError if it is neither text nor a list of whole numbers."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    try:
+        token_ids = list(islice(prompt, MAX_PROMPT))
+        if isinstance(prompt, NO_SEQUENCES) or any(isinstance(token_id, bool) for token_id in token_ids):
+            raise TypeError(f"it is {shown(prompt)}")
+        return [operator.index(token_id) for token_id in token_ids]
+    except TypeError as error:
+        raise ValueError(f"prompt must be text or a list of token ids, which are whole numbers: {error}.") from None
 
 
 def is_id(value: Any) -> bool:
@@ -43,7 +81,7 @@ def is_id(value: Any) -> bool:
 
 
 def refuse(name: str, rule: str, value: object) -> None:
-    raise ValueError(f"SamplingParams: {name} must be {rule}; it is {format(repr(value), '.80')}.")
+    raise ValueError(f"SamplingParams: {name} must be {rule}; it is {shown(value)}.")
 
 
 @dataclass(frozen=True)
@@ -189,8 +227,10 @@ def check_prompt(prompt_token_ids: Sequence[int], config: Any, params: SamplingP
         )
     for token_id in prompt_token_ids:
         if not isinstance(token_id, Integral):
-            raise ValueError(f"The prompt has {token_id!r} among its token ids, which are whole numbers.")
+            raise ValueError(f"The prompt has {shown(token_id)} among its token ids, which are whole numbers.")
         if not 0 <= token_id < config.vocab_size:
-            raise ValueError(f"The prompt has token id {token_id}; the vocabulary ends at {config.vocab_size - 1}.")
+            raise ValueError(
+                f"The prompt has token id {shown(token_id)}; the vocabulary ends at {config.vocab_size - 1}."
+            )
     if params.n != 1:
         raise ValueError(f"SamplingParams: n is {params.n}; generate makes one sample: call it for params.children().")

@@ -12,6 +12,7 @@ Like `common/__main__.py`, this file must run on a bare Python.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,9 +100,7 @@ def fits(stamp: dict, extra: str) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Which Python
-# ---------------------------------------------------------------------------------------------------------------
+# --- Which Python -----------------------------------------------------------------------------------------------------
 
 
 def version_text(version) -> str:
@@ -139,9 +139,7 @@ def check_modules(python: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Installing
-# ---------------------------------------------------------------------------------------------------------------
+# --- Installing -------------------------------------------------------------------------------------------------------
 
 
 def install(extra: str) -> None:
@@ -161,7 +159,8 @@ def install(extra: str) -> None:
         run([python, "-m", "venv", "--clear", str(venv())], "could not make the environment")
     say("Installing the course's packages: a minute or two, once.")
     if build == "cpu":
-        install_cpu_torch()
+        with beside(pip("install", *lighter_packages())):
+            install_cpu_torch()
     wanted = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     run(pip("install", "--editable", wanted), "pip could not install the packages")
     stamp = {
@@ -173,6 +172,27 @@ def install(extra: str) -> None:
     unfinished = stamp_file().with_suffix(".part")
     unfinished.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(stamp_file())
+
+
+def lighter_packages() -> list[str]:
+    """What the course itself needs, except torch; none of it needs torch."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    return [each for each in re.findall(r'^ +"([^"]+)"', needed, re.MULTILINE) if not each.startswith("torch")]
+
+
+@contextlib.contextmanager
+def beside(command: list[str]) -> Iterator[None]:
+    """Run an installer beside another one. Whether it succeeds does not matter: what it leaves out comes afterwards."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=surroundings()
+    )
+    try:
+        yield
+        process.wait()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def pip(*arguments: str) -> list[str]:
@@ -200,14 +220,12 @@ def install_cpu_torch() -> None:
 
 def run(command: list[str], failure: str) -> None:
     """Run an installer. Its steps pass by on one line of a terminal; only if it fails are its last lines shown."""
-    environment = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "PYTHONUNBUFFERED": "1"}
-    environment.pop("PYTHONPATH", None)
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
-        env=environment,
+        env=surroundings(),
         encoding="utf-8",
         errors="replace",
     )
@@ -227,6 +245,13 @@ def run(command: list[str], failure: str) -> None:
                 process.kill()
     if process.wait() != 0:
         raise SetupError(explain(failure, lines))
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of an installer."""
+    environment = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "PYTHONUNBUFFERED": "1"}
+    environment.pop("PYTHONPATH", None)
+    return environment
 
 
 def explain(failure: str, lines: list[str]) -> str:
@@ -266,9 +291,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From any Python into .venv's
-# ---------------------------------------------------------------------------------------------------------------
+# --- From any Python into .venv's -------------------------------------------------------------------------------------
 
 
 def ensure(extra: str, argv: list[str]) -> None:

@@ -27,13 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.chat_templates import (
-    ChatTemplateError,
-    check_messages,
-    choose_template,
-    find_chat_templates,
-    render_chat,
-)
+from common.chat_templates import ChatTemplateError, check_messages, choose_template, find_chat_templates, render_chat
 from common.checkpoints import CheckpointError, read_json
 from common.checkpoints.folder import LARGEST_JSON
 from common.checkpoints.schema import LARGEST_ID, SpecialIds, check, refusal
@@ -198,16 +192,23 @@ class SentencePieceTokenizer(Tokenizer):
             self.adds_space = description.normalizer_spec.add_dummy_prefix
             description.normalizer_spec.add_dummy_prefix = False
             self.continuing = sentencepiece.SentencePieceProcessor(model_proto=description.SerializeToString())
+            pieces = self.model.id_to_piece(list(range(self.model.get_piece_size())))  # some may be no text
         except (RuntimeError, OSError, ValueError, DecodeError) as error:
             raise CheckpointError(
                 f"{path}: not a SentencePiece model ({error}). Download it again; if this is Llama 3's "
                 "tokenizer.model, which is another format, take the tokenizer.json that belongs to it."
             ) from error
         self.side_files = read_side_files(folder)
-        control = [
-            i for i in range(self.model.get_piece_size()) if self.model.is_control(i) or self.model.is_unknown(i)
-        ]
-        self.added = {i: AddedToken(content=self.model.id_to_piece(i), special=True) for i in control}
+        control = [i for i in range(len(pieces)) if self.model.is_control(i) or self.model.is_unknown(i)]
+        for i in sorted(self.side_files.added.keys() & set(range(len(pieces))).difference(control)):
+            token, is_free = self.side_files.added[i], self.model.is_unused(i)
+            if token.content.replace(" ", SPACE) != pieces[i] and not is_free:
+                # Texts would still be encoded as this piece, and decoded as this token.
+                raise CheckpointError(
+                    f"{folder}: the added token {token.content!r:.80} should have the id {i}, which {path.name} has "
+                    f"for {pieces[i]!r:.80}. The files are of different checkpoints."
+                )
+        self.added = {i: AddedToken(content=pieces[i], special=True) for i in control}
         self.added |= self.side_files.added
         for role, token_id in (("bos_token", self.model.bos_id()), ("eos_token", self.model.eos_id())):
             if token_id >= 0:

@@ -123,7 +123,6 @@ def generate(
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> RequestOutput:
     """Return the same tokens as lesson 2's `generate`, computing each only once."""
-    llama_pytorch.check_prompt(prompt_token_ids, model.config, params)
     capacity = min(len(prompt_token_ids) + params.max_tokens, model.config.max_position_embeddings)
     cache = KVCache(model, capacity)
 

@@ -87,8 +87,6 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int):
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1; it is {num_blocks}.")
         self.blocks = [KVCacheBlock(block_id) for block_id in range(num_blocks)]
         self.free = OrderedDict((block.block_id, block) for block in self.blocks)  # by id, the oldest first
         self.cached: dict[bytes, KVCacheBlock] = {}  # by `block_hash.value`
@@ -170,8 +168,6 @@ class KVCacheManager:
         enable_prefix_caching: bool = True,
         sliding_window: int | None = None,  # the window of all layers; None if some layer reads all keys
     ):
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1; it is {block_size}.")
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -423,21 +419,17 @@ class PagedKVCache:
     Methods take a layer's index in the whole model. A model with a part of the heads gets a cache for that part.
     """
 
+    stored_dtype: torch.dtype | None = None  # None: that of the weights, in which keys and values are written and read
+
     def __init__(
-        self,
-        model: Llama,
-        num_blocks: int,
-        block_size: int,
-        num_host_blocks: int = 0,
-        layers: range | None = None,
-        dtype: torch.dtype | None = None,
+        self, model: Llama, num_blocks: int, block_size: int, num_host_blocks: int = 0, layers: range | None = None
     ):
         self.layers = layers or range(model.config.num_hidden_layers)
         self.block_size = block_size
-        attention = model.model.layers[self.layers.start].self_attn
+        attention, weight = model.model.layers[self.layers.start].self_attn, model.model.norm.weight
+        self.dtype = weight.dtype
+        dtype = self.stored_dtype or self.dtype
         num_kv_heads = attention.k_proj.out_features // attention.head_dim
-        weight = model.model.norm.weight
-        dtype = dtype or weight.dtype
         shape = (len(self.layers), num_blocks, block_size, num_kv_heads, attention.head_dim)
         host_shape = (len(self.layers), num_host_blocks, *shape[2:])
         pin = weight.is_cuda and num_host_blocks > 0

@@ -59,9 +59,7 @@ def constant_hash(code):
     return hash_block
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Blocks, and the pool of them
-# ---------------------------------------------------------------------------------------------------------------
+# --- Blocks, and the pool of them -------------------------------------------------------------------------------------
 
 
 @exercise("4.1")
@@ -242,9 +240,7 @@ class TestFreeBlocks:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Who holds which block
-# ---------------------------------------------------------------------------------------------------------------
+# --- Who holds which block --------------------------------------------------------------------------------------------
 
 
 @exercise("4.4", points=2)
@@ -811,9 +807,7 @@ class TestUtilisation:
         close(code.utilisation(lengths, 16), 215 / (32 + 16 + 48 + 64 + 112), f"utilisation({lengths}, 16)")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Online softmax
-# ---------------------------------------------------------------------------------------------------------------
+# --- Online softmax ---------------------------------------------------------------------------------------------------
 
 LN2 = math.log(2)
 
@@ -1099,9 +1093,7 @@ class TestBlockwiseAttention:
         elsewhere(lambda: code.blockwise_attention(q, positions, 11, read, 3), "blockwise_attention", "`q.device`")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tensors
-# ---------------------------------------------------------------------------------------------------------------
+# --- The tensors ------------------------------------------------------------------------------------------------------
 
 
 @exercise("4.14")
@@ -1124,9 +1116,10 @@ def small_cache(
     """A cache for a model that has only what the cache asks of it."""
     attention = SimpleNamespace(k_proj=SimpleNamespace(out_features=num_kv_heads * head_dim), head_dim=head_dim)
     layer = SimpleNamespace(self_attn=attention)
-    inner = SimpleNamespace(layers=[layer] * num_layers, norm=SimpleNamespace(weight=torch.ones(8, device=device)))
+    weight = torch.ones(8, dtype=dtype, device=device)
+    inner = SimpleNamespace(layers=[layer] * num_layers, norm=SimpleNamespace(weight=weight))
     model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=num_layers), model=inner)
-    return code.PagedKVCache(model, num_blocks, block_size, layers=layers, dtype=dtype)
+    return code.PagedKVCache(model, num_blocks, block_size, layers=layers)
 
 
 def filled(cache):

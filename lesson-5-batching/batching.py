@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -28,7 +27,7 @@ from common import kernels
 from common.config import EngineConfig
 from common.metrics import EngineMetrics, RequestMetrics
 from common.progress import progress_bar
-from common.sampling import check_params
+from common.sampling import check_kind, check_params, encode_prompt, list_prompts
 from common.tokenizer import Tokenizer
 from solutions import llama_pytorch, scheduler
 from solutions.kv_cache import cache_bytes
@@ -380,29 +379,23 @@ class Engine:
         """
         params = check_params(params)
         request_id = self.choose_id() if request_id is None else request_id
-        for name, value, kind in (
-            ("request_id", request_id, str), ("priority", priority, int), ("tenant", tenant, str),
-            ("cache_salt", cache_salt, str),
-        ):  # fmt: skip
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{name} must be {'text' if kind is str else 'a whole number'}; it is {value!r:.80}.")
-        token_ids = self.encode(prompt)
+        check_kind(str, request_id=request_id, tenant=tenant, cache_salt=cache_salt)
+        check_kind(int, priority=priority)
+        token_ids = encode_prompt(prompt, self.tokenizer)
         llama_pytorch.check_prompt(token_ids, self.config.model_config, replace(params, n=1))
         max_tokens = self.config.limit_output(len(token_ids), params.max_tokens)
         eos_token_ids = () if params.ignore_eos else self.tokenizer.eos_token_ids
         stop_token_ids = frozenset((*params.stop_token_ids, *eos_token_ids))
         if params.prompt_logprobs is not None:
             cache_salt = f"{cache_salt}/{self.num_arrivals}"
+        shared = (max_tokens, stop_token_ids, self.num_arrivals, priority, tenant, cache_salt)
         requests: list[Request] = []
         for child, own_params in enumerate(params.children()):
             own_id = f"{request_id}/{child}" if child else request_id
             if self.samples(own_id):
-                raise ValueError(f"request_id {own_id!r} is taken: a request with this id is not finished yet.")
+                raise ValueError(f"request_id {own_id!r:.80} is taken: a request with this id is not finished yet.")
             parent = requests[0] if requests else None
-            request = Request(own_id, token_ids, own_params, max_tokens, stop_token_ids, parent=parent, child=child)
-            request.arrival, request.priority, request.tenant = self.num_arrivals, priority, tenant
-            request.cache_salt = cache_salt
-            requests.append(request)
+            requests.append(Request(own_id, token_ids, own_params, *shared, parent, child))
         self.num_arrivals += 1
         try:
             outputs = [self.processor.add(request) for request in requests]
@@ -415,18 +408,6 @@ class Engine:
             self.start_over()
             raise
         return request_id
-
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return a prompt's token ids."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        try:
-            token_ids = list(prompt)
-            if isinstance(prompt, (bytes, Mapping, Set)) or any(isinstance(token_id, bool) for token_id in token_ids):
-                raise TypeError(f"it is {prompt!r:.80}")
-            return [operator.index(token_id) for token_id in token_ids]
-        except TypeError as error:
-            raise ValueError(f"prompt must be text or a list of token ids, which are whole numbers: {error}.") from None
 
     def choose_id(self) -> str:
         """Return a request id that is not in use and was not chosen before."""
@@ -503,12 +484,15 @@ class Engine:
         raise NotImplementedError("TODO 5.16")
 
     def submit(self, plan: SchedulerOutput) -> None:
-        """Give a plan to the executor, and record when its requests were first scheduled."""
+        """Give a plan to the executor, with the ids of requests that have ended since the plan before, and record when
+        its requests were first scheduled.
+        """
         now = time.perf_counter()
         for scheduled in plan.scheduled:
             metrics = self.output(scheduled.request_id).metrics
             metrics.first_scheduled_time = metrics.first_scheduled_time or now
-        self.in_flight.append(plan)
+        self.in_flight.append(plan)  # first: an interrupted plan's ids are told again only if it is in flight
+        plan.finished_ids, self.scheduler.finished_ids = self.scheduler.finished_ids, []
         self.executor.submit(plan)
 
     def collect(self, plan: SchedulerOutput) -> ModelRunnerOutput:
@@ -541,11 +525,7 @@ class Engine:
         `siblings`. A request that fails has finish_reason "error", and the others go on. Raises ValueError before it
         computes anything if one prompt can never be served. Ctrl-C aborts all of them.
         """
-        is_one = isinstance(prompts, (str, bytes, Mapping, Set)) or not isinstance(prompts, Iterable)
-        if is_one or getattr(prompts, "ndim", 1) == 0:
-            prompts = [prompts]
-        elif (prompts := list(prompts)) and hasattr(prompts[0], "__index__"):
-            prompts = [prompts]
+        prompts = list_prompts(prompts)
         params = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts and {len(params)} SamplingParams.")

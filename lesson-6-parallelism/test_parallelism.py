@@ -26,9 +26,7 @@ def counted(*shape: int) -> torch.Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) % 11 - 4
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Arithmetic
-# ---------------------------------------------------------------------------------------------------------------
+# --- Arithmetic -------------------------------------------------------------------------------------------------------
 
 
 @exercise("6.1", points=1)
@@ -191,9 +189,7 @@ class TestCommunicationCost:
         close(float(code.communication_cost(4000, 1, 1e-3, 1e6)), 0.0, "communication_cost of 4000 bytes on 1 rank")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Two ranks, or threads in their place
-# ---------------------------------------------------------------------------------------------------------------
+# --- Two ranks, or threads in their place -----------------------------------------------------------------------------
 
 ON_RANKS = 60.0
 """Seconds for checks on two processes, which on a busy machine take a while to import torch. One that hangs is ended by
@@ -440,9 +436,7 @@ class TestParallelLMHead:
         close(halved(filled(head, TABLE))(x), F.linear(x, TABLE), what)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading, stages, workers
-# ---------------------------------------------------------------------------------------------------------------
+# --- Reading, stages, workers -----------------------------------------------------------------------------------------
 
 
 def checkpoint_of(folder: str, **tensors: torch.Tensor) -> Checkpoint:
@@ -886,9 +880,7 @@ class TestLargestShare:
         close(float(code.largest_share(config, 2, 5)), 2 / 3 * 3 / 10, what)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Together
-# ---------------------------------------------------------------------------------------------------------------
+# --- Together ---------------------------------------------------------------------------------------------------------
 
 CONFIG = dict(
     model_type="llama", vocab_size=29, hidden_size=12, intermediate_size=10, num_hidden_layers=3,

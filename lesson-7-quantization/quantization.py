@@ -15,7 +15,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from common import kernels
 from common.checkpoints import Checkpoint, CheckpointError
+from common.config import EngineConfig
 from solutions.llama_pytorch import Attend, Linear, LinearMethod, Llama, layers_of, load_weights, reader
 from solutions.llm_basics import upcast
 from solutions.mixture_of_experts import SparseMoeBlock
@@ -258,12 +259,8 @@ class Quantization:
     symmetric: bool = False
 
     def __post_init__(self):
-        if self.kind not in ("int8", "w8a8", "int4", "w4a8"):
-            raise ValueError(f"quantization must be one of int8, w8a8, int4, w4a8; it is {self.kind!r}.")
-        if not isinstance(self.group_size, int) or self.group_size < 2 or self.group_size % 2:
-            raise ValueError(f"group_size must be an even number of at least 2; it is {self.group_size!r}.")
-        if not isinstance(self.symmetric, bool):
-            raise ValueError(f"symmetric must be true or false; it is {self.symmetric!r}.")
+        # An engine's options have the same names, so its config checks them.
+        EngineConfig(quantization=self.kind or "", group_size=self.group_size, symmetric=self.symmetric)
 
     def method(self, is_saved: bool) -> LinearMethod:
         """Returns the method for the linear layers of a model's blocks."""
@@ -303,10 +300,9 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
             "checkpoints and unquantized ones."
         )
     try:
-        return Quantization(said["kind"], said["group_size"], said["symmetric"])
-    except (KeyError, ValueError) as error:
-        reason = f"it lacks {error}." if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {reason}") from None
+        return Quantization(*(said.get(field.name) for field in fields(Quantization)))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {error}") from None
 
 
 def quantize_for(model: Llama, checkpoint: Checkpoint, quantization: Quantization | None) -> None:
@@ -422,17 +418,10 @@ class Int8KVCache(PagedKVCache):
     however its prompt was cut into chunks, and even if it was computed twice.
     """
 
-    def __init__(
-        self,
-        model: Llama,
-        num_blocks: int,
-        block_size: int,
-        num_host_blocks: int = 0,
-        layers: range | None = None,
-        dtype: torch.dtype | None = None,  # of scales, and of what is read
-    ):
-        super().__init__(model, num_blocks, block_size, num_host_blocks, layers, torch.int8)
-        self.dtype = dtype or model.model.norm.weight.dtype
+    stored_dtype = torch.int8
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
 
         def scales_of(tensor: Tensor) -> Tensor:
             return tensor.new_zeros(tensor.shape[:-1], dtype=self.dtype, pin_memory=tensor.is_pinned())

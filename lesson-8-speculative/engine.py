@@ -21,7 +21,7 @@ import torch
 
 from common import kernels
 from common.checkpoints import Checkpoint, find_checkpoint
-from common.config import EngineConfig
+from common.config import EngineConfig, check_option
 from common.machine import check_memory, choose_device
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions import llama_pytorch
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Return the model's config without \"quantization_config\", which lesson 2 would refuse."""
+    """Return the model's config without "quantization_config", which lesson 2 would refuse."""
     return parse_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
 
 
@@ -95,9 +95,7 @@ def resolve(config: EngineConfig) -> tuple[EngineConfig, Tokenizer]:
         config, draft_config = replace(config, speculative=str(draft.folder)), read_config(draft)
     size = slot_bytes(config, model_config, draft_config)
     config = config.resolve(model_config, size)
-    if device == "cpu":
-        blocks = f"num_blocks={config.num_blocks} blocks of block_size={config.block_size} tokens"
-        check_memory(config.num_blocks * config.block_size * size, blocks)
+    check_memory(config, size)
     return config, tokenizer
 
 
@@ -148,7 +146,7 @@ def make_cache(config: EngineConfig, model: Llama, layers: range, kv_cache_dtype
     kind = PagedKVCache
     if kv_cache_dtype == "int8":
         from solutions.quantization import Int8KVCache as kind
-    return kind(model, config.num_blocks, config.block_size, config.num_host_blocks, layers, config.dtype)
+    return kind(model, config.num_blocks, config.block_size, config.num_host_blocks, layers)
 
 
 def build_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
@@ -185,6 +183,7 @@ class InferenceEngine(Engine):
     """
 
     def __init__(self, model: str = "smollm2-135m", max_batch_size: int = 64, **options):
+        check_option(EngineConfig.__dataclass_fields__["max_num_seqs"], max_batch_size, "max_batch_size")
         config, tokenizer = resolve(EngineConfig(model=model, **{"max_num_seqs": max_batch_size, **options}))
         executor = start_executor(config, partial(load_model, config), partial(build_runner, config))
         super().__init__(executor, tokenizer, config)

@@ -235,9 +235,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        q_width, kv_width = (
-            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_width, bias=config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_width, bias=config.qkv_bias)

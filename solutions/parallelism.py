@@ -263,9 +263,7 @@ def read_shard(read: Callable[..., Tensor], shape: Sequence[int], part: Sequence
 
 
 class ShardedLinear(Linear):
-    """One rank's part of a linear layer: the rows, or the columns, of its matrix in the range `part`. `whole` is on the
-    meta device.
-    """
+    """One rank's part of a linear layer: the rows, or the columns, `part` of its matrix. whole: on the meta device."""
 
     cut = "rows"
 

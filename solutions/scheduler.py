@@ -204,7 +204,7 @@ class Scheduler:
         self.max_chunk = config.long_prefill_token_threshold
         self.policy = POLICIES[config.scheduling_policy]
         self.preemption = config.preemption
-        self.host_pool = BlockPool(max(1, config.num_host_blocks))  # a pool has at least one block
+        self.host_pool = BlockPool(config.num_host_blocks)
         self.num_lookahead_tokens = config.num_lookahead_tokens  # slots for a draft model's tokens (lesson 8)
         self.depth = 1  # steps in flight at once (lesson 6)
         self.requests: dict[str, Request] = {}  # all that are not finished: those that wait and those that run
@@ -244,8 +244,6 @@ class Scheduler:
             self.schedule_waiting(plan, budget)
         self.reserve_lookahead(plan)
         plan.copies = self.manager.take_copies()
-        if not plan.is_empty:  # an empty plan is not sent to the executor
-            plan.finished_ids, self.finished_ids = self.finished_ids, []
         return plan
 
     def schedule_running(self, plan: SchedulerOutput) -> int:

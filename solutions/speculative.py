@@ -125,7 +125,6 @@ def generate(
     num_speculative_tokens: int = 4,
 ) -> RequestOutput:
     """Return what lesson 2's `generate` returns, in fewer forward passes where the text repeats itself."""
-    llama_pytorch.check_prompt(prompt_token_ids, model.config, params)
     capacity = min(len(prompt_token_ids) + params.max_tokens, model.config.max_position_embeddings)
     lookahead = Lookahead(model, capacity, partial(propose_ngram, num_tokens=num_speculative_tokens))
     return llama_pytorch.generate(model, tokenizer, prompt_token_ids, params, on_text, lookahead.next_logits)

@@ -65,27 +65,19 @@ def check_that_nothing_is_withheld() -> None:
         )
 
 
-@click.command("lint")
-def lint_command() -> int:
-    """Look for mistakes and for formatting with ruff."""
-    return lint()
-
-
+@click.command()
 def lint() -> int:
+    """Look for mistakes and for formatting with ruff."""
     code = call("-m", "ruff", "check", ".")
     if formatting := call("-m", "ruff", "format", "--check", "."):
         print("To format: .venv/bin/ruff format .")
     return code or formatting
 
 
-@click.command("skeletons")
+@click.command()
 @click.option("--check", is_flag=True, help="change nothing; fail where a skeleton is out of step")
-def skeletons_command(check: bool) -> int:
-    """Cut the lessons' skeletons from solutions/."""
-    return skeletons(check)
-
-
 def skeletons(check: bool) -> int:
+    """Cut the lessons' skeletons from solutions/."""
     failed = False
     for lesson in MODULES:
         try:
@@ -107,9 +99,9 @@ def check() -> int:
     from common.authoring.readmes import checks as readme_checks
 
     parts: dict[str, Callable[[], int]] = {
-        "lint": lint,
-        "skeletons": lambda: skeletons(check=True),
-        "READMEs": lambda: readme_checks.main([]),
+        "lint": lint.callback,
+        "skeletons": lambda: skeletons.callback(check=True),
+        "READMEs": readme_checks.main,
         "prose": prose.main,
         "spelling": lambda: call("-m", "codespell_lib"),
     }

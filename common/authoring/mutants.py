@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.course import Lesson
-from common.course.exercises import Exercise, exercises_of, walk_functions
+from common.course.exercises import Exercise, begins, exercises_of, walk_functions
 
 
 @dataclass(frozen=True)
@@ -30,54 +30,20 @@ class Mutant:
 
 
 OPERATORS: dict[type, tuple[type, ...]] = {
-    ast.Lt: (ast.LtE, ast.GtE),
-    ast.LtE: (ast.Lt, ast.Gt),
-    ast.Gt: (ast.GtE, ast.LtE),
-    ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,),
-    ast.NotEq: (ast.Eq,),
-    ast.Is: (ast.IsNot,),
-    ast.IsNot: (ast.Is,),
-    ast.In: (ast.NotIn,),
-    ast.NotIn: (ast.In,),
-    ast.Add: (ast.Sub,),
-    ast.Sub: (ast.Add,),
-    ast.Mult: (ast.Div,),
-    ast.Div: (ast.Mult,),
-    ast.FloorDiv: (ast.Div, ast.Mult),
-    ast.Mod: (ast.FloorDiv,),
-    ast.Pow: (ast.Mult,),
-    ast.MatMult: (ast.Mult,),
-    ast.BitAnd: (ast.BitOr,),
-    ast.BitOr: (ast.BitAnd,),
-    ast.LShift: (ast.RShift,),
-    ast.RShift: (ast.LShift,),
-    ast.And: (ast.Or,),
-    ast.Or: (ast.And,),
-}
+    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,), ast.NotIn: (ast.In,), ast.And: (ast.Or,), ast.Or: (ast.And,),
+    ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,),
+    ast.FloorDiv: (ast.Div, ast.Mult), ast.Mod: (ast.FloorDiv,), ast.Pow: (ast.Mult,), ast.MatMult: (ast.Mult,),
+    ast.BitAnd: (ast.BitOr,), ast.BitOr: (ast.BitAnd,), ast.LShift: (ast.RShift,), ast.RShift: (ast.LShift,),
+}  # fmt: skip
 OPPOSITES = (
-    ("min", "max"),
-    ("amin", "amax"),
-    ("argmin", "argmax"),
-    ("any", "all"),
-    ("zeros", "ones"),
-    ("zeros_like", "ones_like"),
-    ("floor", "ceil"),
-    ("sum", "mean"),
-    ("sin", "cos"),
-    ("log", "exp"),
-    ("append", "appendleft"),
-    ("pop", "popleft"),
-    ("repeat_interleave", "repeat"),
-    ("triu", "tril"),
-    ("startswith", "endswith"),
-    ("float32", "float16"),
-    ("float64", "float32"),
-    ("int64", "int32"),
-    ("long", "int"),
-    ("int8", "int16"),
-    ("uint8", "int8"),
-)
+    ("min", "max"), ("amin", "amax"), ("argmin", "argmax"), ("any", "all"), ("zeros", "ones"),
+    ("zeros_like", "ones_like"), ("floor", "ceil"), ("sum", "mean"), ("sin", "cos"), ("log", "exp"),
+    ("append", "appendleft"), ("pop", "popleft"), ("repeat_interleave", "repeat"), ("triu", "tril"),
+    ("startswith", "endswith"), ("float32", "float16"), ("float64", "float32"), ("int64", "int32"), ("long", "int"),
+    ("int8", "int16"), ("uint8", "int8"),
+)  # fmt: skip
 NAMES: dict[str, str] = dict([*OPPOSITES, *((new, old) for old, new in reversed(OPPOSITES))])
 NOT_VALUES = {"torch", "math", "dist", "F", "functional", "nn", "ast", "json", "time", "np"}
 """Modules: `torch.exp(x)` without its call is x, not torch."""
@@ -208,8 +174,7 @@ def told(path: list[ast.AST], like: tuple[int, str] | None = None) -> tuple[int,
 def changes(source: str, function: ast.FunctionDef, exercise: Exercise) -> Iterator[tuple[int, str, str]]:
     """(line, what changed, source of the module) for each change of one answer."""
     lines = source.splitlines()
-    first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-    above_it, below_it = "\n".join(lines[: first - 1]), "\n".join(lines[function.end_lineno :])
+    above_it, below_it = "\n".join(lines[: begins(function) - 1]), "\n".join(lines[function.end_lineno :])
 
     def module() -> str:
         text = textwrap.indent(ast.unparse(ast.fix_missing_locations(function)), " " * function.col_offset)

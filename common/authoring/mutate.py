@@ -22,7 +22,6 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from common.authoring.mutants import Mutant, mutants_of
 from common.course import MODULES, ROOT, CourseError, Lesson, modules_of, shown
@@ -31,6 +30,7 @@ from common.course.exercises import exercises_of
 from common.course.modules import check_solution
 from common.grading.runner import START_SECONDS
 from common.options import jobs, lesson_number
+from common.progress import progress_bar
 from common.workers import call, kill
 
 SUMMARY = ROOT / "common" / "bench" / "measurements" / "mutants.json"
@@ -40,9 +40,7 @@ STALLED = 60.0
 """Seconds without a word from the worker: then the mutant at hand counts as caught, and another worker goes on."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Trying them
-# ---------------------------------------------------------------------------------------------------------------
+# --- Trying them ------------------------------------------------------------------------------------------------------
 
 
 class Overtime(BaseException):
@@ -76,13 +74,8 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
     class MutatingGrader(Grader):
         def __init__(self):
             self.reference = Subject(lesson, lesson.solution)
-            super().__init__(lambda _: self.reference)
+            super().__init__(lambda _: self.reference, {each.exercise for each in mutants})
             self.left = {index: Subject(lesson, lesson.solution, each.source) for index, each in enumerate(mutants)}
-
-        def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-            wanted = {each.exercise for each in mutants}
-            marks = [item.get_closest_marker("exercise") for item in items]
-            items[:] = [item for item, mark in zip(items, marks) if mark and mark.kwargs["id"] in wanted]
 
         def lesson_of(self, checks: Path) -> Lesson | None:
             return lesson if checks == lesson.checks else None
@@ -176,9 +169,7 @@ def try_all(
     return caught, [each for trial in trials for each in trial.left]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What came of it
-# ---------------------------------------------------------------------------------------------------------------
+# --- What came of it --------------------------------------------------------------------------------------------------
 
 
 def summary(lesson: Lesson, mutants: list[Mutant], survivors: list[Mutant]) -> dict:
@@ -205,10 +196,8 @@ def unknown_equivalents(lesson: Lesson, mutants: list[Mutant]) -> list[str]:
 def mutate(lesson: Lesson, only: str | None, jobs: int, console: Console) -> dict:
     """Try a lesson's mutants, or those of one exercise, and tell what survived."""
     mutants = [each for each in mutants_of(lesson) if only in (None, each.exercise)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"lesson {lesson.number}, {lesson.slug}", total=len(mutants))
-        caught, survivors = try_all(lesson, mutants, jobs, lambda count: progress.update(task, completed=count))
+    with progress_bar(f"lesson {lesson.number}, {lesson.slug}", len(mutants), console.is_terminal) as update:
+        caught, survivors = try_all(lesson, mutants, jobs, lambda count: update(count, ""))
     found = summary(lesson, mutants, survivors)
     reasons = load_equivalents(lesson)
     wrongly = [each for each, _ in caught if (each.exercise, each.change) in reasons]

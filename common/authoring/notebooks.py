@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -37,7 +38,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def notebooks(numbers: list[str]) -> list[Lesson]:
+def notebooks(numbers: Iterable[str]) -> list[Lesson]:
     """The lessons with these numbers, or all, that have a notebook."""
     chosen = [lesson(number) for number in numbers] or LESSONS
     return [each for each in chosen if each.notebook.exists()]
@@ -88,7 +89,13 @@ def execute(path: Path) -> None:
     unfinished.replace(path)
 
 
-def run(numbers: list[str]) -> int:
+numbers = click.argument("numbers", nargs=-1, metavar="[N]...")
+
+
+@click.command("notebooks")
+@numbers
+def notebooks_command(numbers: tuple[str, ...]) -> int:
+    """Run the notebooks of these lessons, or of all, and save their outputs."""
     from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
     print(files_used())
@@ -118,8 +125,10 @@ def never_run(path: Path) -> list[int]:
     ]
 
 
-def compare(numbers: list[str]) -> int:
-    """Run each notebook with nbval, strictly: every output must equal the saved one."""
+@click.command()
+@numbers
+def test_notebooks(numbers: tuple[str, ...]) -> int:
+    """Run the notebooks of these lessons, or of all: every output must equal the saved one."""
     paths = [each.notebook for each in notebooks(numbers)]
     if not paths:
         print("There are no notebooks yet.")
@@ -134,23 +143,6 @@ def compare(numbers: list[str]) -> int:
     command += ["-n", str(min(len(paths), os.cpu_count() or 1)), "--dist", "loadfile"]  # one notebook, one process
     code = subprocess.run([*command, *map(str, paths)], cwd=ROOT, env=environment()).returncode
     return code or int(failed)
-
-
-numbers = click.argument("numbers", nargs=-1, metavar="[N]...")
-
-
-@click.command("notebooks")
-@numbers
-def notebooks_command(numbers: tuple[str, ...]) -> int:
-    """Run the notebooks of these lessons, or of all, and save their outputs."""
-    return run(numbers)
-
-
-@click.command()
-@numbers
-def test_notebooks(numbers: tuple[str, ...]) -> int:
-    """Run the notebooks of these lessons, or of all, and compare with the saved outputs."""
-    return compare(numbers)
 
 
 @click.command()

@@ -11,7 +11,6 @@ import fnmatch
 import io
 import json
 import re
-import sys
 import tokenize
 import tomllib
 from collections.abc import Iterator
@@ -143,10 +142,5 @@ def main() -> int:
     """Print all complaints; returns 1 if there are any."""
     rules = tomllib.loads(RULES.read_text(encoding="utf-8"))
     found = [line for file in texts() for line in complaints(file, rules)]
-    for line in found:
-        print(line)
+    print(*found, sep="\n", end="\n" if found else "")
     return int(bool(found))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,9 +24,7 @@ from common.course import CourseError, activate, files_used
 from common.machine import cpu_name, gemm_rate, interleaved_medians, read_bandwidth
 from common.options import threads
 
-# ---------------------------------------------------------------------------------------------------------------
-# The machine
-# ---------------------------------------------------------------------------------------------------------------
+# --- The machine ------------------------------------------------------------------------------------------------------
 
 
 def measure_machine(quick: bool) -> dict:
@@ -36,9 +34,7 @@ def measure_machine(quick: bool) -> dict:
     return {"read_mb": megabytes, "gemm_size": size, "repeats": repeats, **result}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lessons 2 and 3: the cost of remembering nothing, and what remembering gains
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lessons 2 and 3: the cost of remembering nothing, and what remembering gains -------------------------------------
 
 
 def measure_contexts(name: str, lengths: list[int], repeats: int, with_cache: bool) -> dict:
@@ -79,9 +75,7 @@ def measure_contexts(name: str, lengths: list[int], repeats: int, with_cache: bo
     return {"model": name, "dtype": "float32", "repeats": repeats, "unit": "seconds per token", "rows": rows}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 5: the cost of preemption
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 5: the cost of preemption ---------------------------------------------------------------------------------
 
 
 def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool) -> dict:
@@ -150,24 +144,14 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------
+# --- The command ------------------------------------------------------------------------------------------------------
 
 
 NAMES = (
-    "machine",
-    "recompute-tales",
-    "recompute-smollm2-135m",
-    "kv-cache-smollm2-135m",
-    "preemption-smollm2-135m",
-    "grids-smollm2-135m",
-    "quality-smollm2-135m",
-    "ladder-smollm2-135m",
-    "speculation-smollm2-135m",
-    "speculation-tales",
-    "serving-smollm2-135m",
-)
+    "machine", "recompute-tales", "recompute-smollm2-135m", "kv-cache-smollm2-135m", "preemption-smollm2-135m",
+    "grids-smollm2-135m", "quality-smollm2-135m", "ladder-smollm2-135m", "speculation-smollm2-135m",
+    "speculation-tales", "serving-smollm2-135m",
+)  # fmt: skip
 KINDS = {name.partition("-smollm2")[0].removesuffix("-tales") for name in NAMES}
 DEFAULT = ("machine", "ladder", "speculation")
 

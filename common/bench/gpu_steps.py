@@ -29,20 +29,11 @@ from solutions.engine import InferenceEngine, load_model
 from solutions.llama_pytorch import Llama, SamplingParams, parse_config, use_kernels
 
 LLAMA_1B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128_256,
-    "hidden_size": 2_048,
-    "intermediate_size": 8_192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "max_position_embeddings": 8_192,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128_256, "hidden_size": 2_048,
+    "intermediate_size": 8_192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "max_position_embeddings": 8_192,
     "tie_word_embeddings": True,
-}
+}  # fmt: skip
 """Llama-3.2-1B. Random weights take the same time as trained ones."""
 SMOLLM2 = LLAMA_1B | {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30}
 SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100_000.0}

@@ -11,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -25,23 +26,25 @@ from solutions.llama_pytorch import SamplingParams, load
 from solutions.scheduler import SchedulerOutput
 
 
-class TimedRunner(ModelRunner):
-    """Notes when each step began to be computed here, and when it was done."""
-
-    def __init__(self, plain: ModelRunner, file: Path):
-        super().__init__(plain.model, plain.cache)
-        self.file = file
-
-    def execute(self, plan: SchedulerOutput, hidden=None):
-        start = time.time()
-        result = super().execute(plan, hidden)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([plan.step_id, len(plan.scheduled), start, time.time()]) + "\n")
-        return result
+def timed_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
+    """A rank's runner, which notes in a file of its own when it computes each step."""
+    runner = build_runner(config, model, layers)
+    runner.execute = partial(timed, runner.execute, folder / f"rank-{dist.get_rank()}.jsonl")
+    return runner
 
 
-def make_timed_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
-    return TimedRunner(build_runner(config, model, layers), folder / f"rank-{dist.get_rank()}.jsonl")
+def timed(execute: Callable, file: Path, plan: SchedulerOutput, hidden=None):
+    start = time.perf_counter()  # the same clock in every process of a machine
+    result = execute(plan, hidden)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps([plan.step_id, len(plan.scheduled), start, time.perf_counter()]) + "\n")
+    return result
+
+
+def times_of_ranks(folder: Path) -> dict[int, list[list]]:
+    """What the ranks have noted: [step, number of requests, start, end] of each step, by rank."""
+    files = sorted((int(file.stem.removeprefix("rank-")), file) for file in folder.glob("rank-*.jsonl"))
+    return {rank: [*map(json.loads, file.read_text(encoding="utf-8").splitlines())] for rank, file in files}
 
 
 def make_probing_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
@@ -91,7 +94,7 @@ def measure_grids(name: str, quick: bool) -> dict:
             if grid is None:
                 engine = local_engine(model, tokenizer, enable_prefix_caching=False)
             else:
-                build = partial(make_timed_runner if "stages" in way else make_probing_runner, Path(folder))
+                build = partial(timed_runner if "stages" in way else make_probing_runner, Path(folder))
                 options = dict(dtype=torch.float32, device="cpu", enable_prefix_caching=False)
                 engine = observed_engine(build, name, grid, **options)
             row = {"start_seconds": time.perf_counter() - start}
@@ -130,10 +133,8 @@ def timeline(folder: Path) -> list[list[list[float]]]:
 
     The files are emptied for the next.
     """
-    stages = []
-    for file in sorted(folder.glob("rank-*.jsonl")):
-        spans = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        stages.append(spans[-24:-8])
+    stages = [spans[-24:-8] for spans in times_of_ranks(folder).values()]
+    for file in folder.glob("rank-*.jsonl"):
         file.unlink()
     first = min(stage[0][2] for stage in stages)
     return [[[step, count, start - first, end - first] for step, count, start, end in stage] for stage in stages]

@@ -35,9 +35,7 @@ from common.bench.style import (
 )
 from common.course import ROOT, CourseError, shown
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 5: which requests compute in a step, and which blocks they hold
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 5: which requests compute in a step, and which blocks they hold -------------------------------------------
 
 
 def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, list[dict[int, int]]]:
@@ -95,8 +93,7 @@ def schedule() -> Figure:
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.grid(axis="y", visible=False)
-    left.set_ylabel("request")
-    left.set_yticks(range(len(prompts)))
+    left.set(ylabel="request", yticks=range(len(prompts)))
     left.invert_yaxis()
     for color, text, y in ((ORANGE, "computes its prompt", 0.92), (BLUE, "decodes", 0.85), ("#9AA0A6", "waits", 0.78)):
         left.text(0.62, y, "■ " + text, color=color, transform=left.transAxes, fontsize=9)
@@ -124,16 +121,12 @@ def pool_through_time() -> Figure:
     axes.text(-0.4, -1.7, "▼ is preempted", color=GREY, fontsize=9)
     for request in range(6):
         axes.text(1.01, 0.95 - 0.11 * request, f"■ request {request}", color=colors(request), transform=axes.transAxes)
-    axes.set_xlabel("step")
-    axes.set_ylabel("block")
-    axes.set_yticks(range(0, 20, 4))
+    axes.set(xlabel="step", ylabel="block", yticks=range(0, 20, 4))
     axes.grid(visible=False)
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 6: which rank is idle
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 6: which rank is idle -------------------------------------------------------------------------------------
 
 
 @figure("lesson-6-parallelism/figures/timeline.svg")
@@ -149,15 +142,12 @@ def pipeline() -> Figure:
                 axes.barh(row, ended - began, left=began, height=0.7, color=color, edgecolor="white", linewidth=0.6)
         name_rows(axes, [f"stage {row}" for row in range(len(stages))])
         axes.set_title(way.removeprefix("two stages, ") + " under way")
-    axes.set_xlabel("seconds")
-    axes.set_xlim(0, 0.9 * max(stage[-1][3] for stage in stages))
+    axes.set(xlabel="seconds", xlim=(0, 0.9 * max(stage[-1][3] for stage in stages)))
     source_line(fig, measurement)
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 7: what fewer bits cost
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 7: what fewer bits cost -----------------------------------------------------------------------------------
 
 
 @figure("lesson-7-quantization/figures/quality.svg")
@@ -176,9 +166,7 @@ def quality() -> Figure:
             eight.plot([row["bytes"] / 1e6], [row["perplexity"]], "o", color=BLUE)
             dy = -10 if row["kind"] == "int8" else 10
             label_end(eight, row["bytes"] / 1e6, row["perplexity"], row["kind"].upper(), BLUE, dx=8, dy=dy)
-    eight.set_xlim(130, 142)
-    eight.set_ylabel("perplexity")
-    eight.set_title("eight bits")
+    eight.set(xlim=(130, 142), ylabel="perplexity", title="eight bits")
     eight.text(130.3, exact + 0.15, f"float32, {rows[0]['bytes'] / 1e6:.0f} MB", color=GREY, fontsize=8)
     styles = {
         (False, False): ("asymmetric", ORANGE, "o-"),
@@ -222,18 +210,18 @@ def quality_and_speed() -> Figure:
             axes.plot([speed], [kl], "o", color=BLUE)
             axes.annotate(label, (speed, kl), (6, 4), textcoords="offset points", fontsize=9)
         axes.set_yscale("symlog", linthresh=1e-3)
-        axes.set_ylim(-2e-4, 1)
-        axes.set_xlim(0, 1.2 * max(told[way]["tokens_per_second"] for way in costs))
-        axes.set_xlabel("tokens/s")
-        axes.set_title(name)
+        axes.set(
+            ylim=(-2e-4, 1),
+            xlim=(0, 1.2 * max(told[way]["tokens_per_second"] for way in costs)),
+            xlabel="tokens/s",
+            title=name,
+        )
     fig.axes[0].set_ylabel("KL to float32, nats a token")
     source_line(fig, ladder)
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 8: what draft tokens give
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 8: what draft tokens give ---------------------------------------------------------------------------------
 
 
 @figure("lesson-8-speculative/figures/speculation.svg")
@@ -255,8 +243,7 @@ def speculation() -> Figure:
     shares = [right_share([case]).replace(" of", "\nof") for case in singles]
     left.set_xticks(range(len(singles)), [f"{case['name']}\n{share}" for case, share in zip(singles, shares)])
     left.tick_params(axis="x", length=0)
-    left.set_ylabel("tokens/s, times those without draft tokens")
-    left.set_title("SmolLM2, n-grams, one stream")
+    left.set(ylabel="tokens/s, times those without draft tokens", title="SmolLM2, n-grams, one stream")
 
     lines = (
         (chats, lambda case: case["is_repetitive"], "n-grams, repeating", BLUE),
@@ -272,8 +259,7 @@ def speculation() -> Figure:
         ratios = [statistics.geometric_mean(by_count[count]) for count in sorted(by_count)]
         right.plot(range(len(ratios)), ratios, "o-", color=color, label=f"{name}, {right_share(cases)}")
         right.set_xticks(range(len(ratios)), sorted(by_count))
-    right.set_xlabel("streams at once")
-    right.set_title("as many draft tokens as pay")
+    right.set(xlabel="streams at once", title="as many draft tokens as pay")
     for axes in (left, right):
         axes.axhline(1, color="#202124", linewidth=1, linestyle=":")
         axes.set_ylim(0, 1.35 * max(case["ways"][way]["ratio"] for case in singles for way in ways))
@@ -293,9 +279,7 @@ def right_share(cases: list[dict]) -> str:
     return f"{num_right / num_draft_tokens:.0%} right of {num_draft_tokens:,}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The ladder
-# ---------------------------------------------------------------------------------------------------------------
+# --- The ladder -------------------------------------------------------------------------------------------------------
 
 
 RUNGS = {
@@ -344,16 +328,16 @@ def ladder() -> Figure:
         axes.axhline(ours - 0.5, color=GREY, linewidth=0.8, linestyle=":")
         axes.set_title(name)
         name_rows(axes, [RUNGS[way][0] for way in rungs])
-        axes.set_ylim(len(rungs) - 0.4, -0.6)
-        axes.set_xlim(0, 1.18 * max(ways[way]["tokens_per_second"] for way in ways))
-        axes.set_xlabel("tokens/s")
+        axes.set(
+            ylim=(len(rungs) - 0.4, -0.6),
+            xlim=(0, 1.18 * max(ways[way]["tokens_per_second"] for way in ways)),
+            xlabel="tokens/s",
+        )
     source_line(fig, measurement)
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------
+# --- The command ------------------------------------------------------------------------------------------------------
 
 
 @click.command()

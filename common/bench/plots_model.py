@@ -26,9 +26,7 @@ from common.bench.style import (
 )
 from common.course import CourseError
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 0: the roofline
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 0: the roofline -------------------------------------------------------------------------------------------
 
 
 @figure("lesson-0-intro/figures/roofline.svg")
@@ -47,11 +45,13 @@ def roofline() -> Figure:
     axes.plot(line, [min(peak, bandwidth * x) for x in line], color=BLUE)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)
-    axes.set_ylim(bandwidth / 16, peak * 3)
-    axes.set_xlim(line[0], line[-1])
-    axes.set_xlabel("arithmetic intensity: operations for each byte read")
-    axes.set_ylabel("GFLOP/s")
-    axes.set_title("Decoding one stream is bound by memory, prefill by arithmetic")
+    axes.set(
+        ylim=(bandwidth / 16, peak * 3),
+        xlim=(line[0], line[-1]),
+        xlabel="arithmetic intensity: operations for each byte read",
+        ylabel="GFLOP/s",
+        title="Decoding one stream is bound by memory, prefill by arithmetic",
+    )
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.set_xticks(intensities[::2])
@@ -74,9 +74,7 @@ def roofline() -> Figure:
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 1: rotary embedding, three attention heads, where the parameters are
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 1: rotary embedding, three attention heads, where the parameters are --------------------------------------
 
 
 @figure("lesson-1-llm-basics/figures/rotary.svg")
@@ -225,9 +223,9 @@ def ceilings() -> Figure:
     axes.set_yscale("log", base=10)
     axes.set_xticks(batches[::2], [str(batch) for batch in batches[::2]])
     axes.minorticks_off()
-    axes.set_xlim(1, batches[-1] * 24)
-    axes.set_xlabel("requests in the batch")
-    axes.set_ylabel("tokens/s of all requests together, at most")
+    axes.set(
+        xlim=(1, batches[-1] * 24), xlabel="requests in the batch", ylabel="tokens/s of all requests together, at most"
+    )
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
     axes.set_title("Batching is nearly free, until the caches are what is read")
     model_and_machine = "Llama 2 7B, 16 bits, one H100 SXM (3.35 TB/s, 989 TFLOP/s), if its memory were large enough"
@@ -235,9 +233,7 @@ def ceilings() -> Figure:
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lessons 2 and 3: seconds for one more token, without a memory and with one
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lessons 2 and 3: seconds for one more token, without a memory and with one ---------------------------------------
 
 
 def over_contexts(name: str, title: str, ways: dict[str, tuple[str, str, int]]) -> tuple[Figure, matplotlib.axes.Axes]:
@@ -253,12 +249,9 @@ def over_contexts(name: str, title: str, ways: dict[str, tuple[str, str, int]]) 
             values = [1e3 * row[way] for row in rows]
             axes.plot(contexts, values, "o-", color=color)
             label_end(axes, contexts[-1], values[-1], label, color, dx=8, dy=dy)
-    axes.set_xlim(0, contexts[-1] * 1.5)
-    axes.set_xticks([x for x in contexts if x >= contexts[-1] / 8])
+    axes.set(xlim=(0, contexts[-1] * 1.5), xticks=[x for x in contexts if x >= contexts[-1] / 8])
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens before it")
-    axes.set_ylabel("milliseconds for one more token")
-    axes.set_title(title)
+    axes.set(xlabel="tokens before it", ylabel="milliseconds for one more token", title=title)
     source_line(fig, measurement)
     return fig, axes
 
@@ -289,9 +282,7 @@ def kv_cache() -> Figure:
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lesson 4: what blocks waste
-# ---------------------------------------------------------------------------------------------------------------
+# --- Lesson 4: what blocks waste --------------------------------------------------------------------------------------
 
 
 @figure("lesson-4-paged-attention/figures/utilisation.svg")
@@ -317,8 +308,10 @@ def utilisation_by_block_size() -> Figure:
     axes.text(17, 3, "16, the default", color=GREY, fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 16, 256, 8192], ["1", "16", "256", "8,192:\none block a sequence"])
-    axes.set_ylim(0, 112)
-    axes.set_xlabel("tokens in a block")
-    axes.set_ylabel("% of held slots with a token in them")
-    axes.set_title("What a sequence reserves, and what it fills")
+    axes.set(
+        ylim=(0, 112),
+        xlabel="tokens in a block",
+        ylabel="% of held slots with a token in them",
+        title="What a sequence reserves, and what it fills",
+    )
     return fig

@@ -18,13 +18,7 @@ import torch.nn.functional as F
 
 from common.kernels.products import use
 from solutions.llama_pytorch import causal_attend, load
-from solutions.quantization import (
-    Quantization,
-    kl_divergence,
-    quantized_copy,
-    scale_for_activations,
-    weight_bytes,
-)
+from solutions.quantization import Quantization, kl_divergence, quantized_copy, scale_for_activations, weight_bytes
 
 
 def text_of_python() -> str:

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -75,9 +76,7 @@ class Answer:
         return [after - before for before, after in zip(self.times, self.times[1:])]
 
 
-async def request(
-    port: int, path: str, body: dict | None = None
-) -> tuple[int, asyncio.StreamReader, asyncio.StreamWriter]:
+async def request(port: int, path: str, body: dict | None = None) -> tuple[int, StreamReader, StreamWriter]:
     """Send a request and read the head of the answer. Returns the status, and what reads the rest and closes it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = b"" if body is None else json.dumps(body).encode()
@@ -87,7 +86,7 @@ async def request(
     return int(lines[0].split()[1]), reader, writer
 
 
-async def chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+async def chunks(reader: StreamReader) -> AsyncIterator[bytes]:
     """The chunks of an answer in HTTP's chunked encoding. Raises EOFError if the connection ends before the last."""
     data = b""
     while True:
@@ -103,12 +102,13 @@ async def chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
             raise EOFError("the connection has ended in mid-answer.")
 
 
-async def complete(port: int, body: dict, leave_after: int | None = None) -> Answer:
-    """Ask for a streamed completion. leave_after: close the connection after this many events.
+async def complete(port: int, body: dict, leave_after: int | None = None, answer: Answer | None = None) -> Answer:
+    """Ask for a streamed completion. leave_after: leave after this many events. answer: holds what has come so far.
 
     Raises RuntimeError if the server refuses, or sends an error in mid-answer; EOFError if it breaks the answer off.
     """
-    answer = Answer(time.perf_counter())
+    answer = answer or Answer()
+    answer.sent = time.perf_counter()
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     status, reader, writer = await request(port, "/v1/completions", body)
     try:

@@ -62,9 +62,7 @@ CHATS = {  # name: (whether the answer repeats its prompt, the turns: the user's
     ),
     "code edit": (
         True,
-        [
-            f"Add a print statement that shows the average, and write the whole function.\n\n```python\n{ORDERS}```",
-        ],
+        [f"Add a print statement that shows the average, and write the whole function.\n\n```python\n{ORDERS}```"],
     ),
     "story": (False, ["Write a short story about a lighthouse keeper who finds a message in a bottle."]),
     "question": (False, ["Why is the sky blue during the day and red in the evening?"]),

@@ -15,11 +15,18 @@ from pathlib import Path
 
 LARGEST_JSON = 256 << 20  # bytes; the largest vocabularies have 35 MB
 ABSENT_EXPERTS = 128  # the number of experts of a mixture of them whose config.json does not say it
+LONGEST = 900  # characters of an error
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls what a weight may be stored as
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete or corrupt. The text names the file and, if one is at fault, the tensor."""
+    """A checkpoint is missing, incomplete or corrupt. The text names the file and, if one is at fault, the tensor.
+
+    It is a sentence: of a long one, which lists the hundred tensors of a large model perhaps, the middle is left out.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if len(text) <= LONGEST else f"{text[:600]} ... {text[-200:]}")
 
 
 def read_json(path: Path) -> dict:
@@ -73,6 +80,7 @@ class Checkpoint:
         self._prefix = "model." if "embed_tokens.weight" in self._files else ""
         self._files = {self._public(name): file for name, file in self._files.items()}
         self._check_layers()
+        self._check_head()
 
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
@@ -124,6 +132,22 @@ class Checkpoint:
                     f"{self.folder / 'config.json'}: {key} is {said}; the tensors are those of {found} {part}. Is a "
                     "file missing?"
                 )
+
+    def _check_head(self) -> None:
+        """A tied model's head may be stored as well. Where it differs, transformers computes with it, and config.json
+        is wrong.
+        """
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        if self.config.get("tie_word_embeddings") is not True or not self._files.keys() >= {*names}:
+            return
+        table, head = (self._open[self.file(name)].get_slice(self._stored(name)) for name in names)
+        rows = (table.get_shape() or [0])[0]
+        parts = (slice(first, first + 4096) for first in range(0, rows, 4096))
+        if table.get_shape() != head.get_shape() or not all((table[part] == head[part]).all() for part in parts):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: tie_word_embeddings is True, but {self.file(names[1]).name} has "
+                f"{names[1]!r} with other numbers than {names[0]!r}. Which one counts? If the head, write false."
+            )
 
     def _find_tensors(self) -> dict[str, Path]:
         single, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
@@ -191,6 +215,8 @@ class Checkpoint:
             problem = _what_is_wrong(file) or f"{error}"[:200]
             raise CheckpointError(f"{file}: {problem}. Download it again.") from error
         for name in names:
+            if not name.isprintable():
+                raise CheckpointError(f"{file}: {name!r:.80} is no name of a tensor. Download it again.")
             dtype = self._open[file].get_slice(name).get_dtype()
             if name.endswith((".weight", ".bias")) and dtype not in FLOATS and "quantization_config" not in self.config:
                 raise CheckpointError(

@@ -102,10 +102,10 @@ class _Source:
         """A value of the model, which may be written once for each layer if it is the same in all of them."""
         value = self.of_model(key, default)
         if isinstance(value, list) and value:
-            if value.count(value[0]) != len(value):
+            if value.count(value[0]) != len(value) or len(value) != self.of_model("block_count"):
                 raise CheckpointError(
                     f"{self.path}: {self.architecture}.{key} is {value!r:.80}; this course runs models whose layers "
-                    "are all of one shape."
+                    "are all of one shape, so it must be the same number for each layer."
                 )
             return value[0]
         return value
@@ -202,7 +202,13 @@ def _rope_scaling(source: _Source, head_dim: int, context: int) -> dict | None:
     original = source.of_model("rope.scaling.original_context_length", context)
     if kind == "linear" and factor not in (None, 0, 1):
         return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn" and factor:
+    computed = {"attn_factor": 1, "yarn_ext_factor": int(kind == "yarn"), "yarn_log_multiplier": 0}
+    for key, expected in computed.items():
+        if (value := source.of_model(f"rope.scaling.{key}", expected)) != expected:
+            key = f"{source.architecture}.rope.scaling.{key}"
+            raise CheckpointError(f"{source.path}: {key} is {value!r:.80}; this course computes only {expected}.")
+    if kind == "yarn":
+        factor = factor or 1.0
         more = {key: source.of_model(f"rope.scaling.yarn_{key}", None) for key in ("beta_fast", "beta_slow")}
         if (temperature := source.of_model("rope.scaling.yarn_attn_factor", None)) is not None:
             more["attention_factor"] = temperature * (1 + 0.1 * math.log(factor))
@@ -320,5 +326,10 @@ def _tensor(source: _Source, name: str, config: dict):
     kind = name.split(".")[-2]
     if source.architecture == "llama" and kind in heads:
         # (heads, pair, 2, ...) -> (heads, 2, pair, ...): from neighbours to halves.
+        if len(values) != heads[kind] * config["head_dim"]:
+            raise CheckpointError(
+                f"{source.path}: tensor {name!r} has {len(values)} rows, and {heads[kind]} heads of "
+                f"{config['head_dim']} dimensions have {heads[kind] * config['head_dim']}."
+            )
         values = values.reshape(heads[kind], -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
     return torch.from_numpy(numpy.array(values, dtype=numpy.float32, order="C")).to(_dtype(stored))

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.checkpoints.folder import CheckpointError
 
 SIZES = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8)))  # bytes of a value, by its type
-STRING, ARRAY = 8, 9
+UINT32, STRING, ARRAY = 4, 8, 9
 MOST = 100_000  # keys, and tensors
 DEEPEST = 4  # arrays in arrays
 MOST_DIMENSIONS = 4
@@ -33,6 +33,7 @@ class _Walk:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position, self.what = path, data, 0, "the header"
+        self.alignment, self.num_bytes = 32, 0  # of the tensors so far, each one padded
 
     def wrong(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: cut short, or not a GGUF file: {self.what} {problem}. Download it again.")
@@ -76,7 +77,12 @@ class _Walk:
             if key in keys:
                 raise self.wrong("is there twice")
             keys.add(key)
-            self.value(self.number("I"))
+            start, kind = self.position, self.number("I")
+            self.value(kind)
+            if key == "general.alignment":
+                (self.alignment,) = struct.unpack_from("<I", self.data, start + 4)
+                if kind != UINT32 or not self.alignment or self.alignment & (self.alignment - 1):
+                    raise self.wrong("is no power of two in 32 bits")
         for i in range(num_tensors):
             self.what = f"tensor number {i}"
             self.what = f"tensor {self.text()!r:.80}"
@@ -85,6 +91,9 @@ class _Walk:
                 raise self.wrong(f"has {num_dimensions:,} dimensions")
             shape = [self.number("Q") for _ in range(num_dimensions)]
             self.tensor(shape, self.number("I"), self.number("Q"))
+        self.what = "the last tensor"
+        self.skip(-self.position % self.alignment)
+        self.skip(self.num_bytes)
 
     def value(self, kind: int, depth: int = 0) -> None:
         if kind == STRING:
@@ -106,7 +115,7 @@ class _Walk:
             raise self.wrong(f"has a value of type {kind}, which there is not")
 
     def tensor(self, shape: list[int], kind: int, offset: int) -> None:
-        """Whether the numbers lie within the file. Where they begin depends on what follows, so that is not counted."""
+        """Whether the numbers begin where those of the tensor before end, which llama.cpp also asks for."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         try:
@@ -118,5 +127,8 @@ class _Walk:
             count *= length
         if not shape or not count or shape[0] % per_block:
             raise self.wrong(f"has the shape {shape}")
-        if offset + count // per_block * block_size > len(self.data):
+        if offset != (expected := self.num_bytes + -self.num_bytes % self.alignment):
+            raise self.wrong(f"begins at byte {offset:,} of the tensors, in place of {expected:,}")
+        self.num_bytes = offset + count // per_block * block_size
+        if self.num_bytes > len(self.data):
             raise self.wrong(f"of shape {shape} does not fit into the file")

@@ -171,13 +171,7 @@ def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges
                 "together are a token."
             )
     # Llama 3 takes a word that is a token as it is, even where its merges would not lead there.
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=pairs,
-            ignore_merges=pre in ("llama-bpe", "llama3"),
-        )
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre in ("llama-bpe", "llama3")))
     if SPLITTING_RULES[pre] == [QWEN2_WORDS]:
         tokenizer.normalizer = normalizers.NFC()
     steps = [

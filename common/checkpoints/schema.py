@@ -23,7 +23,7 @@ Layers = Annotated[int, Meta(ge=1, le=4096)]
 Context = Annotated[int, Meta(ge=1, le=2**31)]
 LARGEST_ID = 2**24
 TokenId = Annotated[int, Meta(ge=0, lt=LARGEST_ID)]
-Positive = Annotated[float, Meta(gt=0, le=1e12)]
+Positive = Annotated[float, Meta(ge=1e-6, le=1e12)]
 Factor = Annotated[float, Meta(ge=1, le=1e6)]
 Scale = Annotated[float, Meta(ge=0, le=1e6)]
 Original = Annotated[int, Meta(ge=2, le=2**31)]
@@ -31,9 +31,7 @@ Original = Annotated[int, Meta(ge=2, le=2**31)]
 SAME: Mapping[str, str] = {}  # a file that calls its keys as config.json does
 RENAMED = {"num_experts": "num_local_experts"}
 
-# ---------------------------------------------------------------------------------------------------------------
-# config.json
-# ---------------------------------------------------------------------------------------------------------------
+# --- config.json ------------------------------------------------------------------------------------------------------
 
 
 class Linear(Struct, tag_field="rope_type", tag="linear"):
@@ -216,8 +214,10 @@ def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, A
     context = given["max_position_embeddings"]
     if kind == "dynamic":
         rope[original] = context
+    elif original in given and kind in ("yarn", "longrope", "llama3"):  # as with transformers, this one counts
+        rope[original] = given[original]
     elif kind in ("yarn", "longrope"):
-        rope[original] = given.get(original, rope.get(original, context))
+        rope.setdefault(original, context)
     scaling = {"rope_type": kind, **rope}
     checked = check(_Scaled, {"rope_scaling": scaling}, file, {"rope_scaling": place, **names}).rope_scaling
     check(_Context, given, file, names)
@@ -225,11 +225,7 @@ def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, A
         checked.factor = max(context / checked.original_max_position_embeddings, 1.0)
     if isinstance(checked, Dynamic | Yarn):
         context = min(max(context, int(checked.factor * checked.original_max_position_embeddings)), 2**31)
-    return {
-        "rope_theta": theta,
-        "rope_scaling": msgspec.to_builtins(checked),
-        "max_position_embeddings": context,
-    }
+    return {"rope_theta": theta, "rope_scaling": msgspec.to_builtins(checked), "max_position_embeddings": context}
 
 
 def _layer_windows(config: Config) -> tuple[int | None, ...]:
@@ -287,9 +283,7 @@ def _contradictions(config: Config):
             yield key, rope[key], f"it needs {head_dim // 2} numbers, one for each pair of a head's dimensions"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The other files
-# ---------------------------------------------------------------------------------------------------------------
+# --- The other files --------------------------------------------------------------------------------------------------
 
 
 class SpecialIds(Struct, frozen=True):
@@ -299,9 +293,7 @@ class SpecialIds(Struct, frozen=True):
     eos_token_id: TokenId | list[TokenId] | None = None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One check for all of them
-# ---------------------------------------------------------------------------------------------------------------
+# --- One check for all of them ----------------------------------------------------------------------------------------
 
 Checked = TypeVar("Checked", bound=Struct)
 

@@ -168,9 +168,7 @@ def _fields(token: AddedToken) -> dict[str, Any]:
     return {name: getattr(token, name) for name in token.__struct_fields__}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# vocab.json and merges.txt
-# ---------------------------------------------------------------------------------------------------------------
+# --- vocab.json and merges.txt ----------------------------------------------------------------------------------------
 
 LARGEST_MERGES = 8 << 20  # bytes; the 280,000 merges of Llama 3 would have 4 MB
 MOST_UNUSED = 1 << 16  # ids between and after those of vocab.json

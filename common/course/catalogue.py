@@ -18,7 +18,7 @@ import textwrap
 from dataclasses import dataclass
 
 from common.course import CourseError, Lesson, shown
-from common.course.exercises import Exercise
+from common.course.exercises import Exercise, begins
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ def apply(answer: Answer, source: str, exercise: Exercise) -> str:
     lines[exercise.first_answer_line - 1 : exercise.last_line] = body.splitlines()
     if answer.top:
         definitions = [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-        first = definitions[0]
-        place = min([first.lineno, *(decorator.lineno for decorator in first.decorator_list)]) - 1
+        place = begins(definitions[0]) - 1
         lines[place:place] = [*textwrap.dedent(answer.top).strip("\n").splitlines(), ""]
     return "\n".join(lines) + "\n"
 

@@ -60,6 +60,11 @@ def walk_functions(node: ast.AST, prefix: str = ""):
             yield from walk_functions(child, prefix)
 
 
+def begins(node: ast.stmt) -> int:
+    """The first line of a statement, or of its first decorator; lines count from 1."""
+    return min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
+
+
 def find_exercises(source: str, file: str, number: int | None = None) -> list[Exercise]:
     """The exercises of a solution, in the order of the file. `number` is the lesson that all ids must belong to."""
     tree = ast.parse(source, file)

@@ -130,9 +130,7 @@ def choose_modules(mine: str) -> None:
     print(f"Yours: {named(mine)}. All others run the reference." if mine else "All lessons run the reference.")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Where solutions are withheld
-# ---------------------------------------------------------------------------------------------------------------
+# --- Where solutions are withheld -------------------------------------------------------------------------------------
 
 
 def check_solution(lesson: Lesson) -> None:
@@ -177,9 +175,7 @@ def check_written(slug: str) -> None:
         raise Waits("This", [*still_to_do_below(lesson), *ids])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Imports that obey
-# ---------------------------------------------------------------------------------------------------------------
+# --- Imports that obey ------------------------------------------------------------------------------------------------
 
 
 class StudentLoader(importlib.machinery.SourceFileLoader):

@@ -161,15 +161,9 @@ def check_type(actual: Any, expected: Any, what: str) -> None:
         missing = "a `return`" if re.match(r"[\w.]+\(", what) else "a `return` or an assignment"
         raise CheckFailed(f"{what} is None: is {missing} missing?", what, actual)
     kinds = {
-        Tensor: "a tensor",
-        bool: "True or False",
-        (int, float): "a number",
-        str: "a string",
-        list: "a list",
-        tuple: "a tuple",
-        dict: "a dictionary",
-        set: "a set",
-    }
+        Tensor: "a tensor", bool: "True or False", (int, float): "a number", str: "a string",
+        list: "a list", tuple: "a tuple", dict: "a dictionary", set: "a set",
+    }  # fmt: skip
     for kind, name in kinds.items():
         if isinstance(expected, kind):
             if isinstance(actual, kind) and is_plain(actual):

@@ -7,7 +7,7 @@ test explorer and as `pytest lesson-1-llm-basics`. The worker that `make test-le
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +42,24 @@ def student_s(lesson: Lesson) -> Subject:
     return Subject(lesson, lesson.module)
 
 
-class Grader:
-    """Judges the checks of lessons; leaves all other tests alone. `subject` says whose module a lesson's is."""
+def exercise_of(item: pytest.Item) -> str | None:
+    """The id of the exercise that a check belongs to."""
+    marker = item.get_closest_marker("exercise")
+    return marker.kwargs["id"] if marker else None
 
-    def __init__(self, subject: Callable[[Lesson], Subject] | None = None):
+
+class Grader:
+    """Judges the checks of lessons; leaves all other tests alone. `subject` says whose module a lesson's is. only: the
+    exercises whose checks are run, and nothing else; None: everything is run.
+    """
+
+    def __init__(self, subject: Callable[[Lesson], Subject] | None = None, only: Collection[str] | None = None):
         self.subject = functools.lru_cache(subject or student_s)
+        self.only = only
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.only is not None:
+            items[:] = [item for item in items if exercise_of(item) in self.only]
 
     @pytest.fixture
     def code(self):
@@ -54,11 +67,10 @@ class Grader:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
-        marker = pyfuncitem.get_closest_marker("exercise")
-        lesson = self.lesson_of(pyfuncitem.path)
-        if marker is None or lesson is None:
+        exercise_id, lesson = exercise_of(pyfuncitem), self.lesson_of(pyfuncitem.path)
+        if exercise_id is None or lesson is None:
             return None
-        subject, exercise_id = self.subject(lesson), marker.kwargs["id"]
+        subject = self.subject(lesson)
         if exercise_id in subject.todo or (exercise_id == TOGETHER and subject.todo):
             pytest.skip("to do")
         arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}

@@ -17,7 +17,7 @@ import torch
 
 from common.course import CourseError, Lesson, shown, unfinished
 from common.course.catalogue import Answer, apply, load_answers
-from common.course.exercises import TOGETHER, exercises_of, read_module, walk_functions
+from common.course.exercises import TOGETHER, begins, exercises_of, read_module, walk_functions
 from common.grading import isolate
 from common.grading.arguments import watched_arguments
 from common.grading.compare import REPLACES, CheckFailed, is_telling, nothing_replaced, same
@@ -58,25 +58,27 @@ class Subject:
             if function not in self.functions():
                 raise CourseError(f"{shown(self.file)} has no function `{function}` any more: was it renamed?")
             return self.untouched()
-        return isolate.composite(
-            f"graded_{self.lesson.slug}",
-            self.lesson.solution,
-            self.source,
-            self.file,
-            function,
-        )
+        return isolate.composite(f"graded_{self.lesson.slug}", self.lesson.solution, self.source, self.file, function)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def untouched(self) -> ModuleType:
         """The student's own module, whole."""
         return isolate.whole(f"graded_{self.lesson.slug}_whole", self.source, self.file)
 
+    def complete(self) -> ModuleType:
+        """The student's own module, whole, if the functions of all exercises are still there once it has run."""
+        module = self.untouched()
+        for name in sorted({exercise.function.partition(".")[0] for exercise in self.exercises.values()}):
+            if not callable(getattr(module, name, None)):
+                raise CourseError(
+                    f"once all of {shown(self.file)} has run, `{name}` is no function any more: does a later line "
+                    "delete it, or use its name for something else?"
+                )
+        return module
+
     def functions(self) -> dict[str, int]:
         """The qualified name of each function in the student's file, and the line on which it begins."""
-        return {
-            name: min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            for name, node in walk_functions(ast.parse(self.source))
-        }
+        return {name: begins(node) for name, node in walk_functions(ast.parse(self.source))}
 
     def judge(self, exercise_id: str, check: Check) -> Failure | None:
         """Run one check of an exercise. It passes in the isolated module or, failing that, in the untouched one:
@@ -84,7 +86,7 @@ class Subject:
         the untouched one.
         """
         if exercise_id == TOGETHER:
-            return self.attempt(check, self.untouched)
+            return self.attempt(check, self.complete)
         failure = self.attempt(check, lambda: self.module(exercise_id), exercise_id)
         if failure is not None and self.lesson.is_withheld:
             return self.in_company(exercise_id, check, failure)
@@ -169,6 +171,8 @@ class Subject:
             text = str(error).strip().partition("\n")[0][:500]
         except Exception:  # its own __str__ fails
             text = ""
+        if isinstance(error, (OSError, EOFError)) and re.search("reading from stdin|reading a line", text):
+            text = "it asks for input, and while a check runs nothing is typed"
         what = type(error).__name__ + (f": {text}" if text else "")
         if isinstance(error, SystemExit):
             what = "SystemExit (a call of exit)"

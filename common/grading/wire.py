@@ -7,16 +7,16 @@ import json
 
 MAX_EVENT = 1 << 20
 """Bytes of the longest event that is listened to."""
-
-
 MAX_TEXT = 20_000
 """Characters of a failure's text that travel."""
 
 
-def readable(text: str) -> str:
-    """A text of the student's code that a terminal and a file can take: cut, control characters written out."""
+def readable(text: str, kept: str = "\n\t") -> str:
+    """A text of the student's code that a terminal and a file can take: cut, control characters written out, but for
+    those that are kept.
+    """
     return "".join(
-        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape", "backslashreplace").decode()
+        each if each.isprintable() or each in kept else each.encode("unicode_escape", "backslashreplace").decode()
         for each in text[:MAX_TEXT]
     )
 

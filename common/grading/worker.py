@@ -17,7 +17,7 @@ import pytest
 
 from common.course import Lesson
 from common.course.exercises import TOGETHER
-from common.grading.plugin import ALONE, Grader
+from common.grading.plugin import ALONE, Grader, exercise_of
 from common.grading.subject import Failure, Subject
 from common.grading.wire import readable, sealed
 
@@ -26,9 +26,8 @@ class ReportingGrader(Grader):
     """A grader that tells each verdict to the runner, and runs only the exercises that it was asked for."""
 
     def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
-        super().__init__(lambda lesson: subject)
+        super().__init__(lambda lesson: subject, ids)
         self.lesson, self.graded = subject.lesson, subject
-        self.ids = ids
         self.send = send
         self.current: str | None = None
         self.failed = False
@@ -42,13 +41,13 @@ class ReportingGrader(Grader):
                 count = summary.get(settings["id"], (0, 0, 0))[2]
                 summary[settings["id"]] = (settings["points"], settings["seconds"], count + 1)
         self.send("collected", summary)
-        wanted = [item for item in items if self.exercise_id(item) in self.ids]
-        items[:] = sorted(wanted, key=lambda item: self.ids.index(self.exercise_id(item)))
+        super().pytest_collection_modifyitems(items)
+        items.sort(key=lambda item: self.only.index(exercise_of(item)))
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        if self.exercise_id(item) != self.current:
+        if exercise_of(item) != self.current:
             self.finish()
-            self.current = self.exercise_id(item)
+            self.current = exercise_of(item)
             self.send("start", self.current)
 
     def lesson_of(self, checks: Path) -> Lesson | None:
@@ -84,11 +83,6 @@ class ReportingGrader(Grader):
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.send("broken", f"{report.nodeid}: {report.longreprtext}")
-
-    @staticmethod
-    def exercise_id(item: pytest.Item) -> str | None:
-        marker = item.get_closest_marker("exercise")
-        return marker.kwargs["id"] if marker else None
 
 
 def work(

@@ -21,17 +21,7 @@ from pathlib import Path
 
 import click
 
-from common.course import (
-    LESSONS,
-    MODULES,
-    ROOT,
-    CourseError,
-    Lesson,
-    modules_of,
-    parse_mine,
-    shown,
-    skeleton,
-)
+from common.course import LESSONS, MODULES, ROOT, CourseError, Lesson, modules_of, parse_mine, shown, skeleton
 from common.course.exercises import exercises_of
 from common.course.modules import named
 from common.options import force, option

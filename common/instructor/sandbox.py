@@ -8,6 +8,7 @@ bubblewrap, a submission could still read and write what you can: `walls()` says
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -27,16 +28,8 @@ from common.course import Lesson
 from common.workers import kill
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
-SETTINGS = (
-    "ld.so.cache",
-    "ld.so.conf",
-    "ld.so.conf.d",
-    "alternatives",
-    "hosts",
-    "nsswitch.conf",
-    "passwd",
-    "localtime",
-)
+SETTINGS = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "hosts", "nsswitch.conf", "passwd")
+SETTINGS += ("localtime",)
 POLL_SECONDS = 0.1
 GONE_SECONDS = 5.0
 """How long a worker that has hung up may take to end; one that goes on is killed."""
@@ -172,16 +165,12 @@ class SandboxedWorker:
             family = []
         kill(self.process)
         for each in family:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
-            except psutil.NoSuchProcess:
-                pass
 
     def how_it_ended(self) -> str:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed the connection and gone on
             self.process.wait(timeout=GONE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass  # it has closed the connection and gone on
         self.close()
         code = self.process.returncode
         if self.killed:
@@ -227,8 +216,6 @@ def folder_size(folder: str) -> int:
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(path, name)).st_size
-            except OSError:
-                pass
     return total

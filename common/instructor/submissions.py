@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from common.course import MODULES, CourseError, Lesson, shown
+from common.grading.wire import readable
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_MODULE = 1 << 20
@@ -27,17 +28,8 @@ MAX_NAMED = 20
 SLUGS = {lesson.slug for lesson in MODULES}
 MAX_UNPACKED = 2 << 30
 """Bytes of a .tar up to which it is looked through; unlike a .zip it has no list of what is in it."""
-NOT_HANDED_IN = {
-    "solutions",
-    ".course",
-    ".git",
-    ".venv",
-    "venv",
-    "node_modules",
-    "__pycache__",
-    "__MACOSX",
-    "site-packages",
-}
+NOT_HANDED_IN = {"solutions", ".course", ".git", ".venv", "venv", "node_modules", "__pycache__", "__MACOSX"}
+NOT_HANDED_IN |= {"site-packages"}
 """Folders in which a file with a module's name is something else."""
 
 
@@ -124,15 +116,7 @@ def read_submission(student: str, place: Path) -> Submission:
             submission.notes.append(f"not taken, since no module is called so: {', '.join(map(str, named))}")
         elif not candidates and not submission.notes:
             submission.notes.append("no file lies in it that could be a module")
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        EOFError,
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-    ) as error:
+    except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, ValueError) as error:
         submission.notes.append(f"cannot be read any further: {type(error).__name__}: {error}")
     submission.notes = [plain(note, 400) for note in submission.notes]
     return submission
@@ -155,9 +139,7 @@ def may_be_meant(name: str) -> bool:
 
 def plain(text: str, width: int) -> str:
     """A text that cannot move the cursor: control characters are written out, and what is too long is cut."""
-    shown = "".join(
-        each if each.isprintable() else each.encode("unicode_escape", "backslashreplace").decode() for each in text
-    )
+    shown = readable(text, kept="")
     return shown if len(shown) <= width else f"{shown[: width - 1]}…"
 
 

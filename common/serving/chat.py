@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import Request, Response
 
 from common.chat_templates import choose_template
 from common.serving.errors import ApiError
-from common.serving.generation import Generation, Server, begin, events, processors, sampling_params
+from common.serving.generation import Events, Server, begin, processors, sampling_params
 from common.serving.grammar import json_grammar
 from common.serving.loop import Delta
 from common.serving.protocol import (
@@ -68,9 +69,16 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
     max_calls = None if body.parallel_tool_calls else 1
     choices = [Choice(i, reader_of(body, template), max_calls) for i in range(body.n)]
     if body.stream:
-        return events(chunks(generation, body, choices))
-    async for delta in generation.deltas():
-        choices[delta.choice].add(delta, isinstance(body.tool_choice, NamedToolChoice))
+        head = {
+            "id": f"chatcmpl-{generation.stream.request_id}",
+            "object": "chat.completion.chunk",
+            "created": generation.created,
+            "model": server.model_name,
+        }
+        return Events(generation, head, partial(parts, server, body, choices), body.includes_usage)
+    async for deltas in generation.steps():
+        for delta in deltas:
+            choices[delta.choice].add(delta, isinstance(body.tool_choice, NamedToolChoice))
     return ChatResponse(
         id=f"chatcmpl-{generation.stream.request_id}",
         created=generation.created,
@@ -142,34 +150,23 @@ def logprobs(server: Server, body: ChatRequest, positions: list) -> dict | None:
     return chat_logprobs(server.tokenizer, positions, body.top_logprobs or 0) if body.logprobs else None
 
 
-async def chunks(generation: Generation, body: ChatRequest, choices: list[Choice]) -> AsyncIterator[dict]:
-    server = generation.server
-    head = {
-        "id": f"chatcmpl-{generation.stream.request_id}",
-        "object": "chat.completion.chunk",
-        "created": generation.created,
-        "model": server.model_name,
-    }
-    usage = {"usage": None} if body.includes_usage else {}
+def parts(server: Server, body: ChatRequest, choices: list[Choice], delta: Delta) -> Iterator[dict]:
+    """What a step has added to a choice, as the `choices` of chunks, one for each."""
+    choice = choices[delta.choice]
 
-    def chunk(choice: Choice, delta: dict, positions: dict | None = None, reason: str | None = None) -> dict:
-        own = {"index": choice.index, "delta": delta, "logprobs": positions, "finish_reason": reason}
-        return {**head, "choices": [own], **usage}
+    def part(delta: dict, positions: dict | None = None, reason: str | None = None) -> dict:
+        return {"index": choice.index, "delta": delta, "logprobs": positions, "finish_reason": reason}
 
-    async for delta in generation.deltas():
-        choice = choices[delta.choice]
-        if not choice.is_begun:
-            choice.is_begun = True
-            yield chunk(choice, {"role": "assistant", "content": ""})
-        positions = logprobs(server, body, delta.logprobs)
-        num_calls = len(choice.calls)
-        found = choice.add(delta, isinstance(body.tool_choice, NamedToolChoice))
-        text = "".join(each for each in found if isinstance(each, str))
-        if text or (positions and positions["content"]):
-            yield chunk(choice, {"content": text}, positions)
-        for number, call in enumerate(choice.calls[num_calls:], num_calls):
-            yield chunk(choice, {"tool_calls": [{"index": number, **call.as_dict()}]})
-        if choice.finish_reason:
-            yield chunk(choice, {}, None, choice.finish_reason)
-    if body.includes_usage:
-        yield {**head, "choices": [], "usage": generation.usage.model_dump()}
+    if not choice.is_begun:
+        choice.is_begun = True
+        yield part({"role": "assistant", "content": ""})
+    positions = logprobs(server, body, delta.logprobs)
+    num_calls = len(choice.calls)
+    found = choice.add(delta, isinstance(body.tool_choice, NamedToolChoice))
+    text = "".join(each for each in found if isinstance(each, str))
+    if text or (positions and positions["content"]):
+        yield part({"content": text}, positions)
+    for number, call in enumerate(choice.calls[num_calls:], num_calls):
+        yield part({"tool_calls": [{"index": number, **call.as_dict()}]})
+    if choice.finish_reason:
+        yield part({}, None, choice.finish_reason)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fastapi import Request, Response
 
-from common.serving.generation import Generation, Server, begin, events, processors, sampling_params
+from common.serving.generation import Events, Generation, Server, begin, processors, sampling_params
+from common.serving.loop import Delta
 from common.serving.protocol import CompletionChoice, CompletionRequest, CompletionResponse
 from common.serving.tokens import completion_logprobs
 
@@ -40,13 +41,22 @@ async def complete(server: Server, request: Request, body: CompletionRequest) ->
         for each in prompts
     ]
     generation = await begin(server, request, body, prompts, params)
+    head = {
+        "id": f"cmpl-{generation.stream.request_id}",
+        "object": "text_completion",
+        "created": generation.created,
+        "model": server.model_name,
+    }
+    pieces = Pieces(generation, body, prompts)
     if body.stream:
-        return events(chunks(generation, body, prompts))
+        return Events(generation, head, pieces.parts, body.includes_usage)
     answers = [Piece() for _ in range(generation.num_choices)]
-    async for number, piece in pieces(generation, body, prompts):
-        answers[number] += piece
+    async for deltas in generation.steps():
+        for delta in deltas:
+            for piece in pieces.of(delta):
+                answers[delta.choice] += piece
     return CompletionResponse(
-        **head(generation, "text_completion"),
+        **head,
         choices=[CompletionChoice(**choice(server, body, number, answer, 0)) for number, answer in enumerate(answers)],
         usage=generation.usage,
     )
@@ -65,34 +75,39 @@ async def encode_prompts(server: Server, body: CompletionRequest) -> list[list[i
     return encoded
 
 
-async def pieces(
-    generation: Generation, body: CompletionRequest, prompts: list[list[int]]
-) -> AsyncIterator[tuple[int, Piece]]:
+@dataclass
+class Pieces:
     """What is added to each choice: first the prompt, if `echo` asks for it, then the answer as it comes."""
-    scores: dict[int, dict] = {}  # of the prompts' tokens, by the prompt's number; the first sample brings them
-    begun: set[int] = set()
-    async for delta in generation.deltas():
-        number, prompt = delta.choice // body.n, prompts[delta.choice // body.n]
-        scores.setdefault(number, delta.output.prompt_logprobs)
-        if body.echo and delta.choice not in begun:
-            begun.add(delta.choice)
-            known = [scores[number].get(position) for position in range(len(prompt))]
-            yield delta.choice, Piece(generation.server.tokenizer.decode(prompt), prompt, known)
+
+    generation: Generation
+    body: CompletionRequest
+    prompts: list[list[int]]
+    scores: dict[int, dict] = field(default_factory=dict)  # of a prompt's tokens, by its number; a first sample's
+    offsets: dict[int, int] = field(default_factory=dict)  # of the choices that have begun: characters of their tokens
+
+    def of(self, delta: Delta) -> Iterator[Piece]:
+        body, number = self.body, delta.choice // self.body.n
+        self.scores.setdefault(number, delta.output.prompt_logprobs)
+        if body.echo and delta.choice not in self.offsets:
+            prompt = self.prompts[number]
+            known = [self.scores[number].get(position) for position in range(len(prompt))]
+            yield Piece(self.generation.server.tokenizer.decode(prompt), prompt, known)
+        self.offsets.setdefault(delta.choice, 0)
         if body.max_tokens == 0:  # one token was computed, since the engine computes no fewer
-            generation.num_output_tokens = 0
-            yield delta.choice, Piece(finish_reason=delta.finish_reason)
+            self.generation.num_output_tokens = 0
+            yield Piece(finish_reason=delta.finish_reason)
         else:
-            yield delta.choice, Piece(delta.text, delta.token_ids, delta.logprobs, delta.finish_reason)
+            yield Piece(delta.text, delta.token_ids, delta.logprobs, delta.finish_reason)
 
-
-def head(generation: Generation, kind: str) -> dict:
-    """What an answer and all its chunks have in common."""
-    return {
-        "id": f"cmpl-{generation.stream.request_id}",
-        "object": kind,
-        "created": generation.created,
-        "model": generation.server.model_name,
-    }
+    def parts(self, delta: Delta) -> Iterator[dict]:
+        """The same as the `choices` of chunks, one for each."""
+        for piece in self.of(delta):
+            if piece.text or piece.finish_reason or self.body.logprobs is not None:
+                offset = self.offsets.get(delta.choice, 0)
+                part = choice(self.generation.server, self.body, delta.choice, piece, offset)
+                if part["logprobs"]:
+                    self.offsets[delta.choice] = offset + sum(map(len, part["logprobs"]["tokens"]))
+                yield part
 
 
 def choice(server: Server, body: CompletionRequest, number: int, piece: Piece, offset: int) -> dict:
@@ -101,15 +116,3 @@ def choice(server: Server, body: CompletionRequest, number: int, piece: Piece, o
     if body.logprobs is not None:
         logprobs = completion_logprobs(server.tokenizer, piece.token_ids, piece.logprobs, body.logprobs, offset)
     return {"index": number, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
-
-
-async def chunks(generation: Generation, body: CompletionRequest, prompts: list[list[int]]) -> AsyncIterator[dict]:
-    own, offsets = head(generation, "text_completion"), [0] * generation.num_choices
-    usage = {"usage": None} if body.includes_usage else {}
-    async for number, piece in pieces(generation, body, prompts):
-        if piece.text or piece.finish_reason or body.logprobs is not None:
-            part = choice(generation.server, body, number, piece, offsets[number])
-            offsets[number] += sum(map(len, part["logprobs"]["tokens"])) if part["logprobs"] else 0
-            yield {**own, "choices": [part], **usage}
-    if body.includes_usage:
-        yield {**own, "choices": [], "usage": generation.usage.model_dump()}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi import Request, Response
 from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
 
 from common.sampling import SamplingParams
 from common.serving.errors import ApiError, as_api_error
@@ -134,15 +134,19 @@ class Generation:
     is_ended: bool = False
     watcher: asyncio.Task | None = None
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """What comes, counted. Whatever ends it, nothing of it is left in the engine."""
+    async def steps(self) -> AsyncIterator[list[Delta]]:
+        """What comes with each step, counted. Whatever ends it, nothing of it is left in the engine."""
         try:
-            async for delta in self.stream:
-                self.num_output_tokens += len(delta.token_ids)
-                self.tenant.spend(len(delta.token_ids))
-                if delta.finish_reason is not None:
-                    self.num_cached_tokens += delta.output.metrics.num_cached_tokens
-                yield delta
+            while self.stream.num_open > 0:
+                deltas = await self.stream.take()
+                num_tokens = 0
+                for delta in deltas:
+                    num_tokens += len(delta.token_ids)
+                    if delta.finish_reason is not None:
+                        self.num_cached_tokens += delta.output.metrics.num_cached_tokens
+                self.num_output_tokens += num_tokens
+                self.tenant.spend(num_tokens)
+                yield deltas
         finally:
             self.end()
 
@@ -158,7 +162,7 @@ class Generation:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         if not self.is_ended:
-            self.stream.queue.put_nowait(ClientGone())  # wakes up what reads it
+            self.stream.fail(ClientGone())  # wakes up what reads it
             self.end()
 
     @property
@@ -207,18 +211,34 @@ def event(data: dict) -> bytes:
     return b"data: " + to_json(data, inf_nan_mode="null") + b"\n\n"
 
 
-def events(chunks: AsyncIterator[dict]) -> StreamingResponse:
-    """Server-sent events: each chunk as JSON, then [DONE]. A failure is a chunk with `error`, as OpenAI's."""
+class Events(Response):
+    """Server-sent events: chunks as JSON, then [DONE]. A failure is a chunk with `error`, as OpenAI's.
 
-    async def lines() -> AsyncIterator[bytes]:
+    head: what all chunks have in common. choices: makes those of a step, one for each chunk. What a step brings is sent
+    at once, however many chunks it is. has_usage: add a chunk with the usage.
+
+    Starlette's StreamingResponse would watch for the client's leaving in one more task, and add a generator to what is
+    run for each token.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, head: dict, choices: Callable[[Delta], Iterable[dict]], has_usage: bool):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["Content-Length"]
+        self.generation, self.head, self.choices, self.has_usage = generation, head, choices, has_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head, usage = self.head, {"usage": None} if self.has_usage else {}
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async for chunk in chunks:
-                yield event(chunk)
+            async for deltas in self.generation.steps():
+                parts = [part for delta in deltas for part in self.choices(delta)]
+                if data := b"".join([event({**head, "choices": [part], **usage}) for part in parts]):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            last = event({**head, "choices": [], "usage": self.generation.usage.model_dump()}) if usage else b""
         except ClientGone:
             return
         except Exception as error:  # the status is sent already
-            yield event(as_api_error(error).body)
-        yield b"data: [DONE]\n\n"
-
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+            last = event(as_api_error(error).body)
+        await send({"type": "http.response.body", "body": last + b"data: [DONE]\n\n"})

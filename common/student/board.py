@@ -66,10 +66,10 @@ def draw(standings: list[Standing]) -> Text:
     for each in standings:
         lines += lesson_lines(each, title_width, bar_width)
     exercises = [result for each in standings for result in each.exercises]
-    passed, number, got, points = count(exercises)
+    _, _, got, points = count(exercises)
     filled = WIDTH * got // max(points, 1)
     whole = Text.assemble(("█" * filled, "green"), ("░" * (WIDTH - filled), "dim"))
-    lines += [Text(), Text("   ") + whole + f"  {passed} of {number} exercises, {got} of {points} points"]
+    lines += [Text(), Text("   ") + whole + f"  {score(exercises)}"]
     return Text("\n").join([*lines, Text(f"   {next_line(standings)}", "bold")])
 
 

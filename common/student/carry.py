@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.course import CourseError
-from common.course.exercises import unfinished, walk_functions
+from common.course.exercises import begins, unfinished, walk_functions
 from common.grading.isolate import names_bound
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -100,9 +100,7 @@ def origin_of(path: str, skeleton: str, old: Mapping[str, str], renumbered: Mapp
     return likeliest if likeliest and shared[likeliest] else None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Taking answers out
-# ---------------------------------------------------------------------------------------------------------------
+# --- Taking answers out -----------------------------------------------------------------------------------------------
 
 
 def take_answers(old: str, mine: str) -> tuple[dict[str, Answer | None], str]:
@@ -161,7 +159,7 @@ def source_of(text: str, node: Function) -> list[str]:
 
 def first_line(node: ast.stmt) -> int:
     """Of a statement with its decorators; lines count from 0."""
-    return min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))]) - 1
+    return begins(node) - 1
 
 
 def declaration(node: Function) -> str:
@@ -169,9 +167,7 @@ def declaration(node: Function) -> str:
     return f"({ast.unparse(node.args)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Putting them in
-# ---------------------------------------------------------------------------------------------------------------
+# --- Putting them in --------------------------------------------------------------------------------------------------
 
 
 def put_together(old: str, mine: str, new: str, answers: Mapping[str, Answer]) -> Carried:

@@ -78,8 +78,17 @@ class Talker:
         return self.config.max_position_embeddings
 
     @property
+    def room(self) -> int:
+        """How many tokens a prompt may have, so that an answer fits in after it."""
+        return self.context - min(self.params.max_tokens, self.context // 2)
+
+    @property
     def has_template(self) -> bool:
         return self.tokenizer.chat_template is not None
+
+    def begin(self, system: str = "") -> Conversation | Story:
+        """What is said to the model, as far as it goes."""
+        return Conversation(self, system) if self.has_template else Story(self)
 
     def reply(self, prompt_token_ids: Sequence[int], on_text: Callable[[str], None]) -> Reply:
         """Answer; Ctrl-C ends the answer, and what was said until then stands."""
@@ -100,15 +109,8 @@ class Talker:
             counts = metrics.num_cached_tokens, metrics.num_draft_tokens, metrics.num_accepted_tokens
         except KeyboardInterrupt:
             num_tokens, finish_reason, counts = None, "interrupted", ()
-        return Reply(
-            "".join(pieces),
-            len(prompt_token_ids),
-            num_tokens,
-            finish_reason,
-            time.perf_counter() - start,
-            first[0] if first else None,
-            *counts,
-        )
+        seconds = time.perf_counter() - start, first[0] if first else None
+        return Reply("".join(pieces), len(prompt_token_ids), num_tokens, finish_reason, *seconds, *counts)
 
 
 def answer_with(engine) -> Callable[..., Any]:
@@ -135,9 +137,7 @@ def answer_with(engine) -> Callable[..., Any]:
     return generate
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What the model is shown of a conversation
-# ---------------------------------------------------------------------------------------------------------------
+# --- What the model is shown of a conversation ------------------------------------------------------------------------
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Conversation:
         Turns are dropped from the oldest, a question with its answer, until an answer fits into the context. The
         system's turn stays. Raises OptionError, and adds nothing, if the new turn is too long by itself.
         """
-        room = self.talker.context - min(self.talker.params.max_tokens, self.talker.context // 2)
+        room = self.talker.room
         turns = [*self.turns, {"role": "user", "content": text}]
         dropped = 0
         while len(token_ids := self.encode(turns)) > room:
@@ -189,8 +189,7 @@ class Story:
         joint = " " if self.text and not self.text[-1].isspace() else ""
         self.text += joint + text
         token_ids = self.talker.tokenizer.encode(self.text)
-        room = self.talker.context - min(self.talker.params.max_tokens, self.talker.context // 2)
-        dropped = max(0, len(token_ids) - room)
+        dropped = max(0, len(token_ids) - self.talker.room)
         if not dropped:
             return token_ids, 0
         begins = token_ids[0] == self.talker.tokenizer.bos_token_id
@@ -203,9 +202,7 @@ class Story:
         self.text = ""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The terminal
-# ---------------------------------------------------------------------------------------------------------------
+# --- The terminal -----------------------------------------------------------------------------------------------------
 
 
 def quiet(text: str) -> str:
@@ -223,12 +220,10 @@ def answer(talker: Talker, prompt: str) -> int:
     """One prompt, its answer as it comes."""
     if not prompt.strip():
         raise OptionError("The prompt is empty.")
-    if talker.has_template:
-        token_ids, _ = Conversation(talker).ask(prompt)
-    else:
-        token_ids, dropped = Story(talker).ask(prompt)
-        if dropped:
-            raise OptionError(f"The prompt is {dropped} tokens too long for a model that sees {talker.context}.")
+    token_ids, dropped = talker.begin().ask(prompt)
+    if dropped:
+        raise OptionError(f"The prompt is {dropped} tokens too long for a model that sees {talker.context}.")
+    if not talker.has_template:
         write(prompt)  # the model continues this very text
     reply = talker.reply(token_ids, write)
     print("\n\n" + quiet(f"{talker.name}: {reply.summary()}. {files_used()}"))
@@ -238,10 +233,9 @@ def answer(talker: Talker, prompt: str) -> int:
 def converse(talker: Talker, system: str = "") -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (importing it gives `input` line editing and history)
-    story = None if talker.has_template else Story(talker)
-    conversation = story or Conversation(talker, system)
+    conversation = talker.begin(system)
     print(quiet(f"{talker.name}. {files_used()} /help lists the commands; Ctrl-D leaves."))
-    if story:
+    if not talker.has_template:
         print(quiet("This model was not trained to converse: write a beginning, and it continues the text."))
     while True:
         try:
@@ -262,10 +256,10 @@ def converse(talker: Talker, system: str = "") -> int:
         elif command == "/reset":
             conversation.reset()
             print(quiet("The conversation is empty again."))
-        elif command == "/system" and story:
+        elif command == "/system" and not talker.has_template:
             print(quiet("This model has no system turn."))
         elif command == "/system" and rest.strip():
-            conversation = Conversation(talker, rest.strip())
+            conversation = talker.begin(rest.strip())
             print(quiet("The system turn is set, and the conversation starts again."))
         elif command == "/system":
             print(quiet(conversation.system or "There is no system turn. The model's template may have a default."))
@@ -289,9 +283,7 @@ def take_turn(talker: Talker, conversation: Conversation | Story, line: str) -> 
     print("\n" + quiet(f"[{reply.summary()}]"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The commands
-# ---------------------------------------------------------------------------------------------------------------
+# --- The commands -----------------------------------------------------------------------------------------------------
 
 
 def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -> tuple[Talker, Any]:
@@ -309,10 +301,9 @@ def run_many(talker: Talker, engine) -> int:
     from common.student.serve import BEGINNINGS, QUESTIONS, serve
 
     prompts = list(QUESTIONS if talker.has_template else BEGINNINGS)
-    turns = [Conversation(talker) if talker.has_template else Story(talker) for _ in prompts]
     print(quiet(f"{talker.name}. {files_used()} PROMPT='...' asks one question of your own."))
     try:
-        return serve(engine, prompts, [turn.ask(prompt)[0] for turn, prompt in zip(turns, prompts)], talker.params)
+        return serve(engine, prompts, [talker.begin().ask(prompt)[0] for prompt in prompts], talker.params)
     except ValueError as error:
         raise OptionError(str(error)) from None
 

@@ -20,13 +20,8 @@ class DebuggingGrader(plugin.Grader):
     """Runs each check of one exercise under pdb, with a breakpoint where the student's function begins."""
 
     def __init__(self, subject: Subject, exercise: Exercise, line: int):
-        super().__init__(lambda lesson: subject)
-        self.exercise = exercise
+        super().__init__(lambda lesson: subject, [exercise.id])
         self.line = line
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        marks = {item: item.get_closest_marker("exercise") for item in items}
-        items[:] = [item for item, mark in marks.items() if mark and mark.kwargs["id"] == self.exercise.id]
 
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
         debugger = pdb.Pdb()

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from common import course
 from common.course import Lesson, shown
-from common.course.exercises import Exercise, exercises_of, find_exercise, walk_functions
+from common.course.exercises import Exercise, begins, exercises_of, find_exercise, walk_functions
 from common.course.modules import check_solution, listed
 from common.grading.results import Result, kept
 from common.grading.runner import grade, grade_and_keep, read_source
@@ -30,7 +30,7 @@ SIDE_BY_SIDE = 100
 def answer(source: str, function: str, task: set[str]) -> tuple[str, int]:
     """A function without its docstring and without the comment lines `task`, and the line where it begins."""
     node = dict(walk_functions(ast.parse(source)))[function]
-    first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+    first = begins(node)
     docstring = node.body[0] if ast.get_docstring(node) is not None else None
     lines = [
         line

@@ -21,15 +21,13 @@ from common.grading.results import Result, kept, next_step
 from common.grading.runner import grade, grade_and_keep
 from common.options import exercise_id, lesson_number, mine, number, option
 from common.student import update
-from common.student.board import Standing, draw
+from common.student.board import Standing, draw, score
 from common.student.watch_exercise import RECORDED
 
 console = Console(highlight=False, soft_wrap=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# test-lesson, test-exercise
-# ---------------------------------------------------------------------------------------------------------------
+# --- test-lesson, test-exercise ---------------------------------------------------------------------------------------
 
 
 def of_subject(function: Callable) -> Callable:
@@ -119,11 +117,9 @@ def heading(lesson: Lesson, file: Path) -> None:
 
 def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
     """Say what became of one exercise."""
-    styles = {"passed": "green", "wrong": "red", "to do": "yellow", "waiting": "dim"}
+    style = {"passed": "green", "wrong": "red", "to do": "yellow", "waiting": "dim"}[result.status]
     number = "" if result.id == TOGETHER else result.id
-    line = Text.assemble(
-        ("  " + f"{result.status:<8}", styles[result.status]), f"{number:<6}", (f"{result.name:<35}", "bold")
-    )
+    line = Text.assemble((f"  {result.status:<8}", style), f"{number:<6}", (f"{result.name:<35}", "bold"))
     if result.status == "to do":
         line.append(f"{shown(file)}:{result.line}   make hint-{result.id}", "dim")
     elif result.status == "waiting":
@@ -147,12 +143,7 @@ def tell(text: str, style: str = "") -> None:
 
 def conclude(lesson: Lesson, results: list[Result]) -> int:
     """Count, and say what to do next. Returns the exit code: 0 only if everything has passed."""
-    exercises = [result for result in results if result.id != TOGETHER]
-    passed = [result for result in exercises if result.status == "passed"]
-    console.print(
-        f"\n{len(passed)} of {len(exercises)} exercises, {sum(result.points for result in passed)} of "
-        f"{sum(result.points for result in exercises)} points."
-    )
+    console.print(f"\n{score(results)}.")
     first = next_step(results)
     if first is None:
         congratulate(lesson)
@@ -179,9 +170,7 @@ def congratulate(lesson: Lesson) -> None:
     console.print(f"[dim]{shown(lesson.notebook)} measures it.[/] {after}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# hint
-# ---------------------------------------------------------------------------------------------------------------
+# --- hint -------------------------------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -210,9 +199,7 @@ def hanging(hint: str, width: int) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# progress, reset-lesson
-# ---------------------------------------------------------------------------------------------------------------
+# --- progress, reset-lesson -------------------------------------------------------------------------------------------
 
 
 @click.command()

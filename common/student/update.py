@@ -145,9 +145,7 @@ def merge_others(version: Version, contents: dict[str, bytes | None]) -> list[st
     return remarks
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def read(path: str) -> bytes | None:
@@ -207,9 +205,7 @@ def module_paths(names: list[str]) -> list[str]:
     return [match[0] for match in found if match and f"solutions/{match[1]}" in names]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A new version by git
-# ---------------------------------------------------------------------------------------------------------------
+# --- A new version by git ---------------------------------------------------------------------------------------------
 
 
 def git(*arguments: str) -> str:
@@ -321,9 +317,7 @@ def move_branch(commit: str, paths: list[str]) -> None:
     git("reset", "--quiet", "--soft", merged.strip())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A new version as a download
-# ---------------------------------------------------------------------------------------------------------------
+# --- A new version as a download --------------------------------------------------------------------------------------
 
 
 def downloaded(source: Path, folder: Path) -> Version:
@@ -353,17 +347,11 @@ def downloaded(source: Path, folder: Path) -> Version:
     return Version(source.name, roots[0], skeletons)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------
+# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def report(
-    name: str,
-    new: Mapping[str, str],
-    carried: Mapping[str, Carried],
-    remarks: list[str],
-    renumbered: Mapping[str, str],
+    name: str, new: Mapping[str, str], carried: Mapping[str, Carried], remarks: list[str], renumbered: Mapping[str, str]
 ) -> None:
     print(f"The new version is in, from {name}.")
     for path, module in carried.items():

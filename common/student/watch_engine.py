@@ -18,7 +18,7 @@ from common.course import counted, files_used, substitutes
 from common.options import engine_options, mine, number, option, threads
 from common.sampling import SamplingParams
 from common.start import OptionError, start_engine
-from common.student.chat import Conversation, Story, Talker, answer_with
+from common.student.chat import Talker, answer_with
 from common.student.serve import BEGINNINGS, QUESTIONS
 from common.watching.chrome import chrome_events
 from common.watching.page import make_page
@@ -83,8 +83,8 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
 
 def prompts(talker: Talker, count: int) -> list[list[int]]:
     """The prompts of `make run`, repeated, in tokens."""
-    kind, texts = (Conversation, QUESTIONS) if talker.has_template else (Story, BEGINNINGS)
-    return [kind(talker).ask(text)[0] for text in itertools.islice(itertools.cycle(texts), count)]
+    texts = QUESTIONS if talker.has_template else BEGINNINGS
+    return [talker.begin().ask(text)[0] for text in itertools.islice(itertools.cycle(texts), count)]
 
 
 def whose() -> str:

@@ -97,10 +97,6 @@ def watch(lesson: Lesson, file: Path, exercise: Exercise) -> tuple[str, str, tup
     class Watcher(plugin.Grader):
         """Runs the checks of one exercise until one fails, and then records it."""
 
-        def pytest_collection_modifyitems(self, items: list) -> None:
-            marks = {item: item.get_closest_marker("exercise") for item in items}
-            items[:] = [item for item, mark in marks.items() if mark and mark.kwargs["id"] == exercise.id]
-
         def pytest_runtest_setup(self, item: pytest.Item) -> None:
             self.title = f"{exercise.id} {exercise.function}: {item.name}"
 
@@ -112,7 +108,7 @@ def watch(lesson: Lesson, file: Path, exercise: Exercise) -> tuple[str, str, tup
                 found.append((self.title, *runs))
 
     options = [str(lesson.checks), *plugin.ALONE, "-p", "no:terminal", "--capture=no"]
-    pytest.main(options, plugins=[plugin, Watcher(lambda lesson: subject)])
+    pytest.main(options, plugins=[plugin, Watcher(lambda lesson: subject, [exercise.id])])
     if broken:
         raise CourseError(f"A check of the course is broken, please report it:\n{broken[0]}")
     return found[0] if found else None

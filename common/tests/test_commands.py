@@ -25,9 +25,7 @@ from common.tests import zygote
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The Makefile and the table of commands
-# ---------------------------------------------------------------------------------------------------------------
+# --- The Makefile and the table of commands ---------------------------------------------------------------------------
 
 
 @pytest.fixture

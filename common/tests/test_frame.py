@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,9 +24,7 @@ from common.course import ROOT, Lesson
 from common.machine import interleaved_medians
 from common.tests.typed import typed
 
-# ---------------------------------------------------------------------------------------------------------------
-# The environment
-# ---------------------------------------------------------------------------------------------------------------
+# --- The environment --------------------------------------------------------------------------------------------------
 
 
 class Machine:
@@ -36,6 +35,7 @@ class Machine:
         (root / "pyproject.toml").write_text('[project]\ndependencies = ["torch==2.13.0"]\n\n[tool.pytest]\n')
         monkeypatch.setattr(setup, "ROOT", root)
         monkeypatch.setattr(setup, "run", self.run)
+        monkeypatch.setattr(setup, "beside", self.beside)
         monkeypatch.setattr(setup, "enter", self.entered.append)
         monkeypatch.setattr(setup, "runs", lambda python: python.exists())
         monkeypatch.setattr(setup, "version_of", lambda python: setup.version_text(sys.version_info))
@@ -55,6 +55,12 @@ class Machine:
             shutil.rmtree(setup.venv(), ignore_errors=True)
             setup.venv_python().parent.mkdir(parents=True)
             setup.venv_python().touch()
+
+    @contextlib.contextmanager
+    def beside(self, command):
+        before = len(self.calls)
+        yield
+        assert len(self.calls) > before and "install" in command
 
     def ensure(self, extra: str = "") -> list[str]:
         """What had to be done."""
@@ -213,6 +219,16 @@ def test_a_failed_installer_is_quoted_and_explained(monkeypatch):
     assert "line 99" in str(caught.value) and "line 90\n" not in str(caught.value)
 
 
+def test_what_is_installed_beside_torch_is_waited_for_and_ended_with_it(tmp_path):
+    names = {re.match(r"[\w-]+", each)[0] for each in setup.lighter_packages()}
+    assert {"numpy", "click", "pytest-xdist"} <= names and not names & {"torch", "transformers", "fastapi"}
+    with setup.beside([sys.executable, "-c", f"open({str(tmp_path / 'done')!r}, 'w')"]):
+        pass
+    assert (tmp_path / "done").exists()
+    with pytest.raises(KeyboardInterrupt), setup.beside([sys.executable, "-c", "import time; time.sleep(3600)"]):
+        raise KeyboardInterrupt
+
+
 def test_an_environment_that_does_not_start_is_not_tried_for_ever(monkeypatch):
     monkeypatch.setenv("COURSE_ENTERED", "1")
     with pytest.raises(setup.SetupError, match="Remove that folder"):
@@ -226,9 +242,7 @@ def test_what_decides_outputs_is_pinned():
     assert "python_version" not in text  # one version of a package for every Python
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tests of the tests: what `make test-all` leaves out
-# ---------------------------------------------------------------------------------------------------------------
+# --- The tests of the tests: what `make test-all` leaves out ----------------------------------------------------------
 
 
 def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
@@ -285,9 +299,7 @@ def test_the_course_is_tested_whatever_the_environment_says(monkeypatch):
     assert typed("test", "surplus") == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Notebooks, figures, measurements
-# ---------------------------------------------------------------------------------------------------------------
+# --- Notebooks, figures, measurements ---------------------------------------------------------------------------------
 
 
 def stream(text: str, name: str = "stdout"):

@@ -89,6 +89,14 @@ def test_what_cannot_be_is_refused_by_name(name, value):
     assert len(str(refusal.value)) < 200
 
 
+@pytest.mark.parametrize("name", ["n", "seed", "stop"])
+def test_what_cannot_be_written_is_refused_by_name_too(name):
+    with pytest.raises(
+        ValueError, match=f"SamplingParams: {name} must be .*; it is an object of type (int|tuple) that"
+    ):
+        SamplingParams(**{name: 10**5000})  # Python writes no number of so many digits
+
+
 @pytest.mark.parametrize("name", ["stop", "stop_token_ids", "logits_processors"])
 def test_an_endless_list_is_refused(name):
     entry = {"stop": "a", "stop_token_ids": 3, "logits_processors": max}[name]

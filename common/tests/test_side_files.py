@@ -222,6 +222,9 @@ def test_ids_that_the_vocabulary_has_for_other_tokens(folders, tmp_path):
     folder = copy(folders["qwen2"], tmp_path, {CONFIG: {"added_tokens_decoder": {"9": TOOL}}})
     with pytest.raises(CheckpointError, match="the added token '<tool>' should have the id 9"):
         load_tokenizer(folder)
+    folder = copy(folders["bpe"], tmp_path / "bpe", {CONFIG: {"added_tokens_decoder": {"9": TOOL}}})
+    with pytest.raises(CheckpointError, match="should have the id 9, which tokenizer.model has for '<0x"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])

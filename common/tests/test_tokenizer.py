@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from common.chat_templates import ChatTemplateError
-from common.checkpoints import CheckpointError, cached, find_checkpoint
+from common.checkpoints import MODELS, CheckpointError, cached, find_checkpoint
 from common.checkpoints.gguf_vocabulary import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
 from common.tokenizer import load_tokenizer
 from solutions.llama_pytorch import TextStream
@@ -393,6 +393,10 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 def test_broken_files_are_named(tmp_path, byte_level_folder):
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # as Llama 3's file of that name begins
     with pytest.raises(CheckpointError, match=r"tokenizer\.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+    pieces = (MODELS / "tales" / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(pieces.replace(b"the", b"\xffhe", 1))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: not a SentencePiece model \('utf-8' codec"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not valid JSON"):

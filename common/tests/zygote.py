@@ -113,7 +113,7 @@ def typed_in(folder: Path, *words: str, stdin: str = "", **variables: str) -> su
             files = [given.fileno(), said.fileno(), said.fileno()]
             process = Forked(("common", list(words), str(folder), str(folder), environment), files)
         try:
-            code = process.wait(300)
+            code = process.wait(900)
         finally:
             process.kill()
         said.seek(0)

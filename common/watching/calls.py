@@ -64,11 +64,9 @@ class CallRecorder(Recorder):
 
     def config(self) -> dict[str, Any]:
         found = {**super().config(), "num_blocks": len(self.manager.pool.blocks), "block_size": self.manager.block_size}
-        return (
-            found
-            if hasattr(self.scheduler, "schedule")
-            else {**found, **dict.fromkeys(("scheduling_policy", "max_num_batched_tokens"))}
-        )
+        if not hasattr(self.scheduler, "schedule"):
+            found |= dict.fromkeys(("scheduling_policy", "max_num_batched_tokens"))
+        return found
 
     def model(self) -> str:
         return self.title
@@ -88,10 +86,8 @@ class CallRecorder(Recorder):
                 if not name.startswith("_") and name not in ("reset", "block_table"):
                     self.replace(each, name, partial(self.call, name, False), self.undo)
         if self.owner is self.engine:
-            for each, name in (
-                (self.engine, "step"),
-                *((self.engine.executor, name) for name in ("submit", "collect")),
-            ):
+            executor = self.engine.executor
+            for each, name in ((self.engine, "step"), (executor, "submit"), (executor, "collect")):
                 self.replace(each, name, partial(self.call, name, True), self.undo)
 
     def call(self, name: str, is_outer: bool, original: Any, *arguments, **named) -> Any:
@@ -110,10 +106,8 @@ class CallRecorder(Recorder):
             raise
         finally:
             given = [told(each) for each in arguments] + [f"{key}={told(value)}" for key, value in named.items()]
-            text, touched = (
-                f"{name}({', '.join(given)})",
-                () if name == "update_from_output" else (returned, *arguments),
-            )
+            text = f"{name}({', '.join(given)})"
+            touched = () if name == "update_from_output" else (returned, *arguments)
             try:
                 self.step(text, came, touched)
                 self.is_busy = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import random
@@ -46,7 +47,7 @@ def soak(model, tokenizer, stories, seeds, num_requests: int) -> dict:
             report = drive(local_engine(model, tokenizer, **settings), asks, oracle, rng)
         except Exception as error:
             raise AssertionError(f"seed {seed}, {settings}") from error
-        totals["outputs"] += report.num_outputs
+        totals["outputs"] += report.counts["answers"]
         for name, count in report.counts.items():
             totals[name] = totals.get(name, 0) + count
     return totals
@@ -104,9 +105,7 @@ def test_real_model_with_kernels(real, kernels, monkeypatch):
             assert top[0] - top[1] < 1e-3, f"token {same} of a prompt of {len(prompt)} differs, and it was no tie"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Prefixes
-# ---------------------------------------------------------------------------------------------------------------
+# --- Prefixes ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_wholly_in_the_cache(model):
@@ -170,9 +169,7 @@ def test_samples_share_their_prompt(model, policy):
     assert {copy.num_tokens for copy in copies} <= ({1, 2} if policy == "paged" else {29, 30})
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Nobody starves
-# ---------------------------------------------------------------------------------------------------------------
+# --- Nobody starves ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernels", ["plain", "fast"])
@@ -314,9 +311,7 @@ def test_a_sample_copies_no_block_that_the_same_step_computes(model):
     assert [output.token_ids, output.siblings[0].token_ids] == [expected] * 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What goes wrong
-# ---------------------------------------------------------------------------------------------------------------
+# --- What goes wrong --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -338,6 +333,10 @@ def test_a_sample_copies_no_block_that_the_same_step_computes(model):
         (dict(prompt={5, 6}), "token ids, which are whole numbers: it is {5, 6}"),  # in no order
         (dict(prompt={5: 1}), "token ids, which are whole numbers: it is {5: 1}"),
         (dict(prompt=[5], priority=True), "priority must be a whole number; it is True"),
+        (dict(prompt=bytearray(b"ab")), "token ids, which are whole numbers: it is bytearray"),
+        (dict(prompt=itertools.repeat(5)), "The prompt has 4194304 tokens"),  # without an end
+        (dict(prompt=[10**5000]), "token id an object of type int that cannot be written"),
+        (dict(prompt=[5], tenant=10**5000), "tenant must be text; it is an object of type int"),
     ],
 )
 def test_bad_requests_are_refused_at_once(model, arguments, says):
@@ -427,7 +426,7 @@ def test_threads_share_an_engine(model):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert set(answers) == {0, 1, "stream"}, "a thread has failed, or waits for ever"
     oracle = Oracle(model, Letters())
     for i in range(2):

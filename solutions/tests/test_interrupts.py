@@ -12,6 +12,7 @@ n-grams, and 2,011 with a draft model. Of the engines on two processes, 540 plac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -189,3 +190,25 @@ def test_ctrl_c_at_any_line_leaves_nothing(start, name):
 def test_ctrl_c_at_many_more_lines_leaves_nothing(start, name, action):
     with start(name) as engine:
         interrupt_often(engine, action, 12, seed=9)
+
+
+def test_what_has_ended_is_forgotten_although_ctrl_c_comes_before_the_plan_that_says_so(start):
+    """Otherwise the runner keeps what it knows of that request for ever."""
+    with start("ngram") as engine:
+        runner, submit, pressed = engine.executor.runner, engine.submit, []
+
+        def press(plan):
+            ended = {*plan.finished_ids, *engine.scheduler.finished_ids} & runner.adaptive.acceptances.keys()
+            if ended and not pressed:
+                pressed.extend(ended)
+                raise KeyboardInterrupt
+            submit(plan)
+
+        engine.submit = press
+        for length in (4, 12):
+            request_id = engine.add_request([7, 8], SamplingParams(max_tokens=length, ignore_eos=True))
+            runner.adaptive.acceptances[request_id].observe(1, 1)
+        while engine.has_unfinished_requests:
+            with contextlib.suppress(KeyboardInterrupt):
+                engine.step()
+        assert pressed and set(runner.adaptive.acceptances) <= set(engine.scheduler.finished_ids)

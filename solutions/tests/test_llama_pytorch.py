@@ -158,9 +158,7 @@ def both_logits(theirs, model: Llama, token_ids: torch.Tensor, positions: torch.
     return model.logits(model(token_ids, positions, causal_attend)), expected
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Logits
-# ---------------------------------------------------------------------------------------------------------------
+# --- Logits -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -263,9 +261,7 @@ def test_parameters_get_the_dtype_they_were_built_with(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What cannot be loaded says so
-# ---------------------------------------------------------------------------------------------------------------
+# --- What cannot be loaded says so ------------------------------------------------------------------------------------
 
 
 def change(folder: Path, **changes) -> None:
@@ -292,6 +288,17 @@ def test_a_missing_tensor_is_named(tmp_path):
     tiny("llama-2", tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     refused(tmp_path, str(tmp_path), "model.layers.1.mlp.up_proj.weight", "lacks")
+
+
+def test_an_error_about_a_hundred_tensors_is_a_sentence(tmp_path):
+    tiny("llama-2", tmp_path)
+    embedding = "model.embed_tokens.weight"
+    rewrite(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors) if name != embedding])
+    with pytest.raises(
+        CheckpointError, match=r"the model needs lm_head.weight, .* \.\.\. .* the checkpoint lacks them\.$"
+    ) as raised:
+        ours(tmp_path)
+    assert len(str(raised.value)) < 900
 
 
 def test_an_unknown_tensor_is_named(tmp_path):
@@ -339,6 +346,8 @@ def test_old_rotary_buffers_and_a_stored_tied_head_are_skipped(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6), "lm_head.weight": embedding.clone()}
     rewrite(tmp_path, lambda tensors: tensors.update(extra))
     assert ours(tmp_path).lm_head.weight.shape == embedding.shape
+    rewrite(tmp_path, lambda tensors: tensors["lm_head.weight"][-1].neg_())  # transformers would compute with this one
+    refused(tmp_path, "config.json: tie_word_embeddings is True", "'lm_head.weight' with other numbers")
 
 
 @pytest.mark.parametrize(
@@ -416,9 +425,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     assert tokenizer.vocab_size == 90 and model.config.vocab_size == 101
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Models that speak
-# ---------------------------------------------------------------------------------------------------------------
+# --- Models that speak ------------------------------------------------------------------------------------------------
 
 STORIES = [
     "Once upon a time", "Lily found a", "The little dog", "One day, Tom and his", "There was a big red",

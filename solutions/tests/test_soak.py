@@ -65,7 +65,7 @@ def test_things_happen(models):
     total = Report()
     for seed in (6, 11, 12, 13, 20, 39, 43):
         total.add(run(seed, models))
-    assert total.num_outputs > 80
+    assert total.counts["answers"] > 80
     for what in (
         "preemptions", "swaps_in", "copies", "chunks", "cached", "aborted", "accepted", "rejected", "drawn",
         "interrupts", "runs over processes", "runs with a draft", "runs with n-grams", "runs, adaptive",
@@ -95,9 +95,7 @@ def test_room_for_draft_tokens_is_no_second_block(models):
     assert tight("loose", asks, **settings).execute(models).counts["rejected"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What is planted
-# ---------------------------------------------------------------------------------------------------------------
+# --- What is planted --------------------------------------------------------------------------------------------------
 
 
 def test_a_draft_that_does_not_move_its_blocks(models, monkeypatch):
@@ -198,9 +196,7 @@ def test_places_are_spread_evenly():
         place_of(1, torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), rng)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------
+# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_tells_how_to_do_it_again(monkeypatch, capsys):
@@ -225,8 +221,7 @@ def test_ctrl_c_ends_it_with_the_summary(monkeypatch, capsys):
 def test_nothing_happened(monkeypatch, capsys):
     """After so many runs without preemptions something is wrong with the soak."""
     total = Report()
-    total.counts.update(dict.fromkeys(command.COUNTED, 5), runs=19)
-    total.counts["preemptions"] = 0
+    total.counts |= dict.fromkeys(command.COUNTED, 5) | {"runs": 19, "preemptions": 0}
     assert command.verdict(total) == []
     total.counts["runs"] = 20
     assert command.verdict(total) == ["nothing happened: preemptions"]

@@ -97,9 +97,7 @@ def draft(request):
     return DRAFTS[request.param]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sampled draft tokens: exact, by enumeration
-# ---------------------------------------------------------------------------------------------------------------
+# --- Sampled draft tokens: exact, by enumeration ----------------------------------------------------------------------
 
 
 class Chance:
@@ -292,9 +290,7 @@ def test_a_chain_is_exact(chance, k, seed):
         assert found[sequence] == pytest.approx(expected[sequence], abs=1e-9), sequence
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sampled draft tokens: chi-squared on real draws
-# ---------------------------------------------------------------------------------------------------------------
+# --- Sampled draft tokens: chi-squared on real draws ------------------------------------------------------------------
 
 LEAST_P = 1e-4
 """Seeds are fixed, so a test passes always or never; a right answer had one chance in ten thousand of the latter."""
@@ -366,9 +362,7 @@ def test_many_draws_of_a_chain():
     assert {len(tokens) for tokens in counts} == {1, 2, 3}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The engine of lesson 5 with the runner of lesson 8
-# ---------------------------------------------------------------------------------------------------------------
+# --- The engine of lesson 5 with the runner of lesson 8 ---------------------------------------------------------------
 
 
 class AsItIs:
@@ -467,9 +461,7 @@ def outputs_of(engine: Engine, prompts, params) -> list:
     return engine.generate(prompts, params, progress=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sampled draft tokens, through the whole engine
-# ---------------------------------------------------------------------------------------------------------------
+# --- Sampled draft tokens, through the whole engine -------------------------------------------------------------------
 
 SMALL = dict(vocab_size=6)
 START = [4, 5, 4]
@@ -597,9 +589,7 @@ def test_what_is_wrong_is_seen(wrong, monkeypatch):
     assert min(p_values(counts, expected)) < LEAST_P / 1000
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Whatever is proposed, the same tokens
-# ---------------------------------------------------------------------------------------------------------------
+# --- Whatever is proposed, the same tokens ----------------------------------------------------------------------------
 
 
 class Alone(Oracle):
@@ -721,9 +711,7 @@ def test_penalties_and_min_tokens(model, draft, seed):
         check_equal(output, alone(model, PROMPT, each))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Whatever else happens, the same tokens
-# ---------------------------------------------------------------------------------------------------------------
+# --- Whatever else happens, the same tokens ---------------------------------------------------------------------------
 
 
 def tight_settings(rng: random.Random, asks) -> dict:
@@ -758,7 +746,7 @@ def soak(model, draft, seeds, settings_for, is_adaptive=False, **changes) -> Cou
         except Exception as error:
             raise AssertionError(f"seed {seed}, depth {depth}, {settings}") from error
         totals.update(report.counts)
-        totals["outputs"] += report.num_outputs
+        totals["outputs"] += report.counts["answers"]
         totals["accepted"] += engine.metrics().num_accepted_tokens
     return totals
 
@@ -808,9 +796,7 @@ def test_who_is_gone_is_forgotten(model, depth):
             assert not kept.keys() - {"last"}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The draft model
-# ---------------------------------------------------------------------------------------------------------------
+# --- The draft model --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -911,9 +897,7 @@ def test_room_for_draft_tokens_is_given_up_before_anyone_is_preempted():
         assert [each.start for each in plan.scheduled] == [a + 8, b + 8]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Does it pay?
-# ---------------------------------------------------------------------------------------------------------------
+# --- Does it pay? -----------------------------------------------------------------------------------------------------
 
 
 def test_expected_tokens_against_simulation():
@@ -1005,9 +989,7 @@ def test_without_adaptation_there_are_always_as_many():
     assert AdaptiveSpeculation(3, is_adaptive=False).limits(["a", "b"]) == [3, 3]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One sequence
-# ---------------------------------------------------------------------------------------------------------------
+# --- One sequence -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1077,9 +1059,7 @@ def test_lookahead_takes_wrong_draft_tokens_back():
     assert 15 < lookahead.num_passes < 50
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The assembled engine
-# ---------------------------------------------------------------------------------------------------------------
+# --- The assembled engine ---------------------------------------------------------------------------------------------
 
 CONFIG = dict(
     model_type="llama", vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -1177,7 +1157,13 @@ def test_an_accepted_draft_token_that_ends_the_answer_is_counted(folders, letter
         ("no-such-model", {}, "no model is called 'no-such-model'"),
         ("ngram", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
         ("draft", dict(kv_cache_policy="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True"),
-        ("ngram", dict(max_batch_size=0), "max_num_seqs must be"),
+        ("ngram", dict(max_batch_size=0), "max_batch_size must be a whole number of at least 1; it is 0"),
+        ("ngram", dict(max_num_seqs=0), "max_num_seqs must be"),
+        (
+            "ngram",
+            dict(preemption="swap", num_host_blocks=10**6, block_size=2**16),
+            "num_host_blocks=1000000 blocks of block_size=65536 tokens would take .* bytes; this machine has",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(folders, letters, draft, settings, says):

@@ -143,7 +143,7 @@ def test_a_watched_lesson_is_graded_on_save_until_it_is_complete(student):
         read_until(watching, "0.5 weight_bytes: wrong -> passed")
         read_until(watching, "Lesson 0 is complete.")
         watching.send_signal(signal.SIGINT)
-        assert watching.wait(timeout=20) == 0
+        assert watching.wait(timeout=120) == 0
     finally:
         watching.kill()
         watching.stdout.close()

@@ -31,17 +31,10 @@ def build(site: Path) -> int:
 
 
 @click.command()
-@option(
-    "--out",
-    "OUT",
-    type=Path,
-    metavar="FOLDER",
-    default=ROOT / ".course" / "book",
-    help="where it goes",
-    show_default=False,
-)
-def book(out: Path) -> int:
+@option("--out", "OUT", type=Path, metavar="FOLDER", help="where it goes; default: .course/book")
+def book(out: Path | None) -> int:
     """Make the course into a web site that needs no network."""
+    out = out or ROOT / ".course" / "book"
     earlier = (out / "_static" / MERMAID).exists()
     if out.exists() and not earlier and (out.is_file() or any(out.iterdir())):
         raise CourseError(f"OUT={out} is there already and is no book: name a new folder.")

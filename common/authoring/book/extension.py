@@ -27,9 +27,7 @@ from sphinx.util.docutils import SphinxDirective
 from common.authoring.book.command import FILES, MERMAID
 from common.course import LESSONS, MODULES, ROOT
 
-# ---------------------------------------------------------------------------------------------------------------
-# The texts
-# ---------------------------------------------------------------------------------------------------------------
+# --- The texts --------------------------------------------------------------------------------------------------------
 
 
 def fold_hints(text: str) -> str:
@@ -111,19 +109,13 @@ def label(app: Sphinx, doctree: nodes.document) -> None:
             plot["alt"] = "a plot, drawn by the code above"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Source code
-# ---------------------------------------------------------------------------------------------------------------
+# --- Source code ------------------------------------------------------------------------------------------------------
 
 
 def split_source(text: str) -> list[tuple[str, str]]:
-    """A module in parts: the heading that each has in a comment between two rules, or within one ("" before the first);
-    its text.
-    """
-    rule = r"# -{20,}\n"
-    parts = re.split(rf"^{rule}# (.+)\n{rule}|^# --- (.+?) -{{10,}}\n", text, flags=re.MULTILINE)
-    titles = ["", *(between or within for between, within in zip(parts[1::3], parts[2::3]))]
-    return [(title, body.strip("\n") + "\n") for title, body in zip(titles, parts[::3])]
+    """A module in parts: the heading of each, which a comment within dashes has ("" before the first), and its text."""
+    parts = re.split(r"^# --- (.+?) -{10,}\n", text, flags=re.MULTILINE)
+    return [(title, body.strip("\n") + "\n") for title, body in zip(["", *parts[1::2]], parts[::2])]
 
 
 class PythonParser(Parser):
@@ -145,9 +137,7 @@ class PythonParser(Parser):
         return section
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Diagrams and mathematics
-# ---------------------------------------------------------------------------------------------------------------
+# --- Diagrams and mathematics -----------------------------------------------------------------------------------------
 
 
 class diagram(nodes.General, nodes.Element):

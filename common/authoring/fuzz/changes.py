@@ -111,32 +111,26 @@ def _safetensors(path: Path, source: random.Random) -> str:
 
 def _change_gguf(kind: str, folder: Path, source: random.Random) -> str:
     """The keys or the tensors of the GGUF file, written anew."""
-    written: dict[str, Any] = {}
-    path, done = folder / "tiny.gguf", ""
+    done = ""
 
-    def gguf_bytes(keys: dict, tensors: dict) -> bytes:
+    def change(keys: dict, tensors: dict) -> None:
         nonlocal done
         if source.random() < 0.8:
             done = change_value(keys, source)
-        else:
-            name = source.choice(sorted(tensors))
-            shape, numbers = tensors.pop(name)
-            way = source.choice(["dropped", "renamed", "reshaped", "cut"])
-            done = f"{name} {way}"
-            if way == "renamed":
-                tensors[f"{name}s"] = (shape, numbers)
-            elif way == "reshaped":
-                tensors[name] = (source.choice([shape[::-1], [*shape, 1], [len(numbers) // 4], [0], []]), numbers)
-            elif way == "cut":
-                tensors[name] = (shape, numbers[: len(numbers) // 2])
-        return original(keys, tensors)
+            return
+        name = source.choice(sorted(tensors))
+        shape, numbers = tensors.pop(name)
+        way = source.choice(["dropped", "renamed", "reshaped", "cut"])
+        done = f"{name} {way}"
+        if way == "renamed":
+            tensors[f"{name}s"] = (shape, numbers)
+        elif way == "reshaped":
+            tensors[name] = (source.choice([shape[::-1], [*shape, 1], [len(numbers) // 4], [0], []]), numbers)
+        elif way == "cut":
+            tensors[name] = (shape, numbers[: len(numbers) // 2])
 
-    original, files.gguf_bytes = files.gguf_bytes, gguf_bytes
-    try:
-        files.make(kind, folder)
-    finally:
-        files.gguf_bytes = original
-    return f"{path.name}: {done}{written or ''}"
+    files.make(kind, folder, change)
+    return f"tiny.gguf: {done}"
 
 
 def change_value(tree: Any, source: random.Random) -> str:

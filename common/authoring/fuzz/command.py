@@ -11,22 +11,19 @@ wrong, grouped by what was said, and how to try it again.
 from __future__ import annotations
 
 import json
-import os
-import queue
 import random
 import subprocess
-import sys
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 import click
 
-from common.authoring.fuzz.variants import LOADED, REFUSED, UNCLEAR
-from common.course import ROOT
+from common.authoring.fuzz.variants import LOADED, READY, REFUSED, UNCLEAR
 from common.options import number, option
+from common.workers import call, kill
 
 LONGEST = 5.0  # seconds for a variant
 LONGEST_START = 120.0  # seconds to import everything
@@ -68,55 +65,32 @@ class Report:
         return lines
 
 
-class Process:
-    """The other process, and the lines that it writes. It is started when it is first needed."""
-
-    def __init__(self, target: str, seed: int, first: int, step: int) -> None:
-        arguments = [target, *map(str, (seed, first, step, MEGABYTES))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "KERNELS": "plain"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "common.authoring.fuzz.variants", *arguments],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-        )  # fmt: skip
-        self.lines: queue.Queue[bytes] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put(b"")
-
-    def message(self, seconds: float) -> dict[str, Any] | None:
-        """What it says next. None: it has ended. Raises queue.Empty if it says nothing for so long."""
-        line = self.lines.get(timeout=seconds)
-        return json.loads(line) if line else None
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 def fuzz(seed: int, seconds: float, most: int | None, target: str = TARGET, first: int = 0, longest: float = LONGEST):
     """Try variants until the time is over or `most` are tried. Returns the Report."""
+
+    def start(number: int) -> tuple[subprocess.Popen, Connection, float]:
+        return *call("common.authoring.fuzz.variants:work", target, seed, number, MEGABYTES), LONGEST_START
+
     report, number, end = Report(), first, time.monotonic() + seconds
-    process, is_new = Process(target, seed, number, 1), True
+    process, connection, patience = start(number)
     try:
         while time.monotonic() < end and (most is None or report.total < most):
+            result = {"outcome": HANGS, "says": f"took more than {longest:g} s"}
             try:
-                message = process.message(LONGEST_START if is_new else longest)
-            except queue.Empty:
-                message = {"ends": number, "outcome": HANGS, "says": f"took more than {longest:g} s"}
-            if message is None:
-                message = {"ends": number, "outcome": CRASHES, "says": f"exit status {process.process.wait()}"}
-            is_new = False
-            if "ends" in message:
-                report.add({**message, "number": message["ends"]})
-                number = message["ends"] + 1
-                if message["outcome"] in (HANGS, CRASHES):
-                    process.end()
-                    process, is_new = Process(target, seed, number, 1), True
+                if connection.poll(patience):
+                    result = connection.recv()
+            except (EOFError, OSError):
+                result = {"outcome": CRASHES, "says": f"exit status {process.wait()}"}
+            patience = longest
+            if result == READY:
+                continue
+            report.add({**result, "number": number})
+            number += 1
+            if result["outcome"] in (HANGS, CRASHES):
+                kill(process)
+                process, connection, patience = start(number)
     finally:
-        process.end()
+        kill(process)
     return report
 
 

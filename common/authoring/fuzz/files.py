@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 WORDS = ["th", "the", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4}
@@ -47,10 +39,13 @@ FILES = {"gguf": "llama", "gguf, sentencepiece": "qwen2", "gguf, experts": "qwen
 KINDS = (*FOLDERS, *FILES)
 
 
-def make(kind: str, folder: Path) -> Path:
-    """Write a checkpoint of this kind into the folder. Returns the path to load: the folder or a file in it."""
+def make(kind: str, folder: Path, change: Callable[[dict, dict], None] = lambda keys, tensors: None) -> Path:
+    """Write a checkpoint of this kind into the folder. Returns the path to load: the folder or a file in it.
+
+    change(keys, tensors): is called before they are written into a GGUF file.
+    """
     if kind.startswith("gguf"):
-        return write_gguf(folder / "tiny.gguf", FILES[kind], is_bpe=kind == "gguf")
+        return write_gguf(folder / "tiny.gguf", FILES[kind], kind == "gguf", change)
     vocabulary = sentencepiece_vocabulary() if kind == "sentencepiece" else byte_level_vocabulary()
     config = {
         "architectures": ["X"], **FOLDERS[kind], "vocab_size": len(vocabulary["tokens"]), **SIZES,
@@ -133,7 +128,7 @@ def write_tokenizer(folder: Path, vocabulary: dict, kind: str, config: dict) -> 
     write_json(path, {**settings, "chat_template": TEMPLATE})
 
 
-def write_gguf(path: Path, family: str, is_bpe: bool) -> Path:
+def write_gguf(path: Path, family: str, is_bpe: bool, change: Callable[[dict, dict], None]) -> Path:
     """Written by hand and not by the library, so that a change may write what the library would refuse."""
     from common.checkpoints.gguf import EXPERT_KEYS
 
@@ -151,7 +146,9 @@ def write_gguf(path: Path, family: str, is_bpe: bool) -> Path:
         config |= EXPERTS
         keys |= {f"{family}.{EXPERT_KEYS[key]}": value for key, value in EXPERTS.items() if key in EXPERT_KEYS}
         keys[f"{family}.attention.key_length"] = SIZES["head_dim"]
-    path.write_bytes(gguf_bytes(keys, gguf_tensors(random_tensors(config))))
+    tensors = gguf_tensors(random_tensors(config))
+    change(keys, tensors)
+    path.write_bytes(gguf_bytes(keys, tensors))
     return path
 
 

@@ -1,9 +1,9 @@
-"""What runs in a process of its own: one variant after another, each reported before and after it is tried."""
+"""What runs in a process of its own: one variant after another, each reported when it has been tried."""
 
 from __future__ import annotations
 
-import importlib
-import json
+import functools
+import itertools
 import os
 import random
 import shutil
@@ -12,9 +12,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from common.workers.calls import find
+
+READY = "ready"
 LOADED, REFUSED, UNCLEAR = "loaded", "refused", "unclear"
 LONGEST_REFUSAL = 1000  # characters: a sentence, and no dump of the file
 PROMPT = "the cat <|im_start|> \U0001f680"
@@ -28,24 +32,21 @@ def try_variant(seed: int, number: int) -> dict[str, Any]:
     kind = source.choice(files.KINDS)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "checkpoint"
-        shutil.copytree(_made(kind), folder)
+        shutil.copytree(made(kind).name, folder)
         os.environ["COURSE_CACHE"] = f"{place}/cache"
         done = changes.change(kind, folder, source)
         path = folder / "tiny.gguf" if kind.startswith("gguf") else folder
         return {"kind": kind, "change": done, **outcome(lambda: use(path), place)}
 
 
-_PLACES: dict[str, tempfile.TemporaryDirectory] = {}
-
-
-def _made(kind: str) -> Path:
+@functools.cache
+def made(kind: str) -> tempfile.TemporaryDirectory:
     """The folder with the unchanged checkpoint of this kind; it is made once in a process."""
     from common.authoring.fuzz import files
 
-    if kind not in _PLACES:
-        _PLACES[kind] = tempfile.TemporaryDirectory()
-        files.make(kind, Path(_PLACES[kind].name))
-    return Path(_PLACES[kind].name)
+    folder = tempfile.TemporaryDirectory()
+    files.make(kind, Path(folder.name))
+    return folder
 
 
 def use(path: Path) -> None:
@@ -92,25 +93,26 @@ def outcome(action: Callable[[], None], place: str) -> dict[str, Any]:
     return {"outcome": LOADED, "says": ""}
 
 
-def main(target: str, seed: int, first: int, step: int, megabytes: int) -> None:
-    """Try the variants first, first + step, ... until the process is ended. A line of JSON goes out before each and
-    after it. megabytes: the address space that it may take, beyond what it has once everything is imported.
+def work(connection: Connection, target: str, seed: int, first: int, megabytes: int) -> None:
+    """In the other process: try one variant after the other, until it is ended. `READY` is sent before the first, and
+    what came of each. megabytes: the address space that it may take, beyond what it has once everything is imported.
     """
-    module, _, name = target.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.environ |= {"OMP_NUM_THREADS": "1", "KERNELS": "plain"}
+    function = find(target)
     function(seed, -1)  # imports everything, makes the checkpoints' files
     if Path("/proc/self/statm").exists():
         import resource
 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
-    number = first
-    while True:
-        _tell({"begins": number})
+    connection.send(READY)
+    for number in itertools.count(first):
         start = time.monotonic()
         result = function(seed, number)
-        _tell({"ends": number, "seconds": time.monotonic() - start, "megabytes": _peak_megabytes(), **result})
-        number += step
+        connection.send({"seconds": time.monotonic() - start, "megabytes": _peak_megabytes(), **result})
 
 
 def _peak_megabytes() -> int:
@@ -119,13 +121,3 @@ def _peak_megabytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-
-
-def _tell(message: dict[str, Any]) -> None:
-    os.write(OUTPUT, (json.dumps(message) + "\n").encode())
-
-
-if __name__ == "__main__":
-    OUTPUT = os.dup(1)
-    os.dup2(2, 1)  # what a library prints is no report
-    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -46,13 +46,11 @@ class Block:
 
 
 def documents() -> list[Path]:
-    others = [
-        ROOT / "README.md",
-        ROOT / "common" / "README.md",
-        ROOT / "common" / "instructor" / "README.md",
-        ROOT / "common" / "models" / "README.md",
+    others = ("", "common/", "common/instructor/", "common/models/")
+    candidates = [
+        *(ROOT / f"{folder}README.md" for folder in others),
+        *(file for each in LESSONS for file in (each.readme, *each.second_pages, each.hints)),
     ]
-    candidates = [*others, *(file for each in LESSONS for file in (each.readme, *each.second_pages, each.hints))]
     return [path for path in candidates if path.exists()]
 
 
@@ -63,9 +61,7 @@ def between_cells(notebook: Path) -> Iterator[tuple[int, str]]:
             yield number, "".join(cell["source"])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading Markdown
-# ---------------------------------------------------------------------------------------------------------------
+# --- Reading Markdown -------------------------------------------------------------------------------------------------
 
 
 def blocks(text: str) -> list[Block]:
@@ -102,9 +98,7 @@ def prose(text: str) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Commands
-# ---------------------------------------------------------------------------------------------------------------
+# --- Commands ---------------------------------------------------------------------------------------------------------
 
 
 def check_target(words: list[str], variables: dict[str, str]) -> str | None:
@@ -200,9 +194,7 @@ def exercise_ids(number: int | str) -> list[str]:
     return [exercise.id for module in modules_of(number) for exercise in exercises_of(module)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Exercises and hints
-# ---------------------------------------------------------------------------------------------------------------
+# --- Exercises and hints ----------------------------------------------------------------------------------------------
 
 
 def check_lesson(each: Lesson) -> Iterator[str]:
@@ -252,7 +244,7 @@ def complaints() -> list[str]:
     return found
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     found = complaints()
     print(*found, sep="\n", end="\n" if found else "")
     return int(bool(found))

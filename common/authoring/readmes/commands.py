@@ -122,9 +122,7 @@ def is_part_of(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
     return words[:2] in (("make", "run"), ("make", "chat")) and words[:2] == others[:2] and set(words) < set(others)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Running them
-# ---------------------------------------------------------------------------------------------------------------
+# --- Running them -----------------------------------------------------------------------------------------------------
 
 
 def finished_copy(folder: Path, python: Sequence[str] = (sys.executable,)) -> Path:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from common.authoring.soak.load import Report
 
 COUNTED = {
+    "runs": ("runs", 0),
+    "answers": ("answers", 0),
     "steps": ("steps", 0),
     "chunks": ("chunks of prompts", 20),
     "cached": ("prompt tokens found in the prefix cache", 20),
@@ -71,7 +73,7 @@ def missing(counts: dict[str, int]) -> list[str]:
 def line(total: Report) -> str:
     counts = total.counts
     return (
-        f"{counts['runs']} runs, {total.num_outputs} answers, {total.num_steps} steps; "
+        f"{counts['runs']} runs, {counts['answers']} answers, {counts['steps']} steps; "
         f"{counts['preemptions']} preemptions, {counts['swaps_out'] + counts['swaps_in']} blocks swapped, "
         f"{counts['aborted']} aborted; draft tokens: {counts['accepted']} right, {counts['rejected']} wrong"
     )
@@ -82,10 +84,8 @@ def summary(total: Report, seconds: float) -> Table:
     table.add_column(justify="right")
     table.add_column()
     table.add_row(f"{seconds / 60:.1f}", "minutes")
-    for count, label in ((total.counts["runs"], "runs"), (total.num_outputs, "answers")):
-        table.add_row(f"{count:,}", label)
     for name, (label, _) in COUNTED.items():
-        table.add_row(f"{total.num_steps if name == 'steps' else total.counts[name]:,}", label)
+        table.add_row(f"{total.counts[name]:,}", label)
     if own := total.counts["own_accepted"] + total.counts["own_rejected"]:
         share = total.counts["own_accepted"] / own
         table.add_row(f"{share:.1%}", "of a draft's draft tokens accepted where it is the target itself")

@@ -50,14 +50,10 @@ class Pipelined(LocalExecutor):
 class Report:
     """What happened in a run: a soak in which nothing happens proves nothing."""
 
-    num_outputs: int = 0
-    num_steps: int = 0
     counts: Counter = field(default_factory=Counter)
     places: list[float] = field(default_factory=list)  # of drawn tokens; see `place_of`
 
     def add(self, other: Report) -> None:
-        self.num_outputs += other.num_outputs
-        self.num_steps += other.num_steps
         self.counts.update(other.counts)
         self.places += other.places
 
@@ -172,7 +168,7 @@ def drive(
     to_come, outputs, aborted = sorted(enumerate(asks), key=lambda pair: pair[1].step), {}, set()
     failed = [number for number, ask in enumerate(asks) if ask.params.logits_processors]
     while to_come or engine.has_unfinished_requests:
-        while to_come and to_come[0][1].step <= report.num_steps:
+        while to_come and to_come[0][1].step <= report.counts["steps"]:
             number, ask = to_come.pop(0)
             request_id = engine.add_request(ask.prompt, ask.params, f"r{number}", ask.priority, ask.tenant)
             outputs[number] = engine.output(request_id)
@@ -186,8 +182,8 @@ def drive(
         texts.check(engine)
         if is_speculative:
             check_drafts(engine, runner)
-        report.num_steps += 1
-        assert report.num_steps < 20_000, "it does not end"
+        report.counts["steps"] += 1
+        assert report.counts["steps"] < 20_000, "it does not end"
     assert engine.manager.pool.num_free_blocks == len(engine.manager.pool.blocks), "blocks leaked"
     assert not engine.processor.states and not engine.in_flight
     for number, output in outputs.items():
@@ -209,7 +205,7 @@ def drive(
                 asked = harmless if child.finish_reason == "abort" else params
                 compare(child, oracle(ask.prompt, asked, child.token_ids), number in aborted)
             assert 0 <= child.metrics.num_accepted_tokens <= child.metrics.num_draft_tokens
-            report.num_outputs += 1
+            report.counts["answers"] += 1
     # A rank among several has some heads or layers only.
     if isinstance(original, LocalExecutor) and type(runner.cache) is (oracle.cache or PagedKVCache):
         texts.check_contents(engine, runner.cache, oracle)
@@ -223,9 +219,7 @@ def drive(
     return report
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The assembled engine
-# ---------------------------------------------------------------------------------------------------------------
+# --- The assembled engine ---------------------------------------------------------------------------------------------
 
 FAMILIES = {
     "llama": dict(num_key_value_heads=1, num_hidden_layers=3, attention_bias=True, tie_word_embeddings=True),

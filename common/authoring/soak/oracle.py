@@ -13,14 +13,7 @@ from torch import Tensor
 from common.authoring.soak.requests import MAX_MODEL_LEN, Fault
 from solutions import llama_pytorch
 from solutions.batching import RequestOutput
-from solutions.llama_pytorch import (
-    Llama,
-    SamplingParams,
-    adjust_logits,
-    causal_attend,
-    sampling_probs,
-    top_logprobs,
-)
+from solutions.llama_pytorch import Llama, SamplingParams, adjust_logits, causal_attend, sampling_probs, top_logprobs
 from solutions.paged_attention import AttentionMetadata, PagedKVCache
 
 

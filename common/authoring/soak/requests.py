@@ -10,11 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solutions.llama_pytorch import (
-    Llama,
-    SamplingParams,
-    parse_config,
-)
+from solutions.llama_pytorch import Llama, SamplingParams, parse_config
 
 MAX_MODEL_LEN = 64
 END = 3

@@ -490,6 +490,10 @@ def llama3_divisors(factor: float, theta: float = 10000.0, original: int = 8192,
         ({"scaling.factor": 1.0}, None),
         ({"scaling.factor": 4.0, "scaling.type": "none"}, None),
         (
+            {"scaling.type": "yarn"},
+            {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 128},
+        ),
+        (
             {"scaling.factor": 4.0, "scaling.type": "yarn", "scaling.original_context_length": 32.0},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         ),
@@ -554,6 +558,29 @@ def test_llama_3_s_scaled_rotary_embedding_is_recognised(tmp_path):
         ),
         ("llama", None, {"tensors": {"model.embed_tokens.weight": numpy.ones(8, numpy.float32)}}, "is no matrix"),
         ("llama", lambda w: w.add_string("llama.rope.scaling.type", "longrope"), {}, "'longrope'"),
+        (
+            "llama",
+            lambda w: w.add_float32("llama.rope.scaling.attn_factor", 2.0),
+            {},
+            "rope.scaling.attn_factor is 2.0",
+        ),
+        (
+            "llama",
+            lambda w: w.add_array("llama.feed_forward_length", [96] * 3),
+            {"skip": ["feed_forward_length"]},
+            "[96, ",
+        ),
+        (
+            "llama",
+            None,
+            {
+                "tensors": {
+                    **model_tensors("llama"),
+                    "model.layers.0.self_attn.q_proj.weight": numpy.ones((8, 64), "f4"),
+                }
+            },
+            "tensor 'blk.0.attn_q.weight' has 8 rows, and 4 heads of 16 dimensions have 64",
+        ),
         (
             "llama",
             lambda w: w.add_float32("llama.rope.scaling.factor", 0.5),
@@ -637,7 +664,12 @@ def test_a_gguf_with_impossible_lengths_is_refused_before_it_is_read(tmp_path):
     refused(matrix, 4, 2**62, 8, "tensor 'token_embd.weight' of shape .* does not fit")
     refused(matrix, 4, 0, 8, "tensor 'token_embd.weight' has the shape .0, 320")
     refused(matrix, 20, 77, 4, "tensor 'token_embd.weight' is stored as type 77")
-    refused(matrix, 24, 2**62, 8, "tensor 'token_embd.weight' of shape .* does not fit")
+    refused(matrix, 24, 64, 8, "tensor 'token_embd.weight' begins at byte 64 of the tensors, in place of 0")
+    path = write_gguf(path, "llama", lambda writer: writer.add_uint32("general.alignment", 32))
+    right, alignment = path.read_bytes(), b"general.alignment"
+    refused(alignment, 4, 48, 4, "'general.alignment' is no power of two in 32 bits")
+    refused(alignment, 0, 6, 4, "'general.alignment' is no power of two in 32 bits")
+    refused(alignment, 4, 2**20, 4, "tensor .* begins at byte .* in place of 1,048,576")
 
 
 @pytest.mark.parametrize(

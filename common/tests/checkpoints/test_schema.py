@@ -70,6 +70,8 @@ def test_rotary_settings_of_all_ages(place):
     assert (ours.rope_theta, ours.rope_scaling) == (9.0, {"rope_type": "linear", "factor": 4.0})
     assert check_config({**LLAMA, place: {"type": "yarn", "factor": 4}}).max_position_embeddings == 4 * 2048
     assert check_config({**LLAMA, place: {"type": "dynamic", "factor": 2}}).max_position_embeddings == 2 * 2048
+    ours = check_config({**LLAMA, "original_max_position_embeddings": 32, place: LLAMA3})  # 64; transformers takes 32
+    assert ours.rope_scaling["original_max_position_embeddings"] == 32
 
 
 def test_windows_by_layer():
@@ -109,6 +111,7 @@ IMPOSSIBLE = [
     ("rope_scaling", {**LLAMA3, "low_freq_factor": 4.0}),
     ("rope_scaling", {"rope_type": "longrope", "short_factor": [1, 1], "long_factor": [1]}),
     ("rope_scaling", {"rope_type": "longrope", "short_factor": [1, "1"], "long_factor": [1, 2]}),
+    ("rope_scaling", {"rope_type": "longrope", "short_factor": [1, 1], "long_factor": [1e-300, 2]}),
 ]  # fmt: skip
 
 
@@ -133,6 +136,13 @@ def test_a_weight_of_whole_numbers_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     save_file({"model.norm.weight": torch.ones(4, dtype=torch.int16)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model.safetensors: tensor 'model.norm.weight' is stored as I16"):
+        Checkpoint(tmp_path)
+
+
+def test_a_name_that_would_write_on_the_terminal_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    save_file({"model.\x1b[31mnorm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: 'model.\\x1b\[31mnorm.weight' is no name"):
         Checkpoint(tmp_path)
 
 

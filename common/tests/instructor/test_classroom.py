@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -430,14 +432,25 @@ def graded(submission: Submission, out: Path, lesson=BASICS):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """What never ends is ended after 3 seconds."""
-    monkeypatch.setattr(sandbox.SandboxedWorker, "patience", 0.3)
-    monkeypatch.setattr(sandbox, "GONE_SECONDS", 1.0)
+def graded_soon(monkeypatch):
+    """Grades as `graded` does, and ends after 3 seconds what never ends: the answers to the exercises `endless`. Where
+    the machine is so busy that other answers take as long, all get more time.
+    """
+    monkeypatch.setattr(sandbox, "GONE_SECONDS", 2.0)
+
+    def grade(submission: Submission, out: Path, endless: set[str], lesson=BASICS):
+        for patience in (0.3, 1.5, 7.5):
+            monkeypatch.setattr(sandbox.SandboxedWorker, "patience", patience)
+            found = graded(submission, out, lesson)
+            if {result.id for result in found.results if not result.certain} <= endless:
+                break
+        return found
+
+    return grade
 
 
 @pytest.fixture(params=["sandbox", "no sandbox"])
-def walls(request, impatient, monkeypatch):
+def walls(request, monkeypatch):
     """Both with bubblewrap and without it."""
     if request.param == "no sandbox":
         monkeypatch.setattr(sandbox, "has_bubblewrap", lambda: False)
@@ -446,11 +459,22 @@ def walls(request, impatient, monkeypatch):
     return request.param
 
 
+def test_without_bubblewrap_the_first_line_says_what_is_not_prevented(monkeypatch):
+    monkeypatch.setattr(sandbox, "has_bubblewrap", lambda: False)
+    for path, why in ((None, "there is no bubblewrap"), ("/usr/bin/bwrap", "may not make namespaces here")):
+        monkeypatch.setattr(sandbox.shutil, "which", lambda name, path=path: path)
+        assert f"{why}): time and memory are limited, but a submission could read and write" in sandbox.walls()
+        assert "leave processes behind" in sandbox.walls()
+    monkeypatch.setattr(sandbox, "has_bubblewrap", lambda: True)
+    assert sandbox.walls().startswith("Each submission runs in a bubblewrap sandbox: no network")
+
+
 @pytest.mark.slow(20)
-def test_attacks_on_the_grader_fail_and_are_told(impatient, tmp_path):
+def test_attacks_on_the_grader_fail_and_are_told(graded_soon, tmp_path):
     attacks = {id: each for id, each in ATTACKS.items() if id != "1.12"}
     bodies = {"e" + id.partition(".")[2]: attack.body for id, attack in attacks.items()}
-    found = graded(hand_in(tmp_path, "mallory", top=YES, **bodies), tmp_path)
+    endless = {id for id, attack in attacks.items() if "endless loop" in attack.said}
+    found = graded_soon(hand_in(tmp_path, "mallory", top=YES, **bodies), tmp_path, endless)
     results = {result.id: result for result in found.results}
     review = "\n".join(found.review)
     for id, attack in attacks.items():
@@ -560,9 +584,9 @@ REPLACEMENTS = {  # each for its own values alone: other comparisons stay right
 
 
 @pytest.mark.slow(20)
-def test_attacks_on_the_grader_that_replace_what_it_compares_with(impatient, tmp_path):
+def test_attacks_on_the_grader_that_replace_what_it_compares_with(graded_soon, tmp_path):
     bodies = {"e" + id.partition(".")[2]: body for id, (_, body) in REPLACEMENTS.items()}
-    found = graded(hand_in(tmp_path, "mallory", top=OWN, **bodies), tmp_path)
+    found = graded_soon(hand_in(tmp_path, "mallory", top=OWN, **bodies), tmp_path, set())
     results, review = {result.id: result for result in found.results}, "\n".join(found.review)
     for id, (name, _) in REPLACEMENTS.items():
         assert results[id].status == "wrong" and name in results[id].sentence, (name, results[id])
@@ -591,25 +615,34 @@ def test_processes_are_started_by_given_code_only(tmp_path):
     assert {each.status for each in results.values()} <= {"passed", "waiting"}, results
 
 
+def is_worker(process: psutil.Process) -> bool:
+    return "common.instructor.guard" in (process.info["cmdline"] or [])
+
+
+def starter(process: psutil.Process) -> int:
+    """The Python process that has started a worker of the grader; this one, if the other is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in process.parents():
+            command = each.cmdline()
+            if command and "python" in os.path.basename(command[0]) and "common.instructor.guard" not in command:
+                return each.pid
+    return os.getpid()
+
+
 def left_behind() -> list[psutil.Process]:
-    """Workers of the grader, and what they have forked, but for those of tests that run beside this one."""
-    own = psutil.Process()
-    beside = [each for each in own.parent().children() if each.pid != own.pid]
-    theirs = {child.pid for each in beside if each.is_running() for child in each.children(recursive=True)}
+    """Workers of the grader, and what they have forked, but for those of other processes, which may be grading too."""
     running = psutil.process_iter(["cmdline"])
-    return [
-        each for each in running if "common.instructor.guard" in (each.info["cmdline"] or []) and each.pid not in theirs
-    ]
+    return [each for each in running if is_worker(each) and starter(each) == os.getpid()]
 
 
 @pytest.mark.slow
-def test_attacks_on_the_machine_stay_inside(walls, tmp_path):
+def test_attacks_on_the_machine_stay_inside(walls, graded_soon, tmp_path):
     """What they would leave behind is not there; and the answers beside them are graded all the same."""
     secret, grade_file = tmp_path / "other" / "intro.py", tmp_path / "grades.csv"
     secret.parent.mkdir()
     secret.write_text("another student's work")
     leak = tmp_path / "leak"
-    found = graded(
+    found = graded_soon(
         hand_in(
             tmp_path,
             "mallory",
@@ -625,6 +658,7 @@ def test_attacks_on_the_machine_stay_inside(walls, tmp_path):
             e7="while True:\n    print('x' * 10000)",
         ),
         tmp_path,
+        {"0.1", "0.7"},
         INTRO,
     )
     results = {result.id: result for result in found.results}
@@ -637,10 +671,10 @@ def test_attacks_on_the_machine_stay_inside(walls, tmp_path):
     if walls == "sandbox":  # without it only the instructor's own account protects these, as `walls()` warns
         assert not leak.exists() and not grade_file.exists()
         assert "FileNotFoundError" in results["0.5"].sentence
-    deadline = time.monotonic() + 10  # a process that was killed takes a moment to go
-    while left_behind() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60  # a process that was killed takes a moment to go
+    while (left := left_behind()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert left_behind() == []
+    assert left == []
 
 
 # --- what is written down --------------------------------------------------------------------------------------------
@@ -667,18 +701,21 @@ def test_grading_can_be_interrupted_and_goes_on(tmp_path):
     ]
     command += ["--lessons", "0", "--jobs", "1"]
     environment = {**os.environ, "COURSE_PYTHON": "here", "COLUMNS": "120"}
-    running = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out/state/*/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=60)
+    for _ in range(5):  # the last module may be graded before the signal arrives
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        running = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        while not list(tmp_path.glob("out/state/*/*.json")) and running.poll() is None:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        output, _ = running.communicate(timeout=120)
+        first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/state/*/*.json")}
+        if len(first) < 3:
+            break
     assert running.returncode == 130 and "nothing is lost" in output
-    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/state/*/*.json")}
     assert 1 <= len(first) < 3
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"already graded: {len(first)}." in again.stdout
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in first.items())

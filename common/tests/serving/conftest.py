@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import socket
 import threading
 import time
 
@@ -31,19 +33,17 @@ def serving(engine, tenants=None, template: str | None = TEMPLATE, **options):
     config = uvicorn.Config(
         create_app(server), "127.0.0.1", 0, log_level="warning", access_log=False, timeout_graceful_shutdown=20
     )
-    socket = config.bind_socket()
+    listening = config.bind_socket()
     runner = uvicorn.Server(config)
-    thread = threading.Thread(target=runner.run, kwargs={"sockets": [socket]}, daemon=True)
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
-    while not runner.started and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: runner.started or not thread.is_alive())
     try:
-        yield f"http://127.0.0.1:{socket.getsockname()[1]}", server
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", server
     finally:
         runner.should_exit = True
-        thread.join(30)
-        socket.close()
+        thread.join(120)
+        listening.close()
 
 
 def make_engine(**options):
@@ -73,7 +73,7 @@ def client(url):
         yield found
 
 
-def eventually(condition, seconds: float = 30.0) -> None:
+def eventually(condition, seconds: float = 120.0) -> None:
     """Wait until a condition holds; fail if it does not within these seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -88,7 +88,7 @@ def held(engine):
 
     def waiting():
         if has_begun.is_set():
-            release.wait(60)
+            release.wait(600)
         has_begun.set()
         return step()
 
@@ -98,6 +98,25 @@ def held(engine):
     finally:
         engine.step = step
         release.set()
+
+
+def accepts(port: int) -> bool:
+    """Whether a connection to this port of this machine is accepted."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+async def begin(port: int, body: dict):
+    """Ask for a streamed completion. Returns once its first event has come, with the task that reads the rest."""
+    from common.bench.serving import Answer, complete
+
+    asked = asyncio.create_task(complete(port, body, answer=(answer := Answer())))
+    while not answer.received:
+        await asyncio.sleep(0.001)
+        if asked.done():
+            asked.result()
+    return asked
 
 
 def is_empty(engine) -> bool:

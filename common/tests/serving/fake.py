@@ -97,9 +97,11 @@ class Handler(BaseHTTPRequestHandler):
         with fake.counted():
             try:
                 self.send(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}}])
-                for piece in pieces:
+                for number, piece in enumerate(pieces):
+                    if number == 10:
+                        fake.goes_on.wait(600)
                     self.send(choices=[{"index": 0, "delta": {"content": piece}}])
-                    time.sleep(fake.seconds_per_word)
+                    time.sleep(0.02)
                 if wish == "late error":
                     self.send(error={"message": "the engine has stopped.", "code": 500})
                 if wish in ("break", "late error"):
@@ -119,7 +121,8 @@ class FakeServer:
 
     def __init__(self, key: str | None = None):
         self.key = key
-        self.seconds_per_word = 0.02
+        self.goes_on = threading.Event()  # until it is set, longer answers stop before their eleventh word
+        self.goes_on.set()
         self.bodies: list[dict] = []
         self.num_streams = self.most_streams = self.num_aborted = 0
         self.lock = threading.Lock()
@@ -133,6 +136,7 @@ class FakeServer:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.goes_on.set()
         self.server.shutdown()
         self.server.server_close()
 

@@ -11,7 +11,7 @@ pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 
 from common.course import ROOT  # noqa: E402
-from common.tests.serving.conftest import eventually, make_engine, serving  # noqa: E402
+from common.tests.serving.conftest import eventually, held, make_engine, serving  # noqa: E402
 
 PARTS = ("request_prefill_time", "request_decode_time")
 PROMPT = "There was once a thoughtful toad. " * 8
@@ -31,7 +31,7 @@ def read(url: str) -> dict[str, float]:
 
 
 def test_what_is_counted():
-    with serving(make_engine(speculative="tales-draft", adaptive_speculation=False)) as (url, _):
+    with serving(make_engine(speculative="tales-draft", adaptive_speculation=False)) as (url, server):
         before = read(url)
         assert before["num_requests_running"] == before["kv_cache_usage_perc"] == before["generation_tokens_total"] == 0
         body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "ignore_eos": True}
@@ -51,7 +51,10 @@ def test_what_is_counted():
         assert after["request_generation_tokens_bucket 20.0"] == 2 == after["request_prompt_tokens_count"]
 
         body = {**body, "max_tokens": 800, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        with (
+            held(server.loop.engine),
+            httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response,
+        ):
             lines = response.iter_lines()
             next(lines)
             during = read(url)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 
 from common.tests.browser import PHONE, WIDE, chromium, expect  # noqa: F401  (the fixture `browser`)
+from common.tests.serving.conftest import eventually
 from common.tests.serving.fake import FakeServer
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,7 @@ def server():
 def page(browser, server):
     """The page, just opened. It must not fetch anything from elsewhere, and no script may fail."""
     context = browser.new_context(viewport=WIDE)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(120_000)
     page = context.new_page()
     failures: list[str] = []
     page.on("pageerror", lambda error: failures.append(str(error)))
@@ -34,7 +34,7 @@ def page(browser, server):
     assert failures == []
 
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=120_000)
 
 
 def send(pane, text: str) -> None:
@@ -49,9 +49,13 @@ def answers(place):
 def test_two_conversations_are_answered_at_once(page, server) -> None:
     page.get_by_role("button", name="+ Beside").click()
     first, second = page.locator(".pane").all()
+    server.goes_on.clear()
     send(first, "60")
     send(second, "60")
     expect(page.locator("[aria-busy=true]")).to_have_count(2)
+    expect(answers(first)).to_contain_text("word9")
+    expect(answers(second)).to_contain_text("word9")
+    server.goes_on.set()
     expect(answers(first)).to_contain_text("word59")
     expect(answers(second)).to_contain_text("word59")
     assert server.most_streams == 2
@@ -74,18 +78,18 @@ def test_one_question_goes_to_all_and_no_draft_is_lost(page, server) -> None:
 
 
 def test_an_answer_is_stopped_and_asked_for_again(page, server) -> None:
+    server.goes_on.clear()
     send(page, "400")
     expect(answers(page)).to_contain_text("word5 ")
     page.keyboard.press("Escape")
     expect(answers(page)).to_contain_text("stopped")
     expect(answers(page)).to_contain_text("word5 ")
-    for _ in range(100):
-        if server.num_aborted:
-            break
-        time.sleep(0.05)
-    assert server.num_aborted == 1
+    server.goes_on.set()
+    eventually(lambda: server.num_aborted == 1)
     server.bodies.clear()
+    server.goes_on.clear()
     page.get_by_role("button", name="Regenerate").click()
+    eventually(lambda: server.bodies)
     page.get_by_role("button", name="Stop").click()
     expect(answers(page)).to_have_count(1)
     assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "400"}]]
@@ -99,6 +103,7 @@ def test_a_reload_loses_nothing(page, server) -> None:
     page.get_by_label("temperature").fill("1.5")
     page.get_by_role("button", name="+ Beside").click()
     second = page.locator(".pane").nth(1)
+    server.goes_on.clear()
     send(second, "400")
     expect(answers(second)).to_contain_text("word5 ")
     second.get_by_label("Message", exact=True).fill("not sent yet")
@@ -237,6 +242,36 @@ def test_nothing_overflows_or_is_out_of_reach(page, size) -> None:
         for button in pane.get_by_role("button").all():
             if button.is_visible():
                 button.click(trial=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(360, 640), (640, 400), (320, 256)], ids=["narrow", "zoom of 200 %", "zoom of 400 %"])
+def test_a_narrow_or_enlarged_page_scrolls_only_down_and_by_keyboard(page, size, scheme) -> None:
+    """1280 x 800 at 200 % is a window of 640 x 400; 1280 x 1024 at 400 % one of 320 x 256 (WCAG 1.4.10)."""
+    width, height = size
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": height})
+    send(page, "markup")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+    page.locator("summary").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("seed")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    names = set()
+    measure = "e => { const b = e.getBoundingClientRect(); return [b.top, b.bottom, b.left, b.right]; }"
+    page.evaluate("document.activeElement.blur()")
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        focused = page.locator(":focus")
+        if focused.count():
+            names.add(focused.evaluate("e => e.textContent.trim() || e.ariaLabel || e.name"))
+            top, bottom, left, right = focused.evaluate(measure)
+            shown = min(bottom, height) - max(top, 0)
+            assert shown >= min(bottom - top, 20) - 1 and left >= 0 and right <= width, (
+                f"the last of {names} is not seen"
+            )
+    assert {"Chats", "+ Beside", "Edit", "Regenerate", "Send", "seed"} <= names
+    assert page.locator(".messages").bounding_box()["height"] >= 50
 
 
 def test_everything_is_reached_with_the_tabulator(page) -> None:

@@ -19,7 +19,10 @@ from common.course import ROOT
 from common.tests.serving.conftest import make_engine
 
 IP = shutil.which("ip") or "/usr/sbin/ip"
-HERE, THERE = "198.18.77.1", "198.18.77.2"  # of a range that is for tests
+NUMBER = os.getpid() % 10_000  # another run of this test may be beside this one: its names, addresses and port differ
+HERE, THERE = (f"198.18.{NUMBER // 64}.{NUMBER % 64 * 4 + host}" for host in (1, 2))  # of a range that is for tests
+PORT = 20_000 + NUMBER  # below those that Linux hands out
+CABLE = f"here-{NUMBER}"
 OPTIONS = ("--model", "tales", "--tensor-parallel", "2", "--dtype", "float64", "--threads", "1", "--timeout", "10")
 
 
@@ -29,22 +32,22 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def second_machine() -> Iterator[str]:
-    """A network namespace with one interface, `there`, whose other end is `here`. Yields its name."""
+    """A network namespace with one interface, `there`, whose other end is CABLE. Yields its name."""
     name = f"there-{os.getpid()}"
     try:
         ip("netns", "add", name)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs the right to make a network namespace (root), and ip from the package iproute2")
     try:
-        ip("link", "add", "here", "type", "veth", "peer", "name", "there", "netns", name)
-        ip("address", "add", f"{HERE}/30", "dev", "here")
+        ip("link", "add", CABLE, "type", "veth", "peer", "name", "there", "netns", name)
+        ip("address", "add", f"{HERE}/30", "dev", CABLE)
         ip("-n", name, "address", "add", f"{THERE}/30", "dev", "there")
-        ip("link", "set", "here", "up")
+        ip("link", "set", CABLE, "up")
         for interface in ("lo", "there"):
             ip("-n", name, "link", "set", interface, "up")
         yield name
     finally:
-        subprocess.run([IP, "link", "delete", "here"], capture_output=True)  # the cable; it may not be there yet
+        subprocess.run([IP, "link", "delete", CABLE], capture_output=True)  # the cable; it may not be there yet
         ip("netns", "delete", name)
 
 
@@ -58,7 +61,7 @@ def worker(namespace: str, launcher: list[str]) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait(40)
+        process.wait(120)
 
 
 @pytest.mark.slow
@@ -67,15 +70,15 @@ def test_two_machines_serve_as_one_and_a_cable_that_is_pulled_ends_it(second_mac
 
     with make_engine(dtype="float64") as engine:
         [expected] = engine.generate(["There was once a"], SamplingParams(max_tokens=24))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "here")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", CABLE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    launcher += ["--master-addr", HERE, "--master-port", "29511"]
+    launcher += ["--master-addr", HERE, "--master-port", str(PORT)]
     body = {"prompt": "There was once a", "max_tokens": 24, "temperature": 0}
     with (
         worker(second_machine, launcher),
         running_server(*OPTIONS, prefix=[*launcher, "--node-rank", "0"]) as server,
     ):
         assert asyncio.run(complete(server.port, body)).text == expected.text
-        ip("link", "set", "here", "down")
+        ip("link", "set", CABLE, "down")
         with pytest.raises(RuntimeError, match="the engine has stopped"):
-            asyncio.run(asyncio.wait_for(complete(server.port, body), 60))
+            asyncio.run(asyncio.wait_for(complete(server.port, body), 180))

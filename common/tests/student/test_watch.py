@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 
@@ -162,7 +161,6 @@ def test_a_spare_worker_does_what_another_would(lesson):
     finally:
         spare.close()
     idle = Spare()
-    start = time.monotonic()
     idle.close()
-    assert time.monotonic() - start < 5 and idle.process.poll() is not None
+    assert idle.process.poll() is not None
     assert isinstance(idle, Worker)

@@ -44,7 +44,7 @@ def open_page(browser, tmp_path):
         context = browser.new_context(viewport=size, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: failures.append(str(error)))
         page.on("request", lambda request: request.url.startswith(("file:", "data:")) or failures.append(request.url))
         page.goto(html.as_uri())
@@ -57,7 +57,7 @@ def open_page(browser, tmp_path):
     assert failures == []
 
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=120_000)
 
 
 def settle(page) -> None:
