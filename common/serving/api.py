@@ -119,6 +119,9 @@ def add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest) -> protocol.DetokenizeResponse:
         server.check_model(body.model)
+        size = server.config.model_config.vocab_size
+        if wrong := [token_id for token_id in body.tokens if token_id >= size]:
+            raise ApiError(400, f"tokens has token id {wrong[0]}; the vocabulary ends at {size - 1}.", param="tokens")
         return protocol.DetokenizeResponse(prompt=server.tokenizer.decode(body.tokens))
 
     @app.get("/health", response_class=Response)

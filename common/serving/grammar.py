@@ -124,7 +124,10 @@ class Grammar:
 
 
 def json_grammar(schema: dict[str, Any] | str) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    except ValueError as error:
+        raise ValueError(f"The JSON schema cannot be used: {error}") from None
 
 
 def grammar_of(body: SamplingBody) -> str | None:

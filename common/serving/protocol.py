@@ -78,7 +78,7 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | str | bool | None = Field(None, alias="json", description="a JSON schema")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: list[str] | None = Field(None, min_length=1)
     grammar: str | None = Field(None, description="a grammar in the Lark syntax of llguidance")
     json_object: bool | None = None
 

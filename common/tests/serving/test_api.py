@@ -287,9 +287,24 @@ def test_tokenize_and_back(url, served):
     assert found["tokens"] == served[1].tokenizer.encode(PROMPT) and found["count"] == len(found["tokens"])
     assert found["max_model_len"] == 1024 and "".join(found["token_strs"]) == "<s> " + PROMPT
     assert httpx.post(f"{url}/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": PROMPT}
+    answer = httpx.post(f"{url}/detokenize", json={"tokens": [5, 1024]})
+    assert answer.status_code == 400 and "token id 1024" in answer.json()["error"]["message"]
     chat = httpx.post(f"{url}/tokenize", json={"messages": MESSAGES}).json()["tokens"]
     text = served[1].tokenizer.apply_chat_template(MESSAGES)
     assert chat == served[1].tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"choice": []}, "structured_outputs.choice: List should have at least 1 item"),
+        ({"json": "{"}, "The JSON schema cannot be used: EOF"),
+        ({"json": False}, "The JSON schema cannot be used: "),
+    ],
+)
+def test_a_grammar_that_says_nothing_is_named(url, asked, message):
+    answer = httpx.post(f"{url}/v1/completions", json={"prompt": PROMPT, "structured_outputs": asked})
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message)
 
 
 def test_health_version_and_the_openapi_page(url):
