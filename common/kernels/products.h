@@ -11,6 +11,7 @@
 namespace inference_course {
 
 constexpr int WIDE = LANES == 16 ? 2 : 1;  // panels at a time: TILE rows' sums with all of them fit into the registers
+constexpr int UNROLLED = LANES == 16 ? 1 : 4;  // by 4 gcc 12 stores AVX512's sums of words to memory in every step
 constexpr int64_t SLICE = WIDE == 1 ? 256 : 576;  // at most so many inputs of a panel stay in the first cache for many rows
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
 constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers, for weights that become floats
@@ -75,7 +76,7 @@ inline void times_words(const void* rows, int64_t stride, const void* panels, in
   decltype(Kind::read(panel)) w[PARTS<P>];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < PARTS<P>; ++i) s[r][i] = load<Sum>(sums + r * PANEL + place(i, sums_apart));
-#pragma GCC unroll 1  // unrolled by 4, gcc 12 stores each sum of whole numbers or bfloat16 to memory in every step
+#pragma GCC unroll UNROLLED
   for (int64_t k = 0; k < count; ++k) {
     for (int i = 0; i < P; ++i) fetch(panel + i * apart + k * SIZE + ahead);
     for (int i = 0; i < PARTS<P>; ++i) keep(w[i] = Kind::read(panel + k * SIZE + place(i, apart, Kind::BYTES)));
