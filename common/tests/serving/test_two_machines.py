@@ -23,7 +23,7 @@ NUMBER = os.getpid() % 10_000  # another run of this test may be beside this one
 HERE, THERE = (f"198.18.{NUMBER // 64}.{NUMBER % 64 * 4 + host}" for host in (1, 2))  # of a range that is for tests
 PORT = 20_000 + NUMBER  # below those that Linux hands out
 CABLE = f"here-{NUMBER}"
-OPTIONS = ("--model", "tales", "--tensor-parallel", "2", "--dtype", "float64", "--threads", "1", "--timeout", "10")
+OPTIONS = ("--model", "tales", "--dtype", "float64", "--threads", "1", "--timeout", "10")
 
 
 def ip(*arguments: str) -> None:
@@ -52,9 +52,9 @@ def second_machine() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def worker(namespace: str, launcher: list[str]) -> Iterator[None]:
+def worker(namespace: str, launcher: list[str], options: tuple[str, ...]) -> Iterator[None]:
     """The second machine's rank. Its launcher ends it when it is ended itself."""
-    command = [IP, "netns", "exec", namespace, *launcher, "--node-rank", "1", "-m", "common", "serve", *OPTIONS]
+    command = [IP, "netns", "exec", namespace, *launcher, "--node-rank", "1", "-m", "common", "serve", *options]
     environment = {**os.environ, "COURSE_PYTHON": "here", "GLOO_SOCKET_IFNAME": "there"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -65,7 +65,8 @@ def worker(namespace: str, launcher: list[str]) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_two_machines_serve_as_one_and_a_cable_that_is_pulled_ends_it(second_machine, monkeypatch) -> None:
+@pytest.mark.parametrize("parallel", ["--tensor-parallel", "--pipeline-parallel"])
+def test_two_machines_serve_as_one_and_a_cable_that_is_pulled_ends_it(second_machine, monkeypatch, parallel) -> None:
     from solutions.llama_pytorch import SamplingParams
 
     with make_engine(dtype="float64") as engine:
@@ -73,10 +74,11 @@ def test_two_machines_serve_as_one_and_a_cable_that_is_pulled_ends_it(second_mac
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", CABLE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launcher += ["--master-addr", HERE, "--master-port", str(PORT)]
+    options = (*OPTIONS, parallel, "2")
     body = {"prompt": "There was once a", "max_tokens": 24, "temperature": 0}
     with (
-        worker(second_machine, launcher),
-        running_server(*OPTIONS, prefix=[*launcher, "--node-rank", "0"]) as server,
+        worker(second_machine, launcher, options),
+        running_server(*options, prefix=[*launcher, "--node-rank", "0"]) as server,
     ):
         assert asyncio.run(complete(server.port, body)).text == expected.text
         ip("link", "set", CABLE, "down")
