@@ -419,15 +419,21 @@ class PagedKVCache:
     Methods take a layer's index in the whole model. A model with a part of the heads gets a cache for that part.
     """
 
-    stored_dtype: torch.dtype | None = None  # None: that of the weights, in which keys and values are written and read
+    stored_dtype: torch.dtype | None = None  # None: the one in which keys and values are written and read
 
     def __init__(
-        self, model: Llama, num_blocks: int, block_size: int, num_host_blocks: int = 0, layers: range | None = None
+        self,
+        model: Llama,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int = 0,
+        layers: range | None = None,
+        dtype: torch.dtype | None = None,  # None: that of the norms, which compiled kernels keep in float32
     ):
         self.layers = layers or range(model.config.num_hidden_layers)
         self.block_size = block_size
         attention, weight = model.model.layers[self.layers.start].self_attn, model.model.norm.weight
-        self.dtype = weight.dtype
+        self.dtype = dtype or weight.dtype
         dtype = self.stored_dtype or self.dtype
         num_kv_heads = attention.k_proj.out_features // attention.head_dim
         shape = (len(self.layers), num_blocks, block_size, num_kv_heads, attention.head_dim)

@@ -150,7 +150,7 @@ def make_cache(config: EngineConfig, model: Llama, layers: range, kv_cache_dtype
     kind = PagedKVCache
     if kv_cache_dtype == "int8":
         from solutions.quantization import Int8KVCache as kind
-    return kind(model, config.num_blocks, config.block_size, config.num_host_blocks, layers)
+    return kind(model, config.num_blocks, config.block_size, config.num_host_blocks, layers, config.dtype)
 
 
 def build_runner(config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
