@@ -20,7 +20,6 @@ from common.workers.calls import find
 
 READY = "ready"
 LOADED, REFUSED, UNCLEAR = "loaded", "refused", "unclear"
-LONGEST_REFUSAL = 1000  # characters: a sentence, and no dump of the file
 PROMPT = "the cat <|im_start|> \U0001f680"
 
 
@@ -82,8 +81,7 @@ def outcome(action: Callable[[], None], place: str) -> dict[str, Any]:
     except CheckpointError as error:
         says = str(error)
         is_named = place in says or says.startswith("config.json: ")
-        is_clear = is_named and len(says.replace(place, "")) < LONGEST_REFUSAL
-        return {"outcome": REFUSED if is_clear else UNCLEAR, "says": says.replace(place, "")}
+        return {"outcome": REFUSED if is_named else UNCLEAR, "says": says.replace(place, "")}
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a library in Rust may raise one that is no Exception
