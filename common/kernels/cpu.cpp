@@ -13,6 +13,7 @@
 #include <omp.h>
 #endif
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <vector>
@@ -167,10 +168,11 @@ struct AttentionLayer : Layer {
     at::Tensor result = at::empty_like(hidden);
     const Floats normed(T * H), projected(T * width), mixed(T * mixed_width);
     Input before(qkv, T), after(o, T);
-    std::vector<std::array<int64_t, 3>> items;  // request, key/value head, first token: the longest contexts first
+    std::vector<std::array<int64_t, 3>> items;  // request, key/value head, first token
     for (int64_t r = 0; r < requests; ++r)
       for (int64_t t = start[r]; t < start[r + 1]; t += QUERIES)
         for (int64_t head = 0; head < kv_heads; ++head) items.push_back({r, head, t});
+    std::reverse(items.begin(), items.end());  // the longest contexts of a prompt first: no thread waits long for the last one
     const int64_t num_items = items.size();
     const Division parts(qkv, T, qkv.panels(), threads()), out_parts(o, T, o.panels(), threads());
     const Residual finish{add_hidden ? x : nullptr, result.data_ptr<float>(), o.N};

@@ -12,7 +12,7 @@ namespace inference_course {
 
 constexpr int WIDE = LANES == 16 ? 2 : 1;  // panels at a time: TILE rows' sums with all of them fit into the registers
 constexpr int UNROLLED = LANES == 16 ? 1 : 4;  // by 4 gcc 12 stores AVX512's sums of words to memory in every step
-constexpr int64_t SLICE = WIDE == 1 ? 256 : 576;  // at most so many inputs of a panel stay in the first cache for many rows
+constexpr int64_t SLICE = WIDE == 1 ? 256 : 576;  // inputs of a panel, at most, that stay in the first or second cache
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
 constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers, for weights that become floats
 constexpr int OCT_TILE = LANES == 16 ? TILE : 4;  // rows of W4A8 whose sums fit into the registers
@@ -291,7 +291,7 @@ inline int64_t slice_size(int64_t all, int64_t unit = 1) {
 }
 
 // The sums of `rows` <= CHUNK rows from `first` on with P panels, the next one `apart` panels further, scale and bias
-// applied. bias: (N), or nullptr. sums: (P, CHUNK, 16). A slice of the panels stays in the first cache for all rows.
+// applied. bias: (N), or nullptr. sums: (P, CHUNK, 16). A slice of the panels stays in a cache for all rows.
 template <int P>
 inline void times_panels(const Linear& w, const float* bias, const Rows& x, int64_t first, int64_t rows, int64_t panel,
                          int64_t apart, float* sums) {
