@@ -263,7 +263,7 @@ def fetched(folder: Path) -> Version | None:
         print(f"Nothing new: {name} is what you have.")
         return None
     git("archive", f"--output={folder / 'new.tar'}", target)
-    shutil.unpack_archive(folder / "new.tar", folder / "new", filter="data")
+    unpack(folder / "new.tar", folder / "new")
     before, after = (set(names("ls-tree", "-r", "--name-only", commit)) for commit in (base, target))
     modules = module_paths(list(before))
     skeletons = {path: git("show", f"{base}:{path}") for path in modules}
@@ -320,15 +320,26 @@ def move_branch(commit: str, paths: list[str]) -> None:
 # --- A new version as a download --------------------------------------------------------------------------------------
 
 
+def unpack(archive: Path, folder: Path) -> None:
+    """The files of an archive, of a tar only plain ones within the folder. Python 3.11.3 and older have no filter."""
+    if not tarfile.is_tarfile(archive):
+        return shutil.unpack_archive(archive, folder)
+    with tarfile.open(archive) as tar:
+        plain = [member for member in tar if member.isfile() or member.isdir()]
+        for member in plain:
+            if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
+                raise tarfile.ExtractError(f"{member.name} would lie elsewhere")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(folder, plain)
+
+
 def downloaded(source: Path, folder: Path) -> Version:
     """The version in an archive or a folder. Files that it has not are left alone."""
     if not source.exists():
         raise CourseError(f"FROM={source}: there is no such file or folder.")
     if not source.is_dir():
         try:
-            shutil.unpack_archive(
-                source, folder / "new", **({} if source.suffix.lower() == ".zip" else {"filter": "data"})
-            )
+            unpack(source, folder / "new")
         except (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
             raise CourseError(f"{source} cannot be unpacked: {error}. Nothing was changed.") from None
     found = folder / "new" if (folder / "new").exists() else source

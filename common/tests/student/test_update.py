@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -383,11 +384,14 @@ def test_what_is_no_new_version_of_the_course_is_refused(download, mine, tmp_pat
     (tmp_path / "empty").mkdir()
     whole = Path(shutil.make_archive(str(tmp_path / "whole"), "gztar", tmp_path / "new")).read_bytes()
     (tmp_path / "half.tar.gz").write_bytes(whole[: len(whole) // 2])
+    with tarfile.open(tmp_path / "outside.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "broken.zip", "../outside.txt")
     download.answer("1.1", "return 'theirs'")
     for name, told in {
         "missing.zip": "no such file",
         "broken.zip": "cannot be unpacked",
         "half.tar.gz": "cannot be unpacked",
+        "outside.tar.gz": "outside.txt would lie elsewhere",
         "empty": "does not hold the course",
         "mine": "this very copy",
         "new": "somebody has worked: llm_basics.py",
