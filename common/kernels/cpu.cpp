@@ -172,7 +172,7 @@ struct AttentionLayer : Layer {
     for (int64_t r = 0; r < requests; ++r)
       for (int64_t t = start[r]; t < start[r + 1]; t += QUERIES)
         for (int64_t head = 0; head < kv_heads; ++head) items.push_back({r, head, t});
-    std::reverse(items.begin(), items.end());  // the longest contexts of a prompt first: no thread waits long for the last one
+    std::reverse(items.begin(), items.end());  // a prompt's longest contexts first: no thread waits for a long last one
     const int64_t num_items = items.size();
     const Division parts(qkv, T, qkv.panels(), threads()), out_parts(o, T, o.panels(), threads());
     const Residual finish{add_hidden ? x : nullptr, result.data_ptr<float>(), o.N};

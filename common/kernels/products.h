@@ -397,11 +397,10 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
 // A product divided among threads: parts of some rows times some panels. Those of the same rows follow each other, so that
 // the rows stay in the second cache. Several turns for each thread: one that other processes hold up is helped.
 struct Division {
-  int64_t rows, panels, chunk, step, parts_of_a_chunk, size;
+  int64_t panels, chunk, step, parts_of_a_chunk, size;
 
   Division(const Linear& w, int64_t rows, int64_t panels, int64_t threads)
-      : rows(rows), panels(panels),
-        chunk(std::clamp<int64_t>(CACHED / w.K / TILE * TILE, 2 * TILE, CHUNK) / w.planes()) {
+      : panels(panels), chunk(std::clamp<int64_t>(CACHED / w.K / TILE * TILE, 2 * TILE, CHUNK) / w.planes()) {
     const int64_t unit = rows > TILE ? WIDE : 1;  // with few rows memory counts, and more parts take longer to read
     step = std::max<int64_t>(1, panels / (6 * threads * unit)) * unit;
     parts_of_a_chunk = (panels + step - 1) / step;
@@ -415,7 +414,7 @@ template <int COUNT, typename Done>
 inline void product(const Linear& w, const float* bias, const Rows& x, const Division& parts, int64_t part, int64_t apart,
                     Done done) {
   float sums[std::max(COUNT, WIDE) * CHUNK * PANEL];
-  const int64_t first = part / parts.parts_of_a_chunk * parts.chunk, rows = std::min(parts.chunk, parts.rows - first);
+  const int64_t first = part / parts.parts_of_a_chunk * parts.chunk, rows = std::min(parts.chunk, x.count - first);
   const int64_t begin = part % parts.parts_of_a_chunk * parts.step, end = std::min(begin + parts.step, parts.panels);
   for (int64_t panel = begin; panel < end; ++panel) {
     if (COUNT < WIDE && panel + 1 < end) {  // two neighbours
