@@ -75,7 +75,7 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
             "created": generation.created,
             "model": server.model_name,
         }
-        return Events(generation, head, partial(parts, server, body, choices), body.includes_usage)
+        return Events(generation, head, partial(parts, server, body, choices), body.stream_options)
     async for deltas in generation.steps():
         for delta in deltas:
             choices[delta.choice].add(delta, isinstance(body.tool_choice, NamedToolChoice))

@@ -49,7 +49,7 @@ async def complete(server: Server, request: Request, body: CompletionRequest) ->
     }
     pieces = Pieces(generation, body, prompts)
     if body.stream:
-        return Events(generation, head, pieces.parts, body.includes_usage)
+        return Events(generation, head, pieces.parts, body.stream_options)
     answers = [Piece() for _ in range(generation.num_choices)]
     async for deltas in generation.steps():
         for delta in deltas:

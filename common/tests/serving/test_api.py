@@ -59,6 +59,14 @@ def test_a_stream_says_the_same_in_pieces(client, alone):
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 24
 
 
+def test_each_chunk_has_the_usage_so_far_if_that_is_asked_for(client):
+    for options, wanted in ({}, [None] * 6), ({"continuous_usage_stats": True}, [1, 2, 3, 4, 5, 6]):
+        asked = {"stream": True, "stream_options": {"include_usage": True, **options}, "max_tokens": 6}
+        stream = client.completions.create(model="tales", prompt=PROMPT, logit_bias={"500": 100}, **asked)
+        counts = [chunk.usage and chunk.usage.completion_tokens for chunk in stream]
+        assert counts == [*wanted, 6]
+
+
 def test_several_prompts_and_samples_keep_their_numbers(client, alone):
     prompts = [PROMPT, alone.tokenizer.encode("The owl said")]
     answer = client.completions.create(
