@@ -24,12 +24,7 @@ class ApiError(Exception):
     """An answer other than success. message: a sentence. code: a word for programs, such as model_not_found."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
+        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict | None = None
     ):
         message = message if message.endswith((".", "?", "!")) else f"{message}."
         super().__init__(message)

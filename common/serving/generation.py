@@ -171,6 +171,11 @@ class Generation:
             self.stream.fail(ClientGone())  # wakes up what reads it
             self.end()
 
+    def head(self, prefix: str, kind: str) -> dict:
+        """What an answer and all its chunks have in common."""
+        name = f"{prefix}-{self.stream.request_id}"
+        return {"id": name, "object": kind, "created": self.created, "model": self.server.model_name}
+
     @property
     def usage(self) -> Usage:
         return Usage(

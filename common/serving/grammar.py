@@ -123,9 +123,7 @@ class Grammar:
         if mask is None:
             return logits
         allowed = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
-        is_forbidden = torch.ones(
-            logits.shape, dtype=torch.bool
-        )  # the embedding may have more rows than there are tokens
+        is_forbidden = torch.ones(logits.shape, dtype=torch.bool)  # an embedding may have more rows than tokens
         is_forbidden[: len(allowed)] = allowed == 0
         return logits.masked_fill(is_forbidden.to(logits.device), -torch.inf)
 

@@ -32,10 +32,8 @@ def chat_logprobs(tokenizer: Any, positions: Sequence[Logprobs], num_top: int) -
 
     content = []
     for position in positions:
-        (token_id, logprob), likeliest = (
-            next(iter(position.items())),
-            sorted(position.items(), key=lambda item: -item[1]),
-        )
+        token_id, logprob = next(iter(position.items()))
+        likeliest = sorted(position.items(), key=lambda item: -item[1])
         top = [entry(*item) for item in likeliest[:num_top]]
         content.append({**entry(token_id, logprob), "top_logprobs": top})
     return {"content": content}
