@@ -1,6 +1,6 @@
 """What is known of this machine: its processor's name, its devices and memory, and how fast it reads and multiplies.
 
-A machine's speed drifts. So every measured number is a median, and what is to be compared is measured in turn.
+A machine's speed drifts. So every measured number is a median, and functions to compare are called in turn.
 """
 
 from __future__ import annotations

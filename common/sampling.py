@@ -22,8 +22,7 @@ def stable_hash(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-GREEDY = 1e-5
-"""A lower temperature means 0: scores divided by it would leave the range of float32."""
+GREEDY = 1e-5  # a lower temperature means 0: scores divided by it would leave the range of float32
 MAX_SAMPLES = 1024
 MAX_LOGPROBS = 1024
 """Each sample is a request, and log probabilities are sorted for each token: more would hold up all other requests."""

@@ -1,8 +1,8 @@
 """`Checkpoint`: a folder in Hugging Face's layout, whose tensors are read one at a time.
 
 config.json describes the model's shape, *.safetensors hold its tensors, tokenizer.json or tokenizer.model its
-vocabulary. A safetensors file is a JSON header (name, dtype, shape and offset of each tensor), then plain numbers:
-reading one cannot run code, and one tensor, or a slice of it, is read without the rest. The older `.bin` and `.pt`
+vocabulary. A safetensors file is a JSON header (name, dtype, shape and offset of each tensor), then plain numbers.
+Reading it cannot run code, and one tensor, or a slice of it, can be read without the rest. The older `.bin` and `.pt`
 files are pickles, which can run anything when opened. This module never opens one.
 """
 

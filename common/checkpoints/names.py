@@ -47,7 +47,7 @@ def _gguf_folder(path: Path) -> Path:
 
 
 def prepare(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Let `make` fill another folder, and rename that to `folder` when it is complete. Returns `folder`.
+    """Let `make` fill another folder, and rename that to `folder` when it is complete.
 
     A rename happens entirely or not at all, so a folder of this name is always complete, even if a process was killed.
     A second process waits for the first at a lock, which the operating system releases when its holder ends. Raises
