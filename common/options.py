@@ -10,7 +10,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import click
@@ -48,8 +48,7 @@ def call(command: Command, arguments: list[str]) -> int:
 
 def find(command: Command) -> click.Command:
     """The click command that an entry of the table of commands names."""
-    module, _, name = command.function.partition(":")
-    return getattr(import_module(f"common.{module}"), name)
+    return resolve_name(f"common.{command.function}")
 
 
 def check_variables(command: Command, function: click.Command, given: list[str]) -> None:
