@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -128,16 +127,12 @@ def suitable_python() -> str:
 
 def check_modules(python: str) -> None:
     """Raise SetupError if a Python has no `venv`, which is a package of its own in some Linux distributions."""
-    if python == sys.executable or python == getattr(sys, "_base_executable", None):
-        missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
-    else:
-        command = [python, "-c", "import venv, ensurepip"]
-        missing = ["venv"] if subprocess.run(command, stderr=subprocess.DEVNULL).returncode else []
-    if missing:
-        raise SetupError(
-            f"This Python lacks its module {missing[0]}, which makes environments. On Debian and Ubuntu: "
-            f"sudo apt install python3-venv (or python{version_text(sys.version_info)}-venv)"
-        )
+    for module in ("venv", "ensurepip"):
+        if subprocess.run([python, "-c", f"import {module}"], stderr=subprocess.DEVNULL).returncode:
+            raise SetupError(
+                f"This Python lacks its module {module}, which makes environments. On Debian and Ubuntu: "
+                f"sudo apt install python3-venv (or python{version_text(sys.version_info)}-venv)"
+            )
 
 
 # --- Installing -------------------------------------------------------------------------------------------------------
