@@ -102,7 +102,7 @@ class Layer(nn.Module):
     """A module that has tensors and reads them from a checkpoint itself."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the names (within this layer) of the tensors that it reads, and their shapes in the checkpoint."""
+        """Return the names (within this layer) of the tensors that it reads, and their shapes in the checkpoint."""
         return {name: tuple(tensor.shape) for name, tensor in self.named_parameters(recurse=False)}
 
     def load(self, read: Callable[..., Tensor]) -> None:
@@ -149,7 +149,7 @@ class LinearMethod:
         layer.weight = nn.Parameter(weight.uniform_(-bound, bound))
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """Returns names and shapes, in the checkpoint, of the tensors that hold the matrix."""
+        """Return names and shapes, in the checkpoint, of the tensors that hold the matrix."""
         whole = self.parts(*(range(size) for size in layer.shape))
         return {name: tuple(len(axis) for axis in part) for name, part in whole.items()}
 
@@ -347,12 +347,12 @@ class Llama(nn.Module):
 
 
 def layers_of(module: nn.Module) -> dict[str, Layer]:
-    """Returns the layers of a tree of modules, by their names in the tree."""
+    """Return the layers of a tree of modules, by their names in the tree."""
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, Layer)}
 
 
 def reader(checkpoint: Checkpoint, path: str) -> Callable[..., Tensor]:
-    """Returns the `read` of `Layer.load`, for the layer with this name in the checkpoint."""
+    """Return the `read` of `Layer.load`, for the layer with this name in the checkpoint."""
 
     def read(name: str, *part: range) -> Tensor:
         return checkpoint.read(f"{path}.{name}", tuple(slice(axis.start, axis.stop) for axis in part) or ...)

@@ -119,7 +119,7 @@ class Int8Method(QuantizedMethod):
         return {"weight": (rows, columns), "weight_scale": (rows,)}
 
     def quantized(self, layer: Linear, read: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """Returns the layer's tensors, by name. `read(rows, columns)` reads a part of the matrix, in floats."""
+        """Return the layer's tensors, by name. `read(rows, columns)` reads a part of the matrix, in floats."""
         weight = upcast(read(layer.rows, layer.columns))
         numbers, scale = quantize_int8(weight, whole_row_absmax(layer, weight))
         return {"weight": numbers, "weight_scale": scale}
@@ -194,7 +194,7 @@ def quantize_int4(weight: Tensor, group_size: int, symmetric: bool) -> tuple[Ten
 def dequantize_int4(
     numbers: Tensor, scale: Tensor, minimum: Tensor | None, group_size: int, first_column: int = 0
 ) -> Tensor:
-    """Returns the weights that numbers stand for: (out, in), in the scale's dtype. numbers: (out, in).
+    """Return the weights that numbers stand for: (out, in), in the scale's dtype. numbers: (out, in).
 
     scale, minimum: (out, groups); a minimum of None is -8 scales. first_column: the position of the first column in
     its group, which is not 0 if a rank's columns begin within a group.
@@ -218,7 +218,7 @@ class Int4Method(QuantizedMethod):
         self.group_size, self.symmetric = group_size, symmetric
 
     def groups(self, columns: range) -> range:
-        """Returns the groups that these columns belong to. The first and the last may be shared with other ranks."""
+        """Return the groups that these columns belong to. The first and the last may be shared with other ranks."""
         return range(columns.start // self.group_size, cdiv(columns.stop, self.group_size))
 
     def parts(self, rows: range, columns: range) -> dict[str, tuple[range, ...]]:
@@ -229,7 +229,7 @@ class Int4Method(QuantizedMethod):
         return {"weight": (rows, pairs), **dict.fromkeys(names, (rows, self.groups(columns)))}
 
     def quantized(self, layer: Linear, read: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """Returns the layer's tensors, by name, from the whole groups that the layer's columns belong to."""
+        """Return the layer's tensors, by name, from the whole groups that the layer's columns belong to."""
         groups, columns = self.groups(layer.columns), layer.columns
         whole = range(groups.start * self.group_size, min(groups.stop * self.group_size, layer.shape[1]))
         weight = upcast(read(layer.rows, whole))
@@ -279,7 +279,7 @@ class Quantization:
         EngineConfig(quantization=self.kind or "", group_size=self.group_size, symmetric=self.symmetric)
 
     def method(self, is_saved: bool) -> LinearMethod:
-        """Returns the method for the linear layers of a model's blocks."""
+        """Return the method for the linear layers of a model's blocks."""
         if self.kind in ("int4", "w4a8"):
             return {"int4": Int4Method, "w4a8": W4A8Method}[self.kind](self.group_size, self.symmetric, is_saved)
         return {"int8": Int8Method, "w8a8": W8A8Method}[self.kind](is_saved)
@@ -313,7 +313,7 @@ METHOD = "inference-course"  # by which a config.json says that its checkpoint w
 
 
 def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
-    """Returns how a checkpoint was quantized by `save_quantized`, or None if it has floats."""
+    """Return how a checkpoint was quantized by `save_quantized`, or None if it has floats."""
     if (said := checkpoint.config.get("quantization_config")) is None:
         return None
     if not isinstance(said, dict) or said.get("quant_method") != METHOD:
@@ -340,7 +340,7 @@ def quantize_for(model: Llama, checkpoint: Checkpoint, quantization: Quantizatio
 
 
 def quantized_copy(model: Llama, quantization: Quantization) -> Llama:
-    """Returns a quantized copy of a loaded model in floats, which is left as it is."""
+    """Return a quantized copy of a loaded model in floats, which is left as it is."""
     with torch.device("meta"):
         copied = Llama(model.config).to(model.model.norm.weight.dtype)
     quantize(copied, quantization)
@@ -510,12 +510,12 @@ def stream_layers(numbers: Iterable[int], read: Callable[[int], nn.Module]) -> I
 
 
 def num_bytes(module: nn.Module) -> int:
-    """Returns the bytes of a module's weights."""
+    """Return the bytes of a module's weights."""
     return sum(tensor.nbytes for tensor in module.parameters())
 
 
 def experts_of(layer: nn.Module) -> list[nn.ModuleList]:
-    """Returns the experts of a layer, in a list for each mixture of them: none or one."""
+    """Return the experts of a layer, in a list for each mixture of them: none or one."""
     return [module.experts for module in layer.modules() if isinstance(module, SparseMoeBlock)]
 
 
@@ -563,12 +563,12 @@ class OffloadedLlama(Llama):
                     experts[i] = OnDisk(partial(self.read_module, expert, f"model.layers.{number}.mlp.experts.{i}"))
 
     def read_layer(self, number: int) -> nn.Module:
-        """Returns a layer with its weights, from memory or from the disk. Its experts are read when they are called."""
+        """Return a layer with its weights, from memory or from the disk. Its experts are read when they are called."""
         layer = self.model.layers[number]
         return self.read_module(layer, f"model.layers.{number}") if number in self.prototypes else layer
 
     def read_module(self, prototype: nn.Module, path: str) -> nn.Module:
-        """Returns a copy of a module on the meta device with its weights, which have this path in the checkpoint."""
+        """Return a copy of a module on the meta device with its weights, which have this path in the checkpoint."""
         modules = list(prototype.modules())
         shared = [each.group for each in modules if hasattr(each, "group")]
         shared += [each for each in modules if isinstance(each, OnDisk)]

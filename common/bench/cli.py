@@ -1,11 +1,11 @@
-"""`make bench`: what this machine can do, and what the engine makes of it. Results go to common/bench/measurements/.
+"""`make bench`: measures this machine and the engine on it, and writes the results to common/bench/measurements/.
 
-A figure in a README is drawn from a file there, and each file says on which machine, with which versions, when and by
-which command it was made. Machines drift, so every number is a median, and what is compared is measured in turn, in
-one process. `--quick` runs everything in miniature, to see that it works; its numbers mean nothing and are not kept.
+The figures of the READMEs are drawn from these files. Each file names the machine, the versions, the day and the
+command. Every number is a median. Ways that are compared are measured in turn, in one process, because the speed of a
+machine changes with time. `--quick` runs every measurement in miniature, to see that it works, and keeps nothing.
 
-Without a name it measures the machine, the ladder and what speculation gives, in about a quarter of an hour; `all` is
-every measurement there is. A name's beginning stands for all that begin so: `python -m common bench speculation`.
+Without a name it measures the machine, the ladder and speculation, which takes about a quarter of an hour. `all` is
+every measurement. The beginning of a name means all that begin so: `python -m common bench speculation`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def measure_machine(quick: bool) -> dict:
     return {"read_mb": megabytes, "gemm_size": size, "repeats": repeats, **result}
 
 
-# --- Lessons 2 and 3: the cost of remembering nothing, and what remembering gains -------------------------------------
+# --- Lessons 2 and 3: a token without a cache and with one ------------------------------------------------------------
 
 
 def measure_contexts(name: str, lengths: list[int], repeats: int, with_cache: bool) -> dict:
-    """Seconds for one more token after a context of each length: recomputed, and with lesson 3's cache if asked for.
+    """Seconds for one more token after a context of each length: recomputed, and, if with_cache, with lesson 3's cache.
 
-    Beside them, if transformers is installed, its model over the same weights: with its own cache, and without one
-    where ours has none either.
+    If transformers is installed, its model of the same weights is measured too, with its cache, and, unless with_cache,
+    without one.
     """
     from common.bench.peers import load_transformers, transformers_steps
     from solutions.kv_cache import KVCache, decode_step, prefill
@@ -57,7 +57,7 @@ def measure_contexts(name: str, lengths: list[int], repeats: int, with_cache: bo
         if with_cache:
             cache = KVCache(model, len(ids))
             prefill(model, cache, ids[:-1])
-            # Truncated, so that the next repeat finds what this one did.
+            # Truncated, so that the next repeat finds the same context.
             ways["cache"] = lambda: (decode_step(model, cache, ids[-1]), cache.truncate(len(ids) - 1))
         if theirs is not None:
             ways |= transformers_steps(theirs, token_ids)
@@ -79,13 +79,13 @@ def measure_contexts(name: str, lengths: list[int], repeats: int, with_cache: bo
 
 
 def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool) -> dict:
-    """Seconds to take a sequence's blocks away and to have them back: swapped, and computed again.
+    """Seconds to bring back a preempted sequence: by swapping its blocks out and in, and by computing them again.
 
-    Then both where they are used: requests whose answers need about twice the blocks there are.
+    Then the speed of an engine that preempts in either way, because its requests need twice the blocks of the pool.
     """
     from solutions.batching import ModelRunner, local_engine
     from solutions.llama_pytorch import SamplingParams, load, use_kernels
-    from solutions.paged_attention import BlockCopy, PagedKVCache
+    from solutions.paged_attention import BlockCopy, PagedKVCache, cdiv
     from solutions.scheduler import ScheduledRequest, SchedulerOutput
 
     model, tokenizer = load(name, torch.float32, "cpu")
@@ -94,13 +94,13 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
     generator = torch.Generator().manual_seed(0)
 
     def part(ids: list[int], start: int, table: list[int]) -> ScheduledRequest:
-        """A chunk of a prompt, after which nothing is sampled."""
+        """A chunk of a prompt, after which no token is sampled."""
         tokens, params = ids[start : start + chunk], SamplingParams()
         return ScheduledRequest("0", start, tokens, 0, table, params, None, ids, [], frozenset(), 1)
 
     rows = []
     for length in lengths:
-        blocks = -(-length // block_size)
+        blocks = cdiv(length, block_size)
         cache = PagedKVCache(model, blocks, block_size, blocks)
         runner = ModelRunner(model, cache)
         ids = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
@@ -117,7 +117,7 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
     num_requests, prompt_length, output_length = (4, 8, 24) if quick else (16, 64, 96)
     prompts = torch.randint(model.config.vocab_size, (num_requests, prompt_length), generator=generator).tolist()
     params = SamplingParams(max_tokens=output_length, ignore_eos=True)
-    needed = num_requests * -(-(prompt_length + output_length) // block_size)
+    needed = num_requests * cdiv(prompt_length + output_length, block_size)
     served: dict[str, list[dict]] = {"ample": [], "recompute": [], "swap": []}
     for _ in range(1 if quick else 3):
         for way, results in served.items():
@@ -148,40 +148,37 @@ def measure_preemption(name: str, lengths: list[int], repeats: int, quick: bool)
 
 
 NAMES = (
-    "machine", "recompute-tales", "recompute-smollm2-135m", "kv-cache-smollm2-135m", "preemption-smollm2-135m",
-    "grids-smollm2-135m", "quality-smollm2-135m", "ladder-smollm2-135m", "speculation-smollm2-135m",
-    "speculation-tales", "serving-smollm2-135m",
+    "machine", "recompute-smollm2-135m", "kv-cache-smollm2-135m", "preemption-smollm2-135m", "grids-smollm2-135m",
+    "quality-smollm2-135m", "ladder-smollm2-135m", "speculation-smollm2-135m", "speculation-tales",
+    "serving-smollm2-135m",
 )  # fmt: skip
-KINDS = {name.partition("-smollm2")[0].removesuffix("-tales") for name in NAMES}
 DEFAULT = ("machine", "ladder", "speculation")
 
 
 def measure(name: str, quick: bool, rival: int | None = None) -> dict:
-    """The measurement of this name, which ends with a model's, but for the machine's own."""
-    kind = next(each for each in KINDS if name.startswith(each))
-    model = "tales" if quick else name.removeprefix(kind).lstrip("-")
+    """The result of the measurement of this name, which ends with the model's name, except for `machine`.
+
+    rival: the port of another server, for the measurement of the server.
+    """
+    # These import `solutions`, so they are imported only after `activate`.
+    from common.bench import grids, ladder, quality, serving, speculation
+
+    kind = name.removesuffix("-tales").removesuffix("-smollm2-135m")
+    model = "tales" if quick or name.endswith("-tales") else "smollm2-135m"
+    draft = "tales-draft" if name == "speculation-tales" else None
     lengths, repeats = ([4, 8], 2) if quick else ([16, 32, 64, 128, 256, 384, 512], 9)
-    if kind == "machine":
-        return measure_machine(quick)
-    if kind in ("recompute", "kv-cache"):
-        return measure_contexts(model, lengths, repeats, with_cache=kind == "kv-cache")
-    if kind == "preemption":
-        return measure_preemption(model, [8, 16] if quick else [64, 256, 1024], repeats, quick)
-    if kind == "speculation":
-        from common.bench.speculation import measure_speculation
-
-        return measure_speculation(model, "tales-draft" if name == "speculation-tales" else None, quick)
-    if kind == "ladder":
-        from common.bench.ladder import measure_ladder as measure_kind
-    elif kind == "quality":
-        from common.bench.quality import measure_quality as measure_kind
-    elif kind == "serving":
-        from common.bench.serving import measure_serving
-
-        return measure_serving(model, quick, rival)
-    else:
-        from common.bench.grids import measure_grids as measure_kind
-    return measure_kind(model, quick)
+    measurements = {
+        "machine": lambda: measure_machine(quick),
+        "recompute": lambda: measure_contexts(model, lengths, repeats, with_cache=False),
+        "kv-cache": lambda: measure_contexts(model, lengths, repeats, with_cache=True),
+        "preemption": lambda: measure_preemption(model, [8, 16] if quick else [64, 256, 1024], repeats, quick),
+        "grids": lambda: grids.measure_grids(model, quick),
+        "quality": lambda: quality.measure_quality(model, quick),
+        "ladder": lambda: ladder.measure_ladder(model, quick),
+        "speculation": lambda: speculation.measure_speculation(model, draft, quick),
+        "serving": lambda: serving.measure_serving(model, quick, rival),
+    }
+    return measurements[kind]()
 
 
 @click.command(
@@ -205,11 +202,8 @@ def bench(what: tuple[str, ...], quick: bool, rival: int | None, threads: int | 
         torch.set_num_threads(threads)
     activate(None)  # the record is of the reference
     print(f"{cpu_name()}, {torch.get_num_threads()} threads. {files_used()}")
-    command = " ".join(["python -m common bench", *what])
-    if threads:
-        command += f" --threads {threads}"
-    if rival:
-        command += f" --rival {rival}"
+    options = [*(["--threads", str(threads)] if threads else []), *(["--rival", str(rival)] if rival else [])]
+    command = " ".join(["python -m common bench", *what, *options])
     for name in chosen:
         start = time.perf_counter()
         result = measure(name, quick, rival)

@@ -1,9 +1,8 @@
-"""`make gpu-check`: whether all of this runs on a GPU, and how fast. One command, for a GPU that is lent for minutes.
+"""`make gpu-check`: checks and measures the kernels and the engine on a GPU, with one command that takes minutes.
 
-Each step is a process of its own, with a limit of time: a kernel that reads where it must not ends the process that
-launched it, and the other steps go on. What is known so far is in the JSON after each of them. The steps themselves are
-in `gpu_steps.py`. None has met a GPU yet: `--quick` is how a test runs all of them on a CPU, interpreted, in miniature
-and in one process, and its numbers mean nothing.
+Each step (`gpu_steps.py`) is a process of its own with a time limit, because a kernel with an invalid access ends the
+process that launched it. The results are written to gpu.json after each step. With `--quick` all steps run in miniature
+in this process, on a CPU with interpreted kernels too, and the numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -33,20 +32,18 @@ LIMIT = 450.0
 
 
 def run_step(name: str, quick: bool, seconds: float) -> dict:
-    """What a step found; or {"error": its last lines}."""
+    """Run a step in a process of its own. Returns its result, or {"error": its last lines}."""
     if seconds <= 0:
         return {"error": f"no time was left: all steps together have {LIMIT:.0f} seconds."}
     with tempfile.TemporaryDirectory() as folder:
         result, output = Path(folder) / "result.json", Path(folder) / "output"
         command = [sys.executable, "-m", "common", "gpu-check", "--step", name, "--result", str(result)]
-        kernels = {"KERNELS": "triton" if quick else ""}
+        command += ["--quick"] if quick else []
+        environment = {**os.environ, "KERNELS": "triton" if quick else "", "COURSE_PYTHON": "here"}
         with output.open("w") as stream:
+            streams = {"stdout": stream, "stderr": subprocess.STDOUT}
             try:
-                subprocess.run(
-                    [*command, *(["--quick"] if quick else [])],
-                    cwd=ROOT, env={**os.environ, **kernels, "COURSE_PYTHON": "here"}, timeout=seconds,
-                    stdout=stream, stderr=subprocess.STDOUT,
-                )  # fmt: skip
+                subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds, **streams)
             except subprocess.TimeoutExpired:
                 stream.write(f"\nIt was stopped after {seconds:.0f} seconds.")
         if result.exists():
@@ -55,7 +52,7 @@ def run_step(name: str, quick: bool, seconds: float) -> dict:
 
 
 def try_step(name: str, device: str) -> dict:
-    """What a step found in miniature, in this process; or {"error": what it raised}."""
+    """Run a step in miniature, in this process. Returns its result, or {"error": the exception}."""
     with mock.patch.dict(os.environ, {"KERNELS": "triton"}):
         try:
             return STEPS[name].run(device, True)
@@ -64,7 +61,7 @@ def try_step(name: str, device: str) -> dict:
 
 
 def wrong_things(result: object, where: str) -> Iterator[str]:
-    """Where in a result something was wrong: False, an error, or a list of failures that is not empty."""
+    """The places in a result that report a fault: False, an error, or a non-empty list of failures."""
     if isinstance(result, dict):
         for name, part in result.items():
             yield from wrong_things(part, f"{where}, {name}")

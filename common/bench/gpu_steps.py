@@ -1,18 +1,16 @@
-"""The steps of `make gpu-check`. Each takes the device and whether it runs in miniature, and returns what it found.
+"""The steps of `make gpu-check`. Each takes the device and whether it runs in miniature, and returns a result.
 
-A verdict is True, or an empty list of failures; a speed is a number. An exception ends a step, and is its result.
+In a result, True and an empty list of failures mean that a check has passed, and a number is a speed. An exception ends
+a step and is reported as its result.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -27,6 +25,7 @@ from common.machine import median_seconds
 from solutions.batching import Engine
 from solutions.engine import InferenceEngine, load_model
 from solutions.llama_pytorch import Llama, SamplingParams, parse_config, use_kernels
+from solutions.paged_attention import cdiv
 
 LLAMA_1B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128_256, "hidden_size": 2_048,
@@ -34,7 +33,7 @@ LLAMA_1B = {
     "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "max_position_embeddings": 8_192,
     "tie_word_embeddings": True,
 }  # fmt: skip
-"""Llama-3.2-1B. Random weights take the same time as trained ones."""
+"""The config of Llama-3.2-1B. Its weights are random, which take the same time as trained ones."""
 SMOLLM2 = LLAMA_1B | {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30}
 SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100_000.0}
 MINIATURE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
@@ -53,13 +52,16 @@ PAIRS = {
     "few blocks, swapped": {"num_blocks": 7, "max_num_batched_tokens": 16, "preemption": "swap"},
     "contiguous": {"kv_cache_policy": "contiguous", "max_model_len": 64},
 }
-"""Engines that must answer alike on both devices, and their options."""
+"""The options of engines that must give the same tokens on the CPU and on the GPU."""
 PROMPTS = ["Once upon a time there was a", "Once upon a time there was a little dog. It", "The little dog"]
-STREAMS, PROMPT_LEN, LENGTH = (1, 8, 64), 64, 128
+
+
+def generate(engine: Engine, prompts: Sequence, params: SamplingParams) -> list[list[int]]:
+    return [output.token_ids for output in engine.generate(prompts, params, progress=False)]
 
 
 def seconds_of(function: Callable[[], object], device: str, repeats: int) -> float:
-    """The median seconds of a call, until the device has done what it was given."""
+    """The median seconds of a call, until the device has finished its work."""
 
     def wait() -> None:
         function()
@@ -69,11 +71,11 @@ def seconds_of(function: Callable[[], object], device: str, repeats: int) -> flo
     return median_seconds(wait, repeats)
 
 
-# --- What is right or wrong -------------------------------------------------------------------------------------------
+# --- Checks -----------------------------------------------------------------------------------------------------------
 
 
 def check_exercises(device: str, quick: bool) -> dict[str, list[str]]:
-    """The exercises that the reference does not pass, by optional module that needs Triton; `quick`: one of each."""
+    """Return the exercises that the reference fails, for each module that needs Triton. quick: one exercise of each."""
     modules = [each for each in MODULES if each.needs == "triton"]
     some = {each: [exercises_of(each)[0].id] if quick else None for each in modules}
     found = {each.slug: grade(each, each.solution, only=only) for each, only in some.items()}
@@ -90,25 +92,22 @@ def check_pairs(device: str, quick: bool) -> dict[str, bool | str]:
     def answers(kernels: str, where: str, options: dict) -> list[list[int]]:
         with mock.patch.dict(os.environ, {"KERNELS": kernels}):
             with InferenceEngine("tales", device=where, dtype="float32", **options) as engine:
-                params = SamplingParams(max_tokens=length, ignore_eos=True)
-                return [output.token_ids for output in engine.generate(prompts, params, progress=False)]
+                return generate(engine, prompts, greedy(length))
 
     def same(options: dict) -> bool | str:
         try:
             return answers(os.environ.get("KERNELS", ""), device, options) == answers("plain", "cpu", options)
-        except Exception as error:  # the other pairs may be right
+        except Exception as error:  # the other pairs are still checked
             return f"{type(error).__name__}: {error}"
 
     pairs = {name: PAIRS[name] for name in (["float32"] if quick else PAIRS)}
     return {name: verdict is True or [verdict] for name, verdict in zip(pairs, map(same, pairs.values()))}
 
 
-def generate(engine: Engine, prompts: Sequence, params: SamplingParams) -> list[list[int]]:
-    return [output.token_ids for output in engine.generate(prompts, params, progress=False)]
-
-
 def check_graphs(device: str, quick: bool) -> dict[str, bool]:
-    """Whether decoding steps that are replayed give the tokens of those that are launched; and a seed its own."""
+    """Whether decoding steps that a CUDA graph replays give the same tokens as launched ones, and whether a seeded
+    request gets the same tokens alone as in a batch.
+    """
     if quick:
         model = Llama(parse_config(LLAMA_1B | MINIATURE)).eval()
         use_kernels(model)
@@ -120,7 +119,7 @@ def check_graphs(device: str, quick: bool) -> dict[str, bool]:
     with assembled(model, Silent(), **options) as engine:
         runner = engine.executor.runner
         replayed, seeded = generate(engine, prompts, greedy(length)), generate(engine, prompts, drawn)
-        is_graphed = vars(runner).pop("forward", None) is not None  # from now on as lesson 5 has it
+        is_graphed = vars(runner).pop("forward", None) is not None  # from now on lesson 5's `forward` runs
         launched = generate(engine, prompts, greedy(length))
         alone = [generate(engine, [prompt], drawn)[0] for prompt in prompts[:2]]
     return {
@@ -132,7 +131,7 @@ def check_graphs(device: str, quick: bool) -> dict[str, bool]:
 
 
 def check_collective(device: str, quick: bool) -> dict[str, bool]:
-    """Whether a process group of one rank adds up, over NCCL on a GPU."""
+    """Whether an all-reduce works in a process group of one rank, with NCCL on a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if device == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -144,24 +143,24 @@ def check_collective(device: str, quick: bool) -> dict[str, bool]:
             torch.distributed.destroy_process_group()
 
 
-# --- How fast it is ---------------------------------------------------------------------------------------------------
+# --- Speeds -----------------------------------------------------------------------------------------------------------
 
 
 def copy_rate(device: str, quick: bool) -> float:
-    """GB/s that a copy reads and writes."""
+    """GB/s of a copy: the bytes that it reads and writes."""
     source = torch.ones(2**12 if quick else 2**28, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, 1 if quick else 20) / 1e9
 
 
 def measure_attention(device: str, quick: bool) -> dict[str, float]:
-    """GB/s that a copy moves, and that the decode kernels read of 32 contexts of 4,096 tokens."""
+    """GB/s of a copy, and of the decode kernels that read the caches of 32 contexts of 4,096 tokens."""
     from common.kernels import triton_ops
     from solutions.triton_kernels import paged_decode_attention
 
     num_requests, context, kv_heads, block_size = (2, 20, 1, 16) if quick else (32, 4_096, 8, 16)
     dtype = torch.float32 if quick else torch.bfloat16
-    blocks = -(-context // block_size)
+    blocks = cdiv(context, block_size)
     pool = torch.randn(2, num_requests * blocks, block_size, kv_heads, 64, device=device).to(dtype)
     q = torch.randn(num_requests, 4 * kv_heads, 64, device=device).to(dtype)
     tables = torch.randperm(num_requests * blocks, device=device).view(num_requests, blocks)
@@ -178,23 +177,18 @@ def measure_attention(device: str, quick: bool) -> dict[str, float]:
     return result | {"both_agree": error < 2e-2}
 
 
-def random_prompts(streams: int, quick: bool, vocab_size: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(streams)
-    return torch.randint(0, vocab_size, (streams, 8 if quick else PROMPT_LEN), generator=generator).tolist()
-
-
 def measure_engine(shape: dict, device: str, quick: bool) -> dict[str, dict[str, float]]:
-    """Tokens a second of 1, 8 and 64 streams, the milliseconds of a step, and of its layers alone.
+    """Tokens a second of 1, 8 and 64 streams, the milliseconds of a step, and those of its layers alone.
 
-    The roofline is what a step takes that reads all weights as fast as a copy moves bytes.
+    The roofline is the time of a step that reads all weights at the rate of a copy.
     """
     with torch.device(device):
         model = Llama(parse_config(shape | (MINIATURE if quick else {}))).to(torch.float32 if quick else torch.bfloat16)
     use_kernels(model.eval())
     (_, read_bytes), bandwidth, result = weights_of(model), copy_rate(device, quick), {}
-    length = 3 if quick else LENGTH
-    for streams in (1, 2) if quick else STREAMS:
-        prompts = random_prompts(streams, quick, model.config.vocab_size)
+    length = 3 if quick else 128
+    for streams in (1, 2) if quick else (1, 8, 64):
+        prompts = torch.randint(0, model.config.vocab_size, (streams, 8 if quick else 64)).tolist()
         options = dict(max_num_seqs=streams, max_model_len=256, max_num_batched_tokens=2_048)
         with assembled(model, Silent(), **options) as engine:
             generate(engine, prompts, greedy(2))  # compiles
@@ -212,53 +206,6 @@ def measure_engine(shape: dict, device: str, quick: bool) -> dict[str, dict[str,
     return result
 
 
-def measure_transformers(shape: dict, device: str, quick: bool) -> dict[str, dict[str, float] | str]:
-    """Tokens a second of transformers' `generate` on the same load."""
-    if importlib.util.find_spec("transformers") is None:
-        return {"left out": "transformers is not installed"}
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    given = {key: value for key, value in (shape | (MINIATURE if quick else {})).items() if key != "model_type"}
-    with torch.device(device):
-        config = AutoConfig.for_model(shape["model_type"], **given)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    length, result = 3 if quick else LENGTH, {}
-    for streams in (1, 2) if quick else (1, 64):
-        ids = torch.tensor(random_prompts(streams, quick, config.vocab_size), device=device)
-        run = partial(
-            model.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        run(max_new_tokens=2)
-        start = time.perf_counter()
-        answer = run(max_new_tokens=length).cpu()
-        num_tokens = streams * (answer.shape[1] - ids.shape[1])
-        result[str(streams)] = {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
-    return result
-
-
-def measure_vllm(shape: dict, device: str, quick: bool) -> dict[str, dict[str, float] | str]:
-    """Tokens a second of vLLM on the same load, with its own random weights, where it is installed."""
-    if importlib.util.find_spec("vllm") is None or device == "cpu":
-        return {"left out": "vLLM is not installed, or there is no GPU"}
-    from vllm import LLM
-    from vllm import SamplingParams as Params
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(shape | {"torch_dtype": "bfloat16"}), encoding="utf-8")
-        llm = LLM(
-            folder, load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False,
-            max_model_len=256, gpu_memory_utilization=0.5,
-        )  # fmt: skip
-    result = {}
-    for streams in STREAMS:
-        prompts = [{"prompt_token_ids": ids} for ids in random_prompts(streams, quick, shape["vocab_size"])]
-        llm.generate(prompts, Params(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False), use_tqdm=False)
-        params, start = Params(temperature=0, max_tokens=LENGTH, ignore_eos=True, detokenize=False), time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        result[str(streams)] = {"tokens_per_s": streams * LENGTH / (time.perf_counter() - start)}
-    return result
-
-
 class Step(NamedTuple):
     run: Callable[[str, bool], dict]
     seconds: float  # its limit
@@ -271,9 +218,6 @@ STEPS = {
     "engine, Llama-3.2-1B": Step(partial(measure_engine, LLAMA_1B), 90),
     "engine, SmolLM2-135M": Step(partial(measure_engine, SMOLLM2), 90),
     "exercises": Step(check_exercises, 150),
-    "transformers, Llama-3.2-1B": Step(partial(measure_transformers, LLAMA_1B), 60),
-    "transformers, SmolLM2-135M": Step(partial(measure_transformers, SMOLLM2), 60),
     "collective": Step(check_collective, 40),
-    "vLLM, Llama-3.2-1B": Step(partial(measure_vllm, LLAMA_1B), 150),
 }
-"""By name, what matters most first. Together they may take less than their limits say."""
+"""All steps by name, the most important first, since the time for all of them is less than the sum of their limits."""

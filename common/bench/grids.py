@@ -1,7 +1,6 @@
-"""What parallelism costs and gives on this machine: the same requests on one process and on grids of ranks.
+"""The speed of the same requests on one process and on grids of ranks.
 
-Ranks note when they compute, each in a file of its own, so that the pipeline's overlap can be seen and not only
-believed.
+Each rank writes to a file of its own when it computed each step, so that a figure can show how the stages overlap.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from solutions.scheduler import SchedulerOutput
 
 
 def timed_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
-    """A rank's runner, which notes in a file of its own when it computes each step."""
+    """A rank's runner, which writes the times of each step to a file of its own."""
     runner = build_runner(config, model, layers)
     runner.execute = partial(timed, runner.execute, folder / f"rank-{dist.get_rank()}.jsonl")
     return runner
@@ -42,13 +41,13 @@ def timed(execute: Callable, file: Path, plan: SchedulerOutput, hidden=None):
 
 
 def times_of_ranks(folder: Path) -> dict[int, list[list]]:
-    """What the ranks have noted: [step, number of requests, start, end] of each step, by rank."""
+    """What the ranks wrote: [step, number of requests, start, end] of each step, by rank."""
     files = sorted((int(file.stem.removeprefix("rank-")), file) for file in folder.glob("rank-*.jsonl"))
     return {rank: [*map(json.loads, file.read_text(encoding="utf-8").splitlines())] for rank, file in files}
 
 
 def make_probing_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
-    """Before it is used, all ranks add up tensors of some sizes, and rank 0 notes how long that takes."""
+    """A rank's runner. First all ranks measure an all-reduce of 1, 8 and 64 rows, and rank 0 writes the results."""
     seconds = {}
     for rows in (1, 8, 64):
         x = torch.zeros(rows, model.config.hidden_size)
@@ -72,7 +71,9 @@ def observed_engine(build, name: str, grid: tuple[int, int], **options) -> Engin
 
 @mock.patch.dict(os.environ, KERNELS="plain")  # ranks and stages are compared, not kernels
 def measure_grids(name: str, quick: bool) -> dict:
-    """One process with one thread and with two, two tensor-parallel ranks, two stages with one batch and with two."""
+    """Tokens per second of 1, 8 and 32 requests: on one process with one thread and with two, on two tensor-parallel
+    ranks, and on two stages with one batch in flight and with two. Then the times of all-reduces.
+    """
     model, tokenizer = load(name, torch.float32, "cpu")
     num_tokens, rounds = (6, 1) if quick else (24, 3)
     generator = torch.Generator().manual_seed(0)
@@ -90,18 +91,16 @@ def measure_grids(name: str, quick: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for way, grid in ways.items():
             torch.set_num_threads(1 if "1 thread" in way else 2)
-            start = time.perf_counter()
             if grid is None:
                 engine = local_engine(model, tokenizer, enable_prefix_caching=False)
             else:
                 build = partial(timed_runner if "stages" in way else make_probing_runner, Path(folder))
                 options = dict(dtype=torch.float32, device="cpu", enable_prefix_caching=False)
                 engine = observed_engine(build, name, grid, **options)
-            row = {"start_seconds": time.perf_counter() - start}
+            row = rows[way] = {}
             with engine:
                 if way == "two stages, one batch":
                     engine.executor.depth = engine.scheduler.depth = 1
-                row |= {"num_bytes_read": getattr(engine.executor, "num_bytes_read", None)}
                 for count in (1, 8, 32):
                     speeds = []
                     for _ in range(rounds + 1):
@@ -114,7 +113,6 @@ def measure_grids(name: str, quick: bool) -> dict:
                     )
             if "stages" in way:
                 row["timeline"] = timeline(Path(folder))
-            rows[way] = row
         all_reduce = json.loads((Path(folder) / "all_reduce.json").read_text(encoding="utf-8"))
     torch.set_num_threads(threads)
     print("all_reduce: " + ", ".join(f"{rows} rows {seconds * 1e3:.2f} ms" for rows, seconds in all_reduce.items()))
@@ -129,9 +127,9 @@ def measure_grids(name: str, quick: bool) -> dict:
 
 
 def timeline(folder: Path) -> list[list[list[float]]]:
-    """For each stage the last sixteen steps: [step, number of requests, began, ended], seconds from the first of them.
+    """For each stage the last sixteen steps: [step, number of requests, start, end], in seconds from the first of them.
 
-    The files are emptied for the next.
+    Removes the files of the ranks.
     """
     stages = [spans[-24:-8] for spans in times_of_ranks(folder).values()]
     for file in folder.glob("rank-*.jsonl"):

@@ -1,9 +1,9 @@
-"""The ladder: what each lesson's engine makes of the same prompts, in one run, beside others on the same weights.
+"""The ladder: the speed of each lesson's engine on the same prompts, beside other engines on the same weights.
 
-The loads: one stream; eight equal streams; and 32 requests of all lengths that are there at once. Every way gives the
-same tokens, up to near-ties, and that is checked; but not for weights in fewer bits, which are other weights. Rounds
-are interleaved and the order of ways varies, so that a machine that drifts does so for all of them; what is told are
-medians. On a machine with CUDA all of it runs there, in bfloat16.
+The loads are one stream, eight equal streams, and 32 requests of mixed lengths that all arrive at once. Every way must
+give the same tokens, except at near-ties, unless its weights have fewer bits. Rounds are interleaved and the order of
+the ways varies, so that a change in the machine's speed affects all of them. The results are medians. With a GPU all
+ways run on it, in bfloat16.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from solutions.engine import build_runner, load_model, slot_bytes
 from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
 
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""Two ways may go on with different tokens where the likeliest two are closer than this: the last digits of sums
-depend on the number of rows, and bfloat16 has three."""
+"""The largest difference between the logits of the two likeliest tokens at which two ways may choose differently. The
+last digits of a sum depend on the number of rows, and bfloat16 has only three digits."""
 
 ROUGHER = {"llama.cpp": 50, "vLLM": 50}
-"""Their kernels are their own and round by more; where llama.cpp's tokens and ours part, the likeliest two were up to
-0.0084 apart."""
+"""Factors on NEAR_TIE for engines whose kernels round differently. Where llama.cpp's tokens differed from ours, the two
+likeliest were up to 0.0084 apart."""
 
 FEWER_BITS = {
     "bfloat16": {"dtype": torch.bfloat16},
@@ -48,12 +48,12 @@ FEWER_BITS = {
 
 OTHERS_BITS = ("vLLM, bfloat16", "llama.cpp, Q8_0", "llama.cpp, Q4_0")
 OTHER_WEIGHTS = (*FEWER_BITS, *OTHERS_BITS)
-"""Ways whose tokens are their own: perplexity judges them (lesson 7)."""
+"""Ways whose tokens are not compared, since their weights differ; lesson 7 measures their perplexity."""
 
 
 @dataclass
 class Run:
-    """One way's answer to one load."""
+    """The answers of one way to one load."""
 
     seconds: float
     tokens: list[list[int]]
@@ -71,12 +71,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that are all there at the start."""
+    """Requests that all arrive at the start."""
 
     name: str
     prompts: list[list[int]]
     lengths: list[int]
-    sample: int | None = None  # ways that serve one request after another get only so many: the others take as long
+    sample: int | None = None  # how many requests a way gets that serves one after another; None: all
 
     @property
     def num_tokens(self) -> int:
@@ -95,8 +95,8 @@ def stamped(request_times: list[float], start: float) -> tuple[float, list[float
 
 
 def weights_of(model: Llama) -> tuple[int, int]:
-    """Bytes of weights that stand in memory, and how many of them a step reads: of a table that is not the head as
-    well it reads a few rows.
+    """Return the bytes of weights in memory, and how many of them a step reads: of an embedding table that is not also
+    the head, a step reads a few rows only.
     """
     held, table = kernels.held_bytes(model), model.model.embed_tokens.weight
     return held, held if model.lm_head.weight is table else held - table.nbytes
@@ -117,7 +117,7 @@ def one_by_one(model: Llama, load: Load, answer: Callable[[list[int], int, list[
 
 
 class Silent:
-    """A tokenizer without texts: detokenizing is not what is compared."""
+    """A tokenizer that gives every token the same text, because detokenizing is not measured."""
 
     eos_token_ids = frozenset()
 
@@ -126,7 +126,7 @@ class Silent:
 
 
 def assembled(model: Llama, tokenizer: Tokenizer, **options) -> Engine:
-    """What `InferenceEngine` assembles, around a model that is loaded already: several engines share it."""
+    """The engine that `InferenceEngine` assembles, around a loaded model, which several engines share."""
     weight = model.model.norm.weight
     config = EngineConfig(**{"dtype": weight.dtype, "device": str(weight.device), **options})
     config = config.resolve(model.config, slot_bytes(config, model.config, None))
@@ -139,12 +139,13 @@ def greedy(length: int) -> SamplingParams:
 
 
 def ways_of(model: Llama, packed: Llama, fewer: dict[str, Llama], theirs, others: dict) -> dict[str, Callable]:
-    """Every rung, by its name: a function from a load to a run. fewer: models in fewer bits, by their way. theirs:
-    transformers' model, or None. others: what serves prompts, by the names of other engines.
+    """Return a function from a `Load` to a `Run` for every way, by the way's name.
+
+    fewer: models in fewer bits, by way. theirs: transformers' model, or None. others: other engines, by way.
     """
 
     def alone(generate: Callable, of_load: Callable[[Load], tuple] = lambda load: ()) -> Callable[[Load], Run]:
-        """A lesson's `generate`, for one request after another. of_load: what it takes beyond lesson 2's arguments."""
+        """A lesson's `generate`, for one request after another. of_load: its arguments that lesson 2's has not."""
 
         def run(load: Load) -> Run:
             more = of_load(load)
@@ -209,7 +210,7 @@ def ways_of(model: Llama, packed: Llama, fewer: dict[str, Llama], theirs, others
 
 
 def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> Run:
-    """Let an engine answer all of these, and take the time."""
+    """Let an engine answer all of these requests, and measure the time. Raises RuntimeError if a request fails."""
     start, peak = time.perf_counter(), 0
     for prompt, own in zip(prompts, params):
         serving.add_request(prompt, own)
@@ -221,7 +222,7 @@ def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams
     if failed := [output.error for output in outputs if output.error]:
         raise RuntimeError(f"{len(failed)} of {len(outputs)} requests failed; the first: {failed[0]}")
     metrics, totals = [output.metrics for output in outputs], serving.metrics()
-    more = {"slots_per_token": totals.slots_per_token, "num_steps": totals.num_steps}
+    more = {"num_steps": totals.num_steps}
     if totals.num_draft_tokens:
         more |= {"num_draft_tokens": totals.num_draft_tokens, "acceptance_rate": totals.acceptance_rate}
     slots, size = peak * serving.config.block_size, serving.config.dtype.itemsize
@@ -237,7 +238,9 @@ def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams
 
 
 def check_same(model: Llama, load: Load, expected: list[list[int]], tokens: list[list[int]], way: str) -> int:
-    """How many answers go another way at a near-tie. Raises AssertionError where they differ and it was none."""
+    """Return how many answers differ from the expected ones at a near-tie. Raises AssertionError if one differs
+    elsewhere.
+    """
     ties, limit = 0, NEAR_TIE[model.model.norm.weight.dtype] * ROUGHER.get(way, 1)
     for prompt, wanted, got in zip(load.prompts, expected, tokens):
         shared = min(len(wanted), len(got))
@@ -253,7 +256,9 @@ def check_same(model: Llama, load: Load, expected: list[list[int]], tokens: list
 
 
 def loads(vocab_size: int, quick: bool) -> list[tuple[Load, list[str], int]]:
-    """(load, the ways that it is given to, rounds). Prompts are random tokens, the same at every run."""
+    """Return each load with the names of its ways and its number of rounds. Prompts are random tokens, the same in
+    every run.
+    """
     rng = random.Random(0)
 
     def prompt(length: int) -> list[int]:
@@ -288,9 +293,9 @@ LONGEST = 64
 """The longest prompt and the longest answer of the mixed requests; the shortest have 16 tokens."""
 
 
-@mock.patch.dict(os.environ)  # KERNELS is as it was in the end
+@mock.patch.dict(os.environ)  # restores KERNELS
 def measure_ladder(name: str, quick: bool) -> dict:
-    """Climb it, beside whatever else is installed that can serve the same checkpoint."""
+    """Measure every load with every way, and with other engines if they are installed."""
     device = choose_device(None)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bandwidth = read_bandwidth(*(16, 3) if quick else (1024, 9), device=device)
@@ -382,7 +387,7 @@ def climb(model: Llama, load: Load, ways: dict[str, Callable], rounds: int, skip
             )
             if number == 0 and way not in OTHER_WEIGHTS:
                 if expected is None or len(done.tokens) > len(expected):
-                    # The first to answer all requests is what the others are compared with.
+                    # The others are compared with the first way that answers all requests.
                     expected, earlier = done.tokens, expected
                     ties[way] = check_same(model, load, expected, earlier or [], way)
                 else:
@@ -398,7 +403,7 @@ def climb(model: Llama, load: Load, ways: dict[str, Callable], rounds: int, skip
 
 
 def row(load: Load, done: list[Run], ties: int) -> dict:
-    """What is told of one way's runs."""
+    """The results of one way: medians over its runs."""
     first, gap = (
         statistics.median(statistics.mean(times) for times in all_times)
         for all_times in ([each.first_token for each in done], [each.per_token or [0.0] for each in done])
@@ -407,7 +412,7 @@ def row(load: Load, done: list[Run], ties: int) -> dict:
     told = {
         "tokens_per_second": statistics.median(each.tokens_per_second for each in done),
         "rounds": [each.tokens_per_second for each in done],
-        # Of requests that wait for others the first of a sample know nothing.
+        # A sample does not tell how long the requests after it would have waited.
         "time_to_first_token": None if is_sample else first,
         "time_per_output_token": gap,
         "cache_bytes": done[0].cache_bytes,
@@ -425,7 +430,7 @@ def row(load: Load, done: list[Run], ties: int) -> dict:
 
 
 def show(results: list[dict]) -> None:
-    """The ladder as a table; ratios are to transformers, where it was measured."""
+    """Print the ladder as a table. Ratios are to transformers, if it was measured."""
     groups: dict[str, dict[str, list[str]]] = {}
     for result in results:
         rows = groups[result["name"]] = {}

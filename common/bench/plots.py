@@ -39,9 +39,8 @@ from common.course import ROOT, CourseError, shown
 
 
 def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, list[dict[int, int]]]:
-    """The plans of the reference's scheduler for requests of these lengths, and the holder of each block after each.
-
-    No model is needed: a scheduler deals in ids and counts, and whatever was sampled counts as a token.
+    """Return the plans of the reference's scheduler for requests of these lengths, and for each plan the holder of each
+    block after it. No model is needed: every sampled token is 1.
     """
     from common.config import EngineConfig
     from solutions.llama_pytorch import SamplingParams
@@ -64,7 +63,7 @@ def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, 
 
 @figure("lesson-5-batching/figures/schedule.svg")
 def schedule() -> Figure:
-    """Twelve requests over the steps: in batches that wait for their slowest; in places filled as they fall free."""
+    """Twelve requests over the steps: in static batches, which wait for their slowest, and with continuous batching."""
     from solutions.scheduler import static_batch
 
     prompts = [9, 4, 14, 6, 5, 11, 3, 7, 10, 4, 6, 8]
@@ -179,13 +178,12 @@ def quality() -> Figure:
         chosen = [row for row in rows if asked.items() <= row.items()]
         points = [(row["bytes"] / 1e6, row["perplexity"]) for row in chosen]
         four.plot(*zip(*points), style, color=color, label=name)
-        by_eight = [row for row in rows if {**asked, "kind": "w4a8"}.items() <= row.items()]
-        for row in by_eight:
-            four.plot([row["bytes"] / 1e6], [row["perplexity"]], "x", color=color)
+        for row in rows:
+            if {**asked, "kind": "w4a8"}.items() <= row.items():
+                four.plot([row["bytes"] / 1e6], [row["perplexity"]], "x", color=color)
         for row, point in zip(chosen, points):
             four.annotate(str(row["group_size"]), point, (4, 5), textcoords="offset points", fontsize=8)
-    is_drawn = any(row["kind"] == "w4a8" for row in rows)
-    four.set_title("four bits, in groups of 32, 64 and 128" + (" (x: activations in eight)" if is_drawn else ""))
+    four.set_title("four bits, in groups of 32, 64 and 128 (x: activations in eight)")
     four.legend(frameon=False, fontsize=9)
     source_line(fig, measurement)
     return fig
@@ -226,7 +224,7 @@ def quality_and_speed() -> Figure:
 
 @figure("lesson-8-speculative/figures/speculation.svg")
 def speculation() -> Figure:
-    """Tokens a second with speculation, as a ratio to none: by what the text is like, and by the number of streams."""
+    """Tokens a second with speculation, as a ratio to those without, by kind of text and by number of streams."""
     chats, tales = results.read("speculation-smollm2-135m"), results.read("speculation-tales")
     fig = Figure(layout="constrained", figsize=(10.4, 4.2))
     left, right = fig.subplots(1, 2, width_ratios=(1.35, 1), sharey=True)
@@ -270,7 +268,7 @@ def speculation() -> Figure:
 
 
 def right_share(cases: list[dict]) -> str:
-    """How many of the draft tokens that paid were right, in all these cases together, in words for a figure."""
+    """The share of draft tokens that were accepted with adaptive speculation in all these cases, in words."""
     told = [case["ways"]["adaptive"] for case in cases]
     num_draft_tokens = sum(each["num_draft_tokens"] for each in told)
     if not num_draft_tokens:
@@ -302,7 +300,7 @@ RUNGS = {
     "llama.cpp, Q8_0": ("llama.cpp, Q8_0", GREY),
     "llama.cpp, Q4_0": ("llama.cpp, Q4_0", GREY),
 }
-"""A way of the ladder -> what it is called in the figure, and its colour; engines of others are grey."""
+"""The name and the colour of each way of the ladder in the figure; other engines are grey."""
 
 
 @figure("common/bench/figures/ladder.svg")

@@ -1,4 +1,4 @@
-"""The figures of lessons 0 to 4: one model, one request, its memory."""
+"""The figures of lessons 0 to 4: one model, one request, and its memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from common.course import CourseError
 
 @figure("lesson-0-intro/figures/roofline.svg")
 def roofline() -> Figure:
-    """The two ceilings of the measured machine, and where SmolLM2 in float32 stands under them.
+    """The two ceilings of the measured machine, and SmolLM2 in float32 below them.
 
     A step reads each weight once (4 bytes) and uses it for every token (2 operations), so a step of B tokens has B / 2
     operations a byte. This leaves out the cache of keys and values, which is small for these short contexts.
@@ -79,7 +79,7 @@ def roofline() -> Figure:
 
 @figure("lesson-1-llm-basics/figures/rotary.svg")
 def rotary() -> Figure:
-    """Left: the hands of a head's clocks at the first positions. Right: a rotated query times rotated keys."""
+    """Left: the pairs of a head, as clock hands, at the first positions. Right: a rotated query times rotated keys."""
     import torch
 
     from solutions.llm_basics import apply_rotary, rotary_frequencies, rotary_tables
@@ -233,12 +233,13 @@ def ceilings() -> Figure:
     return fig
 
 
-# --- Lessons 2 and 3: seconds for one more token, without a memory and with one ---------------------------------------
+# --- Lessons 2 and 3: seconds for one more token, without a cache and with one ----------------------------------------
 
 
 def over_contexts(name: str, title: str, ways: dict[str, tuple[str, str, int]]) -> tuple[Figure, matplotlib.axes.Axes]:
-    """Milliseconds for the next token against the tokens before it. ways: what each is called, its colour, and by how
-    many points its name stands above the end of its line.
+    """Plot the milliseconds for the next token against the number of tokens before it.
+
+    ways: of each its name in the figure, its colour, and how many points above the end of its line the name stands.
     """
     measurement = results.read(name)
     rows = measurement["rows"]
@@ -268,7 +269,7 @@ def recompute() -> Figure:
 
 @figure("lesson-3-kv-cache/figures/kv-cache.svg")
 def kv_cache() -> Figure:
-    """The scale is logarithmic: two lines are near each other, and far below the third."""
+    """Milliseconds for the next token. The scale is logarithmic, because two lines are far below the third."""
     ways = {
         "recompute": ("lesson 2: all again", VERMILION, 0),
         "cache": ("lesson 3: the cache", BLUE, 8),
@@ -282,12 +283,12 @@ def kv_cache() -> Figure:
     return fig
 
 
-# --- Lesson 4: what blocks waste --------------------------------------------------------------------------------------
+# --- Lesson 4: slots that blocks waste --------------------------------------------------------------------------------
 
 
 @figure("lesson-4-paged-attention/figures/utilisation.svg")
 def utilisation_by_block_size() -> Figure:
-    """The share of held slots that has a token in it, for block sizes from 1 to the whole context."""
+    """The share of held slots that contain a token, for block sizes from 1 to the whole context."""
     import random
 
     from solutions.paged_attention import utilisation

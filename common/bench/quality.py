@@ -1,7 +1,7 @@
-"""What fewer bits cost: perplexity and KL divergence to float32, on text that comes with Python, for every kind.
+"""The quality of quantized weights: perplexity, and KL divergence to float32, of every kind of quantization.
 
 The text is `pydoc_data.topics`, which Python's `help` shows: English prose with code in it, the same on every machine
-with the same version. What scales for activations are chosen with is another part of it than what is measured.
+with the same version of Python. Scales for activations are chosen on another part of it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def text_of_python() -> str:
 
 
 def windows(token_ids: list[int], length: int, count: int) -> list[torch.Tensor]:
-    """`count` pieces of the text, evenly spread over it."""
+    """Return `count` pieces of `length` tokens, evenly spread over the text."""
     stride = (len(token_ids) - length) // count
     return [torch.tensor(token_ids[i * stride : i * stride + length]) for i in range(count)]
 
 
 def predictions(model, tokens: torch.Tensor, attend=causal_attend) -> torch.Tensor:
-    """The logits (T, V) of a text."""
+    """Return the logits (T, V) of a text."""
     return model.logits(model(tokens, torch.arange(len(tokens)), attend))
 
 
@@ -52,7 +52,7 @@ def measure_quality(name: str, quick: bool) -> dict:
         losses, distances = [], []
         for tokens, reference in zip(measured, exact):
             logits = reference if other is None else predictions(other, tokens, attend)
-            losses.append(float(torch.nn.functional.cross_entropy(logits[:-1], tokens[1:])))
+            losses.append(float(F.cross_entropy(logits[:-1], tokens[1:])))
             distances.append(float(kl_divergence(reference, logits)))
         return {"perplexity": math.exp(statistics.mean(losses)), "kl": statistics.mean(distances)}
 
@@ -63,8 +63,8 @@ def measure_quality(name: str, quick: bool) -> dict:
     rows = [{"kind": "float32", "bytes": weight_bytes(model), **cost(None)}]
     halved, _ = load(name, torch.bfloat16, "cpu")
     row = {"kind": "bfloat16", "bytes": weight_bytes(halved)}
-    # As the kernels compute it, on processors that multiply two bfloat16 and on others, and as torch does, which rounds
-    # what each operation gives.
+    # As the kernels compute it, without and with a processor's product of two bfloat16 numbers, and as torch computes
+    # it, which rounds the result of each operation.
     wide = copy.deepcopy(halved).float()
     rows.append({**row, "bits_of_sums": 32, "bits_of_inputs": 32, **cost(wide, rounded)})
     for layer in wide.modules():
@@ -78,20 +78,16 @@ def measure_quality(name: str, quick: bool) -> dict:
     kinds += [Quantization("w4a8", size) for size in sizes]
     for is_aware in (False, True):
         for kind in kinds:
-            if is_aware and kind.kind not in ("int4", "w4a8"):
-                continue
             source = model
             if is_aware:
+                if kind.kind not in ("int4", "w4a8"):
+                    continue
                 source, _ = load(name, torch.float32, "cpu")
                 scale_for_activations(source, calibration, kind, causal_attend)
             quantized = quantized_copy(source, kind)
-            rows.append(
-                {**asdict(kind), "activation_aware": is_aware, "bytes": weight_bytes(quantized), **cost(quantized)}
-            )
-            print(
-                {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()},
-                flush=True,
-            )
+            row = {**asdict(kind), "activation_aware": is_aware, "bytes": weight_bytes(quantized), **cost(quantized)}
+            rows.append(row)
+            print(row, flush=True)
     return {
         "model": name,
         "text": f"pydoc_data.topics of Python {platform.python_version()}",

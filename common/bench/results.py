@@ -1,4 +1,4 @@
-"""The measurements that are kept: a JSON file each, with the circumstances under which it was made."""
+"""The measurements that are kept, each in a JSON file with the circumstances under which it was made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(name: str, folder: Path = MEASUREMENTS) -> dict:
 
 
 def show_table(columns: Sequence[str], groups: dict[str, dict[str, list[str]]]) -> None:
-    """Print results: for each group its name, and a row of cells for each way that was measured."""
+    """Print results as a table: for each group its name, then a row of cells for each way that was measured."""
     table = Table(box=None, header_style="dim", padding=(0, 1))
     for column in ("", *columns):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)

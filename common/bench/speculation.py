@@ -1,8 +1,8 @@
-"""What speculation gives: the same requests with and without it, where a text repeats itself and where it does not.
+"""The speed with speculation, as a ratio to the speed without it, where texts repeat themselves and where they do not.
 
-Each way is a new engine around the same packed model, so what it knows of a text it has learnt from this text. Rounds
-are interleaved and the order of ways varies. What is told is the ratio to no speculation in the same round, and of
-those ratios the median: a machine that drifts does so for both of a pair.
+Each run is a new engine around the same packed model, so its adaptive speculation knows nothing of earlier runs. Rounds
+are interleaved and the order of the ways varies. A ratio is taken within a round, so that a change in the machine's
+speed affects both of its runs; the result is the median of the ratios.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ CHATS = {  # name: (whether the answer repeats its prompt, the turns: the user's
     "question": (False, ["Why is the sky blue during the day and red in the evening?"]),
     "advice": (False, ["Give me some advice on how to learn to play the piano."]),
 }
-"""Prompts to which SmolLM2 answers as their names say: it is too small to change much of what it is to change."""
+"""Prompts that SmolLM2 answers as their names say. It copies most of a text that it is asked to change."""
 
 BEGINNINGS = [  # as in what it was trained on: a title, an empty line, a story
     "The Red Kite\n\nOnce there was a",
@@ -80,18 +80,18 @@ BEGINNINGS = [  # as in what it was trained on: a title, an empty line, a story
 
 @dataclass(frozen=True)
 class Case:
-    """Requests that are all there at the start, and how they are answered."""
+    """Requests that all arrive at the start, and how they are answered."""
 
     name: str
     prompts: list[list[int]]
     params: list[SamplingParams]
-    is_repetitive: bool | None = None  # whether the answers repeat their prompts; None: not chosen so
-    fixed: tuple[int, ...] = ()  # numbers of draft tokens that are also measured unadapted
+    is_repetitive: bool | None = None  # whether the answers repeat their prompts; None: the prompts were not chosen so
+    fixed: tuple[int, ...] = ()  # fixed numbers of draft tokens that are measured beside adaptive speculation
     rounds: int = 3
 
 
 def encode_chat(tokenizer, turns: list[str]) -> list[int]:
-    """A conversation as the model was trained on it; without a template, its last turn."""
+    """Return the tokens of a conversation; for a model without a chat template, those of its last turn."""
     if tokenizer.chat_template is None:
         return tokenizer.encode(turns[-1])[:64]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
@@ -118,7 +118,7 @@ def chat_cases(tokenizer, quick: bool) -> list[Case]:
 
 
 def tale_cases(tokenizer, quick: bool) -> list[Case]:
-    """Beginnings of stories, for one, eight and 32 readers, greedy and drawn."""
+    """Beginnings of stories, for one, eight and 32 streams, greedy and with temperature 0.8."""
     num_tokens = 8 if quick else 96
     prompts = [tokenizer.encode(text) for text in BEGINNINGS]
     cases = []
@@ -190,13 +190,13 @@ def measure_lookup(repeats: int) -> dict[int, float]:
 
 
 def measure_case(case: Case, model: Llama, plain: Llama, tokenizer, draft: str | None) -> dict:
-    """Each way a short warm-up, then rounds in which the order varies."""
+    """Measure one case: a short warm-up of each way, then rounds in which the order varies."""
     ways: dict[str, dict] = {"none": {}, "adaptive": dict(speculative=draft or "ngram")}
     for k in case.fixed:
         ways[f"k={k}"] = {**ways["adaptive"], "num_speculative_tokens": k, "adaptive_speculation": False}
     is_greedy = all(each.temperature == 0 for each in case.params)
     runs: dict[str, list[Run]] = {way: [] for way in ways}
-    ties = dict.fromkeys(ways, 0)  # with the temperature above 0 tokens may differ
+    ties = dict.fromkeys(ways, 0)  # if the temperature is above 0, the tokens may differ
     rng = random.Random(1)
     start = time.perf_counter()
     for options in ways.values():
@@ -228,7 +228,7 @@ def measure_case(case: Case, model: Llama, plain: Llama, tokenizer, draft: str |
 
 
 def answer(model: Llama, tokenizer, options: dict, prompts, params) -> Run:
-    """Let a new engine answer. Streams with the same prompt share its blocks, so that reading them counts little."""
+    """Let a new engine answer. Streams with the same prompt share its blocks, so prompts take little of the time."""
     slots = sum(len(prompt) + each.max_tokens for prompt, each in zip(prompts, params))
     settings = dict(num_blocks=slots // 16 + 3 * len(prompts), max_num_seqs=len(prompts), max_num_batched_tokens=256)
     with assembled(model, tokenizer, **settings, **options) as serving:
@@ -236,7 +236,7 @@ def answer(model: Llama, tokenizer, options: dict, prompts, params) -> Run:
 
 
 def row(done: list[Run], without: list[Run], ties: int) -> dict:
-    """What is told of one way's runs. without: those of no speculation, round for round."""
+    """The results of one way. without: the runs without speculation, in the same rounds."""
     ratios = [each.tokens_per_second / other.tokens_per_second for each, other in zip(done, without)]
     num_tokens = sum(map(len, done[0].tokens))
     num_draft_tokens, rate = (done[0].more.get(key, 0) for key in ("num_draft_tokens", "acceptance_rate"))
@@ -245,12 +245,9 @@ def row(done: list[Run], without: list[Run], ties: int) -> dict:
         "rounds": [each.tokens_per_second for each in done],
         "ratio": statistics.median(ratios),
         "ratios": ratios,
-        "time_to_first_token": statistics.median(statistics.mean(each.first_token) for each in done),
-        "time_per_output_token": statistics.median(statistics.mean(each.per_token or [0.0]) for each in done),
-        "num_steps": done[0].more["num_steps"],
         "num_draft_tokens": num_draft_tokens,
         "acceptance_rate": rate if num_draft_tokens else None,
-        # Each step brings a request one token, and what was proposed right.
+        # Each step gives a request one token and the accepted draft tokens.
         "tokens_per_step": num_tokens / (num_tokens - round(rate * num_draft_tokens)),
         "near_ties": ties,
     }

