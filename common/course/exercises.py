@@ -158,12 +158,20 @@ def read_module(file: Path) -> str:
         raise CourseError(f"{shown(file)} is not UTF-8 text: {reason}. Save it as UTF-8.") from None
 
 
+def unreadable(file: Path, error: SyntaxError | ValueError) -> str:
+    """A sentence about a file that Python cannot parse. Versions up to 3.11.3 raise ValueError for a null byte."""
+    if getattr(error, "lineno", None) is None:
+        return f"{shown(file)}: Python cannot read it: {getattr(error, 'msg', error)}."
+    return f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}."
+
+
 def to_do(file: Path) -> list[str]:
     """The ids of the exercises that are still to do in a file. Raises CourseError if the file cannot be read."""
+    source = read_module(file)
     try:
-        return unfinished(read_module(file))
-    except SyntaxError as error:
-        raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.") from None
+        return unfinished(source)
+    except (SyntaxError, ValueError) as error:
+        raise CourseError(unreadable(file, error)) from None
 
 
 def is_begun(lesson: Lesson, file: Path) -> bool:

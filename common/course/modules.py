@@ -63,7 +63,7 @@ def parse_mine(mine: str, variable: str = "MINE") -> list[Lesson]:
     for part in filter(None, (part.strip() for part in mine.split(","))):
         first, dash, last = part.partition("-")
         last = last if dash else first
-        if not (first.isdigit() and last.isdigit()) or int(first) > int(last):
+        if not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
             raise CourseError(
                 f"{variable}={mine}: {part!r} is neither a lesson's number nor a range of them, such as 0-2."
             )

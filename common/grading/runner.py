@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.course import CourseError, Lesson, shown, unfinished
-from common.course.exercises import TOGETHER, exercises_of, read_module, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, read_module, unreadable, walk_functions
 from common.course.modules import Waits, listed, still_to_do_below
 from common.grading.results import Result, fingerprint, keep, look_first
 from common.grading.wire import MAX_EVENT, opened
@@ -250,16 +250,9 @@ def read_source(file: Path) -> str:
     source = read_module(file)
     try:
         compile(source, str(file), "exec")
-    except SyntaxError as error:
-        line = (error.text or "").strip()
-        if error.lineno is None:
-            raise CourseError(f"{shown(file)}: Python cannot read it: {error.msg}.") from None
-        raise CourseError(
-            f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}."
-            + (f"\n    {line}" if line else "")
-        ) from None
-    except ValueError as error:
-        raise CourseError(f"{shown(file)}: {error}") from None
+    except (SyntaxError, ValueError) as error:
+        line = (getattr(error, "text", None) or "").strip()
+        raise CourseError(unreadable(file, error) + (f"\n    {line}" if line else "")) from None
     return source
 
 
