@@ -1,4 +1,4 @@
-"""`make test`, `make test-all`, `make check`, `make lint`, `make skeletons`: what keeps the course itself right."""
+"""`make test`, `make test-all`, `make check`, `make lint`, `make skeletons`: tests and checks of the course."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def call(*command: str, **environment: str) -> int:
 
 
 def pytest(*arguments: str, **environment: str) -> int:
-    # The course is tested, not the user's own modules, even if MINE or the like is set in the environment.
+    # The course is tested, not the user's own modules, even if MINE or another option is set in the environment.
     variables = ("COURSE_MODULES", "MINE", "SOLUTION", "FILE", "VERBOSE", "PDB", "MODEL")
     clean = dict.fromkeys([*variables, "TP", "PP", "QUANT", "GROUP", "KV", "OFFLOAD", "SPEC"], "")
     # Small tensors gain nothing from a second thread; the second core runs tests of its own.
     spread = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal", "-p", "xdist.plugin"]
-    spread.append("--disable-plugin-autoload")  # the others take each process seconds to import, and none is used
+    spread.append("--disable-plugin-autoload")  # no other plugin is used, and each process would import them all
     options = ["-q", "-p", "common.authoring.remaining", *spread, *arguments]
     code = call("-m", "pytest", *options, *FOLDERS, **{**clean, "OMP_NUM_THREADS": "1", **environment})
     for each in MODULES:
@@ -47,7 +47,7 @@ def test() -> int:
 
 @click.command()
 def test_all() -> int:
-    """Run every test there is, and the notebooks; what `make test` has passed just now is not repeated."""
+    """Run all tests and notebooks, except the tests that have passed in `make test` since the last change."""
     from common.checkpoints import find_checkpoint
 
     check_that_nothing_is_withheld()
@@ -67,7 +67,7 @@ def check_that_nothing_is_withheld() -> None:
 
 @click.command()
 def lint() -> int:
-    """Look for mistakes and for formatting with ruff."""
+    """Check the code and its formatting with ruff."""
     code = call("-m", "ruff", "check", ".")
     if formatting := call("-m", "ruff", "format", "--check", "."):
         print("To format: .venv/bin/ruff format .")
@@ -94,7 +94,7 @@ def skeletons(check: bool) -> int:
 
 @click.command()
 def check() -> int:
-    """Lint, compare the skeletons, and check READMEs, prose and spelling; every part runs, whatever failed before."""
+    """Lint, compare the skeletons, and check READMEs, prose and spelling. Every part runs, even after a failure."""
     from common.authoring import prose
     from common.authoring.readmes import checks as readme_checks
 

@@ -1,4 +1,4 @@
-"""`make clean`. Standard library only, since nothing needs to be installed for it."""
+"""`make clean`. It imports only the standard library, so that it works before anything is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from common.course import LESSONS, ROOT
 
 
 def main(argv: list[str]) -> int:
-    """Remove what can be made again in seconds. The environment, models and a student's work are not of that kind."""
+    """Remove the caches, but not the environment, the models or a student's work."""
     roots = [ROOT / "common", ROOT / "solutions", *(lesson.folder for lesson in LESSONS)]
     caches = [ROOT / name for name in (".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__")]
     for root in roots:

@@ -1,7 +1,6 @@
-"""Every small change of the reference: one comparison, constant, axis, sign, operator, index, dtype, call or statement.
-
-The method is DeMillo, Lipton and Sayward's (1978); the operators are those of mutmut and cosmic-ray, and some for
-tensors.
+"""All mutants of the reference: in each, one comparison, constant, axis, operator, index, dtype, call or statement is
+changed. The method is DeMillo, Lipton and Sayward's (1978); the changes are those of mutmut and cosmic-ray, and some
+for tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from common.course.exercises import Exercise, begins, exercises_of, walk_functio
 
 @dataclass(frozen=True)
 class Mutant:
-    """The reference with one change in one answer. `change` tells it from all others of its exercise."""
+    """The reference with one change in one answer. No two mutants of an exercise have the same `change`."""
 
     exercise: str
     line: int
@@ -46,9 +45,9 @@ OPPOSITES = (
 )  # fmt: skip
 NAMES: dict[str, str] = dict([*OPPOSITES, *((new, old) for old, new in reversed(OPPOSITES))])
 NOT_VALUES = {"torch", "math", "dist", "F", "functional", "nn", "ast", "json", "time", "np"}
-"""Modules: `torch.exp(x)` without its call is x, not torch."""
+"""Names of modules: `torch.exp(x)` without its call is x, not torch."""
 SYMMETRIC = ("transpose", "min", "max", "minimum", "maximum", "equal")
-"""Calls that do not mind the order of their arguments."""
+"""Calls whose result does not depend on the order of their arguments."""
 
 
 def replaced(node: ast.AST, **fields) -> ast.AST:
@@ -75,7 +74,7 @@ def without_call(node: ast.Call) -> Iterator[ast.expr]:
 
 
 def variants(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in this node's place, one small change each."""
+    """The nodes that may replace this one, each with one small change."""
     new = replaced
     if isinstance(node, ast.Compare):
         for i, operator in enumerate(node.ops):
@@ -133,9 +132,9 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def sites(node: ast.AST) -> Iterator[tuple[list[ast.AST], str, int | None, ast.AST]]:
-    """Every place under a node that holds another: (the nodes above, outermost first; field; index or None; node).
+    """Every node below this one as (the nodes above it, outermost first; its field; its index or None; the node).
 
-    What is said in an error's message, and annotations, are left alone: they are for people.
+    The messages of errors and annotations are left out, since no check depends on them.
     """
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns") or isinstance(node, ast.JoinedStr):
@@ -157,9 +156,10 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
 
 
 def told(path: list[ast.AST], like: tuple[int, str] | None = None) -> tuple[int, str]:
-    """How much of the code to show for a change at the end of this path: the least that a reader can place.
+    """Choose how much of the code to show for a change at the end of this path: the least that a reader recognises.
 
-    Returns how many nodes above the end that is, and its text, one line. like: show as much as was shown there.
+    Returns how many nodes above the end that is, and its text in one line. like: an earlier result; the same node is
+    shown.
     """
     for height, node in enumerate(reversed(path)):
         if like is not None and height < like[0]:

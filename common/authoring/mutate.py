@@ -1,13 +1,11 @@
-"""Grades the grader once more: changes the reference one small thing at a time, and counts what the checks let through.
+"""Tests a lesson's checks by mutation: changes the reference in one place, and counts the changes that are not noticed.
 
     make mutate-lesson-1
-    make mutate            every lesson; what came of it is kept in common/bench/measurements/mutants.json
+    make mutate            every lesson; the results are kept in common/bench/measurements/mutants.json
 
-Each change of an exercise's answer (`mutants.py`) is a mutant, which faces the checks of its own exercise. One that
-passes them all has survived. It is either a gap in the checks, or it does the same as the reference: then the lesson's
-catalogue says so, with the reason (`equivalent` in `common.course.catalogue`).
-
-The other side, right answers that go about it in another way, is `make prove-lesson-N`'s.
+Each change of an exercise's answer (`mutants.py`) is a mutant, and is tried in the checks of its own exercise. A mutant
+that passes them all has survived. Either the checks have a gap, or the mutant does the same as the reference; then the
+lesson's catalogue says so, with the reason (`equivalent` in `common.course.catalogue`).
 """
 
 from __future__ import annotations
@@ -35,22 +33,22 @@ from common.workers import call, kill
 
 SUMMARY = ROOT / "common" / "bench" / "measurements" / "mutants.json"
 ASKED = 0.95
-"""The share of the mutants that are not equivalent which a lesson's checks have to catch."""
+"""The smallest share of a lesson's mutants, except the equivalent ones, that its checks must catch."""
 STALLED = 60.0
-"""Seconds without a word from the worker: then the mutant at hand counts as caught, and another worker goes on."""
+"""Seconds without a message from the worker after which its current mutant counts as caught and a new worker starts."""
 
 
 # --- Trying them ------------------------------------------------------------------------------------------------------
 
 
 class Overtime(BaseException):
-    """A mutant takes far longer than the reference."""
+    """A mutant needs far more processor time than the reference."""
 
 
 def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
-    """The worker's life: run the lesson's checks; each faces those mutants of its exercise that are still uncaught.
+    """In the worker: run the lesson's checks, each on those mutants of its exercise that no check has caught yet.
 
-    Sends (index, None) when it turns to a mutant, (index, why) when one is caught, and None at the end.
+    Sends (index, None) before it tries a mutant, (index, why) when one is caught, and None at the end.
     """
     os.environ["KERNELS"] = "plain"
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -69,7 +67,7 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
         ranks.end_pool()  # the ranks may still be waiting for a message
         raise Overtime
 
-    signal.signal(signal.SIGPROF, stop)  # processor time: a busy machine catches no mutant
+    signal.signal(signal.SIGPROF, stop)  # it counts processor time, so that a busy machine catches no mutant
 
     class MutatingGrader(Grader):
         def __init__(self):
@@ -107,7 +105,7 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
 
 
 class Trial:
-    """Some mutants of a lesson and the worker that tries them. When it stalls or dies, the mutant at hand did that."""
+    """Some mutants of a lesson and their worker. If it stalls or ends, its current mutant counts as caught."""
 
     def __init__(self, lesson: Lesson, mutants: list[Mutant]):
         self.lesson = lesson
@@ -120,7 +118,7 @@ class Trial:
         self.process, self.connection = call("common.authoring.mutate:work", self.lesson, self.mutants)
 
     def step(self) -> bool:
-        """Take in what the worker has said. Returns whether there is more to come."""
+        """Read the worker's messages. Returns whether more will come."""
         try:
             while self.connection.poll():
                 self.last_word = time.monotonic()
@@ -152,7 +150,10 @@ class Trial:
 def try_all(
     lesson: Lesson, mutants: list[Mutant], jobs: int, on_word: Callable[[int], None]
 ) -> tuple[list[tuple[Mutant, str]], list[Mutant]]:
-    """The mutants that were caught, each with why, and the survivors. on_word: told how many are caught so far."""
+    """Return the mutants that were caught, each with the reason, and the survivors.
+
+    on_word: is called with the number of mutants that are caught so far.
+    """
     ids = list(dict.fromkeys(each.exercise for each in mutants))
     shares = [[each for each in mutants if ids.index(each.exercise) % jobs == job] for job in range(jobs)]
     trials = [Trial(lesson, share) for share in shares if share]
@@ -169,11 +170,11 @@ def try_all(
     return caught, [each for trial in trials for each in trial.left]
 
 
-# --- What came of it --------------------------------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------------------------------
 
 
 def summary(lesson: Lesson, mutants: list[Mutant], survivors: list[Mutant]) -> dict:
-    """Counts for a lesson, and the survivors by name."""
+    """Return the numbers of a lesson's mutants by result, and the names of the survivors."""
     reasons = load_equivalents(lesson)
     equivalent = [each for each in mutants if (each.exercise, each.change) in reasons]
     gaps = [each for each in survivors if each not in equivalent]
@@ -188,13 +189,13 @@ def summary(lesson: Lesson, mutants: list[Mutant], survivors: list[Mutant]) -> d
 
 
 def unknown_equivalents(lesson: Lesson, mutants: list[Mutant]) -> list[str]:
-    """The catalogue's equivalent changes that no mutant makes: the reference has moved on."""
+    """The catalogue's equivalent changes that no mutant makes, because the reference has changed."""
     known = {(each.exercise, each.change) for each in mutants}
     return [f"{id}: {change}" for id, change in load_equivalents(lesson) if (id, change) not in known]
 
 
 def mutate(lesson: Lesson, only: str | None, jobs: int, console: Console) -> dict:
-    """Try a lesson's mutants, or those of one exercise, and tell what survived."""
+    """Try a lesson's mutants, or those of one exercise, and print the survivors."""
     mutants = [each for each in mutants_of(lesson) if only in (None, each.exercise)]
     with progress_bar(f"lesson {lesson.number}, {lesson.slug}", len(mutants), console.is_terminal) as update:
         caught, survivors = try_all(lesson, mutants, jobs, lambda count: update(count, ""))
@@ -232,7 +233,10 @@ def mutate_all(jobs: int) -> int:
 
 
 def mutate_modules(modules: list[Lesson], exercise: str | None, jobs: int) -> int:
-    """Returns 1 if too small a share of a module's mutants is caught. Whole modules are written to the summary."""
+    """Try the mutants of these modules, or of one exercise. Results of whole modules are written to the summary.
+
+    Returns the exit status: 1 if too small a share of a module's mutants is caught.
+    """
     console = Console(highlight=False, soft_wrap=True)
     failed = False
     for lesson in modules:

@@ -1,8 +1,7 @@
 """The lessons' notebooks: run and saved by `make notebooks`, compared by `make test-notebooks`, opened by `make lab`.
 
 A saved notebook must not depend on the machine that ran it. It is run from top to bottom in a fresh kernel, with two
-threads and a fixed hash seed. The names of the machine and the time are left out of the file. A notebook with an error
-is not saved.
+threads and a fixed hash seed. The machine's name and the times are removed. A notebook with an error is not saved.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SANITIZE = Path(__file__).resolve().parent / "nbval_sanitize.cfg"
 
 
 def environment() -> dict[str, str]:
-    """What a notebook's kernel finds in its environment, wherever it is started."""
+    """The environment of a notebook's kernel."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -39,13 +38,12 @@ def environment() -> dict[str, str]:
 
 
 def notebooks(numbers: Iterable[str]) -> list[Lesson]:
-    """The lessons with these numbers, or all, that have a notebook."""
-    chosen = [lesson(number) for number in numbers] or LESSONS
-    return [each for each in chosen if each.notebook.exists()]
+    """The lessons with these numbers, or all."""
+    return [lesson(number) for number in numbers] or list(LESSONS)
 
 
 def normalise(notebook: nbformat.NotebookNode) -> None:
-    """Leave out what differs from machine to machine and from run to run."""
+    """Remove everything that differs between machines or between runs."""
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -60,7 +58,7 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
 
 
 def joined(outputs: list) -> list:
-    """Pieces of one stream that follow each other as one: how they were cut depends on the clock."""
+    """Join consecutive pieces of the same stream, because where they were cut depends on timing."""
     result: list = []
     for output in outputs:
         last = result[-1] if result else None
@@ -114,8 +112,8 @@ def notebooks_command(numbers: tuple[str, ...]) -> int:
 
 
 def never_run(path: Path) -> list[int]:
-    """Return the code cells, counted from 1 over all cells, without an execution count: nbval would not compare them.
-    Cells without code are left out, because no kernel runs them.
+    """Return the numbers, counted from 1 over all cells, of the code cells without an execution count, which nbval
+    would not compare. Empty cells are left out, because no kernel runs them.
     """
     cells = nbformat.read(path, as_version=4).cells
     return [
@@ -130,9 +128,6 @@ def never_run(path: Path) -> list[int]:
 def test_notebooks(numbers: tuple[str, ...]) -> int:
     """Run the notebooks of these lessons, or of all: every output must equal the saved one."""
     paths = [each.notebook for each in notebooks(numbers)]
-    if not paths:
-        print("There are no notebooks yet.")
-        return 0
     failed = False
     for path in paths:
         if cells := never_run(path):

@@ -1,9 +1,8 @@
-"""Grades the grader: every wrong answer of a lesson's catalogue is caught, and every right one passes.
+"""`make prove-lesson-N`: tests a lesson's checks with the wrong and the right answers of its catalogue.
 
-    make prove-lesson-1
-
-A wrong answer must fail in its exercise's checks by giving a wrong value, not by a crash, and be recognised by its
-name unless it is marked otherwise; none may be taken for another. Every exercise has at least three and one right.
+Every right answer must pass. Every wrong one must fail the checks of its exercise because of a wrong value, not because
+it crashes. Unless it is marked otherwise, the grader must recognise it, and it must not be taken for another one.
+Every exercise must have at least three wrong answers and a right one.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ RIGHT_AT_LEAST = 1
 
 
 class ProvingGrader(Grader):
-    """Runs each check with the reference and with every answer of its exercise, and notes what came of it."""
+    """Runs each check with the reference and with every answer to its exercise, and keeps the failures."""
 
     def __init__(self, lesson: Lesson):
         self.reference = Subject(lesson, lesson.solution)
@@ -52,8 +51,8 @@ class ProvingGrader(Grader):
         return super().judge(subject, exercise_id, check)
 
     def judge_answer(self, subject: Subject, answer: Answer, exercise_id: str, check: Callable) -> Failure | None:
-        """As a student's is judged. But a wrong one has no second chance in the untouched module: beside it there is
-        the reference here too.
+        """Judge an answer as a student's. A wrong one is not tried again in the untouched module, since that module is
+        the reference in both cases.
         """
         if answer.is_right:
             return subject.judge(exercise_id, check)
@@ -62,12 +61,12 @@ class ProvingGrader(Grader):
         return failure
 
     def outcome(self, lesson: Lesson, answer: Answer, check: Callable) -> Failure | None:
-        """How an answer has fared in a check, without another run."""
+        """The result of an answer in a check that was run before."""
         return dict(self.subjects[answer].judged[answer.exercise])[check]
 
 
 def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
-    """Everything that is wrong with the checks or the catalogue, a sentence each."""
+    """A sentence for each fault of the checks or of the catalogue."""
     found = []
     for exercise in exercises_of(lesson):
         answers = [answer for answer in grader.subjects if answer.exercise == exercise.id]
@@ -99,7 +98,7 @@ def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
 @click.command()
 @lesson_number
 def prove_lesson(lesson_number: int) -> int:
-    """Try a lesson's checks on all known wrong and right answers: each must get the verdict that it deserves."""
+    """Try a lesson's checks on all known wrong and right answers."""
     failed = False
     os.environ["KERNELS"] = "plain"
     for lesson in course.modules_of(lesson_number):

@@ -1,9 +1,9 @@
-"""A pytest plugin, so that `make test-all` right after `make test` repeats nothing: it runs what was left out.
+"""A pytest plugin: `make test-all` after `make test` runs only the tests that have not passed yet.
 
-Left out were the slow tests, and those that skipped themselves because transformers or the real model was not there.
-`--record` writes down what a whole run has passed; `--remaining` runs the rest. The record counts only while no file of
-the repository is younger than that run; otherwise, or if that run failed, `--remaining` runs everything.
-What is marked `slow(seconds)` begins first, for a long test at the end is waited for.
+Those are the slow tests, and tests that were skipped because transformers or the real model was missing. `--record`
+writes down which tests passed in a run without failures, and `--remaining` leaves these out. If a file of the
+repository was written after that run began, or the run failed, `--remaining` leaves out none.
+Tests marked `slow(seconds)` begin first, so that no worker is still running a long one when the others have finished.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IGNORED |= {".hypothesis", "inference_course.egg-info"}
 
 
 def last_change(root: Path = ROOT) -> float:
-    """When a file of the repository was written last, in seconds since the epoch."""
+    """When a file of the repository was last written, in seconds since the epoch."""
     latest = 0.0
     for folder, folders, files in os.walk(root):
         folders[:] = set(folders) - IGNORED
@@ -38,7 +38,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--record") and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to one
+    if config.getoption("--record") and not hasattr(config, "workerinput"):  # not in pytest-xdist's workers
         config.pluginmanager.register(Recorder(), "course-recorder")
 
 
@@ -68,7 +68,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def longest_first(items: list[pytest.Item], num_workers: int) -> list[pytest.Item]:
-    """Each worker begins with its share of the long tests; of the list, pytest-xdist gives each an equal stretch."""
+    """Order the tests so that each worker begins with its share of the long ones: pytest-xdist gives each worker an
+    equal part of the list.
+    """
     seconds = {item: sum(mark.args[0] for mark in item.iter_markers("slow") if mark.args) for item in items}
     long = sorted(filter(seconds.get, items), key=seconds.get, reverse=True)
     others = [item for item in items if not seconds[item]]

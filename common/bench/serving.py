@@ -1,10 +1,11 @@
-"""What the server costs: the same requests over HTTP and given to the engine in Python, in turn, on one machine.
+"""The speed of the server: the same requests over HTTP and given to the engine in Python, in turn, on one machine.
 
-Another server of the same model, such as vLLM's, may take its turn, too. A server whose turn it is not is suspended.
+Another server of the same model, such as vLLM's, can take part, too. While one way is measured, the other servers are
+suspended.
 
-Clients are a closed loop: each sends its next request once its last answer is complete, as the engine alone starts the
-next of its requests when one has finished. The client is this process and the server another, so on a machine with few
-cores the client's own work is part of what is measured.
+The load is a closed loop: each client sends its next request when its last answer is complete, and the engine alone
+starts a request when another has finished. The clients run in this process and the server in another, so on a machine
+with few cores the clients' own work is part of the result.
 """
 
 from __future__ import annotations
@@ -29,17 +30,15 @@ import torch
 
 from common.course import ROOT, CourseError
 
-# ---------------------------------------------------------------------------------------------------------------
-# A client, on asyncio's sockets: little work for each token
-# ---------------------------------------------------------------------------------------------------------------
+# --- A client on asyncio's sockets, with little work for each token ---------------------------------------------------
 
 
 @dataclass
 class Answer:
-    """What came back for one request. Times are in seconds of `time.perf_counter`.
+    """The answer to one request. Times are in seconds of `time.perf_counter`.
 
-    Its events are read as JSON when they are first asked for, after the load, so that the client takes little of the
-    processor from the server.
+    Its events are parsed when they are first used, after the load, so that the client takes little processor time from
+    the server.
     """
 
     sent: float = 0.0
@@ -67,17 +66,17 @@ class Answer:
 
     @property
     def times(self) -> list[float]:
-        """Of each event with text."""
+        """The times of the events with text."""
         return [seconds for seconds, choice in self.choices if choice["text"]]
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between events with text: tokens, except those that are held back until a character is whole."""
+        """Seconds between events with text. Each is a token, or several that form one character."""
         return [after - before for before, after in zip(self.times, self.times[1:])]
 
 
 async def request(port: int, path: str, body: dict | None = None) -> tuple[int, StreamReader, StreamWriter]:
-    """Send a request and read the head of the answer. Returns the status, and what reads the rest and closes it."""
+    """Send a request and read the head of the answer. Returns the status, a reader of the rest, and the writer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = b"" if body is None else json.dumps(body).encode()
     head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
@@ -146,9 +145,7 @@ async def closed_loop(port: int, bodies: Sequence[dict], num_clients: int) -> li
     return [answers[number] for number in range(len(bodies))]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A server in a process of its own
-# ---------------------------------------------------------------------------------------------------------------
+# --- A server in a process of its own ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -187,9 +184,7 @@ def running_server(*options: str, prefix: Sequence[str] = ()) -> Iterator[Runnin
             process.communicate()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The measurement
-# ---------------------------------------------------------------------------------------------------------------
+# --- The measurement --------------------------------------------------------------------------------------------------
 
 
 def measure_serving(model: str, quick: bool, rival: int | None = None) -> dict:
@@ -294,7 +289,7 @@ def processes_at(port: int) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def stopped(processes: Sequence[psutil.Process]) -> Iterator[None]:
-    """Let these processes stand still until the `with` ends."""
+    """Suspend these processes until the `with` ends."""
     try:
         for process in processes:
             process.suspend()

@@ -1,14 +1,15 @@
-"""`make grade SUBMISSIONS=folder OUT=grades`: grades what a class has handed in.
+"""`make grade SUBMISSIONS=folder OUT=grades`: grades the submissions of a class.
 
-Each module of each submission is graded by itself, in a fresh copy of the course, by a worker in a sandbox. What is
-known is written down at once under OUT/state: an interrupted grading goes on where it stopped, and a second one grades
-only what has changed. The reports are drawn from that: OUT/index.html for the instructor, OUT/grades.csv and
+Each module of each submission is graded alone, in a fresh copy of the course, by a worker in a sandbox. Each result is
+written to OUT/state at once, so an interrupted grading continues where it stopped, and a second one grades only what
+has changed. The reports are made from the results: OUT/index.html for the instructor, OUT/grades.csv and
 OUT/exercises.csv for a spreadsheet, and for each student a page to hand back and Gradescope's results.json.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -43,11 +44,11 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.ipynb", "figures", "*.md", "
 
 
 class Stopped(CourseError):
-    """The grading is being interrupted."""
+    """The grading was interrupted."""
 
 
 class Classroom:
-    """A grading: the submissions, the lessons, and where what is known is kept."""
+    """A grading: the submissions, the lessons, and the results so far."""
 
     def __init__(self, submissions: list[Submission], lessons: list[Lesson], out: Path):
         self.submissions = submissions
@@ -60,14 +61,13 @@ class Classroom:
         self.state_of_course = {lesson.slug: fingerprint(lesson, lesson.solution) for lesson in lessons}
 
     def to_grade(self) -> list[tuple[Submission, Lesson]]:
-        """What is not known yet; what is known is taken from OUT/state."""
+        """Return the modules without a result in OUT/state; the results there are put into `graded`."""
         left = []
         for submission in self.submissions:
             for lesson in self.lessons:
-                if lesson.slug not in submission.modules and lesson.is_optional:
-                    continue
                 if lesson.slug not in submission.modules:
-                    self.graded[submission.student, lesson.slug] = self.without(submission, lesson, "not handed in")
+                    if not lesson.is_optional:
+                        self.graded[submission.student, lesson.slug] = self.without(submission, lesson, "not handed in")
                 elif (known := self.kept(submission, lesson)) is not None:
                     self.graded[submission.student, lesson.slug] = known
                 else:
@@ -75,7 +75,7 @@ class Classroom:
         return left
 
     def without(self, submission: Submission, lesson: Lesson, problem: str) -> Graded:
-        """No exercise of the module has been graded."""
+        """The result of a module that could not be graded."""
         worth = points_of(lesson)
         results = [Result(each.id, each.function, points=worth[each.id]) for each in exercises_of(lesson)]
         return Graded(submission.student, lesson, results, problem)
@@ -83,7 +83,7 @@ class Classroom:
     # --- one module ----------------------------------------------------------------------------------------------
 
     def grade_one(self, submission: Submission, lesson: Lesson) -> Graded | None:
-        """Grade one module; None if the grading was interrupted meanwhile."""
+        """Grade one module. Returns None if the grading was interrupted in the meantime."""
         content = submission.modules[lesson.slug]
         with tempfile.TemporaryDirectory(prefix="course-") as folder:
             base = Path(folder, "course")
@@ -110,10 +110,10 @@ class Classroom:
         self.keep(submission, found)
         return found
 
-    # --- what is known -------------------------------------------------------------------------------------------
+    # --- results that are kept -----------------------------------------------------------------------------------
 
     def state(self, submission: Submission, lesson: Lesson) -> Path:
-        """Where a module's grade is kept, for exactly this text and this state of the course."""
+        """The file of a module's result, for exactly this text and this state of the course."""
         digest = hashlib.sha256(submission.modules[lesson.slug] + self.state_of_course[lesson.slug].encode())
         return self.out / "state" / submission.student / f"{lesson.slug}-{digest.hexdigest()[:32]}.json"
 
@@ -138,7 +138,7 @@ class Classroom:
     # --- all of them ---------------------------------------------------------------------------------------------
 
     def run(self, left: list[tuple[Submission, Lesson]], jobs: int, on_graded: Callable[[Graded], None]) -> None:
-        """Grade what is left. KeyboardInterrupt ends it in order; nothing that is known is lost."""
+        """Grade these modules. After a KeyboardInterrupt all workers are ended, and all results are kept."""
         with ThreadPoolExecutor(jobs) as pool:
             waiting: set[Future] = {pool.submit(self.grade_one, *each) for each in left}
             try:
@@ -155,7 +155,7 @@ class Classroom:
 
 
 def copy_course(base: Path, skeletons: dict[Lesson, str]) -> None:
-    """A clean copy of what grading needs, every lesson's module an empty skeleton."""
+    """Copy the files that grading needs into `base`, with each lesson's module as an empty skeleton."""
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, base / name, ignore=LEFT_OUT, dirs_exist_ok=True)
@@ -166,7 +166,7 @@ def copy_course(base: Path, skeletons: dict[Lesson, str]) -> None:
 
 
 def points_of(lesson: Lesson) -> dict[str, int]:
-    """What each exercise is worth, read from the checks without running them."""
+    """The points of each exercise, read from the checks without running them."""
     points: dict[str, int] = {}
     for node in ast.walk(ast.parse(lesson.checks.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "exercise":
@@ -181,7 +181,7 @@ def points_of(lesson: Lesson) -> dict[str, int]:
 @option("--lessons", "LESSONS", default="", metavar="0-3", help="only these; default: all")
 @jobs
 def grade_class(submissions: str, out: str, lessons: str, jobs: int) -> int:
-    """Grade what a class has handed in, and write a report for each student and for the class."""
+    """Grade the submissions of a class, and write a report for each student and for the class."""
     course.activate("")
     chosen = {each.number for each in course.parse_mine(lessons, "LESSONS")}
     modules = [each for each in MODULES if each.number in chosen or not chosen]
@@ -193,7 +193,7 @@ def grade_class(submissions: str, out: str, lessons: str, jobs: int) -> int:
 
 
 def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) -> int:
-    """Grade, show how far it is, and draw the reports, also when it is interrupted."""
+    """Grade with a progress bar, and write the reports, even if it is interrupted. Returns the exit status."""
     console.print(Text(sandbox.walls(), "" if sandbox.has_bubblewrap() else "yellow bold"))
     for each in ignored:
         console.print(Text(f"Not graded: {each}.", "yellow"))
@@ -202,7 +202,6 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
     handed = f"{counted(len(room.submissions), 'submission')}, {counted(handed_in, 'module')}"
     console.print(f"{handed}; already graded: {handed_in - len(left)}.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    interrupted = False
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("modules", total=len(left))
 
@@ -214,13 +213,10 @@ def grade_all(room: Classroom, ignored: list[str], jobs: int, console: Console) 
             line.append("".join(f"\n    look at it: {each}" for each in found.review), "yellow")
             progress.console.print(line)
 
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             room.run(left, jobs, tell)
-        except KeyboardInterrupt:
-            interrupted = True
     report.write(room.out, room.lessons, room.submissions, room.graded)
-    if interrupted:
-        num_left = sum((submission.student, lesson.slug) not in room.graded for submission, lesson in left)
+    if num_left := sum((submission.student, lesson.slug) not in room.graded for submission, lesson in left):
         todo = counted(num_left, "module")
         console.print(f"\nStopped. Still to grade: {todo}; nothing is lost: the same command goes on from here.")
         return 130

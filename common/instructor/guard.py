@@ -1,15 +1,16 @@
-"""The sandbox's inner side: a worker that watches over itself while it runs a submission.
+"""The worker in the sandbox, which runs the checks on a submission and restricts itself.
 
     python -m common.instructor.guard FD      started by `common.instructor.sandbox` only
 
-Three things are added to the worker of `make test-lesson-N`.
+It adds three things to the worker of `make test-lesson-N`:
 
 - Limits on memory, files and processes.
-- An audit hook (PEP 578), which cannot be removed, refuses what an answer does not need: to read the files that hold
-  answers and checks, to start processes, to look at the grader's own frames.
-- An answer that replaces what compares it is noted, and the exercises after it get a new process.
+- An audit hook (PEP 578), which cannot be removed, refuses what no answer needs: reading the files with answers and
+  checks, starting processes, looking at the grader's own frames.
+- An answer that replaces the code that compares it is reported, and the exercises after it get a new process.
 
-No process can be made proof against code that runs in it, so what was refused is noted for the instructor to look at.
+A process cannot be fully protected from code that runs in it, so everything that was refused is reported to the
+instructor.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty"
 
 
 class WatchfulGrader(ReportingGrader):
-    """A grader that tells the instructor of an answer that replaces what compares it, and then ends the process."""
+    """A grader that reports an answer which replaces the code that compares it, and then ends the process."""
 
     replaced = ""
 
@@ -48,12 +49,12 @@ class WatchfulGrader(ReportingGrader):
     def finish(self) -> None:
         if self.replaced:
             self.send("note", self.replaced)
-            os._exit(1)  # whatever comes next is for a process that has seen nothing of this
+            os._exit(1)  # the next exercises get a process in which nothing was replaced
         super().finish()
 
 
 def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:
-    """From now on refuse code that comes from `file` what no answer needs, and tell of it."""
+    """From now on refuse what no answer needs to code from `file`, and call `note` with a description of it."""
     later = MODULES[MODULES.index(lesson) :]
     modules = {
         "reference",
@@ -71,7 +72,7 @@ def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:
         raise PermissionError(f"{what}: an answer has no need of that")
 
     def by_student(frame: FrameType | None, through: str = "") -> bool:
-        """Whether the student's code does it, and not by way of the given code in the folder `through`."""
+        """Whether the student's code is on the stack, and not only below given code in the folder `through`."""
         while frame is not None:
             if frame.f_code.co_filename == student:
                 return True
@@ -80,9 +81,9 @@ def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:
             frame = frame.f_back
         return False
 
-    if lesson.needs:  # Triton reads the source of a kernel when it is first called, which may be by the student's
+    if lesson.needs:  # Triton reads a kernel's source when it is first called, perhaps by the student's code
         linecache.getlines(str(lesson.solution))
-    course.substitutes()  # the grader looks once into all solutions for what is withheld: now, and not later
+    course.substitutes()  # the grader reads all solutions once, to find withheld ones: now, before the hook
     getframe = sys._getframe
     workers = str(ROOT / "common" / "workers") + os.sep
 
@@ -106,7 +107,7 @@ def watch(lesson: Lesson, file: Path, note: Callable[[str], None]) -> None:
 
 
 def limit(memory: int, file_size: int, processes: int) -> None:
-    """Limits of this process and all that it starts, which none of them can raise again."""
+    """Set limits for this process and all that it starts. None of them can raise the limits again."""
     import resource
 
     for name, value in (
@@ -122,7 +123,7 @@ def limit(memory: int, file_size: int, processes: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Take the order from the connection, and become the worker."""
+    """Read the order from the connection, and run as the worker."""
     connection = Connection(int(argv[0]))
     order = json.loads(connection.recv_bytes())
     lesson = next(each for each in MODULES if each.slug == order["slug"])

@@ -2,13 +2,13 @@
 
     make release LESSONS=0-3 OUT=../class
 
-In the copy, solutions/<slug>.py of such a lesson holds what its skeleton shows, and its catalogue of answers is gone;
-so are the course's own tests, which quote answers, the instructor's guide and the history. The
-first line of that file tells `Lesson.is_withheld` so. Then the student's module takes the place of `solutions.<slug>`
-(common.course.modules), and the exercises are graded in the student's whole module (common.grading.subject). A lesson
-that builds on one that is not finished waits for it (`still_to_do_below`).
+In the copy, solutions/<slug>.py of such a lesson contains only its skeleton, and its first line tells this to
+`Lesson.is_withheld`. Its catalogue of answers is left out, and so are the course's own tests, which quote answers, the
+instructor's guide and the history. The student's module then replaces `solutions.<slug>` (common.course.modules), and
+the exercises are graded in the student's whole module (common.grading.subject). A lesson that builds on an unfinished
+one waits for it (`still_to_do_below`).
 
-What git tracks is copied, as it lies here. This keeps no secrets: the course is public.
+All files that git tracks are copied, in their present state. This keeps no secrets, since the course is public.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ NOTE = """
 > text says that what you have not written is taken from the reference, it means the other lessons; and there is no
 > `make test` here, which tests the course and not you.
 """
-"""What the copy's README says below its title."""
+"""The text below the title of the copy's README."""
 INSTRUCTORS = re.compile(r"(?<=^## For instructors\n).*?(?=^## )", re.MULTILINE | re.DOTALL)
-"""What it does not say."""
+"""The section that is left out of it."""
 
 
 def release(lessons: list[Lesson], out: Path) -> int:
     """Write the copy of the course into `out`. Returns its size in bytes.
 
-    Files that are there already are written over, and what a copy must not have is taken away; nothing else of what
-    lies in `out` is touched.
+    Existing files of the course are overwritten, and files that a copy must not have are removed. Other files in `out`
+    are left alone. Raises CourseError if git cannot list the course's files.
     """
     modules = [module for each in lessons for module in modules_of(each.number)]
     skeletons = {each: skeleton.cut_lesson(each) for each in MODULES}
@@ -69,7 +69,7 @@ def release(lessons: list[Lesson], out: Path) -> int:
 
 
 def tracked_files() -> list[Path]:
-    """The course's files: what git knows of and is there."""
+    """The course's files: those that git tracks and that exist. Raises CourseError if git cannot list them."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z"]
     try:
         names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
@@ -82,8 +82,8 @@ def tracked_files() -> list[Path]:
 
 
 def is_left_out(file: Path, catalogues: list[Path]) -> bool:
-    """The catalogues of the withheld lessons; the instructor's guide; the tests of the course itself and the list of
-    what the lessons' checks let through, of whichever lesson: they quote answers.
+    """Whether a copy must not have this file: the withheld catalogues, the instructor's guide, the course's own tests
+    and the list of surviving mutants, because the last two quote answers.
     """
     name = file.relative_to(ROOT).as_posix()
     return file in catalogues or name.startswith(
@@ -98,6 +98,7 @@ def is_left_out(file: Path, catalogues: list[Path]) -> bool:
 
 
 def check_out(out: Path, force: bool) -> None:
+    """Raise CourseError if the copy cannot be written to `out`."""
     if out == ROOT or ROOT in out.parents:
         raise CourseError("OUT lies in the course itself: name a folder beside it, such as OUT=../class.")
     if out.exists() and not out.is_dir():

@@ -1,7 +1,7 @@
-"""Draws the reports of a grading: pages, tables for a spreadsheet, and Gradescope's results.json.
+"""Writes the reports of a grading: pages, tables for a spreadsheet, and Gradescope's results.json.
 
-A student's text (names, messages, tracebacks) is untrusted: the templates escape it, and a table's cells do not start
-a formula.
+A student's text (names, messages, tracebacks) is untrusted: the templates escape it, and no cell of a table is a
+formula.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from common.instructor.submissions import Submission
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_NOTES = 20
-"""Of what a submission's review tells, so many are shown."""
+"""The largest number of a submission's notes that is shown."""
 
 
 @dataclass
 class Graded:
-    """What became of one module of one submission."""
+    """The result of one module of one submission."""
 
     student: str
     lesson: Lesson
@@ -41,7 +41,7 @@ class Graded:
 def write(
     out: Path, lessons: list[Lesson], submissions: list[Submission], known: dict[tuple[str, str], Graded]
 ) -> None:
-    """Write all reports into `out`. known: what has been graded by now, by student and module."""
+    """Write all reports into `out`. known: the results so far, by student and module."""
     out.mkdir(parents=True, exist_ok=True)
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
@@ -90,10 +90,9 @@ def write(
 
 
 def row(submission: Submission, lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> dict:
-    """One student: everything that the reports say."""
-    graded = [
-        known[submission.student, lesson.slug] for lesson in lessons if (submission.student, lesson.slug) in known
-    ]
+    """The values of the templates for one student."""
+    found = (known.get((submission.student, lesson.slug)) for lesson in lessons)
+    graded = [each for each in found if each]
     review = [f"{each.lesson.slug} {note}" for each in graded for note in each.review] + submission.notes
     more = [f"and {len(review) - MOST_NOTES} more"] if len(review) > MOST_NOTES else []
     return {
@@ -109,7 +108,7 @@ def row(submission: Submission, lessons: list[Lesson], known: dict[tuple[str, st
 
 
 def columns(lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> list[tuple[Lesson, str, str, int]]:
-    """(lesson, exercise's id, its name, how many passed) for the table of the class."""
+    """The columns of the class's table: (lesson, the exercise's id, its name, how many passed)."""
     found = []
     for lesson in lessons:
         of_lesson = [graded for (_, slug), graded in known.items() if slug == lesson.slug]
@@ -125,7 +124,7 @@ def earned(result: Result) -> int:
 
 
 def gradescope(graded: list[Graded]) -> dict:
-    """What Gradescope reads from an autograder: https://gradescope-autograders.readthedocs.io/en/latest/specs/"""
+    """Gradescope's results.json: https://gradescope-autograders.readthedocs.io/en/latest/specs/"""
     tests = []
     for each in graded:
         for result in each.results:
@@ -160,5 +159,5 @@ def write_table(path: Path, header: list[str], rows: list[list]) -> None:
 
 
 def cell(value: object) -> object:
-    """A spreadsheet takes a text that begins with one of these for a formula."""
+    """Quote a text that a spreadsheet would take for a formula, because of its first character."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

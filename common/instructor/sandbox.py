@@ -1,9 +1,9 @@
-"""Runs a submission's checks where it can do no harm: `start_worker` gives the grader a worker inside a sandbox.
+"""Runs a submission's checks in a sandbox: `SandboxedWorker` is the grader's worker inside it.
 
-The walls are bubblewrap's (https://github.com/containers/bubblewrap; Linux, `apt install bubblewrap`): its own file
-system with the course read-only and a small scratch disk, no network, its own processes. Limits on memory, processes
-and file sizes hold without it too, and an overseer in this process ends what outgrows them. Where there is no
-bubblewrap, a submission could still read and write what you can: `walls()` says which of the two it is.
+The sandbox is bubblewrap's (https://github.com/containers/bubblewrap; Linux, `apt install bubblewrap`): a file system
+of its own with the course read-only and a small scratch disk, no network, and processes of its own. Without bubblewrap,
+only limits on memory, processes and file sizes apply, and a submission could read and write what you can. `walls()`
+says which of the two is the case. A thread of this process ends workers that exceed the limits.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SETTINGS = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "hosts"
 SETTINGS += ("localtime",)
 POLL_SECONDS = 0.1
 GONE_SECONDS = 5.0
-"""How long a worker that has hung up may take to end; one that goes on is killed."""
+"""The time that a worker which has closed its connection may take to end, before it is killed."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one worker and all that it starts may use together; where the system counts by process, each of them."""
+    """Limits for one worker and all processes that it starts together, or for each, if the system counts by process."""
 
     memory: int = 3 << 30  # bytes
     processes: int = 48
@@ -47,7 +47,7 @@ class Limits:
 
 @functools.cache
 def has_bubblewrap() -> bool:
-    """Whether bubblewrap is there and may do its work: some systems forbid the namespaces that it needs."""
+    """Whether bubblewrap is installed and works: some systems forbid the namespaces that it needs."""
     if shutil.which("bwrap") is None:
         return False
     trial = [*bubblewrap(Path("/"), Limits()), "true"]
@@ -55,7 +55,7 @@ def has_bubblewrap() -> bool:
 
 
 def walls() -> str:
-    """What stands between a submission and this machine, in a sentence."""
+    """A sentence that says how this machine is protected from submissions."""
     if has_bubblewrap():
         return "Each submission runs in a bubblewrap sandbox: no network, a file system of its own, its own processes."
     why = "bubblewrap may not make namespaces here" if shutil.which("bwrap") else "there is no bubblewrap"
@@ -67,7 +67,7 @@ def walls() -> str:
 
 
 def bubblewrap(course: Path, limits: Limits) -> list[str]:
-    """The command that puts what follows it behind walls, with `course` and Python readable at their own places."""
+    """The command that runs the command after it in the sandbox, with `course` and Python readable at their paths."""
     command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
     for path in SYSTEM:
         if os.path.islink(path):
@@ -90,7 +90,7 @@ def bubblewrap(course: Path, limits: Limits) -> list[str]:
 
 
 def environment(scratch: str) -> dict[str, str]:
-    """All that a submission learns of the instructor's environment."""
+    """All environment variables of a submission's process."""
     return {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "HOME": scratch,
@@ -103,9 +103,9 @@ def environment(scratch: str) -> dict[str, str]:
 
 
 class SandboxedWorker:
-    """A `common.grading.runner.Worker` behind walls, under an overseer."""
+    """A `common.grading.runner.Worker` in the sandbox, with a thread that enforces the limits."""
 
-    patience = 3.0  # several are at work at once, and each answer also shows a wrong one to its checks
+    patience = 3.0  # the factor on time limits: several workers run at once, and each also runs a wrong answer
 
     def __init__(self, course: Path, lesson: Lesson, file: Path, ids: list[str], key: bytes, limits: Limits):
         self.limits = limits
@@ -135,7 +135,7 @@ class SandboxedWorker:
         threading.Thread(target=self.oversee, daemon=True).start()
 
     def oversee(self) -> None:
-        """End the worker when it, with all that it has started, outgrows the limits."""
+        """End the worker when it and the processes that it has started exceed the limits."""
         waited = 0.0
         while not self.over.wait(POLL_SECONDS):
             waited += POLL_SECONDS
@@ -158,7 +158,7 @@ class SandboxedWorker:
         self.end()
 
     def end(self) -> None:
-        """Behind walls the first process takes all others with it; without them, the group and its children go."""
+        """Kill all processes. In the sandbox all end with the first; otherwise its group and children are killed."""
         try:
             family = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -179,7 +179,7 @@ class SandboxedWorker:
 
     def close(self) -> None:
         if self.over.is_set():
-            return  # by now its number may be another process's
+            return  # by now another process may have its number
         self.over.set()
         self.end()
         self.connection.close()
@@ -187,7 +187,7 @@ class SandboxedWorker:
 
 
 def others() -> int:
-    """How many processes and threads this user runs already: the system counts them all."""
+    """The number of processes and threads that this user runs already, which the system's limit includes."""
     uid, total = os.getuid(), 0
     for each in psutil.process_iter(["uids", "num_threads"]):
         if each.info["uids"] and each.info["uids"].real == uid:
@@ -196,7 +196,7 @@ def others() -> int:
 
 
 def resident(process: psutil.Process) -> int:
-    """Bytes of memory, quickly read: pages that several processes share count for each of them."""
+    """Bytes of memory, in which shared pages count for each process; faster than `proportional`."""
     try:
         return process.memory_info().rss
     except psutil.Error:
@@ -204,7 +204,7 @@ def resident(process: psutil.Process) -> int:
 
 
 def proportional(process: psutil.Process) -> int:
-    """Like `resident`, with each page that several processes share divided among them, where the system tells."""
+    """Bytes of memory, in which shared pages are divided among their processes, if the system counts them."""
     try:
         memory = process.memory_full_info()
     except psutil.Error:

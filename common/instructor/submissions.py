@@ -1,8 +1,7 @@
-"""Finds what each student has handed in, and takes nothing from it but the lessons' modules.
+"""Finds the submissions of a class, and reads the lessons' modules in them.
 
-A submission is a folder (a clone of a repository, say), a .zip or a .tar (.gz, .bz2, .xz); its name is the student's.
-Nothing is unpacked: each module is read out of the archive by itself, up to a limit, and whatever else lies there is
-not looked at. What could not be taken is told, with the reason.
+A submission is a folder (a clone of a repository, say), a .zip or a .tar (.gz, .bz2, .xz), named after the student. No
+archive is unpacked: only the modules are read, up to a limit of bytes. A note names what was not taken, and the reason.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from common.grading.wire import readable
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_MODULE = 1 << 20
-"""Bytes of the longest module that is read; the longest solution has a twentieth of that."""
+"""The largest number of bytes of a module; the longest solution has a twentieth of them."""
 MAX_ENTRIES = 100_000
 MAX_NAMED = 20
-"""Files that a note names."""
+"""The largest number of files that a note names."""
 SLUGS = {lesson.slug for lesson in MODULES}
 MAX_UNPACKED = 2 << 30
-"""Bytes of a .tar up to which it is looked through; unlike a .zip it has no list of what is in it."""
-NOT_HANDED_IN = {"solutions", ".course", ".git", ".venv", "venv", "node_modules", "__pycache__", "__MACOSX"}
-NOT_HANDED_IN |= {"site-packages"}
-"""Folders in which a file with a module's name is something else."""
+"""The number of bytes of a .tar that are searched; unlike a .zip, it has no list of its files."""
+NOT_HANDED_IN = {"solutions", ".course", ".git", ".venv", "venv", "node_modules", "site-packages"}
+NOT_HANDED_IN |= {"__pycache__", "__MACOSX"}
+"""Folders whose files are not the student's modules, even if they have the name of one."""
 
 
 @dataclass
 class Submission:
-    """What one student has handed in: the text of each module, by its slug."""
+    """The submission of one student: the text of each module, by its slug."""
 
     student: str
     place: Path
@@ -45,14 +44,14 @@ class Submission:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file in a submission: where, and how to read at most so many bytes of it."""
+    """A file in a submission. read: returns at most the given number of its bytes."""
 
     path: PurePosixPath
     read: Callable[[int], bytes]
 
 
 def find_submissions(folder: Path) -> tuple[list[Submission], list[str]]:
-    """All submissions in a folder, in the order of their names, and what lies there that is none.
+    """Return all submissions in a folder, in the order of their names, and a line for each entry that is none.
 
     Raises CourseError if there is no such folder, or no submission in it.
     """
@@ -79,7 +78,7 @@ def find_submissions(folder: Path) -> tuple[list[Submission], list[str]]:
 
 
 def student_name(place: Path) -> str | None:
-    """The name under which a submission is graded; it becomes a folder's name. None if it is no submission."""
+    """The student's name, which is also used as a folder's name; None if this is no submission."""
     suffix = next((each for each in ARCHIVES if place.name.lower().endswith(each)), "")
     if place.is_symlink() or not (place.is_dir() or (suffix and place.is_file())):
         return None
@@ -88,14 +87,14 @@ def student_name(place: Path) -> str | None:
 
 
 def read_submission(student: str, place: Path) -> Submission:
-    """Read the modules out of a folder or an archive. Never raises for what is in it.
+    """Read the modules in a folder or an archive. Raises no error for its contents.
 
-    Of a module that is not there, a note names the files that may be meant by it.
+    If a module is missing, a note names the files that may contain it.
     """
     submission = Submission(student, place)
     read = entries_of_folder if place.is_dir() else entries_of_zip if zipfile.is_zipfile(place) else entries_of_tar
     candidates: dict[str, list[Entry]] = {}
-    others: dict[bool, list[PurePosixPath]] = {True: [], False: []}  # by whether they may be meant
+    others: dict[bool, list[PurePosixPath]] = {True: [], False: []}  # by whether they may contain a missing module
     try:
         for count, entry in enumerate(read(place, submission.notes)):
             if count == MAX_ENTRIES:
@@ -106,8 +105,11 @@ def read_submission(student: str, place: Path) -> Submission:
                 continue
             if slug in SLUGS:
                 candidates.setdefault(slug, []).append(entry)
-            elif len(of_kind := others[may_be_meant(entry.path.name)]) < MAX_NAMED:
-                of_kind.append(entry.path)
+            else:  # an archive in an archive may hold a missing module
+                name = entry.path.name
+                of_kind = others[module_meant(name) is not None or name.lower().endswith(ARCHIVES)]
+                if len(of_kind) < MAX_NAMED:
+                    of_kind.append(entry.path)
         for lesson in MODULES:
             if of_lesson := candidates.get(lesson.slug):
                 take(submission, lesson, of_lesson)
@@ -123,8 +125,8 @@ def read_submission(student: str, place: Path) -> Submission:
 
 
 def module_meant(name: str) -> str | None:
-    """The slug of the module that a file of another name is likely to be: `llm_basics (1).py`, `llm_basics.ipynb`,
-    `smith_12345_llm_basics.py`.
+    """The slug of the module that is likely meant by a file of another name, such as `llm_basics (1).py`,
+    `llm_basics.ipynb` or `smith_12345_llm_basics.py`; None if there is none.
     """
     stem, dot, suffix = name.lower().rpartition(".")
     stem = stem.replace("-", "_")
@@ -132,19 +134,14 @@ def module_meant(name: str) -> str | None:
     return max(found, key=len) if found and dot + suffix in (".py", ".ipynb", ".txt") else None
 
 
-def may_be_meant(name: str) -> bool:
-    """Whether a file may hold a module that is missing. An archive in an archive may."""
-    return module_meant(name) is not None or name.lower().endswith(ARCHIVES)
-
-
 def plain(text: str, width: int) -> str:
-    """A text that cannot move the cursor: control characters are written out, and what is too long is cut."""
+    """A text of at most `width` characters, with control characters written out, so that none moves the cursor."""
     shown = readable(text, kept="")
     return shown if len(shown) <= width else f"{shown[: width - 1]}…"
 
 
 def take(submission: Submission, lesson: Lesson, candidates: list[Entry]) -> None:
-    """Of several files with a module's name: the one in the lesson's folder, or the one that lies least deep."""
+    """Take the module from one of the files with its name: the one in the lesson's folder, or the least deep one."""
     candidates.reverse()  # of two entries with one path, the last one is what unpacking leaves
     candidates.sort(key=lambda entry: (entry.path.parent.name != lesson.folder.name, len(entry.path.parts), entry.path))
     entry = candidates[0]
@@ -158,13 +155,13 @@ def take(submission: Submission, lesson: Lesson, candidates: list[Entry]) -> Non
 
 
 def inside(name: str) -> PurePosixPath | None:
-    """The place of an entry in its archive, or None if it leads out of it."""
+    """The path of an entry within its archive, or None if it leads out of it."""
     path = PurePosixPath(name.replace("\\", "/"))
     return None if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) else path
 
 
 def entries_of_folder(folder: Path, notes: list[str]) -> Iterator[Entry]:
-    """The files of a folder. Links are not followed: they may lead to anything on the grader's machine."""
+    """The files of a folder. Links are not followed, because they may lead to any file of this machine."""
     names = {lesson.module.name for lesson in MODULES}
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(set(folders) - NOT_HANDED_IN)

@@ -1,4 +1,4 @@
-"""The board of `make progress`: what is done, what it made possible, and what is next."""
+"""The board of `make progress`: how far each lesson is, what it made possible, and what is next."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH = 30
 
 @dataclass
 class Standing:
-    """How a lesson stands; or why that cannot be said."""
+    """The results of a lesson, or a note that says why it could not be graded."""
 
     lesson: Lesson
     results: list[Result] = field(default_factory=list)
@@ -47,19 +47,19 @@ def bar(results: list[Result]) -> Text:
 
 
 def count(exercises: list[Result]) -> tuple[int, int, int, int]:
-    """Exercises passed, exercises, points got, points."""
+    """The number of exercises passed, of exercises, of points earned, and of points."""
     passed = [result for result in exercises if result.status == "passed"]
     return len(passed), len(exercises), sum(each.points for each in passed), sum(each.points for each in exercises)
 
 
 def score(results: list[Result]) -> str:
-    """How many exercises and points, in words."""
+    """The numbers of exercises passed and of points earned, in words."""
     passed, number, got, points = count([result for result in results if result.id != TOGETHER])
     return f"{passed} of {number} exercises, {got} of {points} points"
 
 
 def draw(standings: list[Standing]) -> Text:
-    """The board, in 80 columns: a line for each lesson, and below it what it made possible or what is next in it."""
+    """The board, in 80 columns: for each lesson a line, and a line for what it made possible or what is next in it."""
     title_width = max(len(each.lesson.title) for each in standings)
     bar_width = max(len(LEGEND), *(len(each.exercises) for each in standings))
     lines = [Text(f"   {'':<{title_width}}  {LEGEND:<{bar_width}}    done  points", "dim")]
@@ -88,7 +88,7 @@ def lesson_lines(each: Standing, title_width: int, bar_width: int) -> list[Text]
 
 
 def next_line(standings: list[Standing]) -> str:
-    """The step to take: in a lesson that is begun, or else at the beginning of the first that is not complete."""
+    """The next step: in the first lesson that is begun, or else in the first that is not complete."""
     left = [each for each in standings if each.step is not None]
     if not left:
         done = all(each.is_complete for each in standings)

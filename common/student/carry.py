@@ -1,13 +1,13 @@
-"""Carries a student's modules from the skeletons that they were begun on into newer ones. Texts in, texts out.
+"""Carries a student's modules over from old skeletons into new ones. All functions take and return texts.
 
-An exercise is known by its id. `renumbered` says which id it has in the new version, where it may be called otherwise,
-or stand in another module. In three steps:
+An exercise is identified by its id. `renumbered` gives its id in the new version, where its function may have another
+name, or be in another module. There are three steps:
 
 1. Each answer is taken out of the student's module, and the old skeleton's text put back in its place. What remains
    differs from the old skeleton only by what the student added or edited around the exercises.
-2. `git merge-file` merges that with the new skeleton. Where both have changed the same lines, the new skeleton's count;
-   functions, constants and imports of the student's that were lost that way are put back at the end.
-3. Each answer replaces what the new skeleton has from the exercise's `raise NotImplementedError` on.
+2. `git merge-file` merges that with the new skeleton. Where both have changed the same lines, those of the new skeleton
+   are taken; functions, constants and imports of the student's that were lost in this way are put back at the end.
+3. Each answer replaces the new skeleton's lines from the exercise's `raise NotImplementedError` on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Carried:
 
 @dataclass
 class Answer:
-    """What a student wrote in an exercise. lines: all that stands after the text that was given above it."""
+    """A student's answer to an exercise. lines: all lines after the given ones."""
 
     function: str  # qualified name
     declaration: str
@@ -48,11 +48,11 @@ class Answer:
 def carry(
     old: Mapping[str, str], mine: Mapping[str, str], new: Mapping[str, str], renumbered: Mapping[str, str]
 ) -> dict[str, Carried]:
-    """The new version's modules that have something of the student's in them, by path.
+    """Return, by path, the new version's modules that contain something of the student's.
 
     old, new: the skeletons of the two versions, by path. mine: those of the old version's modules that the student has
-    edited. renumbered: the new id of every exercise of the old version that is still there. Raises CourseError, before
-    anything is carried, where Python cannot read one of the student's modules.
+    edited. renumbered: the new id of every exercise of the old version that still exists. Raises CourseError if Python
+    cannot read one of the student's modules.
     """
     answers: dict[str, Answer] = {}
     remains: dict[str, str] = {}
@@ -91,7 +91,9 @@ def carry(
 
 
 def origin_of(path: str, skeleton: str, old: Mapping[str, str], renumbered: Mapping[str, str]) -> str | None:
-    """The old version's module that a new one was made from: the one of the same path, or most of its exercises."""
+    """The old version's module that a new one was made from: the one with the same path, or with most of its
+    exercises.
+    """
     if path in old:
         return path
     ids = set(unfinished(skeleton))
@@ -104,9 +106,9 @@ def origin_of(path: str, skeleton: str, old: Mapping[str, str], renumbered: Mapp
 
 
 def take_answers(old: str, mine: str) -> tuple[dict[str, Answer | None], str]:
-    """The answers in a student's module, by id, None where nothing was written; and the module without them.
+    """Return the answers in a student's module by id, None for an exercise without one, and the module without them.
 
-    An exercise whose function the module no longer has is absent.
+    Exercises whose function the module no longer has are left out.
     """
     functions = dict(walk_functions(ast.parse(mine)))
     answers: dict[str, Answer | None] = {}
@@ -129,7 +131,7 @@ def exercises(skeleton: str) -> dict[str, tuple[str, Function]]:
 
 
 def answer_in(name: str, given: Function, old: list[str], node: Function, mine: list[str]) -> Answer | None:
-    """What a student wrote in an exercise; None if it is no more than what was there.
+    """Return the student's answer to an exercise, or None if the function has only the given lines.
 
     given, old: the skeleton's function and its lines. node, mine: the student's.
     """
@@ -171,10 +173,12 @@ def declaration(node: Function) -> str:
 
 
 def put_together(old: str, mine: str, new: str, answers: Mapping[str, Answer]) -> Carried:
-    """The new skeleton with a student's additions (`mine`, made from `old`) and the answers, by their new ids."""
+    """Return the new skeleton with the student's additions and answers. mine: the student's module without answers,
+    made from `old`. answers: by their new ids.
+    """
     merged, num_conflicts = merge(mine, old, new)
     both = ["Where both you and the course have edited given code, the course's is in. Yours is in the backup."]
-    attempts = [  # until one is what it should be
+    attempts = [  # the first whose result is a valid module with the right exercises counts
         (lambda: with_lost(old, mine, merged) if num_conflicts else merged, both if num_conflicts else []),
         (lambda: with_lost(old, mine, new), both),
         (lambda: new, ["What you have added to the given code does not fit the new version. It is in the backup."]),
@@ -192,9 +196,9 @@ def put_together(old: str, mine: str, new: str, answers: Mapping[str, Answer]) -
 
 
 def merge(mine: str, old: str, new: str) -> tuple[str, int]:
-    """The three-way merge of three texts, the new version's lines where both have changed; and how often they have.
+    """Merge three texts. Where both have changed the same lines, the new version's are taken.
 
-    Raises CourseError if there is no git.
+    Returns the merged text and the number of such places. Raises CourseError if there is no git.
     """
     with tempfile.TemporaryDirectory() as folder:
         names = ("mine", "old", "new")
@@ -213,9 +217,8 @@ def merge(mine: str, old: str, new: str) -> tuple[str, int]:
 
 
 def with_lost(old: str, mine: str, merged: str) -> str:
-    """What the student has added and the merge has not kept is put at the end: of its class, or of the module."""
-    scopes = {scope: node for scope, node in scopes_of(ast.parse(merged))}
-    before = dict(scopes_of(ast.parse(old)))
+    """Add the student's definitions that the merge has lost at the end of their class or of the module."""
+    scopes, before = dict(scopes_of(ast.parse(merged))), dict(scopes_of(ast.parse(old)))
     lines = merged.splitlines(keepends=True)
     added: dict[int, str] = {}
     for scope, node in scopes_of(ast.parse(mine)):
@@ -225,9 +228,11 @@ def with_lost(old: str, mine: str, merged: str) -> str:
         for statement in node.body:
             if (bound := names_bound(statement)) and not bound & known:
                 text = "".join(mine.splitlines(keepends=True)[first_line(statement) : statement.end_lineno])
-                is_import = isinstance(statement, (ast.Import, ast.ImportFrom))
-                gap = "" if is_import else "\n" if scope else "\n\n"
-                place = place_for(scopes[scope], is_import)
+                if isinstance(statement, (ast.Import, ast.ImportFrom)):  # after the last import
+                    imports = [each for each in scopes[scope].body if isinstance(each, (ast.Import, ast.ImportFrom))]
+                    gap, place = "", imports[-1].end_lineno if imports else 0
+                else:
+                    gap, place = "\n" if scope else "\n\n", scopes[scope].body[-1].end_lineno
                 added[place] = added.get(place, "") + gap + text
     for place in sorted(added, reverse=True):
         lines.insert(place, added[place])
@@ -240,15 +245,9 @@ def scopes_of(tree: ast.Module) -> Iterator[tuple[str, ast.Module | ast.ClassDef
     yield from ((node.name, node) for node in tree.body if isinstance(node, ast.ClassDef))
 
 
-def place_for(scope: ast.Module | ast.ClassDef, is_import: bool) -> int:
-    """After which line of a scope to put an addition: an import after the last import, else at the end."""
-    imports = [each.end_lineno for each in scope.body if isinstance(each, (ast.Import, ast.ImportFrom))]
-    return max(imports, default=0) if is_import else scope.body[-1].end_lineno
-
-
 def with_answers(text: str, answers: Mapping[str, Answer]) -> tuple[str, list[str]]:
-    """The answers in place of what stands in the text from each exercise's `raise` to the end of its function; and
-    what to tell the student of functions that are declared differently now.
+    """Replace the lines from each exercise's `raise` to the end of its function by its answer. Returns the text, and
+    remarks on functions whose declaration has changed.
     """
     places, lines, remarks = exercises(text), text.splitlines(keepends=True), []
     for id, answer in sorted(answers.items(), key=lambda pair: -places[pair[0]][1].lineno):

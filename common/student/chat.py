@@ -1,7 +1,7 @@
-"""`make run`: the engine answers prompts, several at once or the one that is given. `make chat`: a conversation.
+"""`make run`: the engine answers several prompts at once, or the one that is given. `make chat`: a conversation.
 
-Both are what a reader of lesson 5 could write: encode, `add_request`, `step`, show the text as it comes. With MINE=0-5
-the model, the cache, the scheduler and the engine are the student's own.
+Both use only what lesson 5 teaches: encode, `add_request`, `step`, and show the text as it comes. With MINE=0-5 the
+model, the cache, the scheduler and the engine are the student's own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ HELP = """\
 
 @dataclass
 class Reply:
-    """One answer: its text, and what it took. num_tokens is None if it was stopped: its tokens were not counted."""
+    """One answer, with its counts and times. num_tokens is None if the answer was stopped."""
 
     text: str
     num_prompt_tokens: int
@@ -64,7 +64,7 @@ class Reply:
 
 @dataclass
 class Talker:
-    """A model that answers: `generate(prompt_token_ids, params, on_text)` is an engine's."""
+    """A model that answers, with `generate(prompt_token_ids, params, on_text)`."""
 
     name: str
     config: Any  # the model's
@@ -74,12 +74,12 @@ class Talker:
 
     @property
     def context(self) -> int:
-        """How many tokens the model can see, the prompt and its answer together."""
+        """The largest number of tokens of a prompt and its answer together."""
         return self.config.max_position_embeddings
 
     @property
-    def room(self) -> int:
-        """How many tokens a prompt may have, so that an answer fits in after it."""
+    def max_prompt_tokens(self) -> int:
+        """The largest number of tokens of a prompt after which an answer still fits into the context."""
         return self.context - min(self.params.max_tokens, self.context // 2)
 
     @property
@@ -87,40 +87,44 @@ class Talker:
         return self.tokenizer.chat_template is not None
 
     def begin(self, system: str = "") -> Conversation | Story:
-        """What is said to the model, as far as it goes."""
+        """An empty conversation; an empty story, if the model has no chat template."""
         return Conversation(self, system) if self.has_template else Story(self)
 
     def reply(self, prompt_token_ids: Sequence[int], on_text: Callable[[str], None]) -> Reply:
-        """Answer; Ctrl-C ends the answer, and what was said until then stands."""
-        pieces: list[str] = []
-        first: list[float] = []
+        """Answer. If Ctrl-C ends the answer, the reply has the text so far."""
+        pieces: list[tuple[float, str]] = []
         start = time.perf_counter()
 
         def show(piece: str) -> None:
-            if not first:
-                first.append(time.perf_counter() - start)
-            pieces.append(piece)
+            pieces.append((time.perf_counter() - start, piece))
             on_text(piece)
 
         try:
             output = self.generate(prompt_token_ids, self.params, show)
-            num_tokens, finish_reason = len(output.token_ids), output.finish_reason
-            metrics = output.metrics
+            num_tokens, finish_reason, metrics = len(output.token_ids), output.finish_reason, output.metrics
             counts = metrics.num_cached_tokens, metrics.num_draft_tokens, metrics.num_accepted_tokens
         except KeyboardInterrupt:
             num_tokens, finish_reason, counts = None, "interrupted", ()
-        seconds = time.perf_counter() - start, first[0] if first else None
-        return Reply("".join(pieces), len(prompt_token_ids), num_tokens, finish_reason, *seconds, *counts)
+        text, first = "".join(piece for _, piece in pieces), pieces[0][0] if pieces else None
+        seconds = time.perf_counter() - start
+        return Reply(text, len(prompt_token_ids), num_tokens, finish_reason, seconds, first, *counts)
+
+
+@contextlib.contextmanager
+def option_errors() -> Iterator[None]:
+    """Within the context a ValueError, which an engine raises for a wrong option or request, becomes an OptionError."""
+    try:
+        yield
+    except ValueError as error:
+        raise OptionError(str(error)) from None
 
 
 def answer_with(engine) -> Callable[..., Any]:
-    """A `generate` that asks the engine. Whatever ends it early, Ctrl-C too, the request's blocks are free again."""
+    """A `generate` that asks the engine. The request's blocks are freed even if it is interrupted."""
 
     def generate(prompt_token_ids: Sequence[int], params, on_text: Callable[[str], None]):
-        try:
+        with option_errors():
             request_id = engine.add_request(prompt_token_ids, params)
-        except ValueError as error:
-            raise OptionError(str(error)) from None
         output, num_shown = engine.output(request_id), 0
         try:
             while output.finish_reason is None:
@@ -137,7 +141,7 @@ def answer_with(engine) -> Callable[..., Any]:
     return generate
 
 
-# --- What the model is shown of a conversation ------------------------------------------------------------------------
+# --- The prompt for the next answer -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -149,17 +153,17 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)  # user and assistant in turn
 
     def ask(self, text: str) -> tuple[list[int], int]:
-        """Add the user's turn. Returns the tokens to show to the model, and how many old turns no longer fit.
+        """Add the user's turn. Returns the prompt and the number of turns that were dropped.
 
-        Turns are dropped from the oldest, a question with its answer, until an answer fits into the context. The
-        system's turn stays. Raises OptionError, and adds nothing, if the new turn is too long by itself.
+        The oldest turns, a question with its answer, are dropped until an answer fits into the context. The system turn
+        stays. Raises OptionError, and adds nothing, if the new turn is too long by itself.
         """
-        room = self.talker.room
+        most = self.talker.max_prompt_tokens
         turns = [*self.turns, {"role": "user", "content": text}]
         dropped = 0
-        while len(token_ids := self.encode(turns)) > room:
+        while len(token_ids := self.encode(turns)) > most:
             if len(turns) == 1:
-                raise OptionError(f"That is {len(token_ids)} tokens; this model takes {room}. Make it shorter.")
+                raise OptionError(f"That is {len(token_ids)} tokens; this model takes {most}. Make it shorter.")
             turns, dropped = turns[2:], dropped + 2
         self.turns = turns
         return token_ids, dropped
@@ -173,9 +177,6 @@ class Conversation:
     def answered(self, text: str) -> None:
         self.turns.append({"role": "assistant", "content": text})
 
-    def reset(self) -> None:
-        self.turns = []
-
 
 @dataclass
 class Story:
@@ -185,28 +186,23 @@ class Story:
     text: str = ""
 
     def ask(self, text: str) -> tuple[list[int], int]:
-        """Add to the text. Returns the tokens to continue from, and how many tokens at its beginning no longer fit."""
+        """Add to the text. Returns the prompt, and the number of tokens that were dropped at the text's beginning."""
         joint = " " if self.text and not self.text[-1].isspace() else ""
         self.text += joint + text
         token_ids = self.talker.tokenizer.encode(self.text)
-        dropped = max(0, len(token_ids) - self.talker.room)
-        if not dropped:
-            return token_ids, 0
-        begins = token_ids[0] == self.talker.tokenizer.bos_token_id
+        dropped = max(0, len(token_ids) - self.talker.max_prompt_tokens)
+        begins = token_ids[:1] == [self.talker.tokenizer.bos_token_id]
         return [*token_ids[:begins], *token_ids[dropped + begins :]], dropped
 
     def answered(self, text: str) -> None:
         self.text += text
-
-    def reset(self) -> None:
-        self.text = ""
 
 
 # --- The terminal -----------------------------------------------------------------------------------------------------
 
 
 def quiet(text: str) -> str:
-    """Dim, where the output is a terminal that can."""
+    """The text in dim letters, if the output is a terminal that supports them."""
     plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if plain else f"\033[2m{text}\033[0m"
 
@@ -217,7 +213,7 @@ def write(piece: str) -> None:
 
 
 def answer(talker: Talker, prompt: str) -> int:
-    """One prompt, its answer as it comes."""
+    """Answer one prompt, and show the text as it comes. Raises OptionError if the prompt is empty or too long."""
     if not prompt.strip():
         raise OptionError("The prompt is empty.")
     token_ids, dropped = talker.begin().ask(prompt)
@@ -231,6 +227,7 @@ def answer(talker: Talker, prompt: str) -> int:
 
 
 def converse(talker: Talker, system: str = "") -> int:
+    """Read and answer the user's lines until /quit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (importing it gives `input` line editing and history)
     conversation = talker.begin(system)
@@ -254,15 +251,16 @@ def converse(talker: Talker, system: str = "") -> int:
         elif command == "/help":
             print(HELP)
         elif command == "/reset":
-            conversation.reset()
+            conversation = talker.begin(system)
             print(quiet("The conversation is empty again."))
         elif command == "/system" and not talker.has_template:
             print(quiet("This model has no system turn."))
         elif command == "/system" and rest.strip():
-            conversation = talker.begin(rest.strip())
+            system = rest.strip()
+            conversation = talker.begin(system)
             print(quiet("The system turn is set, and the conversation starts again."))
         elif command == "/system":
-            print(quiet(conversation.system or "There is no system turn. The model's template may have a default."))
+            print(quiet(system or "There is no system turn. The model's template may have a default."))
         elif command.startswith("/"):
             print(quiet(f"There is no command {command}. /help lists all commands."))
         else:
@@ -286,30 +284,18 @@ def take_turn(talker: Talker, conversation: Conversation | Story, line: str) -> 
 # --- The commands -----------------------------------------------------------------------------------------------------
 
 
-def load_talker(options: dict, sampling: dict, mine: str, threads: int | None) -> tuple[Talker, Any]:
-    """Return a talker and its engine. options: EngineConfig's; sampling: SamplingParams'."""
-    try:
-        params = SamplingParams(**sampling)
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    engine = start_engine(options, mine, threads)
-    return Talker(options["model"], engine.config.model_config, engine.tokenizer, answer_with(engine), params), engine
-
-
 def run_many(talker: Talker, engine) -> int:
-    """Several people's prompts at once."""
+    """Answer eight prompts at once."""
     from common.student.serve import BEGINNINGS, QUESTIONS, serve
 
     prompts = list(QUESTIONS if talker.has_template else BEGINNINGS)
     print(quiet(f"{talker.name}. {files_used()} PROMPT='...' asks one question of your own."))
-    try:
+    with option_errors():
         return serve(engine, prompts, [talker.begin().ask(prompt)[0] for prompt in prompts], talker.params)
-    except ValueError as error:
-        raise OptionError(str(error)) from None
 
 
 def speaker(length: int, temperature: float, top_p: float) -> Callable:
-    """The options of a command in which a model speaks, with these defaults for sampling."""
+    """The options of `run` and `chat`, with these defaults for sampling."""
 
     def decorate(function: Callable) -> Callable:
         for each in (
@@ -332,7 +318,7 @@ def speaker(length: int, temperature: float, top_p: float) -> Callable:
 @option("--prompt", "PROMPT", help="a prompt; default: eight prompts at once")
 @speaker(length=96, temperature=0.0, top_p=1.0)
 def run_command(prompt: str | None, **settings) -> int:
-    """The engine answers: eight prompts at once, or the one that is given."""
+    """Answer eight prompts at once, or the one that is given."""
     return speak(settings, run_many if prompt is None else lambda talker, engine: answer(talker, prompt))
 
 
@@ -345,17 +331,18 @@ def chat_command(system: str, **settings) -> int:
 
 
 def speak(settings: dict[str, Any], act: Callable[[Talker, Any], int]) -> int:
-    """Load what the settings ask for, and let it act."""
-    for stream in (sys.stdin, sys.stdout):  # the model speaks all of Unicode, whatever the terminal was set to
+    """Load the model that the options ask for, and call `act` with its talker and its engine. Returns its result."""
+    for stream in (sys.stdin, sys.stdout):  # a model's text may have characters that the terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     sampling = {name: settings.pop(name) for name in ("max_tokens", "temperature", "top_p", "seed")}
-    rest = {name: settings.pop(name) for name in ("mine", "threads")}
-    is_verbose = settings.pop("verbose")
+    mine, threads, is_verbose = (settings.pop(name) for name in ("mine", "threads", "verbose"))
     try:
-        talker, engine = load_talker(settings, sampling, **rest)
-        with engine:
-            return act(talker, engine)
+        with option_errors():
+            params = SamplingParams(**sampling)
+        with start_engine(settings, mine, threads) as engine:
+            config, generate = engine.config.model_config, answer_with(engine)
+            return act(Talker(settings["model"], config, engine.tokenizer, generate, params), engine)
     except (CheckpointError, CourseError):
         if is_verbose:
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""`PDB=1 make test-N.M`: the checks of one exercise in this process, with the debugger stopping in its function."""
+"""`PDB=1 make test-N.M`: runs the checks of one exercise in this process, in the debugger."""
 
 from __future__ import annotations
 
@@ -36,11 +36,8 @@ def debug(lesson: Lesson, file: Path, exercise: Exercise) -> int:
     print(
         f"The debugger stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends.\n"
     )
-    body = dict(walk_functions(ast.parse(subject.source)))[exercise.function].body
-    first = next((statement for statement in body if not is_docstring(statement)), body[0])
+    function = dict(walk_functions(ast.parse(subject.source)))[exercise.function]
+    has_docstring = ast.get_docstring(function) is not None and len(function.body) > 1
+    first = function.body[1] if has_docstring else function.body[0]
     options = [str(lesson.checks), *plugin.ALONE, "-q", "--capture=no", "--disable-warnings", "-rN"]
     return int(pytest.main(options, plugins=[plugin, DebuggingGrader(subject, exercise, first.lineno)]))
-
-
-def is_docstring(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

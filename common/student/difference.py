@@ -1,6 +1,6 @@
 """`make diff-lesson-N` and `make diff-N.M`: the student's answers beside the reference's, once they have passed.
 
-Without their docstrings and the comments that set the task; what is left is what two people made of it.
+Docstrings and the comments that state the exercise are left out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from common.course.modules import check_solution, listed
 from common.grading.results import Result, kept
 from common.grading.runner import grade, grade_and_keep, read_source
 from common.options import exercise_id, force, lesson_number
-from common.student.grade import console
+from common.student.grade import console, wrapped
 
 SIDE_BY_SIDE = 100
-"""Columns from which two answers stand beside each other."""
+"""The smallest width in columns at which two answers are shown side by side."""
 
 
 def answer(source: str, function: str, task: set[str]) -> tuple[str, int]:
@@ -42,7 +42,7 @@ def answer(source: str, function: str, task: set[str]) -> tuple[str, int]:
 
 
 def show(lesson: Lesson, exercise: Exercise) -> None:
-    """Both answers: side by side, or one above the other on a narrow terminal."""
+    """Show both answers: side by side, or one above the other on a narrow terminal."""
     reference = lesson.solution.read_text(encoding="utf-8")
     comment = reference.split("\n")[exercise.comment_line - 1 : exercise.first_answer_line - 1]
     task = {line.strip().replace("# Exercise", "# TODO") for line in comment}
@@ -66,17 +66,13 @@ def show(lesson: Lesson, exercise: Exercise) -> None:
 
 
 def highlighted(code: str, width: int) -> Syntax:
-    """Code of so many columns; what goes on in the next line stands further in than it began."""
-    lines = []
-    for line in code.split("\n"):
-        further = " " * (len(line) - len(line.lstrip()) + 8)
-        wrapped = textwrap.wrap(line, width, subsequent_indent=further, break_on_hyphens=False)
-        lines += wrapped or [""]
-    return Syntax("\n".join(lines), "python", theme="ansi_dark", background_color="default")
+    """Code in colours, wrapped to this number of columns."""
+    text = "\n".join(wrapped(line, width) for line in code.split("\n"))
+    return Syntax(text, "python", theme="ansi_dark", background_color="default")
 
 
 def results_of(lesson: Lesson, ids: list[str]) -> dict[str, Result]:
-    """What has become of these exercises: as it is known, or graded now."""
+    """The results of these exercises: the kept ones, or else those of a grading now."""
     results = kept(lesson, lesson.module)
     if results is None:
         is_all = ids == [each.id for each in exercises_of(lesson)]
@@ -87,7 +83,7 @@ def results_of(lesson: Lesson, ids: list[str]) -> dict[str, Result]:
 
 
 def difference(chosen: list[tuple[Lesson, list[Exercise]]], force: bool) -> None:
-    """Show what may be shown of these exercises, and say what is held back."""
+    """Show these exercises, except those that have not passed, unless `force` is set."""
     held_back: list[str] = []
     for lesson, exercises in chosen:
         check_solution(lesson)

@@ -64,7 +64,7 @@ def test_lesson(lesson_number: int, solution: bool, file: str | None, mine: str,
 
 
 def grade_optional(lesson: Lesson, file: Path, verbose: bool) -> None:
-    """One line for an optional module that is not begun, or what became of its exercises."""
+    """Print a line for an optional module, and grade it if it is begun."""
     ids = [each.id for each in exercises_of(lesson)]
     console.print(f"\n[bold]Optional: {lesson.title}[/]   {ids[0]} to {ids[-1]} in {shown(file)}")
     if not lesson.is_importable:
@@ -116,7 +116,7 @@ def heading(lesson: Lesson, file: Path) -> None:
 
 
 def report(lesson: Lesson, file: Path, result: Result, verbose: bool) -> None:
-    """Say what became of one exercise."""
+    """Print the result of one exercise."""
     style = {"passed": "green", "wrong": "red", "to do": "yellow", "waiting": "dim"}[result.status]
     number = "" if result.id == TOGETHER else result.id
     line = Text.assemble((f"  {result.status:<8}", style), f"{number:<6}", (f"{result.name:<35}", "bold"))
@@ -142,7 +142,7 @@ def tell(text: str, style: str = "") -> None:
 
 
 def conclude(lesson: Lesson, results: list[Result]) -> int:
-    """Count, and say what to do next. Returns the exit code: 0 only if everything has passed."""
+    """Print the score and the next step. Returns the exit code: 0 only if everything has passed."""
     console.print(f"\n{score(results)}.")
     first = next_step(results)
     if first is None:
@@ -190,13 +190,18 @@ def hint(exercise_id: str, level: int) -> int:
 
 
 def hanging(hint: str, width: int) -> str:
-    """A hint whose lines of code are cut to a width; what is cut off is indented below the line that it belongs to."""
+    """A hint whose lines of code are wrapped to this number of columns, or to 40."""
     lines, is_code = [], False
     for line in hint.splitlines():
         is_code ^= line.startswith("```")
-        indent = " " * (len(line) - len(line.lstrip()) + 6)
-        lines += wrap(line, max(width, 40), subsequent_indent=indent) if is_code and line else [line]
+        lines.append(wrapped(line, max(width, 40)) if is_code else line)
     return "\n".join(lines)
+
+
+def wrapped(line: str, width: int) -> str:
+    """A line of code in lines of this width; those after the first are indented by 8 columns more."""
+    indent = " " * (len(line) - len(line.lstrip()) + 8)
+    return "\n".join(wrap(line, width, subsequent_indent=indent, break_on_hyphens=False))
 
 
 # --- progress, reset-lesson -------------------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ def hanging(hint: str, width: int) -> str:
 @click.command()
 @mine()
 def progress(mine: str) -> int:
-    """Draw the board of all lessons, grading again whatever has changed since it was graded last."""
+    """Draw the board of all lessons; a lesson that has changed since it was last graded is graded again."""
     course.activate(mine)
     standings = []
     for lesson in LESSONS:
@@ -234,7 +239,7 @@ def standing(lesson: Lesson) -> Standing:
 @click.command()
 @lesson_number
 def reset_lesson(lesson_number: int) -> int:
-    """Start a lesson's file afresh, and keep what was there."""
+    """Start a lesson's file again, and keep the present one as a backup."""
     for lesson in course.modules_of(lesson_number):
         backup = skeleton.reset(lesson)
         console.print(f"{shown(lesson.module)} is the empty skeleton again.")

@@ -3,8 +3,8 @@
     make quantize MODEL=smollm2-135m QUANT=int4 GROUP=64 OUT=smollm2-int4
     make run MODEL=smollm2-int4
 
-With --activation-aware the weights are prepared by letting the model read some text first (lesson 7.11): better for
-INT4, and no byte larger.
+With --activation-aware the weights are scaled by the activations on some text first (exercise 7.11). This makes INT4
+better, and the file no larger.
 """
 
 from __future__ import annotations

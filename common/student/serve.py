@@ -1,7 +1,7 @@
-"""`make run`: the engine answers several people at once, and one sees how.
+"""`make run`: the engine answers several prompts at once, in a live table.
 
-A row for each request, its text as it comes; below, what the engine is doing. Where the output is no terminal, each
-answer is printed when it is complete. At the end, what the requests felt and what the engine did.
+The table has a row for each request, with its text as it comes, and below them the state of the engine. If the output
+is no terminal, each answer is printed when it is complete. At the end the metrics are printed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 BUSY_SHARE = 0.2
-"""On an idle machine a thread waits for a core for less than a hundredth of the time."""
+"""If a thread waits for a core for more than this share of the time, the machine is busy. If it is idle, it is 0.01."""
 
 QUESTIONS = (
     "What is gravity? Answer in two or three sentences.",
@@ -40,7 +40,7 @@ BEGINNINGS = (
 
 
 def state_of(request) -> tuple[str, str]:
-    """What a request is doing, in a word, and the word's colour. request: None once it has finished."""
+    """The state of a request in a word, and the word's colour. request: None once it has finished."""
     if request is None:
         return "done", "green"
     if request.output_token_ids and request.status.value == "running":
@@ -51,23 +51,24 @@ def state_of(request) -> tuple[str, str]:
 
 
 def tail(text: str, width: int) -> str:
-    """The newest part of a text, on one line."""
+    """The end of a text, on one line."""
     line = " ".join(text.split())
     return line if len(line) <= width else "…" + line[len(line) - width + 1 :]
 
 
 def picture(engine, prompts: list[str], ids: list[str], outputs: list, width: int) -> Group:
-    """All requests at this moment, and the engine."""
+    """The table of the requests, and the state of the engine."""
     table = Table(box=None, padding=(0, 1), header_style="dim", width=width)
     table.add_column("", no_wrap=True, width=7)
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("prompt", no_wrap=True, width=max(10, width // 4))
     table.add_column("answer", no_wrap=True, ratio=1)
-    room = width - 7 - 6 - max(10, width // 4) - 8
+    answer_width = width - 7 - 6 - max(10, width // 4) - 8
     for prompt, request_id, output in zip(prompts, ids, outputs):
         word, color = state_of(engine.scheduler.requests.get(request_id))
         short = prompt if len(prompt) <= width // 4 else prompt[: max(9, width // 4 - 1)] + "…"
-        table.add_row(Text(word, color), str(len(output.token_ids)), Text(short, "dim"), Text(tail(output.text, room)))
+        answer = Text(tail(output.text, answer_width))
+        table.add_row(Text(word, color), str(len(output.token_ids)), Text(short, "dim"), answer)
     metrics, pool, scheduler = engine.metrics(), engine.manager.pool, engine.scheduler
     held = 1 - pool.num_free_blocks / len(pool.blocks)
     words = [
@@ -79,9 +80,9 @@ def picture(engine, prompts: list[str], ids: list[str], outputs: list, width: in
 
 
 def serve(engine, prompts: list[str], token_ids: list[list[int]], params, console: Console | None = None) -> int:
-    """Answer all of them at once. Returns 130 if Ctrl-C ended it; what there is by then is shown all the same.
+    """Answer all prompts at once. Returns 0, or 130 if Ctrl-C ended it; then the answers so far are shown.
 
-    Raises ValueError, and begins nothing, if one of them can never be served.
+    Raises ValueError, and answers none, if one of them can never be served.
     """
     from common.machine import seconds_without_core  # it imports torch
 
@@ -127,7 +128,7 @@ def serve(engine, prompts: list[str], token_ids: list[list[int]], params, consol
 
 
 def report(engine, outputs: list) -> Group:
-    """What each request felt, and what the engine did."""
+    """The metrics of each request and of the engine."""
 
     def ms(seconds: float | None) -> str:
         return "" if seconds is None else f"{seconds * 1e3:.0f}"

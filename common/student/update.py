@@ -1,13 +1,13 @@
-"""`make update`: a new version of the course, with the student's answers in it.
+"""`make update`: installs a new version of the course, with the student's answers in it.
 
-    make update                    from where this clone came from, by git
+    make update                    from the repository that this clone follows
     make update FROM=course.zip    from a downloaded version: a zip, a tar or a folder
 
 The new version is fetched or unpacked beside this one. `carry` puts the student's answers into the new skeletons, and
-`git merge-file` merges other files that the student has edited. Only then do files change: what the student has is
-copied to .course/backups first, and if a file cannot be written, all are put back.
+`git merge-file` merges other files that the student has edited. Only then are files changed: the student's are copied
+to .course/backups first, and if a file cannot be written, all are restored.
 
-Standard library only, so that it works in whatever state the course's packages are.
+It imports only the standard library, so that it works in whatever state the course's packages are.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ from common.course.skeleton import BACKUPS, cut_lesson, digest
 from common.student.carry import Carried, carry, merge
 
 RENUMBERED = "common/course/renumbered.json"
-"""Each renumbering of the exercises that there has been: the new id of every exercise, by its old one."""
+"""Every renumbering of the exercises so far: the new id of each exercise, by its old one."""
 NUMBERED = ROOT / ".course" / "renumbered"
-"""Is there once the student's answers have been carried through all renumberings by a version that knows of them."""
+"""This file exists once a version that reads RENUMBERED has carried the student's answers over."""
 NOT_OURS = {".git", ".venv", ".course", "__pycache__", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints"}
 
 
 @dataclass
 class Version:
-    """A new version of the course, in a folder of its own, and what this copy has of the old one."""
+    """A new version of the course in a folder of its own, and the files of the old one."""
 
     name: str
     folder: Path
     skeletons: dict[str, str]  # of the old version's modules, by path
     edited: dict[str, bytes | None] = field(default_factory=dict)  # other files that the student edited, as they were
-    gone: list[str] = field(default_factory=list)  # files that the new version has no more
+    gone: list[str] = field(default_factory=list)  # files that the new version no longer has
     commit: str = ""  # the new version's, where this copy is a clone
     mine: Path = ROOT  # where the student's modules are
 
 
 def update(source: str) -> None:
+    """Install the new version: from the download `source`, or by git if it is empty. Raises CourseError."""
     with tempfile.TemporaryDirectory(prefix="course-") as folder:
         version = downloaded(Path(source).expanduser(), Path(folder)) if source else fetched(Path(folder))
         if version is None:
@@ -73,7 +74,8 @@ def update(source: str) -> None:
             return
         backup = back_up([*own, *(path for path in contents if path in version.edited)])
         install(contents, version.commit)
-        note_numbers()
+        NUMBERED.parent.mkdir(exist_ok=True)
+        NUMBERED.touch()
         report(version.name, new, carried, remarks, renumbered)
         if backup:
             print(f"What you had before is kept in {backup.relative_to(ROOT).as_posix()}.")
@@ -81,7 +83,7 @@ def update(source: str) -> None:
 
 
 def ids_now(version: Version, new: Mapping[str, str]) -> dict[str, str]:
-    """The new id of each exercise of the old version that is still there."""
+    """The new id of each exercise of the old version that still exists."""
     known = len(json.loads(read(RENUMBERED) or "[]")) if version.mine == ROOT else 0
     file = version.folder / RENUMBERED
     steps = json.loads(file.read_text(encoding="utf-8"))[known:] if file.exists() else []
@@ -93,20 +95,14 @@ def ids_now(version: Version, new: Mapping[str, str]) -> dict[str, str]:
 
 
 def needs_new_numbers() -> Path | None:
-    """The backup that a version made which brought in renumbered exercises, and could not yet know of that."""
+    """The backup of an update that installed renumbered exercises with a version that did not read RENUMBERED."""
     backups = sorted(BACKUPS.glob("update-*"))
     is_told = not (ROOT / RENUMBERED).exists() or NUMBERED.exists()
     return backups[-1] if backups and not is_told else None
 
 
-def note_numbers() -> None:
-    """From now on what stands in the student's modules is numbered as the course is."""
-    NUMBERED.parent.mkdir(exist_ok=True)
-    NUMBERED.touch()
-
-
 def texts(version: Version) -> dict[str, str]:
-    """The student's modules, with line ends as the skeletons have them."""
+    """The student's modules, with the line ends of the skeletons. Raises CourseError if one is not UTF-8 text."""
     found = {}
     for path in version.skeletons:
         if (version.mine / path).is_file():
@@ -125,7 +121,7 @@ def with_line_ends(text: str, present: bytes | None) -> bytes:
 
 
 def merge_others(version: Version, contents: dict[str, bytes | None]) -> list[str]:
-    """Put what the student has edited outside the lessons' modules into the new version's files.
+    """Merge the files that the student has edited, except the lessons' modules, into the new version's `contents`.
 
     Returns a sentence for each file in which the course's lines have replaced the student's.
     """
@@ -133,7 +129,7 @@ def merge_others(version: Version, contents: dict[str, bytes | None]) -> list[st
     for path, base in version.edited.items():
         mine, theirs = read(path), contents.get(path)
         if mine is None or theirs is None or theirs in (mine, base):
-            contents.pop(path, None)  # the course has not changed it, or has it no more: the student's stays
+            contents.pop(path, None)  # the course has not changed it, or no longer has it: the student's stays
             continue
         try:
             merged, num_conflicts = merge(*(each.decode() for each in (mine, base or b"", theirs)))
@@ -154,7 +150,7 @@ def read(path: str) -> bytes | None:
 
 
 def write(path: str, content: bytes | None) -> None:
-    """A file is written whole or not at all; None removes it."""
+    """Write a file completely or not at all; None removes it."""
     file = ROOT / path
     if content is None:
         return file.unlink(missing_ok=True)
@@ -167,7 +163,7 @@ def write(path: str, content: bytes | None) -> None:
 
 
 def back_up(paths: list[str]) -> Path | None:
-    """Copy those of these files that are there. Returns the folder that they are copied to."""
+    """Copy those of these files that exist. Returns the folder of the copies, or None if there are none."""
     folder = BACKUPS / time.strftime("update-%Y%m%d-%H%M%S")
     present = [path for path in paths if read(path) is not None]
     for path in present:
@@ -177,7 +173,7 @@ def back_up(paths: list[str]) -> Path | None:
 
 
 def install(contents: Mapping[str, bytes | None], commit: str) -> None:
-    """Change the files, then move the branch to the new version. If either fails, all is put back."""
+    """Change the files, then move the branch to the new version. If either fails, all files are restored."""
     before = {path: read(path) for path in contents}
     try:
         for path, content in contents.items():
@@ -209,7 +205,7 @@ def module_paths(names: list[str]) -> list[str]:
 
 
 def git(*arguments: str) -> str:
-    """What git prints. Raises CourseError if it fails."""
+    """Run git and return its output. Raises CourseError if it fails."""
     result = subprocess.run(
         ["git", "-C", str(ROOT), *arguments], capture_output=True, encoding="utf-8", errors="surrogateescape"
     )
@@ -224,7 +220,10 @@ def names(*arguments: str) -> list[str]:
 
 
 def fetched(folder: Path) -> Version | None:
-    """The branch that this clone follows; None, and a line for the student, if there is nothing new in it."""
+    """Fetch the branch that this clone follows. Prints a line and returns None if there is nothing new in it.
+
+    Raises CourseError if this is no clone, a merge is in progress, or git cannot fetch the branch.
+    """
     elsewhere = "download the new version and say where it is: make update FROM=course.zip"
     try:
         is_clone = Path(git("rev-parse", "--show-toplevel").strip()).resolve() == ROOT
@@ -276,7 +275,7 @@ def fetched(folder: Path) -> Version | None:
 
 
 def version_before_numbers() -> str:
-    """The course's commit that an update came from which did not know of the new numbers."""
+    """The course's commit before the update that installed renumbered exercises without carrying answers over."""
     try:
         base = git("merge-base", "ORIG_HEAD", "FETCH_HEAD").strip()
         if not names("ls-tree", "--name-only", base, RENUMBERED):
@@ -292,7 +291,7 @@ def show(commit: str, path: str) -> bytes:
 
 
 def followed(remotes: list[str]) -> tuple[str, str]:
-    """The remote and what to fetch from it: of a fork, by custom, `upstream`; else what this branch follows."""
+    """The remote and the branch to fetch: `upstream`, if there is one, as in a fork; else those of this branch."""
     if "upstream" in remotes:
         return "upstream", "HEAD"
     try:
@@ -306,7 +305,7 @@ def followed(remotes: list[str]) -> tuple[str, str]:
 
 
 def move_branch(commit: str, paths: list[str]) -> None:
-    """The student's branch becomes the new version, or a merge with it if the student has commits of their own."""
+    """Move the student's branch to the new version, or to a merge with it if the student has commits of their own."""
     if git("merge-base", "HEAD", commit) == git("rev-parse", "HEAD"):
         git("reset", "--quiet", commit)
         return
@@ -321,7 +320,9 @@ def move_branch(commit: str, paths: list[str]) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """The files of an archive, of a tar only plain ones within the folder. Python 3.11.3 and older have no filter."""
+    """Unpack an archive; of a tar only plain files and folders. Raises tarfile.ExtractError for a path outside the
+    folder, which shutil does not refuse with Python 3.11.3 and older.
+    """
     if not tarfile.is_tarfile(archive):
         return shutil.unpack_archive(archive, folder)
     with tarfile.open(archive) as tar:
@@ -334,7 +335,9 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def downloaded(source: Path, folder: Path) -> Version:
-    """The version in an archive or a folder. Files that it has not are left alone."""
+    """The version in an archive or a folder. Files that it does not contain are left alone. Raises CourseError if it is
+    not an untouched copy of the course.
+    """
     if not source.exists():
         raise CourseError(f"FROM={source}: there is no such file or folder.")
     if not source.is_dir():

@@ -1,7 +1,7 @@
-"""`make watch-lesson-N`: grades a lesson's file each time it is saved, and says what has changed.
+"""`make watch-lesson-N`: grades a lesson's file each time it is saved, and reports what has changed.
 
-Only what a save may have changed is graded: the exercises whose functions differ and those that were wrong, or all
-where anything else differs. While the student thinks, the next worker already imports torch.
+It grades the exercises whose functions have changed and those that were wrong, or all if anything else has changed. A
+spare worker imports torch before the next save.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAUSE = 0.2
 
 
 def edited(lesson: Lesson, before: str, after: str) -> list[str] | None:
-    """The ids of the exercises whose functions differ; None if anything else does, which may touch all of them."""
+    """The ids of the exercises whose functions differ; None if other code differs, which may affect all exercises."""
     functions = {each.id: each.function for each in exercises_of(lesson)}
     (old, old_rest), (new, new_rest) = parts(before, functions), parts(after, functions)
     if old_rest != new_rest:
@@ -42,7 +42,7 @@ def edited(lesson: Lesson, before: str, after: str) -> list[str] | None:
 
 
 def parts(source: str, functions: dict[str, str]) -> tuple[dict[str, str], str]:
-    """Each exercise's function, and all the rest; in a form that knows neither comments nor layout."""
+    """Each exercise's function, and all other code, as dumps of the syntax tree, without comments and layout."""
     tree = ast.parse(source)
     nodes = dict(walk_functions(tree))
     own = {id: nodes[name] for id, name in functions.items() if name in nodes}
@@ -53,7 +53,7 @@ def parts(source: str, functions: dict[str, str]) -> tuple[dict[str, str], str]:
 
 
 def stamp(file: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written, or another one is put in its place; None while there is none."""
+    """A value that changes when a file is written or replaced; None while there is no file."""
     try:
         state = file.stat()
     except OSError:
@@ -63,7 +63,7 @@ def stamp(file: Path) -> tuple[int, int, int] | None:
 
 # watchfiles sees a save sooner, but none in a folder that a network or a virtual machine shares, unless it polls too.
 def saves(known: dict[Path, tuple[int, int, int] | None]) -> Iterator[Path]:
-    """Each file that is no longer as it is known to be, for ever."""
+    """Yield each file whose stamp differs from `known`, which is updated; never ends."""
     while True:
         time.sleep(PAUSE)
         for file in known:
@@ -77,7 +77,9 @@ def saves(known: dict[Path, tuple[int, int, int] | None]) -> Iterator[Path]:
 
 
 class Spare(Worker):
-    """A worker that is started before it is known what it is to run, and can be given that once, as `Worker` is."""
+    """A worker that is started in advance. Called with the arguments of `Worker`, it runs them the first time; later
+    calls return a new Worker.
+    """
 
     def __init__(self):
         self.process, self.connection = call("common.student.watch:wait_for_work")
@@ -95,7 +97,7 @@ class Spare(Worker):
 
 
 def wait_for_work(connection: Connection) -> None:
-    """In the new process."""
+    """In the spare worker's process: wait for the arguments of `work`."""
     try:
         from common.grading.worker import work
 
@@ -109,7 +111,7 @@ def wait_for_work(connection: Connection) -> None:
 
 
 class Watched:
-    """A module, and what is known of it."""
+    """A module, its source when it was last graded, and its results."""
 
     def __init__(self, lesson: Lesson):
         self.lesson = lesson
@@ -119,7 +121,7 @@ class Watched:
         self.results: dict[str, Result] = {}
 
     def begin(self, start: Callable[..., Worker]) -> None:
-        """Grade all of it, and report as `make test-lesson-N` does."""
+        """Grade the whole module, unless its results are kept, and report as `make test-lesson-N` does."""
         heading(self.lesson, self.file)
         self.source = read_source(self.file)
         self.take(kept(self.lesson, self.file) or [])
@@ -137,7 +139,7 @@ class Watched:
         self.take(grade_and_keep(self.lesson, self.file, on_result=on_result, start=start))
 
     def look(self, start: Callable[..., Worker]) -> None:
-        """After a save: grade what it may have changed, and tell. Raises CourseError if the file cannot be read."""
+        """After a save: grade what may have changed, and report it. Raises CourseError if the file cannot be read."""
         was_readable, self.is_readable = self.is_readable, False
         source = read_source(self.file)
         self.is_readable = True
@@ -200,7 +202,7 @@ def watch_lesson(lesson_number: int, mine: str) -> int:
 
 
 def watch(modules: list[Watched]) -> int:
-    """Until Ctrl-C."""
+    """Grade these modules, then again after each save, until Ctrl-C."""
     known = {each.file: stamp(each.file) for each in modules}
     spare = Spare()
 

@@ -1,6 +1,6 @@
-"""`make watch-engine`: the engine answers as in `make run`, is recorded, and one HTML file replays it.
+"""`make watch-engine`: records the engine while it answers as in `make run`, and writes an HTML file that replays it.
 
-Beside the page lies its trace, `run.jsonl` for `run.html`; COMPARE takes the trace of another run.
+The trace is written beside the page: `run.jsonl` for `run.html`. COMPARE takes the trace of another run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common.course import counted, files_used, substitutes
 from common.options import engine_options, mine, number, option, threads
 from common.sampling import SamplingParams
 from common.start import OptionError, start_engine
-from common.student.chat import Talker, answer_with
+from common.student.chat import Talker, answer_with, option_errors
 from common.student.serve import BEGINNINGS, QUESTIONS
 from common.watching.chrome import chrome_events
 from common.watching.page import make_page
@@ -43,11 +43,9 @@ PATH = click.Path(path_type=Path, dir_okay=False)
 def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str, threads: int | None, **options) -> int:
     """Record the engine while it answers, and write a page that replays it step by step."""
     count, samples = options.pop("requests"), options.pop("samples")
-    try:
-        sampling = {name: options.pop(name) for name in ("max_tokens", "temperature", "seed")}
+    sampling = {name: options.pop(name) for name in ("max_tokens", "temperature", "seed")}
+    with option_errors():
         params = SamplingParams(n=samples, **sampling)
-    except ValueError as error:
-        raise OptionError(str(error)) from None
     own = out.with_suffix(".jsonl")
     if out.suffix != ".html":
         raise OptionError(f"OUT is {out}; the page's name must end with .html.")
@@ -82,25 +80,25 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
 
 
 def prompts(talker: Talker, count: int) -> list[list[int]]:
-    """The prompts of `make run`, repeated, in tokens."""
+    """The tokens of `count` prompts: those of `make run`, repeated."""
     texts = QUESTIONS if talker.has_template else BEGINNINGS
     return [talker.begin().ask(text)[0] for text in itertools.islice(itertools.cycle(texts), count)]
 
 
 def whose() -> str:
-    """Whose modules run, in a sentence."""
+    """A sentence that says whose modules run."""
     return files_used() if substitutes() else "The reference's modules."
 
 
 def record(engine, prompts: list[list[int]], params: SamplingParams, file: Path, folder: Path) -> Exception | None:
-    """Answer the prompts and write the trace. Returns what ended the run early, if anything did."""
+    """Answer the prompts and write the trace. Returns the error that ended the run early, or None."""
     failure = None
     with file.open("w", encoding="utf-8") as lines, recording(engine, lines, whose()) as recorder:
         try:
             engine.generate(prompts, params)
         except ValueError as error:
             failure = OptionError(str(error))
-        except Exception as error:  # a mistake in the student's own scheduler, perhaps: the page shows what led to it
+        except Exception as error:  # perhaps a mistake in the student's scheduler: the page shows the steps before it
             failure = error
         if any(folder.iterdir()):
             from common.watching.ranks import rank_times

@@ -1,7 +1,6 @@
-"""`make watch-N.M`: the check that an answer fails, call by call, beside the same check with the reference's answer.
+"""`make watch-N.M`: shows the check that an answer fails, call by call, beside the same check of the reference.
 
-It works for exercises whose checks make a sequence of calls of one object: of a block manager, of a scheduler or of an
-engine.
+It works for exercises whose checks call methods of one object: a block manager, a scheduler or an engine.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ RECORDED = {
 }
 """The exercises that can be watched, and the class whose objects their checks make."""
 SECONDS = 5.0
-"""How long a check may take before it counts as endless."""
+"""The time that a check may take."""
 
 
 @click.command("watch-exercise")
@@ -68,7 +67,7 @@ def watch_exercise(exercise_id: str, out: Path | None, file: str | None, mine: s
 
 
 def parting(mine: list[list[str]], reference: list[list[str]]) -> list[str]:
-    """The first call in which two runs part, in lines."""
+    """Lines that describe the first call in which two runs differ."""
     for number, (own, other) in enumerate(zip(mine, reference), 1):
         if own != other:
             lines = [f"Your run and the reference's part in call {number} of {len(mine)}: {own[0]}"]
@@ -79,9 +78,10 @@ def parting(mine: list[list[str]], reference: list[list[str]]) -> list[str]:
 
 
 def watch(lesson: Lesson, file: Path, exercise: Exercise) -> tuple[str, str, tuple[Any, Any]] | None:
-    """The first check of an exercise that the file's answer fails, among those with calls to record.
+    """Find the first check of an exercise that has calls to record and that the file's answer fails.
 
-    Returns its name, what it says, and the recorders of both runs; or None.
+    Returns its name, its message and the recorders of both runs, or None. Raises CourseError if the exercise is still
+    to do, or if a check is broken.
     """
     import pytest
 
@@ -115,8 +115,8 @@ def watch(lesson: Lesson, file: Path, exercise: Exercise) -> tuple[str, str, tup
 
 
 def both_runs(subject: Any, exercise_id: str, check: Callable, title: str) -> tuple[str, tuple[Any, Any]] | None:
-    """What a check says of an answer, and the recorders of its run and of the reference's; None if it passes, or if
-    there is nothing to record.
+    """Return a check's message, and the recorders of the answer's run and of the reference's; None if the answer passes
+    or makes no calls to record.
     """
     from common.grading.subject import Subject
     from common.watching.calls import recorded_calls
@@ -151,7 +151,7 @@ class Endless(BaseException):
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise Endless in this thread, at whatever line of Python it is, if it is still here after so many seconds."""
+    """Raise Endless in this thread, at whatever line it is, if the context has not ended after this time."""
     thread = ctypes.c_ulong(threading.get_ident())
     timer = threading.Timer(seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, (thread, ctypes.py_object(Endless)))
     timer.daemon = True

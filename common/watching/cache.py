@@ -1,4 +1,4 @@
-"""Watch lesson 3's KV cache grow through a conversation of three turns: on the page each slot is a block of one token.
+"""Records lesson 3's KV cache during a conversation of three turns. On the page each slot is a block of one token.
 
 from common.watching.cache import watch_cache
 watch_cache("run.html")
@@ -24,15 +24,15 @@ TURNS = (
 )
 """The second is the first with its last word changed. The third, which begins with a space, continues the second."""
 MAX_TOKENS = 12
-"""Tokens of an answer."""
+"""The number of tokens of each answer."""
 CAPACITY = 48
 
 
 def watch_cache(out: str | Path) -> str:
-    """Hold the conversation with lesson 3's code, the student's if it is active, and write the page.
+    """Run the conversation with lesson 3's code, the student's if it is active, and write the page.
 
-    Each turn goes through `resume`, and then through `decode_step` for each token of the answer. Returns what the cache
-    holds in the end, as text.
+    Each turn is computed by `resume`, and then each token of the answer by `decode_step`. Returns the text in the cache
+    at the end. Raises CourseError if nothing was stored in the cache.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.jsonl"
@@ -42,7 +42,7 @@ def watch_cache(out: str | Path) -> str:
 
 
 def record_cache(file: Path) -> str:
-    """Write the trace alone; see `watch_cache`."""
+    """Write only the trace; see `watch_cache`."""
     from solutions import kv_cache, llama_pytorch
 
     model, tokenizer = llama_pytorch.load("tales", device="cpu")
@@ -67,7 +67,7 @@ def record_cache(file: Path) -> str:
 
 
 class CacheRecorder:
-    """Writes a trace, as `recorder.py` describes it: a turn is a request, a pass through the model a step."""
+    """Writes a trace as `recorder.py` describes it, in which a turn is a request and a pass of the model is a step."""
 
     def __init__(self, cache: Any, tokenizer: Any, file: Any):
         self.cache, self.tokenizer, self.file, self.start = cache, tokenizer, file, time.perf_counter()
@@ -104,7 +104,7 @@ class CacheRecorder:
         self.line["vocab"] = self.words(token_ids)
 
     def append(self, original: Any, layer: int, k: Any, v: Any) -> Any:
-        """A pass begins with the first layer: note which slots it is going to fill."""
+        """Call the cache's `append`. At the first layer, which begins a pass, write the slots that the pass fills."""
         if layer == 0:
             self.result(None, {})
             start, num_tokens = self.cache.lengths[0], len(k)
@@ -124,7 +124,7 @@ class CacheRecorder:
         self.result(token_id, {"vocab": self.words([token_id]), **({"ends": {self.turn: "length"}} if is_last else {})})
 
     def result(self, token_id: int | None, more: dict[str, Any]) -> None:
-        """The pass has ended, with this token or, for a chunk of a prompt, with none."""
+        """Write the end of a pass. token_id: the sampled token; None after a chunk of a prompt."""
         if self.is_open:
             state = {"free": self.capacity - self.num_stored, "t": [self.now()] * 3, "seconds": 0.0}
             self.write({"result": self.num_steps, "out": [token_id], **more, **state})

@@ -1,7 +1,7 @@
-"""Record what a check asks of a scheduler, of a block manager or of an engine: each call is a step of the trace.
+"""Records the calls that a check makes to a scheduler, a block manager or an engine. Each call is a step of the trace.
 
 Checks build a `Scheduler` or a `KVCacheManager` by hand and call its methods, mostly without a model. `recorded_calls`
-watches a class of the module under test while the check runs, and records every object that is made of it.
+records every object of a class that is made while the check runs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from common.metrics import EngineMetrics
 from common.watching.recorder import Recorder, short
 
 MOVES = ("scheduled", "swaps_out", "swaps_in", "copies")
-"""What a plan is made of; a check may call several methods that add to it."""
+"""The lists of a plan that are recorded; several calls may add to them."""
 MOST = 200
-"""Tokens, blocks or requests that are recorded of a call: one that never ends may have added any number."""
+"""The largest number of tokens, blocks or requests recorded of a call, since an endless one may add any number."""
 
 
 @contextmanager
 def recorded_calls(module: ModuleType, name: str, title: str, files: str = "") -> Iterator[list[CallRecorder]]:
-    """Record each object of the module's class `name` that is made while the context lasts, in their order.
+    """Record each object of the module's class `name` that is made within the context. Yields the list of recorders.
 
     name: `Scheduler`, `KVCacheManager` or `Engine`. title: the page's heading.
     """
@@ -50,8 +50,8 @@ def recorded_calls(module: ModuleType, name: str, title: str, files: str = "") -
 
 
 class CallRecorder(Recorder):
-    """Writes the trace of calls, into `file`. calls: of each, its text and then the sentences of the state after it.
-    failure: what the check says, to be set before the end.
+    """Writes the trace of calls into `file`. calls: for each call its text, and then sentences on the state after it.
+    failure: the check's message, which must be set before the end.
     """
 
     def __init__(self, owner: Any, config: EngineConfig, title: str, files: str):
@@ -91,7 +91,9 @@ class CallRecorder(Recorder):
                 self.replace(each, name, partial(self.call, name, True), self.undo)
 
     def call(self, name: str, is_outer: bool, original: Any, *arguments, **named) -> Any:
-        """Call a method, and write a step for it, unless another method calls it. is_outer: those in it are written."""
+        """Call a method and write a step for it, unless another recorded method has called it. is_outer: the calls
+        within it are written, too.
+        """
         if self.is_busy:
             return original(*arguments, **named)
         self.is_busy, came = not is_outer, ""
@@ -111,12 +113,12 @@ class CallRecorder(Recorder):
             try:
                 self.step(text, came, touched)
                 self.is_busy = False
-            except Exception as error:  # a list that holds something else, perhaps: the record ends here
+            except Exception as error:  # perhaps a list with wrong contents: no later call is recorded
                 state = [came, f"leaves a state that cannot be shown: {error!r}"]
                 self.write_call({"run": [], "free": self.pool.num_free_blocks}, text, state)
 
     def meet(self, each: Any) -> None:
-        """Give a request that appears for the first time a number."""
+        """Give a request a number when it first appears."""
         if hasattr(each, "all_token_ids") and self.known.get(each.request_id) is not each:
             self.known[each.request_id] = each
             if not hasattr(each, "prompt_token_ids"):  # lesson 4's sequences, which no scheduler knows
@@ -130,7 +132,7 @@ class CallRecorder(Recorder):
             self.enter(each)
 
     def step(self, text: str, came: str, touched: Sequence[Any]) -> None:
-        """Write a call as a step: what it added to a plan, and all that has changed."""
+        """Write a call as a step, with its additions to a plan and all changes of the state."""
         for each in self.scheduler.requests.values():
             self.meet(each)
         plan = next((each for each in touched if hasattr(each, "scheduled")), None)
@@ -191,7 +193,7 @@ class CallRecorder(Recorder):
                 yield f"output of {told(each.output)}, {since}"
 
     def facts(self, request: Any) -> Iterator[str]:
-        """What is known of a request, or of a lesson 4's sequence."""
+        """Descriptions of the state of a request, or of a sequence of lesson 4."""
         if hasattr(request, "status"):
             yield request.status.value + (f" ({request.finish_reason})" if request.finish_reason else "")
         yield f"{request.num_computed_tokens} of {len(request.all_token_ids)} tokens computed"
@@ -208,7 +210,7 @@ class CallRecorder(Recorder):
 
 
 def parts(owner: Any, config: EngineConfig) -> Any:
-    """An engine, or what a recorder takes for one: a scheduler with its manager, or a manager alone."""
+    """The object itself if it is an engine; otherwise an object with the attributes of an engine that Recorder uses."""
     if hasattr(owner, "executor"):
         return owner
     scheduler, manager = owner, getattr(owner, "manager", owner)
@@ -224,7 +226,7 @@ def block_in_words(block: Any) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Numbers in their order, those that follow each other as one range: 2, 5–9, 0."""
+    """Numbers in their order, with consecutive ones as ranges: 2, 5–9, 0."""
     found: list[list[int]] = []
     for number in numbers:
         if found and found[-1][-1] == number - 1:
@@ -235,7 +237,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def told(value: Any) -> str:
-    """A value as short as it can be told: a request by its id, a block by its number."""
+    """A short text for a value: a request's id, a block's number."""
     if hasattr(value, "logprobs") and hasattr(value, "finish_reason"):
         return f"{value.request_id}: {counted(len(value.token_ids), 'token')}, {len(value.logprobs)} logprobs"
     if hasattr(value, "request_id"):

@@ -11,13 +11,13 @@ from typing import Any
 from common.watching.trace import Trace
 
 ENGINE, RANKS, REQUESTS = 1, 2, 3
-"""Processes of the picture: the engine's own work, the ranks, and a row for each request."""
+"""The ids of the processes in the picture: the engine's own work, the ranks, and the requests, with a row for each."""
 FIRST = 10
-"""The id of a process' first thread. Perfetto takes thread 0 for the thread whose id is that of its process."""
+"""The id of a process's first thread. Perfetto confuses thread 0 with the thread whose id is that of its process."""
 
 
 def chrome_events(trace: Trace) -> dict[str, Any]:
-    """The events of a trace, to be written as one JSON object."""
+    """The events of a trace, as a JSON object."""
     events = [name("process_name", process, 0, text) for process, text in
               ((ENGINE, "engine"), (RANKS, "ranks"), (REQUESTS, "requests"))]  # fmt: skip
     for k, request in enumerate(trace.requests):

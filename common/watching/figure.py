@@ -1,4 +1,4 @@
-"""A trace as a still picture, for the notebooks: requests and blocks down, steps across."""
+"""Plots of a trace, for the notebooks: steps from left to right, requests and blocks from top to bottom."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from common.watching.trace import KINDS, Replay, Trace, read_trace
 
-# Those of bench/style.py, which would turn a notebook's own figures off.
+# The colours of bench/style.py, which cannot be imported here: it turns off the display of a notebook's figures.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLORS = dict(zip(KINDS, (BLUE, ORANGE, GREEN, PURPLE)))
 OWNERS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
@@ -16,8 +16,9 @@ CACHED, SHARED = "#E8EAED", "#000000"
 
 
 def draw_timeline(axes, trace: Trace, num_steps: int = 0, with_counts: bool = False) -> None:
-    """What each request computes in each step, coloured by kind; a triangle where it is preempted. with_counts: each
-    cell says how many tokens the request got.
+    """Plot what each request computes in each step, coloured by kind, and a triangle where it is preempted.
+
+    num_steps: the smallest width of the plot. with_counts: write the number of new tokens into each cell.
     """
     for x, step in enumerate(trace.steps):
         for entry in step.entries:
@@ -38,7 +39,7 @@ def draw_timeline(axes, trace: Trace, num_steps: int = 0, with_counts: bool = Fa
 
 
 def draw_pool(axes, trace: Trace) -> None:
-    """The holder of each block in each step. White is free, grey is free and in the prefix cache, black is shared."""
+    """Plot the holder of each block in each step. White is free, grey free and in the prefix cache, black is shared."""
     import numpy as np
     from matplotlib.colors import ListedColormap
 
@@ -62,7 +63,7 @@ def draw_pool(axes, trace: Trace) -> None:
 
 
 def draw_run(file: Path, size: tuple[float, float] = (10, 3)) -> Figure:
-    """Both pictures of a run, side by side."""
+    """Plot the timeline and the pool of a run, side by side."""
     figure, trace = Figure(figsize=size, layout="constrained"), read_trace(file)
     left, right = figure.subplots(1, 2)
     draw_timeline(left, trace)
@@ -71,7 +72,7 @@ def draw_run(file: Path, size: tuple[float, float] = (10, 3)) -> Figure:
 
 
 def draw_ranks(axes, trace: Trace, first: int, last: int) -> None:
-    """When each rank computed the steps from `first` to `last`, which are numbered; two colours take turns."""
+    """Plot when each rank computed the steps from `first` to `last`, with their numbers, in two alternating colours."""
     times = {rank: [each for each in own if first <= each[0] <= last] for rank, own in trace.lines[-1]["ranks"].items()}
     begin = min(start for own in times.values() for _, start, _ in own)
     for y, own in enumerate(times.values()):

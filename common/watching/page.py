@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its scripts and the trace, and needs no server and no network."""
+"""Makes the page: one HTML file with its scripts and the trace, which needs no server and no network."""
 
 from __future__ import annotations
 

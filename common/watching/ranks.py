@@ -1,4 +1,4 @@
-"""When each rank of a grid computed each step: every rank notes it in a file of its own, and rank 0 reads them."""
+"""The times at which each rank of a grid computed each step. Every rank writes them to a file, and rank 0 reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from solutions.batching import Engine
 
 
 def timed_engine(folder: Path, options: dict[str, Any]) -> Engine:
-    """An engine on a grid of ranks, which note their times in this folder. options: those of `EngineConfig`."""
+    """An engine on a grid of ranks, which write their times into this folder. options: those of `EngineConfig`."""
     grid = options.pop("tensor_parallel", 1), options.pop("pipeline_parallel", 1)
     name = options.pop("model", EngineConfig.model)
     return observed_engine(partial(timed_runner, folder), name, grid, **options)

@@ -1,13 +1,13 @@
-"""Record what an engine does, from outside: what its scheduler decides, which blocks move, which drafts are accepted.
+"""Records an engine from outside: the decisions of its scheduler, the moves of blocks, the accepted draft tokens.
 
     with recording(engine, open("run.jsonl", "w")):
         engine.generate(prompts, params)
 
-Everything passes through `SchedulerOutput`, `ModelRunnerOutput` and the block pool, so any engine of lesson 5 can be
-recorded, the student's own too. `recording` puts itself before some of their methods and takes itself away at the end.
+Any engine of lesson 5 can be recorded, the student's own too, because all its work passes through `SchedulerOutput`,
+`ModelRunnerOutput` and the block pool. `recording` wraps some of their methods, and restores them at the end.
 
-The trace is JSON Lines. Requests have numbers, in the order in which they were added. What could be derived from the
-lines before is left out, and state is written as differences, so a decoding request costs its number and its token.
+The trace is JSON Lines. Requests are numbered in the order in which they were added. What follows from earlier lines is
+left out, and state is written as differences, so that a decoding request takes only its number and its token.
 
     {"trace": 1, "config": {...}, "model": ..., "files": ...}       first
     {"plan": step, ...}     a step is scheduled and submitted
@@ -66,14 +66,14 @@ CONFIG = (
 )  # fmt: skip
 """The options of an engine that a trace notes."""
 ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, check_circular=False, default=str)
-"""What is no number, text or list, such as a student's own sort key, is written as text."""
+"""Values of other types than JSON's, such as a student's own sort key, are written as text."""
 
 
 @contextmanager
 def recording(engine: Any, file: TextIO, files: str = "") -> Iterator[Recorder]:
-    """Record an engine, lesson 5's or any made of it, while the context lasts. files: whose code runs, in a line.
+    """Record an engine, lesson 5's or one that is built on it, within the context. files: a line on whose code runs.
 
-    The trace is complete up to the last line if the engine fails.
+    If the engine fails, the trace is complete up to the last line.
     """
     recorder = Recorder(engine, file, files)
     try:
@@ -83,7 +83,7 @@ def recording(engine: Any, file: TextIO, files: str = "") -> Iterator[Recorder]:
 
 
 class Recorder:
-    """Writes the trace of an engine; see the head of this module. rank_times: to be written at the end, by rank."""
+    """Writes the trace of an engine; see the head of this module. rank_times: is written at the end, by rank."""
 
     def __init__(self, engine: Any, file: TextIO, files: str = ""):
         self.engine, self.file = engine, file
@@ -99,7 +99,7 @@ class Recorder:
         self.needy: tuple[Any, int] | None = None  # for which request blocks are sought, and its number of tokens
         self.waited: list[Any] = []  # the requests that wait, and their numbers in the policy's order
         self.queue: list[int] = []
-        # What the lines so far say.
+        # The state that follows from the lines so far.
         self.waiting: list[int] = []
         self.num_held = 0  # entries of all tables
         self.tables: dict[int, list[int]] = {}
@@ -133,13 +133,13 @@ class Recorder:
             self.replace(owner, name, getattr(self, name), self.undo)
 
     def replace(self, owner: Any, name: str, method: Any, undo: ExitStack) -> None:
-        """Let `method`, which gets the original as its first argument, take a method's place."""
+        """Replace a method by `method`, which gets the original as its first argument."""
         original, own = getattr(owner, name), vars(owner)
         undo.callback(*((own.__setitem__, name, original) if name in own else (own.pop, name, None)))
         own[name] = partial(method, original)
 
     def check_pool(self) -> None:
-        """After an interrupted step the pool is another one, and all requests begin again."""
+        """After an interrupted step the engine has a new pool, and all requests begin again."""
         if self.manager.pool is not self.pool:
             self.line["reset"] = True
             self.tables, self.hosts, self.blocks, self.before = {}, {}, {}, {}
@@ -209,8 +209,8 @@ class Recorder:
             self.needy = None
 
     def preempt(self, original, victim, plan) -> None:
-        """Notes for whom, the blocks that it lacks, copies of shared ones included, the free ones, and who else could
-        have been the victim.
+        """Note the request that needs blocks, how many it lacks, with copies of shared ones, how many are free, and the
+        other candidates.
         """
         if self.needy is None:  # a student's own reason
             return original(victim, plan)
@@ -309,7 +309,7 @@ class Recorder:
         self.line.setdefault("ends", {})[self.number[output.request_id]] = output.finish_reason
 
     def touch(self, original, blocks):
-        """Of `touch` and `free_blocks`: they get blocks."""
+        """Replaces `touch` and `free_blocks`, which take blocks."""
         if blocks:
             blocks = list(blocks)  # an iterator can be read only once
             for block in blocks:
@@ -329,8 +329,8 @@ class Recorder:
         original(block)
 
     def find_cached(self) -> None:
-        """Note the blocks that were entered into the prefix cache, whose newest entries come last. (To watch `remember`
-        would cost more: a block whose content another one has is remembered in every step, in vain.)
+        """Note the blocks that were entered into the prefix cache, whose newest entries are the last. (Wrapping
+        `remember` would be slower: it is called in every step for a block whose content another block has.)
         """
         for block in reversed(self.pool.cached.values()):
             if block.block_id not in self.touched:
@@ -341,7 +341,7 @@ class Recorder:
     # Differences -----------------------------------------------------------------------------------------------
 
     def learn(self, token_ids: Sequence[int], line: dict[str, Any] | None = None) -> None:
-        """Write the text of those tokens that the trace has not had yet."""
+        """Write the text of those tokens that are new in the trace."""
         for token_id in token_ids:
             if token_id not in self.pieces:
                 piece = self.engine.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
@@ -401,7 +401,7 @@ class Recorder:
 
 
 def difference(before: dict[int, list[int]], after: dict[int, list[int]]) -> dict[int, list[int]]:
-    """What to change in `before` to get `after`; an entry that is gone becomes an empty list."""
+    """The entries of `after` that differ from `before`; a removed entry is an empty list."""
     if before == after:
         return {}
     changed = {k: value for k, value in after.items() if before.get(k) != value}
@@ -409,13 +409,13 @@ def difference(before: dict[int, list[int]], after: dict[int, list[int]]) -> dic
 
 
 def since(before: list[int], after: list[int]) -> list[int]:
-    """A block table as the number of blocks that stay, then the others."""
+    """A block table as the number of unchanged blocks at its beginning, then the others."""
     num_same = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
     return [num_same, *after[num_same:]]
 
 
 def spliced(before: list[int], after: list[int]) -> list[int]:
-    """A line as the number of entries that stay at its front, the number of those at its end, then the others."""
+    """A list as the number of unchanged entries at its beginning, the number of those at its end, then the others."""
     num_front, *_ = since(before, after)
     num_end, *_ = since(before[num_front:][::-1], after[num_front:][::-1])
     return [num_front, num_end, *after[num_front : len(after) - num_end]]

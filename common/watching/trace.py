@@ -1,6 +1,6 @@
-"""Read a trace: its lines, and the numbers that follow from them. `recorder.py` says what the lines are.
+"""Reads a trace: its lines, which `recorder.py` describes, and the numbers that follow from them.
 
-`page/trace.js` derives the same in the browser, and a test compares the two with `engine.metrics()`.
+`page/trace.js` computes the same numbers in the browser, and a test compares both with `engine.metrics()`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def read_trace(file: Path) -> Trace:
 
 
 class Replay:
-    """Goes through the lines of a trace and keeps what they say of the engine's state."""
+    """Goes through the lines of a trace and keeps the state of the engine that follows from them."""
 
     def __init__(self, num_blocks: int):
         self.requests: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ class Replay:
             self.note_state(self.steps[line["result"]])
 
     def enter(self, line: dict[str, Any]) -> None:
-        """New requests, and blocks that were all freed."""
+        """Add new requests. If the step before was interrupted, free all blocks."""
         for request in line.get("requests", ()):
             self.computed[len(self.requests)] = self.highest[len(self.requests)] = 0
             prompt = request["prompt"] if request["parent"] is None else self.requests[request["parent"]]["prompt"]
@@ -142,7 +142,7 @@ class Replay:
             entry.num_kept = line.get("kept", {}).get(str(entry.request), len(entry.sampled))
 
     def update(self, line: dict[str, Any]) -> None:
-        """The differences that any line may bring."""
+        """Apply the differences, which any line may contain."""
         if "waiting" in line:
             num_front, num_end, *between = line["waiting"]
             end = self.waiting[len(self.waiting) - num_end :]
@@ -169,7 +169,7 @@ class Replay:
 
 
 def totals(trace: Trace) -> EngineMetrics:
-    """What `engine.metrics()` says at the end of the run, computed from the trace."""
+    """The result of `engine.metrics()` at the end of the run, computed from the trace."""
     config, steps = trace.config, [step for step in trace.steps if step.result]
     entries = [entry for step in steps for entry in step.entries]
     ended = [trace.requests[int(k)] for line in trace.lines for k in line.get("ends", ())]

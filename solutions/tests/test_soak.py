@@ -156,7 +156,7 @@ def test_draft_tokens_that_can_be_found(models, monkeypatch):
             del request.all_token_ids[-len(proposed) :]
 
     monkeypatch.setattr(Scheduler, "schedule_request", too_soon)
-    with pytest.raises(AssertionError, match="nobody has verified"):
+    with pytest.raises(AssertionError, match="were not verified"):
         tight("loose", greedy_asks()).execute(models)
 
 

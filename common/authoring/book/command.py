@@ -1,7 +1,4 @@
-"""`make book`: the whole course as a web site, in .course/book, to read without an editor or to put on a server.
-
-Sphinx does the work, as conf.py and extension.py tell it.
-"""
+"""`make book`: builds the whole course as a web site in .course/book with Sphinx; see conf.py and extension.py."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ MERMAID = "mermaid.tiny.js"
 
 
 def build(site: Path) -> int:
-    """Build the book into a folder; returns Sphinx's exit status, which a warning makes an error."""
+    """Build the book into a folder. Returns Sphinx's exit status; a warning is an error."""
     from sphinx.cmd.build import build_main  # only the extra `book` brings it; the command is listed without it
 
     options = ["-b", "html", "-W", "--keep-going", "-q", "-c", str(FILES), "-d", str(site.parent / "doctrees")]

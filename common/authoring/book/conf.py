@@ -1,4 +1,4 @@
-"""What the book looks like: the configuration of Sphinx. What is done to the texts stands in extension.py.
+"""The configuration of Sphinx for the book. `extension.py` changes the texts.
 
 Why Sphinx, with MyST, myst-nb and Furo: MyST reads Markdown with a CommonMark parser, as GitHub does, so the READMEs
 need no second dialect. It resolves their relative links and anchors and reports broken ones. myst-nb shows a notebook's

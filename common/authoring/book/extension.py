@@ -1,11 +1,11 @@
-"""A Sphinx extension for `make book`, with what the course's own files need:
+"""A Sphinx extension for `make book`, for the course's own files:
 
-- hints.md: each hint folded away, the second inside the first and the third inside the second
-- solutions/*.py: pages with a section for each of the file's own headings
-- mermaid diagrams, drawn by the reader's browser, and mathematics, drawn here: both without the network
-- which page stands where in the navigation, since the READMEs, which GitHub shows too, cannot say it
+- hints.md: each hint is folded, the second inside the first and the third inside the second
+- solutions/*.py: pages with a section for each heading of the file
+- mermaid diagrams, drawn by the reader's browser, and formulas, drawn here: both without the network
+- the navigation, which the READMEs do not contain, since GitHub shows them too
 
-A notebook is shown with the outputs that are saved in it; nothing is run.
+Notebooks are shown with their saved outputs; nothing is run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from common.course import LESSONS, MODULES, ROOT
 
 
 def fold_hints(text: str) -> str:
-    """hints.md with its hints folded away, so that each is seen only after the one before it; and kept out of the
+    """Return hints.md with folded hints, so that each is seen only after the one before it. The page is left out of the
     search, which would show them.
     """
     head, *exercises = re.split(r"^(?=## )", text, flags=re.MULTILINE)
@@ -59,8 +59,8 @@ def guides() -> list[Path]:
 
 
 def point_to_files(text: str, folder: str) -> str:
-    """Links to Python files that are no pages, marked as links to files. Sphinx goes by the name without .py, and would
-    take the skeleton kv_cache.py for the notebook kv_cache.ipynb beside it.
+    """Mark links to Python files that are no pages as links to files. Sphinx ignores the suffix, and would take the
+    skeleton kv_cache.py for the notebook kv_cache.ipynb beside it.
     """
 
     def marked(link: re.Match) -> str:
@@ -71,12 +71,12 @@ def point_to_files(text: str, folder: str) -> str:
 
 
 def toctree(*lines: str) -> str:
-    """Navigation, with options and pages a line each; nothing of it shows in the text."""
+    """A hidden table of contents. lines: its options and its pages."""
     return "\n".join(["\n\n```{toctree}", ":hidden:", *lines, "```\n"])
 
 
 def navigation(docname: str) -> str:
-    """What the page's text is followed by."""
+    """The tables of contents that are appended to a page."""
     if docname == "README":
         lessons = [f"{each.folder.name}/README" for each in LESSONS]
         sources = [f"{each.slug}.py <solutions/{each.slug}>" for each in MODULES]
@@ -91,7 +91,7 @@ def navigation(docname: str) -> str:
 
 
 def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
-    """What Sphinx reads instead of the file."""
+    """Change the text that Sphinx has read from a file."""
     if docname.endswith("/hints"):
         source[0] = fold_hints(source[0])
     if docname.endswith("README"):
@@ -100,8 +100,8 @@ def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def label(app: Sphinx, doctree: nodes.document) -> None:
-    """A notebook has its lesson's title, and its plots have no words: say what they are, to search and to a reader who
-    does not see them.
+    """Add "(notebook)" to a notebook's title, which is its lesson's, and a text to its plots, for readers who
+    cannot see them.
     """
     if app.env.doc2path(app.env.docname).suffix == ".ipynb":
         next(doctree.findall(nodes.title)).append(nodes.Text(" (notebook)"))
@@ -113,7 +113,7 @@ def label(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def split_source(text: str) -> list[tuple[str, str]]:
-    """A module in parts: the heading of each, which a comment within dashes has ("" before the first), and its text."""
+    """The parts of a module: the heading of each, from a comment of dashes ("" before the first), and its text."""
     parts = re.split(r"^# --- (.+?) -{10,}\n", text, flags=re.MULTILINE)
     return [(title, body.strip("\n") + "\n") for title, body in zip(["", *parts[1::2]], parts[::2])]
 
@@ -157,21 +157,21 @@ def visit_diagram(translator, node: diagram) -> None:
 
 
 def unpack_mermaid(app: Sphinx) -> None:
-    """npm's @mermaid-js/tiny 11.17.2 is in the repository, compressed: no Python package brings it."""
+    """Write npm's @mermaid-js/tiny 11.17.2, which is in the repository because no Python package contains it."""
     static = Path(app.outdir) / "_static"
     static.mkdir(parents=True, exist_ok=True)
     (static / MERMAID).write_bytes(gzip.decompress((FILES / f"{MERMAID}.gz").read_bytes()))
 
 
 def load_mermaid(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None) -> None:
-    """Pages without diagrams do without its 2.5 MB."""
+    """Load mermaid's 2.5 MB only in pages with diagrams."""
     if doctree and next(doctree.findall(diagram), None):
         app.add_js_file(MERMAID, loading_method="defer")
         app.add_js_file("diagrams.js", loading_method="defer")
 
 
 def draw(tex: str, inline: bool) -> str:
-    """A formula as SVG in the size and colour of the text around it; in every browser the same."""
+    """A formula as SVG in the size and colour of the text around it. Raises ExtensionError if it cannot be typeset."""
     size = 16
     try:
         formula = ziamath.Latex(tex, size=size, color="currentColor", inline=inline)
@@ -199,8 +199,8 @@ def visit_math_block(translator, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this."""
-    ziamath.config.svg2 = False  # each formula by itself: pages have no ids twice
+    """Register everything; Sphinx calls this."""
+    ziamath.config.svg2 = False  # without ids, which formulas of one page would share
     app.add_source_suffix(".py", "python")
     app.add_source_parser(PythonParser)
     app.add_directive("mermaid", Mermaid)

@@ -1,4 +1,4 @@
-"""Changes to a checkpoint's files: a number that cannot be, a key of another type, half a file, a byte flipped."""
+"""Changes to a checkpoint's files: impossible numbers, values of another type, files cut in half, flipped bytes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ VALUES = (
     [None], [1, "a"], ["a", "a"], [-1], [2**40], {},
     {"a": 1}, {"content": 5}, {"type": "linear"}, [{"name": "a"}], "{% for %}",
 )  # fmt: skip
-"""What is put in the place of a value: numbers out of range, other types, text that is not one."""
+"""Values that replace another one: numbers out of range, other types, texts that cannot be encoded."""
 
 
 def change(kind: str, folder: Path, source: random.Random) -> str:
-    """Change one file in the folder, sometimes two. Returns what was done, in words."""
+    """Change one file in the folder, sometimes two. Returns a description of the changes."""
     done = []
     for _ in range(1 if source.random() < 0.8 else 2):
         names = sorted(path.name for path in folder.iterdir())
@@ -62,7 +62,7 @@ def _whole_file(path: Path, source: random.Random) -> str:
 
 
 def _bytes(path: Path, source: random.Random) -> str:
-    """A few bytes, where files are most easily hurt: most often near the beginning."""
+    """Change a few bytes, most often near the beginning, where the header is."""
     data = bytearray(path.read_bytes() or b"\x00")
     for _ in range(source.choice([1, 1, 2, 8])):
         place = source.randrange(min(len(data), source.choice([16, 200, 4000, len(data)])))
@@ -80,7 +80,7 @@ def _bytes(path: Path, source: random.Random) -> str:
 
 
 def _numbers(path: Path, source: random.Random) -> str:
-    """A number somewhere in a binary header."""
+    """Overwrite a number somewhere in a binary header."""
     data = bytearray(path.read_bytes())
     size = source.choice([4, 8])
     place = source.randrange(min(len(data) - size, source.choice([64, 2000, 20000])))
@@ -98,7 +98,7 @@ def _json(path: Path, source: random.Random) -> str:
 
 
 def _safetensors(path: Path, source: random.Random) -> str:
-    """The header of a safetensors file, as JSON, or its length."""
+    """Change a value in the header of a safetensors file, and sometimes the header's length."""
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
@@ -110,7 +110,7 @@ def _safetensors(path: Path, source: random.Random) -> str:
 
 
 def _change_gguf(kind: str, folder: Path, source: random.Random) -> str:
-    """The keys or the tensors of the GGUF file, written anew."""
+    """Write the GGUF file again, with one of its keys or tensors changed."""
     done = ""
 
     def change(keys: dict, tensors: dict) -> None:
@@ -134,7 +134,7 @@ def _change_gguf(kind: str, folder: Path, source: random.Random) -> str:
 
 
 def change_value(tree: Any, source: random.Random) -> str:
-    """Change one value somewhere in a tree of dicts and lists. Returns its path, and what it became."""
+    """Change one value somewhere in a tree of dicts and lists. Returns its path and the change."""
     node, steps = tree, []
     while True:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
@@ -142,10 +142,9 @@ def change_value(tree: Any, source: random.Random) -> str:
             return "nothing to change"
         key = source.choice(keys)
         steps.append(str(key)[:30])
-        if isinstance(node[key], (dict, list)) and node[key] and source.random() < 0.7:
-            node = node[key]
-            continue
-        break
+        if not (isinstance(node[key], (dict, list)) and node[key] and source.random() < 0.7):
+            break
+        node = node[key]
     way = source.choice(["value", "value", "value", "number", "removed", "renamed", "another", "added"])
     old = node[key]
     if way == "number" and isinstance(old, (int, float)) and not isinstance(old, bool):

@@ -1,11 +1,11 @@
-"""`make fuzz`: damaged checkpoints of every kind. Each must load, or be refused by a sentence that names the file.
+"""`make fuzz`: damaged checkpoints of every kind. Each must load, or be refused with an error that names the file.
 
     make fuzz SECONDS=60
     make fuzz SEED=7 ONLY=123
 
-A variant is a small checkpoint with one or two changes, and follows from the seed and its number. It is tried in
-another process, which is ended and started again if a variant takes too long or ends it. The command lists what went
-wrong, grouped by what was said, and how to try it again.
+A variant is a small checkpoint with one or two changes, which follow from the seed and its number. Variants are tried
+in another process. If one takes too long or ends the process, a new process is started. The command lists the failures,
+grouped by their messages, and how to repeat one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TARGET = "common.authoring.fuzz.variants:try_variant"
 
 @dataclass
 class Report:
-    """What came of all variants. failures: those that neither loaded nor were refused clearly."""
+    """The results of all variants. failures: those that neither loaded nor were refused clearly."""
 
     counts: Counter = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -66,7 +66,10 @@ class Report:
 
 
 def fuzz(seed: int, seconds: float, most: int | None, target: str = TARGET, first: int = 0, longest: float = LONGEST):
-    """Try variants until the time is over or `most` are tried. Returns the Report."""
+    """Try variants until the time is over or `most` are tried. Returns the Report.
+
+    target: the function that tries a variant. first: the first variant's number. longest: seconds for each.
+    """
 
     def start(number: int) -> tuple[subprocess.Popen, Connection, float]:
         return *call("common.authoring.fuzz.variants:work", target, seed, number, MEGABYTES), LONGEST_START

@@ -34,7 +34,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     },
 }  # fmt: skip
-"""Kinds of folders, and what is special in the config.json of each."""
+"""The kinds of folders, and the special values in the config.json of each."""
 FILES = {"gguf": "llama", "gguf, sentencepiece": "qwen2", "gguf, experts": "qwen3moe"}
 KINDS = (*FOLDERS, *FILES)
 
@@ -42,7 +42,7 @@ KINDS = (*FOLDERS, *FILES)
 def make(kind: str, folder: Path, change: Callable[[dict, dict], None] = lambda keys, tensors: None) -> Path:
     """Write a checkpoint of this kind into the folder. Returns the path to load: the folder or a file in it.
 
-    change(keys, tensors): is called before they are written into a GGUF file.
+    change(keys, tensors): changes both in place before they are written into a GGUF file.
     """
     if kind.startswith("gguf"):
         return write_gguf(folder / "tiny.gguf", FILES[kind], kind == "gguf", change)
@@ -129,7 +129,7 @@ def write_tokenizer(folder: Path, vocabulary: dict, kind: str, config: dict) -> 
 
 
 def write_gguf(path: Path, family: str, is_bpe: bool, change: Callable[[dict, dict], None]) -> Path:
-    """Written by hand and not by the library, so that a change may write what the library would refuse."""
+    """Write a GGUF file without the library, which would refuse some of the changes."""
     from common.checkpoints.gguf import EXPERT_KEYS
 
     vocabulary = byte_level_vocabulary() if is_bpe else sentencepiece_vocabulary()
@@ -153,7 +153,7 @@ def write_gguf(path: Path, family: str, is_bpe: bool, change: Callable[[dict, di
 
 
 def gguf_tensors(tensors: dict) -> dict[str, tuple[list[int], bytes]]:
-    """GGUF's name -> shape, innermost first, and float32 numbers."""
+    """Return the shape, innermost dimension first, and the float32 numbers of each tensor, by its name in GGUF."""
     import torch
 
     from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES

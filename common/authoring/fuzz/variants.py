@@ -1,4 +1,4 @@
-"""What runs in a process of its own: one variant after another, each reported when it has been tried."""
+"""The process that tries one variant after another and reports the result of each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ PROMPT = "the cat <|im_start|> \U0001f680"
 
 
 def try_variant(seed: int, number: int) -> dict[str, Any]:
-    """Make a checkpoint, change it, and use it. What comes of it depends on both numbers only."""
+    """Make a checkpoint, change it, and use it. Returns the kind, the change and the outcome, which depend only on both
+    numbers.
+    """
     from common.authoring.fuzz import changes, files
 
     source = random.Random(f"{seed} {number}")
@@ -69,7 +71,9 @@ def use(path: Path) -> None:
 
 
 def outcome(action: Callable[[], None], place: str) -> dict[str, Any]:
-    """What came of it. A refusal is clear if it is one of ours and names a file in `place`, or what a request asks."""
+    """Run the action and classify the result. A refusal is clear if it is a CheckpointError that names a file in
+    `place`, or a ChatTemplateError.
+    """
     from common.chat_templates import ChatTemplateError
     from common.checkpoints import CheckpointError
 
@@ -91,8 +95,8 @@ def outcome(action: Callable[[], None], place: str) -> dict[str, Any]:
 
 
 def work(connection: Connection, target: str, seed: int, first: int, megabytes: int) -> None:
-    """In the other process: try one variant after the other, until it is ended. `READY` is sent before the first, and
-    what came of each. megabytes: the address space that it may take, beyond what it has once everything is imported.
+    """In the other process: try one variant after another until the process is ended. Sends `READY` before the first,
+    then the result of each. megabytes: the address space that a variant may take.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -1,11 +1,9 @@
-"""What a README promises, looked up: commands exist, numbers were measured, each exercise is told of and has hints.
-That links lead somewhere is looked up by `make book`, which fails where one does not.
+"""Part of `make check`: commands in READMEs, hints and notebooks exist, and each exercise is described and has hints.
 
-Part of `make check`. It checks READMEs, hints, and the Markdown cells of notebooks. In a fenced block of commands
-(bash, sh or console) each line that calls `make` or `python -m common` must name an existing target, exercise, lesson
-and variables. The same holds for `make ...` between backticks in the text, where N and N.M may stand for any number.
-Commands that only read are also run. All others are run by commands.py, unless a line `<!-- not run: REASON -->`
-stands above the block. figures.py checks the numbers.
+In a fenced block of commands (bash, sh or console) each line that calls `make` or `python -m common` must name an
+existing target, exercise, lesson and variables. The same holds for `make ...` between backticks in the text, where N
+and N.M stand for any number. Commands that change nothing are also run. `commands.py` runs all others, unless a line
+`<!-- not run: REASON -->` stands above the block. `figures.py` checks the numbers, and `make book` the links.
 """
 
 from __future__ import annotations
@@ -27,17 +25,17 @@ from common import options
 from common.authoring.readmes.figures import check_figures
 from common.commands import UnknownTarget, parse
 from common.course import LESSONS, ROOT, CourseError, Lesson, lesson, modules_of, shown
-from common.course.exercises import exercises_of
+from common.course.exercises import exercises_of, read_hints
 
 SHELLS = ("bash", "sh", "console", "shell")
 READ_ONLY = ("help", "progress")
 NUM_HINTS = 3
-MAX_LINE = 120  # of a fenced block; the book's column is made for it
+MAX_LINE = 120  # of a fenced block; the book's column has this width
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: the line number of its first line, what it says it is, its lines, and why it is not run."""
+    """A fenced block: the number of its first line, its language, its lines, and the reason why it is not run."""
 
     line: int
     language: str
@@ -55,7 +53,7 @@ def documents() -> list[Path]:
 
 
 def between_cells(notebook: Path) -> Iterator[tuple[int, str]]:
-    """The texts of a notebook, each with the number of its cell, counted from 1."""
+    """The Markdown cells of a notebook, each with its number, counted from 1."""
     for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"], start=1):
         if cell["cell_type"] == "markdown":
             yield number, "".join(cell["source"])
@@ -65,7 +63,7 @@ def between_cells(notebook: Path) -> Iterator[tuple[int, str]]:
 
 
 def blocks(text: str) -> list[Block]:
-    """The fenced blocks of a text, fences of backticks or tildes."""
+    """The fenced blocks of a text. A fence is of backticks or of tildes."""
     found: list[Block] = []
     fence, language, start, body = "", "", 0, []
     mark: str | None = None  # the reason, if the last line that was not empty is a mark
@@ -102,7 +100,7 @@ def prose(text: str) -> str:
 
 
 def check_target(words: list[str], variables: dict[str, str]) -> str | None:
-    """What is wrong with a command, its arguments and its variables; None if nothing."""
+    """What is wrong with a command, its arguments or its variables; None if nothing is."""
     try:
         command, rest = parse(words)
         if command.argument == "N":
@@ -162,7 +160,7 @@ def command_lines(block: Block) -> Iterator[tuple[int, str]]:
 
 
 def check_commands(path: Path, text: str, runnable: set[str]) -> Iterator[str]:
-    """Complaints about the commands in a text; what can be run for certain is added to `runnable`."""
+    """Complaints about the commands in a text. The commands that change nothing are added to `runnable`."""
     for block in blocks(text):
         if block.not_run == "":
             yield f"{shown(path)}:{block.line}: 'not run:' without a reason."
@@ -178,19 +176,15 @@ def check_commands(path: Path, text: str, runnable: set[str]) -> Iterator[str]:
                 runnable.add(match[1])
     for number, line in enumerate(prose(text).splitlines(), start=1):
         for code in re.findall(r"`((?:make|python3? -m common) [^`]+)`", line):
-            example = re.sub(r"(-|\s)N\.M\b", rf"\g<1>{first_exercise()}", code)
-            example = re.sub(r"(-|\s)N\b", rf"\g<1>{LESSONS[0].number}", example)
+            example = re.sub(r"(-|\s)N\.M\b", rf"\g<1>{exercise_ids(0)[0]}", code)
+            example = re.sub(r"(-|\s)N\b", r"\g<1>0", example)
             example = re.sub(r"=(?=\s|$)|\s(\.{3}|…)$", "", example) if "make" in example else example
             if problem := check_command(example):
                 yield f"{shown(path)}:{number}: `{code}`: {problem}"
 
 
-def first_exercise() -> str:
-    return exercise_ids(LESSONS[0].number)[0]
-
-
 def exercise_ids(number: int | str) -> list[str]:
-    """Of all modules of a lesson."""
+    """The ids of the exercises of a lesson, in all its modules."""
     return [exercise.id for module in modules_of(number) for exercise in exercises_of(module)]
 
 
@@ -198,23 +192,12 @@ def exercise_ids(number: int | str) -> list[str]:
 
 
 def check_lesson(each: Lesson) -> Iterator[str]:
-    """Every exercise occurs in the README, or the second page, by its number, and has its hints, none of them empty."""
-    from common.course.exercises import read_hints
-
-    ids = exercise_ids(each.number)
-    if not each.readme.exists():
-        yield f"{shown(each.readme)} does not exist."
-    else:
-        text = "".join(page.read_text(encoding="utf-8") for page in [each.readme, *each.second_pages])
-        for id in ids:
-            if not re.search(rf"(?<![\d.]){re.escape(id)}(?!\d|\.\d)", text):
-                yield f"{shown(each.readme)}: nothing is said of exercise {id}."
-    try:
-        hints = read_hints(each)
-    except CourseError as error:
-        yield str(error)
-        return
+    """Complaints about exercises whose number is not in the README or the second page, or that lack a hint."""
+    ids, hints = exercise_ids(each.number), read_hints(each)
+    text = "".join(page.read_text(encoding="utf-8") for page in [each.readme, *each.second_pages])
     for id in ids:
+        if not re.search(rf"(?<![\d.]){re.escape(id)}(?!\d|\.\d)", text):
+            yield f"{shown(each.readme)}: nothing is said of exercise {id}."
         given = hints.pop(id, [])
         if len(given) != NUM_HINTS or not all(given):
             yield f"{shown(each.hints)}: exercise {id} has {sum(map(bool, given))} hints; it needs {NUM_HINTS}."
@@ -223,7 +206,7 @@ def check_lesson(each: Lesson) -> Iterator[str]:
 
 
 def complaints() -> list[str]:
-    """All that is wrong, a line each."""
+    """A line for each fault of the texts."""
     found: list[str] = []
     runnable: set[str] = set()
     for path in documents():

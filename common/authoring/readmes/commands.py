@@ -13,7 +13,7 @@ it. A command must end with exit status 0. Commands that another one covers are 
 MODEL=tales is set in the environment, so the small model answers, unless a command names another. `make chat` gets
 hello and then goodbye as its input.
 
-A block whose output is shown, in a fold that begins with 'What you see', must print what is shown there.
+If a fold that begins with 'What you see' follows a block, the block must print what is shown in it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NOT_COPIED = (".git", ".venv", ".course", "__pycache__", ".pytest_cache", ".ruff
 
 @dataclass(frozen=True)
 class Command:
-    """What a reader is asked to type: a shell's line or a Python program. prints: its output, where the text has it."""
+    """A shell line or a Python program of a text. prints: its output, if the text shows it."""
 
     path: Path
     line: int
@@ -53,7 +53,7 @@ class Command:
 
 
 def commands_of(path: Path) -> Iterator[Command]:
-    """All of a text, in its order."""
+    """The commands of a text, in its order. Raises CourseError if it is not clear which one prints a shown output."""
     text = path.read_text(encoding="utf-8")
     for block in blocks(text):
         if block.language == "python" and block.not_run is None:
@@ -68,7 +68,7 @@ def commands_of(path: Path) -> Iterator[Command]:
 
 
 def to_run(block: Block) -> list[tuple[int, str]]:
-    """The commands of a block, but for those of which it says why they are not run."""
+    """The commands of a block, without those that are marked as not run."""
     lines = list(command_lines(block))
     if block.not_run is None:
         return lines
@@ -77,7 +77,7 @@ def to_run(block: Block) -> list[tuple[int, str]]:
 
 
 def shown_output(text: str, block: Block) -> str | None:
-    """What a fold 'What you see' directly below the block begins with, if that is code: a block, or a span."""
+    """The code at the beginning of a fold 'What you see' directly below the block: a block or a span; or None."""
     behind = "\n".join(text.splitlines()[block.line + len(block.lines) :])
     fold = re.match(r"\s*<details><summary>What you see[^<]*</summary>\s*(?:<!--.*?-->\s*)?", behind)
     if not fold:
@@ -108,8 +108,8 @@ def all_commands() -> dict[Path, list[Command]]:
 
 
 def words_of(command: Command) -> tuple[str, ...]:
-    """Two commands with the same words need not both be run. The number of a lesson or of an exercise, and the prompt,
-    are left out.
+    """The words of a command, without the number of a lesson or of an exercise and without the prompt. Of two commands
+    with the same words, only one is run.
     """
     if command.is_python:
         return (command.text,)
@@ -118,7 +118,7 @@ def words_of(command: Command) -> tuple[str, ...]:
 
 
 def is_part_of(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
-    """Are these a `make run` or `make chat` with fewer options than the others?"""
+    """Whether these are a `make run` or `make chat` with fewer options than the others."""
     return words[:2] in (("make", "run"), ("make", "chat")) and words[:2] == others[:2] and set(words) < set(others)
 
 
@@ -126,7 +126,7 @@ def is_part_of(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
 
 
 def finished_copy(folder: Path, python: Sequence[str] = (sys.executable,)) -> Path:
-    """The course as a student has it who has finished every lesson, with a `.venv` whose Python is the one of here."""
+    """A copy of the course in which every lesson is finished, with a `.venv` whose Python is this one."""
     copy = folder / "course"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
     for lesson in MODULES:
@@ -140,7 +140,7 @@ def finished_copy(folder: Path, python: Sequence[str] = (sys.executable,)) -> Pa
 
 
 def run(command: Command, copy: Path) -> str | None:
-    """What is wrong with the command, or None."""
+    """Run a command. Returns a complaint, or None."""
     python = copy / ".venv" / "bin" / "python"
     kept = {name: value for name, value in os.environ.items() if name not in (MODULES_VARIABLE, "MINE", "PYTHONPATH")}
     path = os.pathsep.join([str(python.parent), str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -1,24 +1,24 @@
-"""`make check` on the numbers in the texts: each is in a measurement that is committed here.
+"""Part of `make check`: the numbers in the texts are those of committed measurements.
 
-A comment says where the numbers below it come from. It holds up to the next such comment or the next heading.
+A comment names the source of the numbers below it, up to the next such comment or the next heading.
 
     <!-- measured: preemption-smollm2-135m -->
     <!-- measured: ladder-smollm2-135m/one stream; = [INT8/tokens_per_second] / [engine, kernels/tokens_per_second] -->
     <!-- measured: intro.ipynb -->
     <!-- not measured: arithmetic -->
 
-*Measured* names files: of bench/measurements, a path of the repository, or the lesson's own notebook, whose saved
-outputs `make test-notebooks` compares. Every number below it that has a unit, and every number of a table, is then in
-one of them, to the digits that are shown. A path after the name narrows it to what lies below; `= FORMULA` adds what
-can be computed, with entries in brackets. Entries are base units: seconds, bytes, shares of 1. A step of a path is a
-key of the file or, in a list, what tells the item from others: a text in it (`INT8`), `key=value`, or its index. Steps
-may be left out, but the last step of a bracket is the entry's own.
+*Measured* names files of bench/measurements, paths in the repository, or the lesson's own notebook, whose saved outputs
+`make test-notebooks` compares. Then every number with a unit, and every number of a table, must be in one of them, to
+the digits that are shown. A path after the name selects a part of the file. `= FORMULA` adds computed numbers; entries
+stand in brackets. Entries are in base units: seconds, bytes, shares of 1. A step of a path is a key of the file or, in
+a list, a text in the item (`INT8`), `key=value` or its index. Steps may be left out, except the last step of a bracket,
+which is the entry's own.
 
-*Not measured* gives the reason why there is nothing to measure: arithmetic, a data sheet, a figure from a publication.
-Where no comment holds, no number may have a unit of time or rate, or be a share or a ratio.
+*Not measured* gives the reason: arithmetic, a data sheet, a figure from a publication. Where no comment applies, no
+number may have a unit of time or rate, or be a share or a ratio.
 
-The check ignores fenced blocks, code between backticks, formulas between dollars, and pictures. In tables it ignores
-the first row and the first column, which say what is measured, and may name the unit of all their numbers.
+Fenced blocks, code between backticks, formulas between dollars and pictures are not checked. Neither are the first row
+and the first column of a table, which may name the unit of all numbers in that column or row.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ UNITS = {
     "GiB": 2**-30,
     "tokens/s|tokens a second|GB/s|GFLOP/s|times": 1,
 }
-"""What an entry is multiplied by to be shown in this unit."""
+"""The factor from an entry to its number in this unit."""
 UNIT = rf"(?:{'|'.join(sorted('|'.join(UNITS).split('|'), key=len, reverse=True))})(?![\w/])"
 NUMBER = r"(?<![\w.,^-])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w^]|[.,]\d)"
 FIGURE = re.compile(rf"({NUMBER})(?:[ -]?({UNIT}))?")
@@ -60,25 +60,25 @@ NO_FIGURES = re.compile(
 )
 """Code, formulas, pictures, addresses and comments."""
 RAW = {"rounds", "ratios", "timeline"}
-"""Below these keys stands what was measured each time; a text gives the medians, which stand beside them."""
+"""Keys of the single measurements, which a text must not quote, since their medians stand beside them."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A number of a measurement. path: for each step on the way to it, all names by which it may be called."""
+    """A number of a measurement. path: for each step of the way to it, all its names."""
 
     path: tuple[frozenset[str], ...]
     value: float
 
     def is_below(self, steps: list[str]) -> bool:
-        """Does the path pass these steps, in this order?"""
+        """Whether the path contains these steps in this order."""
         names = iter(self.path)
         return all(any(step in name for name in names) for step in steps)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of a text as it is written, and what an entry is multiplied by to be shown in its unit."""
+    """A number of a text, as it is written."""
 
     line: int
     text: str
@@ -94,7 +94,7 @@ class Figure:
         return float(self.number.replace(",", ""))
 
     def is_in(self, values: list[float]) -> bool:
-        """Does one of these, in the figure's unit, round to what is written?"""
+        """Whether one of these values, in the figure's unit, rounds to the written number."""
         margin = 0.5 * 10 ** -len(self.number.partition(".")[2]) * (1 + 1e-6)
         return any(abs(value * self.scale - self.value) <= margin for value in values)
 
@@ -104,7 +104,7 @@ class Figure:
 
 @lru_cache
 def entries(file: Path) -> list[Entry]:
-    """Every number in a measurement, or in what the cells of a notebook have printed."""
+    """Every number in a measurement, or in the outputs of a notebook."""
     content = json.loads(file.read_text(encoding="utf-8"))
     if file.suffix != ".ipynb":
         return list(walk(content, ()))
@@ -130,7 +130,7 @@ def walk(content: object, path: tuple[frozenset[str], ...]) -> Iterator[Entry]:
 
 
 def allowed(document: Path, source: str) -> list[float]:
-    """All values that the comment's `source` names. Raises CourseError if a part of it leads to nothing."""
+    """All values that a comment's `source` names. Raises CourseError if a part of it names none."""
     parts = [part.strip() for part in source.split(";")]
     chosen: list[Entry] = []
     for part in (part for part in parts if not part.startswith("=")):
@@ -144,7 +144,7 @@ def allowed(document: Path, source: str) -> list[float]:
 
 
 def find(document: Path, source: str) -> tuple[Path, list[str]]:
-    """The file that a source names, and the path within it. The file's own name has slashes only if it is a path."""
+    """The file that a source names, and the path within it. Raises CourseError if there is no such file."""
     steps = source.split("/")
     for length in range(len(steps), 0, -1):
         name = "/".join(steps[:length])
@@ -155,7 +155,9 @@ def find(document: Path, source: str) -> tuple[Path, list[str]]:
 
 
 def evaluate(formula: str, given: list[Entry]) -> Iterator[float]:
-    """All values of a formula, one for each choice of entries that its brackets fit."""
+    """All values of a formula, one for each choice of entries that its brackets name. Raises CourseError if a bracket
+    names none, or the formula is no arithmetic.
+    """
     brackets = list(dict.fromkeys(re.findall(r"\[([^\]]*)\]", formula)))
     choices = []
     for bracket in brackets:
@@ -178,7 +180,7 @@ def evaluate(formula: str, given: list[Entry]) -> Iterator[float]:
 
 
 def figures(text: str, line: int) -> list[Figure]:
-    """The numbers of a text that begins on this line."""
+    """The numbers of a text whose first line has this number."""
     found = FIGURE.finditer(text)
     return [Figure(line + text.count("\n", 0, each.start()), each[0], each[1], each[2] or "") for each in found]
 
@@ -199,13 +201,13 @@ def to_check(paragraph: str, line: int) -> Iterator[Figure]:
 
 
 def paragraphs(text: str) -> Iterator[tuple[int, str]]:
-    """Runs of lines that are not empty, with the number of the first; a heading and a comment are each one by itself.
-    What cannot be a figure is blanked out.
+    """The paragraphs of a text, each with the number of its first line. Headings and comments are paragraphs of their
+    own. Code, formulas, pictures and addresses are blanked out.
     """
     alone = re.compile(r"#{1,6}\s|\s*<!--")
 
     def which(numbered: tuple[int, str]) -> object:
-        """Lines for which this is the same are of one paragraph."""
+        """Consecutive lines with the same key are one paragraph."""
         number, line = numbered
         return (number,) if alone.match(line) else bool(line.strip())
 
@@ -221,8 +223,8 @@ def blank(match: re.Match) -> str:
 
 
 def sourced(document: Path, text: str) -> Iterator[tuple[int, str, list[float] | str | None]]:
-    """The paragraphs of a text, each with its line and what the comment above it says: the values that it allows, the
-    reason why nothing was measured, or None. Raises CourseError, with the line, for a comment that says nothing.
+    """The paragraphs of a text, each with its line and the comment that applies to it: the values that it allows, the
+    reason why nothing was measured, or None. Raises CourseError for a comment that names nothing or gives no reason.
     """
     said: list[float] | str | None = None
     for line, paragraph in paragraphs(text):

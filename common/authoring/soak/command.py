@@ -1,12 +1,12 @@
-"""`make soak`: random load on the whole engine, for as long as you like; its answers are compared with lesson 2's.
+"""`make soak`: random load on the whole engine. All answers are compared with those of lesson 2's `generate`.
 
     make soak MINUTES=10
 
-Each run has a number, which determines the model, its draft tokens, the size of the pool, the way of preemption and the
-requests. Some of these are aborted, and some fail by a fault of their own. One run in ten uses two processes. Some
-steps are interrupted, at any of their lines. After every step the block tables and reference counts are checked.
-Sampled tokens differ with and without a draft model, so their distribution is tested over all runs, at the end. The
-first run that fails ends the command, which prints how to repeat that run.
+Each run has a number, which determines the model, the speculation, the size of the pool, the kind of preemption and the
+requests. Some requests are aborted, and some have a fault of their own. One run in ten uses two processes. Some steps
+are interrupted, at any of their lines. After every step the block tables and reference counts are checked. Tokens that
+are sampled with a draft model differ from those without, so their distribution over all runs is tested at the end. The
+command ends with the first run that fails, and prints how to repeat it.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ COUNTED = {
     "runs, int8 cache": ("runs with an INT8 cache", 60),
     "runs, fewer bits": ("runs with quantized weights", 60),
 }
-"""What is counted, how it is called, and after how many runs it must have happened: a soak in which nothing happens
-proves nothing."""
+"""The label of each count, and the number of runs after which it must not be 0, since a soak that never reaches a case
+proves nothing about it."""
 
 UNLIKELY = 1e-6
-"""Drawn tokens are wrong if they are spread so unevenly that chance does it less often than this."""
+"""The smallest probability of the sampled tokens' chi-squared statistic at which their distribution counts as right."""
 
 
 def missing(counts: dict[str, int]) -> list[str]:
-    """What should have happened by now, and has not."""
+    """The labels of the counts that must not be 0 any more, and are."""
     runs = counts["runs"]
     return [label.strip() for name, (label, due) in COUNTED.items() if due and runs >= due and not counts[name]]
 
@@ -93,7 +93,7 @@ def summary(total: Report, seconds: float) -> Table:
 
 
 def verdict(total: Report) -> list[str]:
-    """What is wrong with all runs together, each of which was right."""
+    """The faults of all runs together, after each run has been found right."""
     from common.authoring.soak.oracle import evenness
 
     wrong = [f"nothing happened: {', '.join(missed)}"] if (missed := missing(total.counts)) else []
@@ -118,8 +118,8 @@ def soak_command(minutes: float, seed: int | None, only: int | None, mine: str) 
 
     from common.authoring.soak.load import Models, Report, Run
 
-    torch.set_num_threads(1)  # of tiny models more would only wait for each other
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored by what it starts with "&"
+    torch.set_num_threads(1)  # with tiny models, more threads would only wait for each other
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets commands started with "&" ignore it
     console, total, models = Console(), Report(), Models()
     seed = random.randrange(10**6) if seed is None else seed
     first = seed = seed if only is None else only

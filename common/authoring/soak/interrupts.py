@@ -1,4 +1,4 @@
-"""Ctrl-C at any line of our own code: which lines are executed, and where to press it."""
+"""Ctrl-C at any line of our own code: tracers that record the executed lines and raise the signal at one of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Place = tuple[str, int]  # file, line
 
 
 class Lines:
-    """Notes which lines of our own code are executed. A tracer, for `tracing`."""
+    """Counts how often each line of our own code is executed. A tracer, for `tracing`."""
 
     def __init__(self):
-        self.places: dict[Place, int] = defaultdict(int)  # how often each was
+        self.places: dict[Place, int] = defaultdict(int)
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> Lines | None:
         file = frame.f_code.co_filename
@@ -39,14 +39,13 @@ class Lines:
 
 @functools.cache
 def first_offsets(code: CodeType) -> dict[int, int]:
-    """Returns where the instructions of each line begin."""
+    """Return the offset of the first instruction of each line."""
     return {line: start for start, _, line in reversed(list(code.co_lines())) if line is not None}
 
 
 def takes_no_signal(frame: FrameType) -> bool:
-    """Whether Python handles no signal here: it does so after calls, where functions begin, and where loops go back.
-
-    So not where a `with` statement is about to call `__exit__`, nor at a `try`, which is no part of an outer `try`.
+    """Whether Python handles no signal at this line. It handles them after calls, at the beginning of functions, and
+    where loops go back: not where a `with` statement is about to call `__exit__`, nor at a `try`.
     """
     text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
     is_left = text.startswith("with ") and frame.f_lasti != first_offsets(frame.f_code)[frame.f_lineno]
@@ -54,7 +53,7 @@ def takes_no_signal(frame: FrameType) -> bool:
 
 
 class Pressing(Lines):
-    """Presses Ctrl-C once."""
+    """A tracer that can raise SIGINT once, as Ctrl-C does."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +66,7 @@ class Pressing(Lines):
 
 
 class AfterLines(Pressing):
-    """Presses Ctrl-C once, after this many lines."""
+    """Raises SIGINT after this number of lines."""
 
     def __init__(self, number: int):
         super().__init__()

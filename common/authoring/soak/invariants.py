@@ -1,4 +1,4 @@
-"""What must hold after every step of an engine."""
+"""Assertions that must hold after every step of an engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_books(engine: Engine) -> None:
     hashed = {block.block_hash.value: block for block in pool.blocks if block.block_hash}
     assert hashed == pool.cached
     running = {request.request_id for request in scheduler.running}
-    assert set(manager.block_tables) <= running, "somebody who does not run holds blocks"
+    assert set(manager.block_tables) <= running, "a request that does not run holds blocks"
     assert not manager.copies, "a copy was forgotten"
     held = sum(map(len, scheduler.swapped.values()))
     assert held + scheduler.host_pool.num_free_blocks == len(scheduler.host_pool.blocks)
@@ -37,7 +37,7 @@ def check_books(engine: Engine) -> None:
 
 
 class Texts:
-    """All that may be found again: the beginnings of texts, made of whole blocks of verified tokens, by their hash."""
+    """What the prefix cache may contain: the beginnings of texts in whole blocks of verified tokens, by their hash."""
 
     def __init__(self, block_size: int):
         self.block_size = block_size
@@ -57,7 +57,7 @@ class Texts:
                 self.beginnings[hashes[-1].value] = request.all_token_ids[: start + size]
         self.growing = [each for each in self.growing if each[0].finish_reason is None or each[0].in_flight]
         for value in engine.manager.pool.cached:
-            assert value in self.beginnings, "a block can be found by tokens that nobody has verified"
+            assert value in self.beginnings, "a block can be found by tokens that were not verified"
         for request in engine.scheduler.running:
             for place, block in enumerate(engine.manager.block_tables[request.request_id]):
                 if block.block_hash is not None and block is not engine.manager.dropped:
@@ -66,7 +66,7 @@ class Texts:
                     assert len(text) <= request.num_computed_tokens, "found before it is computed"
 
     def check_contents(self, engine: Engine, cache: PagedKVCache, oracle: Oracle) -> None:
-        """Each block that can be found holds the keys and values of its text, as if it had been computed alone."""
+        """Each block in the prefix cache holds the keys and values of its text, as computed alone."""
         cached, compared = engine.manager.pool.cached, set()
         for value in sorted(cached, key=lambda value: -len(self.beginnings[value])):
             if value in compared:
@@ -84,9 +84,9 @@ class Texts:
 
 
 def check_drafts(engine: Engine, runner: SpeculativeRunner) -> None:
-    """What is kept outside the scheduler: nothing of requests that are gone, and no draft beyond its text."""
+    """The runner keeps nothing of requests that have ended, and no draft goes beyond its limit."""
     scheduler, proposer = engine.scheduler, runner.proposer
-    known = {*scheduler.requests, *scheduler.finished_ids}  # of these the next step will tell
+    known = {*scheduler.requests, *scheduler.finished_ids}  # the runner hears of the finished ones in the next step
     kept = {"drafts": runner.drafts, "acceptances": runner.adaptive.acceptances}
     if isinstance(proposer, DraftProposer):
         kept["computed counts"] = proposer.num_computed
@@ -108,7 +108,7 @@ def check_drafts(engine: Engine, runner: SpeculativeRunner) -> None:
 
 
 def watch_draft(proposer: DraftProposer) -> None:
-    """From now on a draft that believes to have computed what its target has taken back is found out."""
+    """Assert after each plan that the draft model has not computed more tokens of a request than the target."""
     follow = proposer.follow
 
     def watched(plan: SchedulerOutput) -> None:

@@ -1,9 +1,8 @@
-"""Random load for the engine: requests and settings of all kinds. After every step the block tables and reference
-counts are checked, and every output is compared with the answer of lesson 2's `generate` to that request alone.
+"""Random load for the engine. After every step the block tables and reference counts are checked, and every output is
+compared with the answer of lesson 2's `generate` to that request alone.
 
-The first half drives any engine from lesson 5 on. The second drives lesson 8's, which is built anew for each number.
-Run 7 is the same every time, because durations come from its number and not from the clock.
-`python -m common soak` goes through the numbers.
+The first half drives any engine from lesson 5 on. The second builds an assembled engine for each number and drives it.
+A number always gives the same run, because the durations of steps are made up, too.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from common.tokenizer import Tokenizer, load_tokenizer
 from solutions.batching import Engine, LocalExecutor, ModelRunner
 from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import Llama
-from solutions.paged_attention import PagedKVCache
+from solutions.paged_attention import PagedKVCache, cdiv
 from solutions.quantization import Int8KVCache, Quantization
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
 from solutions.speculative import AdaptiveSpeculation, SpeculativeRunner
 
 
 class Pipelined(LocalExecutor):
-    """As many steps in flight as pipeline stages: each is computed in its turn, and collected late."""
+    """Allows `depth` steps in flight, as an executor with that number of pipeline stages does."""
 
     def __init__(self, runner, depth: int):
         super().__init__(runner)
@@ -48,10 +47,10 @@ class Pipelined(LocalExecutor):
 
 @dataclass
 class Report:
-    """What happened in a run: a soak in which nothing happens proves nothing."""
+    """The counts of a run, and its sampled tokens."""
 
     counts: Counter = field(default_factory=Counter)
-    places: list[float] = field(default_factory=list)  # of drawn tokens; see `place_of`
+    places: list[float] = field(default_factory=list)  # `place_of` each token that was sampled with a draft model
 
     def add(self, other: Report) -> None:
         self.counts.update(other.counts)
@@ -59,12 +58,12 @@ class Report:
 
 
 class Watched:
-    """An executor that counts plans and outputs, and asserts what must hold of both."""
+    """An executor that counts what plans and outputs contain, and asserts what must hold for both."""
 
     def __init__(self, inner: LocalExecutor, report: Report, budget: int, max_draft_tokens: int | None = None):
         self.inner, self.report, self.budget, self.depth = inner, report, budget, inner.depth
-        self.max_draft_tokens = max_draft_tokens  # for a request in a step; None: whatever proposes knows no measure
-        self.flying: deque[SchedulerOutput] = deque()
+        self.max_draft_tokens = max_draft_tokens  # for a request in a step; None: there is no limit
+        self.flying: deque[SchedulerOutput] = deque()  # plans in flight
         self.dropped: set[int] = set()  # steps that were in flight when one was interrupted
 
     def submit(self, plan: SchedulerOutput) -> None:
@@ -89,7 +88,7 @@ class Watched:
         self.inner.submit(plan)
 
     def drop(self, in_flight: Iterable[SchedulerOutput]) -> None:
-        """After an interruption: only these are in flight now, though outputs of others may still come."""
+        """After an interruption: only these steps are in flight now, though outputs of others may still come."""
         kept = {plan.step_id for plan in in_flight}
         self.dropped |= {plan.step_id for plan in self.flying} - kept
         self.flying = deque(plan for plan in self.flying if plan.step_id in kept)
@@ -122,7 +121,7 @@ class Steps:
 
     def __init__(self, engine: Engine, rng: random.Random, chance: float):
         self.engine, self.rng, self.chance = engine, rng, chance
-        self.num_lines = 2000  # of a step; soon as many as the last one had that was traced
+        self.num_lines = 2000  # of a step: a first estimate, then that of the last traced step
         self.num_interrupted = 0
 
     def step(self) -> None:
@@ -149,9 +148,9 @@ def drive(
     texts: Texts | None = None,
     may_be_interrupted: bool = False,
 ) -> Report:
-    """Send the requests in at their times, step until all are done, check everything.
+    """Add the requests at their steps, run the engine until all have finished, and check every step and output.
 
-    texts: what was verified before, if the engine has served already.
+    texts: those of an earlier call with the same engine, if there was one.
     """
     report, original, before = Report(), engine.executor, engine.metrics()
     executor, runner = original, getattr(getattr(original, "rank", original), "runner", None)
@@ -190,7 +189,7 @@ def drive(
         ask = asks[number]
         for child, params in zip([output, *output.siblings], ask.params.children()):
             is_drawn = has_draft and params.temperature > 0
-            harmless = replace(params, logits_processors=())  # what was cut short has not come to its own fault
+            harmless = replace(params, logits_processors=())  # for answers that end before their fault
             if child.error is not None and params.logits_processors:
                 check_failed(child, params.logits_processors[0])
                 if not is_drawn:
@@ -230,15 +229,15 @@ FAMILIES = {
         model_type="qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=10, mlp_only_layers=[0],
     ),
 }  # fmt: skip
-"""Tiny models with random weights, by name: what they have that `TINY` has not."""
+"""Tiny models with random weights, by name: the values of their configs that differ from `TINY`."""
 
 NOISE = {"itself": 0.0, "close": 0.03, "loose": 0.3}
-"""Drafts that are the target, with so much noise on its weights."""
+"""Drafts that are copies of the target: the standard deviation of the noise on their weights."""
 
 STRANGER = dict(
     hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=48
 )
-"""A draft that has nothing to do with its target, and knows fewer positions than there may be."""
+"""The config of a draft with weights unlike its target's, and with fewer positions than a request may need."""
 
 STORIES = [list(range(5, 30)), [*range(5, 15), *range(30, 40)], [7] * 20]
 TALES = [
@@ -249,7 +248,7 @@ TALES = [
 
 
 class Models:
-    """Checkpoints, each made when it is first asked for, and what the oracle says of them."""
+    """The checkpoints and their oracles, each made when it is first needed."""
 
     def __init__(self):
         self.temporary = tempfile.TemporaryDirectory()
@@ -289,7 +288,7 @@ class Models:
 
 
 class MadeUpTimes(AdaptiveSpeculation):
-    """Durations of steps are made up: the number of draft tokens that pays varies, and is the same in each run."""
+    """Adaptive speculation with random durations of steps, so that its choices vary but a run can be repeated."""
 
     def __init__(self, num_speculative_tokens: int, is_adaptive: bool, seed: int):
         super().__init__(num_speculative_tokens, is_adaptive)
@@ -301,7 +300,7 @@ class MadeUpTimes(AdaptiveSpeculation):
 
 
 def with_made_up_times(seed: int, config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
-    """A rank's runner, independent of the clock."""
+    """A rank's runner with `MadeUpTimes`."""
     runner = build_runner(config, model, layers)
     if isinstance(runner, SpeculativeRunner):
         before = runner.adaptive
@@ -310,7 +309,7 @@ def with_made_up_times(seed: int, config: EngineConfig, model: Llama, layers: ra
 
 
 def soaked_engine(seed: int, model: str, **options) -> Engine:
-    """Lesson 8's engine, the same in each run."""
+    """The assembled engine, with `MadeUpTimes` from this seed."""
     config, tokenizer = resolve(EngineConfig(model=model, **options))
     build = partial(with_made_up_times, seed, config)
     return Engine(start_executor(config, partial(load_model, config), build), tokenizer, config)
@@ -324,7 +323,7 @@ def options_of(quantization: Quantization | None) -> dict:
 
 
 def more_wishes(rng: random.Random, ask: Ask) -> Ask:
-    """The same request, with everything else that may be asked for."""
+    """The same request with random values of all other sampling parameters."""
     max_tokens = rng.randint(1, 30)
     params = replace(
         ask.params,
@@ -344,8 +343,8 @@ def more_wishes(rng: random.Random, ask: Ask) -> Ask:
 
 
 EVERY = 20
-"""Of so many numbers in a row, the last and the middle one are runs over two processes. The last and some before it
-are runs with `tales`, the middle one has a window or experts.
+"""Of this many consecutive numbers, the last and the middle one are runs over two processes. The last and some before
+it are runs with `tales`; the model of the middle one has a window or experts.
 """
 
 
@@ -380,9 +379,9 @@ class Run:
             for _ in range(num_rounds)
         )
         settings = random_settings(rng, [ask for asks in rounds for ask in asks])
-        if rng.random() < 0.6:  # a pool that is too small for what is let in
+        if rng.random() < 0.6:  # a pool that is too small for the requests that are admitted
             longest = max(len(ask.prompt) + ask.params.max_tokens - 1 for asks in rounds for ask in asks)
-            needed = -(-longest // settings["block_size"])
+            needed = cdiv(longest, settings["block_size"])
             settings["max_num_seqs"] = rng.choice([3, 8, 64])
             settings["max_num_batched_tokens"] = max(16, settings["max_num_batched_tokens"])
             if settings.get("kv_cache_policy") != "contiguous":
@@ -400,7 +399,7 @@ class Run:
 
     @property
     def features(self) -> Counter:
-        """What there is to count, whatever happens."""
+        """The counts that follow from the run's settings."""
         settings = self.settings
         flags = {
             "runs": True,
@@ -418,7 +417,7 @@ class Run:
         return Counter({name: int(flag) for name, flag in flags.items()})
 
     def execute(self, models: Models) -> Report:
-        """Do it. Whatever is wrong is raised."""
+        """Execute the run. Raises AssertionError for the first fault, or the error of the engine."""
         rng, report = random.Random(-self.seed - 1), Report(counts=self.features)
         oracle = models.oracle(self.model, self.settings["quantization"], self.settings["kv_cache_dtype"])
         name, speculative = self.model, self.speculative

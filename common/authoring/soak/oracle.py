@@ -1,4 +1,4 @@
-"""What an engine should have said: lesson 2's `generate` says it of each request alone."""
+"""The expected answer of an engine to each request: that of lesson 2's `generate` to the request alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from solutions.paged_attention import AttentionMetadata, PagedKVCache
 
 
 class Oracle:
-    """What a request's answer is when it is alone: lesson 2's `generate`, each question asked once.
+    """Lesson 2's `generate`, with each answer computed once.
 
-    cache: the kind of cache through which attention reads what it wrote, if that changes the numbers. All tokens are
-    computed anew for each next one, whatever the cache: nothing is remembered from step to step.
+    cache: the kind of cache that attention writes to and reads from, if that changes the numbers. All tokens are
+    recomputed for each next one, with any kind: nothing is kept from step to step.
     """
 
     def __init__(self, model: Llama, tokenizer, cache: type[PagedKVCache] | None = None):
@@ -31,8 +31,9 @@ class Oracle:
     def __call__(
         self, prompt: list[int], params: SamplingParams, told: Sequence[int] = ()
     ) -> llama_pytorch.RequestOutput:
-        """The answer. told: what it may be. As far as it is, one pass of the model gives the logits of all its tokens;
-        from the first token that differs, each takes a pass of its own."""
+        """Return the answer. told: the engine's answer, as a guide: one pass of the model gives the logits of all its
+        tokens. From the first token that differs, each token takes a pass of its own.
+        """
         params = clipped(prompt, params)
         key = (tuple(prompt), params)
         if key not in self.answers:
@@ -51,7 +52,7 @@ class Oracle:
         return self.answers[key]
 
     def compute(self, token_ids: Sequence[int], kind: type[PagedKVCache] | None) -> tuple[Tensor, PagedKVCache | None]:
-        """Logits (T, V) of what comes after each token, and the one block that holds all their keys and values."""
+        """Return the logits (T, V) after each token, and the cache, whose only block holds all keys and values."""
         num_tokens, cache, attend = len(token_ids), None, causal_attend
         if kind is not None:
             cache = kind(self.model, 1, num_tokens)
@@ -76,14 +77,14 @@ def clipped(prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
 
 
 def check_logprobs(told: Sequence[Mapping[int, float]], expected: Sequence[Mapping[int, float]]) -> None:
-    """The same tokens in the same order, the chosen one first, and their log-probabilities."""
+    """Assert the same tokens in the same order, the chosen one first, with the same log-probabilities."""
     assert [list(each) for each in told] == [list(each) for each in expected]
     for one, other in zip(told, expected):
         assert all(math.isclose(one[token_id], other[token_id], abs_tol=1e-6) for token_id in one)
 
 
 def compare(output: RequestOutput, alone: llama_pytorch.RequestOutput, may_be_cut: bool) -> None:
-    """The same tokens, text, reason and log-probabilities; of an aborted one, the beginning."""
+    """Assert the same tokens, text, finish reason and log-probabilities; those of an aborted answer are a beginning."""
     assert output.error is None, output.error
     check_logprobs(output.logprobs, alone.logprobs[: len(output.token_ids)])
     if output.finish_reason == "abort":
@@ -96,18 +97,18 @@ def compare(output: RequestOutput, alone: llama_pytorch.RequestOutput, may_be_cu
 
 
 def check_failed(output: RequestOutput, fault: Fault) -> None:
-    """A request with a fault of its own ends with a sentence, after the tokens before the fault at the latest."""
+    """Assert that a request with a fault of its own ended with an error, with at most the tokens before the fault."""
     assert output.finish_reason == "error" and len(output.token_ids) <= fault.after
     assert ("a fault" if fault.what == "raises" else "logits_processors") in output.error, output.error
 
 
 def place_of(token: int, probs: Tensor, draft: Tensor, rng: random.Random) -> float:
-    """Where on a line from 0 to 1 a drawn token lies, if each token takes its probability's length of it; within its
-    own length anywhere. probs, draft: (V,).
+    """Return a random number within the token's interval, if the tokens divide the line from 0 to 1 into intervals
+    as long as their probabilities. probs: (V,), what the token should be drawn from. draft: (V,), the draft's.
 
-    Of tokens that were drawn from what they should be drawn from, the places are spread evenly, whatever the
-    distributions were and however the line is ordered. Here those come first that the draft likes least, as measured by
-    what they should be: whatever favours its draft tokens shifts the places to the end.
+    If all tokens were drawn from the right distributions, these numbers are uniform, whatever the distributions and the
+    order of the intervals. They are ordered by draft over target probability, so an engine that prefers draft tokens
+    gives numbers that are too large.
     """
     assert probs[token] > 0, f"token {token} cannot have been drawn here"
     order = probs if draft is probs else probs / (draft + 1e-12)
@@ -123,10 +124,10 @@ def judge(
     rng: random.Random,
     draft: Llama | None,
 ) -> list[float]:
-    """What can be said of tokens that were drawn with a draft's help: they are others than without, and as likely.
+    """Check tokens that were sampled with a draft model, which differ from those sampled without.
 
-    Each can have been drawn where it stands; text and reason follow from them; log-probabilities are the model's.
-    Returns the tokens' places.
+    Asserts that each has a probability above 0, that text and finish reason follow from the tokens, and that the
+    log-probabilities are the model's. Returns the result of `place_of` for each token.
     """
     assert output.error is None, output.error
     tokens, params = output.token_ids, clipped(prompt, params)
@@ -165,7 +166,7 @@ def judge(
 
 
 def evenness(places: Sequence[float], num_bins: int = 20) -> float:
-    """How likely places that are spread evenly look as uneven as these: Pearson's chi-squared test."""
+    """The probability that uniform numbers are at least as uneven as these, by Pearson's chi-squared test."""
     counts = torch.histc(torch.tensor(places, dtype=torch.float64), num_bins, 0.0, 1.0)
     expected = len(places) / num_bins
     statistic = ((counts - expected) ** 2 / expected).sum()

@@ -1,4 +1,4 @@
-"""What is asked of an engine, at random: tiny models, a tokenizer of letters, requests, settings."""
+"""Random tiny models, requests and settings for an engine, and a tokenizer of letters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from solutions.llama_pytorch import Llama, SamplingParams, parse_config
+from solutions.paged_attention import cdiv
 
 MAX_MODEL_LEN = 64
 END = 3
@@ -34,7 +35,7 @@ TINY = dict(
 
 
 def random_model(seed: int = 0, **changes) -> Llama:
-    """A tiny Llama with random weights in float64, in which no two tokens are ever as likely as each other."""
+    """A tiny Llama with random weights in float64, so that no two tokens are equally likely."""
     model = Llama(parse_config({**TINY, **changes})).double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -47,7 +48,7 @@ FAULTS = ("raises", "is not a number", "forbids all", "too short")
 
 @dataclass(frozen=True)
 class Fault:
-    """A logits processor that does its request harm, once the output has `after` tokens."""
+    """A logits processor that fails, or returns invalid scores, once the output has `after` tokens."""
 
     what: str  # of FAULTS
     after: int
@@ -64,18 +65,18 @@ class Fault:
 
 @dataclass
 class Ask:
-    """One request of the load: when it arrives, what it asks for, and whether it is aborted."""
+    """One request of the load."""
 
     prompt: list[int]
     params: SamplingParams
     priority: int
     tenant: str
     step: int  # when it arrives
-    is_impatient: bool
+    is_impatient: bool  # whether it may be aborted
 
 
 def random_asks(rng: random.Random, vocabulary: list[int], stories: list[list[int]], num: int) -> list[Ask]:
-    """Prompts that often begin alike; greedy and seeded sampling; stop strings, penalties, several samples."""
+    """Requests whose prompts often begin alike, with greedy and seeded sampling, stop strings and penalties."""
     asks = []
     for _ in range(num):
         story = rng.choice(stories)
@@ -96,10 +97,10 @@ def random_asks(rng: random.Random, vocabulary: list[int], stories: list[list[in
 
 
 def random_settings(rng: random.Random, asks: list[Ask]) -> dict:
-    """An engine that can just serve these requests, or amply: pools, budgets, policies, both preemptions."""
+    """Options of an engine that can serve these requests: with few blocks or many, and any budget and policy."""
     block_size = rng.choice([1, 2, 4, 7, 16])
     longest = max(len(ask.prompt) + ask.params.max_tokens - 1 for ask in asks)
-    needed = -(-longest // block_size)
+    needed = cdiv(longest, block_size)
     settings = dict(
         block_size=block_size,
         num_blocks=rng.choice([needed, needed + 1, needed + 3, 2 * needed, 3 * needed, 20 * needed]),

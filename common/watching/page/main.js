@@ -113,7 +113,7 @@ class Page {
     this.pool.draw(state, chosen);
     this.lanes.draw(step);
     drawBudget(run, step);
-    // While one scrubs, a frame has time for all pictures and for one of the texts; the others have their turn in the next.
+    // While the step changes quickly, a frame has time for all pictures and one of the texts; the next frames write the others.
     const now = performance.now(), isScrubbing = now - this.rendered < 100, texts = this.texts();
     this.rendered = now;
     clearTimeout(this.textTimer);
@@ -122,7 +122,7 @@ class Page {
     this.textTimer = setTimeout(() => this.texts().forEach((write) => write()), 100);
   }
 
-  // What writes each of the texts of this step.
+  // The functions that write the texts of this step.
   texts() {
     const { run, index, chosen } = this, step = run.steps[Math.min(index, run.steps.length - 1)], state = run.state(step.index);
     const history = () => [`${run.requests[chosen].id}, which is chosen:`, ...run.history(chosen).map(([name, from, to]) => `steps ${from + 1} to ${to + 1}: ${MEANING[name]}`)];
@@ -148,7 +148,7 @@ class Page {
     ];
   }
 
-  // The words are written only where they are open.
+  // The descriptions in words are written only where they are open.
   inWords(section, list, lines) {
     if (document.querySelector(`#${section} .words`).open) fill(element(list), lines());
   }

@@ -1,12 +1,12 @@
 "use strict";
-// A trace, and the numbers that follow from it; `recorder.py` says what its lines are. `trace.py` derives the same.
+// A trace, and the numbers that follow from it. `recorder.py` describes its lines; `trace.py` computes the same numbers.
 
 const STATES = ["", "waiting", "idle", "prefill", "recompute", "decode", "verify", "preempted", "swapped"];
 const STATE = Object.fromEntries(STATES.map((name, number) => [name, number]));
 const BLOCKS = ["free", "cached", "held", "shared", "lost", "miscounted"];
 const KEYFRAME = 64; // lines from one full copy of the state to the next
 
-// What the lines so far say of the engine. Tables are replaced and never changed, so a copy may share them.
+// The engine's state after the lines so far. Tables are replaced, never changed, so that copies can share them.
 class State {
   constructor(numBlocks) {
     this.counts = new Int32Array(numBlocks);
@@ -86,8 +86,8 @@ class State {
     return found;
   }
 
-  // What each block is, as a place in BLOCKS. Lost is one that is not free, although no table contains it; miscounted one
-  // whose reference count is otherwise not the number of tables that contain it.
+  // The kind of each block, as an index into BLOCKS. A block is lost if it is not free although no table contains it, and
+  // miscounted if its reference count otherwise differs from the number of tables that contain it.
   kinds() {
     const { counts, hashes } = this, holders = new Int32Array(counts.length), found = new Uint8Array(counts.length);
     for (const table of this.tables.values()) for (const block of table) holders[block] += 1;
@@ -192,7 +192,7 @@ class Run {
     });
   }
 
-  // Sums over the steps up to and including each, so that any step's totals are read at once.
+  // Sums over the steps up to and including each, so that the totals of any step are read directly.
   add() {
     const names = ["seconds", "computed", "output", "preemptions", "drafts", "accepted", "held", "stored", "collected", "finished", "prompt", "cached"];
     const sums = Object.fromEntries(names.map((name) => [name, new Float64Array(this.steps.length + 1)]));
@@ -222,7 +222,7 @@ class Run {
     return sums;
   }
 
-  // What `engine.metrics()` said after a step: the names are those of EngineMetrics.
+  // The result of `engine.metrics()` after a step: the names are those of EngineMetrics.
   totals(index = this.steps.length - 1) {
     const at = (name) => this.sums[name][index + 1], { block_size: size, num_blocks: blocks } = this.config;
     return {
@@ -233,7 +233,7 @@ class Run {
     };
   }
 
-  // One number for each step and request, row by row: what the request was doing.
+  // The state of each request in each step, as an index into STATES, row by row.
   draw() {
     const width = this.steps.length, cells = new Uint8Array(width * this.requests.length);
     for (const step of this.steps) {
@@ -253,7 +253,7 @@ class Run {
 
   cell(k, index) { return STATES[this.cells[k * this.steps.length + index]]; }
 
-  // The state while a step is computed.
+  // The engine's state while a step is computed.
   state(index) {
     const target = this.steps[index].line;
     let { number, state } = this.cursor ?? { number: Infinity };
@@ -277,7 +277,7 @@ class Run {
     return found;
   }
 
-  // The text that a request had before a step; of a long one the last characters.
+  // The output of a request before a step; only the end of a long one.
   textBefore(k, index, longest = Infinity) {
     const { pieces } = this.requests[k];
     let low = 0, high = pieces.length;
@@ -370,8 +370,8 @@ function whyWaiting(run, step) {
   return step.numBusy >= most ? `${most} requests run already.` : "They wait for the first sample of their prompt, or arrived later.";
 }
 
-// Where two runs part: for each aspect the first step in which they differ, and how. A check ends with the call that
-// it finds wrong, so what the other run goes on to do is no difference.
+// For each aspect, the first step in which two runs differ, and the difference. A check ends with the call that fails, so
+// later calls of the other run do not count as a difference.
 function partings(a, b) {
   const schedule = (run, step) => [
     ...step.entries.map((each) => `${run.requests[each.k].id} ${each.kind} ${each.start}–${each.start + each.n - 1}`),

@@ -39,8 +39,7 @@ function readColours() {
   }));
 }
 
-// A canvas in CSS pixels, sharp on any screen; and whether it has another size than before, which has cleared it. Its
-// width is read when it changes, since reading it lays the page out anew.
+// The width of a canvas is observed and kept, because reading it makes the browser lay out the page again.
 const widths = new ResizeObserver((entries) => {
   for (const { target, contentRect } of entries) {
     if (target.room !== contentRect.width) window.page?.show();
@@ -52,6 +51,7 @@ function room(canvas) {
   return (canvas.room ??= canvas.clientWidth);
 }
 
+// Return a pen in CSS pixels that is sharp on any screen, the width, and whether a new size has cleared the canvas.
 function surface(canvas, height) {
   const width = room(canvas), ratio = window.devicePixelRatio || 1;
   const isNew = canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio);
@@ -82,7 +82,7 @@ class Timeline {
     const rows = run.requests.length;
     this.canvas = make("canvas", { tabIndex: -1, ariaLabel: `Timeline of ${plural(rows, "request")} over ${plural(run.steps.length, "step")}; in words below.` });
     this.canvas.setAttribute("role", "img");
-    // What moves lies over the picture, which stays as it is while one scrubs.
+    // The marks that move are elements above the picture, which is not redrawn when the step changes.
     [this.choice, this.mark, this.cursor] = ["choice", "mark", "cursor"].map((className) => make("i", { className }));
     box.append(this.canvas, this.choice, this.mark, this.cursor);
     this.rowHeight = Math.max(1.5, Math.min(16, 320 / rows));
@@ -330,7 +330,7 @@ class Pool {
     return true;
   }
 
-  // What is in the chosen block, who holds it, and the chain of hashes that it ends.
+  // The contents of the chosen block, its holders, and the chain of hashes back to the first block.
   describe(state) {
     const { run, block } = this, holders = state.holders(block), kind = BLOCKS[this.kinds[block]];
     const lines = [];
@@ -394,7 +394,7 @@ class Lanes {
     const lasted = ends.map((end, i) => end - begins[i]), usual = begins.slice(1).map((begin, i) => begin - begins[i]).sort((a, b) => a - b);
     this.origin = begins[0] ?? 0;
     this.total = Math.max(1e-6, ends.reduce((a, b) => Math.max(a, b), this.origin) - this.origin);
-    // One scale for the whole run, so that steps can be compared: wide enough for the longest step.
+    // The whole run has one scale, so that steps can be compared, with space for the longest step.
     this.span = Math.min(this.total, Math.max(STEPS_IN_VIEW * (usual[usual.length >> 1] ?? 0), lasted.reduce((a, b) => Math.max(a, b), 1e-6)));
     Object.assign(this, { run, canvas, begins, ends });
     this.rows = [["scheduler", []], ["submit", []], ["collect", []]];
