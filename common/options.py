@@ -127,7 +127,7 @@ def force(what: str) -> Callable:
 
 lesson_number = click.argument("lesson_number", metavar="N", type=int)
 exercise_id = click.argument("exercise_id", metavar="N.M")
-threads = option("--threads", "THREADS", type=number(), help="CPU threads; default: torch's choice")
+threads = option("--threads", "THREADS", type=click.IntRange(1, 1024), help="CPU threads; default: torch's choice")
 jobs = option("--jobs", "JOBS", type=number(), default=os.cpu_count() or 1, help="processes")
 
 

@@ -113,7 +113,7 @@ def load_tenants(file: str | Path | None) -> Tenants:
     try:
         tables = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise KeysError(f"{file}: {error}") from None
+        raise KeysError(f"{file}: {getattr(error, 'strerror', error)}") from None
     tenants = [make_tenant(file, name, table) for name, table in tables.items()]
     if not tenants:
         raise KeysError(f'{file}: no tenant is in it. Write [alice] and, below it, key = "...".')
