@@ -1,7 +1,7 @@
-"""The commands of the course: what `make help` lists, and which function does each.
+"""The table of commands: what `make help` lists, and which function runs each.
 
-`common.__main__` reads this table on a bare Python, before anything is installed: standard library only, and no syntax
-that Python 3.8 would refuse. The options of a command are described once, in click's words, where its function is.
+`common.__main__` reads it on a bare Python, before anything is installed: it uses only the standard library, and no
+syntax that Python 3.8 would refuse. A command's options are described by click, where its function is.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ SHORT = {"test-exercise": "test", "diff-exercise": "diff", "watch-exercise": "wa
 
 
 class UnknownTarget(Exception):
-    """There is no such target, or it lacks its number; the text says what there is."""
+    """There is no such target, or its number is missing; the text says what to type instead."""
 
 
 def target(command: Command) -> str:
