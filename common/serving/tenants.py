@@ -16,8 +16,7 @@ from __future__ import annotations
 import hmac
 import time
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -76,15 +75,6 @@ class Tenant:
     def salt(self, asked: str | None) -> str:
         """What is hashed into the first block of its requests. asked: the request's own cache_salt."""
         return f"{self.name if self.isolate_prefix_cache and self.key else ''}/{asked or ''}".strip("/")
-
-
-@contextmanager
-def admitted(tenant: Tenant) -> Iterator[None]:
-    tenant.admit()
-    try:
-        yield
-    finally:
-        tenant.leave()
 
 
 class Tenants:
