@@ -111,7 +111,7 @@ def check_out(out: Path, force: bool) -> None:
 
 
 @click.command()
-@option("--lessons", "LESSONS", default="", metavar="0-3", help="whose solutions stay here; default: all")
+@option("--lessons", "LESSONS", default="", metavar="0-3", help="whose solutions are withheld; default: all")
 @option("--out", "OUT", required=True, metavar="FOLDER", help="where the copy goes, such as ../class")
 @force("also into a folder that is not empty")
 def release_course(lessons: str, out: str, force: bool) -> None:

@@ -67,15 +67,10 @@ class Talker:
     """A model that answers, with `generate(prompt_token_ids, params, on_text)`."""
 
     name: str
-    config: Any  # the model's
+    context: int  # the largest number of tokens of a prompt and its answer together
     tokenizer: Any
     generate: Callable[..., Any]
     params: Any
-
-    @property
-    def context(self) -> int:
-        """The largest number of tokens of a prompt and its answer together."""
-        return self.config.max_position_embeddings
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -139,6 +134,13 @@ def answer_with(engine) -> Callable[..., Any]:
         return output
 
     return generate
+
+
+def talker_of(engine, name: str, params: SamplingParams) -> Talker:
+    """A talker that asks the engine. Its context fits into max_model_len and into the pool."""
+    config = engine.config
+    context = min(config.max_model_len, config.num_blocks * config.block_size + 1)  # the last token takes no slot
+    return Talker(name, context, engine.tokenizer, answer_with(engine), params)
 
 
 # --- The prompt for the next answer -----------------------------------------------------------------------------------
@@ -341,8 +343,7 @@ def speak(settings: dict[str, Any], act: Callable[[Talker, Any], int]) -> int:
         with option_errors():
             params = SamplingParams(**sampling)
         with start_engine(settings, mine, threads) as engine:
-            config, generate = engine.config.model_config, answer_with(engine)
-            return act(Talker(settings["model"], config, engine.tokenizer, generate, params), engine)
+            return act(talker_of(engine, settings["model"], params), engine)
     except (CheckpointError, CourseError):
         if is_verbose:
             traceback.print_exc()

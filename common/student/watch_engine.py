@@ -18,7 +18,7 @@ from common.course import counted, files_used, substitutes
 from common.options import engine_options, mine, number, option, threads
 from common.sampling import SamplingParams
 from common.start import OptionError, start_engine
-from common.student.chat import Talker, answer_with, option_errors
+from common.student.chat import Talker, option_errors, talker_of
 from common.student.serve import BEGINNINGS, QUESTIONS
 from common.watching.chrome import chrome_events
 from common.watching.page import make_page
@@ -59,8 +59,7 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
 
             make = partial(timed_engine, Path(folder))
         with start_engine(options, mine, threads, make) as engine:
-            name = Path(options["model"]).name
-            talker = Talker(name, engine.config.model_config, engine.tokenizer, answer_with(engine), params)
+            talker = talker_of(engine, Path(options["model"]).name, params)
             failure = record(engine, prompts(talker, count), params, own, Path(folder))
     done = read_trace(own)
     if not done.steps:
