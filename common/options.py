@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -126,6 +127,9 @@ def mine(what: str = "use your modules of these lessons, the reference's of the 
 def force(what: str) -> Callable:
     return option("--force", "FORCE", is_flag=True, help=what)
 
+
+folder = click.Path(path_type=Path, file_okay=False)
+"""The type of an option that is a folder, which need not exist."""
 
 lesson_number = click.argument("lesson_number", metavar="N", type=int)
 exercise_id = click.argument("exercise_id", metavar="N.M")

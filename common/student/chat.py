@@ -85,6 +85,13 @@ class Talker:
         """An empty conversation; an empty story, if the model has no chat template."""
         return Conversation(self, system) if self.has_template else Story(self)
 
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens of a prompt without earlier turns. Raises OptionError if it does not fit into the context."""
+        token_ids, dropped = self.begin().ask(prompt)
+        if dropped:
+            raise OptionError(f"The prompt is {dropped} tokens too long for a model that sees {self.context}.")
+        return token_ids
+
     def reply(self, prompt_token_ids: Sequence[int], on_text: Callable[[str], None]) -> Reply:
         """Answer. If Ctrl-C ends the answer, the reply has the text so far."""
         pieces: list[tuple[float, str]] = []
@@ -218,9 +225,7 @@ def answer(talker: Talker, prompt: str) -> int:
     """Answer one prompt, and show the text as it comes. Raises OptionError if the prompt is empty or too long."""
     if not prompt.strip():
         raise OptionError("The prompt is empty.")
-    token_ids, dropped = talker.begin().ask(prompt)
-    if dropped:
-        raise OptionError(f"The prompt is {dropped} tokens too long for a model that sees {talker.context}.")
+    token_ids = talker.encode(prompt)
     if not talker.has_template:
         write(prompt)  # the model continues this very text
     reply = talker.reply(token_ids, write)
@@ -293,7 +298,7 @@ def run_many(talker: Talker, engine) -> int:
     prompts = list(QUESTIONS if talker.has_template else BEGINNINGS)
     print(quiet(f"{talker.name}. {files_used()} PROMPT='...' asks one question of your own."))
     with option_errors():
-        return serve(engine, prompts, [talker.begin().ask(prompt)[0] for prompt in prompts], talker.params)
+        return serve(engine, prompts, list(map(talker.encode, prompts)), talker.params)
 
 
 def speaker(length: int, temperature: float, top_p: float) -> Callable:

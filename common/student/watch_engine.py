@@ -21,7 +21,7 @@ from common.start import OptionError, start_engine
 from common.student.chat import Talker, option_errors, talker_of
 from common.student.serve import BEGINNINGS, QUESTIONS
 from common.watching.chrome import chrome_events
-from common.watching.page import make_page
+from common.watching.page import make_page, prepare
 from common.watching.recorder import recording
 from common.watching.trace import read_trace, totals
 
@@ -47,8 +47,7 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
     with option_errors():
         params = SamplingParams(n=samples, **sampling)
     own = out.with_suffix(".jsonl")
-    if out.suffix != ".html":
-        raise OptionError(f"OUT is {out}; the page's name must end with .html.")
+    prepare(out)
     if compare is not None and (not compare.is_file() or compare.resolve() == own.resolve()):
         raise OptionError(f"COMPARE is {compare}: it must be the .jsonl of another run, and OUT another name than its.")
     other = compare and read_trace(compare)
@@ -81,7 +80,7 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
 def prompts(talker: Talker, count: int) -> list[list[int]]:
     """The tokens of `count` prompts: those of `make run`, repeated."""
     texts = QUESTIONS if talker.has_template else BEGINNINGS
-    return [talker.begin().ask(text)[0] for text in itertools.islice(itertools.cycle(texts), count)]
+    return [talker.encode(text) for text in itertools.islice(itertools.cycle(texts), count)]
 
 
 def whose() -> str:
