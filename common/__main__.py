@@ -34,13 +34,13 @@ def main(words: list[str]) -> int:
 
 
 SHORT_SPIN = {"GOMP_SPINCOUNT": "500", "KMP_BLOCKTIME": "1"}
-"""How long a thread that waits for others keeps its core before it sleeps: turns of a loop for GNU's OpenMP (Linux),
-milliseconds for LLVM's and Intel's (macOS, Windows). By default it is so long that beside other busy processes the
-thread that is waited for has no core, since the one that waits has it. All layers of a step are one call, so threads
-wait for each other only briefly, and a longer spin is no faster on an idle machine."""
+"""How long a waiting thread spins before it sleeps: loops for GNU's OpenMP (Linux), milliseconds for LLVM's and Intel's
+(macOS, Windows). With the defaults, on a machine with other busy processes, the waiting thread keeps the core that the
+other thread needs. All layers of a step are one call, so waits are short: on an idle machine this is as fast."""
 
 
 def run(command: commands.Command, rest: list[str]) -> int:
+    """Run a command, with the packages that it needs installed; returns its exit status. Raises SetupError."""
     for name, value in SHORT_SPIN.items():
         os.environ.setdefault(name, value)  # before torch is imported: OpenMP reads them once
     if "--here" in rest:
@@ -61,7 +61,7 @@ def run(command: commands.Command, rest: list[str]) -> int:
 
 
 def run_bare(command: commands.Command, rest: list[str]) -> int:
-    """A command that needs no package, but, except for `setup`, a Python that the course supports."""
+    """Run a command that needs no package but, unless it is `setup`, a Python that the course supports."""
     module, _, name = command.function.partition(":")
     if command.name != "setup" and sys.version_info[:2] < setup.OLDEST:
         return subprocess.run([setup.suitable_python(), "-m", "common", command.name, *rest]).returncode
