@@ -1,4 +1,4 @@
-"""`python -m common COMMAND`: everything that `make` can do, and all that it does.
+"""`python -m common COMMAND`: runs a command of the course. `make` does nothing else.
 
 This file, `common.commands` and `common.setup` run before any package is installed, and on a Python that is too old, in
 order to say so. They use only the standard library, and only syntax that Python 3.8 accepts.
@@ -15,7 +15,7 @@ from common import commands, setup
 
 
 def main(words: list[str]) -> int:
-    """Run the command that the words name; returns its exit status."""
+    """Run the command that the words name. Returns its exit status."""
     try:
         command, rest = commands.parse(words)
         if command.function is None:
@@ -34,9 +34,10 @@ def main(words: list[str]) -> int:
 
 
 SHORT_SPIN = {"GOMP_SPINCOUNT": "500", "KMP_BLOCKTIME": "1"}
-"""How long a waiting thread spins before it sleeps: loops for GNU's OpenMP (Linux), milliseconds for LLVM's and Intel's
-(macOS, Windows). With the defaults, on a machine with other busy processes, the waiting thread keeps the core that the
-other thread needs. All layers of a step are one call, so waits are short: on an idle machine this is as fast."""
+"""How long an OpenMP thread waits actively for others before it sleeps: turns of a loop for GNU's OpenMP (Linux),
+milliseconds for LLVM's and Intel's (macOS, Windows). By default, beside other busy processes, the waiting thread keeps
+the core that the other one needs. All layers of a step are one call, so threads wait only briefly, and a longer wait is
+no faster on an idle machine."""
 
 
 def run(command: commands.Command, rest: list[str]) -> int:
@@ -61,7 +62,7 @@ def run(command: commands.Command, rest: list[str]) -> int:
 
 
 def run_bare(command: commands.Command, rest: list[str]) -> int:
-    """Run a command that needs no package but, unless it is `setup`, a Python that the course supports."""
+    """Run a command that needs no package, but, except for `setup`, a Python that the course supports."""
     module, _, name = command.function.partition(":")
     if command.name != "setup" and sys.version_info[:2] < setup.OLDEST:
         return subprocess.run([setup.suitable_python(), "-m", "common", command.name, *rest]).returncode

@@ -1,8 +1,8 @@
-"""Chat templates: programs in Jinja, which came with a checkpoint and write a conversation as one text.
+"""Runs chat templates: Jinja programs that come with a checkpoint and write a conversation as one text.
 
-They are written for transformers, so they get what transformers gives them: the same filters, functions and values.
-A stranger wrote them. So they run in Jinja's sandbox (no attribute that starts with an underscore, nothing that changes
-its inputs, no range above 100,000), see plain data only, and are stopped at limits of time and size.
+They are written for transformers, so they get the same filters, functions and variables as there. They are not trusted.
+So they run in Jinja's sandbox (no attribute that starts with an underscore, no change of the inputs, no range above
+100,000), get plain data only, and are stopped at limits of time and size.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from common.checkpoints import CheckpointError, read_json
 
 LONGEST_CHAT = 10_000_000  # characters that a template may write, or join to one text
 LONGEST_TIME = 4.0  # seconds that a template may run
-ITEM_SIZE = 40  # characters that an item of a list is counted as, besides its own
-LARGEST_ARGUMENT = 1000  # of a filter, or of a method of a text: a width, or a number of columns
+ITEM_SIZE = 40  # characters that an item of a list counts as, in addition to its own
+LARGEST_ARGUMENT = 1000  # number, such as a width, that a filter or a string's method may get
 LARGEST_POWER = 64  # exponent
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first or the second
+REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms; templates read the first or the second
 CONTINUE = "THE_FINAL_MESSAGE_ENDS_HERE "  # a template that strips a message strips this space
 
 
@@ -33,10 +33,11 @@ class ChatTemplateError(ValueError):
 
 
 def find_chat_templates(folder: Path, written: Any) -> dict[str, str]:
-    """The chat templates of a checkpoint folder, by name; most have none, or only one, "default".
+    """Returns the chat templates of a checkpoint folder, by name; most folders have none, or only "default".
 
-    written: what tokenizer_config.json says, one template or a list of them. Files with templates count before it, as
-    with transformers. A chat_template.json, which belongs to models that see images, counts last.
+    written: `chat_template` in tokenizer_config.json, one template or a list of them. As in transformers, files with
+    templates take precedence over it, and it takes precedence over a chat_template.json, which models with image input
+    have. Raises CheckpointError if one is not text.
     """
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
@@ -71,7 +72,7 @@ def _read(file: Path) -> str:
 
 
 def choose_template(templates: Mapping[str, str], name: str | None, has_tools: bool) -> str:
-    """The template of this name; without a name, "tool_use" if there are tools to be used, otherwise "default"."""
+    """The template of this name. Without a name it is "tool_use", if it exists and there are tools, else "default"."""
     if name is None:
         name = "tool_use" if has_tools and "tool_use" in templates else "default"
     if name not in templates:
@@ -80,7 +81,7 @@ def choose_template(templates: Mapping[str, str], name: str | None, has_tools: b
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ChatTemplateError, with the position, for what is no message."""
+    """Raise ChatTemplateError, with the position, for something that is no message."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ChatTemplateError('a chat is a list of messages, such as [{"role": "user", "content": "Hello"}].')
     for position, message in enumerate(messages):
@@ -108,13 +109,13 @@ def render_chat(
     continue_final_message: bool | str = False,
     **values: Any,
 ) -> str:
-    """Run a chat template. Returns the text that the model was trained on.
+    """Run a chat template. Returns the conversation as the text that the model was trained on.
 
-    messages: in each, "role", "content" (text or a list of parts) and what else the template reads. tools, documents:
+    messages: each with "role", "content" (text or a list of parts) and other fields of the template. tools, documents:
     JSON objects. add_generation_prompt: end with the opening of the assistant's turn, so that the model answers; True
     unless the final message is continued. continue_final_message: end within the final message, after its content
-    (True) or after another field of it (its name). values: anything else that the template reads, `enable_thinking`
-    perhaps. Raises ChatTemplateError if the template refuses these messages or is stopped.
+    (True) or after the field of this name. values: other variables of the template, such as `enable_thinking`. Raises
+    ChatTemplateError if the template refuses these messages or is stopped.
     """
     if add_generation_prompt and continue_final_message:
         raise ChatTemplateError(
@@ -143,14 +144,14 @@ def render_chat(
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without what is None, and with its reasoning under each name that templates read."""
+    """A copy without the fields that are None, and with its reasoning under each name that templates read."""
     kept = _plain({key: value for key, value in message.items() if value is not None})
     reasoning = next((kept[name] for name in REASONING if name in kept), None)
     return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
 def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
-    """Append the mark to a field of the message, "content" if `field` is True. Returns the text before the mark."""
+    """Append CONTINUE to a field of the message, "content" if `field` is True. Returns the field's own text."""
     field = field if isinstance(field, str) else "content"
     text = message.get(field)
     fields = [name for name in REASONING if message.get(name) == text] if field in REASONING else [field]
@@ -168,7 +169,7 @@ def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it. Objects of other types become their type's name: no template may call a method."""
+    """The value as plain JSON data. Other objects become their type's name, so that no template can call a method."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -184,14 +185,14 @@ def _plain(value: Any) -> Any:
 
 @functools.cache
 def _jinja():
-    """Our environment's class, made when it is first needed: most commands need no Jinja."""
+    """The class of the sandbox, made when it is first needed: most commands need no Jinja."""
     import jinja2.ext
     from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.visitor import NodeTransformer
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks what the model has written; a trainer reads it, we write what is in it."""
+        """`{% generation %}`, which marks the model's own text for training. Its content is written as it is."""
 
         tags = {"generation"}
 
@@ -201,7 +202,7 @@ def _jinja():
             return nodes.Scope(body, lineno=lineno)
 
     class Namespace(jinja2.utils.Namespace):
-        """Jinja's, without names that begin with an underscore."""
+        """Jinja's `namespace`, without names that begin with an underscore."""
 
         def __init__(*args, **kwargs):
             self, names = args[0], dict(*args[1:], **kwargs)
@@ -217,7 +218,7 @@ def _jinja():
             return name
 
     class Limits(NodeTransformer):
-        """Puts a check of the time into each loop and macro, and a check of the size around each `~`."""
+        """Puts a check of the time into each loop and macro, and a check of the size around each `~` and literal."""
 
         def visit_For(self, node):
             tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
@@ -290,7 +291,7 @@ def _jinja():
         return value
 
     def check_growth(name, text, args, kwargs):
-        """Refuse a filter, or a method of a text, whose result may be far larger than all that it is given."""
+        """Refuse a filter, or a string's method, whose result may be far larger than its arguments."""
         values, largest = [*args, *kwargs.values()], LARGEST_ARGUMENT
         for value in values:
             if isinstance(value, int) and abs(value) > largest:
@@ -309,7 +310,7 @@ def _jinja():
             too_large(size)
 
     def guarded(name, apply):
-        """A filter that checks its arguments first; what Jinja hands in, such as the environment, is none."""
+        """The filter with a check of its arguments. One that Jinja adds, such as the environment, is not checked."""
 
         @functools.wraps(apply)
         def filter(*args, **kwargs):
@@ -332,10 +333,10 @@ def _jinja():
 
 
 def written_size(value: Any) -> int:
-    """Characters that a value takes when it is written, about; counted no further than `LONGEST_CHAT`.
+    """About how many characters a value has when it is written. Counting stops above `LONGEST_CHAT`.
 
-    A list that holds another one twice, which holds another one twice, and so on, is small in memory and has no end
-    when it is written.
+    A list that contains another one twice, which contains another one twice, and so on, is small in memory, and its
+    text is endless.
     """
     size, left = 0, [value]
     while left and size <= LONGEST_CHAT:
@@ -365,6 +366,6 @@ def _run(template: str, values: Mapping[str, Any]) -> str:
         raise ChatTemplateError(
             f"the chat template tried something that the sandbox forbids: {error} Do not trust this checkpoint."
         ) from error
-    except Exception as error:  # a stranger's program may raise anything
+    except Exception as error:  # a template may raise anything
         raise ChatTemplateError(f"the chat template refused these messages or failed: {error}") from error
     return "".join(pieces)

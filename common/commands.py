@@ -1,7 +1,7 @@
-"""The commands of the course: what `make help` lists, and which function does each.
+"""The table of commands: what `make help` lists, and which function runs each.
 
-`common.__main__` reads this table on a bare Python, before anything is installed: standard library only, and no syntax
-that Python 3.8 would refuse. The options of a command are described once, in click's words, where its function is.
+`common.__main__` reads it on a bare Python, before anything is installed: it uses only the standard library, and no
+syntax that Python 3.8 would refuse. A command's options are described by click, where its function is.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ SHORT = {"test-exercise": "test", "diff-exercise": "diff", "watch-exercise": "wa
 
 
 class UnknownTarget(Exception):
-    """There is no such target, or it lacks its number; the text says what there is."""
+    """There is no such target, or its number is missing; the text says what to type instead."""
 
 
 def target(command: Command) -> str:
@@ -95,18 +95,17 @@ TARGETS = {target(command): command for command in BY_NAME.values()}
 
 
 def help_text() -> str:
+    """All commands in their groups, as `make help` prints them."""
     width = max(map(len, TARGETS))
     lines = ["make TARGET, or, where there is no make, python -m common TARGET. N is a lesson, N.M an exercise."]
     for title, commands in GROUPS.items():
         lines += ["", title, *(f"  {target(command):<{width}}  {command.help}" for command in commands)]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Options follow as variables, as in make run TP=2 QUANT=int8; make help-run lists those of run, and so on.",
-            "MINE=0-2, for most targets: your own modules of these lessons take the place of the reference's.",
-        ]
-    )
+    lines += [
+        "",
+        "Options follow as variables, as in make run TP=2 QUANT=int8; make help-run lists those of run, and so on.",
+        "MINE=0-2, for most targets: your own modules of these lessons take the place of the reference's.",
+    ]
+    return "\n".join(lines)
 
 
 def parse(words: list[str]) -> tuple[Command, list[str]]:

@@ -1,8 +1,7 @@
-"""`EngineConfig`: every option that an engine has, of every lesson, in one place.
+"""`EngineConfig`: every option of an engine, whichever lesson it comes from.
 
 Each option carries its help, the values it may have and the variable by which `make` passes it. A command's flags and
-the check of a constructor's arguments both come from here. This module imports no lesson. The names of options are
-vLLM's where it has one.
+the check of a constructor's arguments are both made from it. Options have vLLM's names where vLLM has them.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The options of an engine. Raises ValueError, naming the option, its value and what would do.
+    """The options of an engine. Raises ValueError, naming the option, its value and what is allowed.
 
-    As it is written, some things are left open (None); `resolve` decides them for a model.
+    An option may be None, which leaves it open; `resolve` decides it for a model.
     """
 
     model: str = option("smollm2-135m", "a name, a folder, a .gguf file or org/name", envvar="MODEL")
@@ -107,8 +106,8 @@ class EngineConfig:
             import torch  # not before it is needed: a command's help is made from this class
 
             object.__setattr__(self, "dtype", getattr(torch, name))
-        for each in options():
-            check_option(each, getattr(self, each.name))
+        for name, each in ENGINE_FIELDS.items():
+            check_option(each, getattr(self, name))
         if self.group_size % 2:
             raise ValueError(f"group_size must be an even number; it is {self.group_size!r}.")
         if self.kv_cache_policy == "contiguous" and self.enable_prefix_caching:
@@ -131,7 +130,7 @@ class EngineConfig:
 
     @property
     def sliding_window(self) -> int | None:
-        """The tokens beyond which nothing reads a key again; None if some layer, or a draft model, reads them all."""
+        """How many of the newest keys some layer still reads; None if a layer, or a draft model, reads all of them."""
         windows = self.model_config.layer_windows
         return max(windows) if windows and None not in windows and self.draft is None else None
 
@@ -141,10 +140,10 @@ class EngineConfig:
         return (self.num_speculative_tokens or 8) if self.draft else 0
 
     def resolve(self, model_config: Any, slot_bytes: int) -> EngineConfig:
-        """The same options with everything that was left open decided, and the model's config in `model_config`.
+        """Returns these options for a model: what was left open is decided, and `model_config` is set.
 
-        model_config: needs `max_position_embeddings`. slot_bytes: the bytes of one token's keys and values, on the rank
-        that holds the largest share.
+        model_config: the model's, with `max_position_embeddings`. slot_bytes: the bytes of one token's keys and values,
+        on the rank that holds the largest share. Raises ValueError if the two do not fit the options.
         """
         context = model_config.max_position_embeddings
         max_model_len = self.max_model_len or context
@@ -173,9 +172,9 @@ class EngineConfig:
         return resolved
 
     def limit_output(self, num_prompt_tokens: int, max_tokens: int) -> int:
-        """How many of `max_tokens` a request with such a prompt can generate, once this config is resolved.
+        """The number of tokens, at most `max_tokens`, that a request with such a prompt can generate.
 
-        Raises ValueError for a request that can never be served.
+        This config must be resolved. Raises ValueError for a request that can never be served.
         """
         if num_prompt_tokens >= self.max_model_len:
             raise ValueError(
@@ -193,16 +192,15 @@ class EngineConfig:
         return max_tokens
 
 
-def options() -> list[Field]:
-    """The options as dataclass fields; their metadata is what was given to `option`."""
-    return [each for each in fields(EngineConfig) if each.init]
+ENGINE_FIELDS = {each.name: each for each in fields(EngineConfig) if each.init}
+"""The options by name, as dataclass fields; their metadata is what was given to `option`."""
 
 
 def shown(value: Any) -> str:
-    """The value as an error may quote it: in at most 80 characters, or by its type if it cannot be written."""
+    """The value as an error quotes it: at most 80 characters, or its type if it has no text."""
     try:
         return format(repr(value), ".80")
-    except Exception:  # a whole number of 5,000 digits, or whatever a class of the caller's does
+    except Exception:  # a whole number of 5,000 digits, or a class of the caller's whose __repr__ fails
         return f"an object of type {type(value).__name__} that cannot be written"
 
 
@@ -213,7 +211,7 @@ def check_option(each: Field, value: Any, name: str | None = None) -> None:
 
 
 def broken_rule(each: Field, value: Any) -> str | None:
-    """What the value of a field must be, if it is not."""
+    """What the value of a field must be, as a phrase; None if it is that."""
     rules, default = each.metadata, each.default
     if rules["choices"]:
         name = str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value

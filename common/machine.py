@@ -1,10 +1,11 @@
-"""This machine: its name, how fast it reads and multiplies, and how its clock is read.
+"""What is known of this machine: its processor's name, its devices and memory, and how fast it reads and multiplies.
 
-Machines drift, so every number is a median, and what is compared is measured in turn, in one process.
+A machine's speed drifts. So every measured number is a median, and functions to compare are called in turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -19,7 +20,7 @@ import torch
 
 
 def let_triton_interpret() -> None:
-    """Where there is no GPU, Triton interprets its kernels: it decides when it is imported, which torch may do too."""
+    """Let Triton interpret its kernels where there is no GPU. Call this before Triton is imported, as torch may do."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -40,9 +41,9 @@ def choose_device(name: str | None) -> str:
 
 
 def check_memory(config: Any, slot_bytes: int) -> None:
-    """Raise ValueError if blocks take more memory than this machine has, which would be noticed late.
+    """Raise ValueError if the blocks take more memory than this machine has: the system itself would notice it late.
 
-    config: an `EngineConfig` with a device. slot_bytes: those of one token's keys and values.
+    config: a resolved `EngineConfig` with a device. slot_bytes: the bytes of one token's keys and values.
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -59,17 +60,11 @@ def check_memory(config: Any, slot_bytes: int) -> None:
 
 def median_seconds(function: Callable[[], object], repeats: int) -> float:
     """The median over `repeats` calls, after one that warms up."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return interleaved_medians({"": function}, repeats)[""]
 
 
 def interleaved_medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each, measured in turn, so that a machine that drifts does so for all of them."""
+    """The median seconds of each function, by its name. They are called in turn, so drift affects all of them alike."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(repeats + 1):
         for way, function in ways.items():
@@ -81,7 +76,7 @@ def interleaved_medians(ways: dict[str, Callable[[], object]], repeats: int) -> 
 
 
 def seconds_without_core() -> float:
-    """How long this thread has been ready to compute and had no core. Only Linux tells; elsewhere it is 0."""
+    """Seconds that this thread has been ready to run while no core was free. Elsewhere than on Linux it is 0."""
     try:
         return int(Path("/proc/thread-self/schedstat").read_text(encoding="utf-8").split()[1]) / 1e9
     except (OSError, ValueError, IndexError):
@@ -90,24 +85,19 @@ def seconds_without_core() -> float:
 
 def cpu_name() -> str:
     """What the processor calls itself."""
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
 def circumstances(command: str) -> dict:
-    """What a reader needs in order to know what a number means."""
-    packages = ("torch", "numpy", "transformers")
+    """What a reader of a measurement has to know: the machine, the versions, the date and the command."""
     versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
+    for package in ("torch", "numpy", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "machine": {
             "cpu": cpu_name(),
@@ -122,9 +112,9 @@ def circumstances(command: str) -> dict:
 
 
 def read_bandwidth(megabytes: int, repeats: int, device: str = "cpu") -> float:
-    """GB/s at which float32 numbers are read by adding them up: nothing that reads its weights is faster.
+    """GB/s at which float32 numbers are read by adding them up. No engine can read its weights faster.
 
-    They must take much more room than the caches, or the caches are what is measured.
+    megabytes: their size, which must be much more than the caches hold, or the caches are what is measured.
     """
     numbers = torch.ones(megabytes * 2**20 // 4, device=device)
     # `item` waits for a GPU, which otherwise answers before it has begun.

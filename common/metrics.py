@@ -1,4 +1,4 @@
-"""What an engine measures: of each request, and in all. Times are in seconds of `time.perf_counter`."""
+"""What an engine measures of each request and in total. Times are in seconds of `time.perf_counter`."""
 
 from __future__ import annotations
 

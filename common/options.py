@@ -1,18 +1,17 @@
-"""What the commands share: how one is called, and the options that several of them take, each described once.
+"""Calls a command, and describes the options that several commands take.
 
-A command is a click command. Most options may also be given as one of make's variables: `make run TP=2` is
+Every command is a click command. Most options may also be given as one of make's variables: `make run TP=2` is
 `python -m common run --tensor-parallel 2`. The options of an engine are made from the fields of `EngineConfig`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import click
@@ -20,17 +19,17 @@ from click.core import ParameterSource
 
 from common.checkpoints import CheckpointError
 from common.commands import Command, target
-from common.config import EngineConfig, broken_rule
+from common.config import ENGINE_FIELDS, broken_rule
 from common.course import CourseError
 
 ENVIRONMENT = ("TORCH", "KERNELS", "COURSE_CACHE", "COURSE_PYTHON", "COURSE_REAL_MODEL", "OMP_NUM_THREADS", "COLUMNS")
-"""Variables that no command's options name, but that the course obeys everywhere."""
+"""Environment variables that are allowed with every command, though no option names them."""
 
 # --- Calling a command ------------------------------------------------------------------------------------------------
 
 
 def call(command: Command, arguments: list[str]) -> int:
-    """Run a command; returns its exit status. What the reader can mend is said in a sentence, with exit status 2."""
+    """Run a command and return its exit status. An error that the user can mend is one sentence, and status 2."""
     try:
         function = find(command)
         check_variables(command, function, os.environ.pop("COURSE_VARIABLES", "").split())
@@ -49,13 +48,12 @@ def call(command: Command, arguments: list[str]) -> int:
 
 
 def find(command: Command) -> click.Command:
-    """Return the click command of an entry of the table."""
-    module, _, name = command.function.partition(":")
-    return getattr(import_module(f"common.{module}"), name)
+    """The click command that an entry of the table of commands names."""
+    return resolve_name(f"common.{command.function}")
 
 
 def check_variables(command: Command, function: click.Command, given: list[str]) -> None:
-    """Refuse a variable on make's command line that the command does not take: it may be misspelt."""
+    """Raise CourseError for a variable on make's command line that the command does not take: it may be misspelt."""
     known = [each.envvar for each in function.params if each.envvar]
     for name in given:
         if name not in known and name not in ENVIRONMENT:
@@ -66,7 +64,7 @@ def check_variables(command: Command, function: click.Command, given: list[str])
 
 
 def sentence(command: Command, error: click.ClickException) -> str:
-    """What is wrong with a command line, beginning with the variable or the option."""
+    """What is wrong with a command line, in a sentence that begins with the variable or the option."""
     if isinstance(error, click.MissingParameter):
         needed = error.param.envvar or name_of(error.param, error.ctx)
         return f"{command.name} needs {needed}: {error.param.help}."
@@ -76,7 +74,7 @@ def sentence(command: Command, error: click.ClickException) -> str:
 
 
 def name_of(parameter: click.Parameter, context: click.Context | None) -> str:
-    """A parameter as it was given: by its variable, by its option, or its place's name."""
+    """The name under which a parameter was given: its variable, its option, or a positional argument's metavar."""
     if context and context.get_parameter_source(parameter.name) is ParameterSource.ENVIRONMENT:
         return parameter.envvar
     return parameter.opts[0] if isinstance(parameter, click.Option) else parameter.make_metavar(context)
@@ -86,9 +84,9 @@ def name_of(parameter: click.Parameter, context: click.Context | None) -> str:
 
 
 class Value(click.ParamType):
-    """A value that must keep a rule.
+    """The type of an option whose value must follow a rule.
 
-    kind: makes it from text. rule: takes the value, and returns what it must be if it is not, else None.
+    kind: makes the value from text. rule: takes the value; returns what it must be, or None if it is that.
     """
 
     def __init__(self, kind: Callable[[str], Any], rule: Callable[[Any], str | None], name: str):
@@ -133,15 +131,12 @@ folder = click.Path(path_type=Path, file_okay=False)
 
 lesson_number = click.argument("lesson_number", metavar="N", type=int)
 exercise_id = click.argument("exercise_id", metavar="N.M")
-threads = option("--threads", "THREADS", type=number(), help="CPU threads; default: torch's choice")
+threads = option("--threads", "THREADS", type=click.IntRange(1, 1024), help="CPU threads; default: torch's choice")
 jobs = option("--jobs", "JOBS", type=number(), default=os.cpu_count() or 1, help="processes")
 
 
-ENGINE_FIELDS = {field.name: field for field in dataclasses.fields(EngineConfig) if field.init}
-
-
 def engine_option(name: str, flag: str = "", **settings: Any) -> Callable:
-    """The option for a field of `EngineConfig`. settings: what differs from the field's own."""
+    """The option for a field of `EngineConfig`. settings: click's, where they differ from what the field says."""
     field = ENGINE_FIELDS[name]
     flag, rules = flag or "--" + name.replace("_", "-"), field.metadata
     settings = {"default": field.default, "help": rules["help"], **settings}
@@ -160,7 +155,7 @@ def engine_option(name: str, flag: str = "", **settings: Any) -> Callable:
 
 
 def engine_options(function: Callable) -> Callable:
-    """Every option of an engine, for a command that takes them as `**options`, which `EngineConfig` takes too."""
+    """Decorate a command with every option of an engine. It gets them as `**options`, which `EngineConfig` accepts."""
     for name in reversed(ENGINE_FIELDS):
         function = engine_option(name)(function)
     return function

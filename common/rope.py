@@ -8,7 +8,7 @@ A rule changes the frequencies, (D / 2,), and some also multiply cosines and sin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def yarn(frequencies: Tensor, scaling: Mapping, theta: float, length: int) -> Te
     head_dim = 2 * len(frequencies)
 
     def pair(turns: float) -> float:
-        """The pair, a fraction included, that makes so many turns in the original context."""
+        """The number of the pair, not rounded, that makes this number of turns in the original context."""
         wavelength = scaling["original_max_position_embeddings"] / turns
         return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
 
@@ -63,12 +63,8 @@ def longrope(frequencies: Tensor, scaling: Mapping, theta: float, length: int) -
     return frequencies / torch.tensor(scaling[f"{kind}_factor"])
 
 
-RULES: dict[str, Callable[[Tensor, Mapping, float, int], Tensor]] = {
-    "linear": linear,
-    "dynamic": dynamic,
-    "yarn": yarn,
-    "longrope": longrope,
-}
+RULES = {"linear": linear, "dynamic": dynamic, "yarn": yarn, "longrope": longrope}
+"""The functions by `rope_type`. length: the number of tokens of the whole text."""
 
 
 def depends_on_length(scaling: Mapping | None) -> bool:
@@ -77,7 +73,7 @@ def depends_on_length(scaling: Mapping | None) -> bool:
 
 
 def attention_factor(scaling: Mapping | None) -> float:
-    """Returns what cosines and sines are multiplied by, so that long texts do not blur the attention: often 1."""
+    """The factor of cosines and sines, often 1. A larger one keeps the attention sharp in a long text."""
     kind = (scaling or {}).get("rope_type")
     if kind not in ("yarn", "longrope"):
         return 1.0

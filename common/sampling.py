@@ -1,4 +1,4 @@
-"""What a request may ask of sampling, and when its output ends."""
+"""`SamplingParams`, the options of a request: how its tokens are chosen, and when its output ends. And its checks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ def stable_hash(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-GREEDY = 1e-5
-"""A lower temperature means 0: scores divided by it would leave the range of float32."""
+GREEDY = 1e-5  # a lower temperature means 0: scores divided by it would leave the range of float32
 MAX_SAMPLES = 1024
 MAX_LOGPROBS = 1024
-"""Each token's are sorted and kept, and each sample is a request: more of either would hold up all requests."""
+"""Each sample is a request, and log probabilities are sorted for each token: more would hold up all other requests."""
 MAX_ENTRIES = 10_000
-"""Of each list: `itertools.repeat` would fill the memory."""
+"""The most entries that a list may have: an endless iterator, such as `itertools.repeat`, would fill the memory."""
 NO_SEQUENCES = (bytes, bytearray, memoryview, Mapping, Set)
-"""Their members are whole numbers perhaps, and yet they are no list of token ids."""
+"""Types that are no list of token ids, although iterating over them may give whole numbers."""
 MAX_PROMPT = 2**22
-"""Token ids that are read of a prompt, more than any context has: a generator may have no end."""
+"""The most token ids that are read of a prompt, more than any context has: a generator may have no end."""
 MAX_STOP_CHARACTERS = 10_000
-"""The most characters that the stop strings of a request have together: every token is compared with all of them."""
+"""The most characters that a request's stop strings have together: every token is compared with all of them."""
 
 
 def check_params(params: Any) -> SamplingParams:
@@ -45,14 +44,14 @@ def check_params(params: Any) -> SamplingParams:
 
 
 def check_kind(kind: type, **values: Any) -> None:
-    """Raises ValueError for a value, given by its name, that is not of this kind, str or int. True is no number."""
+    """Raise ValueError for a keyword argument that is not of this kind, str or int. True and False are no numbers."""
     for name, value in values.items():
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} must be {'text' if kind is str else 'a whole number'}; it is {shown(value)}.")
 
 
 def list_prompts(prompts: Any) -> list:
-    """Returns prompts as a list; a single one, text or token ids, as a list of one."""
+    """Returns prompts as a list. A single prompt, text or token ids, becomes a list of one."""
     if isinstance(prompts, (str, *NO_SEQUENCES)):
         return [prompts]
     try:
@@ -63,7 +62,7 @@ def list_prompts(prompts: Any) -> list:
 
 
 def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
-    """Returns a prompt's token ids. Raises ValueError if it is neither text nor a list of whole numbers."""
+    """Returns the token ids of a prompt. Raises ValueError if it is neither text nor a list of whole numbers."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     try:
@@ -73,11 +72,6 @@ def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
         return [operator.index(token_id) for token_id in token_ids]
     except TypeError as error:
         raise ValueError(f"prompt must be text or a list of token ids, which are whole numbers: {error}.") from None
-
-
-def is_id(value: Any) -> bool:
-    """Whether a value can be a token's id: a whole number, and neither True nor False."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 def refuse(name: str, rule: str, value: object) -> None:
@@ -115,9 +109,7 @@ class SamplingParams:
     ignore_eos: bool = False  # continue after an end of sequence
     logprobs: int | None = None  # report at each step this many of the likeliest tokens, and the chosen one
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
-    repetition_penalty: float = (
-        1.0  # divides the positive scores of tokens in prompt or output, multiplies negative ones
-    )
+    repetition_penalty: float = 1.0  # divides positive scores of tokens in prompt or output, multiplies negative ones
     presence_penalty: float = 0.0  # subtracted once from the score of each token in the output
     frequency_penalty: float = 0.0  # subtracted once for each occurrence of the token in the output
     logits_processors: Sequence[Callable[[Sequence[int], Any], Any]] = ()
@@ -151,7 +143,7 @@ class SamplingParams:
         for name in ("stop_token_ids", "logits_processors"):
             if len(values[name]) > MAX_ENTRIES:
                 refuse(name, f"a list of at most {MAX_ENTRIES} entries", values[name])
-        if not all(map(is_id, values["stop_token_ids"])):
+        if not all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in values["stop_token_ids"]):
             refuse("stop_token_ids", "token ids", values["stop_token_ids"])
         if not isinstance(values["ignore_eos"], bool):
             refuse("ignore_eos", "True or False", values["ignore_eos"])
@@ -163,7 +155,7 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Logits processors travel by themselves: if they cannot, their own request fails, and not all of its step."""
+        """Pickle logits processors separately: if that fails, only their own request fails, and not the whole step."""
         try:
             sent = pickle.dumps(self.logits_processors)
         except Exception as error:
@@ -178,8 +170,10 @@ class SamplingParams:
         self.__dict__.update(state, logits_processors=processors)
 
     def process(self, output: Sequence[int], scores: Any) -> Any:
-        """Apply the logits processors. scores: (V,). Raises ValueError if what they return is not as many scores, of
-        which the highest is a number.
+        """Apply the logits processors. Returns the new scores.
+
+        output: the token ids so far. scores: (V,). Raises ValueError if a processor returns another type or shape, or
+        if the highest score is no finite number.
         """
 
         def described(scores: Any) -> str:
@@ -198,22 +192,22 @@ class SamplingParams:
         return scores
 
     def children(self) -> list[SamplingParams]:
-        """Return the n samples as requests of their own. The first keeps the seed, each other gets one made from it.
+        """Returns the parameters of the n samples, each a request with n=1.
 
-        Each has copies of the logits processors, since they may keep in memory where in the output they are.
+        The first keeps the seed; each other one gets a seed made from it. Each has copies of the logits processors,
+        which may remember how far the output is. Raises ValueError if those cannot be copied.
         """
-
-        def own(child: int) -> dict[str, Any]:
-            seed = self.seed if self.seed is None or not child else stable_hash(self.seed, child)
+        samples = []
+        for child in range(self.n):
             try:
                 processors = copy.deepcopy(self.logits_processors)
-            except Exception as error:  # a lock or an open file in one of them, or whatever its own copying raises
+            except Exception as error:  # there may be a lock or an open file in one of them
                 raise ValueError(
                     f"SamplingParams: logits_processors cannot be copied, and each sample needs its own: {error}."
                 ) from None
-            return {"n": 1, "seed": seed, "logits_processors": processors}
-
-        return [replace(self, **own(child)) for child in range(self.n)]
+            seed = self.seed if self.seed is None or not child else stable_hash(self.seed, child)
+            samples.append(replace(self, n=1, seed=seed, logits_processors=processors))
+        return samples
 
 
 def check_prompt(prompt_token_ids: Sequence[int], config: Any, params: SamplingParams) -> None:

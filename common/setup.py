@@ -1,11 +1,11 @@
-"""`make setup`: an environment of the course's own in .venv, made once, checked in a moment ever after.
+"""`make setup`: installs the course's packages into .venv, once, and checks quickly whether that is up to date.
 
 Every command that needs packages calls `ensure` first. At its very end an installation writes .venv/course.json. If
 that file fits pyproject.toml, there is nothing to do. If it is absent, because an installation was interrupted, pip
 runs again and keeps what is already installed.
 
-`COURSE_PYTHON=here` in the environment, or `--here` after the command, leaves .venv alone and uses the Python that
-runs this, for people who keep an environment of their own.
+`COURSE_PYTHON=here` in the environment, or `--here` after the command, does not touch .venv and uses the Python that
+runs this, for users with an environment of their own.
 
 Like `common/__main__.py`, this file must run on a bare Python.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -46,20 +45,20 @@ def stamp_file() -> Path:
 
 
 def inside() -> bool:
-    """Does this very process run on .venv's Python?"""
+    """Whether this process runs on .venv's Python."""
     return os.path.realpath(sys.prefix) == os.path.realpath(venv())
 
 
 def requirements() -> str:
-    """What decides whether an environment is up to date: what pyproject.toml says before the settings of the tools,
-    and where this folder lies, since the environment refers to it by its path.
+    """A hash of all that an environment depends on: pyproject.toml up to the settings of the tools, and the path of
+    this folder, to which the environment refers.
     """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\n[tool.pytest")[0]
     return hashlib.sha256(f"{ROOT}\n{text}".encode()).hexdigest()
 
 
 def read_stamp() -> dict:
-    """What has been installed; {} if that is not known."""
+    """The content of .venv/course.json, which says what is installed; {} if there is no usable one."""
     try:
         stamp = json.loads(stamp_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -69,7 +68,7 @@ def read_stamp() -> dict:
 
 
 def asked_build() -> str:
-    """The build of torch that TORCH asks for: "cpu", "cuda", or "" if it asks for none. Only Linux has two builds."""
+    """The build of torch that TORCH names: "cpu", "cuda", or "" for none. Only Linux has two builds."""
     choice = os.environ.get("TORCH", "")
     if choice not in ("", "cpu", "cuda"):
         raise SetupError(f"TORCH is {choice!r}; it must be cpu or cuda.")
@@ -77,7 +76,7 @@ def asked_build() -> str:
 
 
 def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU and its driver. In WSL only nvidia-smi tells."""
+    """Whether this machine has an NVIDIA GPU and its driver. In WSL only nvidia-smi knows it."""
     if Path("/proc/driver/nvidia/version").exists():
         return True
     try:
@@ -88,11 +87,12 @@ def has_gpu() -> bool:
 
 
 def default_build() -> str:
-    """What is installed if TORCH does not say: CUDA's packages take gigabytes, and without a GPU they do nothing."""
+    """The build that is installed without TORCH. CUDA's packages have gigabytes, and are useless without a GPU."""
     return "cpu" if sys.platform == "linux" and not has_gpu() else "cuda"
 
 
 def fits(stamp: dict, extra: str) -> bool:
+    """Whether what `read_stamp` returned is up to date and has this extra and the build of torch that TORCH names."""
     return (
         stamp.get("requirements") == requirements()
         and (not extra or extra in stamp["extras"])
@@ -111,7 +111,7 @@ SUPPORTED = f"{version_text(OLDEST)} to {version_text(NEWEST)}"
 
 
 def suitable_python() -> str:
-    """A Python that torch has a build for: this one, or another on the PATH."""
+    """The path of a Python that torch is built for: this one, or another on the PATH. Raises SetupError for none."""
     if OLDEST <= sys.version_info[:2] <= NEWEST:
         return getattr(sys, "_base_executable", None) or sys.executable
     for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
@@ -126,24 +126,20 @@ def suitable_python() -> str:
 
 
 def check_modules(python: str) -> None:
-    """Linux distributions split `venv` off from Python, and its own error message is long."""
-    if python == sys.executable or python == getattr(sys, "_base_executable", None):
-        missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
-    else:
-        command = [python, "-c", "import venv, ensurepip"]
-        missing = ["venv"] if subprocess.run(command, stderr=subprocess.DEVNULL).returncode else []
-    if missing:
-        raise SetupError(
-            f"This Python lacks its module {missing[0]}, which makes environments. On Debian and Ubuntu: "
-            f"sudo apt install python3-venv (or python{version_text(sys.version_info)}-venv)"
-        )
+    """Raise SetupError if a Python has no `venv`, which is a package of its own in some Linux distributions."""
+    for module in ("venv", "ensurepip"):
+        if subprocess.run([python, "-c", f"import {module}"], stderr=subprocess.DEVNULL).returncode:
+            raise SetupError(
+                f"This Python lacks its module {module}, which makes environments. On Debian and Ubuntu: "
+                f"sudo apt install python3-venv (or python{version_text(sys.version_info)}-venv)"
+            )
 
 
 # --- Installing -------------------------------------------------------------------------------------------------------
 
 
 def install(extra: str) -> None:
-    """Bring .venv to what pyproject.toml and `extra` ask for."""
+    """Install what pyproject.toml and `extra` name into .venv. Raises SetupError if that fails."""
     before = read_stamp()
     extras = sorted({*before.get("extras", []), extra} - {""})
     build = asked_build() or before.get("torch") or default_build()
@@ -175,7 +171,7 @@ def install(extra: str) -> None:
 
 
 def lighter_packages() -> list[str]:
-    """What the course itself needs, except torch; none of it needs torch."""
+    """The requirements of the course without torch. None of them needs torch."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     needed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     return [each for each in re.findall(r'^ +"([^"]+)"', needed, re.MULTILINE) if not each.startswith("torch")]
@@ -183,7 +179,7 @@ def lighter_packages() -> list[str]:
 
 @contextlib.contextmanager
 def beside(command: list[str]) -> Iterator[None]:
-    """Run an installer beside another one. Whether it succeeds does not matter: what it leaves out comes afterwards."""
+    """Run an installer at the same time as the block. It may fail: a later one installs what it has not."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=surroundings()
     )
@@ -200,10 +196,10 @@ def pip(*arguments: str) -> list[str]:
 
 
 def install_cpu_torch() -> None:
-    """torch without CUDA, on Linux, where the package index has only the build with it.
+    """Install torch without CUDA on Linux, where the package index has only the build with CUDA.
 
-    A wheel that pip is configured to find on this disk comes first, since it needs no network. Otherwise uv knows
-    where the CPU builds are. If neither helps, pip will get the index's build, which works on a CPU just as well.
+    pip may be configured to find a wheel on this disk, which needs no network. Otherwise uv knows where the CPU builds
+    are. If both fail, pip will install the index's build later, which works on a CPU as well.
     """
     pinned = re.search(r'"(torch==[^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
     try:
@@ -219,7 +215,7 @@ def install_cpu_torch() -> None:
 
 
 def run(command: list[str], failure: str) -> None:
-    """Run an installer. Its steps pass by on one line of a terminal; only if it fails are its last lines shown."""
+    """Run an installer. A terminal shows its output on one line. Raises SetupError, which quotes it, if it fails."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -240,7 +236,7 @@ def run(command: list[str], failure: str) -> None:
             print("\r\033[K", end="", flush=True)
         if process.poll() is None:
             try:
-                process.wait(timeout=10)  # after Ctrl-C it has had the signal as well
+                process.wait(timeout=10)  # Ctrl-C has reached it, too
             except subprocess.TimeoutExpired:
                 process.kill()
     if process.wait() != 0:
@@ -255,7 +251,7 @@ def surroundings() -> dict[str, str]:
 
 
 def explain(failure: str, lines: list[str]) -> str:
-    """Return what went wrong, the installer's last lines, and advice if the cause is a known one."""
+    """The text of an error: what failed, the installer's last lines, and advice if the cause is known."""
     text = "\n".join(lines)
     unreachable = re.search(
         r"resolve|connection|unreachable|timed out|proxy|\(from versions: none\)|dns error", text, re.IGNORECASE
@@ -266,14 +262,14 @@ def explain(failure: str, lines: list[str]) -> str:
     elif "No space left" in text:
         advice = "\nThe disk is full: the packages take about 1.5 GB, and several more with TORCH=cuda."
     said = [line.strip() for line in lines if line.strip()]
-    # pip ends with remarks about itself; its errors are what matters, if it names any.
+    # pip ends with remarks about itself; its errors are shown instead, if there are any.
     errors = [line for line in said if re.match(r"(ERROR|error): (?!subprocess-exited|Exception:)", line)]
     quoted = "\n".join(f"    {line}" for line in (errors or said)[-6:])
     return f"{failure}:\n{quoted}{advice}"
 
 
 def runs(python: Path) -> bool:
-    """Is there a working Python, with pip, in .venv? It breaks when the system's is upgraded under it."""
+    """Whether a virtual environment's Python works and has pip. An upgrade of the system's Python can break it."""
     if not python.exists():
         return False
     fits = f"{OLDEST} <= sys.version_info[:2] <= {NEWEST}"
@@ -295,9 +291,10 @@ def say(text: str) -> None:
 
 
 def ensure(extra: str, argv: list[str]) -> None:
-    """Make sure that what the command needs is there, and that it is .venv's Python which goes on.
+    """Install what a command needs, and continue in .venv's Python.
 
-    Returns in the right Python; otherwise starts it with `python -m common *argv` and does not return.
+    extra: the extra of pyproject.toml, or "". Returns if this is the right Python. Otherwise it starts that one with
+    `python -m common *argv` and does not return. Raises SetupError.
     """
     if os.environ.get("COURSE_PYTHON") == "here":
         if not OLDEST <= sys.version_info[:2] <= NEWEST:
@@ -305,7 +302,7 @@ def ensure(extra: str, argv: list[str]) -> None:
             say(f"Note: this is Python {version_text(sys.version_info)}; the course is tested on {SUPPORTED}.")
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return  # one of several processes that torchrun has started: where it is, all is, and they must not all install
+        return  # torchrun has started several processes, in the right Python, and they must not all install
     stamp = read_stamp()
     if not fits(stamp, extra) or (inside() and stamp.get("python") != version_text(sys.version_info)):
         install(extra)
@@ -316,13 +313,13 @@ def ensure(extra: str, argv: list[str]) -> None:
 
 
 def enter(argv: list[str]) -> None:
-    """Go on in .venv's Python; never returns."""
+    """Start `python -m common *argv` with .venv's Python in place of this process. Never returns."""
     if os.environ.pop("COURSE_ENTERED", ""):
         raise SetupError(f"{venv_python()} does not run from {venv()}. Remove that folder and run this again.")
     command = [str(venv_python()), "-m", "common", *argv]
     environment = {**os.environ, "COURSE_ENTERED": "1"}
     sys.stdout.flush()
-    if os.name == "nt":  # there, exec returns to the shell at once
+    if os.name == "nt":  # on Windows exec returns to the shell at once
         sys.exit(subprocess.run(command, env=environment).returncode)
     os.execve(command[0], command, environment)
 

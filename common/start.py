@@ -1,4 +1,4 @@
-"""From a command's options to an engine: the student's modules with MINE, the reference's otherwise."""
+"""Makes an engine from a command's options, of the student's modules where MINE names them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.course.modules import UnfinishedModule, listed
 from common.options import ENGINE_FIELDS
 
 LESSON_5 = ("model", "num_blocks", "max_num_batched_tokens", "scheduling_policy", "preemption")
-"""Options that an engine of lesson 5 has, too."""
+"""The options that lesson 5's `load_engine` takes."""
 
 
 class OptionError(CourseError):
@@ -23,10 +23,10 @@ class OptionError(CourseError):
 def start_engine(
     options: dict[str, Any], mine: str = "", threads: int | None = None, make: Callable[[dict], Any] | None = None
 ) -> Any:
-    """Load the engine that the options ask for. options: every field of EngineConfig. make: assembles it, if not
-    `make_engine`, from the options that differ from the default.
+    """Load the engine that the options ask for.
 
-    Raises OptionError for options that do not fit, and CheckpointError.
+    options: every field of EngineConfig. make: makes the engine from the options that differ from the default;
+    `make_engine` if None. Raises OptionError for options that do not fit, and CheckpointError.
     """
     activate(mine)  # before anything of `solutions` is imported: it decides which files that means
     if substitutes() and not os.environ.get("KERNELS"):
@@ -50,9 +50,9 @@ def start_engine(
 
 
 def make_engine(options: dict[str, Any]) -> Any:
-    """The assembled engine; lesson 5's, in a copy of the course in which lesson 8 is withheld and not finished yet.
+    """Returns lesson 8's engine, or lesson 5's where lesson 8 is withheld in this copy and not finished yet.
 
-    options: those that were given. Raises OptionError if one of them needs a later lesson that waits.
+    options: those that were given. Raises OptionError if one of them needs a lesson that is not finished.
     """
     try:
         from solutions.engine import InferenceEngine

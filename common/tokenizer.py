@@ -1,23 +1,23 @@
-"""Text to token ids and back: SentencePiece and byte-level BPE behind one face.
+"""Converts text to token ids and back, with one interface for SentencePiece and byte-level BPE.
 
-A model never sees text. A *tokenizer* cuts text into pieces of a fixed vocabulary and gives each piece a number,
-its token id. Llama and Qwen checkpoints bring one of two kinds of file, and both end at the same place, bytes:
+A model never sees text. A *tokenizer* splits text into pieces of a fixed vocabulary and gives each piece a number,
+its token id. Llama and Qwen checkpoints have one of two kinds of file. Both represent text as UTF-8 bytes in the end:
 
-`tokenizer.model` (Llama 1 and 2, Mistral, this course's `tales`): a SentencePiece model. A space is written as
-    U+2581, which looks like a low line, so that a piece can say 'a word starts here'. A space is also put in front
-    of the text, because the first word is a word too. A character that the vocabulary lacks falls back to the
-    tokens of its UTF-8 bytes, `<0xE2>` and so on; so nothing is unknown.
+`tokenizer.model` (Llama 1 and 2, Mistral, this course's `tales`): a SentencePiece model. A space is written as U+2581,
+    which looks like a low line, so that a piece can mark the start of a word. A space is also put in front of the
+    text, so that the first word is marked, too. A character that is not in the vocabulary becomes the tokens of its
+    UTF-8 bytes, `<0xE2>` and so on; so no text is unknown.
 
-`tokenizer.json` (Llama 3, Qwen, SmolLM2): the format of the `tokenizers` library, most often byte-level BPE. The
-    text's UTF-8 bytes are first written in an alphabet of 256 printable characters (a space becomes U+0120, a G
-    with a dot), then a regular expression splits them into words, then BPE merges within each word. Llama 2 has
-    such a file too, of the SentencePiece kind.
+`tokenizer.json` (Llama 3, Qwen, SmolLM2): the format of the `tokenizers` library, usually byte-level BPE. The text's
+    UTF-8 bytes are first written in an alphabet of 256 printable characters (a space becomes U+0120, a G with a dot),
+    then a regular expression splits them into words, then BPE merges within each word. Llama 2 has such a file too, of
+    the SentencePiece kind.
 
-Beside ordinary tokens there are *added* tokens, found in the text before anything else is done: `<|im_end|>` is one
-id, not the ten letters. Most are *special*: they steer the model and are no part of what it says, so `decode` leaves
-them out and `token_bytes` gives nothing for them.
+Beside ordinary tokens there are *added* tokens, which are searched for before the text is split: `<|im_end|>` is one
+id, not ten letters. Most are *special*: they control the model and are not part of its text, so `decode` omits them and
+their `token_bytes` are empty.
 
-This module knows no model and no tensors. The work is done by the libraries `sentencepiece` and `tokenizers`.
+The libraries `sentencepiece` and `tokenizers` do the work.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
 class Tokenizer:
-    """What every tokenizer can do, whichever file it came from. Make one with `load_tokenizer(folder)`.
+    """The interface of every tokenizer. `load_tokenizer(folder)` makes one.
 
-    vocab_size: every token id is below it. The model's embedding may have more rows: some are padded.
+    vocab_size: every token id is below it. The model's embedding may have more rows: some are padding.
     bos_token_id: the id that begins a sequence, or None.
     eos_token_ids: the ids that end an answer. Chat models often have two: end of turn and end of text.
     chat_template: the checkpoint's own Jinja template, which writes a conversation as one text, or None.
     """
 
     vocab_size: int
-    adds_space: bool  # whether `encode` puts a space in front of the text, which `decode` takes off
+    adds_space: bool  # whether `encode` puts a space in front of the text, which `decode` removes
+    side_files: SideFiles
+    added: Mapping[int, Any]  # added tokens by id; each has `content` and `special`
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,35 +72,43 @@ class Tokenizer:
         self.chat_templates = {} if template is None else {"default": template}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Added tokens written out in the text become their ids, as with transformers.
+        """Returns the token ids of `text`. Added tokens that are written in it become their ids, as with transformers.
 
-        `add_special_tokens` asks for what the checkpoint puts around a text: a BOS in front (Llama), or nothing
-        (Qwen, SmolLM2). A chat template writes its own, so encode its result with `add_special_tokens=False`.
+        add_special_tokens: whether to add what the checkpoint puts around a text: a BOS in front (Llama), or nothing
+        (Qwen, SmolLM2). A chat template writes its own, so encode its result with `add_special_tokens=False`. Raises
+        ValueError for a text with half a character.
         """
-        _refuse_surrogates(text)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text holds a lone surrogate, {text[error.start]!r}, at character {error.start}: it is half of a "
+                "character and has no UTF-8 bytes. Was a file read with errors='surrogateescape'? Clean it with "
+                "text.encode('utf-8', 'replace').decode('utf-8')."
+            ) from None
         return self._encode(text, add_special_tokens)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of these tokens; bytes that are not valid UTF-8, such as half a character, become U+FFFD.
+        """Returns the text of these tokens. Bytes that are not valid UTF-8, such as half a character, become U+FFFD.
 
-        It is made from `token_bytes`, as streamed text is, so both are the same. (The `tokenizers` library replaces a
-        whole run of byte tokens if one character in it is unfinished.) SentencePiece put a space in front of the text,
-        so one leading space is taken off again. That makes a single token's `decode` lose the space of its word: to
-        print tokens as they come, join their `token_bytes`.
+        The text is made from `token_bytes`, and so equals streamed text. (The `tokenizers` library replaces a whole run
+        of byte tokens if one character in it is incomplete.) One leading space is removed if SentencePiece put one in
+        front of the text. So the `decode` of a single token loses the space before its word: to print tokens one by
+        one, join their `token_bytes`.
         """
         pieces = []
         for token_id in token_ids:
-            added = None if skip_special_tokens else self._added_text(token_id)
-            pieces.append(self.token_bytes(token_id) if added is None else added.encode())
+            is_written = not skip_special_tokens and token_id in self.added
+            pieces.append(self.added[token_id].content.encode() if is_written else self.token_bytes(token_id))
         text = b"".join(pieces).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.adds_space else text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that this token adds to the text; b"" for special tokens and for ids that name no token.
+        """Returns the bytes that this token adds to the text; b"" for special tokens and for ids without a token.
 
-        Joined over tokens, and decoded as UTF-8, these are `decode`'s text (but for the leading space that
-        SentencePiece adds). One character may be spread over several tokens, so a single token's bytes need not be
-        valid UTF-8.
+        The joined bytes of all tokens, decoded as UTF-8, are the text that `decode` returns, except for the leading
+        space that SentencePiece adds. A character may be split over several tokens, so the bytes of a single token need
+        not be valid UTF-8.
         """
         raise NotImplementedError
 
@@ -112,13 +122,14 @@ class Tokenizer:
         chat_template: str | None = None,
         **values: Any,
     ) -> str:
-        """Write a conversation as the text that the model was trained on.
+        """Returns a conversation as the text that the model was trained on.
 
         messages: [{"role": "system" | "user" | "assistant" | "tool", "content": str}, ...]; content may have parts.
         add_generation_prompt: end with the opening of the assistant's turn, so that the model answers; the default,
-        unless `continue_final_message` is set. tools: what the model may call, as JSON objects. chat_template: the name
-        of one, if the checkpoint has several. The other values are those of `render_chat`: `documents`,
-        `continue_final_message`, and what else the template reads, such as `enable_thinking`.
+        unless `continue_final_message` is set. tools: the functions that the model may call, as JSON objects.
+        chat_template: the name of one, if the checkpoint has several. The other values are those of `render_chat`:
+        `documents`, `continue_final_message`, and variables of the template, such as `enable_thinking`. Raises
+        ChatTemplateError.
         """
         check_messages(messages)
         if not self.chat_templates:
@@ -130,7 +141,7 @@ class Tokenizer:
         own = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         return render_chat(template, messages, **{**self.side_files.special_tokens(), **values, **own})
 
-    # What the two kinds of file answer, each in its way.
+    # Defined by the subclasses, one for each kind of file.
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         raise NotImplementedError
@@ -138,10 +149,7 @@ class Tokenizer:
     def _token_id(self, token: str) -> int | None:
         raise NotImplementedError
 
-    def _added_text(self, token_id: int) -> str | None:
-        raise NotImplementedError
-
-    # What tokenizer_config.json, generation_config.json and config.json say about special tokens.
+    # Special tokens, from tokenizer_config.json, generation_config.json and config.json.
 
     def _named_id(self, token_name: str, id_name: str) -> int | None:
         text = self.side_files.special_tokens().get(token_name)
@@ -152,30 +160,26 @@ class Tokenizer:
         return next(iter(value), None) if isinstance(value, list) else value
 
     def _find_eos(self) -> frozenset[int]:
-        vocab_size = read_settings(self.folder / "config.json").get("vocab_size")
         for file in ("generation_config.json", "config.json"):
             ids = check(SpecialIds, read_settings(self.folder / file), self.folder / file).eos_token_id
             if ids is not None:
                 ids = ids if isinstance(ids, list) else [ids]
-                if isinstance(vocab_size, int) and max(ids, default=0) >= vocab_size:
-                    raise refusal(self.folder / file, "eos_token_id", ids, f"the vocabulary ends at {vocab_size - 1}")
+                if not self.side_files.has_row(max(ids, default=0)):
+                    problem = f"the vocabulary ends at {self.side_files.num_rows - 1}"
+                    raise refusal(self.folder / file, "eos_token_id", ids, problem)
                 return frozenset(ids)
         eos, named = self._named_id("eos_token", "eos_token_id"), self.side_files.special_tokens().get("eos_token")
         if eos is None and named is not None:
-            raise refusal(
-                self.folder / "tokenizer_config.json",
-                "eos_token",
-                named,
-                "the vocabulary has no such token, so that no text would end",
-            )
+            problem = "the vocabulary has no such token, so that no text would end"
+            raise refusal(self.folder / "tokenizer_config.json", "eos_token", named, problem)
         return frozenset() if eos is None else frozenset([eos])
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """`tokenizer.model`, through the `sentencepiece` library.
+    """A `tokenizer.model`, read by the `sentencepiece` library.
 
-    Plain text gives the library's own ids. What the library does not know is done here: added tokens in the text,
-    the BOS, and which tokens are special.
+    Plain text gets the library's own ids. This class adds what the library does not know: added tokens in the text, the
+    BOS, and which tokens are special.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -187,12 +191,12 @@ class SentencePieceTokenizer(Tokenizer):
         _check_size(path)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            # The same model without the space in front: for text that follows an added token.
+            # The same model without the space in front, for text that follows an added token.
             description = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
             self.adds_space = description.normalizer_spec.add_dummy_prefix
             description.normalizer_spec.add_dummy_prefix = False
             self.continuing = sentencepiece.SentencePieceProcessor(model_proto=description.SerializeToString())
-            pieces = self.model.id_to_piece(list(range(self.model.get_piece_size())))  # some may be no text
+            pieces = self.model.id_to_piece(list(range(self.model.get_piece_size())))  # some may not be valid text
         except (RuntimeError, OSError, ValueError, DecodeError) as error:
             raise CheckpointError(
                 f"{path}: not a SentencePiece model ({error}). Download it again; if this is Llama 3's "
@@ -222,7 +226,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.adds_space = self.adds_space and self.settings.add_prefix_space is not False
 
     def _add_special_tokens(self) -> None:
-        """Special tokens that have no id yet are a piece, or get the next id where the embedding has a row for it."""
+        """Give ids to special tokens without one: a piece's id, or the next one if the embedding has a row for it."""
         known = {token.content for token in self.added.values()}
         self.vocab_size = max(self.model.get_piece_size(), *(token_id + 1 for token_id in self.added))
         for token in self.side_files.without_id():
@@ -240,7 +244,7 @@ class SentencePieceTokenizer(Tokenizer):
         # re.split with one group gives text, added token, text, added token, ..., text.
         for position, part in enumerate(self.splitter.split(text) if self.splitter else [text]):
             if position % 2 == 1:
-                # The match may hold white space that the token swallows (`lstrip`, `rstrip`).
+                # The match may include white space (`lstrip`, `rstrip`).
                 token_ids.append(self.added_ids[part if part in self.added_ids else part.strip()])
             elif part:
                 # 'Legacy' tokenizers put a space in front of every stretch of text, newer ones only at the start.
@@ -264,14 +268,11 @@ class SentencePieceTokenizer(Tokenizer):
         token_id = self.model.piece_to_id(token)
         return token_id if self.model.id_to_piece(token_id) == token else None
 
-    def _added_text(self, token_id: int) -> str | None:
-        return self.added[token_id].content if token_id in self.added else None
-
 
 class JsonTokenizer(Tokenizer):
-    """`tokenizer.json`, through the `tokenizers` library: byte-level BPE, or the SentencePiece kind of Llama 2.
+    """A `tokenizer.json`, read by the `tokenizers` library: byte-level BPE, or the SentencePiece kind of Llama 2.
 
-    The file says everything about encoding, the BOS included, so the library's ids are taken as they are.
+    The file describes all of the encoding, including the BOS, so the library's ids are used unchanged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -281,7 +282,7 @@ class JsonTokenizer(Tokenizer):
             self.model = _read_tokenizer(path)
         else:
             self.model, path = vocabulary_from_merges(folder, self.side_files), folder / "vocab.json"
-        # Some files still carry their training's settings, which would cut or lengthen every text.
+        # Some files still have the settings of their training, which would truncate or pad every text.
         self.model.no_truncation()
         self.model.no_padding()
         decoder = repr(self.model.decoder)
@@ -311,20 +312,20 @@ class JsonTokenizer(Tokenizer):
         if piece is None:
             return b""
         if not self.byte_level:
-            return _piece_bytes(piece)  # of an added token that is looked for in normalized text, too
+            return _piece_bytes(piece)  # also for an added token, whose text may be normalized
         if not all(character in BYTE_OF_CHARACTER for character in piece):
-            return piece.encode()  # not written in the alphabet, so it stands for itself
+            return piece.encode()  # it is not written in the byte alphabet
         return bytes(BYTE_OF_CHARACTER[character] for character in piece)
 
     def _token_id(self, token: str) -> int | None:
         return self.model.token_to_id(token)
 
-    def _added_text(self, token_id: int) -> str | None:
-        return self.added[token_id].content if token_id in self.added else None
-
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder. Where both kinds of file are there, tokenizer.json counts."""
+    """Returns the tokenizer of a checkpoint folder, made from tokenizer.json if there are several kinds of file.
+
+    Raises CheckpointError, naming the file, if there is none, or if it is damaged.
+    """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder)
@@ -334,8 +335,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return JsonTokenizer(folder)
     raise CheckpointError(
         f"{folder} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt, so no text can "
-        "be read. Copy the one that "
-        "belongs to this checkpoint into it."
+        "be read. Copy the one that belongs to this checkpoint into it."
     )
 
 
@@ -343,10 +343,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: one printable character for each of the 256 bytes, so that BPE can work on text.
+    """GPT-2's alphabet: a printable character for each of the 256 bytes, so that BPE can work on text.
 
-    A byte that is a printable Latin-1 character stands for itself; the others (control characters, the space, 0xAD)
-    are given the characters from U+0100 up, in order. So a space, 0x20, is the 33rd of those: U+0120.
+    A printable Latin-1 character stands for its own byte. The other bytes (control characters, the space, 0xAD) get the
+    characters from U+0100 on, in order. So the space, 0x20, which is the 33rd of them, is U+0120.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
@@ -358,20 +358,9 @@ BYTE_OF_CHARACTER = _byte_alphabet()
 
 
 def _piece_bytes(piece: str) -> bytes:
-    """The bytes of a SentencePiece piece: `<0xE2>` is one byte, U+2581 is a space, all else stands for itself."""
+    """The bytes of a SentencePiece piece: `<0xE2>` is one byte, and U+2581 a space."""
     byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
-
-
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text holds a lone surrogate, {text[error.start]!r}, at character {error.start}: it is half of a "
-            "character and has no UTF-8 bytes. Was a file read with errors='surrogateescape'? Clean it with "
-            "text.encode('utf-8', 'replace').decode('utf-8')."
-        ) from None
 
 
 # Reading
@@ -383,24 +372,24 @@ def _check_size(path: Path) -> None:
 
 
 def _read_tokenizer(path: Path):
-    """A tokenizer.json, read by the library. It says only that something is wrong, so we look for what it is."""
+    """Read a tokenizer.json with the library. If that fails, `check` finds the reason: the library gives none."""
     import tokenizers
 
     _check_size(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        tokenizer.encode("a")  # some of what is wrong shows only here
+        tokenizer.encode("a")  # some mistakes are noticed only here
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises plain Exception, and what is none where it panics
+    except BaseException as error:  # the library raises plain Exception, or, when it panics, a BaseException
         check(TokenizerFile, read_json(path), path)
         problem = f"not a tokenizer that `tokenizers` can read ({error!s:.200})"
         raise CheckpointError(f"{path}: {problem}.") from error
 
 
 def _add_tokens(model, side: SideFiles, path: Path) -> None:
-    """Add to a `tokenizers.Tokenizer` what only the files beside it name: in the order of ids, then those without."""
+    """Add to a `tokenizers.Tokenizer` the tokens of the files beside it: in the order of ids, then those without."""
     import tokenizers
 
     def add(token: AddedToken) -> None:
@@ -430,7 +419,7 @@ def _add_tokens(model, side: SideFiles, path: Path) -> None:
 
 
 def _splitter(tokens) -> re.Pattern | None:
-    """A pattern that finds added tokens, the longest first, with the white space that they swallow."""
+    """A pattern that finds added tokens, the longest first, and the white space that belongs to them."""
     patterns = [
         (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
         for token in sorted(tokens, key=lambda token: -len(token.content))

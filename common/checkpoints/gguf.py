@@ -1,17 +1,18 @@
-"""A GGUF file, llama.cpp's format, -> a checkpoint folder in Hugging Face layout.
+"""Converts a GGUF file, llama.cpp's format, to a checkpoint folder in Hugging Face's layout.
 
 GGUF keeps everything in one file: the shape of the model and the vocabulary as key-value pairs, then the tensors,
-most often quantized. Four things differ from a Hugging Face folder, and are undone here:
+which are quantized in most files. Four things differ from a Hugging Face folder and are converted:
 
 names         `blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`.
 order         llama.cpp rotates neighbouring pairs (0, 1), (2, 3)...; Hugging Face pairs each dimension with the one
-              half a head further. Files of the llama family have the rows of q and k permuted to suit; Qwen's not.
-numbers       A quantized weight is scale * q + min for a small integer q. We compute that and keep float32: rounded
-              to 16 bits it would be another number, and lesson 7 looks at the grid on which these weights lie. What
-              is stored as float16 or bfloat16 stays so.
+              half a head further. Files of the llama family have the rows of q and k permuted accordingly; Qwen's do
+              not.
+numbers       A quantized weight is scale * q + min for a small integer q. It is written in float32: rounded to 16
+              bits it would be another number, and lesson 7 looks at the grid on which these weights lie. What is
+              stored in float16 or bfloat16 keeps its dtype.
 vocabulary    Rebuilt as tokenizer.json (byte-level BPE) or tokenizer.model (SentencePiece).
 
-A quantized model stays what quantization made of it: converting does not bring the original weights back.
+Converting a quantized model does not restore the original weights.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from common.checkpoints.gguf_vocabulary import Vocabulary, read_vocabulary, writ
 from common.checkpoints.schema import check_config
 
 VERSION = 2  # part of the cached folders' names: raise it when what is written changes
-SHARD_BYTES = 2 << 30  # a file's tensors stand in memory together while it is written
+SHARD_BYTES = 2 << 30  # of a written file; its tensors are all in memory while it is written
 
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}  # architecture: model_type
 
-# gguf.get_tensor_name_map goes the other way: a dozen names of Hugging Face models lead to one of GGUF's.
+# gguf.get_tensor_name_map maps in the other direction: a dozen names of Hugging Face models to one of GGUF's.
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -53,7 +54,10 @@ OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", 
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the model in `path` to `folder`: safetensors, config.json, generation_config.json and the tokenizer."""
+    """Write the model in `path` to `folder`: safetensors, config.json, generation_config.json and the tokenizer.
+
+    Raises CheckpointError for a file that is damaged or that the course cannot run, OSError if writing fails.
+    """
     source = _Source(path)
     vocabulary = read_vocabulary(source.get, path)
     config = _config(source, vocabulary)
@@ -63,7 +67,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 
 class _Source:
-    """A GGUF file, opened: `get` reads its key-value pairs, `tensors` maps names to what the library mapped."""
+    """An open GGUF file. `get` reads its key-value pairs; `tensors` are the library's, by name, mapped and not read."""
 
     def __init__(self, path: Path) -> None:
         import gguf
@@ -99,7 +103,7 @@ class _Source:
         return self.get(f"{self.architecture}.{key}", default)
 
     def uniform(self, key: str, default=REQUIRED):
-        """A value of the model, which may be written once for each layer if it is the same in all of them."""
+        """A value of the model. The file may have a list with one value for each layer; they must be the same."""
         value = self.of_model(key, default)
         if isinstance(value, list) and value:
             if value.count(value[0]) != len(value) or len(value) != self.of_model("block_count"):
@@ -131,7 +135,7 @@ EXPERT_KEYS = {
 
 
 def _config(source: _Source, vocabulary: Vocabulary) -> dict:
-    """What config.json says, from GGUF's keys. Values and their limits are those of a config.json."""
+    """Returns the content of config.json, made from GGUF's keys and checked as any config.json is."""
     path, tensors, of_model = source.path, source.tensors, source.of_model
     family, keys = FAMILIES[source.architecture], KEYS
     if family == "qwen3_moe":
@@ -162,7 +166,7 @@ def _config(source: _Source, vocabulary: Vocabulary) -> dict:
     config["eos_token_id"] = eos if len(eos) > 1 else eos[0] if eos else None
     config["pad_token_id"] = vocabulary.padding_token_id
     names = {key: f"{source.architecture}.{name}" for key, name in {**keys, "is_causal": "attention.causal"}.items()}
-    # GGUF files say what other families leave open: no value is a family's default.
+    # An absent key has the same meaning in every family here, unlike in a config.json.
     heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = heads
@@ -181,14 +185,14 @@ def _config(source: _Source, vocabulary: Vocabulary) -> dict:
 
 
 def _as_written(value: float) -> float:
-    """1e-05 was rounded to float32 on its way; the shortest decimal with the same float32 is what was meant."""
+    """The shortest decimal with the same float32: GGUF rounded 1e-05 to float32, and 1e-05 is what was meant."""
     import numpy
 
     return float(str(numpy.float32(value)))
 
 
 def _rope_scaling(source: _Source, head_dim: int, context: int) -> dict | None:
-    """How the rotary frequencies were stretched for long texts.
+    """Returns config.json's `rope_scaling`, the rule by which rotary frequencies are scaled for long texts.
 
     For Llama 3, GGUF stores the result, a divisor for each frequency (`rope_freqs.weight`), and not the rule. The
     factor is the largest divisor; the rule's other three numbers are those of all Llama 3 releases. If they do not
@@ -266,7 +270,7 @@ def _dtype(tensor):
 
 
 def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
-    """One file, or several of at most SHARD_BYTES with an index; only one file's tensors are in memory at a time."""
+    """Write one file, or several of at most SHARD_BYTES and an index. Only one file's tensors are in memory at once."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -274,12 +278,11 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
     sizes = {name: int(source.tensors[name].n_elements) * _dtype(source.tensors[name]).itemsize for name in names}
     shards: list[list[str]] = [[]]
     for name in names:
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES:
+        if shards[-1] and sum(sizes[other] for other in [*shards[-1], name]) > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
     files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
+    files = files if len(shards) > 1 else ["model.safetensors"]
     weight_map: dict[str, str] = {}
     with progress(f"Converting {source.path.name}", sum(sizes.values())) as advance:
         for file, shard in zip(files, shards):
@@ -290,7 +293,7 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
             weight_map |= dict.fromkeys(tensors, file)
             try:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk, above all
+            except SafetensorError as error:  # most likely a full disk
                 raise OSError(error) from error
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -298,7 +301,7 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
 
 
 def _by_expert(source: _Source, name: str, new_name: str, tensor, config: dict) -> dict:
-    """The tensor by its new name; one that holds all experts' matrices gives as many tensors as there are experts."""
+    """The tensor by its new name; a tensor with the matrices of all experts becomes one tensor for each expert."""
     if "{}" not in new_name:
         return {new_name: tensor}
     if tensor.ndim != 3 or len(tensor) != config["num_experts"]:
@@ -310,7 +313,7 @@ def _by_expert(source: _Source, name: str, new_name: str, tensor, config: dict) 
 
 
 def _tensor(source: _Source, name: str, config: dict):
-    """The tensor's numbers, dequantized, its rows in Hugging Face's order."""
+    """The tensor, dequantized, with its rows in Hugging Face's order."""
     import gguf
     import numpy
     import torch

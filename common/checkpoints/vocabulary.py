@@ -1,8 +1,8 @@
-"""What the files beside a tokenizer say: added and special tokens, and how a text begins and ends.
+"""Reads the files beside a tokenizer: added and special tokens, and what is put before and after a text.
 
-tokenizer_config.json says it in newer checkpoints, special_tokens_map.json and added_tokens.json in older ones. Where
-they repeat each other, tokenizer_config.json counts, as with transformers. Checkpoints from before tokenizer.json have
-their vocabulary in vocab.json and merges.txt; `vocabulary_from_merges` reads those.
+They are in tokenizer_config.json or, in older checkpoints, in special_tokens_map.json and added_tokens.json. Where the
+files differ, tokenizer_config.json is used, as in transformers. Checkpoints from before tokenizer.json have their
+vocabulary in vocab.json and merges.txt; `vocabulary_from_merges` reads those.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 
 from common.checkpoints.folder import CheckpointError, read_json
@@ -25,15 +26,15 @@ class AddedToken(Struct, frozen=True, kw_only=True):
     """A token that is found in a text before anything else is done."""
 
     content: Text
-    special: bool = False  # no part of what the model says
-    lstrip: bool = False  # swallows the white space on its left, on its right
-    rstrip: bool = False
+    special: bool = False  # not part of the decoded text
+    lstrip: bool = False  # includes the white space on its left
+    rstrip: bool = False  # includes the white space on its right
     single_word: bool = False
-    normalized: bool | None = None  # looked for in the normalized text; None: unless it is special
+    normalized: bool | None = None  # searched for in the normalized text; None: yes, unless it is special
 
 
 class TokenizerSettings(Struct, frozen=True):
-    """What is read of a tokenizer_config.json, besides special tokens: those are the keys that end with `_token`."""
+    """The keys of a tokenizer_config.json that are read, besides special tokens: the keys that end with `_token`."""
 
     tokenizer_class: str | None = None
     add_bos_token: bool | None = None
@@ -68,71 +69,73 @@ class TokenizerFile(Struct):
 
 @dataclass
 class SideFiles:
-    """added: by id. special: by the name of its role, such as "eos_token". extra: special tokens without a role."""
+    """The content of the files beside a tokenizer.
+
+    added: by id. special: by the name of its role, such as "eos_token". extra: special tokens without a role. num_rows:
+    of the embedding, which is config.json's vocab_size.
+    """
 
     settings: TokenizerSettings
     added: dict[int, AddedToken]
     special: dict[str, AddedToken]
     extra: list[AddedToken]
     num_rows: Any = None
-    """What config.json says of the embedding: its vocab_size."""
 
     def without_id(self) -> list[AddedToken]:
-        """The tokens of which the files beside the tokenizer may say no id."""
+        """The tokens for which these files may have no id."""
         return [*self.special.values(), *self.extra]
 
     def has_row(self, token_id: int) -> bool:
-        """Whether the embedding has a row for another token, or may have one: a folder may have no config.json."""
+        """Whether the embedding has a row for this id. Yes if that is unknown: a folder may have no config.json."""
         return not isinstance(self.num_rows, int) or token_id < self.num_rows
 
     def special_tokens(self) -> dict[str, str]:
-        """The special tokens as chat templates know them: role -> text."""
+        """The texts of the special tokens by role, as chat templates get them."""
         return {name: token.content for name, token in self.special.items()}
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """A JSON file of the folder, or nothing where it has none."""
+    """The content of a JSON file; {} if there is no such file."""
     return read_json(file) if file.is_file() else {}
 
 
 def read_side_files(folder: Path) -> SideFiles:
-    """Read them all. Raises CheckpointError, naming file and key, for what is none of the kind that it should be."""
+    """Read the files beside a tokenizer. Raises CheckpointError, naming file and key, for a value of a wrong kind."""
     file, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     written, mapped = read_settings(file), read_settings(older)
     settings = check(TokenizerSettings, written, file)
     special: dict[str, AddedToken] = {}
     extra: list[AddedToken] = []
     for source, values in ((older, mapped), (file, written)):
-        extras = {}
+        by_role = {key: value for key, value in values.items() if key.endswith("_token")}
+        without_role = {}
         for key in ("additional_special_tokens", "extra_special_tokens"):
             several = values.get(key) or ()
             if not isinstance(several, (dict, list, tuple)):
                 raise refusal(source, key, several, "a list of tokens was expected")
-            extras |= several if isinstance(several, Mapping) else {(key, i): each for i, each in enumerate(several)}
-        roles = {key: value for key, value in values.items() if key.endswith("_token")}
-        for key, value in {**roles, **extras}.items():
-            if isinstance(value, bool) or value is None or value == "":  # add_bos_token is no token
-                continue
-            name = key if isinstance(key, str) else f"{key[0]}[{key[1]}]"
-            token = _token({"special": True, **_described(value, source, name)}, source, name)
-            if isinstance(key, str):
-                special[key] = token
+            if isinstance(several, dict):
+                by_role |= several
             else:
-                extra.append(token)
+                without_role |= {f"{key}[{i}]": value for i, value in enumerate(several)}
+        special |= _special_tokens(by_role, source)
+        extra += _special_tokens(without_role, source).values()
     names = {token.content for token in (*special.values(), *extra)}
     num_rows = read_settings(folder / "config.json").get("vocab_size")
     return SideFiles(settings, _added_tokens(folder, settings, names), special, extra, num_rows)
 
 
-def _described(value: object, file: Path, key: str) -> dict[str, Any]:
-    """A token as an object: some files write only its text."""
+def _special_tokens(values: Mapping[str, Any], file: Path) -> dict[str, AddedToken]:
+    """The special tokens by key, without those that are not set and without settings such as `add_bos_token`."""
+    given = {key: value for key, value in values.items() if value not in (None, "") and not isinstance(value, bool)}
+    return {key: _token(value, file, key, special=True) for key, value in given.items()}
+
+
+def _token(value: object, file: Path, key: str, special: bool = False) -> AddedToken:
+    """A token that a file has as its text or as an object. special: what it is if the object does not say it."""
     if not isinstance(value, (str, Mapping)):
         raise refusal(file, key, value, 'a token is text, or an object with a "content"')
-    return {"content": value} if isinstance(value, str) else dict(value)
-
-
-def _token(value: Mapping, file: Path, key: str) -> AddedToken:
-    return check(AddedToken, value, f"{file}: {key}")
+    fields = {"content": value} if isinstance(value, str) else value
+    return check(AddedToken, {"special": special, **fields}, f"{file}: {key}")
 
 
 def _read_ids(file: Path) -> dict[str, int]:
@@ -148,13 +151,13 @@ def _added_tokens(folder: Path, settings: TokenizerSettings, special: set[str]) 
     file, older = folder / "tokenizer_config.json", folder / "added_tokens.json"
     added: dict[int, AddedToken] = {}
     for content, token_id in (_read_ids(older) if older.is_file() else {}).items():
-        added[token_id] = _token({"content": content, "special": content in special}, older, str(token_id))
+        added[token_id] = _token(content, older, str(token_id), content in special)
     for key, value in (settings.added_tokens_decoder or {}).items():
         name = f"added_tokens_decoder.{key}"
         if not (key.isascii() and key.isdigit() and len(key) < 9 and int(key) < LARGEST_ID):
             raise refusal(file, name, value, "the keys of added_tokens_decoder are token ids")
-        token = _token(_described(value, file, name), file, name)
-        added[int(key)] = AddedToken(**{**_fields(token), "special": token.special or token.content in special})
+        token = _token(value, file, name)
+        added[int(key)] = msgspec.structs.replace(token, special=token.special or token.content in special)
     ids: dict[str, int] = {}
     for token_id, token in sorted(added.items()):
         if ids.setdefault(token.content, token_id) != token_id:
@@ -162,10 +165,6 @@ def _added_tokens(folder: Path, settings: TokenizerSettings, special: set[str]) 
                 f"{folder}: the added token {token.content!r:.80} has two ids, {ids[token.content]} and {token_id}."
             )
     return added
-
-
-def _fields(token: AddedToken) -> dict[str, Any]:
-    return {name: getattr(token, name) for name in token.__struct_fields__}
 
 
 # --- vocab.json and merges.txt ----------------------------------------------------------------------------------------
@@ -178,13 +177,13 @@ RULES = {
     "GPT2Tokenizer": "gpt-2",
     "GPT2TokenizerFast": "gpt-2",
 }
-"""How the tokenizers that have such files split a text into words, by their names in transformers."""
+"""The splitting rules of tokenizers with such files, by their names in transformers."""
 CLASSES = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
-"""Families that have always the same one, whatever their tokenizer_config.json says."""
+"""The tokenizer of families that always have the same one, whatever their tokenizer_config.json says."""
 
 
 def vocabulary_from_merges(folder: Path, side: SideFiles):
-    """A `tokenizers.Tokenizer` from vocab.json and merges.txt, and the tokens that end a text by default."""
+    """Returns a `tokenizers.Tokenizer` made from vocab.json and merges.txt; adds default special tokens to `side`."""
     file, config = folder / "vocab.json", read_settings(folder / "config.json")
     name = CLASSES.get(str(config.get("model_type"))) or side.settings.tokenizer_class
     if name not in RULES:

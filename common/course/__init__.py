@@ -1,6 +1,6 @@
-"""The lessons: which there are, where their files are, and which file `solutions.<slug>` stands for."""
+"""The lessons: the list of them, where their files are, and which file `solutions.<slug>` is."""
 
-from common.course.exercises import to_do, unfinished
+from common.course.exercises import unfinished
 from common.course.lessons import (
     GAINS,
     LESSONS,
@@ -10,14 +10,12 @@ from common.course.lessons import (
     CourseError,
     Lesson,
     counted,
-    first_line,
     lesson,
     modules_of,
     shown,
 )
 from common.course.modules import (
     MODULES_VARIABLE,
-    UnfinishedModule,
     activate,
     choose_modules,
     files_used,

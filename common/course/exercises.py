@@ -1,11 +1,10 @@
-"""The exercises of a solution: where each begins, what is its answer, and which are still to do in a file.
+"""Finds the exercises of a solution, and the exercises that are still to do in a student's file.
 
 A solution reads as finished code. One comment opens an exercise,
 
     # Exercise 1.4: average the squares in float32.
 
-and everything after it, to the end of that function, is the answer. What breaks the rules of this form (in
-`find_exercises`) is refused with file and line.
+and everything after it, to the end of that function, is the answer. `find_exercises` checks the rules of this form.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from common.course.lessons import CourseError, Lesson, modules_of, shown
 
 MAX_ANSWER_LINES = 25
 TOGETHER = "together"
-"""In place of an exercise's id: the checks of the student's whole module, once every exercise has passed."""
+"""Used as the id of the checks that run in the student's whole module, once every exercise has passed."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,14 @@ class SkeletonError(CourseError):
 
 
 def comments(source: str):
-    """(line, column, text) of every comment: a `#` in a string is none."""
+    """Yields (line, column, text) of every comment. A `#` within a string is not one."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield *token.start, token.string
 
 
 def walk_functions(node: ast.AST, prefix: str = ""):
-    """(qualified name, node) of every function and method, also of those within functions."""
+    """Yields (qualified name, node) of every function and method, including functions within functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield prefix + child.name, child
@@ -66,7 +65,11 @@ def begins(node: ast.stmt) -> int:
 
 
 def find_exercises(source: str, file: str, number: int | None = None) -> list[Exercise]:
-    """The exercises of a solution, in the order of the file. `number` is the lesson that all ids must belong to."""
+    """The exercises of a solution, in the order of the file.
+
+    file: named in errors. number: the lesson that all ids must belong to. Raises SkeletonError, with file and line, for
+    an exercise that breaks a rule.
+    """
     tree = ast.parse(source, file)
     lines = source.splitlines()
     functions = list(walk_functions(tree))
@@ -117,11 +120,11 @@ def find_exercises(source: str, file: str, number: int | None = None) -> list[Ex
 
 
 def exercises_of(lesson: Lesson) -> list[Exercise]:
-    """The lesson's exercises, in the order of the file: that is the order to work in, whatever the numbers."""
+    """The lesson's exercises, in the order of the file, which is the order to work in."""
     return list(read_exercises(lesson.solution.read_text(encoding="utf-8"), shown(lesson.solution), lesson.number))
 
 
-@functools.lru_cache(maxsize=32)  # a grading asks with every check
+@functools.lru_cache(maxsize=32)  # the grader asks before every check
 def read_exercises(source: str, file: str, number: int) -> tuple[Exercise, ...]:
     return tuple(find_exercises(source, file, number))
 
@@ -141,7 +144,10 @@ def unfinished(source: str) -> list[str]:
 
 
 def read_module(file: Path) -> str:
-    """A file's text, decoded as Python does it: by a byte order mark, or an encoding that it declares, or as UTF-8."""
+    """A file's text, decoded as Python does it: by its byte order mark or declared encoding, else as UTF-8.
+
+    Raises CourseError if there is no such file, or if it cannot be decoded.
+    """
     if not file.is_file():
         raise CourseError(f"{shown(file)} does not exist.")
     try:
@@ -152,16 +158,24 @@ def read_module(file: Path) -> str:
         raise CourseError(f"{shown(file)} is not UTF-8 text: {reason}. Save it as UTF-8.") from None
 
 
+def unreadable(file: Path, error: SyntaxError | ValueError) -> str:
+    """A sentence about a file that Python cannot parse. Versions up to 3.11.3 raise ValueError for a null byte."""
+    if getattr(error, "lineno", None) is None:
+        return f"{shown(file)}: Python cannot read it: {getattr(error, 'msg', error)}."
+    return f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}."
+
+
 def to_do(file: Path) -> list[str]:
-    """The ids of the exercises that are still to do in a file. Raises CourseError if there is none to be read."""
+    """The ids of the exercises that are still to do in a file. Raises CourseError if the file cannot be read."""
+    source = read_module(file)
     try:
-        return unfinished(read_module(file))
-    except SyntaxError as error:
-        raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.") from None
+        return unfinished(source)
+    except (SyntaxError, ValueError) as error:
+        raise CourseError(unreadable(file, error)) from None
 
 
 def is_begun(lesson: Lesson, file: Path) -> bool:
-    """Whether any exercise of a module is no longer to do in a file."""
+    """Whether the student has written at least one exercise of a module in a file."""
     return len(to_do(file)) < len(exercises_of(lesson))
 
 
@@ -177,6 +191,7 @@ def read_hints(lesson: Lesson) -> dict[str, list[str]]:
 
 
 def find_exercise(which: str) -> tuple[Lesson, Exercise]:
+    """The exercise with this id, and its module. Raises CourseError if there is none."""
     number = which.partition(".")[0]
     exercises = {exercise.id: (lesson, exercise) for lesson in modules_of(number) for exercise in exercises_of(lesson)}
     if which not in exercises:

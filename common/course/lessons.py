@@ -1,4 +1,4 @@
-"""Which lessons there are, and where their files lie. Imports nothing but the standard library."""
+"""The lessons of the course, and the paths of their files. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ WITHHELD = "# Withheld in this copy of the course: yours to write, in the lesson
 
 
 class CourseError(Exception):
-    """Something that the person at the keyboard can mend; its text says what is wrong, where, and what to do."""
+    """An error that the user can mend. The text says what is wrong, where, and what to do."""
 
 
 @functools.cache
 def first_line(file: Path) -> str:
-    """The first line of a file, as it was when it was first asked for; empty if there is no file."""
+    """The first line of a file, "" if there is no file. It is read once and then kept."""
     try:
         with file.open(encoding="utf-8") as lines:
             return lines.readline()
@@ -28,11 +28,11 @@ def first_line(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Lesson:
-    """One lesson; its files are all named by the slug: `llm-basics` for the folder, `llm_basics` for the modules.
+    """A lesson, or a further module of one. Its files are named by the slug: folder `llm-basics`, module `llm_basics`.
 
-    A further module of a lesson, such as the last one's assembly, is the same lesson with `part` set, which is then the
-    slug of its module, checks and answers. Text, hints and notebook are the lesson's. An optional one has its own title
-    and is worth no points: the lesson is complete without it, and no other module needs the student's.
+    A further module of a lesson, such as `engine` of the last one, has the same number and name, and `part` is the slug
+    of its module, checks and answers. Text, hints and notebook are the lesson's. An optional module has its own title
+    and is worth no points: the lesson is complete without it, and no other module needs the student's version.
     """
 
     number: int
@@ -41,11 +41,11 @@ class Lesson:
     hours: int
     part: str = ""
     is_optional: bool = False
-    needs: str = ""  # the extra of pyproject.toml, named as its package, without which the module cannot be imported
+    needs: str = ""  # a package, and the extra of pyproject.toml with it, without which the module cannot be imported
 
     @property
     def is_importable(self) -> bool:
-        """Whether the package that it needs beside the course's own is installed."""
+        """Whether the package that it needs is installed."""
         return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     @property
@@ -67,7 +67,7 @@ class Lesson:
 
     @property
     def is_withheld(self) -> bool:
-        """Whether this copy of the course came without the solution: see common/instructor/release.py."""
+        """Whether `make release` has removed the solution from this copy (common/instructor/release.py)."""
         return first_line(self.solution) == WITHHELD
 
     @property
@@ -76,7 +76,7 @@ class Lesson:
 
     @property
     def answers(self) -> Path:
-        """The catalogue of named wrong answers and other right ones."""
+        """The catalogue of wrong answers and other right answers."""
         return ROOT / "solutions" / "tests" / "answers" / f"{self.slug}.py"
 
     @property
@@ -89,7 +89,7 @@ class Lesson:
 
     @property
     def second_pages(self) -> list[Path]:
-        """What the exercises do not need: `more.md`, where the lesson has one."""
+        """`more.md`, which the exercises do not need, if the lesson has one."""
         return sorted(self.folder.glob("more.md"))
 
     @property
@@ -133,13 +133,11 @@ MODULES = (
     LESSONS[8],
     replace(LESSONS[8], part="engine"),
 )
-"""All that can be filled in and graded, in the order in which they build on each other: a module for each lesson, and a
-second one for some of them.
-"""
+"""All modules with exercises, each after the modules that it builds on: one or more for each lesson."""
 
 
 def lesson(number: int | str) -> Lesson:
-    """The lesson with this number."""
+    """The lesson with this number. Raises CourseError if there is none."""
     for candidate in LESSONS:
         if str(candidate.number) == str(number):
             return candidate
@@ -147,12 +145,12 @@ def lesson(number: int | str) -> Lesson:
 
 
 def modules_of(number: int | str) -> list[Lesson]:
-    """The modules of the lesson with this number: one, or more in some; an optional one is the last."""
+    """The modules of the lesson with this number, the optional ones last."""
     return sorted((each for each in MODULES if each.number == lesson(number).number), key=lambda each: each.is_optional)
 
 
 def shown(path: Path | str) -> str:
-    """A path as a person would type it: relative to where they stand, if it lies below."""
+    """A path as the user would type it: relative to the working directory if it is below that."""
     try:
         return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError:
@@ -160,5 +158,5 @@ def shown(path: Path | str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and its noun, which gets an s unless the number is 1."""
+    """ "1 test", "2 tests"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

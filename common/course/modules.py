@@ -1,10 +1,10 @@
-"""Which file `solutions.<slug>` means: the reference, or the student's own.
+"""Chooses the file of `solutions.<slug>`: the reference's or the student's.
 
 By default `solutions.llm_basics` is the reference, solutions/llm_basics.py. With `MINE=0-2` it is the student's
-lesson-1-llm-basics/llm_basics.py. The choice travels in the environment, so that every process started from here
-agrees: spawned workers, torchrun, a notebook's kernel. `reference.llm_basics` is always the reference, for a check
-that needs an oracle which is not the student's. In a copy of the course that `make release` has made, some solutions
-are withheld: the student's file then stands for them, whatever MINE says.
+lesson-1-llm-basics/llm_basics.py. The choice is in the environment, so that every process started from here has it:
+spawned workers, torchrun, a notebook's kernel. `reference.llm_basics` is always the reference, for checks that need an
+oracle. In a copy of the course that `make release` has made, some solutions are withheld, and the student's file takes
+their place, whatever MINE says.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ MODULES_VARIABLE = "COURSE_MODULES"
 
 
 class UnfinishedModule(CourseError, ImportError):
-    """A module of the student's was imported in which exercises are still to do."""
+    """A module of the student's was imported, and it has exercises that are still to do."""
 
 
 class Waits(UnfinishedModule):
-    """Something builds on lessons whose solutions are withheld, and which the student has not finished."""
+    """Something needs lessons whose solutions are withheld, and which the student has not finished.
 
-    def __init__(self, who: str, ids: list[str]):
+    subject: what needs them, as the sentence begins. ids: the exercises that are still to do.
+    """
+
+    def __init__(self, subject: str, ids: list[str]):
         self.lessons = named([each for each in LESSONS if any(id.startswith(f"{each.number}.") for id in ids)])
         verb = "is" if len(ids) == 1 else "are"
-        super().__init__(f"{who} builds on your {self.lessons}: {listed(ids)} {verb} still to do.")
+        super().__init__(f"{subject} builds on your {self.lessons}: {listed(ids)} {verb} still to do.")
 
 
 def listed(ids: list[str], at_most: int = 4) -> str:
@@ -47,18 +50,20 @@ def listed(ids: list[str], at_most: int = 4) -> str:
 
 def named(lessons: list[Lesson]) -> str:
     """lesson 3; lessons 0, 1, 2 and 3."""
-    return ("lessons " if len(lessons) > 1 else "lesson ") + listed(
-        [str(each.number) for each in lessons], len(LESSONS)
-    )
+    numbers = [str(each.number) for each in lessons]
+    return f"lesson{'s' if len(lessons) > 1 else ''} {listed(numbers, len(LESSONS))}"
 
 
 def parse_mine(mine: str, variable: str = "MINE") -> list[Lesson]:
-    """Read `MINE`: numbers and ranges, such as `2`, `0-2` or `0,2-3`. Empty means none."""
+    """The lessons that `MINE` names by numbers and ranges, such as `2`, `0-2` or `0,2-3`; [] for an empty text.
+
+    variable: named in errors. Raises CourseError.
+    """
     chosen: dict[int, Lesson] = {}
     for part in filter(None, (part.strip() for part in mine.split(","))):
         first, dash, last = part.partition("-")
         last = last if dash else first
-        if not (first.isdigit() and last.isdigit()) or int(first) > int(last):
+        if not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
             raise CourseError(
                 f"{variable}={mine}: {part!r} is neither a lesson's number nor a range of them, such as 0-2."
             )
@@ -68,7 +73,7 @@ def parse_mine(mine: str, variable: str = "MINE") -> list[Lesson]:
 
 
 def check_finished(file: Path) -> None:
-    """Refuse a module that cannot stand under others: absent, unreadable to Python, or with exercises to do."""
+    """Raise CourseError for a module that others cannot use: absent, with wrong syntax, or with exercises to do."""
     if ids := to_do(file):
         raise CourseError(
             f"{shown(file)} cannot be used yet: {', '.join(ids)} still to do. Finish them, or leave the lesson out "
@@ -77,11 +82,10 @@ def check_finished(file: Path) -> None:
 
 
 def activate(mine: str | None) -> None:
-    """From now on, here and in all processes started from here, these lessons of `solutions` are the student's files.
+    """Use the student's files for these lessons of `solutions`, in this process and all that it starts.
 
-    Call it before anything of `solutions` is imported. Raises CourseError if a module is unfinished. Where a solution
-    is withheld the module is the student's in any case, and only what needs it finds out. An unfinished optional module
-    stays the reference's.
+    Call it before anything of `solutions` is imported. Raises CourseError if a module is unfinished; one whose solution
+    is withheld is checked only when it is imported. For an unfinished optional module the reference stays in use.
     """
     modules = [module for each in parse_mine(mine or "") for module in modules_of(each.number)]
     modules = [each for each in modules if not (each.is_optional and to_do(each.module))]
@@ -92,18 +96,18 @@ def activate(mine: str | None) -> None:
 
 
 def withheld() -> dict[str, Path]:
-    """The student's file of each module whose solution this copy of the course came without, by slug."""
+    """The student's file of each module whose solution is withheld in this copy of the course, by slug."""
     return {each.slug: each.module for each in MODULES if each.is_withheld}
 
 
 def substitutes() -> dict[str, Path]:
-    """Which slugs stand for a file other than the reference: what is withheld, and as the environment says."""
+    """The student's files that replace the reference, by slug: withheld ones, and those that the environment names."""
     pairs = (pair.partition("=") for pair in os.environ.get(MODULES_VARIABLE, "").split(os.pathsep) if pair)
     return withheld() | {slug: Path(file) for slug, _, file in pairs}
 
 
 def whose(lessons: tuple[Lesson, ...]) -> str:
-    """Whose code of these lessons runs: "your lesson 1, the reference's lessons 0 and 2"."""
+    """Whose code runs for these lessons, such as "your lesson 1, the reference's lessons 0 and 2"."""
     mine = substitutes()
     owned = {"your": [each for each in lessons if each.slug in mine]}
     owned["the reference's"] = [each for each in lessons if each.slug not in mine]
@@ -111,14 +115,16 @@ def whose(lessons: tuple[Lesson, ...]) -> str:
 
 
 def files_used() -> str:
-    """A sentence that says whose code runs, for the first output of every command."""
+    """A sentence that says whose code runs. Every command prints it first."""
     text = whose(LESSONS)
     return f"{text[0].upper()}{text[1:]}."
 
 
 def choose_modules(mine: str) -> None:
-    """The first cell of a notebook: `mine` is written as MINE is; "" keeps what the kernel was started with. Prints
-    whose files run. Raises CourseError if others are imported already, since a kernel keeps them until it restarts.
+    """Choose the lessons of a notebook, in its first cell, and print the choice.
+
+    mine: as MINE; "" keeps the choice with which the kernel was started. Raises CourseError if other files have been
+    imported already, since a kernel keeps them until it restarts.
     """
     if mine:
         activate(mine)
@@ -134,13 +140,13 @@ def choose_modules(mine: str) -> None:
 
 
 def check_solution(lesson: Lesson) -> None:
-    """Refuse what needs the reference of a lesson where there is none."""
+    """Raise CourseError if the lesson's solution is withheld."""
     if lesson.is_withheld:
         raise CourseError(f"The solution of lesson {lesson.number} is withheld in this copy of the course.")
 
 
 def slugs(node: ast.ImportFrom) -> set[str]:
-    """`from solutions.kv_cache import prefill` and `from solutions import kv_cache` both bring in `kv_cache`."""
+    """The slugs of the modules that a statement imports from `solutions`, in either form of `from ... import`."""
     package, _, slug = (node.module or "").partition(".")
     if package != "solutions":
         return set()
@@ -148,7 +154,7 @@ def slugs(node: ast.ImportFrom) -> set[str]:
 
 
 def below(lesson: Lesson) -> list[Lesson]:
-    """The modules that a lesson's imports at its top, directly or through others."""
+    """The modules of `solutions` that a lesson's solution imports at its top, directly or through others."""
     found: set[str] = set()
     waiting = [lesson]
     while waiting:
@@ -160,8 +166,9 @@ def below(lesson: Lesson) -> list[Lesson]:
 
 
 def still_to_do_below(lesson: Lesson) -> list[str]:
-    """The ids of the exercises that are to do in the student's modules which this lesson stands on, because their
-    solutions are withheld. Optional ones may stay unfinished. Raises CourseError where there is no reading a module.
+    """The ids of the exercises that are to do in modules which this lesson imports and whose solutions are withheld.
+
+    Optional modules may stay unfinished. Raises CourseError if a module cannot be read.
     """
     if not withheld():
         return []
@@ -169,18 +176,18 @@ def still_to_do_below(lesson: Lesson) -> list[str]:
 
 
 def check_written(slug: str) -> None:
-    """Refuse to import an unfinished module of the student's that stands for a withheld one; name those below too."""
+    """Raise Waits, which names what is to do here and in the modules below, for an unfinished withheld module."""
     lesson = next(each for each in MODULES if each.slug == slug)
     if (ids := to_do(lesson.module)) and not lesson.is_optional:
         raise Waits("This", [*still_to_do_below(lesson), *ids])
 
 
-# --- Imports that obey ------------------------------------------------------------------------------------------------
+# --- Importing --------------------------------------------------------------------------------------------------------
 
 
 class StudentLoader(importlib.machinery.SourceFileLoader):
-    """Loads a student's module from its text. What Python keeps of a compiled file is taken for current if the file is
-    changed within a second and keeps its length.
+    """Loads a student's module from its source. Python would take a cached .pyc file for current if the source was
+    changed within a second and kept its length.
     """
 
     def get_code(self, fullname):
@@ -199,9 +206,7 @@ class ReferenceLoader(importlib.machinery.SourceFileLoader):
 
 
 class ModuleFinder(importlib.abc.MetaPathFinder):
-    """Finds `solutions.<slug>` in the student's file where the environment says so, and `reference.<slug>` always in
-    solutions/.
-    """
+    """Finds `solutions.<slug>` where it is the student's file (`substitutes`), and `reference.<slug>` in solutions/."""
 
     def find_spec(self, fullname, path=None, target=None):
         package, _, slug = fullname.partition(".")
@@ -225,6 +230,6 @@ class ModuleFinder(importlib.abc.MetaPathFinder):
 
 
 def install_finder() -> None:
-    """Let imports obey the environment. `solutions/__init__.py` calls this."""
+    """Let imports use `ModuleFinder`. `solutions/__init__.py` calls this."""
     if not any(isinstance(finder, ModuleFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, ModuleFinder())

@@ -11,58 +11,55 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from common.course import ROOT, WITHHELD, CourseError, Lesson, shown
-from common.course.catalogue import edited_body, planted_answers
-from common.course.exercises import Exercise, find_exercises
+from common.course.catalogue import Answer, edited_body, planted_answers
+from common.course.exercises import find_exercises
 
 RECORD = ROOT / "common" / "skeletons.json"
-"""The SHA-256 of each skeleton as it was last generated: what differs from it has been edited."""
+"""The SHA-256 of each skeleton as it was last generated: a file with another one has been edited."""
 FIND_THE_BUG = "  # take this line out, then find the one mistake below and mend it"
 NOTICE = WITHHELD + "# ruff: noqa\n"
-"""What a solution opens with that is withheld. As in a skeleton, much that it imports is not used yet."""
+"""The beginning of a withheld solution. ruff would complain about unused imports, as in a skeleton."""
 BACKUPS = ROOT / ".course" / "backups"
 
 
-def cut(
-    source: str, file: str, number: int | None = None, plant: Callable[[Exercise], str | None] = lambda exercise: None
-) -> str:
-    """The skeleton of a solution, as text. plant: gives the faulty body to show, where the exercise is to mend it.
+def cut(source: str, file: str, number: int | None = None, planted: Mapping[str, Answer] = MappingProxyType({})) -> str:
+    """The skeleton of a solution, as text.
 
-    Raises SkeletonError.
+    file, number: as for `find_exercises`. planted: the answers to show, by the ids of exercises in which the student
+    must find a bug. Raises SkeletonError.
     """
     lines = source.splitlines()
     for exercise in reversed(find_exercises(source, file, number)):
         opening = lines[exercise.comment_line - 1].replace("# Exercise", "# TODO", 1)
         stub = " " * exercise.indent + f'raise NotImplementedError("TODO {exercise.id}")'
         todo = lines[exercise.comment_line : exercise.first_answer_line - 1]
-        faulty = plant(exercise)
-        shown_body = [stub] if faulty is None else [stub + FIND_THE_BUG, *faulty.splitlines()]
-        lines[exercise.comment_line - 1 : exercise.last_line] = [opening, *todo, *shown_body]
+        body = [stub]
+        if exercise.id in planted:
+            body = [stub + FIND_THE_BUG, *edited_body(planted[exercise.id], source, exercise).splitlines()]
+        lines[exercise.comment_line - 1 : exercise.last_line] = [opening, *todo, *body]
     return "\n".join(lines) + "\n"
 
 
 def cut_lesson(lesson: Lesson) -> str:
-    """The skeleton that the lesson's solution and its planted mistakes give now."""
+    """The lesson's skeleton, cut from its solution and its planted mistakes as they are now."""
     if lesson.is_withheld:
         return reopened(lesson.solution.read_text(encoding="utf-8").removeprefix(NOTICE), "Exercise", "TODO")
-    source, planted = lesson.solution.read_text(encoding="utf-8"), planted_answers(lesson)
-
-    def plant(exercise: Exercise) -> str | None:
-        return edited_body(planted[exercise.id], source, exercise) if exercise.id in planted else None
-
-    return cut(source, shown(lesson.solution), lesson.number, plant)
+    source = lesson.solution.read_text(encoding="utf-8")
+    return cut(source, shown(lesson.solution), lesson.number, planted_answers(lesson))
 
 
 def emptied(skeleton: str) -> str:
-    """What stands in the place of a solution that is withheld: its skeleton, in which exercises can still be found."""
+    """The text that takes the place of a withheld solution: its skeleton, in which exercises can still be found."""
     return NOTICE + reopened(skeleton, "TODO", "Exercise")
 
 
 def reopened(source: str, old: str, new: str) -> str:
-    """The source with the word that opens an exercise, Exercise or TODO, put in place of the other."""
+    """The source with the word that opens an exercise, Exercise or TODO, replaced by the other."""
     return re.sub(rf"^( +# ){old}( \d+\.\d+: )", rf"\1{new}\2", source, flags=re.MULTILINE)
 
 
@@ -74,7 +71,7 @@ def digest(text: str) -> str:
 
 
 def generate(lesson: Lesson) -> str:
-    """Write the lesson's skeleton unless it is up to date; refuse if the file was edited. Returns a word for it."""
+    """Write the lesson's skeleton. Returns "written" or "unchanged". Raises CourseError if the file was edited."""
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     skeleton = cut_lesson(lesson)
     present = lesson.module.read_text(encoding="utf-8") if lesson.module.exists() else None
@@ -90,7 +87,7 @@ def generate(lesson: Lesson) -> str:
 
 
 def reset(lesson: Lesson) -> Path | None:
-    """Start a lesson's file afresh. Returns where the old one was kept, or None if there was nothing to keep."""
+    """Replace a lesson's file by its skeleton. Returns the old file's backup, or None if it was a skeleton already."""
     skeleton = cut_lesson(lesson)
     backup = None
     if lesson.module.exists() and lesson.module.read_text(encoding="utf-8") != skeleton:
@@ -104,7 +101,7 @@ def reset(lesson: Lesson) -> Path | None:
 
 
 def difference(lesson: Lesson) -> str:
-    """How the committed skeleton differs from the one that the solution gives now; empty if it does not."""
+    """The difference between the committed skeleton and the one cut from the solution now; "" if there is none."""
     present = lesson.module.read_text(encoding="utf-8") if lesson.module.exists() else ""
     return "".join(
         difflib.unified_diff(

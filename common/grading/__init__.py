@@ -1,4 +1,4 @@
-"""The grader: what a lesson's `test_<slug>.py` is written with.
+"""The grader. A lesson's checks, `test_<slug>.py`, are written with the names that this package exports:
 
     from common.grading import close, exercise
 
@@ -7,8 +7,8 @@
         def test_sums_to_one(self, code):
             close(code.softmax(x).sum(-1), torch.ones(3), "the sum of softmax(x)")
 
-`code` is the module under test. Checks judge what a function gives, never how; each compares by the functions below,
-so that a failure can be explained and set beside the known mistakes.
+`code` is the module under test. Checks judge a function's result, never its implementation. They compare with the
+functions below, so that a failure can be explained and compared with the known mistakes.
 """
 
 import importlib
@@ -17,7 +17,7 @@ __all__ = ["close", "elsewhere", "equal", "exercise", "holds", "refuses", "toget
 
 
 def __getattr__(name: str):
-    """Import on first use: the runner lives in this package too, and answers sooner without torch."""
+    """Import a name on first use: the runner is in this package too, and starts sooner without torch."""
     if name in __all__:
         module = "marks" if name in ("exercise", "together") else "compare"
         return getattr(importlib.import_module(f"common.grading.{module}"), name)

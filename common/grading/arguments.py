@@ -16,16 +16,15 @@ from torch import Tensor
 from common.grading.compare import CheckFailed, nothing_replaced
 
 PLAIN = (int, float, str, bytes)
-FIRST_CALLS = 30
-"""Of each check: only after these calls is it looked at whether they have replaced anything."""
+FIRST_CALLS = 30  # the number of calls, at the start of each check, after which replaced names are searched for
 
 
 @contextmanager
 def watched_arguments(module: ModuleType, function: str) -> Iterator[dict[str, Any]]:
-    """Yields a dictionary that gets the new value, by its name, of each argument that a call of `function` changes.
+    """Yields a dict that receives, by name, the new value of each argument that a call of `function` changes in place.
 
-    function: a qualified name. Only tensors, collections and frozen dataclasses are watched, not objects with a state
-    of their own, such as `self`.
+    function: a qualified name. Tensors, collections and frozen dataclasses are watched, but not objects with a state,
+    such as `self`. A call raises CheckFailed if it returns a float where its annotation says int.
     """
     changes: dict[str, Any] = {}
     *classes, name = function.split(".")
@@ -62,7 +61,7 @@ def watched_arguments(module: ModuleType, function: str) -> Iterator[dict[str, A
 
 
 def parts(value: Any) -> list | tuple | None:
-    """What a list, a tuple or a frozen dataclass consists of; None of anything else."""
+    """The items of a list or tuple, or the values of a frozen dataclass; None for anything else."""
     if isinstance(value, (list, tuple)):
         return value
     settings = getattr(type(value), "__dataclass_params__", None)
@@ -70,8 +69,8 @@ def parts(value: Any) -> list | tuple | None:
 
 
 def snapshot(value: Any) -> Any:
-    """A copy of a tensor, a collection or a frozen dataclass, with all that is in it; anything else as it is."""
-    if value is None or isinstance(value, PLAIN):  # most are, and checks call some functions thousands of times
+    """A deep copy of a tensor, a collection or a frozen dataclass; any other object itself."""
+    if value is None or isinstance(value, PLAIN):  # the usual case; some functions are called thousands of times
         return value
     if isinstance(value, Tensor):
         return value.detach().clone()
@@ -84,7 +83,7 @@ def snapshot(value: Any) -> Any:
 
 
 def unchanged(before: Any, value: Any) -> bool:
-    """Whether a value still is as in its snapshot. Objects are compared by identity."""
+    """Whether a value still equals its snapshot. Objects with a state are compared by identity."""
     if before is value and isinstance(value, PLAIN):
         return True
     if isinstance(before, Tensor) and isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Comparisons whose failures teach: what is wrong first (nothing, type, shape, dtype, NaN), then where and how much."""
+"""Comparisons that explain a failure: first None, type, shape, dtype and NaN, then where values differ and how much."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.grading import intact
 
 
 class CheckFailed(AssertionError):
-    """A check's verdict on an answer. `what` says what was looked at and `actual` is what the answer gave there."""
+    """A check has found a wrong value. sentence: for the student. what: names the value. actual: the value itself."""
 
     def __init__(self, sentence: str, what: str, actual: Any):
         super().__init__(sentence)
@@ -26,7 +26,7 @@ REPLACES = "replaces"
 
 
 def refuse_replaced(found: Sequence[str] | None = None, replaced=intact.replaced) -> None:
-    """An answer must not replace what compares it."""
+    """Raise CheckFailed if an answer has replaced functions that the checks use. found: their names, if known."""
     if found := replaced() if found is None else found:
         names = ", ".join(dict.fromkeys(found[:3]))
         raise CheckFailed(f"{REPLACES} {names}, which the checks and all else in this process use.", REPLACES, None)
@@ -36,7 +36,7 @@ def refuse_replaced(found: Sequence[str] | None = None, replaced=intact.replaced
 def nothing_replaced(
     owners: Sequence[intact.Owner] = (), replaced=intact.replaced, set_back=intact.set_back, refuse=refuse_replaced
 ) -> Iterator[None]:
-    """What is called within the block must not replace what compares it, nor what these modules and classes hold."""
+    """Raise CheckFailed if the block replaces functions that the checks use, or attributes of `owners`."""
     before, names = intact.settings(), intact.names_of(owners)
     try:
         yield
@@ -47,7 +47,7 @@ def nothing_replaced(
 def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     """`actual` must be a tensor (or number) like `expected`: same shape, same dtype, values within the tolerance.
 
-    what: names the value in the student's terms, such as "softmax([1000, 0])".
+    what: names the value in the student's terms, such as "softmax([1000, 0])". Raises CheckFailed, as all of these do.
     """
     check_type(actual, expected, what)
     if not isinstance(expected, Tensor):
@@ -55,7 +55,7 @@ def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, 
             raise CheckFailed(f"{what} {be(what)} {number(actual)}, expected {number(expected)}.", what, actual)
         return
     if actual.shape != expected.shape:
-        raise CheckFailed(f"{what} has shape {shape(actual)}, expected {shape(expected)}.", what, actual)
+        raise CheckFailed(f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}.", what, actual)
     if actual.dtype != expected.dtype:
         raise CheckFailed(f"{what} has dtype {dtype(actual)}, expected {dtype(expected)}.", what, actual)
     actual, expected = actual.detach().cpu(), expected.detach().cpu()
@@ -105,7 +105,7 @@ def equal(actual: Any, expected: Any, what: str) -> None:
 
 
 def types_in(value: Any) -> set[type]:
-    """The classes of what is in a collection, however deep: an object of another class may call itself equal."""
+    """The classes of all objects in a nested collection. An object of another class could claim to be equal."""
     if isinstance(value, dict):
         return types_in([*value, *value.values()])
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -114,16 +114,16 @@ def types_in(value: Any) -> set[type]:
 
 
 def holds(condition: Any, sentence: str, actual: Any = None) -> None:
-    """A property that no single expected value expresses. sentence: what is wrong when it does not hold.
+    """A condition must hold, where there is no single expected value. sentence: what is wrong if it does not.
 
-    actual: the value that was judged; with it, a known mistake can be recognised.
+    actual: the value that was judged, by which a known mistake can be recognised.
     """
     if not condition:
         raise CheckFailed(sentence, sentence, actual)
 
 
 def refuses(error: type[Exception], call: Callable[[], Any], what: str, mentions: Sequence[str] = ()) -> None:
-    """`call` must raise `error`, with a text that has each of `mentions` in it."""
+    """`call` must raise `error`, with a text that contains each of `mentions`."""
     try:
         result = call()
     except error as raised:
@@ -136,9 +136,10 @@ def refuses(error: type[Exception], call: Callable[[], Any], what: str, mentions
 
 
 def elsewhere(call: Callable[[], Tensor], what: str, place: str, may_fetch: bool = True) -> None:
-    """What `call` gives must stand where all that it is given does: on `meta`, which has shapes and no numbers.
+    """`call` must return a tensor on its inputs' device: here torch's `meta`, whose tensors have shapes but no numbers.
 
-    An answer that fetches numbers to the CPU cannot be tried so. It passes if it may fetch them.
+    place: the device to name in the error. may_fetch: whether an answer may copy numbers to the CPU. Then it passes,
+    because it cannot be tested on `meta`.
     """
     try:
         on_cpu = call().device.type != "meta"
@@ -155,7 +156,7 @@ def elsewhere(call: Callable[[], Tensor], what: str, place: str, may_fetch: bool
 
 
 def check_type(actual: Any, expected: Any, what: str) -> None:
-    """Refuse None, and a value of another kind than expected."""
+    """Raise CheckFailed for None, and for a value of another kind than expected."""
     refuse_replaced()
     if actual is None and expected is not None:
         missing = "a `return`" if re.match(r"[\w.]+\(", what) else "a `return` or an assignment"
@@ -175,7 +176,7 @@ COMPARING = ("__eq__", "__ne__", "__lt__", "__gt__", "__sub__", "__rsub__", "__a
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value compares as its kind does: a class of the answer's own could call itself equal to anything."""
+    """Whether a value has its kind's own comparison. A class of the student's could be equal to anything."""
     if isinstance(value, Tensor):
         return type(value) in (Tensor, torch.nn.Parameter)
     for kind in (int, float, str, list, tuple, dict, set):
@@ -187,7 +188,7 @@ def is_plain(value: Any) -> bool:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two answers gave the same wrong value, up to rounding."""
+    """Whether two wrong values are the same, up to rounding."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return (
             one.shape == other.shape
@@ -203,7 +204,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def is_telling(actual: Any) -> bool:
-    """Whether a wrong value can tell one mistake from another: there is one, it is not empty, and none of it is NaN."""
+    """Whether a wrong value can identify a mistake: it is not None, not empty, and not NaN."""
     if isinstance(actual, Tensor):
         return actual.numel() > 0 and not actual.isnan().any()
     if isinstance(actual, float):
@@ -214,7 +215,7 @@ def is_telling(actual: Any) -> bool:
 
 
 def be(what: str) -> str:
-    """Is or are, as what was looked at asks: "the ids of the blocks" are, "the number of blocks" is."""
+    """The verb for a value's name: "the ids of the blocks" are, "the number of blocks" is."""
     nouns = r"the ((?!of |and |argument )\S+ ){0,2}?(?!status|class|bias|loss|most )\w+s"
     then = r"(?=,|$| \(| (of|from|after|in|for|wh\w+|with|that|to|scheduled|admitted|sent)\b)"
     return "are" if re.match(nouns + then, what) else "is"
@@ -225,26 +226,22 @@ def number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def shape(value: Tensor) -> str:
-    return str(tuple(value.shape))
-
-
 def dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
 def index(mask: Tensor) -> str:
-    """The index of the first True, as one would write it after the tensor's name."""
+    """The index of the first True, as it is written after a tensor's name: "[0, 2]"."""
     return "[" + ", ".join(map(str, mask.nonzero()[0].tolist())) + "]"
 
 
 def brief(value: Any) -> str:
-    text = f"a tensor of shape {shape(value)}" if isinstance(value, Tensor) else repr(value)
+    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
     return text if len(text) <= 160 else text[:157] + "..."
 
 
 def described(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {shape(value)}"
+        return brief(value)
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name} ({brief(value)})"

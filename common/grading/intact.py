@@ -1,8 +1,8 @@
-"""Notices when an answer replaces what its checks compute with, such as `torch.isclose`, and puts it back.
+"""Detects that an answer replaces a function that its checks use, such as `torch.isclose`, and restores it.
 
-An answer runs in the process that judges it. Before the first one is imported, `remember` notes what the checks and
-the comparisons use: functions of torch, of Python and of the grader. `replaced` is called when an answer returns,
-before each comparison of values, and when a check has ended.
+An answer runs in the process that judges it. Before the first one is imported, `remember` records the functions of
+torch, of Python and of the grader that checks and comparisons use. `replaced` is called when an answer returns, before
+each comparison of values, and when a check has ended.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Names = dict[Owner, dict[str, Any]]
 USED = (builtins, math, torch, torch.functional, torch.nn.functional, torch.Tensor)
 KNOWN: Names = {}
 FUNCTIONS: dict[FunctionType, tuple] = {}
-IMPLEMENTED: set[str] = set()  # the operations of torch's library that are implemented in Python
+IMPLEMENTED: set[str] = set()  # the operators of torch that are implemented in Python
 FILES: set[Path] = set()
 MODES = ("torch, by a TorchFunctionMode that stays on", "torch, by a TorchDispatchMode that stays on")
 parts, missing = attrgetter("__code__", "__defaults__", "__kwdefaults__"), object()
 
 
 def remember(checks: Path) -> None:
-    """Note what the checks in this file use, unless it is known by now."""
+    """Record what the checks in this file use, if that has not been done."""
     if checks in FILES:
         return
     FILES.add(checks)
@@ -48,17 +48,20 @@ def names_of(owners: Iterable[Owner]) -> Names:
 
 
 def is_ours(owner: Owner) -> bool:
-    """Whether this is a module of the grader, where nothing at all changes."""
+    """Whether this is a module of the grader, none of whose attributes may change."""
     return owner.__name__.startswith("common.grading.")
 
 
 def shadows(owner: Owner, name: str) -> bool:
-    """Whether a new name hides one that was found elsewhere: one of Python's, or one that a class inherits."""
+    """Whether a new name hides a built-in name, or one that a class inherits."""
     return name in vars(builtins) or (isinstance(owner, type) and any(name in vars(base) for base in owner.__mro__[1:]))
 
 
 def replaced(known=KNOWN, functions=FUNCTIONS, all=all, map=map, len=len, list=list, is_=is_, parts=parts) -> list[str]:
-    """Put back what has been replaced since it was noted in `known`. Returns its names."""
+    """Restore what has been replaced since it was recorded in `known`. Returns the names.
+
+    The functions that this one calls are its defaults: an answer may have replaced them, too.
+    """
     found = []
     for owner, before in known.items():
         now = vars(owner)
@@ -66,7 +69,7 @@ def replaced(known=KNOWN, functions=FUNCTIONS, all=all, map=map, len=len, list=l
             continue
         for name in [*before, *(name for name in [*now] if name not in before)]:
             old = before.get(name, missing)
-            if now.get(name, missing) is old or name == "manual_seed":  # which torch replaces when it compiles
+            if now.get(name, missing) is old or name == "manual_seed":  # torch replaces that when it compiles
                 continue
             if old is missing and shadows(owner, name):
                 delattr(owner, name)
@@ -84,18 +87,18 @@ def replaced(known=KNOWN, functions=FUNCTIONS, all=all, map=map, len=len, list=l
     if len(torch.library._impls) != len(IMPLEMENTED):
         new = {*torch.library._impls} - IMPLEMENTED
         own = {each for each in new if each.startswith("aten/") and not each.endswith(("/Meta", "/CUDA", "/MPS"))}
-        IMPLEMENTED.update(new - own)  # those cannot be put back: only another process is free of them
+        IMPLEMENTED.update(new - own)  # `own` cannot be restored, so every later check in this process fails
         found += sorted(own)
     return found
 
 
 def settings() -> tuple:
-    """What changes all that torch computes, until it is set back."""
+    """torch's default dtype and the numbers of active modes, which affect everything that torch computes."""
     return torch.get_default_dtype(), torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 
 
 def set_back(before: tuple) -> list[str]:
-    """Return to the settings of before. Returns the names of those that were changed."""
+    """Restore the settings. Returns the names of those that were changed."""
     found = [name for name, old, new in zip(("torch's default dtype", *MODES), before, settings()) if old != new]
     torch.set_default_dtype(before[0])
     while torch._C._len_torch_function_stack() > before[1]:

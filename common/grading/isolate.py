@@ -1,8 +1,8 @@
-"""Builds the module that a check looks at, so that one mistake fails one exercise.
+"""Builds the module that a check tests, so that one mistake fails one exercise.
 
-For exercise n.m that is the reference with one function replaced by the student's, plus what the student added: own
-top-level names and imports, and own methods of that function's class, which the reference lacks. Everything else a
-check touches is right, whatever state the student's other exercises are in.
+For exercise n.m that is the reference with one function replaced by the student's, and with the student's additions:
+top-level names, imports, and methods of that function's class, which the reference does not have. Everything else that
+a check uses is right, whatever state the student's other exercises are in.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from types import CodeType, ModuleType
 
 from common.course import CourseError, shown
 
-FAR = 1_000_000
-"""Added to the line numbers of what comes from the reference, so that its code can be told from the student's."""
+FAR = 1_000_000  # added to the line numbers of the reference's code, to distinguish it from the student's
 
 
 def composite(name: str, reference: Path, student_source: str, student_file: Path, function: str) -> ModuleType:
     """The reference with the student's `function` (a qualified name), as a new module called `name`.
 
-    Compiled so that tracebacks and breakpoints in the student's code name the student's file and lines, and those in
-    the reference's code the reference's. Raises CourseError if the student's file has no such function.
+    Tracebacks and breakpoints in the student's code have the student's file and lines, and those in the reference's
+    code the reference's. Raises CourseError if the student's file has no such function.
     """
     tree = scope = opened(far_away(reference, reference.read_text(encoding="utf-8")))
     student = student_scope = ast.parse(student_source, str(student_file))
@@ -50,9 +49,9 @@ def composite(name: str, reference: Path, student_source: str, student_file: Pat
     return module
 
 
-@functools.lru_cache(maxsize=4)  # many answers are put into the same reference
+@functools.lru_cache(maxsize=4)  # the same reference is used for many answers
 def far_away(reference: Path, source: str) -> ast.Module:
-    """The reference's tree, with FAR added to its lines. It is kept: only `opened` copies may be changed."""
+    """The reference's tree, with FAR added to its lines. It is cached, so only `opened` copies may be changed."""
     tree = ast.parse(source, str(reference))
     for node in ast.walk(tree):
         if hasattr(node, "lineno"):
@@ -62,7 +61,7 @@ def far_away(reference: Path, source: str) -> ast.Module:
 
 
 def opened(node: ast.Module | ast.ClassDef) -> ast.Module | ast.ClassDef:
-    """A copy with a list of statements of its own."""
+    """A copy with its own list of statements."""
     node = copy.copy(node)
     node.body = [*node.body]
     return node
@@ -76,9 +75,7 @@ def whole(name: str, source: str, file: Path) -> ModuleType:
 
 
 def edited(file: Path, source: str) -> Path:
-    """A name of its own for a source that is in no file, under which its lines are found: by tracebacks, and by Triton,
-    which reads a kernel's source.
-    """
+    """A file name for a source that is in no file. Tracebacks, and Triton, find its lines under this name."""
     name = file.with_name(f"{file.stem}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.py")
     linecache.cache[str(name)] = (len(source), None, source.splitlines(keepends=True), str(name))
     return name
@@ -91,7 +88,7 @@ def find(scope: ast.Module | ast.ClassDef, name: str) -> ast.stmt | None:
 
 
 def names_bound(node: ast.stmt) -> set[str]:
-    """The names that a top-level statement gives a meaning to."""
+    """The names that a top-level statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {node.name}
     if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -100,12 +97,12 @@ def names_bound(node: ast.stmt) -> set[str]:
 
 
 def add_missing(scope: ast.Module | ast.ClassDef, student: ast.Module | ast.ClassDef) -> None:
-    """Put the student's own statements into the scope, each before what followed it in the student's file."""
+    """Insert the student's additions into the scope, each before the definition that follows it in their file."""
     known = set().union(*map(names_bound, scope.body))
     waiting: list[ast.stmt] = []
     for node in student.body:
         bound = names_bound(node)
-        if bound and not bound & known and not is_future(node):
+        if bound and not bound & known and getattr(node, "module", "") != "__future__":
             waiting.append(node)
         elif waiting and (anchor := find(scope, getattr(node, "name", ""))) is not None:
             place = scope.body.index(anchor)
@@ -114,12 +111,8 @@ def add_missing(scope: ast.Module | ast.ClassDef, student: ast.Module | ast.Clas
     scope.body.extend(waiting)
 
 
-def is_future(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
-
-
 def relocate(code: CodeType, reference: str) -> CodeType:
-    """Give the functions that come from the reference their own file and lines back."""
+    """Restore file and lines of the functions that come from the reference."""
     constants = tuple(relocate(each, reference) if isinstance(each, CodeType) else each for each in code.co_consts)
     code = code.replace(co_consts=constants)
     if code.co_firstlineno > FAR:
@@ -128,9 +121,9 @@ def relocate(code: CodeType, reference: str) -> CodeType:
 
 
 def execute(name: str, code: CodeType, file: Path) -> ModuleType:
-    """Run a module's code. It is entered into sys.modules while it runs, as dataclasses and pickle need it to be.
+    """Run a module's code. The module is put into sys.modules first, where dataclasses and pickle look for it.
 
-    The caller stores how the module was made in `__recipe__`, so that another process can make the same.
+    The caller sets `__recipe__`, the arguments by which another process can make the same module.
     """
     module = ModuleType(name)
     module.__file__ = str(file)

@@ -1,7 +1,7 @@
-"""The pytest plugin that gives a check its `code` and judges what comes of it.
+"""The pytest plugin that passes `code` to a check and judges the result.
 
 It is loaded in every pytest run of this project (pyproject.toml), so that a lesson's checks also work in an editor's
-test explorer and as `pytest lesson-1-llm-basics`. The worker that `make test-lesson-N` starts adds a listener.
+test explorer and as `pytest lesson-1-llm-basics`. The worker of `make test-lesson-N` uses a subclass of `Grader`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 ALONE = ["-o", "addopts=", "--disable-plugin-autoload", "-p", "no:cacheprovider"]
 ALONE += ["-p", "no:unraisableexception", "-p", "no:logging"]
-"""pytest's options for one lesson's checks alone. Other packages' plugins take seconds to import. The first of the last
-two collects garbage five times at the end: with all that torch imports, that takes as long as the checks.
+"""pytest's options for one lesson's checks. Other packages' plugins take seconds to import. `unraisableexception`
+collects garbage five times at the end, which with torch takes as long as the checks.
 """
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.getoption("numprocesses", None):  # pytest-xdist's processes run the tests: this one needs no torch
+    if not config.getoption("numprocesses", None):  # with pytest-xdist other processes run the tests and need torch
         from common.machine import let_triton_interpret
 
         let_triton_interpret()
@@ -43,14 +43,16 @@ def student_s(lesson: Lesson) -> Subject:
 
 
 def exercise_of(item: pytest.Item) -> str | None:
-    """The id of the exercise that a check belongs to."""
+    """The id of the exercise that a check belongs to; None for any other test."""
     marker = item.get_closest_marker("exercise")
     return marker.kwargs["id"] if marker else None
 
 
 class Grader:
-    """Judges the checks of lessons; leaves all other tests alone. `subject` says whose module a lesson's is. only: the
-    exercises whose checks are run, and nothing else; None: everything is run.
+    """Judges the checks of lessons. Other tests run as usual.
+
+    subject: returns the module to grade for a lesson, by default the student's. only: the exercises whose checks are
+    run; None: all tests are run.
     """
 
     def __init__(self, subject: Callable[[Lesson], Subject] | None = None, only: Collection[str] | None = None):
@@ -63,7 +65,7 @@ class Grader:
 
     @pytest.fixture
     def code(self):
-        """The module under test; `pytest_pyfunc_call` fills it in."""
+        """The module under test; `pytest_pyfunc_call` passes it."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
@@ -82,9 +84,9 @@ class Grader:
         return True
 
     def lesson_of(self, checks: Path) -> Lesson | None:
-        """The lesson whose checks stand in this file."""
+        """The lesson whose checks are in this file, or None."""
         return next((lesson for lesson in MODULES if lesson.checks == checks), None)
 
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
-        """Where the worker listens in."""
+        """Run a check. The worker overrides this to report the result."""
         return subject.judge(exercise_id, check)

@@ -1,8 +1,7 @@
-"""Two processes for the checks of lesson 6, which talk to each other through torch.distributed.
+"""Two processes for the checks of lesson 6, which communicate through torch.distributed.
 
-They are started when a check first needs them, hold torch, and stay warm from check to check. Each has one thread.
-When an error is raised in one of them, or one does not come to an end, both are ended and the next check gets new
-ones, because the other one may still be waiting.
+They are started when a check first needs them, and serve all further checks. Each has one thread. After an error or a
+timeout in one of them, both are ended, because the other one may still be waiting, and the next check starts new ones.
 """
 
 from __future__ import annotations
@@ -28,26 +27,24 @@ from common.workers.failures import frame_outside_torch, is_consequence
 from common.workers.rendezvous import meet_workers, report_for_work
 
 NUM_RANKS = 2
-TIMEOUT = 4.0
-"""Seconds that a rank waits for the other one."""
+TIMEOUT = 4.0  # seconds that a rank waits for the other one
 BUILD_SECONDS = 60.0
 SHAPES = "gloo does that where ranks add up or gather tensors that are not of the same shape."
-MADE = "made"
-"""A rank sends it when it is ready to call, and receives it when the other one is ready too."""
+MADE = "made"  # a rank sends this when it is ready to call, and receives it when both are ready
 
 
 def on_ranks(code: ModuleType, function: Callable, *arguments: Any) -> list[Any]:
-    """Call function(code, group, *arguments) on each of two ranks at once. Returns what it gave, in the order of ranks.
+    """Call function(code, group, *arguments) on two ranks at once. Returns the two results, by rank.
 
     function: defined at the top of the checks' file. group: the module's own `Group` of the two ranks. Arguments and
-    results travel by pickle. Raises CheckFailed, with the rank, if one of them raised something or waits in vain.
+    results are pickled. Raises CheckFailed, with the rank, if one of them raises an error or does not end.
     """
     call = pickle.dumps((code.__recipe__, function.__code__.co_filename, function.__name__, arguments))
     workers, _ = pool()
     connections = list(workers.connections.values())
     try:
         workers.send(call)
-        for connection in connections:  # making the module takes a rank its time, and no other one should wait for that
+        for connection in connections:  # both make the module first, so that none waits for that within the call
             if not connection.poll(BUILD_SECONDS) or connection.recv() != MADE:
                 raise EOFError
         workers.send(MADE)
@@ -72,7 +69,7 @@ def on_ranks(code: ModuleType, function: Callable, *arguments: Any) -> list[Any]
 
 
 class Problem:
-    """What was raised on a rank. is_consequence: while it was talking to the other one."""
+    """An error on a rank. is_consequence: it was raised in communication with the other rank."""
 
     def __init__(self, sentence: str, is_consequence: bool):
         self.sentence, self.is_consequence = sentence, is_consequence
@@ -80,8 +77,9 @@ class Problem:
 
 @functools.cache
 def pool() -> tuple[Workers, dist.Store]:
-    """The two processes, which are started for it, and the store in which they meet. This process is no rank of theirs:
-    the workers 1 and 2 are the ranks 0 and 1.
+    """Start the two processes. Returns them and the store in which they find each other.
+
+    This process is none of the ranks: workers 1 and 2 are the ranks 0 and 1.
     """
     workers = Workers(range(1, NUM_RANKS + 1))
     store, _ = meet_workers(workers, "common.grading.ranks:serve")
@@ -96,7 +94,7 @@ def end_pool() -> None:
 
 
 def serve() -> None:
-    """What each of the two processes does: take a call, make it, send back its result."""
+    """Runs in each of the two processes: receives calls, makes them and sends the results."""
     torch.set_num_threads(1)
     commands, store, number = report_for_work()
     rank, timeout = number - 1, datetime.timedelta(seconds=TIMEOUT)
@@ -132,7 +130,7 @@ def checks_module(file: str) -> ModuleType:
 
 
 def problem(error: BaseException, rank: int, file: Path) -> Problem:
-    """What was raised, in a sentence, with the line of the student's file that is to blame."""
+    """The error in a sentence, with the line of the student's file that raised it."""
     if isinstance(error, CheckFailed):
         return Problem(f"rank {rank}: {error.sentence}", False)
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""What became of each exercise; and the results that are kept, so that nothing is graded twice in the same state."""
+"""The result of an exercise; and stored results, so that nothing is graded twice in the same state."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ GRADES = ROOT / ".course" / "grades"
 
 @dataclass
 class Result:
-    """What became of one exercise. `line` is where its TODO stands, or its function."""
+    """The result of one exercise. line: of its TODO or, without one, of its function."""
 
     id: str
     name: str
-    status: str = "to do"  # "passed", "wrong", "to do", "waiting" (for others: the together check for all of them)
+    status: str = "to do"  # "passed", "wrong", "to do", or "waiting" for other exercises
     points: int = 0
     sentence: str = ""
     mistake: str | None = None
     traceback: str = ""
     line: int = 0
-    certain: bool = True  # False where the machine's speed decided: such a result is not kept
-    through: list[str] = field(default_factory=list)  # the exercises that a wrong one may be wrong because of
+    certain: bool = True  # False if the machine's speed may be the reason: such a result is not stored
+    through: list[str] = field(default_factory=list)  # the exercises that ran in its checks and may be the cause
     notes: list[str] = field(default_factory=list)  # what an instructor should look at
 
     def __str__(self) -> str:
@@ -36,8 +36,10 @@ class Result:
 
 
 def look_first(result: Result, results: dict[str, Result]) -> list[str]:
-    """Of the exercises that ran in a wrong one's checks those that are wrong themselves, and not in turn because of
-    another of them. One in whose checks it ran itself does not count: each would point to the other.
+    """The ids of the exercises to mend before this wrong one: those that ran in its checks and are wrong themselves.
+
+    Of these, one that may in turn be wrong because of another is left out. An exercise in whose checks this one ran is
+    left out, too: the two would point to each other.
     """
     ran = [results[id] for id in result.through if id in results]
     wrong = [each.id for each in ran if each.status == "wrong" and result.id not in each.through]
@@ -45,7 +47,7 @@ def look_first(result: Result, results: dict[str, Result]) -> list[str]:
 
 
 def next_step(results: list[Result]) -> Result | None:
-    """What to do next: the first that has not passed, but rather one that waits for no other; None if all have."""
+    """The exercise to do next: the first that has not passed, preferably one that needs no other; None if all have."""
     left = [each for each in results if each.status != "passed"]
     by_id = {each.id: each for each in results}
     ready = [each for each in left if each.status != "waiting" and not look_first(each, by_id)]
@@ -53,7 +55,7 @@ def next_step(results: list[Result]) -> Result | None:
 
 
 def fingerprint(lesson: Lesson, file: Path) -> str:
-    """Everything that a grade depends on: the module, what it may import, its checks, the grader, the versions."""
+    """A hash of all that a grade depends on: the module, what it may import, its checks, the grader, the versions."""
     files = [file, lesson.checks, lesson.answers, *sorted((ROOT / "common").rglob("*.py"))]
     files += sorted((ROOT / "solutions").glob("*.py")) + sorted(substitutes().values())
     digest = hashlib.sha256(f"{platform.python_version()} {version('torch')}".encode())
@@ -64,7 +66,7 @@ def fingerprint(lesson: Lesson, file: Path) -> str:
 
 
 def keep(lesson: Lesson, file: Path, results: list[Result]) -> None:
-    """Remember the results for exactly this state of things, unless the machine's speed had a part in them."""
+    """Store the results under the fingerprint, unless one of them is not certain."""
     if all(result.certain for result in results):
         GRADES.mkdir(parents=True, exist_ok=True)
         text = json.dumps([asdict(result) for result in results])
@@ -72,5 +74,6 @@ def keep(lesson: Lesson, file: Path, results: list[Result]) -> None:
 
 
 def kept(lesson: Lesson, file: Path) -> list[Result] | None:
+    """The stored results for the present fingerprint, or None."""
     path = GRADES / f"{lesson.slug}-{fingerprint(lesson, file)}.json"
     return [Result(**each) for each in json.loads(path.read_text())] if path.exists() else None

@@ -1,9 +1,9 @@
-"""Grades one file: starts the worker, keeps the time, and makes results of what the worker reports.
+"""Grades one file: starts the worker, enforces time limits, and makes results from what the worker reports.
 
 A student's code may loop for ever, end the process or crash it. Then the worker is killed with all that it started,
-the exercise gets its result, and a new worker goes on with the exercises that are left.
+the exercise gets its result, and a new worker continues with the remaining exercises.
 
-This process imports no torch: it answers at once, and nothing that a student's code does to its process reaches it.
+This process imports no torch, so it starts quickly, and a student's code cannot change it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.course import CourseError, Lesson, shown, unfinished
-from common.course.exercises import TOGETHER, exercises_of, read_module, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, read_module, unreadable, walk_functions
 from common.course.modules import Waits, listed, still_to_do_below
 from common.grading.results import Result, fingerprint, keep, look_first
 from common.grading.wire import MAX_EVENT, opened
 from common.workers import call, kill
 
-START_SECONDS = 120.0
-"""How long a worker may take to import torch and collect the checks."""
+START_SECONDS = 120.0  # how long a worker may take to import torch and collect the checks
 
 
 def grade(
@@ -36,11 +35,11 @@ def grade(
     show_prints: bool = False,
     start: Callable[..., Worker] | None = None,
 ) -> list[Result]:
-    """Grade a file against its lesson's checks. Returns one result for each exercise, and the together check last.
+    """Grade a file with its lesson's checks. Returns a result for each exercise, and that of the whole module last.
 
-    only: just these exercises. on_result is called with each as soon as it is known, in order. start: makes the
-    worker, a `Worker` by default. Raises CourseError where the file cannot be read, or the checks themselves are
-    broken.
+    only: the exercises to grade; None: all, and the whole module. on_result: called with each result, in order, as soon
+    as it is known. start: makes the worker, by default a `Worker`. Raises CourseError if the file cannot be read, or if
+    the checks themselves are broken.
     """
     if not lesson.is_importable:
         raise CourseError(
@@ -58,7 +57,7 @@ def grade(
     if below := still_to_do_below(lesson):
         if not lesson.part:
             raise Waits(f"Lesson {lesson.number}", below)
-        for result in results.values():  # the second half of a lesson whose first half can be worked on
+        for result in results.values():  # the first module of this lesson can be worked on
             result.status, result.sentence = "waiting", f"waits for {listed(below)}"
             on_result(result)
         return list(results.values())
@@ -69,7 +68,7 @@ def grade(
     shown_so_far: list[str] = []
 
     def show_known() -> None:
-        """Report, in order, what is decided by now; a wrong one after those that it may be wrong because of."""
+        """Report known results in order, a wrong exercise only after those that may be the cause."""
         for each, result in results.items():
             if {each, *result.through}.intersection(waiting):
                 return
@@ -98,7 +97,7 @@ def grade(
 
 
 def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
-    """Grade a file and keep the results, unless it was saved meanwhile: they may be those of either version."""
+    """Grade a file and store the results, unless the file was saved meanwhile: they may belong to either version."""
     before = fingerprint(lesson, file)
     results = grade(lesson, file, **options)
     if fingerprint(lesson, file) == before:
@@ -107,7 +106,7 @@ def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
 
 
 class Session:
-    """The worker of the moment, and what it said about the checks."""
+    """The present worker, and the points, seconds and number of checks of each exercise, as it has reported them."""
 
     def __init__(self, lesson: Lesson, file: Path, show_prints: bool, start: Callable[..., Worker]):
         self.lesson = lesson
@@ -118,7 +117,7 @@ class Session:
         self.checks: dict[str, tuple[int, float, int]] = {}
 
     def run(self, ids: list[str], results: dict[str, Result]):
-        """Run these exercises in one worker, as far as it gets; yield each id when its result is known."""
+        """Run exercises in one worker until it ends. Yields each id when its result is known."""
         key = secrets.token_bytes(16)
         self.worker = self.start(self.lesson, self.file, ids, self.show_prints, key)
         connection = self.worker.connection
@@ -161,7 +160,7 @@ class Session:
                     yield current
                 elif finished is None:
                     raise CourseError(f"A check of the course is broken, please report it:\n{event[0]}")
-                return  # the answers before may be to blame: a new process shows it
+                return  # an earlier answer may be the cause; a new process will show it
             if kind == "collected":
                 self.checks = event[0]
                 for id, result in results.items():
@@ -178,7 +177,7 @@ class Session:
                 count += 1
                 if event[0] is not None:
                     fail(results[current], **event[0])
-                if count == self.checks[current][2]:  # what follows, to name the mistake, is not the student's time
+                if count == self.checks[current][2]:  # naming the mistake does not count as the student's time
                     deadline = time.monotonic() + START_SECONDS
             elif kind == "mistake":
                 results[current].mistake = event[0]
@@ -203,14 +202,13 @@ class Session:
 class Worker:
     """The process that holds torch and runs the checks, and the connection to it."""
 
-    patience = 1.0
-    """By how much the checks' limits of time are stretched."""
+    patience = 1.0  # the factor by which the checks' time limits are extended
 
     def __init__(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes):
         self.process, self.connection = call("common.grading.worker:work", lesson, file, ids, show_prints, key)
 
     def how_it_ended(self) -> str:
-        """In words, when it has hung up. A student's code may have closed the connection and gone on."""
+        """How the worker ended, as a phrase, once its connection is closed. The student's code may still be running."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=5)
         self.close()
@@ -225,8 +223,8 @@ class Worker:
 def fail(
     result: Result, sentence: str, traceback: str = "", waits_for: str | None = None, through: Sequence[str] = ()
 ) -> None:
-    """Note a failure. Of several the first is told; where one check came to an exercise that is to do and another one
-    failed for itself, the latter.
+    """Record the failure of a check. Of several failures, the first is kept. One that waits for an exercise which is to
+    do is replaced by one that does not.
     """
     if result.status == "wrong":
         return
@@ -237,7 +235,7 @@ def fail(
 
 
 def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
-    """What to add to a wrong one's sentence where the whole file is the student's."""
+    """The addition to a wrong exercise's sentence if the whole file is the student's, or ""."""
     if first := look_first(result, results):
         verb = "is" if len(first) == 1 else "are"
         return f"\nThis ran in your whole file, and {listed(first)} {verb} wrong too: look there first."
@@ -252,21 +250,14 @@ def read_source(file: Path) -> str:
     source = read_module(file)
     try:
         compile(source, str(file), "exec")
-    except SyntaxError as error:
-        line = (error.text or "").strip()
-        if error.lineno is None:
-            raise CourseError(f"{shown(file)}: Python cannot read it: {error.msg}.") from None
-        raise CourseError(
-            f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}."
-            + (f"\n    {line}" if line else "")
-        ) from None
-    except ValueError as error:
-        raise CourseError(f"{shown(file)}: {error}") from None
+    except (SyntaxError, ValueError) as error:
+        line = (getattr(error, "text", None) or "").strip()
+        raise CourseError(unreadable(file, error) + (f"\n    {line}" if line else "")) from None
     return source
 
 
 def todo_lines(source: str) -> dict[str, int]:
-    """Where each exercise's TODO stands, by its id, and each function, by its qualified name."""
+    """The line of each TODO, by the exercise's id, and of each function, by its qualified name."""
     lines = {name: node.lineno for name, node in walk_functions(ast.parse(source))}
     for number, text in enumerate(source.splitlines(), 1):
         if match := re.match(r"\s*# TODO (\d+\.\d+):", text):

@@ -1,4 +1,4 @@
-"""What is graded: one lesson's module by one author, and the modules that its checks are run with."""
+"""The module of a lesson that is graded, and the modules in which its checks run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from common.grading.arguments import watched_arguments
 from common.grading.compare import REPLACES, CheckFailed, is_telling, nothing_replaced, same
 from common.grading.intact import remember
 
-Check = Callable[[ModuleType], None]
-"""A check with everything but the module under test filled in."""
+Check = Callable[[ModuleType], None]  # a check, as a function of the module under test
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Failure:
     traceback: str = ""
     what: str = ""
     actual: Any = None
-    waits_for: str | None = None  # the exercise, still to do, that the check came to
-    through: tuple[str, ...] = ()  # the other exercises that ran in the check, where all are the student's
+    waits_for: str | None = None  # an exercise that the check called and that is still to do
+    through: tuple[str, ...] = ()  # the student's other exercises that ran in the check, if the solution is withheld
 
 
 class Subject:
@@ -48,11 +47,11 @@ class Subject:
         self.file = file if source is None else isolate.edited(file, source)
         self.exercises = {exercise.id: exercise for exercise in exercises_of(lesson)}
         self.todo = set(unfinished(self.source)) if "TODO " in self.source else set()
-        self.judged: dict[str, list[tuple[Check, Failure | None]]] = {}  # by exercise: its checks so far
+        self.judged: dict[str, list[tuple[Check, Failure | None]]] = {}  # by exercise: its checks and their failures
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  for all subjects: to prove a check, many answers face it in turn
+    @functools.lru_cache(maxsize=64)  # noqa: B019  to prove a check, it is run with many subjects in turn
     def module(self, exercise_id: str) -> ModuleType:
-        """The reference with this exercise's function by the student; where it is withheld, all is the student's."""
+        """The reference with the student's function for this exercise; the student's whole module if it is withheld."""
         function = self.exercises[exercise_id].function
         if self.lesson.is_withheld:
             if function not in self.functions():
@@ -81,9 +80,10 @@ class Subject:
         return {name: begins(node) for name, node in walk_functions(ast.parse(self.source))}
 
     def judge(self, exercise_id: str, check: Check) -> Failure | None:
-        """Run one check of an exercise. It passes in the isolated module or, failing that, in the untouched one:
-        a student may have changed a private representation throughout. Where the solution is withheld, there is only
-        the untouched one.
+        """Run one check of an exercise. Returns None if it passes.
+
+        It must pass in the isolated module or in the untouched one: a student may have changed an internal
+        representation in several functions. If the solution is withheld, there is only the untouched module.
         """
         if exercise_id == TOGETHER:
             return self.attempt(check, self.complete)
@@ -97,11 +97,11 @@ class Subject:
         return failure
 
     def note(self, exercise_id: str, check: Check, failure: Failure | None) -> None:
-        """Remember a check's verdict, to find out which mistake it was."""
+        """Record the result of a check, by which `mistake` finds the known mistake."""
         self.judged.setdefault(exercise_id, []).append((check, failure))
 
     def attempt(self, check: Check, build: Callable[[], ModuleType], exercise_id: str = "") -> Failure | None:
-        """Run the check once. Whatever the student's code raises is their failure, never the grader's."""
+        """Run the check once. Whatever the student's code raises becomes a Failure."""
         function = self.exercises[exercise_id].function if exercise_id else ""
         remember(self.lesson.checks)
         try:
@@ -124,7 +124,7 @@ class Subject:
         return None
 
     def in_company(self, exercise_id: str, check: Check, failure: Failure) -> Failure:
-        """A failure among exercises that are all the student's: which other one it came to, or may be due to."""
+        """The failure of a check in the student's whole module, with the other exercises that may be the cause."""
         unfinished_one = re.search(r"\bTODO (\d+\.\d+)", failure.sentence)
         if unfinished_one and unfinished_one[1] in self.todo:
             return replace(failure, waits_for=unfinished_one[1])
@@ -146,10 +146,10 @@ class Subject:
     def mistake(
         self, exercise_id: str, outcome: Callable[[Lesson, Answer, Check], Failure | None] | None = None
     ) -> str | None:
-        """The name of the known mistake that gives what this answer gave in every check so far, if exactly one does.
+        """The name of the known mistake with the same wrong values in all checks so far, if there is exactly one.
 
-        Only a value tells mistakes apart: NaN, an empty list or an exception may have any cause. outcome: says how an
-        answer of the catalogue fares in a check; by default the check is run.
+        Only a value identifies a mistake: NaN, an empty list or an exception may have any cause. outcome: returns the
+        failure of an answer of the catalogue in a check; by default it runs the check.
         """
         outcome = outcome or outcome_of
         judged = self.judged.get(exercise_id, [])
@@ -166,7 +166,7 @@ class Subject:
         return names[0] if len(names) == 1 else None
 
     def describe(self, error: BaseException, function: str = "") -> str:
-        """One sentence for an exception: what, the student's line if one is to blame, and what the check asked."""
+        """One sentence for an exception: the error, the line of the student's that raised it, and the check's call."""
         try:
             text = str(error).strip().partition("\n")[0][:500]
         except Exception:  # its own __str__ fails
@@ -193,7 +193,7 @@ class Subject:
 
 
 def seed() -> None:
-    """Let a check draw what it drew before. `torch.manual_seed` takes 2 ms, to note who calls it."""
+    """Seed torch's generators. `torch.manual_seed` takes 2 ms, because it records its caller."""
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
@@ -207,13 +207,11 @@ def trace(error: BaseException) -> str:
 
 
 def run_check(lesson: Lesson, exercise_id: str, check: Check, module: ModuleType) -> None:
-    """Run a check, and then see to it that the answer left its arguments as they were, unless the reference changes
-    them too. Raises what the check raises.
-    """
+    """Run a check. Raises what it raises, and CheckFailed if the answer changes an argument; the reference may."""
     function = {each.id: each for each in exercises_of(lesson)}[exercise_id].function
     seed()
     classes = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
-    is_whole = module.__recipe__[0] == "whole"  # where all is the student's
+    is_whole = module.__recipe__[0] == "whole"  # the student's whole module
     with nothing_replaced(() if is_whole else [module, *classes]), watched_arguments(module, function) as changes:
         check(module)
     if not changes:
@@ -229,13 +227,13 @@ def run_check(lesson: Lesson, exercise_id: str, check: Check, module: ModuleType
 
 
 def outcome_of(lesson: Lesson, answer: Answer, check: Check) -> Failure | None:
-    """How an answer of the catalogue fares in a check, in the reference."""
+    """The failure of an answer of the catalogue, in the reference, in a check; None if it passes."""
     known = variant(lesson, answer)
     return known.attempt(check, known.untouched, answer.exercise)
 
 
 def agrees(known: Failure | None, failure: Failure | None) -> bool:
-    """Whether an answer of the catalogue fared in a check as the student's did."""
+    """Whether an answer of the catalogue and the student's have the same result in a check."""
     if known is None or failure is None:
         return known is failure
     if not is_telling(failure.actual):

@@ -1,9 +1,9 @@
-"""The process that holds torch and runs the checks. What it finds goes through a connection, one event at a time.
+"""The process that imports torch and runs the checks. It sends its results through a connection, as events.
 
 Events are JSON lists: ["collected", {id: [points, seconds, number of checks]}], ["start", id], ["check", failure or
-null], ["note", sentence], ["mistake", its name or null], ["end", id], ["broken", text], ["finished"]. Not pickle: the
-student's code runs in this process, and the runner must be able to read what comes from it. A worker that hangs or dies
-there is the runner's business.
+null], ["note", sentence], ["mistake", its name or null], ["end", id], ["broken", text], ["finished"]. They are not
+pickled: the student's code runs in this process, and unpickling its bytes could run anything. The runner notices when
+this process hangs or dies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common.grading.wire import readable, sealed
 
 
 class ReportingGrader(Grader):
-    """A grader that tells each verdict to the runner, and runs only the exercises that it was asked for."""
+    """A grader that sends each result to the runner, and runs only the exercises in `ids`."""
 
     def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
         super().__init__(lambda lesson: subject, ids)
@@ -75,14 +75,12 @@ class ReportingGrader(Grader):
             self.send("check", {**texts, "waits_for": failure.waits_for, "through": failure.through})
         return failure
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A check that failed before or after its body: a mistake of the course, not of the student."""
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        """Report a check that cannot be collected, or fails before or after its body: a mistake of the course."""
         if report.when != "call" and report.failed:
             self.send("broken", f"{report.nodeid}: {report.longreprtext}")
 
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.send("broken", f"{report.nodeid}: {report.longreprtext}")
+    pytest_collectreport = pytest_runtest_logreport
 
 
 def work(
@@ -94,9 +92,9 @@ def work(
     key: bytes,
     make_grader: Callable[..., ReportingGrader] = ReportingGrader,
 ) -> None:
-    """The worker's life: collect the lesson's checks, run those of `ids` in that order, report, end."""
+    """Runs in the worker: collects the lesson's checks, runs those of `ids` in that order, and reports."""
     if hasattr(os, "setsid") and os.getsid(0) != os.getpid():
-        os.setsid()  # whatever the student's code starts dies with this process's group
+        os.setsid()  # processes that the student's code starts are killed with this process's group
     os.environ["KERNELS"] = "plain"
     import torch
 

@@ -1,4 +1,4 @@
-// Attention over block tables: keys and values are read where they lie, in blocks of any size, and copied nowhere.
+// Attention over block tables: keys and values are read in their blocks, of any size, and are not gathered first.
 //
 // The work is divided into items: a request, a key/value head, and up to QUERIES of the request's new tokens. An item
 // folds the heads of a group (lesson 3's `fold_groups`), so that it reads a key once for all of them, and goes through
@@ -14,7 +14,7 @@ namespace inference_course {
 
 constexpr int64_t KEYS = 16, QUERIES = 32;
 constexpr int FOLDED = LANES == 16 ? 4 : 2;  // heads for which a key is read once: four keys' sums fit into the registers
-constexpr int64_t MANY_KEYS = 64;  // keys in a step, where there are many queries
+constexpr int64_t MANY_KEYS = 64;  // keys in a step of attend_many
 
 // One layer's blocks: (num_blocks, block_size, kv_heads, head_dim) each. Number: float, or uint16_t for a bfloat16.
 template <typename Number>
@@ -23,7 +23,7 @@ struct Blocks {
   Number *keys, *values;
   int64_t block_size, kv_heads, head_dim;
 
-  // Where one head's keys and values of `count` positions lie, from `first` on. The cache is told that they come next.
+  // Finds one head's keys and values of `count` positions from `first` on, and prefetches them.
   void find(const int64_t* table, int64_t first, int64_t count, int64_t kv_head, const Number** found_keys,
             const Number** found_values) const {
     int64_t block = first / block_size, offset = first % block_size;
@@ -101,7 +101,7 @@ inline float weigh(float* scores, float& most, float& keep) {
   return total(part);
 }
 
-// Rows of D floats in panels: (count, D) -> (D / 16, MANY_KEYS, 16), with 0 where there is nothing.
+// Copies rows of D floats into panels: (count, D) -> (D / 16, MANY_KEYS, 16), padded with 0.
 template <typename Number>
 inline void in_panels(const Number* const* rows, int64_t count, int64_t D, float* panels) {
   for (int64_t first = 0; first < D; first += PANEL)
@@ -115,7 +115,7 @@ inline void in_panels(const Number* const* rows, int64_t count, int64_t D, float
     }
 }
 
-// Panels of 16 numbers as panels of 16 rows: (size / 16, MANY_KEYS, 16) -> (MANY_KEYS / 16, size, 16).
+// Copies panels of 16 numbers into panels of 16 rows: (size / 16, MANY_KEYS, 16) -> (MANY_KEYS / 16, size, 16).
 inline void transpose(const float* panels, int64_t size, float* out) {
   for (int64_t d = 0; d < size; d += 4)
     for (int64_t j = 0; j < MANY_KEYS; j += 4) {
@@ -130,8 +130,8 @@ inline void transpose(const float* panels, int64_t size, float* out) {
     }
 }
 
-// As `attend`, for many queries: both products are those of matrices, so that a key or value in a register serves TILE
-// queries. Arrays: queries (heads, D), scores and weights (heads, MANY_KEYS), sums (D / 16, heads, 16).
+// Like `attend`, for many queries: both products are products of matrices, so that a key or value in a register serves
+// TILE queries. Arrays: queries (heads, D), scores and weights (heads, MANY_KEYS), sums (D / 16, heads, 16).
 template <typename Number>
 inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t group, int64_t position, int64_t window,
                         const Blocks<Number>& blocks, const int64_t* table, int64_t kv_head, float* out,
@@ -145,7 +145,7 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
   std::fill_n(sums, heads * size, 0.0f), std::fill_n(maximum, heads, none), std::fill_n(total_weight, heads, 0.0f);
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t d = 0; d < D; ++d) queries[h * D + d] = scale * q[h / group * stride + h % group * D + d];
-  // x: (heads, stride), of which `count` numbers count; panels (panels, length, 16); sums: (panels, heads, 16), added to.
+  // x: (heads, stride), its first `count` columns; panel: (panels, length, 16). Adds to sums, (panels, heads, 16).
   const auto multiply = [heads](const float* x, int64_t stride, int64_t count, const float* panel, int64_t num_panels,
                                 int64_t length, float* sums) {
     for (int64_t h = 0; h < heads; h += TILE)
@@ -197,7 +197,7 @@ inline void attend_many(const float* q, int64_t stride, int64_t tokens, int64_t 
 
 // One item: `tokens` <= QUERIES tokens, the first at `position`, times the `group` query heads of one key/value head.
 // q: of the first token and head; a token's next head is head_dim further, the next token `stride`. out: likewise, with
-// `out_stride`. The keys up to each token's own position are seen, and of them only the last `window`. kv_head: which.
+// `out_stride`. A token sees the keys up to its own position, and of these only the last `window`.
 template <typename Number>
 inline void attend(const float* q, int64_t stride, int64_t tokens, int64_t group, int64_t position, int64_t window,
                    const Blocks<Number>& blocks, const int64_t* table, int64_t kv_head, float* out, int64_t out_stride) {

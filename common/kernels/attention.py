@@ -1,4 +1,4 @@
-"""Attention of many requests: over padded keys in torch, and what a fused layer must know about a batch's blocks."""
+"""Attention of many requests: over padded keys in torch, and a batch's blocks in the form that fused layers need."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from torch import Tensor
 
 from common.kernels import build
 from common.kernels.groups import Metadata
-from common.kernels.products import enabled
 
 QUERY_BLOCK = 128
-"""Queries of a prefill chunk that are computed at a time: the first ones have fewer keys than the last."""
+"""The number of a prefill chunk's queries that are computed at a time: the first ones see fewer keys than the last."""
 
 FEW_QUERIES = 16
-"""With 2 to this number of queries in a request (verification), a group's heads form one matrix, and its keys are read
-once. With a single query that is slower: nine heads are divided over the cores more evenly than three groups."""
+"""If a request has 2 to this number of queries (verification), a group's heads form one matrix, so that its keys are
+read once. With a single query that is slower: nine heads are divided among the cores more evenly than three groups."""
 
 
 class Cache(Protocol):
-    """What must be known about a cache: lesson 4's `PagedKVCache`."""
+    """The attributes of lesson 4's `PagedKVCache` that are used here."""
 
     keys: Tensor  # (num_layers, num_blocks, block_size, K, D)
     values: Tensor
@@ -31,10 +30,10 @@ class Cache(Protocol):
 
 
 class PagedAttend:
-    """Lesson 4's `attend` for a batch, which also tells where its blocks are: fused layers write and read them.
+    """Lesson 4's `attend` for a batch, which also has the batch's blocks for fused layers to write and read.
 
-    What only one of the two needs is made when it is first asked for. dtype: that in which the cache takes keys and
-    gives them back; layers whose weights are in bfloat16 compute in float32.
+    `attend` and `native` are made on first use, since a layer needs only one of them. dtype: of the keys that the cache
+    takes and returns. Layers with weights in bfloat16 compute in float32.
     """
 
     def __init__(self, cache: Cache, metadata: Metadata):
@@ -51,7 +50,7 @@ class PagedAttend:
 
     @functools.cached_property
     def native(self):
-        """The batch and the cache's blocks, as the compiled layers take them (`Paged` in cpu.cpp)."""
+        """The batch and the cache's blocks in the form of the compiled layers (`Paged` in cpu.cpp)."""
         batch = self.metadata
         num_requests = len(batch.context_lens)
         starts = accumulate(map(len, batch.block_tables[:-1]), initial=3 * num_requests + 1)
@@ -59,23 +58,13 @@ class PagedAttend:
         cache, numbers = self.cache, torch.tensor(numbers)
         return build.compiled().Paged(cache.keys, cache.values, batch.slot_mapping, numbers, num_requests)
 
-    def of_layer(self, layer: int) -> tuple:
-        """What the compiled layer with this number in the model takes beside hidden states and rotary tables."""
-        return self.native, layer - self.cache.layers.start
-
-
-def paged(cache: Cache, metadata: Metadata):
-    """Returns `cache.attend(metadata)`, on a CPU in a form that fused layers understand."""
-    on_cpu = enabled() and cache.keys.device.type == "cpu"
-    return PagedAttend(cache, metadata) if on_cpu else cache.attend(metadata)
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Attention of B requests, T queries of each, over keys and values that were gathered and padded to one length.
 
     q: (B, T, H, D); k, v: (B, S, K, D), with K dividing H; positions: (B, T) integers, 0 to S - 1. Query head h
     attends to key/value head h // (H / K). Key s of a request is seen from position s on, so padding at its end is not
-    seen. It must be finite nevertheless: NaN in a new tensor times a weight of 0 is NaN. Returns (B, T, H, D).
+    seen. It must still be finite: NaN times a weight of 0 is NaN. Returns (B, T, H, D).
     """
     batch, num_queries, num_heads, head_dim = q.shape
     if num_queries > QUERY_BLOCK:
@@ -83,7 +72,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         return torch.cat([attention(*block) for block in blocks], dim=1)
 
     mask = None
-    if q.device.type == "cpu":  # a GPU would first have to finish all it was asked for before it could answer
+    if q.device.type == "cpu":  # on a GPU this would wait until all its work is done
         seen = int(positions.max()) + 1
         k, v = k[:, :seen], v[:, :seen]
     if q.device.type != "cpu" or positions.numel() > 1:
@@ -92,7 +81,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not 1 < num_queries <= FEW_QUERIES:
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
-    # Lesson 3's folding: the queries of a group's heads one below the other, in one matrix (B, K, H / K * T, D).
+    # Lesson 3's folding: the queries of all heads of a group are the rows of one matrix, (B, K, H / K * T, D).
     num_kv_heads = k.shape[1]
     group_size = num_heads // num_kv_heads
     folded = q.reshape(batch, num_kv_heads, group_size * num_queries, head_dim)

@@ -1,9 +1,10 @@
-"""Compiles the C++ sources of this folder for this processor: once, then they are kept."""
+"""Compiles the C++ sources of this folder for this processor, once, and keeps the result in the cache folder."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import sys
@@ -14,20 +15,18 @@ from unittest import mock
 import torch
 
 from common.checkpoints import cache_folder
+from common.machine import cpu_name
 
 LIBRARY = "inference_course"
-STALE_SECONDS = 300
-"""Compiling takes less than this: an older lock is that of a process that was killed."""
+STALE_SECONDS = 300  # compiling takes less than this, so an older lock is left from a process that was killed
 
 
 @functools.cache
 def compiled():
-    """The classes of cpu.cpp, compiled for this processor: once, then kept. None where there is no compiler.
+    """Returns the classes of cpu.cpp, compiled for this processor, or None if they cannot be compiled here.
 
-    KERNELS_MARCH in the environment names another processor, as gcc's -march does: x86-64-v2, say, has no AVX2.
+    KERNELS_MARCH in the environment names another processor, as gcc's -march does, such as x86-64-v2, without AVX2.
     """
-    from common.machine import cpu_name
-
     march = os.environ.get("KERNELS_MARCH", "native")
     here = Path(__file__).parent
     sources = {path.name: path.read_text(encoding="utf-8") for path in sorted([*here.glob("*.h"), *here.glob("*.cpp")])}
@@ -45,21 +44,23 @@ def compiled():
 
 
 def compile_into(folder: Path, sources: dict[str, str], march: str) -> None:
-    """Compile these C++ sources in a folder. In the end there is a file `whole` in it.
+    """Compile these C++ sources in a folder, and create the file `whole` in it when that is done.
 
-    The sources are copied there, or each copy of the course would compile them again for the sake of their path.
-    Without -fopenmp a kernel would run on one core. Apple's compiler has no such option: there nothing is compiled.
+    The sources are copied there: another path would make each copy of the course compile them again. Without -fopenmp a
+    kernel would run on one core. Apple's compiler does not have that option, so on macOS nothing is compiled.
     """
+    # A torch that was built for CUDA warns on a machine without a GPU. These sources need none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / "lock"
     if lock.exists() and time.time() - lock.stat().st_mtime > STALE_SECONDS:
-        lock.unlink()  # of a process that was killed while it compiled; torch would wait for it for ever
+        lock.unlink()  # torch would wait for it for ever
     for name, text in sources.items():
         if not (folder / name).exists():
             (folder / name).write_text(text, encoding="utf-8")
-    tools = Path(sys.executable).parent  # ninja is installed beside this Python, which need not be on the PATH
+    tools = Path(sys.executable).parent  # where ninja is installed; the folder need not be on the PATH
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
     with mock.patch.dict(os.environ, PATH=f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"):
         cpp_extension.load(

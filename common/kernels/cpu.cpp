@@ -1,17 +1,14 @@
-// Operators for a processor: a linear layer, and a decoder layer as one operator, over matrices in panels (products.h).
+// Operators for a CPU: a linear layer, and the two halves of a decoder layer, with matrices in panels (products.h).
 //
-// torch starts a region of threads for each of its operators, some twenty in a layer, and Python takes longer to call
-// them than a small model takes to compute one. Here a layer is two regions, and in a region the threads meet only where
-// one needs what another has computed: each `omp for` below ends with all of them.
+// torch starts a parallel region for each of its operators, some twenty in a layer, and Python takes longer to call them
+// than a small model takes to compute one. Here a layer is two regions, and in a region the threads wait for each other
+// only where they need each other's results: at the end of each `omp for`.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-
-#ifdef _OPENMP
 #include <omp.h>
-#endif
+#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -24,15 +21,11 @@
 namespace inference_course {
 
 inline int64_t threads() {
-#ifdef _OPENMP
   at::internal::lazy_init_num_threads();
   return omp_get_max_threads();
-#else
-  return 1;
-#endif
 }
 
-// Numbers that are written before they are read: a vector would set them to 0 first.
+// Uninitialised floats: a std::vector would set them to 0 first.
 struct Floats {
   std::unique_ptr<float[]> numbers;
   explicit Floats(int64_t size) : numbers(new float[size]) {}
@@ -44,7 +37,7 @@ inline const float* floats(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<float>() : nullptr;
 }
 
-// x: (..., K); bias: (N); most: (...), if a row's largest magnitude is another rank's. Returns (..., N).
+// x: (..., K); bias: (N); most: (...), largest magnitudes over all ranks, if each has a part of a row. Returns (..., N).
 at::Tensor apply(const c10::intrusive_ptr<Linear>& layer, const at::Tensor& input, const std::optional<at::Tensor>& bias,
                  const std::optional<at::Tensor>& most) {
   const Linear& w = *layer;
@@ -96,9 +89,9 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t half) {
   }
 }
 
-// The sums of `o_proj` or `down_proj`, (rows, 16), and the residual if there is one, into out (T, N).
+// Writes the sums of `o_proj` or `down_proj`, (rows, 16), plus the residual if there is one, to out, (T, N).
 struct Residual {
-  const float* residual;  // nullptr: of another rank, or added later
+  const float* residual;  // nullptr: nothing is added here
   float* out;
   int64_t N;
 
@@ -112,7 +105,7 @@ struct Residual {
 };
 
 // A batch, and the blocks that its layers write and read: keys and values (layers, blocks, block_size, kv_heads, head_dim).
-// slots: (T). layout: of R requests query_start (R + 1), context_lens (R), where each table begins (R), and the tables, one
+// slots: (T). layout: of R requests query_start (R + 1), context_lens (R), the start of each table (R), and all tables, one
 // after another.
 struct Paged : torch::CustomClassHolder {
   at::Tensor keys, values, slots, layout;
@@ -148,8 +141,8 @@ struct AttentionLayer : Layer {
         heads(heads), kv_heads(kv_heads), head_dim(head_dim), window(window), qk_norm(std::move(qk_norm)),
         qk_eps(qk_eps) {}
 
-  // hidden: (T, hidden_size); cos, sin: (T, head_dim / 2); layer: whose blocks these are. Returns (T, hidden_size): hidden
-  // plus the layer's output, or the output alone. Number: a float, or a bfloat16.
+  // given: (T, hidden_size); cos, sin: (T, head_dim / 2); layer: its number in the blocks. Returns (T, hidden_size): hidden
+  // plus the layer's output, or the output alone. Number: of the blocks, a float or a bfloat16.
   template <typename Number>
   at::Tensor compute(const at::Tensor& given, const at::Tensor& cos, const at::Tensor& sin, const Paged& batch,
                      int64_t layer, bool add_hidden) {
@@ -229,7 +222,7 @@ struct AttentionLayer : Layer {
 struct MLPLayer : Layer {
   using Layer::Layer;
 
-  // hidden: (T, hidden_size). Returns (T, hidden_size): hidden plus the layer's output, or the output alone.
+  // given: (T, hidden_size). Returns (T, hidden_size): hidden plus the layer's output, or the output alone.
   at::Tensor forward(const at::Tensor& given, bool add_hidden) {
     const at::Tensor hidden = given.contiguous();
     const Linear &gate_up = *first, &down = *second;
@@ -274,8 +267,8 @@ struct MLPLayer : Layer {
   }
 };
 
-// Several layers in one call, where no rank waits for another one between them. Between two calls from Python the other
-// threads would fall asleep, and waking them takes as long as a small layer.
+// Several layers in one call, for a model on one rank. Between two calls from Python the other threads would fall asleep,
+// and waking them takes as long as a small layer.
 struct Layers : torch::CustomClassHolder {
   std::vector<c10::intrusive_ptr<AttentionLayer>> attention;
   std::vector<c10::intrusive_ptr<MLPLayer>> mlp;
@@ -291,7 +284,7 @@ struct Layers : torch::CustomClassHolder {
   }
 };
 
-// The number of the largest of each row of scores, the first of equal ones, or -1 where there is a NaN. (R, V) -> (R).
+// The index of the largest score in each row, the first of equal ones, or -1 for a row with a NaN. (R, V) -> (R).
 at::Tensor likeliest(const at::Tensor& given) {
   const at::Tensor scores = given.contiguous();
   const int64_t R = scores.size(0), V = scores.size(1);
@@ -301,7 +294,7 @@ at::Tensor likeliest(const at::Tensor& given) {
 #pragma omp parallel for
   for (int64_t r = 0; r < R; ++r) {
     const float* x = all + r * V;
-    vec most = x[0] - vec{}, zeros = {};  // v - v is 0, or NaN where v is a NaN or infinite
+    vec most = x[0] - vec{}, zeros = {};  // zeros: 0, or NaN if there is one
     int64_t i = 0;
     for (; i + LANES <= V; i += LANES) {
       const vec v = load<vec>(x + i);

@@ -1,4 +1,4 @@
-"""Which kernels compute: the CPU's, or on a GPU Triton's. KERNELS=triton takes these on a CPU too, interpreted."""
+"""Chooses the kernels: the CPU's, or on a GPU Triton's. With KERNELS=triton a CPU interprets Triton's kernels."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.kernels.attention import paged as paged_on_cpu
+from common.kernels.attention import PagedAttend
 from common.kernels.build import compiled
 from common.kernels.greedy import draw as draw_greedy
-from common.kernels.layers import fuse_forward
-from common.kernels.layers import pack as pack_for_cpu
+from common.kernels.layers import fuse_forward, pack_for_cpu
 from common.kernels.products import enabled
 
 
 def on_triton(tensor: Tensor) -> bool:
-    """Whether Triton's kernels compute with this tensor."""
+    """Whether Triton's kernels are used for this tensor."""
     if not enabled() or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     is_asked_for = os.environ.get("KERNELS") == "triton"
@@ -28,8 +27,8 @@ def on_triton(tensor: Tensor) -> bool:
 def pack(model: nn.Module, linear: type, attention: type, mlp: type, norm: type, block: type, **parallel: type) -> None:
     """Rearrange a loaded model's weights, in place, and swap modules for faster ones that compute the same.
 
-    linear, attention, mlp, norm, block: lesson 2's classes. parallel: lesson 6's `column` and `row`, parts of a linear
-    layer, where ranks share the model.
+    linear, attention, mlp, norm, block: lesson 2's classes. parallel: lesson 6's classes `column` and `row`, which are
+    parts of a linear layer, if ranks share the model. It cannot be undone: a plain weight is freed once it is packed.
     """
     if not on_triton(model.model.norm.weight):
         return pack_for_cpu(model, linear, attention, mlp, norm, block, **parallel)
@@ -39,22 +38,23 @@ def pack(model: nn.Module, linear: type, attention: type, mlp: type, norm: type,
 
 
 def paged(cache, metadata):
-    """Returns lesson 4's `attend` for a batch of a cache: `cache.attend(metadata)`, or what does the same faster.
+    """Returns lesson 4's `attend` for a batch of a cache: `cache.attend(metadata)`, or an object that is faster.
 
-    metadata: lesson 4's, or where a graph is recorded `DeviceMetadata`.
+    metadata: lesson 4's, or `DeviceMetadata` while a graph is recorded.
     """
-    if not on_triton(cache.keys):
-        return paged_on_cpu(cache, metadata)
-    from common.kernels.triton_layers import DeviceAttend, DeviceMetadata
+    if on_triton(cache.keys):
+        from common.kernels.triton_layers import DeviceAttend, DeviceMetadata
 
-    return DeviceAttend(cache, metadata if isinstance(metadata, DeviceMetadata) else DeviceMetadata.of(metadata))
+        return DeviceAttend(cache, metadata if isinstance(metadata, DeviceMetadata) else DeviceMetadata.of(metadata))
+    on_cpu = enabled() and cache.keys.device.type == "cpu"
+    return PagedAttend(cache, metadata) if on_cpu else cache.attend(metadata)
 
 
 def accelerate(runner, config):
-    """Let a model runner of a process of its own compute a step in few calls: on a CPU all layers in one, on a GPU a
-    whole decoding step as a CUDA graph. It also samples a batch at once.
+    """Let the model runner of a single rank compute a step in few calls, and sample a whole batch at once.
 
-    runner: lesson 5's `ModelRunner`. config: a resolved `EngineConfig`. Returns the runner.
+    On a CPU one call computes all layers, on a GPU a CUDA graph a whole decoding step. runner: lesson 5's
+    `ModelRunner`. config: a resolved `EngineConfig`. Returns the runner.
     """
     model, cache = runner.model, runner.cache
     if not on_triton(model.model.norm.weight):
@@ -66,7 +66,7 @@ def accelerate(runner, config):
     from common.kernels.sampler import draw
     from common.kernels.triton_layers import TritonBlock
 
-    if config.speculative is None:  # draft tokens are verified by lesson 2's draws
+    if config.speculative is None:  # draft tokens are verified by lesson 2's sampling
         runner.draw = draw
     is_capturable = all(type(layer) is TritonBlock and layer.is_capturable for layer in model.model.layers)
     if cache.keys.is_cuda and is_capturable and on_triton(cache.keys):

@@ -1,9 +1,9 @@
-"""Decoding steps as CUDA graphs: a step's kernels are recorded once for each batch size, then launched as one.
+"""Decoding steps as CUDA graphs: a step's kernels are recorded once for each batch size, then launched together.
 
-A decoding step of a small model is a hundred kernels of a few microseconds, and to launch one takes Python as long. A
+A decoding step of a small model has a hundred kernels of a few microseconds, and Python takes as long to launch one. A
 graph launches all of them at once. It repeats what was recorded: the same kernels, on the same memory. So a batch is
-copied into buffers that stay where they are, and filled up to the next size for which there is a graph. Prompts, and
-batches that are larger than all sizes, are computed as they are. From nano-vllm and vLLM.
+copied into fixed buffers, and padded to the next size for which there is a graph. Prompts, and batches that are larger
+than all sizes, are computed without a graph. From nano-vllm and vLLM.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from common.kernels.triton_layers import DeviceMetadata
 
 MOST = 512
-"""Larger batches keep a GPU busy without a graph."""
+"""The largest batch with a graph. Larger ones keep a GPU busy without it."""
 
 
 def sizes_up_to(most: int) -> list[int]:
@@ -28,8 +28,8 @@ def sizes_up_to(most: int) -> list[int]:
 
 
 def capture(pool: tuple[int, int], compute: Callable[[], None]) -> Callable[[], None]:
-    """Record what a function launches. Returns what launches it again. pool: the graphs' memory, which they share."""
-    compute()  # compiles kernels, and lets libraries allocate what they keep: neither can be recorded
+    """Record the kernels that a function launches. Returns a function that launches them. pool: all graphs' memory."""
+    compute()  # kernels are compiled, and libraries allocate memory: neither can be recorded
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         compute()
@@ -37,10 +37,10 @@ def capture(pool: tuple[int, int], compute: Callable[[], None]) -> Callable[[], 
 
 
 class DecodingGraphs:
-    """Takes the place of a model runner's `forward`: replays a graph where there is one for the batch.
+    """Replaces a model runner's `forward`: replays a graph if there is one for the batch.
 
-    forward: from a batch and hidden states to hidden states. max_blocks: the longest block table. record: from a
-    function to what repeats it, `capture` on a GPU.
+    forward: maps a batch and hidden states to hidden states. like: a tensor with the model's dtype, device and width.
+    max_blocks: of the longest block table. record: maps a function to one that repeats it; `capture` on a GPU.
     """
 
     @torch.inference_mode()
@@ -52,21 +52,21 @@ class DecodingGraphs:
         zeros = partial(torch.zeros, dtype=torch.long, device=like.device)
         self.token_ids, self.positions, self.context_lens = (zeros(sizes[-1]) for _ in range(3))
         self.slot_mapping = zeros(sizes[-1]) - 1
-        self.block_tables, self.tables = zeros(sizes[-1], max_blocks), [[]] * sizes[-1]  # on the GPU, and what they are
+        self.block_tables, self.tables = zeros(sizes[-1], max_blocks), [[]] * sizes[-1]  # on the GPU, and on the CPU
         self.query_start = torch.arange(sizes[-1] + 1, device=like.device)
         self.hidden = like.new_zeros(sizes[-1], like.shape[-1])
-        # The largest first: the memory that it needs is enough for the others.
+        # The largest is recorded first: its memory is enough for the others.
         self.replays = {size: record(partial(self.compute, size)) for size in reversed(sizes)}
 
     def compute(self, size: int) -> None:
-        """Compute the first `size` requests of the buffers. This is what a graph records."""
+        """Compute the first `size` requests of the buffers. A graph records this."""
         lens, slots, tables = self.context_lens[:size], self.slot_mapping[:size], self.block_tables[:size]
         metadata = DeviceMetadata(self.query_start[: size + 1], lens, slots, tables, 1)
         batch = SimpleNamespace(token_ids=self.token_ids[:size], positions=self.positions[:size], metadata=metadata)
         self.hidden[:size] = self.forward(batch, None)
 
     def __call__(self, batch, hidden: Tensor | None = None) -> Tensor:
-        """Returns the last layer's output, (T, hidden_size), which is overwritten by the next call."""
+        """Returns the last layer's output, (T, hidden_size). The next call overwrites it."""
         num_requests, metadata = len(batch.metadata.context_lens), batch.metadata
         size = min((size for size in self.replays if size >= num_requests), default=None)
         if hidden is not None or size is None or len(batch.token_ids) != num_requests:

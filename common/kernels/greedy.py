@@ -1,4 +1,4 @@
-"""The likeliest tokens of a whole batch on a CPU, in one call. torch's `argmax` takes ten times as long."""
+"""Finds the likeliest tokens of a whole batch on a CPU in one call. torch's `argmax` takes ten times as long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.kernels.products import enabled
 
 
 def is_plain(request) -> bool:
-    """Whether a request's next token is the likeliest one, whatever came before. request: a `ScheduledRequest`."""
+    """Whether the next token of a request, a `ScheduledRequest`, is the one with the highest logit."""
     params = request.params
     return (
         params.temperature == 0
@@ -23,9 +23,9 @@ def is_plain(request) -> bool:
 
 
 def draw(requests: Sequence, logits: Tensor) -> dict[str, int]:
-    """Returns the next tokens, by id, of the requests whose token is the likeliest. logits: (R, V), a row for each.
+    """Returns the next tokens by request id. logits: (R, V), a row for each request.
 
-    Left out are the others, and those with a NaN among their scores.
+    Requests whose token is not simply the likeliest are left out, and so are requests with a NaN in their row.
     """
     plain = [is_plain(request) for request in requests]
     if not any(plain) or not enabled() or logits.dtype != torch.float32:

@@ -1,6 +1,6 @@
 """Divides a batch into groups of requests that are computed together.
 
-A loop over requests costs a dozen small operations for each; a single padded batch reads far more than it needs.
+A loop over requests takes a dozen small operations for each; a single padded batch would read much unused memory.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from torch import Tensor
 
 MAX_GROUP_SLOTS = 4096
 """The most slots that a group of several requests reads, so that they stay in the processor's cache until used."""
-MAX_NEW_TOKENS = 16
-"""A request with more new tokens, a prefill chunk, is a group of its own."""
+MAX_NEW_TOKENS = 16  # a request with more new tokens, a prefill chunk, is a group of its own
 
 
 class Metadata(Protocol):
-    """What must be known about a batch: lesson 4's `AttentionMetadata`."""
+    """The attributes of lesson 4's `AttentionMetadata` that are used here."""
 
     query_start: list[int]
     context_lens: list[int]
@@ -27,7 +26,7 @@ class Metadata(Protocol):
 
 
 class QueryGroup(NamedTuple):
-    """B requests with T new tokens each and contexts of similar length, computed together, padded to the longest."""
+    """B requests with T new tokens each and contexts of similar length, padded to the longest."""
 
     rows: Tensor  # (B, T): indices into the batch
     positions: Tensor  # (B, T): the position of each token in its sequence
@@ -37,9 +36,9 @@ class QueryGroup(NamedTuple):
     padding: tuple[Tensor, Tensor]  # request and position, (P) each, of all slots after the end of a context
 
     def clear_padding(self, start: int, end: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Set what was gathered after the end of a context to 0, in place: it has weight 0, but 0 * NaN is NaN.
+        """Set what was gathered beyond the end of a context to 0, in place. Its weight is 0, but 0 * NaN is NaN.
 
-        keys, values: (B, end - start, K, D), of the positions start to end. Returns both tensors.
+        keys, values: (B, end - start, K, D), of the positions start to end - 1. Returns both tensors.
         """
         requests, slots = self.padding
         if len(slots):
@@ -51,9 +50,10 @@ class QueryGroup(NamedTuple):
 
 
 def group_queries(metadata: Metadata, block_size: int) -> list[QueryGroup]:
-    """Divide a batch into groups of requests with equally many new tokens.
+    """Divide a batch into groups of requests with the same number of new tokens.
 
-    Within a group no context is longer than twice the shortest plus a block, and `MAX_GROUP_SLOTS` holds.
+    Within a group no context is longer than twice the shortest plus a block, and all contexts, padded to the longest,
+    have at most `MAX_GROUP_SLOTS` slots.
     """
     num_new = [end - start for start, end in pairwise(metadata.query_start)]
     num_keys = metadata.context_lens

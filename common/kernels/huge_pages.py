@@ -1,7 +1,7 @@
-"""Weights in pages of 2 MB.
+"""Moves weights into pages of 2 MB.
 
-A step reads all weights once. In pages of 4 kB a new page begins after every 64 cache lines, and the table that says
-where the pages are fits no cache of the processor. Linux gives larger pages to memory that asks for them.
+A step reads all weights once. In pages of 4 kB a new page begins after every 64 cache lines, and the page table is too
+large for the processor's caches. Linux uses larger pages for memory that asks for them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ CACHE_LINE_BYTES = 64
 
 
 def move(model: nn.Module) -> None:
-    """Move a model's contiguous weights into huge pages, one after the other, where the system has such pages.
+    """Move a model's contiguous weights into huge pages, one after the other, if the system has such pages.
 
-    The parameters stay the same objects, so kernels that hold them find them moved. What was detached from one before
-    stays where it was. The new memory is freed with the last tensor that lies in it.
+    The parameters stay the same objects, so kernels that refer to them use the new memory. A tensor that was detached
+    before keeps the old memory. The new memory is freed with the last tensor in it.
     """
     rest = torch.empty(0, dtype=torch.uint8)
     for tensor in model.parameters():
-        if tensor.is_meta:  # it stays on the disk
+        if tensor.is_meta:  # it is read from the disk in each step
             continue
         size = -(-tensor.nbytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
         if size > len(rest):
@@ -38,7 +38,7 @@ def move(model: nn.Module) -> None:
 
 
 def map_chunk(num_bytes: int) -> Tensor | None:
-    """Returns (num_bytes,) uint8 in huge pages, which are taken once they are written. None if there are none."""
+    """Returns (num_bytes,) uint8 in huge pages, which are allocated when they are written. None if there are none."""
     try:
         chunk = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         chunk.madvise(mmap.MADV_HUGEPAGE)
@@ -48,6 +48,6 @@ def map_chunk(num_bytes: int) -> Tensor | None:
 
 
 def free_unused_pages() -> None:
-    """Give memory that is free between tensors back to the system, which glibc does not do by itself."""
+    """Return free memory between tensors to the system, which glibc does not do by itself."""
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

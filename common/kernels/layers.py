@@ -1,10 +1,10 @@
-"""Fused layers, which compute what lesson 2's compute in fewer, larger steps.
+"""Fused layers, which compute what lesson 2's layers compute in fewer, larger steps.
 
-An operator of torch costs 2 microseconds however little it computes, and a decoder layer has dozens of them. So
-products with the same input become one here, and so do the rotations of queries and keys. Where there are compiled
-kernels and the caller tells where its keys and values are (`PagedAttend`), a layer is two operators (cpu.cpp).
+An operator of torch takes 2 microseconds however little it computes, and a decoder layer has dozens of them. So
+products with the same input become one here, and so do the rotations of queries and keys. With compiled kernels, and if
+the blocks of keys and values are known (`PagedAttend`), a layer is two operators (cpu.cpp).
 
-Lessons hand in their classes and call `pack`; this package imports no lesson, and nothing in it has gradients.
+Lessons pass their classes to `pack`; this package imports no lesson. Nothing in it has gradients.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NO_WINDOW = 1 << 62
 class FastNorm(nn.Module):
     """Lesson 1's `rms_norm` in four steps, not eight. (..., size) -> (..., size).
 
-    `weight` is (size,), or has further axes in front, as for the heads of a layer, each with a weight of its own.
+    weight: (size,), or (heads, size) where each head has its own.
     """
 
     def __init__(self, weight: Tensor, eps: float):
@@ -59,7 +59,7 @@ class FusedAttention(nn.Module):
         projections = (plain.q_proj, plain.k_proj, plain.v_proj)
         self.layer, self.head_dim = plain.layer, plain.head_dim
         self.num_heads, self.num_kv_heads, _ = (p.out_features // self.head_dim for p in projections)
-        # The number of heads follows from a projection's width, for the cache too.
+        # The cache computes the number of heads from a projection's width.
         self.q_proj, self.k_proj, self.v_proj = (SimpleNamespace(out_features=p.out_features) for p in projections)
         self.qkv_proj = FusedLinear(projections)
         self.o_proj = plain.o_proj
@@ -91,10 +91,10 @@ class FusedMLP(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """Lesson 2's `Block`, whose halves are one compiled operator each where that is possible.
+    """Lesson 2's `Block`, each half of which is one compiled operator if that is possible.
 
-    A half that it cannot compute, such as a mixture of experts or a rank's share of activations in eight bits, is left
-    to the modules. row: lesson 6's class of layers whose outputs all ranks add up, if any.
+    Other halves, such as a mixture of experts or a rank's part of a layer with activations in eight bits, are computed
+    by their modules. row: lesson 6's class of layers whose outputs are added over all ranks, or None.
     """
 
     def __init__(self, plain: nn.Module, row: type | None):
@@ -105,37 +105,38 @@ class FusedBlock(nn.Module):
         self.row = row
         self.native_attention, self.native_mlp = self.make_attention(), self.make_mlp()
 
-    def operands(self, layer: nn.Module):
-        """Returns a layer's matrix and bias for the compiled kernels, or None. What ranks add up has no bias yet."""
-        if native(layer) is None:
+    def operands(self, norm: nn.Module, *layers: nn.Module) -> list | None:
+        """Returns the norm's weight and eps, and each layer's matrix and bias, for the compiled kernels, or None."""
+        if not isinstance(norm, FastNorm) or any(native(layer) is None for layer in layers):
             return None
-        return native(layer), None if layer.bias is None or type(layer) is self.row else layer.bias.detach()
+        found = [norm.weight.detach(), float(norm.eps)]
+        for layer in layers:  # the bias of a row layer is added later, once for all ranks
+            has_bias = layer.bias is not None and type(layer) is not self.row
+            found += [native(layer), layer.bias.detach() if has_bias else None]
+        return found
 
     def make_attention(self):
         """Returns the compiled first half, or None."""
-        attention, norm = self.self_attn, self.input_layernorm
-        if not (isinstance(attention, FusedAttention) and isinstance(norm, FastNorm)):
+        attention = self.self_attn
+        if not isinstance(attention, FusedAttention):
             return None
-        qkv, o = self.operands(attention.qkv_proj), self.operands(attention.o_proj)
-        if qkv is None or o is None:
-            return None
-        heads, has_norm = attention.num_heads, isinstance(attention.qk_norm, FastNorm)
-        qk_norm = (attention.qk_norm.weight.detach(), float(attention.qk_norm.eps)) if has_norm else (None, 0.0)
-        shape = heads, attention.num_kv_heads, attention.head_dim, self.window or NO_WINDOW
-        return build.compiled().AttentionLayer(norm.weight.detach(), float(norm.eps), *qkv, *o, *shape, *qk_norm)
+        shape = attention.num_heads, attention.num_kv_heads, attention.head_dim, self.window or NO_WINDOW
+        qk_norm = self.operands(attention.qk_norm) or (None, 0.0)
+        operands = self.operands(self.input_layernorm, attention.qkv_proj, attention.o_proj)
+        return None if operands is None else build.compiled().AttentionLayer(*operands, *shape, *qk_norm)
 
     def make_mlp(self):
         """Returns the compiled second half, or None."""
-        mlp, norm = self.mlp, self.post_attention_layernorm
-        if not (isinstance(mlp, FusedMLP) and isinstance(norm, FastNorm)):
+        if not isinstance(self.mlp, FusedMLP):
             return None
-        gate_up, down = self.operands(mlp.gate_up_proj), self.operands(mlp.down_proj)
-        if gate_up is None or down is None:
-            return None
-        return build.compiled().MLPLayer(norm.weight.detach(), float(norm.eps), *gate_up, *down)
+        operands = self.operands(self.post_attention_layernorm, self.mlp.gate_up_proj, self.mlp.down_proj)
+        return None if operands is None else build.compiled().MLPLayer(*operands)
 
     def add_up(self, hidden: Tensor, layer: nn.Module, compute: Callable) -> Tensor:
-        """Returns hidden plus what a compiled half computes, over all ranks. layer: the last one of that half."""
+        """Returns hidden plus a compiled half's output, added over all ranks.
+
+        layer: the last one of that half. compute: the half; its argument says whether it adds hidden itself.
+        """
         if type(layer) is not self.row:
             return compute(True)
         total = layer.group.all_reduce(compute(False)).add_(hidden)
@@ -143,7 +144,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
         if self.native_attention is not None and isinstance(attend, PagedAttend) and attend.has_floats:
-            given = hidden, cos, sin, *attend.of_layer(self.self_attn.layer)
+            given = hidden, cos, sin, attend.native, self.self_attn.layer - attend.cache.layers.start
             hidden = self.add_up(hidden, self.self_attn.o_proj, lambda add: self.native_attention.forward(*given, add))
         else:
             normed = self.input_layernorm(hidden)
@@ -155,9 +156,9 @@ class FusedBlock(nn.Module):
 
 
 class FusedForward:
-    """Takes the place of a model runner's `forward`: all of its layers in one call of a compiled operator.
+    """Replaces a model runner's `forward`: computes all of its layers in one call of a compiled operator.
 
-    forward: the runner's own, which computes where the fast paths are not wanted.
+    forward: the runner's own, which is used with KERNELS=plain.
     """
 
     def __init__(self, model: nn.Module, cache, forward: Callable):
@@ -176,7 +177,7 @@ class FusedForward:
 
 
 def fuse_forward(runner) -> None:
-    """Let a model runner (lesson 5's) compute all layers in one call, where each of them can be computed as a whole."""
+    """Let lesson 5's model runner compute all layers in one call, if both halves of each are compiled."""
     model, cache = runner.model, runner.cache
     layers = [model.model.layers[index] for index in cache.layers]
     if cache.keys.dtype in (torch.float32, torch.bfloat16) and all(
@@ -189,16 +190,14 @@ def fuse_forward(runner) -> None:
         runner.forward = FusedForward(model, cache, runner.forward)
 
 
-def swapping(
-    attention: type, mlp: type, norm: type, linear: tuple[type | None, ...], *made: Callable[[nn.Module], nn.Module]
-) -> Callable[[nn.Module], nn.Module]:
-    """Returns a function from a module to what takes its place: itself, unless it is exactly of one of the first three
-    classes, lesson 2's, and its parts fit. made: for each of the three, how its substitute is made of it.
+def swapping(makers: dict[type, Callable], linear: tuple[type | None, ...]) -> Callable[[nn.Module], nn.Module]:
+    """Returns a function that maps a module to its substitute, or to itself if there is none.
 
-    linear: the classes of linear layers of which several can be one, if they are of the same class and have the same
-    method.
+    makers: lesson 2's classes of attention, MLP and norm, in this order, and the functions that make the substitutes of
+    modules of exactly these classes. linear: the classes of linear layers that can be fused, if all have the same class
+    and the same method; otherwise attention and MLP are left as they are.
     """
-    makers = dict(zip((attention, mlp, norm), made))
+    attention, mlp, norm = makers
 
     def can_fuse(*layers: nn.Module) -> bool:
         return type(layers[0]) in linear and all(
@@ -215,7 +214,7 @@ def swapping(
 
 
 def widen(model: nn.Module) -> None:
-    """Make float32 of what of a model in bfloat16 is not the matrix of a linear layer, and of what is looked up."""
+    """Convert a model in bfloat16 to float32, except for the matrices of layers. Embeddings become float32, too."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype == torch.bfloat16 and not (name == "weight" and hasattr(module, "method")):
@@ -224,27 +223,15 @@ def widen(model: nn.Module) -> None:
         use(table, embed=lambda layer, ids, embed=table.method.embed: embed(layer, ids).float())
 
 
-def pack(
-    model: nn.Module,
-    linear: type,
-    attention: type,
-    mlp: type,
-    norm: type,
-    block: type | None = None,
-    column: type | None = None,
-    row: type | None = None,
-) -> None:
-    """Rearrange a loaded model's weights, in place, and swap modules for faster ones that compute the same.
+def pack_for_cpu(
+    model: nn.Module, linear: type, attention: type, mlp: type, norm: type, block: type,
+    column: type | None = None, row: type | None = None,
+) -> None:  # fmt: skip
+    """`pack` (gpu.py) for a CPU. Changes only models in float32 and bfloat16 that have not been packed yet.
 
-    linear, attention, mlp, norm, block: lesson 2's classes. column, row: lesson 6's parts of a linear layer, where
-    ranks share the model. Attention and MLP are fused where their first layers are exactly of class `linear` or
-    `column` and have one method; other linear layers are left to their method. There is no way back: each plain weight
-    is freed once it is packed. A model that is not on a CPU in float32 or bfloat16 stays as it is, and so does one that
-    was packed already.
-
-    With weights in bfloat16 everything else is computed in float32, and what is no matrix becomes float32, the final
-    norm's weight, too. Without a compiler, or with layers on the disk, such a model stays in bfloat16, and torch
-    computes it.
+    Attention and MLP are fused if their first layers are exactly of class `linear` or `column` and have one method;
+    other linear layers are packed by their method. A model in bfloat16 keeps its matrices; all else is converted to
+    float32 and computed in it. Without a compiler, or with layers on the disk, such a model stays in bfloat16 as it is.
     """
     sample = model.model.norm.weight
     if sample.device.type != "cpu" or sample.dtype not in (torch.float32, torch.bfloat16):
@@ -254,14 +241,12 @@ def pack(
             return
         widen(model)
 
-    def fast_norm(plain: nn.Module) -> FastNorm:
-        return FastNorm(plain.weight, plain.eps)
-
-    fast = swapping(attention, mlp, norm, (linear, column), FusedAttention, FusedMLP, fast_norm)
+    makers = {attention: FusedAttention, mlp: FusedMLP, norm: lambda plain: FastNorm(plain.weight, plain.eps)}
+    fast = swapping(makers, (linear, column))
 
     def swap_children(parent: nn.Module) -> None:
         for name, child in list(parent.named_children()):
-            if not any(parameter.is_meta for parameter in child.parameters()):  # a layer that stays on the disk
+            if not any(parameter.is_meta for parameter in child.parameters()):  # these stay on the disk
                 setattr(parent, name, fast(child))
             swap_children(getattr(parent, name))
 
@@ -286,8 +271,8 @@ def pack(
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of all weights of a model in memory, packed ones too; a shared one counts once."""
-    packed = [module.weight for module in model.modules() if getattr(module, "weight", None) is not None]
-    packed = [weight for weight in packed if weight.layout == torch._mkldnn]
-    parameters = [parameter for parameter in model.parameters() if not parameter.is_meta]
-    return sum(weight.numel() * weight.element_size() for weight in [*packed, *parameters])
+    """The bytes of all weights of a model in memory, including packed ones. A shared weight counts once."""
+    weights = [module.weight for module in model.modules() if getattr(module, "weight", None) is not None]
+    weights = [weight for weight in weights if weight.layout == torch._mkldnn]  # oneDNN's, which are no parameters
+    weights += [parameter for parameter in model.parameters() if not parameter.is_meta]
+    return sum(weight.numel() * weight.element_size() for weight in weights)

@@ -1,6 +1,6 @@
-// A matrix in panels of 16 outputs, in floats, eight bits or four, and rows of activations as its product wants them.
+// A matrix in panels of 16 outputs, of floats, eight or four bits, and rows of activations in the form of its product.
 //
-// In a panel the outputs of one input lie side by side, so that a sum needs no addition across a register.
+// In a panel the weights of one input for 16 outputs are side by side, so that no sum adds numbers within a register.
 //
 //   kind      weight                           scale             product
 //   floats    (panels, K, 16) float32                            x . w
@@ -38,7 +38,7 @@ struct Linear : torch::CustomClassHolder {
   Kind kind;
   int64_t N, K, group_size, num_groups = 0;
   at::Tensor weight, scale, minimum;  // undefined where the kind has none
-  // The same without asking torch, which takes as long as a small group: the weights, and scales and minima of groups.
+  // Pointers to the weights, and to scales and minima of groups. Asking torch for them takes as long as a small group.
   mutable const uint8_t* packed;
   mutable const at::Half *group_scales = nullptr, *group_minima = nullptr;
 
@@ -60,14 +60,14 @@ struct Linear : torch::CustomClassHolder {
   int64_t panels() const { return (N + PANEL - 1) / PANEL; }
   bool has_quads() const { return (kind == W8A8 || kind == INT8) && HAS_QUADS; }
   int64_t neighbours() const { return has_quads() ? 4 : 2; }
-  int64_t planes() const { return kind == INT8 && has_quads() ? 2 : 1; }  // numbers of eight bits that one of x becomes
+  int64_t planes() const { return kind == INT8 && has_quads() ? 2 : 1; }  // numbers of eight bits for each number of x
   int64_t words() const { return (K + neighbours() - 1) / neighbours(); }  // of a row, in kinds without groups
   int64_t octs() const { return (group_size + 7) / 8; }  // of a group
 };
 
-// Rows as a product wants them: floats (count, stride), or numbers of fewer bits, a row in `stride` bytes, with a scale for
-// each row if they are whole. Beside either, for a matrix in four bits, the sums of each group, (count, groups), and for
-// quads the sum of each row, (count, planes).
+// Rows in the form of a product: floats (count, stride), or numbers of fewer bits, a row in `stride` bytes, with a scale
+// for each row if they are whole. Also, for a matrix in four bits, the sums of each group, (count, groups), and for quads
+// the sum of each row, (count, planes).
 struct Rows {
   const float* floats;
   const void* numbers;
@@ -75,11 +75,11 @@ struct Rows {
   int64_t count, stride;
 };
 
-// The scale in eight bits of numbers of which this is the largest magnitude.
+// The scale of numbers in eight bits whose largest magnitude is `most`; NaN for NaN.
 inline float scale_of(float most) { return (most / 127 > 0 ? most / 127 : 1) + most * 0; }
 
-// The scale of a row in eight bits, as lesson 7's quantize_int8 has it. As there, a row with a NaN has a scale that is
-// NaN: it must not become a number.
+// The scale of a row in eight bits, as in lesson 7's quantize_int8. It is NaN for a row with a NaN, which must not become
+// a number.
 inline float scale_of(const float* x, int64_t K) {
   vec wide = {}, zeros = {};
   int64_t k = 0;
@@ -111,11 +111,11 @@ inline void quantize(const float* x, int64_t count, float scale, Number* numbers
   for (int64_t k = 0; k < count; ++k) numbers[k] = static_cast<Number>(nearest(x[k] / scale, 127));
 }
 
-// Rows of a product, and what `prepare` must compute of each of them for matrices of some kinds.
+// Rows of a product, and what `prepare` computes from each of them for some kinds of matrix.
 struct Input {
   const Linear& layer;
   int64_t count, stride, num_sums;
-  std::vector<uint8_t> numbers;  // whole, or bfloat16, which the floats are rounded to
+  std::vector<uint8_t> numbers;  // the floats, rounded to whole numbers or bfloat16
   std::vector<float> scales, sums;
 
   Input(const Linear& layer, int64_t count) : layer(layer), count(count), stride(layer.K), num_sums(layer.num_groups) {
@@ -132,7 +132,7 @@ struct Input {
   bool is_rounded() const { return layer.kind == BFLOATS && HAS_BFLOATS; }
   bool needs_preparation() const { return is_quantized() || is_rounded() || layer.kind == INT4; }
 
-  // most: the largest magnitudes of all rows, if these are parts of rows, or nullptr.
+  // most: the largest magnitudes of the whole rows, if x is a rank's part of them, or nullptr.
   void prepare(const float* x, int64_t row, const float* most = nullptr) {
     uint8_t* to = numbers.data() + row * stride;
     if (is_quantized()) scales[row] = most ? scale_of(most[row]) : scale_of(x, layer.K);

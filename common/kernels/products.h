@@ -1,7 +1,7 @@
 // Products of rows of activations with a matrix in panels (linear.h).
 //
-// Decoding reads each weight once for a few rows, so what counts is the bytes that are read. With many rows arithmetic
-// counts: a panel of few bits becomes floats once, in the cache, for all rows of a chunk.
+// Decoding reads each weight once for a few rows, so its time depends on the bytes that are read. With many rows it depends
+// on arithmetic: a panel of few bits is converted to floats once, in the cache, for all rows of a chunk.
 #pragma once
 
 #include <type_traits>
@@ -11,10 +11,10 @@
 namespace inference_course {
 
 constexpr int WIDE = LANES == 16 ? 2 : 1;  // panels at a time: TILE rows' sums with all of them fit into the registers
-constexpr int UNROLLED = LANES == 16 ? 1 : 4;  // by 4 gcc 12 stores AVX512's sums of words to memory in every step
+constexpr int UNROLLED = LANES == 16 ? 1 : 4;  // unrolled by 4, gcc 12 stores AVX512's sums to memory in every step
 constexpr int64_t SLICE = WIDE == 1 ? 256 : 576;  // inputs of a panel, at most, that stay in the first or second cache
 constexpr int64_t CHUNK = 96;         // the most rows whose sums are kept
-constexpr int64_t FEW_ROWS = 4;       // up to here few bits are unpacked in registers, for weights that become floats
+constexpr int64_t FEW_ROWS = 4;       // up to this number of rows, few bits are converted to floats in registers
 constexpr int OCT_TILE = LANES == 16 ? TILE : 4;  // rows of W4A8 whose sums fit into the registers
 constexpr int64_t CACHED = 144 << 10;  // floats of x that stay in the second cache, or nearly, while the panels pass
 
@@ -22,13 +22,13 @@ constexpr int64_t CACHED = 144 << 10;  // floats of x that stay in the second ca
 template <int P>
 constexpr int PARTS = P * PANEL / LANES;
 
-// Where part i begins, in units of which a vector has `size`: in its own panel, and panels are `apart`.
+// Where part i begins, in units of which a vector has `size` and neighbouring panels are `apart`.
 constexpr int64_t place(int i, int64_t apart, int64_t size = LANES) {
   return i / (PANEL / LANES) * apart + i % (PANEL / LANES) * size;
 }
 
-// Four bytes of a row, which all lanes get (`spread`), the bytes of the weights that meet them, and what adds their product
-// to a sum. A word is a float, four numbers of eight bits, or two of sixteen.
+// Products of words. `spread` copies four bytes of a row to all lanes, `read` reads the weights for them, and `add` adds
+// their product to a sum. A word is a float, four numbers of eight bits, or two of sixteen.
 struct FloatWords {
   typedef vec Sum;
   static constexpr int BYTES = 4 * LANES;
@@ -64,8 +64,8 @@ struct NarrowPairs : WidePairs {  // a weight has eight bits, a row's number six
 };
 
 // R rows times `count` words of P panels, (count, 16 words). stride and apart: the bytes from a row or a panel to the next.
-// sums: (R, 16) for each panel, the next `sums_apart` numbers further, added to. ahead: so many bytes after each panel lies
-// what comes next, and the cache is told so.
+// Adds to sums, (R, 16) for each panel, the next one `sums_apart` numbers further. ahead: the bytes from each panel to the
+// one that comes next, which is prefetched.
 template <int R, int P, typename Kind, typename Number>
 inline void times_words(const void* rows, int64_t stride, const void* panels, int64_t apart, int64_t count, Number* sums,
                         int64_t sums_apart, int64_t ahead) {
@@ -90,7 +90,7 @@ inline void times_words(const void* rows, int64_t stride, const void* panels, in
     for (int i = 0; i < PARTS<P>; ++i) store(sums + r * PANEL + place(i, sums_apart), s[r][i]);
 }
 
-// `count` pairs of a panel in sixteen bits each. next: as many, for which the cache is told that they come next.
+// Widens `count` pairs of a panel to sixteen bits each. next: as many pairs, which are prefetched.
 inline void widen_pairs(const int8_t* pairs, int64_t count, const int8_t* next, int16_t* wide) {
   for (int64_t k = 0; k < count; ++k, pairs += 2 * PANEL, next += 2 * PANEL, wide += 2 * PANEL) {
     fetch(next);
@@ -98,10 +98,10 @@ inline void widen_pairs(const int8_t* pairs, int64_t count, const int8_t* next, 
   }
 }
 
-// What BYTES hold of INPUTS inputs for LANES outputs; [j] are those of input j, as floats. CHAINS: the number of sums that
-// a single row's products are added to in turn, or each addition would wait for the one before.
+// The weights of INPUTS inputs for LANES outputs, in BYTES bytes; [j] returns those of input j, as floats. CHAINS: the
+// number of sums to which a single row's products are added in turn. With one sum each addition waits for the last one.
 struct Bfloats {
-  static constexpr int INPUTS = 2, BYTES = 4 * LANES, CHAINS = 1;  // the sums of floats, to the last digit
+  static constexpr int INPUTS = 2, BYTES = 4 * LANES, CHAINS = 1;  // so that sums equal those of floats
   ivec both;
   explicit Bfloats(const void* from) : both(load<ivec>(from)) {}
   vec operator[](int j) const { return (vec)(j ? both & ~0xffff : both << 16); }
@@ -121,7 +121,7 @@ struct Oct {
   vec operator[](int j) const { return __builtin_convertvector((all >> (j % 4 * 8 + j / 4 * 4)) & 15, vec); }
 };
 
-// The same for floats and fewer bits, which become floats in registers: once for all R rows.
+// Like times_words, for weights that are converted to floats in registers, once for all R rows.
 template <int R, typename Packed>
 inline void times_packed(const float* x, int64_t stride, const uint8_t* panel, int64_t count, float* sums) {
   constexpr int PARTS = PANEL / LANES, INPUTS = Packed::INPUTS, CHAINS = R == 1 ? Packed::CHAINS : 1;
@@ -141,7 +141,7 @@ inline void times_packed(const float* x, int64_t stride, const uint8_t* panel, i
   int64_t k = 0;
   for (; k + INPUTS <= count; k += INPUTS) step(x + k, INPUTS);
   if (k < count) {
-    float rest[R * INPUTS] = {};  // with 0 for the inputs that are not there
+    float rest[R * INPUTS] = {};  // padded with 0
     for (int r = 0; r < R; ++r) std::memcpy(rest + r * INPUTS, x + r * stride + k, (count - k) * sizeof(float));
     x = rest, stride = INPUTS;
     step(rest, INPUTS);
@@ -153,7 +153,7 @@ inline void times_packed(const float* x, int64_t stride, const uint8_t* panel, i
     }
 }
 
-// One group of a panel of INT4: its numbers, its scales, and what the number 0 stands for.
+// One group of a panel of INT4: its numbers, its scales, and the value of the number 0.
 struct Group {
   const uint8_t* numbers;
   vec scale[PANEL / LANES], base[PANEL / LANES];
@@ -180,8 +180,8 @@ struct Group {
   }
 };
 
-// R rows from `row` on times a panel of INT4: the sums of x . number of each group are scaled, and the group's sum of x
-// alone is that of what the number 0 stands for. sums: (R, 16).
+// R rows from `row` on times a panel of INT4. Of each group, x . number is multiplied by the scale, and the sum of x by the
+// value of the number 0. sums: (R, 16).
 template <int R>
 inline void times_groups(const Linear& w, const Rows& x, int64_t row, int64_t panel, float* sums) {
   constexpr int PARTS = PANEL / LANES;
@@ -199,7 +199,7 @@ inline void times_groups(const Linear& w, const Rows& x, int64_t row, int64_t pa
   }
 }
 
-// The same for rows of whole numbers, which have 8 * octs places for each group, 0 where there is no input.
+// The same for rows of whole numbers, which have 8 * octs numbers for each group, padded with 0.
 template <int R>
 inline void times_octs(const Linear& w, const Rows& x, int64_t row, int64_t panel, float* sums) {
   constexpr int PARTS = PANEL / LANES;
@@ -230,7 +230,7 @@ inline void times_octs(const Linear& w, const Rows& x, int64_t row, int64_t pane
     for (int i = 0; i < PARTS; ++i) store(sums + r * PANEL + i * LANES, s[r][i] * x.scales[row + r]);
 }
 
-// call.operator()<R>() for the R that is `rows`, 1 to TILE.
+// Calls `call` with `rows`, 1 to TILE, as a constant of the type std::integral_constant.
 template <int R = TILE, typename Call>
 inline void with_rows(int64_t rows, Call call) {
   if constexpr (R > 0) {
@@ -239,8 +239,8 @@ inline void with_rows(int64_t rows, Call call) {
   }
 }
 
-// `count` inputs as floats: (count, 16), times `scale` plus `base` where there are these, (16) each. What is read next
-// lies `ahead` bytes further.
+// Converts `count` inputs to floats, (count, 16): times `scale`, plus `base`, (16) each, if these are given. What is `ahead`
+// bytes further is prefetched.
 template <typename Packed>
 inline void unpack(const uint8_t* from, int64_t count, int64_t ahead, float* out, const vec* scale = nullptr,
                    const vec* base = nullptr) {
@@ -262,8 +262,8 @@ inline void unpack(const uint8_t* from, int64_t count, int64_t ahead, float* out
   }
 }
 
-// Inputs `first` to `last` of a panel as floats, (last - first, 16). INT8's scale is left for the sums. `first` is even,
-// and the first input of a group.
+// Converts inputs `first` to `last` of a panel to floats, (last - first, 16). INT8's scale is applied to the sums later.
+// `first` is even, and the first input of a group.
 inline void unpack(const Linear& w, int64_t panel, int64_t first, int64_t last, float* out) {
   const int64_t size = w.words() * 2 * PANEL, at = panel * size + first * PANEL;
   if (w.kind == INT8) return unpack<Pair>(w.packed + at, last - first, size, out);
@@ -274,7 +274,7 @@ inline void unpack(const Linear& w, int64_t panel, int64_t first, int64_t last, 
   }
 }
 
-// A thread's floats for an unpacked slice, kept from call to call.
+// Floats of a thread, with any values. The memory is kept from call to call.
 struct Scratch {
   float* floats = nullptr;
   explicit Scratch(int64_t size) {
@@ -290,13 +290,13 @@ inline int64_t slice_size(int64_t all, int64_t unit = 1) {
   return (units + slices - 1) / slices * unit;
 }
 
-// The sums of `rows` <= CHUNK rows from `first` on with P panels, the next one `apart` panels further, scale and bias
-// applied. bias: (N), or nullptr. sums: (P, CHUNK, 16). A slice of the panels stays in a cache for all rows.
+// The products of `rows` <= CHUNK rows from `first` on with P panels, the next one `apart` panels further, with scale and
+// bias. bias: (N), or nullptr. sums: (P, CHUNK, 16). A slice of the panels stays in a cache for all rows.
 template <int P>
 inline void times_panels(const Linear& w, const float* bias, const Rows& x, int64_t first, int64_t rows, int64_t panel,
                          int64_t apart, float* sums) {
   const int64_t size = w.words() * w.neighbours() * PANEL;  // numbers of a panel, in kinds without groups
-  const int64_t steps = P > 1 && apart == 1 ? P : 1;        // panels from here to the ones that are multiplied by next
+  const int64_t steps = P > 1 && apart == 1 ? P : 1;        // panels from these to the ones that come next
   const float* in = x.floats + first * x.stride;
   const auto tiles = [](int64_t rows, auto most, auto compute) {  // compute(R, row) for each tile of R <= most rows
     const int64_t count = (rows + most() - 1) / most();
@@ -307,7 +307,7 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
     }
   };
   constexpr std::integral_constant<int, TILE> tile;
-  const int64_t planes = w.planes(), all_rows = rows * planes;  // with several planes each is a row
+  const int64_t planes = w.planes(), all_rows = rows * planes;  // each plane counts as a row
   const auto words = [&](auto kind, int64_t word, int64_t count, const uint8_t* from, int64_t bytes_apart, auto* to,
                          int64_t ahead) {
     const uint8_t* in = static_cast<const uint8_t*>(x.numbers) + first * x.stride + 4 * word;
@@ -394,8 +394,8 @@ inline void times_panels(const Linear& w, const float* bias, const Rows& x, int6
   }
 }
 
-// A product divided among threads: parts of some rows times some panels. Those of the same rows follow each other, so that
-// the rows stay in the second cache. Several turns for each thread: one that other processes hold up is helped.
+// Divides a product among threads into parts: some rows times some panels. Parts of the same rows follow each other, so that
+// the rows stay in the second cache. Each thread has several parts, so that others help one that other processes delay.
 struct Division {
   int64_t panels, chunk, step, parts_of_a_chunk, size;
 
@@ -408,8 +408,8 @@ struct Division {
   }
 };
 
-// Part i, and with COUNT = 2 the panels that lie `apart` after its own, too.
-// done(panel, first row, rows, sums): sums (rows, 16), of the second panel CHUNK * 16 further.
+// Computes one part, and with COUNT = 2 also the panels that are `apart` after its own. Calls done(panel, first row, rows,
+// sums), with sums (rows, 16), and those of the second panel CHUNK * 16 further.
 template <int COUNT, typename Done>
 inline void product(const Linear& w, const float* bias, const Rows& x, const Division& parts, int64_t part, int64_t apart,
                     Done done) {

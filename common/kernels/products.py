@@ -1,9 +1,9 @@
-"""Packed weights: what takes the place of a linear layer's `apply`.
+"""Packs the weights of linear layers, and replaces their `apply`.
 
-A row-major matrix does not suit the loops that multiply by it. The compiled kernels have an order of their own, panels
-of 16 outputs (linear.h). It also allows a row to be looked up, so that an embedding table that is the head as well is
-in memory once. Where nothing can be compiled, oneDNN, the library beneath torch, has an order that suits the processor.
-Two private operators of torch ask for it; where they are missing too, a matrix stays as it is.
+A row-major matrix is slow to multiply by. The compiled kernels use panels of 16 outputs (linear.h), in which a row can
+still be looked up: so a table that is both embedding and head is in memory once. Without a compiler, oneDNN, the
+library below torch, has its own order for the processor. Two private operators of torch convert a matrix to it; if they
+are missing, a matrix stays as it is.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from common.kernels import build
 
 ROWS_HINT = 32
 """The number of rows for which oneDNN chooses its order. Its choice for 8 rows or more is as good for 1 row and for
-256; its choice for a single row takes half as long again with 4 rows."""
+256; its choice for a single row takes 1.5 times as long with 4 rows."""
 
-PANEL = 16
-"""Outputs in a panel, as linear.h has it."""
+PANEL = 16  # outputs in a panel, as linear.h has it
 
 FLOATS, INT8, W8A8, INT4, BFLOATS, W4A8 = range(6)  # linear.h's kinds
 
 
 def enabled() -> bool:
-    """Whether the fast paths are wanted: yes, unless the environment says KERNELS=plain. It is asked at every call."""
+    """Whether kernels are used: yes, unless KERNELS=plain is in the environment, which is read at every call.
+
+    Raises ValueError for an unknown value of KERNELS.
+    """
     choice = os.environ.get("KERNELS", "")
     if choice not in ("", "fast", "plain", "triton"):
         raise ValueError(
@@ -41,45 +43,47 @@ def enabled() -> bool:
 
 
 def use(layer: nn.Module, **functions: Callable) -> None:
-    """Give a layer another `apply` (or `embed`). Its method keeps all else; other layers keep theirs."""
+    """Replace functions of a layer's method, such as `apply`, for this layer only."""
     layer.method = copy.copy(layer.method)
     vars(layer.method).update(functions)
 
 
 def has_kernel(layer: nn.Module) -> bool:
+    """Whether `use` has replaced the layer's `apply`."""
     return "apply" in vars(layer.method)
 
 
 def native(layer: nn.Module):
-    """Returns a layer's matrix as the compiled kernels have it, or None."""
+    """Returns the compiled kernels' object for a layer's matrix, or None."""
     return vars(layer.method).get("native")
 
 
 def can_pack() -> bool:
-    """Whether this torch has the two private operators that arrange a float32 matrix as oneDNN wants it."""
+    """Whether this torch has the two private operators that use oneDNN's order of a float32 matrix."""
     operators = ("_reorder_linear_weight", "_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In panels
-# ---------------------------------------------------------------------------------------------------------------
+# --- In panels --------------------------------------------------------------------------------------------------------
 
 
 def panels(matrix: Tensor) -> Tensor:
-    """Rows in panels of sixteen, each transposed: (N, K) -> (panels, K, 16). The last one is filled up with 0."""
+    """Divide rows into panels of 16 and transpose each: (N, K) -> (panels, K, 16). The last one is padded with 0."""
     whole = F.pad(matrix.detach(), (0, 0, 0, -len(matrix) % PANEL))
     return whole.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
 def pairs(matrix: Tensor, size: int = 2) -> Tensor:
-    """Panels in which `size` inputs of an output are neighbours: (N, K) -> (panels, K / size rounded up, 16, size)."""
+    """Panels with `size` inputs of an output side by side: (N, K) -> (panels, K / size rounded up, 16, size)."""
     whole = panels(F.pad(matrix.detach(), (0, -matrix.shape[1] % size)))
     return whole.unflatten(1, (-1, size)).transpose(2, 3).contiguous()
 
 
 def in_panels(layer: nn.Module, kind: int, embed: Callable, group_size: int = 0, **tensors: Tensor) -> None:
-    """Replace these tensors of a layer, and multiply by them with the compiled kernel."""
+    """Replace these tensors of a layer, and use the compiled kernel for its product.
+
+    kind: of linear.h. embed: looks up rows in the new weight. group_size: the inputs with one scale, in four bits.
+    """
     for name, tensor in tensors.items():
         setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
     given = [getattr(layer, name, None) for name in ("weight", "weight_scale", "weight_minimum")]
@@ -97,19 +101,19 @@ def native_product(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> T
 
 
 def product_of_part(matrix, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Ranks that have parts of the same tokens in eight bits agree on each token's scale before they multiply, so such
-    a layer is not fused with others."""
+    """The product of a rank's part of a layer in eight bits. Ranks first agree on each token's scale, so such a layer
+    is not fused with others."""
     return matrix.apply(x, bias, layer.group.all_reduce(x.abs().amax(-1), dist.ReduceOp.MAX))
 
 
 def pack_floats(layer: nn.Module) -> None:
-    """Rearrange a layer's matrix of floats, in panels or, without a compiler, for oneDNN. The old one is freed.
+    """Pack a layer's matrix of floats in panels or, without a compiler, in oneDNN's order. The old one is freed.
 
-    A matrix in bfloat16 stays so. Its products are added up in float32. Where the processor multiplies two bfloat16,
-    the inputs are rounded to it.
+    A matrix in bfloat16 keeps its dtype. Its products are added in float32. If the processor has an instruction that
+    multiplies two bfloat16, the inputs are rounded to bfloat16.
 
-    oneDNN's matrix keeps its shape, dtype and device, but its numbers cannot be read one by one any more, and it is no
-    parameter: it is never saved.
+    oneDNN's matrix keeps its shape, dtype and device, but its elements cannot be read, and it is no parameter: it is
+    never saved.
     """
     if has_kernel(layer):
         return
@@ -133,9 +137,9 @@ def look_up(layer: nn.Module, token_ids: Tensor) -> Tensor:
 
 
 def pack_int8(layer: nn.Module, kind: int = INT8) -> None:
-    """Rearrange a layer's `weight` (out, in) int8, for its `weight_scale` (out,), if there are compiled kernels.
+    """Pack a layer's `weight` (out, in) int8, with `weight_scale` (out,), if there are compiled kernels.
 
-    Where one instruction multiplies four numbers by four, those of the weight have no sign: 128 is added to each. The
+    An instruction that multiplies four pairs of numbers needs weights without a sign, so 128 is added to each. The
     activations are then rounded to whole numbers of sixteen bits, with one scale for each row.
     """
     if build.compiled() is None or has_kernel(layer):
@@ -146,9 +150,7 @@ def pack_int8(layer: nn.Module, kind: int = INT8) -> None:
         in_panels(layer, kind, look_up_int8, weight=pairs(layer.weight))
 
 
-def pack_w8a8(layer: nn.Module) -> None:
-    """As `pack_int8`, for activations in eight bits."""
-    pack_int8(layer, W8A8)
+pack_w8a8 = partial(pack_int8, kind=W8A8)  # with activations in eight bits
 
 
 def look_up_pairs(layer: nn.Module, token_ids: Tensor) -> Tensor:
@@ -165,8 +167,8 @@ def look_up_quads(layer: nn.Module, token_ids: Tensor) -> Tensor:
 
 
 def pack_int4(layer: nn.Module, group_size: int, kind: int = INT4) -> None:
-    """Rearrange a layer's `weight` (out, in / 2) uint8, `weight_scale` and, if it has one, `weight_minimum`, both
-    (out, groups) float16. The layer begins with a whole group, and has whole bytes.
+    """Pack a layer's `weight` (out, in / 2) uint8, `weight_scale` and, if it has one, `weight_minimum`, both
+    (out, groups) float16, if there are compiled kernels and the layer begins with a whole group.
     """
     fits = layer.in_features % 2 == 0 and layer.columns.start % group_size == 0
     if fits and build.compiled() is not None and not has_kernel(layer):
@@ -181,13 +183,11 @@ def pack_int4(layer: nn.Module, group_size: int, kind: int = INT4) -> None:
         in_panels(layer, kind, layer.method.embed, group_size, weight=octs, **tensors)
 
 
-def pack_w4a8(layer: nn.Module, group_size: int) -> None:
-    """As `pack_int4`, for activations in eight bits."""
-    pack_int4(layer, group_size, W4A8)
+pack_w4a8 = partial(pack_int4, kind=W4A8)  # with activations in eight bits
 
 
 def share_table(table: nn.Module, head: nn.Module) -> None:
-    """Let the table of a tied model, which is looked up, share what was packed for the head, which is multiplied by."""
+    """Let the embedding of a tied model use the tensors that were packed for the head."""
     if native(head) is not None:
         for name, tensor in head.named_parameters(recurse=False):
             setattr(table, name, tensor)
@@ -195,14 +195,14 @@ def share_table(table: nn.Module, head: nn.Module) -> None:
 
 
 def row_major_product(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Without a compiler: for a table of many rows this order of the two is faster than `F.linear`'s."""
+    """`apply` without a compiler. For a matrix of many rows it is faster than `F.linear`."""
     return torch.mm(layer.weight, x.T).T
 
 
 class FusedLinear(nn.Module):
-    """Several linear layers with the same input as one: their tensors one below the other, outputs side by side.
+    """Several linear layers with the same input as one. Its output, (T, out_features), has theirs side by side.
 
-    whole_panels: each layer's outputs are filled up to whole panels, so that a panel has outputs of one layer only.
+    whole_panels: pad each layer's outputs to whole panels, so that a panel has outputs of one layer only.
     """
 
     def __init__(self, layers: Sequence[nn.Module], whole_panels: bool = False):
@@ -216,7 +216,6 @@ class FusedLinear(nn.Module):
             parts = [getattr(layer, name) for layer in layers]
             parts = [F.pad(part, (*(0, 0) * (part.ndim - 1), 0, rows)) for part, rows in zip(parts, missing)]
             setattr(self, name, nn.Parameter(torch.cat(parts), requires_grad=False))
-        self.method.process_weights_after_loading(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x, self.bias)

@@ -1,7 +1,7 @@
-"""Sampling for a whole batch on the GPU, with one transfer of token ids at the end: lesson 2's rules, row by row.
+"""Samples a whole batch on the GPU by lesson 2's rules, with one transfer of token ids at the end.
 
-A draw depends on the request's seed and on the token's number alone, as in lesson 2, but the noise is made where the
-logits are. So the same seed gives the same tokens in every batch, and other tokens than on a CPU.
+A sample depends only on the request's seed and on the token's number, as in lesson 2, but the noise is generated on the
+GPU. So the same seed gives the same tokens in every batch, but other tokens than on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.sampling import SamplingParams, stable_hash
 
 
 class Sampling(Protocol):
-    """What must be known of a request: lesson 5's `ScheduledRequest`."""
+    """The attributes of lesson 5's `ScheduledRequest` that are used here."""
 
     request_id: str
     params: SamplingParams
@@ -30,9 +30,9 @@ class Sampling(Protocol):
 
 
 def draw(requests: Sequence[Sampling], logits: Tensor) -> dict[str, int]:
-    """Returns the next token of each request, by its id. logits: (R, V), a row for each; they stay as they are.
+    """Returns the next tokens by request id. logits: (R, V), a row for each request; they are not changed.
 
-    Left out are requests with logits processors, which are Python's, and those with a NaN among their scores.
+    Requests with logits processors, which are Python functions, are left out, and so are those with a NaN in their row.
     """
     rows = [row for row, request in enumerate(requests) if not request.params.logits_processors]
     requests = [requests[row] for row in rows]
@@ -54,14 +54,14 @@ def seed_of(request: Sampling) -> int:
 
 
 def column(numbers: list[float], like: Tensor) -> Tensor:
-    """(n, 1), on the device of the logits."""
+    """The numbers as a column, (n, 1), with dtype and device of `like`."""
     return torch.tensor(numbers, dtype=like.dtype, device=like.device)[:, None]
 
 
 def count(token_ids: list[list[int]], like: Tensor) -> Tensor:
-    """How often each token occurs in each of these lists: (n, V), for logits of width V."""
+    """How often each token occurs in each of these lists: (n, V), where like, the logits, has width V."""
     longest, width = max(map(len, token_ids)), like.shape[1]
-    table = [ids + [width] * (longest - len(ids)) for ids in token_ids]  # filled up with a token that does not exist
+    table = [ids + [width] * (longest - len(ids)) for ids in token_ids]  # padded with an id that does not exist
     table = torch.tensor(table, dtype=torch.long, device=like.device)
     counts = like.new_zeros(len(token_ids), width + 1)
     return counts.scatter_add_(1, table, torch.ones_like(table, dtype=like.dtype))[:, :width]
@@ -88,7 +88,7 @@ def penalise(requests: Sequence[Sampling], logits: Tensor) -> None:
 
 
 def forbid_stop_tokens(requests: Sequence[Sampling], logits: Tensor) -> None:
-    """Set the stop tokens of requests that have too few tokens yet to minus infinity, in place."""
+    """Set the logits of stop tokens to minus infinity, in place, for requests with fewer than `min_tokens` tokens."""
     places = [
         (row, token_id)
         for row, request in enumerate(requests)
@@ -102,7 +102,7 @@ def forbid_stop_tokens(requests: Sequence[Sampling], logits: Tensor) -> None:
 
 
 def restrict(requests: Sequence[Sampling], logits: Tensor) -> None:
-    """Set what top_k, top_p and min_p leave out to minus infinity, in place, in the rows that draw and have any."""
+    """Set the logits that top_k, top_p and min_p exclude to minus infinity, in place."""
 
     def restricts(params: SamplingParams) -> bool:
         return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)

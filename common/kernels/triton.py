@@ -1,6 +1,6 @@
-"""Triton for the lessons' optional parts: compiled where there is a GPU, interpreted by Python where there is none.
+"""Triton for the lessons' optional parts: compiled if there is a GPU, otherwise interpreted by Python.
 
-Import `triton` and `tl` from here: `common.kernels` has then decided which of the two it is.
+Import `triton` and `tl` from here: importing `common.kernels` first decides which of the two it is.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Where a kernel's tensors must be."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the device of a kernel's tensors
 
 if DEVICE == "cpu" and not hasattr(tl.max, "rewriter") and triton.knobs.runtime.interpret:
     raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Lesson 2's layers over the GPU's kernels, and lesson 4's `attend` of a batch whose block tables are on the GPU."""
+"""Lesson 2's layers with the GPU's kernels, and lesson 4's `attend` for a batch whose block tables are on the GPU."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from common.kernels import triton_ops as ops
 from common.kernels.attention import Cache
 from common.kernels.groups import Metadata
 from common.kernels.layers import swapping
+from common.kernels.products import FusedLinear
 from common.rope import depends_on_length
 
 
 @dataclass(frozen=True)
 class DeviceMetadata:
-    """Lesson 4's `AttentionMetadata` as tensors of dtype long on the GPU. A slot is negative for a token, and a context
-    is 0 for a request, that only fills up the batch."""
+    """Lesson 4's `AttentionMetadata` as tensors of dtype long on the GPU. For padding of the batch, a token's slot is
+    negative and a request's context is 0."""
 
     query_start: Tensor  # (R + 1)
     context_lens: Tensor  # (R)
@@ -29,7 +30,7 @@ class DeviceMetadata:
 
     @classmethod
     def of(cls, batch: Metadata) -> DeviceMetadata:
-        """In one transfer: all numbers, one after the other."""
+        """Copy all numbers of a batch to the GPU in one transfer."""
         width = max(map(len, batch.block_tables))
         numbers = [*batch.query_start, *batch.context_lens]
         for table in batch.block_tables:
@@ -42,7 +43,7 @@ class DeviceMetadata:
 
 @dataclass(frozen=True)
 class DeviceAttend:
-    """Lesson 4's `attend` for a batch: writes keys and values, then attends to the blocks where they lie."""
+    """Lesson 4's `attend` for a batch: writes keys and values into their blocks, then attends to these in place."""
 
     cache: Cache
     batch: DeviceMetadata
@@ -56,27 +57,10 @@ class DeviceAttend:
         return self.mix(layer, q.contiguous(), window)
 
     def mix(self, layer: int, q: Tensor, window: int | None) -> Tensor:
-        """Attention of queries, (T, H, D), to keys and values that are in the blocks already."""
+        """Attention of queries, (T, H, D), to keys and values that have been written. Returns (T, H, D)."""
         batch = self.batch
         given = batch.block_tables, batch.query_start, batch.context_lens, batch.max_query_len
         return ops.paged_attention(q, *self.pools(layer), *given, window)
-
-
-class Stacked(nn.Module):
-    """Several linear layers with the same input as one: their tensors one below the other, outputs side by side."""
-
-    def __init__(self, *layers: nn.Module):
-        super().__init__()
-        first = layers[0]
-        self.in_features, self.out_features = first.in_features, sum(layer.out_features for layer in layers)
-        self.shape, self.columns = (self.out_features, first.shape[1]), first.columns
-        self.method, self.bias = first.method, None
-        for name, _ in first.named_parameters(recurse=False):
-            stacked = torch.cat([getattr(layer, name).detach() for layer in layers])
-            setattr(self, name, nn.Parameter(stacked, requires_grad=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.method.apply(self, x, self.bias)
 
 
 class TritonNorm(nn.Module):
@@ -101,9 +85,9 @@ class TritonAttention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = plain.layer, plain.head_dim
         self.num_heads, self.num_kv_heads = (p.out_features // self.head_dim for p in (plain.q_proj, plain.k_proj))
-        self.k_proj = nn.Module()  # a cache asks for the number of heads in this way
+        self.k_proj = nn.Module()  # the cache computes the number of heads from its width
         self.k_proj.out_features = plain.k_proj.out_features
-        self.qkv_proj, self.o_proj = Stacked(plain.q_proj, plain.k_proj, plain.v_proj), plain.o_proj
+        self.qkv_proj, self.o_proj = FusedLinear((plain.q_proj, plain.k_proj, plain.v_proj)), plain.o_proj
         self.qk_weight, self.eps = None, 0.0
         if not isinstance(plain.q_norm, nn.Identity):
             weights = plain.q_norm.weight.expand(self.num_heads, -1), plain.k_norm.weight.expand(self.num_kv_heads, -1)
@@ -117,7 +101,7 @@ class TritonAttention(nn.Module):
         if isinstance(attend, DeviceAttend):
             pools = attend.pools(self.layer)
             mixed = attend.mix(self.layer, ops.rotate_and_store(*given, attend.batch.slot_mapping, *pools), window)
-        else:  # any other `attend` takes keys and values itself: here they have slots 0, 1, ...
+        else:  # any other `attend` gets keys and values as tensors, which are written to slots 0, 1, ... here
             k, v = (qkv.new_empty(len(qkv), self.num_kv_heads, self.head_dim) for _ in range(2))
             q = ops.rotate_and_store(*given, torch.arange(len(qkv), device=qkv.device), k, v)
             mixed = attend(self.layer, q, k, v, **({} if window is None else {"window": window}))
@@ -125,18 +109,18 @@ class TritonAttention(nn.Module):
 
 
 class TritonMLP(nn.Module):
-    """Lesson 2's `MLP`: one product for gate and up, one kernel between it and the other. (T, size) -> (T, size)."""
+    """Lesson 2's `MLP`: one product for gate and up, then one kernel, then `down_proj`. (T, size) -> (T, size)."""
 
     def __init__(self, plain: nn.Module):
         super().__init__()
-        self.gate_up_proj, self.down_proj = Stacked(plain.gate_proj, plain.up_proj), plain.down_proj
+        self.gate_up_proj, self.down_proj = FusedLinear((plain.gate_proj, plain.up_proj)), plain.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
 
 
 class TritonBlock(nn.Module):
-    """Lesson 2's `Block`, with the first addition in the second norm. Its parts are those above, where they fit."""
+    """Lesson 2's `Block`, with the first addition in the kernel of the second norm."""
 
     def __init__(self, plain: nn.Module):
         super().__init__()
@@ -153,18 +137,18 @@ class TritonBlock(nn.Module):
 
     @property
     def is_capturable(self) -> bool:
-        """Whether it never waits for the GPU: a mixture of experts must ask which experts the tokens chose."""
+        """Whether it never waits for the GPU. A mixture of experts does, to learn which experts the tokens have."""
         return type(self.self_attn) is TritonAttention and type(self.mlp) is TritonMLP
 
 
 def pack_for_gpu(
     model: nn.Module, attention: type, mlp: type, norm: type, block: type, linear: tuple[type, ...]
 ) -> None:
-    """Swap a loaded model's modules, in place, for those above. attention, mlp, norm, block: lesson 2's classes.
-    linear: the classes of linear layers that can be stacked. A layer that stays on the disk is left as it is.
-    """
+    """`pack` (gpu.py) for a GPU: replaces modules by those above. A layer that stays on the disk is left as it is.
 
-    fast = swapping(attention, mlp, norm, linear, TritonAttention, TritonMLP, TritonNorm)
+    linear: the classes of linear layers that can be fused.
+    """
+    fast = swapping({attention: TritonAttention, mlp: TritonMLP, norm: TritonNorm}, linear)
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):
             if type(layer) is block and not any(parameter.is_meta for parameter in layer.parameters()):
@@ -177,9 +161,9 @@ def pack_for_gpu(
 
 
 def tabulate_rotary(model: nn.Module) -> None:
-    """Keep the rotary tables of all positions on the GPU. Making them takes frequencies, which are on the CPU."""
+    """Compute the rotary tables of all positions once, and keep them on the GPU. The frequencies are on the CPU."""
     if depends_on_length(model.config.rope_scaling) and model.max_length is None:
-        return  # they follow from the text
+        return  # the tables depend on the text
     length = model.max_length or model.config.max_position_embeddings
     cos, sin = model.rotary(torch.arange(length, device=model.model.norm.weight.device))
     model.rotary = lambda positions: (cos[positions], sin[positions])

@@ -1,8 +1,8 @@
-"""The GPU's kernels, in Triton: what a decoder layer computes beside its matrix products, and the sampler.
+"""The GPU's kernels, in Triton: everything in a decoder layer except its matrix products, and the sampler.
 
-They are lesson 4's optional exercises made fast. One attention kernel serves prompts, chunks and decoding requests in
-one launch, as vLLM's `triton_unified_attention` does, and its products are in the dtype of the model. What a launch
-must know of a request it reads on the GPU, so that it can be captured in a CUDA graph.
+They are faster versions of lesson 4's optional exercises. One attention kernel serves prompts, chunks and decoding
+requests in one launch, as vLLM's `triton_unified_attention` does, and its products are in the dtype of the model. It
+reads all numbers about a request on the GPU, so that it can be captured in a CUDA graph.
 
 T tokens, H query heads, K key/value heads, D the head size, R requests. A pool is (num_blocks, block_size, K, D).
 """
@@ -16,19 +16,17 @@ from common.kernels.triton import tl, triton
 
 INTERPRETED = triton.knobs.runtime.interpret
 NO_WINDOW = 1 << 30
-TILE = 64
-"""Positions that the attention kernel reads at a time."""
+TILE = 64  # the number of positions that the attention kernel reads at a time
 PREFILL_ROWS = 64
-"""Rows of a tile of queries (tokens times the heads of a group) if some request has several new tokens."""
+"""The rows of a tile of queries (tokens times the heads of a group) if a request has several new tokens."""
 PROGRAMS = 256
-"""Contexts of decoding requests are split until there are this many programs: about two for each processor."""
+"""Contexts of decoding requests are split until there are this many programs, about two for each multiprocessor."""
 MOST_SPLITS = 16
-DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-"""What the kernels compute with."""
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}  # the dtypes of products
 
 
 def product_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype of a product's tiles. The interpreter takes the bits of bfloat16 for whole numbers."""
+    """The dtype of a product's tiles. The interpreter would treat the bits of bfloat16 as whole numbers."""
     return tl.float32 if INTERPRETED else DTYPES[dtype]
 
 
@@ -50,7 +48,7 @@ def add_rms_norm_kernel(x, residual, weight, total, out, size, eps, BLOCK: tl.co
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns x + residual, or x where that is None, and its RMSNorm. x, residual: (..., size)."""
+    """Returns x + residual, or x if that is None, and its RMSNorm. x, residual: (..., size)."""
     x = x.contiguous()
     total, out = x if residual is None else torch.empty_like(x), torch.empty_like(x)
     size, added = x.shape[-1], x if residual is None else residual.contiguous()
@@ -67,18 +65,18 @@ def rotate_and_store_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """Program t has a token. Its row h is a query of head h < H, then a key, then a value: it is normed and rotated,
-    but for values, and stored.
+    """Program t computes token t. Its rows are H queries, K keys and K values. Queries and keys are normed and rotated,
+    and everything is stored.
 
     qkv: (T, H + 2 K, D), token t at qkv + t * qkv_stride; cos, sin: (T, D / 2); weight: (H + K, D), if NORM; slots:
-    (T,), negative for a token whose key and value belong nowhere. q: (T, H, D); keys, values: (slots, K, D).
+    (T,), negative where nothing will be stored. q: (T, H, D); keys, values: (slots, K, D).
     """
     token = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = HEAD_DIM // 2
     row = tl.arange(0, ROWS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     mask = (row < HEADS + 2 * KV_HEADS) & (pair < half)
-    turned = mask & (row < HEADS + KV_HEADS)  # what is normed and rotated
+    turned = mask & (row < HEADS + KV_HEADS)  # the rows that are normed and rotated
     place = row * HEAD_DIM + pair
     a = tl.load(qkv + token * qkv_stride + place, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(qkv + token * qkv_stride + place + half, mask=mask, other=0.0).to(tl.float32)
@@ -130,7 +128,7 @@ def rotate_and_store(
 
 @triton.jit
 def silu_mul_kernel(gate_up, out, size, BLOCK: tl.constexpr):
-    """out = silu(gate) * up. Program (t, i) has a block of row t. gate_up: (T, 2 * size); out: (T, size)."""
+    """out = silu(gate) * up. Program (t, i) computes block i of row t. gate_up: (T, 2 * size); out: (T, size)."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
@@ -140,7 +138,7 @@ def silu_mul_kernel(gate_up, out, size, BLOCK: tl.constexpr):
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """(T, 2 * size), contiguous, gate and up side by side -> (T, size)."""
+    """Returns silu(gate) * up, (T, size). gate_up: (T, 2 * size), contiguous, gate and up side by side."""
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, size)
     silu_mul_kernel[(num_tokens, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024)
@@ -156,8 +154,8 @@ def attention_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, QUERIES: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of new tokens to a split of the keys that they see. Program (request, kv_head, tile * SPLITS
-    + split) has QUERIES of the request's tokens, in the GROUP heads that share a key/value head.
+    """Attention of a tile of new tokens to one split of the keys that they see. Program (request, kv_head, tile *
+    SPLITS + split) computes QUERIES of the request's tokens, in the GROUP heads that share a key/value head.
 
         GROUP 2, QUERIES 2      row 0  token 0, head 0          keys  0 1 2 3 | 4 5 6 7     context 8, 2 new tokens
                                 row 1  token 0, head 1          split 0       | split 1     token 0 sees 0 to 6
@@ -165,8 +163,8 @@ def attention_kernel(
                                 row 3  token 1, head 1
 
     q: (T, H, D), contiguous. With one split, out is (T, H, D); otherwise (T, H, SPLITS, D), each divided by its own
-    sum, of which log_sums, (T, H, SPLITS), has the logarithm. The maximum begins at -1e30 and not at minus infinity, so
-    that a row that sees nothing needs no case of its own: its sum is 0, and it weighs nothing in a merge.
+    sum, of which log_sums, (T, H, SPLITS), has the logarithm. The maximum starts at -1e30 and not at minus infinity, so
+    that a row that sees no key needs no special case: its sum is 0, and its weight in a merge is 0.
     """
     request = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -233,7 +231,7 @@ def merge_kernel(parts, log_sums, out, HEAD_DIM: tl.constexpr, DIMS: tl.constexp
 
 
 def num_splits(programs: int) -> int:
-    """Into how many parts each context is split, a power of two, if so many programs had whole ones."""
+    """The number of splits of each context, a power of two. programs: their number without splits."""
     return min(MOST_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, programs)))
 
 
@@ -273,8 +271,8 @@ def paged_attention(
 
 @triton.jit
 def draw_kernel(logits, temperatures, seeds, tokens, size, TILE: tl.constexpr):
-    """Draw a token for each row: the likeliest after Gumbel noise was added, which depends on the row's seed and on the
-    token's id alone; without noise at temperature 0. -1 for a row with a NaN in it. Program r has row r of (R, size).
+    """Sample a token for each row: the likeliest after adding Gumbel noise, which depends only on the row's seed and
+    the token's id; without noise at temperature 0. -1 for a row with a NaN. Program r computes row r of (R, size).
     """
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures + row)
@@ -295,8 +293,8 @@ def draw_kernel(logits, temperatures, seeds, tokens, size, TILE: tl.constexpr):
 
 
 def draw_tokens(logits: Tensor, temperatures: Tensor, seeds: Tensor) -> Tensor:
-    """Draw a token for each row of logits, (R, V), contiguous: from softmax(logits / temperature), or the likeliest
-    where that is 0. temperatures: (R,) float32; seeds: (R,) long, from which the draw follows. Returns (R,) int32.
+    """Sample a token for each row of logits, (R, V), contiguous: from softmax(logits / temperature), or the likeliest
+    if that is 0. temperatures: (R,) float32; seeds: (R,) long. Returns (R,) int32, -1 for a row with a NaN.
     """
     tokens = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
     tile = min(2048, triton.next_power_of_2(logits.shape[1]))

@@ -1,4 +1,4 @@
-// Vectors as wide as the processor that this is compiled for (-march=native) has them: one source for all of them.
+// Vectors as wide as those of the processor that this is compiled for (-march=native): one source for all processors.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ inline void store(void* to, Vector v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-// Four of the eight floats of both, by their numbers.
+// Four of the eight floats in x and y, by their numbers.
 template <int A, int B, int C, int D>
 inline quad pick(quad x, quad y) {
 #if defined(__clang__)
@@ -46,10 +46,10 @@ inline quad pick(quad x, quad y) {
 #endif
 }
 
-// Tells the second cache to get what lies there, while other things are computed. It may be no memory at all.
+// Prefetches a line into the second cache. The address need not be valid.
 inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
-// Holds a vector in a register. Left to itself gcc reads it from memory again for each use, and spills the sums.
+// Keeps a vector in a register. Otherwise gcc reads it from memory again for each use, and spills the sums.
 template <typename Vector>
 inline void keep(Vector& v) {
 #if defined(__x86_64__)
@@ -59,7 +59,7 @@ inline void keep(Vector& v) {
 #endif
 }
 
-// Halves first: one lane after another would be a chain of additions that wait for each other.
+// The sum of all lanes, by halves: lane after lane, each addition would wait for the last one.
 inline float total(vec v) {
   quad q[LANES / 4];
   std::memcpy(q, &v, sizeof v);
@@ -67,7 +67,7 @@ inline float total(vec v) {
   return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
-// The totals of LANES vectors, in one.
+// The totals of LANES vectors, in one vector.
 inline vec totals(const vec* v) {
 #if defined(__AVX512BW__)
   const auto add_halves = [](vec a, vec b) { return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b); };
@@ -90,7 +90,7 @@ inline vec totals(const vec* v) {
 #endif
 }
 
-// The largest number, by halves as in `total`. Of a NaN nothing is promised.
+// The largest number, by halves as in `total`. The result is undefined if there is a NaN.
 inline float largest(vec v) {
   quad q[LANES / 4];
   std::memcpy(q, &v, sizeof v);
@@ -108,7 +108,7 @@ inline float sum(const float* x, int64_t count) {
   return all;
 }
 
-// Two numbers of eight bits to a lane as two of sixteen. (gcc 12 has four instructions for the general form.)
+// Widens two numbers of eight bits in each lane to sixteen. (gcc 12 makes four instructions of the general form.)
 inline hvec widen(bvec v) {
 #if defined(__AVX512BW__)
   return (hvec)_mm512_cvtepi8_epi16((__m256i)v);
@@ -119,7 +119,7 @@ inline hvec widen(bvec v) {
 #endif
 }
 
-// LANES numbers in sixteen bits as floats: a bfloat16 is the upper half of a float, a float16 is not.
+// Reads LANES numbers as floats. A bfloat16, here in a uint16_t, is the upper half of a float.
 inline vec load_floats(const float* from) { return load<vec>(from); }
 
 inline vec load_floats(const uint16_t* from) {

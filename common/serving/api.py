@@ -143,11 +143,9 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        if not (PAGE / "index.html").is_file():
-            raise ApiError(404, "There is no page here; /docs lists the routes.")
         return FileResponse(PAGE / "index.html", headers=REVALIDATE)
 
-    app.mount("/static", PageFiles(directory=PAGE, check_dir=False), name="static")
+    app.mount("/static", PageFiles(directory=PAGE), name="static")
 
 
 class PageFiles(StaticFiles):
@@ -160,12 +158,9 @@ class PageFiles(StaticFiles):
 
 
 def model_card(server: Server) -> protocol.ModelCard:
+    name, limit = server.model_name, server.config.max_model_len
     return protocol.ModelCard(
-        id=server.model_name,
-        created=server.created,
-        owned_by="inference-course",
-        root=server.model_name,
-        max_model_len=server.config.max_model_len,
+        id=name, created=server.created, owned_by="inference-course", root=name, max_model_len=limit
     )
 
 

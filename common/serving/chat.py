@@ -69,20 +69,13 @@ async def chat(server: Server, request: Request, body: ChatRequest) -> ChatRespo
     max_calls = None if body.parallel_tool_calls else 1
     choices = [Choice(i, reader_of(body, template), max_calls) for i in range(body.n)]
     if body.stream:
-        head = {
-            "id": f"chatcmpl-{generation.stream.request_id}",
-            "object": "chat.completion.chunk",
-            "created": generation.created,
-            "model": server.model_name,
-        }
-        return Events(generation, head, partial(parts, server, body, choices), body.includes_usage)
+        head = generation.head("chatcmpl", "chat.completion.chunk")
+        return Events(generation, head, partial(parts, server, body, choices), body.stream_options)
     async for deltas in generation.steps():
         for delta in deltas:
             choices[delta.choice].add(delta, isinstance(body.tool_choice, NamedToolChoice))
     return ChatResponse(
-        id=f"chatcmpl-{generation.stream.request_id}",
-        created=generation.created,
-        model=server.model_name,
+        **generation.head("chatcmpl", "chat.completion"),
         choices=[
             ChatChoice(
                 index=choice.index,

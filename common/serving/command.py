@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,23 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Return a socket that listens there, and its URL. Raises OptionError, for example if the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror.partition(" (")[0]
+        raise OptionError(f"The server cannot listen at HOST={host} PORT={port}: {reason}.") from None
+    name = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
+    return listening, f"http://{name}:{listening.getsockname()[1]}"
+
+
 @click.command("serve")
-@option("--port", "PORT", type=number(0), default=8000, help="0: any free one")
+@option("--port", "PORT", type=click.IntRange(0, 65535), default=8000, help="0: any free one")
 @option("--host", "HOST", default="127.0.0.1", help="the address to listen at; others than loopback need KEYS")
 @option("--keys", "KEYS", type=click.Path(path_type=Path), help="a file of keys and tenants")
-@option(
-    "--max-waiting", "QUEUE", type=number(), default=256, help="sequences that may wait; more are told to come back"
-)
+@option("--max-waiting", "QUEUE", type=number(), default=256, help="sequences that may wait; more get status 429")
 @option("--drain", "DRAIN", type=number(), default=30, help="seconds that answers may take after SIGTERM")
 @option("--replicas", "REPLICAS", type=number(), default=1, help="engines; two or more run on Ray Serve")
 @mine()
@@ -77,11 +88,9 @@ def serve(
 
         handle = start_replicas(replicas, options, mine, threads, max_waiting, tenants)
         app, greet = create_door(handle, tenants), lambda address: handle.welcome.remote(address=address).result()
+    listening, url = listen(host, port)  # clients that come before the loop below wait for it, and are not refused
+    print(greet(url), flush=True)
     config = uvicorn.Config(
-        app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain, **SAME_EVERYWHERE
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain, **SAME_EVERYWHERE
     )
-    socket = config.bind_socket()
-    socket.listen(config.backlog)  # clients that come before the loop below wait for it, and are not refused
-    port = socket.getsockname()[1]
-    print(greet(f"http://{'localhost' if is_loopback(host) else host}:{port}"), flush=True)
-    uvicorn.Server(config).run(sockets=[socket])
+    uvicorn.Server(config).run(sockets=[listening])

@@ -41,15 +41,10 @@ async def complete(server: Server, request: Request, body: CompletionRequest) ->
         for each in prompts
     ]
     generation = await begin(server, request, body, prompts, params)
-    head = {
-        "id": f"cmpl-{generation.stream.request_id}",
-        "object": "text_completion",
-        "created": generation.created,
-        "model": server.model_name,
-    }
+    head = generation.head("cmpl", "text_completion")
     pieces = Pieces(generation, body, prompts)
     if body.stream:
-        return Events(generation, head, pieces.parts, body.includes_usage)
+        return Events(generation, head, pieces.parts, body.stream_options)
     answers = [Piece() for _ in range(generation.num_choices)]
     async for deltas in generation.steps():
         for delta in deltas:

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from common.serving.loop import EngineDead, QueueFull, RequestFailed
+from common.serving.loop import NOT_FOLLOWED, EngineDead, QueueFull, RequestFailed
 from common.serving.protocol import ErrorInfo, ErrorResponse
 
 LOG = logging.getLogger("common.serving")
@@ -24,12 +24,7 @@ class ApiError(Exception):
     """An answer other than success. message: a sentence. code: a word for programs, such as model_not_found."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
+        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict | None = None
     ):
         message = message if message.endswith((".", "?", "!")) else f"{message}."
         super().__init__(message)
@@ -58,7 +53,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineDead):
         return ApiError(503, str(error), code="engine_dead")
     if isinstance(error, RequestFailed):
-        return ApiError(500, f"The engine could not compute this request: {error}", code="request_failed")
+        status = 400 if NOT_FOLLOWED in str(error) else 500
+        return ApiError(status, f"The engine could not compute this request: {error}", code="request_failed")
     if isinstance(error, ValueError):  # the engine's own words, which name the field
         return ApiError(400, str(error))
     if isinstance(error, RecursionError):

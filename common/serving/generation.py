@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from common.serving.errors import ApiError, as_api_error
 from common.serving.grammar import Grammar, compiled, grammar_of, logit_bias
 from common.serving.loop import Delta, EngineLoop, Job, Stream
 from common.serving.metrics import Metrics
-from common.serving.protocol import PromptTokensDetails, SamplingBody, Usage
+from common.serving.protocol import PromptTokensDetails, SamplingBody, StreamOptions, Usage
 from common.serving.tenants import Tenant, Tenants
 
 
@@ -158,12 +159,22 @@ class Generation:
             self.watcher.cancel()
 
     async def watch(self, request: Request) -> None:
-        """Abort as soon as the client leaves, whether or not anything is being sent."""
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        """Abort as soon as the client leaves, whether or not anything is being sent.
+
+        Once a client has sent more than its request, uvicorn reads on only when it is asked again.
+        """
+        while True:
+            with suppress(TimeoutError):
+                if (await asyncio.wait_for(request.receive(), 1))["type"] == "http.disconnect":
+                    break
         if not self.is_ended:
             self.stream.fail(ClientGone())  # wakes up what reads it
             self.end()
+
+    def head(self, prefix: str, kind: str) -> dict:
+        """What an answer and all its chunks have in common."""
+        name = f"{prefix}-{self.stream.request_id}"
+        return {"id": name, "object": kind, "created": self.created, "model": self.server.model_name}
 
     @property
     def usage(self) -> Usage:
@@ -214,8 +225,8 @@ def event(data: dict) -> bytes:
 class Events(Response):
     """Server-sent events: chunks as JSON, then [DONE]. A failure is a chunk with `error`, as OpenAI's.
 
-    head: what all chunks have in common. choices: makes those of a step, one for each chunk. What a step brings is sent
-    at once, however many chunks it is. has_usage: add a chunk with the usage.
+    head: what all chunks have in common. choices: makes of a Delta the `choices` of chunks, one for each. What a step
+    brings is sent at once, however many chunks it is. options: whether the usage is sent.
 
     Starlette's StreamingResponse would watch for the client's leaving in one more task, and add a generator to what is
     run for each token.
@@ -223,17 +234,19 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, head: dict, choices: Callable[[Delta], Iterable[dict]], has_usage: bool):
+    def __init__(self, generation: Generation, head: dict, choices: Callable, options: StreamOptions | None):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["Content-Length"]
-        self.generation, self.head, self.choices, self.has_usage = generation, head, choices, has_usage
+        self.generation, self.head, self.choices, self.options = generation, head, choices, options or StreamOptions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head, usage = self.head, {"usage": None} if self.has_usage else {}
+        head, usage = self.head, {"usage": None} if self.options.include_usage else {}
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for deltas in self.generation.steps():
                 parts = [part for delta in deltas for part in self.choices(delta)]
+                if usage and self.options.continuous_usage_stats:
+                    usage = {"usage": self.generation.usage.model_dump()}
                 if data := b"".join([event({**head, "choices": [part], **usage}) for part in parts]):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             last = event({**head, "choices": [], "usage": self.generation.usage.model_dump()}) if usage else b""

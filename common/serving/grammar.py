@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,11 +21,16 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
+from common.serving.loop import NOT_FOLLOWED
 from common.serving.protocol import SamplingBody
 from common.tokenizer import Tokenizer, load_tokenizer
 
 JSON_OPTIONS = {"whitespace_pattern": r" ?"}
 """A model that may write any white space can write nothing else for ever."""
+LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=20_000, verbose_errors=False)
+"""A fifth and a tenth of llguidance's own. With those, a mask of the pattern a{100000} took a second, in which no other
+request was served; with these it is refused.
+"""
 
 
 class Vocabulary:
@@ -66,16 +72,24 @@ def vocabulary(folder: str) -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(Vocabulary(tokenizer)), eos_token=sorted(tokenizer.eos_token_ids))
 
 
+@dataclass
+class Compiled:
+    """A parser at the beginning of an answer; to be copied. All copies share a lexer: where one fails, all do later."""
+
+    matcher: LLMatcher
+    is_spoilt: bool = False
+
+
 @lru_cache(maxsize=128)
-def compiled(folder: str, grammar: str) -> LLMatcher:
-    """A parser at the beginning of an answer; to be copied. Raises ValueError if the grammar is wrong."""
-    matcher = LLMatcher(vocabulary(folder), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+def compiled(folder: str, grammar: str) -> Compiled:
+    """Raises ValueError if the grammar is wrong."""
+    matcher = LLMatcher(vocabulary(folder), grammar, log_level=0, limits=LIMITS)
     first = matcher.deep_copy()
     if not first.is_error():
         first.compute_logit_bias()  # a schema that no text matches is found out here
     if first.is_error():
         raise ValueError(f"The grammar cannot be used: {first.get_error()}")
-    return matcher
+    return Compiled(matcher)
 
 
 class Grammar:
@@ -84,12 +98,13 @@ class Grammar:
     def __init__(self, folder: str, grammar: str):
         self.folder = folder
         self.grammar = grammar
-        self.matcher: LLMatcher | None = None
+        self.source: Compiled | None = None
+        self.matcher: LLMatcher | None = None  # a copy
         self.consumed: list[int] = []  # the tokens that the matcher has seen
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in this process or another, begins at the beginning."""
-        return {**self.__dict__, "matcher": None, "consumed": []}
+        return {**self.__dict__, "source": None, "matcher": None, "consumed": []}
 
     def __call__(self, output: Sequence[int], logits: Tensor) -> Tensor:
         """Set the scores of tokens that must not follow the output to -inf. logits: (V,); returns (V,).
@@ -97,21 +112,23 @@ class Grammar:
         After an output that the grammar forbids, anything may follow: these are scores after a draft token that is
         going to be rejected.
         """
-        if not self.move_to(output):
-            return logits
-        allowed = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
+        if self.source is None or self.source.is_spoilt:
+            self.source = compiled(self.folder, self.grammar)
+            self.matcher, self.consumed = self.source.matcher.deep_copy(), []
+        mask = self.matcher.compute_logit_bias() if self.move_to(output) else None
         if self.matcher.is_error():
-            raise ValueError(f"the grammar cannot be followed any further: {self.matcher.get_error()}")
-        is_forbidden = torch.ones(
-            logits.shape, dtype=torch.bool
-        )  # the embedding may have more rows than there are tokens
+            self.source.is_spoilt = True
+            compiled.cache_clear()
+            raise ValueError(f"{NOT_FOLLOWED}: {self.matcher.get_error()}")
+        if mask is None:
+            return logits
+        allowed = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
+        is_forbidden = torch.ones(logits.shape, dtype=torch.bool)  # an embedding may have more rows than tokens
         is_forbidden[: len(allowed)] = allowed == 0
         return logits.masked_fill(is_forbidden.to(logits.device), -torch.inf)
 
     def move_to(self, output: Sequence[int]) -> bool:
         """Bring the matcher to the end of this output. Returns False if the grammar forbids the output."""
-        if self.matcher is None:
-            self.matcher = compiled(self.folder, self.grammar).deep_copy()
         pairs = enumerate(zip(self.consumed, output))
         num_same = next((i for i, (old, new) in pairs if old != new), min(len(self.consumed), len(output)))
         if num_same < len(self.consumed):

@@ -34,6 +34,7 @@ PATIENCE = 0.01
 While a step computes, each core has a thread of it. If other work takes a core then, all threads of the step wait. To
 wait for the event loop costs 0.2 ms, which is more than what few streams take from a step.
 """
+NOT_FOLLOWED = "the grammar cannot be followed any further"  # begins the error of a request whose grammar is to blame
 
 
 class EngineDead(RuntimeError):

@@ -69,8 +69,8 @@ class ErrorResponse(BaseModel):
 
 
 class StreamOptions(Body):
-    include_usage: bool | None = False
-    continuous_usage_stats: bool | None = False
+    include_usage: bool | None = Field(False, description="add a chunk with the usage")
+    continuous_usage_stats: bool | None = Field(False, description="with include_usage: the usage so far in each chunk")
 
 
 class StructuredOutputs(Body):
@@ -137,10 +137,6 @@ class SamplingBody(Body):
         if any(not text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or ())):
             raise ValueError("stop must not hold an empty string.")
         return self
-
-    @property
-    def includes_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class PromptTokensDetails(BaseModel):

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -207,7 +206,7 @@ async def break_off(error: Exception, begun: Message | None, send: Send) -> None
 def create_door(replicas: DeploymentHandle, tenants: Tenants) -> FastAPI:
     """The application that listens. Health and metrics are about all replicas; one of them answers the rest."""
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
         yield
         await asyncio.to_thread(serve.shutdown)
@@ -261,10 +260,11 @@ def connect(num_replicas: int, threads: int | None) -> int:
     Returns the threads; by default, the most for which there are processors. Raises OptionError.
     """
     if not os.environ.get("RAY_ADDRESS"):
-        threads = threads or max(1, (os.cpu_count() or 1) // num_replicas)
+        processors = os.cpu_count() or 1
+        threads = threads_of_each(num_replicas, [processors], threads)
         ray.init(
             "local",
-            num_cpus=max(os.cpu_count() or 1, num_replicas * threads),
+            num_cpus=processors,
             object_store_memory=OBJECT_STORE,
             include_dashboard=False,
             logging_level=logging.WARNING,
@@ -288,8 +288,8 @@ def threads_of_each(num_replicas: int, processors: Sequence[int], threads: int |
         if sum(each // number for each in processors) >= num_replicas:
             return number
     raise OptionError(
-        f"This cluster is too small for REPLICAS={num_replicas}: each needs {threads or 1} of the processors of one "
-        f"machine, and its machines have {', '.join(map(str, processors))}."
+        f"There are too few processors for REPLICAS={num_replicas}: each needs {threads or 1} of one machine, and "
+        f"the {'machine has' if len(processors) == 1 else 'machines have'} {', '.join(map(str, processors))}."
     )
 
 

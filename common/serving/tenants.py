@@ -16,8 +16,7 @@ from __future__ import annotations
 import hmac
 import time
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -78,15 +77,6 @@ class Tenant:
         return f"{self.name if self.isolate_prefix_cache and self.key else ''}/{asked or ''}".strip("/")
 
 
-@contextmanager
-def admitted(tenant: Tenant) -> Iterator[None]:
-    tenant.admit()
-    try:
-        yield
-    finally:
-        tenant.leave()
-
-
 class Tenants:
     """All tenants. Without any, every request is the tenant `default`'s, and it has no limits."""
 
@@ -113,7 +103,7 @@ def load_tenants(file: str | Path | None) -> Tenants:
     try:
         tables = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise KeysError(f"{file}: {error}") from None
+        raise KeysError(f"{file}: {getattr(error, 'strerror', error)}") from None
     tenants = [make_tenant(file, name, table) for name, table in tables.items()]
     if not tenants:
         raise KeysError(f'{file}: no tenant is in it. Write [alice] and, below it, key = "...".')

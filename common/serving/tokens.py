@@ -32,12 +32,8 @@ def chat_logprobs(tokenizer: Any, positions: Sequence[Logprobs], num_top: int) -
 
     content = []
     for position in positions:
-        (token_id, logprob), likeliest = (
-            next(iter(position.items())),
-            sorted(position.items(), key=lambda item: -item[1]),
-        )
-        top = [entry(*item) for item in likeliest[:num_top]]
-        content.append({**entry(token_id, logprob), "top_logprobs": top})
+        chosen, likeliest = next(iter(position.items())), sorted(position.items(), key=lambda item: -item[1])
+        content.append({**entry(*chosen), "top_logprobs": [entry(*item) for item in likeliest[:num_top]]})
     return {"content": content}
 
 

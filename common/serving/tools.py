@@ -178,6 +178,5 @@ def reader_of(body: ChatRequest, template: str) -> Reader:
         return WholeReader(must_call=True)
     if not tools_of(body):
         return Reader()
-    return (
-        WholeReader() if "tools" in template and OPEN not in template and "parameters" in template else TaggedReader()
-    )
+    is_llama = "tools" in template and OPEN not in template and "parameters" in template
+    return WholeReader() if is_llama else TaggedReader()

@@ -183,8 +183,9 @@ def test_an_environment_of_one_s_own(machine, monkeypatch):
     assert not setup.venv().exists()
 
 
-def test_errors_say_what_to_do(machine, monkeypatch):
-    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else name)
+def test_errors_say_what_to_do(machine, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "ensurepip.py").write_text("raise ImportError")
     with pytest.raises(setup.SetupError, match=r"ensurepip.*apt install python3-venv"):
         setup.check_modules(sys.executable)
     for version in ((3, 10, 1), (3, 15, 0), (4, 0, 0)):

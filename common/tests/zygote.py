@@ -14,6 +14,7 @@ import gc
 import importlib
 import os
 import pickle
+import pkgutil
 import random
 import select
 import signal
@@ -232,7 +233,7 @@ def become(request: tuple, files: list[int]) -> None:
             exec(words[0], {"__name__": "__main__"})
         else:
             importlib.import_module("common.workers.lifeline").hold()
-            importlib.import_module("common.workers.calls").find(program)()
+            pkgutil.resolve_name(program)()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:

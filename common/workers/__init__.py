@@ -1,16 +1,17 @@
-"""Starts, watches, explains and ends worker processes: lesson 6's ranks, and the processes of the grader.
+"""Starts and ends worker processes, and explains their failures: lesson 6's ranks, and the processes of the grader.
 
-One process commands, the others work. The commanding process holds `Workers`; each worker holds a `CommandSocket`.
+One process sends commands, the others carry them out. The commanding process has `Workers`, each worker a
+`CommandSocket`.
 
     lifeline     a worker exits when the process that started it is gone
     processes    start a Python process, end it, kill it with everything that it started
-    reception    the socket at which workers report, and how a worker reports there
-    calls        one function in a process of its own: what the grader needs
-    failures     what a worker says when it fails, and how an error is described in one line
-    commands     a worker's end: receives commands, sends results, says what it is busy with
-    workers      the commanding end: sends, receives, guards against Ctrl-C and against half-finished steps
-    explain      after a failure: which worker caused it
-    rendezvous   the same under torchrun, and torch.distributed's store. Imports torch, the others do not.
+    reception    the socket to which workers connect, and how a worker connects
+    calls        calls one function in a process of its own, for the grader
+    failures     a worker's message when it fails, and the description of an error in one line
+    commands     a worker's side: receives commands, sends results, reports its state
+    workers      the commanding side: sends, receives, completes steps in spite of Ctrl-C
+    explain      finds out which worker caused a failure
+    rendezvous   the same under torchrun, and torch.distributed's store. Only this module imports torch.
 
 Read them in this order. Nothing here knows a lesson: commands and results are any objects that can be pickled.
 """

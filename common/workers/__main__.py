@@ -1,10 +1,10 @@
-"""A worker's start: `python -m common.workers package.module:function` calls the function under a lifeline."""
+"""`python -m common.workers package.module:function` calls the function; the process ends with its parent's."""
 
 import sys
+from pkgutil import resolve_name
 
-from common.workers.calls import find
 from common.workers.lifeline import hold
 
 if __name__ == "__main__":
     hold()
-    find(sys.argv.pop(1))()
+    resolve_name(sys.argv.pop(1))()

@@ -1,26 +1,19 @@
-"""One function, called in a process of its own that keeps a connection to this one: what the grader needs."""
+"""Calls one function in a process of its own, with a connection to this one. The grader runs its checks in this way."""
 
 from __future__ import annotations
 
-import importlib
 import subprocess
-from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pkgutil import resolve_name
 
 from common.workers.processes import start
 from common.workers.reception import ADDRESS_VARIABLE, START_SECONDS, Reception, report
 
 
-def find(program: str) -> Callable:
-    """The function that "package.module:function" names."""
-    module, _, function = program.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
 def call(program: str, *arguments) -> tuple[subprocess.Popen, Connection]:
-    """Start a process that calls program(connection, *arguments). Returns it, and this end of the connection.
+    """Start a process that calls program(connection, *arguments). Returns it, and this side of the connection.
 
-    The arguments travel by pickle. End the process with `kill`.
+    program: "package.module:function". The arguments are pickled. End the process with `kill`.
     """
     with Reception() as reception:
         process = start("common.workers.calls:answer", {ADDRESS_VARIABLE: reception.address})
@@ -30,7 +23,7 @@ def call(program: str, *arguments) -> tuple[subprocess.Popen, Connection]:
 
 
 def answer() -> None:
-    """In the new process."""
+    """Runs in the new process: receives the call and makes it."""
     connection = report(0)
     program, arguments = connection.recv()
-    find(program)(connection, *arguments)
+    resolve_name(program)(connection, *arguments)

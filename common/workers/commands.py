@@ -1,4 +1,4 @@
-"""A worker's end of the socket: it receives commands, sends results, and says on request what it is busy with."""
+"""A worker's side of the socket: it receives commands, sends results, and reports its state on request."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from queue import SimpleQueue
 
 from common.workers.failures import frame_outside_torch
 
-REPORT_STATE = "report your state"
-"""A command that the listening thread answers at once, with a WorkerState."""
+REPORT_STATE = "report your state"  # a command that the listening thread answers immediately, with a WorkerState
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What a worker is doing, to complete the sentence "rank 1 ..."."""
+    """What a worker is doing. text: completes the sentence "rank 1 ..."."""
 
     text: str
 
 
 class CommandSocket:
-    """A worker's connection to the process that commands it. A thread listens to it, whatever the worker is busy with.
+    """A worker's connection to the commanding process. A thread of its own reads from it.
 
-    So the worker can report its state while it waits for another rank, and it notices at once when the commanding
-    process is gone: then it exits.
+    So the worker can report its state while it waits for another rank, and it exits as soon as the commanding process
+    is gone.
     """
 
     def __init__(self, connection: Connection):
         self.connection = connection
         self.commands: SimpleQueue = SimpleQueue()
-        self.current: str | None = None  # the command that is being carried out, and since when
+        self.current: str | None = None  # the command that is being carried out, and its start time
         self.lock = threading.Lock()
         threading.Thread(target=self.listen, daemon=True).start()
 
@@ -52,7 +51,7 @@ class CommandSocket:
         self.commands.put(None)
 
     def receive(self) -> object:
-        """The next command, waiting for it as long as it takes. None: there are no more."""
+        """Wait for the next command and return it. None means that the worker must end."""
         return self.commands.get()
 
     def send(self, message: object) -> None:
@@ -60,7 +59,7 @@ class CommandSocket:
             self.connection.send(message)
 
     def noting_state(self, run: Callable[[object], object]) -> Callable[[object], object]:
-        """`run`, made to note which command it is busy with."""
+        """`run`, extended to set `current` while it carries out a command."""
 
         def noted(command: object) -> object:
             step_id = getattr(command, "step_id", None)
@@ -73,7 +72,7 @@ class CommandSocket:
         return noted
 
     def state(self) -> WorkerState:
-        """What the worker is doing now, with the line of the program that its main thread has reached."""
+        """The worker's state, with the line of the program that its main thread has reached."""
         current = self.current  # the main thread may set it at any time
         if current is None:
             return WorkerState("waits for a command")
@@ -83,7 +82,7 @@ class CommandSocket:
         return WorkerState(f"is busy with {current}, in {where}")
 
     def exit(self) -> None:
-        """End the process at once, without waiting for anything that a broken group of ranks might still wait for."""
+        """End the process immediately. A normal exit could wait for other ranks of a broken group."""
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

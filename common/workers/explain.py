@@ -1,8 +1,8 @@
-"""After a failure: which worker caused it, as far as that can be found out in two seconds.
+"""Finds out which worker caused a failure, within two seconds.
 
-One failure makes many: if rank 1 dies, rank 0 fails too, in an all_reduce, because rank 1 was not there. So ranks are
-blamed in this order: those that report a failure of their own, those that were killed or have ended, those that are
-gone or do not answer. Failures that happened while talking to other ranks come last.
+One failure causes others: if rank 1 dies, rank 0 fails in an all_reduce. So the cause is looked for in this order:
+ranks that report a failure of their own, ranks that were killed or have ended, ranks that are gone or do not answer.
+Failures in communication with other ranks come last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GONE = "is gone"
 
 
 def ask_states(connections: Mapping[int, Connection], failures: list[Failure]) -> dict[int, str]:
-    """What each rank says that it is doing. A rank's failure that has not been received yet is added to `failures`."""
+    """The state of each rank, as a phrase. A failure that has not been received yet is added to `failures`."""
     states = dict.fromkeys(connections, SILENT)
     for connection in connections.values():
         with contextlib.suppress(OSError):
@@ -45,7 +45,7 @@ def ask_states(connections: Mapping[int, Connection], failures: list[Failure]) -
 def explain(
     connections: Mapping[int, Connection], processes: Mapping[int, subprocess.Popen], failures: list[Failure]
 ) -> str:
-    """One sentence: which rank is to blame, and why. failures: those received so far."""
+    """One sentence that says which rank caused the failure, and how. failures: those received so far."""
     states = ask_states(connections, failures)
     dead = {}
     for rank, process in processes.items():
@@ -54,7 +54,7 @@ def explain(
                 process.wait(1.0)
         if process.poll():
             dead[rank] = f"rank {rank} {ending(process.returncode)}"
-        elif process.returncode == 0:  # it does so only after a failure, whose message we have missed
+        elif process.returncode == 0:  # a worker does so only after a failure, whose message was missed
             states[rank] = "has given up"
     failed = {failure.rank: f"rank {failure.rank} failed: {failure.text}" for failure in failures}
     own = [failed[failure.rank] for failure in failures if not failure.is_consequence]

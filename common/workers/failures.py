@@ -1,4 +1,4 @@
-"""What went wrong in a worker, in words, and whether another worker's failure was the cause."""
+"""Describes an error in a worker, and tells whether another worker's failure caused it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 class WorkerError(RuntimeError):
-    """A worker has died, hangs, or could not do its part. The engine is down; the text says which worker and why."""
+    """A worker has died, hangs or failed, so the engine can no longer be used. The text says which worker and why."""
 
 
 class WorkerLost(RuntimeError):
-    """A worker reported a failure, or nothing was heard from it. `explain` finds out more."""
+    """A worker reported a failure or did not answer. `explain` finds the cause."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Failure:
 
     rank: int
     text: str
-    is_consequence: bool  # another rank failed first: the connection to it broke, or it kept silent
+    is_consequence: bool  # another rank failed first: the connection to it broke, or it did not answer
 
 
 @functools.cache
 def torch_folder() -> Path:
-    """Where torch is installed, found without importing it."""
+    """The folder of torch, found without importing it."""
     spec = importlib.util.find_spec("torch")
     return Path(spec.origin).parent if spec and spec.origin else Path("no torch")
 
@@ -41,13 +41,13 @@ def frame_outside_torch(frames: Sequence[traceback.FrameSummary]) -> traceback.F
 
 
 def describe(error: BaseException) -> str:
-    """What was raised, and the line of the program where it was raised, in one line of text."""
+    """The error and the line of the program that raised it, in one line of text."""
     frame = frame_outside_torch(traceback.extract_tb(error.__traceback__))
     return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {error}"
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether the error was raised while talking to other ranks: then one of those is likely to be the cause."""
+    """Whether the error was raised in communication with other ranks, one of which is then likely to be the cause."""
     distributed = torch_folder() / "distributed"
     frames = traceback.extract_tb(error.__traceback__)
     return "gloo/" in str(error) or any(distributed in Path(frame.filename).parents for frame in frames)

@@ -1,4 +1,4 @@
-"""Ends a process as soon as the process that started it is gone. Imports nothing slow, so it can run first."""
+"""Ends a process as soon as the process that started it is gone. It runs first, so it imports nothing slow."""
 
 import os
 import sys
@@ -6,9 +6,9 @@ import threading
 
 
 def hold() -> None:
-    """Watch standard input, a pipe from the process that started this one, and exit when it ends.
+    """Watch standard input, which is a pipe from the parent process, and exit when the pipe is closed.
 
-    The pipe ends however that process ended, kill -9 included. Afterwards `input()` finds an empty file here.
+    It is closed however the parent ends, even by kill -9. After this call `input()` reads from an empty file.
     """
     pipe = os.dup(sys.stdin.fileno())
     with open(os.devnull, encoding="utf-8") as nothing:

@@ -1,4 +1,4 @@
-"""Starts and ends Python processes, in one way for the engine and for the grader."""
+"""Starts and ends Python processes, for the engine and for the grader."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from types import MappingProxyType
 
 from common.course.lessons import ROOT
 
-PATIENCE_SECONDS = 5.0
-"""How long a worker may take to end after it was asked to."""
+PATIENCE_SECONDS = 5.0  # how long a worker may take to end before it is killed
 
 
 def start(program: str, variables: Mapping[str, object] = MappingProxyType({})) -> subprocess.Popen:
     """Start a Python process that calls `program`, written "package.module:function".
 
-    variables: added to its environment. It exits when this process is gone (`common.workers.lifeline`). It leads a
-    session of its own: the terminal's Ctrl-C does not reach it, and `kill` reaches whatever it has started.
+    variables: added to its environment. It exits when this process is gone (`common.workers.lifeline`). It is in a new
+    session: the terminal's Ctrl-C does not reach it, and `kill` ends all that it has started.
     """
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.Popen(
@@ -35,7 +34,7 @@ def start(program: str, variables: Mapping[str, object] = MappingProxyType({})) 
 
 def kill(process: subprocess.Popen) -> None:
     """Kill a process and everything that it has started, and wait until it is gone."""
-    if process.returncode is None:  # not waited for yet, so its number cannot belong to another process
+    if process.returncode is None:  # not waited for yet, so its id cannot belong to another process
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -64,5 +63,5 @@ def end(
 
 
 def ending(code: int) -> str:
-    """How a process ended, for a sentence about it: "was killed by SIGKILL", "ended with exit code 3"."""
+    """How a process ended, as a phrase: "was killed by SIGKILL", "ended with exit code 3"."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

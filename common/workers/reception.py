@@ -1,4 +1,4 @@
-"""Where the commanding process and its workers find each other: a socket, and a secret key that only they know."""
+"""Connects the commanding process and its workers: a socket, and a secret key that only they know."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from multiprocessing.connection import Client, Connection, answer_challenge, del
 
 from common.workers.failures import WorkerLost
 
-ADDRESS_VARIABLE = "WORKER_RECEPTION"
-"""The environment variable that tells a worker where to report."""
-START_SECONDS = 120.0
-"""How long workers may take to report: on a busy machine importing torch alone can take half a minute."""
+ADDRESS_VARIABLE = "WORKER_RECEPTION"  # the environment variable with the address to which a worker connects
+START_SECONDS = 120.0  # how long workers may take to connect: on a busy machine importing torch can take half a minute
 
 
 class Reception:
-    """A socket that workers connect to. `address` is what a worker needs to know: host, port and key."""
+    """A socket to which workers connect. address: host, port and key, as text for `report`."""
 
     def __init__(self, host: str = "127.0.0.1"):
         self.key = secrets.token_bytes(16)
@@ -38,10 +36,10 @@ class Reception:
     def admit(
         self, ranks: Iterable[int], processes: Mapping[int, subprocess.Popen], seconds: float
     ) -> dict[int, Connection]:
-        """Wait until every rank has reported. Returns the connections by rank.
+        """Wait until every rank has connected. Returns the connections by rank.
 
-        processes: those workers that this process has started. Raises WorkerLost if one of them ends before all have
-        reported, or if a rank has not reported after so many seconds.
+        processes: of the workers that this process has started. Raises WorkerLost if one of them ends before all have
+        connected, or if a rank has not connected within `seconds`.
         """
         connections: dict[int, Connection] = {}
         deadline = time.monotonic() + seconds
@@ -59,7 +57,7 @@ class Reception:
 
 
 def report(rank: int, address: str | None = None) -> Connection:
-    """In a worker: connect to the reception at `address`, by default the one that the environment names."""
+    """Connect a worker to the reception at `address`, by default the environment's, and send its rank."""
     host, port, key = (address or os.environ.pop(ADDRESS_VARIABLE)).split()
     connection = Client((host, int(port)), authkey=bytes.fromhex(key))
     connection.send(rank)

@@ -1,6 +1,6 @@
-"""How ranks meet that also use torch.distributed: a store for torch, and a socket for commands.
+"""Connects ranks that also use torch.distributed: a store for torch, and a socket for commands.
 
-The ranks may be started by this process, by torchrun on this machine, or by torchrun on several.
+The ranks may be started by this process, by torchrun on this machine, or by torchrun on several machines.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def under_torchrun() -> bool:
 
 
 def is_worker() -> bool:
-    """Whether this process was started, by torchrun or by `meet_workers`, to be a rank other than rank 0."""
+    """Whether torchrun or `meet_workers` has started this process as a rank other than rank 0."""
     return os.environ.get("RANK", "0") != "0" and (under_torchrun() or ADDRESS_VARIABLE in os.environ)
 
 
 def meet_workers(workers: Workers, program: str) -> tuple[dist.Store, int]:
-    """In the commanding process: start the workers, or find those that torchrun has started, and connect to them.
+    """Start the workers of this process, or find those that torchrun has started, and connect to them.
 
-    program: what a worker calls, "package.module:function". Returns the store in which the ranks find each other for
-    torch.distributed, and the number of ranks on this machine, itself included.
+    program: the function that a worker calls, "package.module:function". Returns the store in which the ranks find each
+    other for torch.distributed, and the number of ranks on this machine, including this one.
     """
     if under_torchrun():
         store, _, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -54,12 +54,13 @@ def meet_workers(workers: Workers, program: str) -> tuple[dist.Store, int]:
 
 
 def start_ranks(size: int, program: str) -> tuple[Workers, dist.Store, int]:
-    """Make this process rank 0 of `size` ranks, and start or find the others. Returns them, and as `meet_workers` does.
+    """Make this process rank 0 of `size` ranks, and start or find the others.
 
-    Raises ValueError if this process cannot be rank 0 of so many.
+    Returns the workers and the results of `meet_workers`. Raises ValueError if this process has another parallel
+    engine, or if torchrun has started another number of processes.
     """
     if dist.is_initialized():
-        gc.collect()  # an engine that was dropped without `close` is closed now
+        gc.collect()  # closes an engine that was dropped without `close`
     if dist.is_initialized():
         raise ValueError(
             "Another parallel engine is open in this process, and torch.distributed allows one at a time. Call its "
@@ -82,9 +83,9 @@ def start_ranks(size: int, program: str) -> tuple[Workers, dist.Store, int]:
 def join_ranks(
     store: dist.Store, rank: int, grid: Sequence[Sequence[int]], device: str | None, timeout: float
 ) -> list[dist.ProcessGroup]:
-    """On every rank: connect to the others through torch.distributed. Returns a group for each row of the grid.
+    """Connect this rank to the others through torch.distributed. Returns a group for each row of the grid of ranks.
 
-    timeout: seconds that a rank waits for another one.
+    timeout: seconds that a rank waits for another one. Every rank must call this.
     """
     on_gpu = (device or choose_device(None)).startswith("cuda")
     if on_gpu:
@@ -93,23 +94,23 @@ def join_ranks(
     own, backend = dist.PrefixStore("ranks", store), "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
     sys.excepthook = excepthook  # torch's own would put "[rank0]:" before every line of every traceback
-    # Every rank must name every group. A group without a timeout of its own would wait for half an hour.
+    # Every rank must create every group. A group without its own timeout would wait for half an hour.
     return [dist.new_group(list(ranks), limit) for ranks in grid]
 
 
 def leave_ranks(num_threads: int) -> None:
-    """Disconnect this process from the other ranks, and give it back the threads that it had before."""
+    """Disconnect this process from the other ranks, and restore its number of threads."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Groups are named by a count. A start that failed has counted, too, and processes that are new would wait for names
-    # that this one does not use.
+    # Groups are named by a count. A failed start has increased it here, and new processes would then use other names
+    # than this one.
     dist.distributed_c10d._world.group_count = 0
     torch.set_num_threads(num_threads)
 
 
 def report_for_work() -> tuple[CommandSocket, dist.Store, int]:
-    """In a worker: connect to the commanding process. Returns the socket, the store and this process's rank."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the commanding process to handle
+    """Connect a worker to the commanding process. Returns the socket, the store and this process's rank."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the commanding process handles Ctrl-C
     store, rank, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     address = os.environ.get(ADDRESS_VARIABLE) or store.get("reception").decode()
     os.environ.pop(ADDRESS_VARIABLE, None)
@@ -117,7 +118,7 @@ def report_for_work() -> tuple[CommandSocket, dist.Store, int]:
 
 
 def address_towards(host: str) -> str:
-    """This machine's address as seen by machines that know `host`."""
+    """The address of this machine in the network of `host`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing: it only chooses a route
         return probe.getsockname()[0]

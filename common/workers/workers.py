@@ -1,4 +1,4 @@
-"""The commanding process's end: sends commands to all workers, receives results, and ends all when one fails."""
+"""The commanding side: sends commands to all workers, receives results, and ends all workers when one fails."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from common.workers.reception import ADDRESS_VARIABLE, START_SECONDS, Reception
 
 
 class Workers:
-    """The worker processes with these ranks. They all end when this object is closed or dropped.
+    """The worker processes with these ranks. They all end when this object is closed or garbage collected.
 
-    at_end: called after the workers have ended; it must not refer to the object that holds this one. `processes` and
-    `connections` are by rank; a worker on another machine, or started by torchrun, has no process here.
+    at_end: called after the workers have ended; it must not refer to the object that has this one. `processes` and
+    `connections` are by rank; a worker that torchrun has started is not in `processes`.
     """
 
     def __init__(self, ranks: range, at_end: Callable[[], None] = lambda: None):
@@ -30,12 +30,16 @@ class Workers:
         self.processes: dict[int, subprocess.Popen] = {}
         self.connections: dict[int, Connection] = {}
         self.failures: list[Failure] = []
-        self.is_down: str | None = None  # why
-        self.interrupts = 0  # how often Ctrl-C was pressed within the guard, and not raised yet
+        self.is_down: str | None = None  # the reason, once the workers have ended
+        self.interrupts = 0  # how often Ctrl-C was pressed within `guard` without being raised yet
         self.finalizer = weakref.finalize(self, end, self.processes, self.connections, at_end)
 
     def start(self, program: str, variables: Mapping[str, object]) -> None:
-        """Start a process for each rank that calls `program` ("package.module:function"), and wait for its report."""
+        """Start a process for each rank, and wait until all have connected.
+
+        program: the function that each calls, "package.module:function". variables: for their environment. Raises
+        WorkerLost.
+        """
         with Reception() as reception:
             for rank in self.ranks:
                 own = {"RANK": rank, "LOCAL_RANK": rank, ADDRESS_VARIABLE: reception.address}
@@ -43,7 +47,10 @@ class Workers:
             self.connections |= reception.admit(self.ranks, self.processes, START_SECONDS)
 
     def find(self, host: str, publish: Callable[[str], None]) -> None:
-        """Wait for the reports of workers that another program has started. publish: tells them the address."""
+        """Wait until workers that another program has started have connected.
+
+        host: this machine's address. publish: sends the reception's address to them. Raises WorkerLost.
+        """
         with Reception(host) as reception:
             publish(reception.address)
             self.connections |= reception.admit(self.ranks, {}, START_SECONDS)
@@ -56,10 +63,10 @@ class Workers:
             connection.send(command)
 
     def receive(self, timeout: float | None = None) -> object:
-        """Wait for the next message from any worker and return it. timeout: in seconds; None: as long as it takes.
+        """Wait for the next message from any worker and return it.
 
-        Raises WorkerLost if the message is a Failure or none came in time, EOFError if a worker is gone, and
-        KeyboardInterrupt if Ctrl-C was pressed: then nothing has been received.
+        timeout: in seconds; None: no limit. Raises WorkerLost if the message is a Failure or none came in time,
+        EOFError if a worker is gone, and KeyboardInterrupt, before anything is received, if Ctrl-C was pressed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -78,8 +85,8 @@ class Workers:
     def run_everywhere(self, command: object, run: Callable[[object], object]) -> list:
         """Send a command to all workers and run it here as well. Returns all results, this process's own first.
 
-        If that fails, all workers end. A ValueError of this process is raised as it is: it says what is wrong with an
-        option or a file, and has nothing to do with workers.
+        If that fails, all workers end, and WorkerError is raised. A ValueError of this process is raised unchanged: it
+        says what is wrong with an option or a file, and workers are not its cause.
         """
         try:
             with self.guard():
@@ -102,10 +109,10 @@ class Workers:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Let a step be carried out completely or not at all, because ranks cannot go on from half a step.
+        """Run the block, a step of all ranks, completely or not at all: ranks cannot continue after half a step.
 
-        An error within ends all workers, and a WorkerError says which one caused it. Ctrl-C is raised at the end, or by
-        `receive`, and the workers go on. A second Ctrl-C breaks the step off and ends all workers.
+        An error in the block ends all workers, and WorkerError says which one caused it. Ctrl-C is raised at the end of
+        the block, or by `receive`, and the workers stay. A second Ctrl-C interrupts the step and ends all workers.
         """
         if self.is_down:
             raise WorkerError(f"This engine is down: {self.is_down}")
@@ -129,12 +136,12 @@ class Workers:
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGINT, before)
-            if self.interrupts:  # it came when all was done, and would be raised by the next step
+            if self.interrupts:  # it came after the block; otherwise the next step would raise it
                 self.interrupts = 0
                 raise KeyboardInterrupt
 
     def interrupt(self, *_) -> None:
-        """What Ctrl-C does within `guard`."""
+        """Handles Ctrl-C within `guard`."""
         self.interrupts += 1
         if self.interrupts > 1:
             raise KeyboardInterrupt
@@ -147,7 +154,7 @@ class Workers:
 
 
 def guarded(method: Callable) -> Callable:
-    """Decorate a method of an object that has `workers`: it runs within `workers.guard`."""
+    """Decorator that runs a method within `self.workers.guard()`."""
 
     @functools.wraps(method)
     def call(self, *arguments, **options):

@@ -14,9 +14,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
-
-from common.workers.calls import find
 
 READY = "ready"
 LOADED, REFUSED, UNCLEAR = "loaded", "refused", "unclear"
@@ -103,7 +102,7 @@ def work(connection: Connection, target: str, seed: int, first: int, megabytes: 
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     os.environ |= {"OMP_NUM_THREADS": "1", "KERNELS": "plain"}
-    function = find(target)
+    function = resolve_name(target)
     function(seed, -1)  # imports everything, makes the checkpoints' files
     if Path("/proc/self/statm").exists():
         import resource

@@ -78,6 +78,8 @@ function trouble(kind, message) {
   $("#trouble").hidden = !$("#trouble").textContent;
 }
 
+if (!store.areKept) trouble("private", "This browser lets the page keep nothing: a reload loses all conversations.");
+
 // -- Panes -----------------------------------------------------------------------------------------------------
 
 // Show a conversation: in a pane of its own, or in place of another pane.

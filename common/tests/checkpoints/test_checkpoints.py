@@ -779,8 +779,11 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
         find_checkpoint(str(path))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(CheckpointError, match="cannot be made .*COURSE_CACHE"):
+    with pytest.raises(CheckpointError, match="cannot be made or written .*COURSE_CACHE"):
         find_checkpoint(str(path))
+    (tmp_path / "model.lock").mkdir()  # as where the folder is there and nothing may be written into it
+    with pytest.raises(CheckpointError, match="cannot be made or written .*COURSE_CACHE"):
+        names.prepare(tmp_path / "model", lambda folder: None)
 
 
 class Server(http.server.ThreadingHTTPServer):

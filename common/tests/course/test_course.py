@@ -113,6 +113,9 @@ def test_activate_names_what_is_unfinished(tmp_path, monkeypatch):
     (folder / "llm_basics.py").write_text("def f(:\n")
     with pytest.raises(CourseError, match=r"llm_basics.py:1: Python cannot read this line"):
         course.activate("1")
+    (folder / "llm_basics.py").write_text("x = 1\0\n")  # Python 3.11.3 and older raise a ValueError
+    with pytest.raises(CourseError, match=r"llm_basics.py: Python cannot read it: .*null bytes"):
+        course.activate("1")
     (folder / "llm_basics.py").write_text("def f():\n    return 1\n")
     assert course.MODULES_VARIABLE not in os.environ
     monkeypatch.setenv(course.MODULES_VARIABLE, "")
@@ -130,7 +133,7 @@ def test_parse_mine(mine, numbers):
     assert [lesson.number for lesson in course.parse_mine(mine)] == numbers
 
 
-@pytest.mark.parametrize("mine", ["x", "2-0", "0-", "-1", "1;2", "99", "0-99"])
+@pytest.mark.parametrize("mine", ["x", "2-0", "0-", "-1", "1;2", "99", "0-99", "²"])
 def test_parse_mine_refuses(mine):
     with pytest.raises(CourseError, match=r"MINE=|There is no lesson"):
         course.parse_mine(mine)

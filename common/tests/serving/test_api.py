@@ -59,6 +59,20 @@ def test_a_stream_says_the_same_in_pieces(client, alone):
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 24
 
 
+def test_each_chunk_has_the_usage_so_far_if_that_is_asked_for(client):
+    for is_asked in (False, True):
+        options = {"include_usage": True, "continuous_usage_stats": is_asked}
+        chunks = client.completions.create(
+            model="tales", prompt=PROMPT, max_tokens=6, logit_bias={"500": 100}, stream=True, stream_options=options
+        )
+        *counts, last = [chunk.usage and chunk.usage.completion_tokens for chunk in chunks]
+        assert last == 6 and len(counts) == 6
+        if is_asked:
+            assert all(number <= count <= 6 for number, count in enumerate(counts, 1))  # the reader may be late
+        else:
+            assert counts == [None] * 6
+
+
 def test_several_prompts_and_samples_keep_their_numbers(client, alone):
     prompts = [PROMPT, alone.tokenizer.encode("The owl said")]
     answer = client.completions.create(

@@ -126,6 +126,21 @@ def test_a_grammar_s_parser_goes_where_it_is_asked():
         assert all(torch.equal(each(output[:3], logits), used(output[:3], logits)) for each in again)
 
 
+def test_an_answer_whose_grammar_is_too_hard_spoils_no_other():
+    """What llguidance has compiled is shared. One answer that it cannot follow would end all later ones."""
+    hard = LLMatcher.grammar_from_regex("(b{1,9}|xa{9999999})c")
+    with make_engine() as engine:
+        first, second, logits = grammar(engine, hard), grammar(engine, hard), torch.zeros(1024)
+        ids = {engine.tokenizer.token_bytes(token_id): token_id for token_id in range(1024)}
+        a, b, x = ids[b"a"], ids[b"b"], ids[b"x"]
+        allowed, after = first([], logits), first([b], logits)
+        with pytest.raises(ValueError, match="cannot be followed any further"):
+            for length in range(4):
+                second([x, *[a] * length], logits)
+        assert torch.equal(first([b], logits), after) and torch.equal(grammar(engine, hard)([], logits), allowed)
+        assert after.isinf().any()
+
+
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
@@ -169,6 +184,13 @@ def test_a_schema_that_nothing_matches_is_the_clients_mistake(client):
         client.completions.create(
             model="tales", prompt=PROMPT, extra_body={"structured_outputs": {"json": {"$ref": "#"}}}
         )
+
+
+@pytest.mark.parametrize("regex", ["a{100000}", "xa{100000}"])
+def test_a_grammar_that_is_too_hard_is_the_clients_mistake(client, regex):
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.BadRequestError, match="cannot be followed any further"):
+        client.completions.create(model="tales", prompt=PROMPT, extra_body={"structured_outputs": {"regex": regex}})
 
 
 @pytest.mark.slow

@@ -91,7 +91,8 @@ def test_a_client_that_leaves_a_stream_is_aborted(served, url):
     assert engine.totals.num_steps < steps + 5  # of 900: the one that was held, and what the prompt took
 
 
-def test_a_client_that_leaves_before_its_answer_is_aborted(served, url):
+@pytest.mark.parametrize("more", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["", "after a second request"])
+def test_a_client_that_leaves_before_its_answer_is_aborted(served, url, more):
     engine = served[1].loop.engine
     steps = engine.totals.num_steps
     with held(engine):
@@ -100,6 +101,7 @@ def test_a_client_that_leaves_before_its_answer_is_aborted(served, url):
             head = "".join(f"{name}: {value}\r\n" for name, value in asked.headers.items())
             client.sendall(f"POST {asked.url.path} HTTP/1.1\r\n{head}\r\n".encode() + asked.content)
             eventually(lambda: len(engine.scheduler.requests) == 2)
+            client.sendall(more)
         eventually(lambda: not served[1].loop.streams)
     eventually(lambda: is_empty(engine))
     assert engine.totals.num_steps < steps + 5

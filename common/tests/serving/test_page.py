@@ -119,6 +119,29 @@ def test_a_reload_loses_nothing(page, server) -> None:
     assert [each["role"] for each in server.bodies[-1]["messages"]] == ["user", "assistant", "user"]
 
 
+@pytest.mark.parametrize("problem", ["SecurityError", "QuotaExceededError"])
+def test_a_browser_that_keeps_nothing_says_so_and_the_page_works(page, server, problem) -> None:
+    """Where storage is forbidden, reading the property fails; where it is full, writing to it does."""
+    fail = f"throw new DOMException('', '{problem}')"
+    getter = f"Object.defineProperty(window, each, {{get() {{ {fail}; }}}})"
+    forbid = f"for (const each of ['localStorage', 'sessionStorage']) {getter}"
+    page.add_init_script(forbid if problem == "SecurityError" else f"Storage.prototype.setItem = () => {{ {fail}; }}")
+    page.reload()
+    server.key = "secret"
+    page.get_by_label("API key").fill("secret")
+    page.get_by_role("button", name="Use it").click()
+    expect(page.get_by_label("API key")).to_be_hidden()
+    page.get_by_role("button", name="+ Beside").click()
+    for pane in page.locator(".pane").all():
+        send(pane, "hello")
+        expect(answers(pane)).to_contain_text("word2")
+    expect(page.locator("#trouble")).to_contain_text("reload")
+    page.get_by_role("button", name="Chats").click()
+    expect(page.get_by_role("button", name="hello", exact=True)).to_have_count(2)
+    page.reload()
+    expect(answers(page)).to_have_count(0)
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
@@ -150,6 +173,22 @@ def test_a_models_text_never_becomes_html(page) -> None:
     expect(answers(page)).to_contain_text("end")
     assert answers(page).locator("img, script, b").count() == 0
     assert page.evaluate("window.harmed") is None
+
+
+def test_each_line_is_written_from_its_own_side(page) -> None:
+    """A line that begins with Hebrew stands at the right of the bubble, the one below it at the left."""
+    send(page, "שלום\nhello")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_enabled()
+    sides = """element => {
+        const text = element.firstChild, box = element.getBoundingClientRect();
+        return [[0, 4], [5, 10]].map(([start, end]) => {
+            const range = document.createRange();
+            range.setStart(text, start); range.setEnd(text, end);
+            const line = range.getBoundingClientRect();
+            return line.left - box.left > box.right - line.right ? "right" : "left";
+        });
+    }"""
+    assert page.locator(".message.user .text").evaluate(sides) == ["right", "left"]
 
 
 def test_settings_are_sent_and_a_wrong_one_is_named(page, server) -> None:

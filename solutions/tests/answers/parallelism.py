@@ -759,4 +759,9 @@ EQUIVALENT = [
         "num_kv_heads >= world_size -> num_kv_heads > world_size",
     ),
     equivalent("6.14", "the last of two axes", "torch.cat(parts, dim=-1) -> torch.cat(parts, dim=1)"),
+    equivalent(
+        "6.19",
+        "`outputs` is empty when an output arrives, so both of its ends are the same",
+        "self.outputs.append -> self.outputs.appendleft",
+    ),
 ]

@@ -625,17 +625,17 @@ EQUIVALENT = [
         "a float32 number times a half-precision scale is float32 as well, with the same value",
         "upcast(layer.weight_scale) -> layer.weight_scale",
     ),
-    equivalent(
-        "7.4",
-        "float32 times float16 is float32 as well",
-        "upcast(layer.weight_scale) -> layer.weight_scale",
-    ),
     equivalent("7.5", "a slice begins at 0 by itself", "numbers[:, 0::2] -> numbers[:, ::2]"),
     equivalent(
         "7.7",
         "float16 joins float32 and float64 in their own dtype",
         "scale[..., None].to(weight.dtype) -> scale[..., None]",
         "minimum[..., None].to(weight.dtype) -> minimum[..., None]",
+    ),
+    equivalent(
+        "7.8",
+        "an index in the processor's memory selects the same columns on a GPU, after it has been copied there",
+        "torch.arange(numbers.shape[1], device=numbers.device) -> torch.arange(numbers.shape[1])",
     ),
     equivalent(
         "7.11",
