@@ -158,7 +158,7 @@ def test_run_refuses_an_empty_prompt_and_reports_an_interrupt():
         (["--model", "no-such-model"], "no-such-model"),
         (["--model", "tales", "--mine", "17-19"], "lesson 17"),
         (["--model", "tales", "--temperature", "-1"], "temperature"),
-        (["--model", "tales", "--threads", "none"], "--threads: it must be a whole number"),
+        (["--model", "tales", "--threads", "none"], "--threads: 'none' is not a valid integer"),
         (["--model", "tales", "--num-speculative-tokens", "2"], "there is no source of draft tokens"),
     ],
 )
