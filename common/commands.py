@@ -95,18 +95,17 @@ TARGETS = {target(command): command for command in BY_NAME.values()}
 
 
 def help_text() -> str:
+    """All commands in their groups, as `make help` prints them."""
     width = max(map(len, TARGETS))
     lines = ["make TARGET, or, where there is no make, python -m common TARGET. N is a lesson, N.M an exercise."]
     for title, commands in GROUPS.items():
         lines += ["", title, *(f"  {target(command):<{width}}  {command.help}" for command in commands)]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Options follow as variables, as in make run TP=2 QUANT=int8; make help-run lists those of run, and so on.",
-            "MINE=0-2, for most targets: your own modules of these lessons take the place of the reference's.",
-        ]
-    )
+    lines += [
+        "",
+        "Options follow as variables, as in make run TP=2 QUANT=int8; make help-run lists those of run, and so on.",
+        "MINE=0-2, for most targets: your own modules of these lessons take the place of the reference's.",
+    ]
+    return "\n".join(lines)
 
 
 def parse(words: list[str]) -> tuple[Command, list[str]]:

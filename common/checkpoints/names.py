@@ -103,15 +103,10 @@ def _from_hub(name: str) -> Path:
         raise CheckpointError(
             f"{name!r} is no folder here; to fetch it from the Hugging Face Hub, `pip install huggingface_hub` first."
         ) from None
+    # No pickles, neither *.bin nor *.pt. Subfolders may hold the same weights once more.
+    files = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
     try:
-        # No pickles, neither *.bin nor *.pt. Subfolders may hold the same weights once more.
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"],
-                ignore_patterns=["*/*"],
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"]))
     except Exception as error:  # the library raises many kinds, for offline, gated, missing...
         raise CheckpointError(f"{name!r} could not be fetched from the Hugging Face Hub: {error}") from error
 

@@ -11,12 +11,13 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from common.course import ROOT, WITHHELD, CourseError, Lesson, shown
-from common.course.catalogue import edited_body, planted_answers
-from common.course.exercises import Exercise, find_exercises
+from common.course.catalogue import Answer, edited_body, planted_answers
+from common.course.exercises import find_exercises
 
 RECORD = ROOT / "common" / "skeletons.json"
 """The SHA-256 of each skeleton as it was last generated: a file with another one has been edited."""
@@ -26,22 +27,21 @@ NOTICE = WITHHELD + "# ruff: noqa\n"
 BACKUPS = ROOT / ".course" / "backups"
 
 
-def cut(
-    source: str, file: str, number: int | None = None, plant: Callable[[Exercise], str | None] = lambda exercise: None
-) -> str:
+def cut(source: str, file: str, number: int | None = None, planted: Mapping[str, Answer] = MappingProxyType({})) -> str:
     """The skeleton of a solution, as text.
 
-    file, number: as for `find_exercises`. plant: returns the faulty body to show if the exercise is to mend it, else
-    None. Raises SkeletonError.
+    file, number: as for `find_exercises`. planted: the answers to show, by the ids of exercises in which the student
+    must find a bug. Raises SkeletonError.
     """
     lines = source.splitlines()
     for exercise in reversed(find_exercises(source, file, number)):
         opening = lines[exercise.comment_line - 1].replace("# Exercise", "# TODO", 1)
         stub = " " * exercise.indent + f'raise NotImplementedError("TODO {exercise.id}")'
         todo = lines[exercise.comment_line : exercise.first_answer_line - 1]
-        faulty = plant(exercise)
-        shown_body = [stub] if faulty is None else [stub + FIND_THE_BUG, *faulty.splitlines()]
-        lines[exercise.comment_line - 1 : exercise.last_line] = [opening, *todo, *shown_body]
+        body = [stub]
+        if exercise.id in planted:
+            body = [stub + FIND_THE_BUG, *edited_body(planted[exercise.id], source, exercise).splitlines()]
+        lines[exercise.comment_line - 1 : exercise.last_line] = [opening, *todo, *body]
     return "\n".join(lines) + "\n"
 
 
@@ -49,12 +49,8 @@ def cut_lesson(lesson: Lesson) -> str:
     """The lesson's skeleton, cut from its solution and its planted mistakes as they are now."""
     if lesson.is_withheld:
         return reopened(lesson.solution.read_text(encoding="utf-8").removeprefix(NOTICE), "Exercise", "TODO")
-    source, planted = lesson.solution.read_text(encoding="utf-8"), planted_answers(lesson)
-
-    def plant(exercise: Exercise) -> str | None:
-        return edited_body(planted[exercise.id], source, exercise) if exercise.id in planted else None
-
-    return cut(source, shown(lesson.solution), lesson.number, plant)
+    source = lesson.solution.read_text(encoding="utf-8")
+    return cut(source, shown(lesson.solution), lesson.number, planted_answers(lesson))
 
 
 def emptied(skeleton: str) -> str:

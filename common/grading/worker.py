@@ -75,14 +75,12 @@ class ReportingGrader(Grader):
             self.send("check", {**texts, "waits_for": failure.waits_for, "through": failure.through})
         return failure
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Report a check that failed before or after its body, which is a mistake of the course."""
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        """Report a check that cannot be collected, or fails before or after its body: a mistake of the course."""
         if report.when != "call" and report.failed:
             self.send("broken", f"{report.nodeid}: {report.longreprtext}")
 
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.send("broken", f"{report.nodeid}: {report.longreprtext}")
+    pytest_collectreport = pytest_runtest_logreport
 
 
 def work(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import sys
@@ -48,6 +49,8 @@ def compile_into(folder: Path, sources: dict[str, str], march: str) -> None:
     The sources are copied there: another path would make each copy of the course compile them again. Without -fopenmp a
     kernel would run on one core. Apple's compiler does not have that option, so on macOS nothing is compiled.
     """
+    # A torch that was built for CUDA warns on a machine without a GPU. These sources need none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -190,16 +190,14 @@ def fuse_forward(runner) -> None:
         runner.forward = FusedForward(model, cache, runner.forward)
 
 
-def swapping(
-    attention: type, mlp: type, norm: type, linear: tuple[type | None, ...], *made: Callable[[nn.Module], nn.Module]
-) -> Callable[[nn.Module], nn.Module]:
+def swapping(makers: dict[type, Callable], linear: tuple[type | None, ...]) -> Callable[[nn.Module], nn.Module]:
     """Returns a function that maps a module to its substitute, or to itself if there is none.
 
-    attention, mlp, norm: lesson 2's classes. Modules of exactly these classes have substitutes. made: the functions
-    that make them, one for each class. linear: the classes of linear layers that can be fused, if all have the same
-    class and the same method; otherwise attention and MLP are left as they are.
+    makers: lesson 2's classes of attention, MLP and norm, in this order, and the functions that make the substitutes of
+    modules of exactly these classes. linear: the classes of linear layers that can be fused, if all have the same class
+    and the same method; otherwise attention and MLP are left as they are.
     """
-    makers = dict(zip((attention, mlp, norm), made))
+    attention, mlp, norm = makers
 
     def can_fuse(*layers: nn.Module) -> bool:
         return type(layers[0]) in linear and all(
@@ -243,10 +241,8 @@ def pack_for_cpu(
             return
         widen(model)
 
-    def fast_norm(plain: nn.Module) -> FastNorm:
-        return FastNorm(plain.weight, plain.eps)
-
-    fast = swapping(attention, mlp, norm, (linear, column), FusedAttention, FusedMLP, fast_norm)
+    makers = {attention: FusedAttention, mlp: FusedMLP, norm: lambda plain: FastNorm(plain.weight, plain.eps)}
+    fast = swapping(makers, (linear, column))
 
     def swap_children(parent: nn.Module) -> None:
         for name, child in list(parent.named_children()):

@@ -148,7 +148,7 @@ def pack_for_gpu(
 
     linear: the classes of linear layers that can be fused.
     """
-    fast = swapping(attention, mlp, norm, linear, TritonAttention, TritonMLP, TritonNorm)
+    fast = swapping({attention: TritonAttention, mlp: TritonMLP, norm: TritonNorm}, linear)
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):
             if type(layer) is block and not any(parameter.is_meta for parameter in layer.parameters()):

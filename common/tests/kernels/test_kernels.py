@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common import kernels
+from common.course import ROOT
 from solutions.llama_pytorch import MLP, Attention, Block, Linear, Llama, RMSNorm, causal_attend, layers_of
 from solutions.llm_basics import ModelConfig
 
@@ -105,6 +106,20 @@ def test_without_a_compiler_on_an_older_processor(tmp_path):
 
 
 @COMPILED
+def test_a_torch_for_cuda_does_not_complain_that_there_is_no_gpu(tmp_path):
+    """It would stand in the output of a notebook's first cell. torch finds CUDA's compiler in CUDA_HOME."""
+    program = (
+        "import pathlib, sys, torch; torch.cuda._is_compiled = lambda: True; torch.version.cuda = '13.0'; "
+        "torch.cuda.is_available = lambda: False; from common.kernels.build import compile_into\n"
+        "try: compile_into(pathlib.Path(sys.argv[1]), {}, 'native')\n"
+        "finally: from torch.utils import cpp_extension; print(cpp_extension.CUDA_HOME)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "kernels")]
+    environment = os.environ | {"CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert str(tmp_path) in done.stdout and "No CUDA runtime" not in done.stderr
+
+
 def test_what_was_compiled_is_not_compiled_again(monkeypatch):
     """Whichever copy of the course asks for it."""
     monkeypatch.setattr("common.kernels.build.compile_into", lambda *given: pytest.fail("compiled again"))
