@@ -91,9 +91,7 @@ def carry(
 
 
 def origin_of(path: str, skeleton: str, old: Mapping[str, str], renumbered: Mapping[str, str]) -> str | None:
-    """The old version's module that a new one was made from: the one with the same path, or with most of its
-    exercises.
-    """
+    """The old version's module that a new one was made from: that of the same path, or with most of its exercises."""
     if path in old:
         return path
     ids = set(unfinished(skeleton))
