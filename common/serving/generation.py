@@ -159,10 +159,7 @@ class Generation:
             self.watcher.cancel()
 
     async def watch(self, request: Request) -> None:
-        """Abort as soon as the client leaves, whether or not anything is being sent.
-
-        Once a client has sent more than its request, uvicorn reads on only when it is asked again.
-        """
+        """Abort as soon as the client leaves. Once it has sent more than a request, uvicorn reads only when asked."""
         while True:
             with suppress(TimeoutError):
                 if (await asyncio.wait_for(request.receive(), 1))["type"] == "http.disconnect":

@@ -28,9 +28,7 @@ from common.tokenizer import Tokenizer, load_tokenizer
 JSON_OPTIONS = {"whitespace_pattern": r" ?"}
 """A model that may write any white space can write nothing else for ever."""
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=20_000, verbose_errors=False)
-"""A fifth and a tenth of llguidance's own. With those, a mask of the pattern a{100000} took a second, in which no other
-request was served; with these it is refused.
-"""
+"""With llguidance's own, five and ten times these, a mask of the pattern a{100000} takes the engine a second."""
 
 
 class Vocabulary:

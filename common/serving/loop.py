@@ -102,7 +102,10 @@ class Stream:
 
     async def begun(self) -> None:
         """Wait until something has arrived. Raises EngineDead, or RequestFailed if a sample failed."""
-        await self.has_news.wait()
+        try:
+            await self.has_news.wait()
+        except asyncio.CancelledError:  # the time that answers may take after SIGTERM is over
+            raise EngineDead("the server is shutting down.") from None
         if self.error and not self.arrived:
             raise self.error
 

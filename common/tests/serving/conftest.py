@@ -17,7 +17,7 @@ TEMPLATE = (
 
 
 @contextlib.contextmanager
-def serving(engine, tenants=None, template: str | None = TEMPLATE, **options):
+def serving(engine, tenants=None, template: str | None = TEMPLATE, drain: int = 20, **options):
     """Serve an engine as `make serve` does; yields (base URL, Server). When it ends, the engine is closed."""
     import uvicorn
 
@@ -31,7 +31,7 @@ def serving(engine, tenants=None, template: str | None = TEMPLATE, **options):
     loop = EngineLoop(lambda: engine, lambda engine: Metrics(engine, "tales"), **options)
     server = Server(loop, engine.tokenizer, engine.config, "tales", tenants or Tenants([]), loop.observer)
     config = uvicorn.Config(
-        create_app(server), "127.0.0.1", 0, log_level="warning", access_log=False, timeout_graceful_shutdown=20
+        create_app(server), "127.0.0.1", 0, log_level="warning", access_log=False, timeout_graceful_shutdown=drain
     )
     listening = config.bind_socket()
     runner = uvicorn.Server(config)

@@ -192,3 +192,17 @@ def test_shutting_down_lets_answers_end():
     thread.join(120)
     assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 20
     assert not server.loop.thread.is_alive()
+
+
+def test_an_answer_that_outlasts_the_drain_ends_with_an_error():
+    answers, threads = [], []
+    with serving(make_engine(), drain=0) as (url, server):
+        for stream in (False, True):
+            body = {**LONG, "n": 4, "stream": stream}
+            threads.append(threading.Thread(target=lambda body=body: answers.append(post(url, body))))
+            threads[-1].start()
+        eventually(lambda: server.loop.num_sequences == 8)
+    for thread in threads:
+        thread.join(120)
+    assert len(answers) == 2 and all("the server is shutting down" in answer.text for answer in answers)
+    assert 503 in [answer.status_code for answer in answers]
