@@ -41,6 +41,7 @@ no faster on an idle machine."""
 
 
 def run(command: commands.Command, rest: list[str]) -> int:
+    """Run a command, with the packages that it needs installed; returns its exit status. Raises SetupError."""
     for name, value in SHORT_SPIN.items():
         os.environ.setdefault(name, value)  # before torch is imported: OpenMP reads them once
     if "--here" in rest:

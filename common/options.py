@@ -10,6 +10,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -124,6 +125,9 @@ def mine(what: str = "use your modules of these lessons, the reference's of the 
 def force(what: str) -> Callable:
     return option("--force", "FORCE", is_flag=True, help=what)
 
+
+folder = click.Path(path_type=Path, file_okay=False)
+"""The type of an option that is a folder, which need not exist."""
 
 lesson_number = click.argument("lesson_number", metavar="N", type=int)
 exercise_id = click.argument("exercise_id", metavar="N.M")

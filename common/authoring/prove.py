@@ -8,6 +8,7 @@ Every exercise must have at least three wrong answers and a right one.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 
 import click
@@ -39,10 +40,10 @@ class ProvingGrader(Grader):
             for exercise in [self.reference.exercises[answer.exercise]]
         }
         self.failures: dict[Answer, list[Failure]] = {answer: [] for answer in self.subjects}
-        self.num_checks: dict[str, int] = {}
+        self.num_checks: Counter[str] = Counter()
 
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
-        self.num_checks[exercise_id] = self.num_checks.get(exercise_id, 0) + 1
+        self.num_checks[exercise_id] += 1
         for answer, of_answer in self.subjects.items():
             if answer.exercise == exercise_id or (answer.is_right and exercise_id == TOGETHER):
                 failure = self.judge_answer(of_answer, answer, exercise_id, check)
@@ -71,7 +72,7 @@ def complaints(lesson: Lesson, grader: ProvingGrader) -> list[str]:
     for exercise in exercises_of(lesson):
         answers = [answer for answer in grader.subjects if answer.exercise == exercise.id]
         rights = sum(answer.is_right for answer in answers)
-        if not grader.num_checks.get(exercise.id):
+        if not grader.num_checks[exercise.id]:
             found.append(f"{exercise.id} {exercise.function} has no checks.")
         if len(answers) - rights < WRONG_AT_LEAST or rights < RIGHT_AT_LEAST:
             found.append(

@@ -68,9 +68,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def longest_first(items: list[pytest.Item], num_workers: int) -> list[pytest.Item]:
-    """Order the tests so that each worker begins with its share of the long ones: pytest-xdist gives each worker an
-    equal part of the list.
-    """
+    """Let each worker begin with its share of the long tests; pytest-xdist gives each an equal part of the list."""
     seconds = {item: sum(mark.args[0] for mark in item.iter_markers("slow") if mark.args) for item in items}
     long = sorted(filter(seconds.get, items), key=seconds.get, reverse=True)
     others = [item for item in items if not seconds[item]]

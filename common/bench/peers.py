@@ -101,6 +101,34 @@ class Vllm:
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
+def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    """transformers' model of a checkpoint, or None where transformers is not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
+        return None
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+
+
+def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """One step of transformers after this context, without and with a cache. token_ids: (T,), with T of at least 2."""
+    ids = token_ids[None]
+    with torch.inference_mode():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+
+    def cached() -> None:
+        model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.crop(-1)  # so that the next repeat finds the same context
+
+    return {
+        "transformers, no cache": lambda: model(ids, use_cache=False, logits_to_keep=1),
+        "transformers, cache": cached,
+    }
+
+
 class Stamp:
     """Notes when the logits of each token are computed; it is given to `generate` as a processor of logits."""
 
@@ -350,31 +378,3 @@ class LlamaCpp:
         now = time.perf_counter()
         for sequence, _, _ in work:
             times[sequence].append(now)
-
-
-def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """transformers' model of a checkpoint, or None where transformers is not installed."""
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-    except ImportError:
-        print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
-        return None
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-
-
-def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """One step of transformers after this context, without and with a cache. token_ids: (T,), with T of at least 2."""
-    ids = token_ids[None]
-    with torch.inference_mode():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-
-    def cached() -> None:
-        model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(-1)  # so that the next repeat finds the same context
-
-    return {
-        "transformers, no cache": lambda: model(ids, use_cache=False, logits_to_keep=1),
-        "transformers, cache": cached,
-    }

@@ -37,7 +37,7 @@ from common.grading.wire import readable
 from common.instructor import report, sandbox
 from common.instructor.report import Graded
 from common.instructor.submissions import Submission, find_submissions, plain
-from common.options import jobs, option
+from common.options import folder, jobs, option
 
 COPIED = ("common", "solutions", *(lesson.folder.name for lesson in MODULES), "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.ipynb", "figures", "*.md", ".*", "book")
@@ -177,10 +177,10 @@ def points_of(lesson: Lesson) -> dict[str, int]:
 
 @click.command()
 @option("--submissions", "SUBMISSIONS", required=True, metavar="FOLDER", help="what the students have handed in")
-@option("--out", "OUT", default="grades", metavar="FOLDER", help="where the grades go")
+@option("--out", "OUT", type=folder, default="grades", metavar="FOLDER", help="where the grades go")
 @option("--lessons", "LESSONS", default="", metavar="0-3", help="only these; default: all")
 @jobs
-def grade_class(submissions: str, out: str, lessons: str, jobs: int) -> int:
+def grade_class(submissions: str, out: Path, lessons: str, jobs: int) -> int:
     """Grade the submissions of a class, and write a report for each student and for the class."""
     course.activate("")
     chosen = {each.number for each in course.parse_mine(lessons, "LESSONS")}
@@ -188,7 +188,7 @@ def grade_class(submissions: str, out: str, lessons: str, jobs: int) -> int:
     for each in modules:
         check_solution(each)
     found, ignored = find_submissions(Path(submissions))
-    room = Classroom(found, modules, Path(out).resolve())
+    room = Classroom(found, modules, out.resolve())
     return grade_all(room, ignored, jobs, Console(highlight=False, soft_wrap=True))
 
 

@@ -24,7 +24,7 @@ import click
 from common.course import LESSONS, MODULES, ROOT, CourseError, Lesson, modules_of, parse_mine, shown, skeleton
 from common.course.exercises import exercises_of
 from common.course.modules import named
-from common.options import force, option
+from common.options import folder, force, option
 
 GUIDE = "common/instructor/README.md#withholding-solutions"
 NOTE = """
@@ -101,8 +101,6 @@ def check_out(out: Path, force: bool) -> None:
     """Raise CourseError if the copy cannot be written to `out`."""
     if out == ROOT or ROOT in out.parents:
         raise CourseError("OUT lies in the course itself: name a folder beside it, such as OUT=../class.")
-    if out.exists() and not out.is_dir():
-        raise CourseError(f"{shown(out)} is a file; OUT must be a folder.")
     if out.exists() and any(out.iterdir()) and not force:
         raise CourseError(
             f"{shown(out)} is there and not empty. With FORCE=1 the course's files in it are written over, a student's "
@@ -111,15 +109,15 @@ def check_out(out: Path, force: bool) -> None:
 
 
 @click.command()
-@option("--lessons", "LESSONS", default="", metavar="0-3", help="whose solutions stay here; default: all")
-@option("--out", "OUT", required=True, metavar="FOLDER", help="where the copy goes, such as ../class")
+@option("--lessons", "LESSONS", default="", metavar="0-3", help="whose solutions are withheld; default: all")
+@option("--out", "OUT", type=folder, required=True, metavar="FOLDER", help="where the copy goes, such as ../class")
 @force("also into a folder that is not empty")
-def release_course(lessons: str, out: str, force: bool) -> None:
+def release_course(lessons: str, out: Path, force: bool) -> None:
     """Make a copy of the course for a class, without the solutions of some lessons, or of all."""
-    folder = Path(out).expanduser().resolve()
+    copy = out.expanduser().resolve()
     withheld = parse_mine(lessons, "LESSONS") or list(LESSONS)
-    check_out(folder, force)
-    size = release(withheld, folder)
+    check_out(copy, force)
+    size = release(withheld, copy)
     answers = sum(len(exercises_of(module)) for each in withheld for module in modules_of(each.number))
     print(
         f"{out}: the course, {size / 1e6:.1f} MB, with every exercise to do.\n"

@@ -33,11 +33,11 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     """Return a socket that listens there, and its URL. Raises OptionError, for example if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listening = socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=host == "::")
     except OSError as error:
-        reason = error.strerror.partition(" (")[0]
-        raise OptionError(f"The server cannot listen at HOST={host} PORT={port}: {reason}.") from None
-    name = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
+        raise OptionError(f"HOST={host} PORT={port} cannot be used: {error.strerror.partition(' (')[0]}.") from None
+    names = {"127.0.0.1": "localhost", "0.0.0.0": socket.gethostname(), "::": socket.gethostname()}
+    name = names.get(host, f"[{host}]" if ":" in host else host)
     return listening, f"http://{name}:{listening.getsockname()[1]}"
 
 

@@ -70,11 +70,11 @@ class Server:
         config = self.config
         left = min(config.max_model_len, config.num_blocks * config.block_size) - num_prompt_tokens
         if left < 1 or (max_tokens or 0) > config.max_model_len - num_prompt_tokens:
-            asked = f" and max_tokens is {max_tokens}" if max_tokens else ""
+            rest = f" and max_tokens is {max_tokens}; shorten one of them" if left > 0 else "; shorten it"
             raise ApiError(
                 400,
                 f"This model's maximum context length is {config.max_model_len} tokens. The prompt has "
-                f"{num_prompt_tokens}{asked}; shorten one of them.",
+                f"{num_prompt_tokens}{rest}.",
                 param="max_tokens" if left > 0 else "prompt",
                 code="context_length_exceeded",
             )

@@ -91,9 +91,7 @@ def carry(
 
 
 def origin_of(path: str, skeleton: str, old: Mapping[str, str], renumbered: Mapping[str, str]) -> str | None:
-    """The old version's module that a new one was made from: the one with the same path, or with most of its
-    exercises.
-    """
+    """The old version's module that a new one was made from: that of the same path, or with most of its exercises."""
     if path in old:
         return path
     ids = set(unfinished(skeleton))
@@ -179,7 +177,7 @@ def put_together(old: str, mine: str, new: str, answers: Mapping[str, Answer]) -
     merged, num_conflicts = merge(mine, old, new)
     both = ["Where both you and the course have edited given code, the course's is in. Yours is in the backup."]
     attempts = [  # the first whose result is a valid module with the right exercises counts
-        (lambda: with_lost(old, mine, merged) if num_conflicts else merged, both if num_conflicts else []),
+        (lambda: with_lost(old, mine, merged), both if num_conflicts else []),
         (lambda: with_lost(old, mine, new), both),
         (lambda: new, ["What you have added to the given code does not fit the new version. It is in the backup."]),
     ]

@@ -67,15 +67,10 @@ class Talker:
     """A model that answers, with `generate(prompt_token_ids, params, on_text)`."""
 
     name: str
-    config: Any  # the model's
+    context: int  # the largest number of tokens of a prompt and its answer together
     tokenizer: Any
     generate: Callable[..., Any]
     params: Any
-
-    @property
-    def context(self) -> int:
-        """The largest number of tokens of a prompt and its answer together."""
-        return self.config.max_position_embeddings
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -89,6 +84,13 @@ class Talker:
     def begin(self, system: str = "") -> Conversation | Story:
         """An empty conversation; an empty story, if the model has no chat template."""
         return Conversation(self, system) if self.has_template else Story(self)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens of a prompt without earlier turns. Raises OptionError if it does not fit into the context."""
+        token_ids, dropped = self.begin().ask(prompt)
+        if dropped:
+            raise OptionError(f"The prompt is {dropped} tokens too long for a model that sees {self.context}.")
+        return token_ids
 
     def reply(self, prompt_token_ids: Sequence[int], on_text: Callable[[str], None]) -> Reply:
         """Answer. If Ctrl-C ends the answer, the reply has the text so far."""
@@ -139,6 +141,13 @@ def answer_with(engine) -> Callable[..., Any]:
         return output
 
     return generate
+
+
+def talker_of(engine, name: str, params: SamplingParams) -> Talker:
+    """A talker that asks the engine. Its context fits into max_model_len and into the pool."""
+    config = engine.config
+    context = min(config.max_model_len, config.num_blocks * config.block_size + 1)  # the last token takes no slot
+    return Talker(name, context, engine.tokenizer, answer_with(engine), params)
 
 
 # --- The prompt for the next answer -----------------------------------------------------------------------------------
@@ -216,9 +225,7 @@ def answer(talker: Talker, prompt: str) -> int:
     """Answer one prompt, and show the text as it comes. Raises OptionError if the prompt is empty or too long."""
     if not prompt.strip():
         raise OptionError("The prompt is empty.")
-    token_ids, dropped = talker.begin().ask(prompt)
-    if dropped:
-        raise OptionError(f"The prompt is {dropped} tokens too long for a model that sees {talker.context}.")
+    token_ids = talker.encode(prompt)
     if not talker.has_template:
         write(prompt)  # the model continues this very text
     reply = talker.reply(token_ids, write)
@@ -291,7 +298,7 @@ def run_many(talker: Talker, engine) -> int:
     prompts = list(QUESTIONS if talker.has_template else BEGINNINGS)
     print(quiet(f"{talker.name}. {files_used()} PROMPT='...' asks one question of your own."))
     with option_errors():
-        return serve(engine, prompts, [talker.begin().ask(prompt)[0] for prompt in prompts], talker.params)
+        return serve(engine, prompts, list(map(talker.encode, prompts)), talker.params)
 
 
 def speaker(length: int, temperature: float, top_p: float) -> Callable:
@@ -341,8 +348,7 @@ def speak(settings: dict[str, Any], act: Callable[[Talker, Any], int]) -> int:
         with option_errors():
             params = SamplingParams(**sampling)
         with start_engine(settings, mine, threads) as engine:
-            config, generate = engine.config.model_config, answer_with(engine)
-            return act(Talker(settings["model"], config, engine.tokenizer, generate, params), engine)
+            return act(talker_of(engine, settings["model"], params), engine)
     except (CheckpointError, CourseError):
         if is_verbose:
             traceback.print_exc()

@@ -16,7 +16,7 @@ import click
 
 from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
 from common.course import CourseError, activate
-from common.options import engine_option, mine, option
+from common.options import engine_option, folder, mine, option
 
 
 @click.command()
@@ -25,7 +25,7 @@ from common.options import engine_option, mine, option
 @engine_option("group_size")
 @engine_option("symmetric")
 @click.option("--activation-aware", is_flag=True, help="scale weights by activations on some text first")
-@option("--out", "OUT", type=Path, required=True, metavar="FOLDER", help="the folder for the new checkpoint")
+@option("--out", "OUT", type=folder, required=True, metavar="FOLDER", help="the folder for the new checkpoint")
 @mine()
 def quantize_command(model: str, mine: str, out: Path, **settings) -> None:
     """Write a checkpoint with fewer bits, as a checkpoint of its own."""

@@ -134,7 +134,7 @@ def report(engine, outputs: list) -> Group:
         return "" if seconds is None else f"{seconds * 1e3:.0f}"
 
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    for column in ("", "prompt", "output", "queue", "first", "each", "cached", "yielded", "end"):
+    for column in ("", "prompt", "output", "queue", "first", "each", "cached", "preempted", "end"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for number, output in enumerate(outputs, 1):
         times = output.metrics

@@ -320,9 +320,7 @@ def move_branch(commit: str, paths: list[str]) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack an archive; of a tar only plain files and folders. Raises tarfile.ExtractError for a path outside the
-    folder, which shutil does not refuse with Python 3.11.3 and older.
-    """
+    """Unpack an archive; of a tar only files and folders. Raises tarfile.ExtractError for a path outside the folder."""
     if not tarfile.is_tarfile(archive):
         return shutil.unpack_archive(archive, folder)
     with tarfile.open(archive) as tar:
@@ -335,9 +333,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def downloaded(source: Path, folder: Path) -> Version:
-    """The version in an archive or a folder. Files that it does not contain are left alone. Raises CourseError if it is
-    not an untouched copy of the course.
-    """
+    """The version in an archive or a folder. Raises CourseError if it is not an untouched copy of the course."""
     if not source.exists():
         raise CourseError(f"FROM={source}: there is no such file or folder.")
     if not source.is_dir():

@@ -77,9 +77,7 @@ def saves(known: dict[Path, tuple[int, int, int] | None]) -> Iterator[Path]:
 
 
 class Spare(Worker):
-    """A worker that is started in advance. Called with the arguments of `Worker`, it runs them the first time; later
-    calls return a new Worker.
-    """
+    """A worker that is started in advance. The first call, with the arguments of `Worker`, uses it up."""
 
     def __init__(self):
         self.process, self.connection = call("common.student.watch:wait_for_work")

@@ -18,10 +18,10 @@ from common.course import counted, files_used, substitutes
 from common.options import engine_options, mine, number, option, threads
 from common.sampling import SamplingParams
 from common.start import OptionError, start_engine
-from common.student.chat import Talker, answer_with, option_errors
+from common.student.chat import Talker, option_errors, talker_of
 from common.student.serve import BEGINNINGS, QUESTIONS
 from common.watching.chrome import chrome_events
-from common.watching.page import make_page
+from common.watching.page import make_page, prepare
 from common.watching.recorder import recording
 from common.watching.trace import read_trace, totals
 
@@ -47,8 +47,7 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
     with option_errors():
         params = SamplingParams(n=samples, **sampling)
     own = out.with_suffix(".jsonl")
-    if out.suffix != ".html":
-        raise OptionError(f"OUT is {out}; the page's name must end with .html.")
+    prepare(out)
     if compare is not None and (not compare.is_file() or compare.resolve() == own.resolve()):
         raise OptionError(f"COMPARE is {compare}: it must be the .jsonl of another run, and OUT another name than its.")
     other = compare and read_trace(compare)
@@ -59,8 +58,7 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
 
             make = partial(timed_engine, Path(folder))
         with start_engine(options, mine, threads, make) as engine:
-            name = Path(options["model"]).name
-            talker = Talker(name, engine.config.model_config, engine.tokenizer, answer_with(engine), params)
+            talker = talker_of(engine, Path(options["model"]).name, params)
             failure = record(engine, prompts(talker, count), params, own, Path(folder))
     done = read_trace(own)
     if not done.steps:
@@ -82,7 +80,7 @@ def watch_engine(out: Path, compare: Path | None, trace: Path | None, mine: str,
 def prompts(talker: Talker, count: int) -> list[list[int]]:
     """The tokens of `count` prompts: those of `make run`, repeated."""
     texts = QUESTIONS if talker.has_template else BEGINNINGS
-    return [talker.begin().ask(text)[0] for text in itertools.islice(itertools.cycle(texts), count)]
+    return [talker.encode(text) for text in itertools.islice(itertools.cycle(texts), count)]
 
 
 def whose() -> str:

@@ -22,7 +22,7 @@ from common.course import CourseError, Lesson, shown
 from common.course.exercises import Exercise, find_exercise
 from common.course.modules import check_solution
 from common.options import exercise_id, mine, option
-from common.watching.page import make_page
+from common.watching.page import make_page, prepare
 
 RECORDED = {
     **dict.fromkeys([f"4.{number}" for number in range(4, 10)], "KVCacheManager"),
@@ -46,8 +46,7 @@ def watch_exercise(exercise_id: str, out: Path | None, file: str | None, mine: s
         raise CourseError(f"{exercise_id} has no sequence of calls to watch. These have: {', '.join(RECORDED)}.")
     check_solution(lesson)
     out = out or Path(f"watch-{exercise_id}.html")
-    if out.suffix != ".html":
-        raise CourseError(f"OUT is {out}; the page's name must end with .html.")
+    prepare(out)
     course.activate(mine)
     chosen = Path(file).resolve() if file else lesson.module
     found = watch(lesson, chosen, exercise)

@@ -6,8 +6,17 @@ import base64
 import gzip
 from pathlib import Path
 
+from common.course import CourseError
+
 FOLDER = Path(__file__).parent / "page"
 FILES = ("style.css", "trace.js", "views.js", "main.js")
+
+
+def prepare(out: Path) -> None:
+    """Make the folder of the page `out`. Raises CourseError unless its name ends with .html."""
+    if out.suffix != ".html":
+        raise CourseError(f"OUT is {out}; the page's name must end with .html.")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def make_page(trace: Path, other: Path | None = None) -> str:

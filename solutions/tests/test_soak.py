@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.authoring.soak import command
-from common.authoring.soak.load import STORIES, Models, Report, Run, more_wishes, run
+from common.authoring.soak.load import STORIES, Models, Report, Run, more_wishes
 from common.authoring.soak.oracle import evenness, place_of
 from common.authoring.soak.requests import Ask, random_asks
 from common.tests.typed import typed
@@ -64,7 +64,7 @@ def test_things_happen(models):
     """Runs with fixed numbers, one of them over two processes."""
     total = Report()
     for seed in (6, 11, 12, 13, 20, 39, 43):
-        total.add(run(seed, models))
+        total.add(Run.number(seed, models).execute(models))
     assert total.counts["answers"] > 80
     for what in (
         "preemptions", "swaps_in", "copies", "chunks", "cached", "aborted", "accepted", "rejected", "drawn",
@@ -77,7 +77,8 @@ def test_things_happen(models):
 @pytest.mark.parametrize("seed", [13])
 def test_the_same_every_time(models, seed):
     """Draft tokens are made in numbers that depend on what steps take; those times are made up."""
-    assert run(seed, models) == run(seed, Models())
+    first, again = (Run.number(seed, each).execute(each) for each in (models, Models()))
+    assert first == again
 
 
 def test_a_draft_that_is_the_target(models):

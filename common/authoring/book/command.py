@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from common.course import ROOT, CourseError, shown
-from common.options import option
+from common.options import folder, option
 
 FILES = Path(__file__).resolve().parent
 MERMAID = "mermaid.tiny.js"
@@ -28,12 +28,12 @@ def build(site: Path) -> int:
 
 
 @click.command()
-@option("--out", "OUT", type=Path, metavar="FOLDER", help="where it goes; default: .course/book")
+@option("--out", "OUT", type=folder, metavar="FOLDER", help="where it goes; default: .course/book")
 def book(out: Path | None) -> int:
     """Make the course into a web site that needs no network."""
     out = out or ROOT / ".course" / "book"
     earlier = (out / "_static" / MERMAID).exists()
-    if out.exists() and not earlier and (out.is_file() or any(out.iterdir())):
+    if out.exists() and not earlier and any(out.iterdir()):
         raise CourseError(f"OUT={out} is there already and is no book: name a new folder.")
     print("Building the book, about 15 seconds ...", flush=True)
     with tempfile.TemporaryDirectory() as work:

@@ -23,9 +23,7 @@ PROMPT = "the cat <|im_start|> \U0001f680"
 
 
 def try_variant(seed: int, number: int) -> dict[str, Any]:
-    """Make a checkpoint, change it, and use it. Returns the kind, the change and the outcome, which depend only on both
-    numbers.
-    """
+    """Make a checkpoint, change it and use it. Returns its kind, the change and the outcome."""
     from common.authoring.fuzz import changes, files
 
     source = random.Random(f"{seed} {number}")
@@ -71,9 +69,7 @@ def use(path: Path) -> None:
 
 
 def outcome(action: Callable[[], None], place: str) -> dict[str, Any]:
-    """Run the action and classify the result. A refusal is clear if it is a CheckpointError that names a file in
-    `place`, or a ChatTemplateError.
-    """
+    """Run the action and classify the result. A CheckpointError is clear if it names a file in `place`."""
     from common.chat_templates import ChatTemplateError
     from common.checkpoints import CheckpointError
 

@@ -437,8 +437,3 @@ class Run:
         if speculative == name and self.settings["quantization"] is None and self.settings["kv_cache_dtype"] == "auto":
             report.counts.update(own_accepted=report.counts["accepted"], own_rejected=report.counts["rejected"])
         return report
-
-
-def run(seed: int, models: Models) -> Report:
-    """The run of this number; the same every time."""
-    return Run.number(seed, models).execute(models)

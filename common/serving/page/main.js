@@ -94,7 +94,6 @@ function open(conversation, instead = null) {
       $("#panes").append(pane.element);
       panes.push(pane);
     }
-    pane.list.scrollTop = pane.list.scrollHeight;
     remember();
   }
   active = pane;
@@ -152,6 +151,7 @@ function remove(conversation) {
   const pane = panes.find((each) => each.conversation === conversation);
   if (pane) page.close(pane);
   showHistory();
+  $("#new").focus();
 }
 
 // -- The server ------------------------------------------------------------------------------------------------

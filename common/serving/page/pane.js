@@ -31,7 +31,11 @@ export class Pane {
       page.save(this.conversation);
     };
     this.settings.oninput = () => this.changeSettings();
-    this.settings.ontoggle = () => { this.list.scrollTop = this.list.scrollHeight; };
+    this.list.onscroll = () => { // a reader who has scrolled up stays there
+      const { scrollTop, scrollHeight, clientHeight } = this.list;
+      this.isAtEnd = scrollHeight - scrollTop - clientHeight < 40;
+    };
+    new ResizeObserver(() => this.follow()).observe(this.list); // another pane, the settings, or a phone's keyboard
     this.showAll();
   }
 
@@ -97,7 +101,8 @@ export class Pane {
     }
     this.sendButton.hidden = this.busy;
     this.stopButton.hidden = !this.busy;
-    this.list.scrollTop = this.list.scrollHeight;
+    this.isAtEnd = true;
+    this.follow();
     // A button that was pressed may be gone by now: then the keyboard goes on at what follows from it.
     if (hadFocus && !this.element.contains(document.activeElement)) (this.busy ? this.stopButton : this.field).focus();
   }
@@ -236,10 +241,12 @@ export class Pane {
   }
 
   showProgress(item, message) {
-    const { scrollTop, scrollHeight, clientHeight } = this.list;
-    const follows = scrollHeight - scrollTop - clientHeight < 40; // who has scrolled up is reading
     this.fill(item, message);
-    if (follows) this.list.scrollTop = this.list.scrollHeight;
+    this.follow();
+  }
+
+  follow() {
+    if (this.isAtEnd) this.list.scrollTop = this.list.scrollHeight;
   }
 }
 

@@ -21,6 +21,7 @@ export async function ask(path, { key = "", body, signal } = {}) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server does not answer. Is it still running? See the terminal of make serve.");
   }
+  if (response.status === 401) throw new ServerError(`The server ${key ? "does not know this" : "wants an"} API key.`, 401);
   if (!response.ok) throw await refusal(response);
   return response;
 }
@@ -34,7 +35,6 @@ async function refusal(response) {
   }
   const wait = response.headers.get("Retry-After");
   const message = {
-    401: "The server wants a valid API key.",
     429: `The server is full${wait ? `; try again in ${wait} s` : ""}.`,
     503: "The engine does not run.",
   }[response.status] ?? `The server answered with status ${response.status}.`;

@@ -79,12 +79,12 @@ def test_where_a_copy_may_go(tmp_path, capsys):
     for within in (ROOT, ROOT / "class"):
         with pytest.raises(CourseError, match="lies in the course itself"):
             release.check_out(within, force=True)
-    with pytest.raises(CourseError, match="is a file"):
-        release.check_out(tmp_path / "something", force=True)
     assert typed("release", "--lessons", "0-3") == 2
+    assert typed("release", "--out", str(tmp_path / "something")) == 2
     assert typed("release", "--lessons", "3-0", "--out", str(tmp_path / "new")) == 2
     assert capsys.readouterr().err.splitlines() == [
         "release needs OUT: where the copy goes, such as ../class.",
+        f"--out: Directory '{tmp_path / 'something'}' is a file.",
         "LESSONS=3-0: '3-0' is neither a lesson's number nor a range of them, such as 0-2.",
     ]
 

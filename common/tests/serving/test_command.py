@@ -30,8 +30,8 @@ def nothing_is_loaded(monkeypatch):
         (["--keys", "nowhere.toml"], "nowhere.toml: No such file"),
         (["--threads", "99999999999"], "--threads: 99999999999 is not in the range"),
         (["--replicas", "0"], "--replicas: it must be a whole number of at least 1"),
-        (["--host", "nowhere.invalid", "--keys", "KEYS"], "cannot listen at HOST=nowhere.invalid PORT=8000: "),
-        (["--host", "192.0.2.1", "--keys", "KEYS"], "cannot listen at HOST=192.0.2.1 PORT=8000: "),  # is another's
+        (["--host", "nowhere.invalid", "--keys", "KEYS"], "HOST=nowhere.invalid PORT=8000 cannot be used: "),
+        (["--host", "192.0.2.1", "--keys", "KEYS"], "HOST=192.0.2.1 PORT=8000 cannot be used: "),  # is another's
     ],
 )
 def test_a_wrong_option_is_named_in_a_sentence(options, words, tmp_path, capsys) -> None:
@@ -46,13 +46,20 @@ def test_a_port_that_is_taken_is_named(capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 2
-    assert f"cannot listen at HOST=127.0.0.1 PORT={port}: Address already in use." in capsys.readouterr().err
+    assert f"HOST=127.0.0.1 PORT={port} cannot be used: Address already in use." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "localhost"), ("127.0.0.2", "127.0.0.2"), ("::1", "[::1]")])
+ADDRESSES = [("127.0.0.1", "localhost"), ("127.0.0.2", "127.0.0.2"), ("::1", "[::1]")]
+ADDRESSES += [(each, socket.gethostname()) for each in ("0.0.0.0", "::")]
+
+
+@pytest.mark.parametrize(("host", "shown"), ADDRESSES)
 def test_the_printed_address_leads_to_the_server(host, shown) -> None:
     listening, url = listen(host, 0)
     with listening:
         port = listening.getsockname()[1]
-        assert is_loopback(host) and url == f"http://{shown}:{port}"
+        assert url == f"http://{shown}:{port}"
+        assert is_loopback(host) == (host not in ("0.0.0.0", "::"))
         socket.create_connection((shown.strip("[]"), port)).close()
+        if host in ("0.0.0.0", "::"):
+            socket.create_connection(("127.0.0.1", port)).close()

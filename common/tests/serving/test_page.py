@@ -231,7 +231,10 @@ def test_a_message_is_edited_by_keyboard(page, server) -> None:
 
 def test_a_key_is_asked_for_and_is_not_kept_beyond_the_tab(page, server) -> None:
     server.key = "secret"
-    expect(page.get_by_label("API key")).to_be_visible()
+    expect(page.locator("#trouble")).to_have_text("The server wants an API key.")
+    page.get_by_label("API key").fill("wrong")
+    page.get_by_role("button", name="Use it").click()
+    expect(page.locator("#trouble")).to_have_text("The server does not know this API key.")
     page.get_by_label("API key").fill("secret")
     page.get_by_role("button", name="Use it").click()
     expect(page.get_by_label("API key")).to_be_hidden()
@@ -256,6 +259,7 @@ def test_conversations_are_listed_opened_and_deleted(page) -> None:
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Chats").click()
     page.get_by_role("button", name="Delete: the oldest").click()
+    expect(page.get_by_role("button", name="New", exact=True)).to_be_focused()
     expect(page.locator(".message")).to_have_count(0)
     page.reload()
     expect(page.locator(".message")).to_have_count(0)
@@ -265,6 +269,25 @@ def test_the_live_panel_shows_the_engines_metrics(page) -> None:
     for metric, text in {"running": "3", "waiting": "2", "pool": "25%", "hits": "25%", "accepted": "80%"}.items():
         expect(page.locator(f"[data-metric={metric}] dd")).to_have_text(text)
     expect(page.locator("[data-metric=rate] dd")).to_have_text("0.0")
+
+
+def test_the_end_of_an_answer_stays_in_sight_unless_its_reader_has_scrolled_up(page, server) -> None:
+    """Another conversation beside it makes the lines shorter, and open settings or a phone's keyboard the list."""
+    send(page, "400")
+    expect(answers(page)).to_contain_text("word399")
+    below = "e => e.scrollHeight - e.scrollTop - e.clientHeight"
+    messages = page.locator(".messages").first
+    page.get_by_role("button", name="+ Beside").click()
+    eventually(lambda: messages.evaluate(below) < 2)
+    page.set_viewport_size(PHONE)
+    eventually(lambda: messages.evaluate(below) < 2)
+    page.reload()
+    expect(answers(page)).to_contain_text("word399")
+    eventually(lambda: messages.evaluate(below) < 2)
+    messages.evaluate("e => { e.scrollTop = 100; }")
+    page.locator(".pane").first.locator("summary").click()
+    expect(page.get_by_label("seed").first).to_be_visible()
+    assert messages.evaluate("e => e.scrollTop") == 100
 
 
 @pytest.mark.parametrize("size", [PHONE, WIDE], ids=["phone", "wide"])

@@ -188,6 +188,18 @@ def test_what_a_merge_would_lose_of_the_student_s_own_is_put_at_the_end():
     assert scope["double"](3) == 6 and scope["Pair"](1, 2).total() == 3
 
 
+def test_additions_survive_a_merge_that_python_cannot_read():
+    """Git takes the course's opening bracket, and the student's closing one."""
+    table = "TABLE = (\n" + "".join(f"    {number},\n" for number in range(9)) + ")\n"
+    old, mine = (
+        changed(text, ('"""How far it goes."""\n', f'"""How far it goes."""\n\n{table}')) for text in (OLD, MINE)
+    )
+    mine = changed(mine, ("TABLE = (", "TABLE = ["), ("    8,\n)", "    8,\n]"))
+    result = carried(changed(old, ("TABLE = (", "TABLE = (  # anew")), mine, old)
+    assert result.answers == ["9.1", "9.2"] and "the course's is in" in result.remarks[0]
+    assert "TABLE = (  # anew" in result.text and "def twice(x):" in result.text
+
+
 def test_answers_follow_their_ids_into_other_modules_and_other_numbers():
     first, second = OLD.index("def double"), OLD.index("class Pair")
     moved = changed(OLD[:first] + OLD[second:], ("TODO 9.2: ", "TODO 9.1: "), ('"TODO 9.2"', '"TODO 9.1"'))

@@ -51,9 +51,8 @@ class FakeGenerate:
 
 
 def talker(*replies, template=True, context=1000, max_tokens=10) -> Talker:
-    config = SimpleNamespace(max_position_embeddings=context)
     params = SimpleNamespace(max_tokens=max_tokens)
-    return Talker("fake", config, FakeTokenizer(template), FakeGenerate(*replies), params)
+    return Talker("fake", context, FakeTokenizer(template), FakeGenerate(*replies), params)
 
 
 def converse(talker: Talker, typed: str, monkeypatch, capsys) -> str:
@@ -159,7 +158,7 @@ def test_run_refuses_an_empty_prompt_and_reports_an_interrupt():
         (["--model", "no-such-model"], "no-such-model"),
         (["--model", "tales", "--mine", "17-19"], "lesson 17"),
         (["--model", "tales", "--temperature", "-1"], "temperature"),
-        (["--model", "tales", "--threads", "none"], "--threads: it must be a whole number"),
+        (["--model", "tales", "--threads", "none"], "--threads: 'none' is not a valid integer"),
         (["--model", "tales", "--num-speculative-tokens", "2"], "there is no source of draft tokens"),
     ],
 )
@@ -270,21 +269,18 @@ def test_the_engine_behind_a_conversation(small_engine):
     assert small_engine.manager.pool.num_free_blocks == 12 and not small_engine.has_unfinished_requests
 
 
+def test_a_conversation_goes_on_after_it_has_filled_the_pool(small_engine, monkeypatch, capsys):
+    """48 tokens, far less than the model's context."""
+    from solutions.llama_pytorch import SamplingParams
+
+    talker = chat.talker_of(small_engine, "tales", SamplingParams(max_tokens=12, ignore_eos=True))
+    out = converse(talker, "There was once a small owl\nOne day\nThen\nAnd\n", monkeypatch, capsys)
+    assert out.count("12 tokens in") == 4 and "no longer seen" in out
+
+
 def test_tales_through_the_front_door():
     """From the command line to the committed model and back, in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "common",
-        "run",
-        "--here",
-        "--model",
-        "tales",
-        "--max-tokens",
-        "4",
-        "--threads",
-        "1",
-    ]
-    result = subprocess.run([*command, "--prompt", "Once upon"], cwd=ROOT, capture_output=True, text=True)
+    command = f"{sys.executable} -m common run --here --model tales --max-tokens 4 --threads 1 --prompt".split()
+    result = subprocess.run([*command, "Once upon"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Once upon") and "+ 4 tokens" in result.stdout

@@ -293,6 +293,7 @@ def test_the_command_records_compares_and_explains(tmp_path, capsys, monkeypatch
         code = main(["watch-engine", "--model", "tales", "--max-tokens", "4", *words])
         return code, "".join(capsys.readouterr())
 
+    tmp_path = tmp_path / "new"
     page, other, events = tmp_path / "a.html", tmp_path / "b.html", tmp_path / "a.json"
     code, said = call("--out", str(page), "--trace", str(events), "--samples", "2", "--num-blocks", "50")
     assert code == 0 and f"Open {page}" in said, said
