@@ -76,8 +76,9 @@ class Checkpoint:
         self._files = self._find_tensors()  # tensor name -> file
         # A base model, which has no head, is stored without the prefix that its names have within a whole model.
         self._prefix = "model." if "embed_tokens.weight" in self._files else ""
-        prefixed = ((name if name.startswith("lm_head.") else self._prefix + name) for name in self._files)
-        self._files = dict(zip(prefixed, self._files.values()))
+        self._files = {
+            name if name.startswith("lm_head.") else self._prefix + name: file for name, file in self._files.items()
+        }
         self._check_layers()
         self._check_head()
 
@@ -86,7 +87,7 @@ class Checkpoint:
         return sorted(self._files)
 
     def file(self, name: str) -> Path:
-        """The file that holds tensor `name`."""
+        """The file that holds tensor `name`. Raises CheckpointError if there is no such tensor."""
         if name not in self._files:
             raise CheckpointError(f"{self.folder} holds no tensor {name!r}.")
         return self._files[name]
@@ -96,9 +97,9 @@ class Checkpoint:
         return tuple(self._open[self.file(name)].get_slice(self._stored(name)).get_shape())
 
     def read(self, name: str, index=...):
-        """Tensor `name`, or the part of it that `index` (a slice, or a tuple of slices) names, in the file's dtype.
+        """Returns tensor `name`, or the part that `index` (a slice, or a tuple of slices) selects, in the file's dtype.
 
-        Only that part is read: `read("lm_head.weight", slice(0, 1000))` touches the first thousand rows.
+        Only that part is read. Raises CheckpointError if there is no such tensor, or if it cannot be read.
         """
         handle = self._open[self.file(name)]
         try:

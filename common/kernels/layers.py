@@ -168,7 +168,7 @@ class FusedForward:
             self.layers.append(model.model.layers[index].native_attention, model.model.layers[index].native_mlp)
 
     def __call__(self, batch, hidden: Tensor | None) -> Tensor:
-        """(T, hidden_size), or None at the first layer -> (T, hidden_size)."""
+        """Returns the last layer's output, (T, hidden_size). hidden: (T, hidden_size), or None at the first layer."""
         if not enabled():
             return self.forward(batch, hidden)
         hidden = self.model.embed(batch.token_ids) if hidden is None else hidden

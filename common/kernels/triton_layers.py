@@ -144,10 +144,7 @@ class TritonBlock(nn.Module):
 def pack_for_gpu(
     model: nn.Module, attention: type, mlp: type, norm: type, block: type, linear: tuple[type, ...]
 ) -> None:
-    """`pack` (gpu.py) for a GPU: replaces modules by those above. A layer that stays on the disk is left as it is.
-
-    linear: the classes of linear layers that can be fused.
-    """
+    """`pack` (gpu.py) for a GPU. linear: the classes of layers that can be fused. Layers on the disk do not change."""
     fast = swapping({attention: TritonAttention, mlp: TritonMLP, norm: TritonNorm}, linear)
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):
