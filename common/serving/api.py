@@ -22,8 +22,8 @@ from common.serving.tenants import Tenants
 from common.serving.tokens import token_text
 
 PAGE = Path(__file__).parent / "page"
-OPEN = ("/", "/docs", "/openapi.json", "/health", "/ping", "/favicon.ico")
-"""Paths that need no key: a browser cannot send one when it opens a page, nor can most load balancers."""
+OPEN = ("/", "/health", "/ping", "/favicon.ico")
+"""Paths that need no key: a browser cannot send one when it opens the page, nor can most load balancers."""
 REVALIDATE = {"Cache-Control": "no-cache"}
 LARGEST_BODY = 32 * 2**20  # bytes
 

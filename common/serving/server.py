@@ -48,6 +48,6 @@ def welcome(server: Server, address: str) -> str:
             f'               client = openai.OpenAI(base_url="{address}/v1", api_key="{key}")',
             f'               answer = client.{call}, model="{server.model_name}")',
             f"               print(answer.choices[0].{text})",
-            f"  all routes   {address}/docs",
+            f"  all routes   curl {address}/openapi.json{header}" if header else f"  all routes   {address}/docs",
         ]
     )
