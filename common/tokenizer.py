@@ -379,13 +379,20 @@ def _read_tokenizer(path: Path):
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
         tokenizer.encode("a")  # some mistakes are noticed only here
-        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, or, when it panics, a BaseException
         check(TokenizerFile, read_json(path), path)
         problem = f"not a tokenizer that `tokenizers` can read ({error!s:.200})"
         raise CheckpointError(f"{path}: {problem}.") from error
+    # The library numbers added tokens in the order of the file, from the first free id on; it ignores stated ids.
+    for token in read_json(path).get("added_tokens", []):
+        if (token_id := tokenizer.token_to_id(token["content"])) != token["id"]:
+            raise CheckpointError(
+                f"{path}: the added token {token['content']!r:.80} has the id {token['id']}, but `tokenizers` numbers "
+                f"added tokens one after the other and makes it {token_id}."
+            )
+    return tokenizer
 
 
 def _add_tokens(model, side: SideFiles, path: Path) -> None:

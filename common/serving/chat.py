@@ -39,6 +39,7 @@ class Choice:
     content: str = ""
     calls: list[Call] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    num_sent: int = 0  # of `logprobs`, if the answer is streamed
     finish_reason: str | None = None
     is_begun: bool = False
 
@@ -150,16 +151,20 @@ def parts(server: Server, body: ChatRequest, choices: list[Choice], delta: Delta
     def part(delta: dict, positions: dict | None = None, reason: str | None = None) -> dict:
         return {"index": choice.index, "delta": delta, "logprobs": positions, "finish_reason": reason}
 
+    def unsent() -> dict | None:
+        """Log-probabilities not sent yet. They wait for text or the end, since litellm drops other chunks."""
+        waiting, choice.num_sent = choice.logprobs[choice.num_sent :], len(choice.logprobs)
+        return logprobs(server, body, waiting) if waiting else None
+
     if not choice.is_begun:
         choice.is_begun = True
         yield part({"role": "assistant", "content": ""})
-    positions = logprobs(server, body, delta.logprobs)
     num_calls = len(choice.calls)
     found = choice.add(delta, isinstance(body.tool_choice, NamedToolChoice))
     text = "".join(each for each in found if isinstance(each, str))
-    if text or (positions and positions["content"]):
-        yield part({"content": text}, positions)
+    if text:
+        yield part({"content": text}, unsent())
     for number, call in enumerate(choice.calls[num_calls:], num_calls):
         yield part({"tool_calls": [{"index": number, **call.as_dict()}]})
     if choice.finish_reason:
-        yield part({}, None, choice.finish_reason)
+        yield part({}, unsent(), choice.finish_reason)
