@@ -39,7 +39,6 @@ class Choice:
     content: str = ""
     calls: list[Call] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
-    num_sent: int = 0  # of `logprobs`, if the answer is streamed
     finish_reason: str | None = None
     is_begun: bool = False
 
@@ -151,20 +150,18 @@ def parts(server: Server, body: ChatRequest, choices: list[Choice], delta: Delta
     def part(delta: dict, positions: dict | None = None, reason: str | None = None) -> dict:
         return {"index": choice.index, "delta": delta, "logprobs": positions, "finish_reason": reason}
 
-    def unsent() -> dict | None:
-        """Log-probabilities not sent yet. They wait for text or the end, since litellm drops other chunks."""
-        waiting, choice.num_sent = choice.logprobs[choice.num_sent :], len(choice.logprobs)
-        return logprobs(server, body, waiting) if waiting else None
-
     if not choice.is_begun:
         choice.is_begun = True
         yield part({"role": "assistant", "content": ""})
     num_calls = len(choice.calls)
     found = choice.add(delta, isinstance(body.tool_choice, NamedToolChoice))
     text = "".join(each for each in found if isinstance(each, str))
+    positions = None
+    if text or choice.finish_reason:  # log-probabilities wait for one of them, since litellm drops all other chunks
+        positions, choice.logprobs = logprobs(server, body, choice.logprobs), []
     if text:
-        yield part({"content": text}, unsent())
+        yield part({"content": text}, positions)
     for number, call in enumerate(choice.calls[num_calls:], num_calls):
         yield part({"tool_calls": [{"index": number, **call.as_dict()}]})
     if choice.finish_reason:
-        yield part({}, unsent(), choice.finish_reason)
+        yield part({}, None if text else positions, choice.finish_reason)
