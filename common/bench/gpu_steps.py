@@ -6,11 +6,14 @@ a step and is reported as its result.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -54,6 +57,7 @@ PAIRS = {
 }
 """The options of engines that must give the same tokens on the CPU and on the GPU."""
 PROMPTS = ["Once upon a time there was a", "Once upon a time there was a little dog. It", "The little dog"]
+STREAMS, PROMPT_LEN, LENGTH = (1, 8, 64), 64, 128
 
 
 def generate(engine: Engine, prompts: Sequence, params: SamplingParams) -> list[list[int]]:
@@ -177,6 +181,11 @@ def measure_attention(device: str, quick: bool) -> dict[str, float]:
     return result | {"both_agree": error < 2e-2}
 
 
+def random_prompts(streams: int, quick: bool, vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(streams)
+    return torch.randint(0, vocab_size, (streams, 8 if quick else PROMPT_LEN), generator=generator).tolist()
+
+
 def measure_engine(shape: dict, device: str, quick: bool) -> dict[str, dict[str, float]]:
     """Tokens a second of 1, 8 and 64 streams, the milliseconds of a step, and those of its layers alone.
 
@@ -186,9 +195,9 @@ def measure_engine(shape: dict, device: str, quick: bool) -> dict[str, dict[str,
         model = Llama(parse_config(shape | (MINIATURE if quick else {}))).to(torch.float32 if quick else torch.bfloat16)
     use_kernels(model.eval())
     (_, read_bytes), bandwidth, result = weights_of(model), copy_rate(device, quick), {}
-    length = 3 if quick else 128
-    for streams in (1, 2) if quick else (1, 8, 64):
-        prompts = torch.randint(0, model.config.vocab_size, (streams, 8 if quick else 64)).tolist()
+    length = 3 if quick else LENGTH
+    for streams in (1, 2) if quick else STREAMS:
+        prompts = random_prompts(streams, quick, model.config.vocab_size)
         options = dict(max_num_seqs=streams, max_model_len=256, max_num_batched_tokens=2_048)
         with assembled(model, Silent(), **options) as engine:
             generate(engine, prompts, greedy(2))  # compiles
@@ -206,6 +215,53 @@ def measure_engine(shape: dict, device: str, quick: bool) -> dict[str, dict[str,
     return result
 
 
+def measure_transformers(shape: dict, device: str, quick: bool) -> dict[str, dict[str, float] | str]:
+    """Tokens a second of transformers' `generate` on the same load."""
+    if importlib.util.find_spec("transformers") is None:
+        return {"left out": "transformers is not installed"}
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = {key: value for key, value in (shape | (MINIATURE if quick else {})).items() if key != "model_type"}
+    with torch.device(device):
+        config = AutoConfig.for_model(shape["model_type"], **given)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    length, result = 3 if quick else LENGTH, {}
+    for streams in (1, 2) if quick else (1, 64):
+        ids = torch.tensor(random_prompts(streams, quick, config.vocab_size), device=device)
+        run = partial(
+            model.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        run(max_new_tokens=2)
+        start = time.perf_counter()
+        answer = run(max_new_tokens=length).cpu()
+        num_tokens = streams * (answer.shape[1] - ids.shape[1])
+        result[str(streams)] = {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
+    return result
+
+
+def measure_vllm(shape: dict, device: str, quick: bool) -> dict[str, dict[str, float] | str]:
+    """Tokens a second of vLLM on the same load, with its own random weights, where it is installed."""
+    if importlib.util.find_spec("vllm") is None or device == "cpu":
+        return {"left out": "vLLM is not installed, or there is no GPU"}
+    from vllm import LLM
+    from vllm import SamplingParams as Params
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(shape | {"torch_dtype": "bfloat16"}), encoding="utf-8")
+        llm = LLM(
+            folder, load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False,
+            max_model_len=256, gpu_memory_utilization=0.5,
+        )  # fmt: skip
+    result = {}
+    for streams in STREAMS:
+        prompts = [{"prompt_token_ids": ids} for ids in random_prompts(streams, quick, shape["vocab_size"])]
+        llm.generate(prompts, Params(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False), use_tqdm=False)
+        params, start = Params(temperature=0, max_tokens=LENGTH, ignore_eos=True, detokenize=False), time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        result[str(streams)] = {"tokens_per_s": streams * LENGTH / (time.perf_counter() - start)}
+    return result
+
+
 class Step(NamedTuple):
     run: Callable[[str, bool], dict]
     seconds: float  # its limit
@@ -218,6 +274,9 @@ STEPS = {
     "engine, Llama-3.2-1B": Step(partial(measure_engine, LLAMA_1B), 90),
     "engine, SmolLM2-135M": Step(partial(measure_engine, SMOLLM2), 90),
     "exercises": Step(check_exercises, 150),
+    "transformers, Llama-3.2-1B": Step(partial(measure_transformers, LLAMA_1B), 60),
+    "transformers, SmolLM2-135M": Step(partial(measure_transformers, SMOLLM2), 60),
     "collective": Step(check_collective, 40),
+    "vLLM, Llama-3.2-1B": Step(partial(measure_vllm, LLAMA_1B), 150),
 }
 """All steps by name, the most important first, since the time for all of them is less than the sum of their limits."""

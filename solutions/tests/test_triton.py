@@ -89,7 +89,7 @@ def test_gpu_check_in_miniature_and_its_refusal(tmp_path):
     quick = typed_in(ROOT, "gpu-check", "--quick", "--out", str(tmp_path))
     assert quick.returncode == 0, quick.stdout
     assert "All of it is right." in quick.stdout and not list(tmp_path.iterdir())
-    assert quick.stdout.count(" s  ") == 6, quick.stdout
+    assert quick.stdout.count(" s  ") == 8, quick.stdout
     if not torch.cuda.is_available():
         refused = typed_in(ROOT, "gpu-check", "--out", str(tmp_path))
         assert refused.returncode == 2 and "gpu-check needs an NVIDIA GPU" in refused.stdout
