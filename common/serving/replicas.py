@@ -27,7 +27,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from ray.exceptions import AuthenticationError, RayActorError
+from ray.exceptions import RayActorError
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import PrefixCacheAffinityRouter
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_tree import PrefixTree
 from ray.serve.config import RequestRouterConfig
@@ -259,21 +259,19 @@ def connect(num_replicas: int, threads: int | None) -> int:
 
     Returns the threads; by default, the most for which there are processors. Raises OptionError.
     """
-    if not os.environ.get("RAY_ADDRESS"):
+    address, own = os.environ.get("RAY_ADDRESS"), {}
+    if not address:
         processors = os.cpu_count() or 1
         threads = threads_of_each(num_replicas, [processors], threads)
-        ray.init(
-            "local",
-            num_cpus=processors,
-            object_store_memory=OBJECT_STORE,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-        )
-        return threads
+        own = {"address": "local", "num_cpus": processors, "include_dashboard": False}
+        own["object_store_memory"] = OBJECT_STORE
     try:
-        ray.init(logging_level=logging.WARNING)
-    except (OSError, RuntimeError, AuthenticationError) as error:
-        raise OptionError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined. {error}") from None
+        ray.init(logging_level=logging.WARNING, **own)
+    except Exception as error:  # Ray raises this very class after 30 s on a busy machine
+        failure = f"RAY_ADDRESS={address} cannot be joined." if address else "Ray has not started; try again."
+        raise OptionError(f"{failure} {error}") from None
+    if not address:
+        return threads
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return threads_of_each(num_replicas, [int(machine.get("CPU", 0)) for machine in machines], threads)
 

@@ -142,6 +142,17 @@ def test_more_replicas_than_processors_are_refused_before_ray_starts(monkeypatch
         connect(9999, None)
 
 
+@pytest.mark.parametrize(("address", "words"), [("", "Ray has not started"), ("auto", "RAY_ADDRESS=auto cannot")])
+def test_ray_that_does_not_start_is_said_in_a_sentence(monkeypatch, address, words) -> None:
+    def init(**options) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(OptionError, match=f"{words}.*timed out"):
+        connect(1, None)
+
+
 def test_limits_of_tenants_are_counted_with_the_clock_of_the_replica_s_machine(monkeypatch) -> None:
     tenant = Tenant("alice", key="a", tokens_per_minute=60)
     tenant.counted_at += 1e6  # the machine that listens has been up for longer
