@@ -153,13 +153,15 @@ def parts(server: Server, body: ChatRequest, choices: list[Choice], delta: Delta
     if not choice.is_begun:
         choice.is_begun = True
         yield part({"role": "assistant", "content": ""})
-    positions = logprobs(server, body, delta.logprobs)
     num_calls = len(choice.calls)
     found = choice.add(delta, isinstance(body.tool_choice, NamedToolChoice))
     text = "".join(each for each in found if isinstance(each, str))
-    if text or (positions and positions["content"]):
+    positions = None
+    if text or choice.finish_reason:  # log-probabilities wait for one of them, since litellm drops all other chunks
+        positions, choice.logprobs = logprobs(server, body, choice.logprobs), []
+    if text:
         yield part({"content": text}, positions)
     for number, call in enumerate(choice.calls[num_calls:], num_calls):
         yield part({"tool_calls": [{"index": number, **call.as_dict()}]})
     if choice.finish_reason:
-        yield part({}, None, choice.finish_reason)
+        yield part({}, None if text else positions, choice.finish_reason)

@@ -205,6 +205,10 @@ def test_what_is_wrong_is_named(folders, kind, tmp_path, file, changes, says):
             ),
             r"tokenizer\.json: not a tokenizer that `tokenizers` can read \(no entry found",
         ),
+        (
+            lambda saved: saved["added_tokens"][-1].update(id=saved["added_tokens"][-1]["id"] + 9),
+            r"tokenizer\.json: the added token '.+' should have the id \d+, gets \d+",
+        ),
         (lambda saved: saved["model"]["vocab"].update(x=2**30), r"tokenizer\.json: a token has the id 1073741824"),
     ],
 )

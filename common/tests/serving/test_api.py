@@ -179,6 +179,12 @@ def test_logprobs_of_a_chat(client):
     streamed = list(client.chat.completions.create(**asked, top_logprobs=2, stream=True))
     pieces = [piece for chunk in streamed if chunk.choices[0].logprobs for piece in chunk.choices[0].logprobs.content]
     assert pieces == content
+    # The first bytes of two characters: a chunk without text would have to carry the first one's log-probability.
+    first_bytes = {"max_tokens": 2, "logit_bias": {3 + 0xC3: 100}, "stream": True}
+    choices = [chunk.choices[0] for chunk in client.chat.completions.create(**asked | first_bytes)]
+    found = [each for each in choices if each.logprobs]
+    assert [token.bytes for each in found for token in each.logprobs.content] == [[0xC3]] * 2
+    assert all(each.delta.content or each.finish_reason for each in found)
     assert all(not each.top_logprobs for each in client.chat.completions.create(**asked).choices[0].logprobs.content)
 
 
