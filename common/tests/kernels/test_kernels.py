@@ -105,7 +105,6 @@ def test_without_a_compiler_on_an_older_processor(tmp_path):
     assert bare.stderr.count("without compiled kernels") == 1 and "compiled kernels" not in plain.stderr
 
 
-@COMPILED
 def test_a_torch_for_cuda_does_not_complain_that_there_is_no_gpu(tmp_path):
     """It would stand in the output of a notebook's first cell. torch finds CUDA's compiler in CUDA_HOME."""
     program = (
@@ -120,6 +119,7 @@ def test_a_torch_for_cuda_does_not_complain_that_there_is_no_gpu(tmp_path):
     assert str(tmp_path) in done.stdout and "No CUDA runtime" not in done.stderr
 
 
+@COMPILED
 def test_what_was_compiled_is_not_compiled_again(monkeypatch):
     """Whichever copy of the course asks for it."""
     monkeypatch.setattr("common.kernels.build.compile_into", lambda *given: pytest.fail("compiled again"))
