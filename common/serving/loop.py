@@ -29,7 +29,7 @@ from typing import Any
 
 LOG = logging.getLogger("common.serving")
 MANY_STREAMS = 16
-PATIENCE = 0.01
+PATIENCE = 0.05
 """With so many streams or more, the next step waits these seconds at most until the tokens of the last one are written.
 While a step computes, each core has a thread of it. If other work takes a core then, all threads of the step wait. To
 wait for the event loop costs 0.2 ms, which is more than what few streams take from a step.
