@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 
 import click
 import torch
@@ -160,9 +161,6 @@ def measure(name: str, quick: bool, rival: int | None = None) -> dict:
 
     rival: the port of another server, for the measurement of the server.
     """
-    # These import `solutions`, so they are imported only after `activate`.
-    from common.bench import grids, ladder, quality, serving, speculation
-
     kind = name.removesuffix("-tales").removesuffix("-smollm2-135m")
     model = "tales" if quick or name.endswith("-tales") else "smollm2-135m"
     draft = "tales-draft" if name == "speculation-tales" else None
@@ -172,13 +170,12 @@ def measure(name: str, quick: bool, rival: int | None = None) -> dict:
         "recompute": lambda: measure_contexts(model, lengths, repeats, with_cache=False),
         "kv-cache": lambda: measure_contexts(model, lengths, repeats, with_cache=True),
         "preemption": lambda: measure_preemption(model, [8, 16] if quick else [64, 256, 1024], repeats, quick),
-        "grids": lambda: grids.measure_grids(model, quick),
-        "quality": lambda: quality.measure_quality(model, quick),
-        "ladder": lambda: ladder.measure_ladder(model, quick),
-        "speculation": lambda: speculation.measure_speculation(model, draft, quick),
-        "serving": lambda: serving.measure_serving(model, quick, rival),
     }
-    return measurements[kind]()
+    if kind in measurements:
+        return measurements[kind]()
+    # The others have modules of their own, which import `solutions`: imported after `activate`, and only if needed.
+    more = {"speculation": {"draft": draft}, "serving": {"rival": rival}}.get(kind, {})
+    return resolve_name(f"common.bench.{kind}:measure_{kind}")(model, quick=quick, **more)
 
 
 @click.command(

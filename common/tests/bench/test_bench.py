@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy
@@ -17,6 +19,7 @@ from common.bench import peers as rivals
 from common.bench import speculation as speculation_bench
 from common.checkpoints import MODELS, Checkpoint
 from common.checkpoints import gguf as gguf_convert
+from common.course import ROOT
 from common.tests.typed import typed
 from solutions.llama_pytorch import SamplingParams, load, use_kernels
 
@@ -47,6 +50,13 @@ def test_a_name_or_its_beginning_says_what_is_measured(capsys, monkeypatch):
     assert typed("bench", "spec") == 2  # the beginning of a word is none of a name
     assert "nothing called 'spec'" in capsys.readouterr().err
     assert all(any(name == each or name.startswith(f"{each}-") for name in bench.NAMES) for each in bench.DEFAULT)
+
+
+def test_the_machine_is_measured_without_any_lesson():
+    """A student of lesson 0 does it; later lessons' files need not even be readable then."""
+    program = "import sys; from common.bench.cli import measure; measure('machine', True); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "GFLOP/s" in done.stdout and "solutions" not in done.stdout
 
 
 @pytest.mark.slow
