@@ -57,6 +57,14 @@ LAYER_NAMES = {
 OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
+def name_in_gguf(name: str) -> str:
+    """The name in GGUF of the tensor with this name; the tensors of a layer's experts have the same, that of all."""
+    _, layer, inner, part = re.fullmatch(r"(model\.layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    old_names = {new: old for old, new in {**LAYER_NAMES, **OTHER_NAMES}.items()}
+    old = old_names[re.sub(r"experts\.\d+", "experts.{}", inner)]
+    return f"{old}.{part}" if layer is None else f"blk.{layer}.{old}.{part}"
+
+
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write the model in `path` to `folder`: safetensors, config.json, generation_config.json and the tokenizer.
 
