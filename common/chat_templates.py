@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoints import CheckpointError, read_json
+from common.checkpoints.folder import read_text
 
 LONGEST_CHAT = 10_000_000  # characters that a template may write, or join to one text
 LONGEST_TIME = 4.0  # seconds that a template may run
@@ -41,7 +42,11 @@ def find_chat_templates(folder: Path, written: Any) -> dict[str, str]:
     """
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    if found := {name: _read(file) for name, file in files.items() if file.is_file()}:
+    if found := {
+        name: read_text(file, LONGEST_CHAT, ", which is no chat template")
+        for name, file in files.items()
+        if file.is_file()
+    }:
         return found
     source = folder / "tokenizer_config.json"
     if written is None and (folder / "chat_template.json").is_file():
@@ -60,15 +65,6 @@ def find_chat_templates(folder: Path, written: Any) -> dict[str, str]:
             )
         found[pair[0]] = pair[1]
     return found
-
-
-def _read(file: Path) -> str:
-    try:
-        if file.stat().st_size <= LONGEST_CHAT:
-            return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as text ({error}).") from error
-    raise CheckpointError(f"{file}: has {file.stat().st_size:,} bytes, which is no chat template.")
 
 
 def choose_template(templates: Mapping[str, str], name: str | None, has_tools: bool) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 
 from common.chat_templates import ChatTemplateError, check_messages, choose_template, find_chat_templates, render_chat
 from common.checkpoints import CheckpointError, read_json
-from common.checkpoints.folder import LARGEST_JSON
+from common.checkpoints.folder import LARGEST_JSON, check_size
 from common.checkpoints.schema import LARGEST_ID, SpecialIds, check, refusal
 from common.checkpoints.vocabulary import (
     AddedToken,
@@ -40,6 +40,7 @@ from common.checkpoints.vocabulary import (
     vocabulary_from_merges,
 )
 
+TOO_LARGE = "; no vocabulary is so large"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
@@ -188,7 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import sentencepiece_model_pb2
 
         path = folder / "tokenizer.model"
-        _check_size(path)
+        check_size(path, LARGEST_JSON, TOO_LARGE)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
             # The same model without the space in front, for text that follows an added token.
@@ -366,16 +367,11 @@ def _piece_bytes(piece: str) -> bytes:
 # Reading
 
 
-def _check_size(path: Path) -> None:
-    if path.stat().st_size > LARGEST_JSON:
-        raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes; no vocabulary is so large.")
-
-
 def _read_tokenizer(path: Path):
     """Read a tokenizer.json with the library. If that fails, `check` finds the reason: the library gives none."""
     import tokenizers
 
-    _check_size(path)
+    check_size(path, LARGEST_JSON, TOO_LARGE)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
         tokenizer.encode("a")  # some mistakes are noticed only here
