@@ -57,6 +57,9 @@ class Tokenizer:
     adds_space: bool  # whether `encode` puts a space in front of the text, which `decode` removes
     side_files: SideFiles
     added: Mapping[int, Any]  # added tokens by id; each has `content` and `special`
+    writes_added: bool = (
+        True  # whether the bytes of an added token are its content's; otherwise it is a piece like others
+    )
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -111,7 +114,10 @@ class Tokenizer:
         space that SentencePiece adds. A character may be split over several tokens, so the bytes of a single token need
         not be valid UTF-8.
         """
-        raise NotImplementedError
+        token = self.added.get(token_id)
+        if token is not None and (token.special or self.writes_added):
+            return b"" if token.special else token.content.encode()
+        return self._piece_bytes(token_id)
 
     def apply_chat_template(
         self,
@@ -145,6 +151,9 @@ class Tokenizer:
     # Defined by the subclasses, one for each kind of file.
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        raise NotImplementedError
+
+    def _piece_bytes(self, token_id: int) -> bytes:
         raise NotImplementedError
 
     def _token_id(self, token: str) -> int | None:
@@ -255,13 +264,9 @@ class SentencePieceTokenizer(Tokenizer):
             token_ids.extend(sorted(self.eos_token_ids)[:1])
         return token_ids
 
-    def token_bytes(self, token_id: int) -> bytes:
-        if token_id in self.added:
-            token = self.added[token_id]
-            return b"" if token.special else token.content.encode()
-        if not 0 <= token_id < self.model.get_piece_size():
-            return b""
-        return _piece_bytes(self.model.id_to_piece(token_id))
+    def _piece_bytes(self, token_id: int) -> bytes:
+        is_piece = 0 <= token_id < self.model.get_piece_size()
+        return sentencepiece_bytes(self.model.id_to_piece(token_id)) if is_piece else b""
 
     def _token_id(self, token: str) -> int | None:
         if token in self.added_ids:
@@ -287,8 +292,8 @@ class JsonTokenizer(Tokenizer):
         self.model.no_truncation()
         self.model.no_padding()
         decoder = repr(self.model.decoder)
-        self.byte_level = "ByteLevel" in decoder
-        if not self.byte_level and "ByteFallback" not in decoder and "Metaspace" not in decoder:
+        self.writes_added = "ByteLevel" in decoder  # in the others the text of an added token may be normalized
+        if not self.writes_added and "ByteFallback" not in decoder and "Metaspace" not in decoder:
             raise CheckpointError(
                 f"{path}: its decoder is {decoder[:80]}; this course reads byte-level tokenizers and those of the "
                 "SentencePiece kind (ByteFallback or Metaspace)."
@@ -304,16 +309,12 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.model.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def token_bytes(self, token_id: int) -> bytes:
-        if token_id in self.added:
-            token = self.added[token_id]
-            if token.special or self.byte_level:
-                return b"" if token.special else token.content.encode()
+    def _piece_bytes(self, token_id: int) -> bytes:
         piece = self.model.id_to_token(token_id) if token_id >= 0 else None
         if piece is None:
             return b""
-        if not self.byte_level:
-            return _piece_bytes(piece)  # also for an added token, whose text may be normalized
+        if not self.writes_added:
+            return sentencepiece_bytes(piece)
         if not all(character in BYTE_OF_CHARACTER for character in piece):
             return piece.encode()  # it is not written in the byte alphabet
         return bytes(BYTE_OF_CHARACTER[character] for character in piece)
@@ -358,7 +359,7 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_alphabet()
 
 
-def _piece_bytes(piece: str) -> bytes:
+def sentencepiece_bytes(piece: str) -> bytes:
     """The bytes of a SentencePiece piece: `<0xE2>` is one byte, and U+2581 a space."""
     byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
