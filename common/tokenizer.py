@@ -57,9 +57,7 @@ class Tokenizer:
     adds_space: bool  # whether `encode` puts a space in front of the text, which `decode` removes
     side_files: SideFiles
     added: Mapping[int, Any]  # added tokens by id; each has `content` and `special`
-    writes_added: bool = (
-        True  # whether the bytes of an added token are its content's; otherwise it is a piece like others
-    )
+    writes_added: bool = True  # whether an added token's bytes are its content; otherwise they are its piece's
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
