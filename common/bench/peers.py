@@ -192,33 +192,27 @@ def serve_continuously(theirs, prompts: list[list[int]], lengths: list[int]) -> 
     # Blocks for all requests, and one more for each. By default it takes most of the machine's memory for its cache.
     num_blocks = sum(cdiv(len(prompt) + length, 16) + 1 for prompt, length in zip(prompts, lengths))
     config = ContinuousBatchingConfig(
-        block_size=16, num_blocks=num_blocks, max_batch_tokens=256, allow_block_sharing=False
+        page_size=16, num_blocks=num_blocks, max_batch_tokens=256, allow_block_sharing=False
     )
     generation = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=0)
     attention = theirs.config._attn_implementation
+    results: dict = {}
     try:
-        manager = theirs.init_continuous_batching(generation, continuous_batching_config=config)
-        manager.warmup()  # makes its cache
-        manager.start()
-        start = time.perf_counter()
-        try:
+        with theirs.continuous_batching_context_manager(generation, continuous_batching_config=config) as manager:
+            start = time.perf_counter()
             names = [
                 manager.add_request(prompt, max_new_tokens=length, record_timestamps=True, eos_token_id=-1)
                 for prompt, length in zip(prompts, lengths)
             ]
-            results: dict = {}
-            while len(results) < len(names):
-                result = manager.get_result(timeout=1)
-                if result is None:
-                    if not manager.is_running():
-                        raise Unable("its thread ended before the requests did")
-                    continue
+            for result in manager:
                 if result.error:
                     raise Unable(f"a request failed: {result.error}")
                 if result.is_finished():
                     results[result.request_id] = result
-        finally:
-            manager.stop(block=True)
+                if len(results) == len(names):
+                    break
+            else:
+                raise Unable("its thread ended before the requests did")
     except Unable:
         raise
     except Exception as error:  # this machine, torch or model does not suit it
