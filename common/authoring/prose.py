@@ -124,9 +124,6 @@ def texts() -> list[Path]:
     return sorted(file for file in files if not {"tests", "models", "training"} & set(file.parts))
 
 
-def main() -> int:
-    """Print all complaints; returns 1 if there are any."""
+def all_complaints() -> list[str]:
     rules = tomllib.loads(RULES.read_text(encoding="utf-8"))
-    found = [line for file in texts() for line in complaints(file, rules)]
-    print(*found, sep="\n", end="\n" if found else "")
-    return int(bool(found))
+    return [line for file in texts() for line in complaints(file, rules)]

@@ -214,9 +214,3 @@ def complaints() -> list[str]:
         if result.returncode:
             found.append(f"make {name} fails with exit status {result.returncode}:\n{result.stdout[-2000:]}")
     return found
-
-
-def main() -> int:
-    found = complaints()
-    print(*found, sep="\n", end="\n" if found else "")
-    return int(bool(found))
