@@ -52,6 +52,7 @@ def test_a_name_or_its_beginning_says_what_is_measured(capsys, monkeypatch):
     assert all(any(name == each or name.startswith(f"{each}-") for name in bench.NAMES) for each in bench.DEFAULT)
 
 
+@pytest.mark.slow
 def test_the_machine_is_measured_without_any_lesson():
     """A student of lesson 0 does it; later lessons' files need not even be readable then."""
     program = "import sys; from common.bench.cli import measure; measure('machine', True); print(*sys.modules)"
@@ -184,12 +185,12 @@ def test_the_assembled_engine_of_the_ladder_draft_tokens_and_says_the_same(tales
 
 
 def test_what_is_written_as_gguf_is_read_back_number_for_number(gguf_file):
-    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert._Source(gguf_file)
+    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert.GGUFFile(gguf_file)
     config = gguf_convert._config(source, gguf_convert.Vocabulary(model="gpt2", tokens=[]))  # the file has none
     names = {gguf_convert._new_name(source, name): name for name in source.tensors}
     assert sorted(names) == [name for name in checkpoint.names() if name != "lm_head.weight"]
     for name, stored in names.items():
-        read = gguf_convert._tensor(source, stored, config)
+        read = gguf_convert._converted(source, stored, name, config)[name]
         assert read.dtype == torch.float32
         numpy.testing.assert_array_equal(read.numpy(), checkpoint.read(name).float().numpy(), err_msg=name)
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
@@ -200,11 +201,11 @@ def test_what_is_written_as_gguf_is_read_back_number_for_number(gguf_file):
 @pytest.mark.parametrize("kind, limit", [("Q8_0", 0.01), ("Q4_0", 0.12)])
 def test_fewer_bits_are_written_as_gguf_has_them(kind, limit, tmp_path):
     rivals.write_gguf(MODELS / "tales", tmp_path / "model.gguf", kind)
-    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert._Source(tmp_path / "model.gguf")
+    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert.GGUFFile(tmp_path / "model.gguf")
     config = gguf_convert._config(source, gguf_convert.Vocabulary(model="gpt2", tokens=[]))
     for name, stored in {gguf_convert._new_name(source, name): name for name in source.tensors}.items():
         expected = checkpoint.read(name).float()
-        error = (gguf_convert._tensor(source, stored, config) - expected).norm() / expected.norm()
+        error = (gguf_convert._converted(source, stored, name, config)[name] - expected).norm() / expected.norm()
         is_exact = expected.ndim == 1 or expected.shape[1] % 32 > 0
         assert error < (0.01 if "embed" in name else limit) and (error == 0) == is_exact, name
 
