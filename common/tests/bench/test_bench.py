@@ -52,6 +52,7 @@ def test_a_name_or_its_beginning_says_what_is_measured(capsys, monkeypatch):
     assert all(any(name == each or name.startswith(f"{each}-") for name in bench.NAMES) for each in bench.DEFAULT)
 
 
+@pytest.mark.slow
 def test_the_machine_is_measured_without_any_lesson():
     """A student of lesson 0 does it; later lessons' files need not even be readable then."""
     program = "import sys; from common.bench.cli import measure; measure('machine', True); print(*sys.modules)"

@@ -105,6 +105,7 @@ def test_without_a_compiler_on_an_older_processor(tmp_path):
     assert bare.stderr.count("without compiled kernels") == 1 and "compiled kernels" not in plain.stderr
 
 
+@pytest.mark.slow
 def test_a_torch_for_cuda_does_not_complain_that_there_is_no_gpu(tmp_path):
     """It would stand in the output of a notebook's first cell. torch finds CUDA's compiler in CUDA_HOME."""
     program = (
