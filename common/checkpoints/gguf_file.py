@@ -22,7 +22,6 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 """The types of numbers, as `struct` and numpy call them."""
 UINT32, STRING, ARRAY = 4, 8, 9
 MOST = 100_000  # keys, and tensors
-DEEPEST = 4  # arrays in arrays
 MOST_DIMENSIONS = 4
 
 
@@ -142,7 +141,7 @@ class GGUFFile:
         except UnicodeDecodeError as error:
             raise self.wrong(f"has text that is no UTF-8 ({error.reason})") from None
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def value(self, kind: int) -> Any:
         if kind in NUMBERS:
             return self.number(NUMBERS[kind])
         if kind == STRING:
@@ -150,14 +149,14 @@ class GGUFFile:
         if kind != ARRAY:
             raise self.wrong(f"has a value of type {kind}, which there is not")
         item, length = self.number("I"), self.number("Q")
-        if depth == DEEPEST:
-            raise self.wrong("has arrays in arrays in arrays")
+        if item == ARRAY:
+            raise self.wrong("has arrays in an array, which llama.cpp does not read either")
         if item in NUMBERS:
             dtype = numpy.dtype(f"<{NUMBERS[item]}")
             return numpy.ndarray(length, dtype, self.data, self.skip(length * dtype.itemsize)).tolist()
-        if length * 8 > len(self.data):  # a text has a length of 8 bytes, an array 12
+        if length * 8 > len(self.data):  # a text begins with 8 bytes, its length
             raise self.wrong(f"says that it has {length:,} values")
-        return [self.value(item, depth + 1) for _ in range(length)]
+        return [self.value(item) for _ in range(length)]
 
     def read_key(self, i: int) -> None:
         self.what = f"key number {i}"
