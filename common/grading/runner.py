@@ -14,7 +14,7 @@ import re
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from common.course import CourseError, Lesson, shown, unfinished
@@ -63,8 +63,7 @@ def grade(
         return list(results.values())
     if only is None:
         results[TOGETHER] = Result(TOGETHER, "together", status="waiting")
-    waiting = [each for each in results if each != TOGETHER and each not in todo]
-    session = Session(lesson, file, show_prints, start or Worker)
+    waiting = [each for each in results if each not in todo and (each != TOGETHER or not todo)]
     shown_so_far: list[str] = []
 
     def show_known() -> None:
@@ -77,22 +76,19 @@ def grade(
                 result.sentence += pointer(lesson, result, results)
                 on_result(result)
 
-    if only is None and not todo:
-        waiting.append(TOGETHER)
-    try:
-        while True:
-            for each in session.run(waiting, results):
+    def start_worker(key: bytes) -> Worker:
+        return (start or Worker)(lesson, file, waiting, show_prints, key)
+
+    while True:
+        with contextlib.closing(run(start_worker, lesson, file, results)) as known:
+            for each in known:
                 waiting.remove(each)
                 show_known()
-            if without := [each for each in waiting if each != TOGETHER and each not in session.checks]:
-                raise CourseError(f"{shown(lesson.checks)} has no checks for {', '.join(without)}.")
-            if TOGETHER in waiting:  # a worker was lost, so not all exercises have passed
-                waiting.remove(TOGETHER)
-            if not waiting:
-                break
-        show_known()
-    finally:
-        session.close()
+        if TOGETHER in waiting:  # a worker was lost, so not all exercises have passed
+            waiting.remove(TOGETHER)
+        if not waiting:
+            break
+    show_known()
     return list(results.values())
 
 
@@ -105,98 +101,86 @@ def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
     return results
 
 
-class Session:
-    """The present worker, and the points, seconds and number of checks of each exercise, as it has reported them."""
+def run(start: Callable[[bytes], Worker], lesson: Lesson, file: Path, results: dict[str, Result]) -> Generator[str]:
+    """Put what one worker reports into the results, until it ends. Yields an exercise's id when its result is known."""
+    key = secrets.token_bytes(16)
+    checks: dict[str, tuple[int, float, int]] = {}  # of each exercise: points, seconds, number of checks
+    current, finished, count, limit = None, None, 0, START_SECONDS
 
-    def __init__(self, lesson: Lesson, file: Path, show_prints: bool, start: Callable[..., Worker]):
-        self.lesson = lesson
-        self.file = file
-        self.show_prints = show_prints
-        self.start = start
-        self.worker: Worker | None = None
-        self.checks: dict[str, tuple[int, float, int]] = {}
+    def blame(during: str, after: str, before: str) -> list[str]:
+        """Fail the exercise that the worker runs, or ran last, because it hangs or has ended. Returns the ids whose
+        results are now known. Raises CourseError if it has run none yet.
+        """
+        if current is None and finished is None:
+            raise CourseError(before)
+        fail(results[current or finished], during if current else after)
+        return [current] if current else []
 
-    def run(self, ids: list[str], results: dict[str, Result]):
-        """Run exercises in one worker until it ends. Yields each id when its result is known."""
-        key = secrets.token_bytes(16)
-        self.worker = self.start(self.lesson, self.file, ids, self.show_prints, key)
-        connection = self.worker.connection
-        current, finished, count, deadline = None, None, 0, time.monotonic() + START_SECONDS
+    with contextlib.closing(start(key)) as worker:
+        deadline = time.monotonic() + limit
         while True:
-            if not connection.poll(max(0.0, deadline - time.monotonic())):
-                self.close()
-                if current is None and finished is None:
-                    raise CourseError(f"The grader's worker did not start within {START_SECONDS:g} s.")
-                if current is None:
-                    fail(results[finished], "left the Python process hanging after its checks.")
-                    return
-                seconds = self.worker.patience * self.checks[current][1]
-                fail(
-                    results[current],
-                    f"did not end within {seconds:g} s: an endless loop? If the machine is busy, try again.",
+            if not worker.connection.poll(max(0.0, deadline - time.monotonic())):
+                if current:
+                    results[current].certain = False
+                yield from blame(
+                    f"did not end within {limit:g} s: an endless loop? If the machine is busy, try again.",
+                    "left the Python process hanging after its checks.",
+                    f"The grader's worker did not start within {limit:g} s.",
                 )
-                results[current].certain = False
-                yield current
                 return
             try:
-                kind, *event = opened(connection.recv_bytes(MAX_EVENT), key)
+                kind, *event = opened(worker.connection.recv_bytes(MAX_EVENT), key)
             except (EOFError, OSError):
-                how = self.worker.how_it_ended()
-                if current is None and finished is None:
-                    raise CourseError(f"The grader's worker ended {how}; is torch installed?") from None
-                if current is None:
-                    fail(results[finished], f"ended the Python process {how} after its checks.")
-                    return
-                fail(results[current], f"ended the Python process {how} in the middle of a check.")
-                yield current
+                how = worker.how_it_ended()
+                yield from blame(
+                    f"ended the Python process {how} in the middle of a check.",
+                    f"ended the Python process {how} after its checks.",
+                    f"The grader's worker ended {how}; is torch installed?",
+                )
                 return
             except ValueError:
-                self.close()
-                raise CourseError(f"{shown(self.file)} wrote into the grader's own connection.") from None
-            if kind == "broken":
-                self.close()
-                if count:
-                    fail(results[current], "ended its checks too early: it has changed or closed what pytest needs.")
-                    yield current
-                elif finished is None:
-                    raise CourseError(f"A check of the course is broken, please report it:\n{event[0]}")
-                return  # an earlier answer may be the cause; a new process will show it
+                raise CourseError(f"{shown(file)} wrote into the grader's own connection.") from None
             if kind == "collected":
-                self.checks = event[0]
+                checks = event[0]
                 for id, result in results.items():
-                    if id not in self.checks:
-                        self.close()
-                        raise CourseError(f"{shown(self.lesson.checks)} has no check for {id} ({result.name}).")
-                    result.points = self.checks[id][0]
+                    if id not in checks:
+                        raise CourseError(f"{shown(lesson.checks)} has no check for {id} ({result.name}).")
+                    result.points = checks[id][0]
             elif kind == "start":
                 current, count = event[0], 0
-                deadline = time.monotonic() + self.worker.patience * self.checks[current][1]
+                limit = worker.patience * checks[current][1]
+                deadline = time.monotonic() + limit
             elif kind == "note":
                 results[current].notes.append(event[0])
             elif kind == "check":
                 count += 1
                 if event[0] is not None:
                     fail(results[current], **event[0])
-                if count == self.checks[current][2]:  # naming the mistake does not count as the student's time
+                if count == checks[current][2]:  # naming the mistake does not count as the student's time
                     deadline = time.monotonic() + START_SECONDS
             elif kind == "mistake":
                 results[current].mistake = event[0]
             elif kind == "end":
                 if current == TOGETHER and not count:
                     results[current].status = "waiting"
-                elif count != self.checks[current][2]:
-                    fail(results[current], f"only {count} of {self.checks[current][2]} checks were run.")
+                elif count != checks[current][2]:
+                    fail(results[current], f"only {count} of {checks[current][2]} checks were run.")
                 elif results[current].status != "wrong" and not results[current].sentence:
                     results[current].status = "passed"
                 finished, current, deadline = current, None, time.monotonic() + START_SECONDS
                 yield finished
-            elif kind == "finished":
-                self.close()  # not join: a thread that a student's code has left behind would keep the process
+            elif kind == "broken" and count:
+                fail(results[current], "ended its checks too early: it has changed or closed what pytest needs.")
+                yield current
                 return
-
-    def close(self) -> None:
-        if self.worker is not None:
-            self.worker.close()
+            elif kind == "broken":
+                if finished is None:
+                    raise CourseError(f"A check of the course is broken, please report it:\n{event[0]}")
+                return  # an earlier answer may be the cause; a new process will show it
+            elif kind == "finished":
+                if not checks:
+                    raise CourseError(f"{shown(lesson.checks)} has no checks.")
+                return
 
 
 class Worker:

@@ -17,7 +17,7 @@ import pytest
 
 from common.course import Lesson
 from common.course.exercises import TOGETHER
-from common.grading.plugin import ALONE, Grader, exercise_of
+from common.grading.plugin import QUIET, Grader, exercise_of, run_checks
 from common.grading.subject import Failure, Subject
 from common.grading.wire import readable, sealed
 
@@ -26,9 +26,8 @@ class ReportingGrader(Grader):
     """A grader that sends each result to the runner, and runs only the exercises in `ids`."""
 
     def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
-        super().__init__(lambda lesson: subject, ids)
-        self.lesson, self.graded = subject.lesson, subject
-        self.send = send
+        super().__init__(subject, ids)
+        self.graded, self.send = subject, send
         self.current: str | None = None
         self.failed = False
 
@@ -49,9 +48,6 @@ class ReportingGrader(Grader):
             self.finish()
             self.current = exercise_of(item)
             self.send("start", self.current)
-
-    def lesson_of(self, checks: Path) -> Lesson | None:
-        return self.lesson if checks == self.lesson.checks else None
 
     def pytest_sessionfinish(self) -> None:
         self.finish()
@@ -99,14 +95,11 @@ def work(
     import torch
 
     torch.set_num_threads(1)
-    subject = Subject(lesson, file)
-    options = [str(lesson.checks), *ALONE, "-p", "common.grading.plugin", "-p", "no:terminal", "-p", "no:faulthandler"]
-    if show_prints:
-        options.append("--capture=no")
 
     def send(*event) -> None:
         connection.send_bytes(sealed(event, key))
 
-    pytest.main(options, plugins=[make_grader(subject, ids, send)])
+    grader = make_grader(Subject(lesson, file), ids, send)
+    run_checks(lesson.checks, grader, *QUIET, *(["--capture=no"] if show_prints else []))
     send("finished")
     connection.close()
