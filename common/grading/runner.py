@@ -27,18 +27,42 @@ from common.workers import call, kill
 START_SECONDS = 120.0  # how long a worker may take to import torch and collect the checks
 
 
+class Worker:
+    """The process that holds torch and runs the checks, and the connection to it. It waits for `begin`."""
+
+    patience = 1.0  # the factor by which the checks' time limits are extended
+
+    def __init__(self):
+        self.process, self.connection = call("common.grading.worker:wait")
+
+    def begin(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes) -> None:
+        self.connection.send((lesson, file, ids, show_prints, key))
+
+    def how_it_ended(self) -> str:
+        """How the worker ended, as a phrase, once its connection is closed. The student's code may still be running."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
+        self.close()
+        code = self.process.returncode
+        return f"by signal {-code}" if code < 0 else f"with exit code {code}"
+
+    def close(self) -> None:
+        """End the process and whatever it started."""
+        kill(self.process)
+
+
 def grade(
     lesson: Lesson,
     file: Path,
     only: list[str] | None = None,
     on_result: Callable[[Result], None] = lambda result: None,
     show_prints: bool = False,
-    start: Callable[..., Worker] | None = None,
+    start: Callable[[], Worker] = Worker,
 ) -> list[Result]:
     """Grade a file with its lesson's checks. Returns a result for each exercise, and that of the whole module last.
 
     only: the exercises to grade; None: all, and the whole module. on_result: called with each result, in order, as soon
-    as it is known. start: makes the worker, by default a `Worker`. Raises CourseError if the file cannot be read, or if
+    as it is known. start: starts a worker. Raises CourseError if the file cannot be read, or if
     the checks themselves are broken.
     """
     if not lesson.is_importable:
@@ -76,11 +100,8 @@ def grade(
                 result.sentence += pointer(lesson, result, results)
                 on_result(result)
 
-    def start_worker(key: bytes) -> Worker:
-        return (start or Worker)(lesson, file, waiting, show_prints, key)
-
     while True:
-        with contextlib.closing(run(start_worker, lesson, file, results)) as known:
+        with contextlib.closing(run(start(), lesson, file, waiting, show_prints, results)) as known:
             for each in known:
                 waiting.remove(each)
                 show_known()
@@ -101,8 +122,12 @@ def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
     return results
 
 
-def run(start: Callable[[bytes], Worker], lesson: Lesson, file: Path, results: dict[str, Result]) -> Generator[str]:
-    """Put what one worker reports into the results, until it ends. Yields an exercise's id when its result is known."""
+def run(
+    worker: Worker, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, results: dict[str, Result]
+) -> Generator[str]:
+    """Let a worker run exercises, and put what it reports into the results. Yields an exercise's id when its result is
+    known.
+    """
     key = secrets.token_bytes(16)
     checks: dict[str, tuple[int, float, int]] = {}  # of each exercise: points, seconds, number of checks
     current, finished, count, limit = None, None, 0, START_SECONDS
@@ -116,7 +141,9 @@ def run(start: Callable[[bytes], Worker], lesson: Lesson, file: Path, results: d
         fail(results[current or finished], during if current else after)
         return [current] if current else []
 
-    with contextlib.closing(start(key)) as worker:
+    with contextlib.closing(worker):
+        with contextlib.suppress(OSError):  # it has ended already, which is noticed below
+            worker.begin(lesson, file, ids, show_prints, key)
         deadline = time.monotonic() + limit
         while True:
             if not worker.connection.poll(max(0.0, deadline - time.monotonic())):
@@ -181,27 +208,6 @@ def run(start: Callable[[bytes], Worker], lesson: Lesson, file: Path, results: d
                 if not checks:
                     raise CourseError(f"{shown(lesson.checks)} has no checks.")
                 return
-
-
-class Worker:
-    """The process that holds torch and runs the checks, and the connection to it."""
-
-    patience = 1.0  # the factor by which the checks' time limits are extended
-
-    def __init__(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes):
-        self.process, self.connection = call("common.grading.worker:work", lesson, file, ids, show_prints, key)
-
-    def how_it_ended(self) -> str:
-        """How the worker ended, as a phrase, once its connection is closed. The student's code may still be running."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=5)
-        self.close()
-        code = self.process.returncode
-        return f"by signal {-code}" if code < 0 else f"with exit code {code}"
-
-    def close(self) -> None:
-        """End the process and whatever it started."""
-        kill(self.process)
 
 
 def fail(

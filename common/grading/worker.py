@@ -79,6 +79,15 @@ class ReportingGrader(Grader):
     pytest_collectreport = pytest_runtest_logreport
 
 
+def wait(connection: Connection) -> None:
+    """Runs in the worker: waits until it is told what to do."""
+    try:
+        what = connection.recv()
+    except EOFError:
+        return  # the process that started it has ended
+    work(connection, *what)
+
+
 def work(
     connection: Connection,
     lesson: Lesson,

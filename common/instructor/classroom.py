@@ -91,10 +91,10 @@ class Classroom:
             file = base / lesson.module.relative_to(ROOT)
             file.write_bytes(content)
 
-            def start(lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes):
+            def start() -> sandbox.SandboxedWorker:
                 if self.stopping.is_set():
                     raise Stopped("interrupted")
-                worker = sandbox.SandboxedWorker(base, lesson, file, ids, key, sandbox.Limits())
+                worker = sandbox.SandboxedWorker(base, sandbox.Limits())
                 self.workers.add(worker)
                 return worker
 

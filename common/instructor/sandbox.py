@@ -107,8 +107,8 @@ class SandboxedWorker:
 
     patience = 3.0  # the factor on time limits: several workers run at once, and each also runs a wrong answer
 
-    def __init__(self, course: Path, lesson: Lesson, file: Path, ids: list[str], key: bytes, limits: Limits):
-        self.limits = limits
+    def __init__(self, course: Path, limits: Limits):
+        self.course, self.limits = course, limits
         self.killed = ""
         self.scratch = tempfile.TemporaryDirectory(prefix="grading-")
         ours, theirs = socket.socketpair()
@@ -128,11 +128,14 @@ class SandboxedWorker:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        order = {"slug": lesson.slug, "file": str(file.relative_to(course)), "ids": ids, "key": key.hex()}
-        ceilings = {"memory": limits.memory, "file_size": limits.disk, "processes": limits.processes + others()}
-        self.connection.send_bytes(json.dumps({**order, "limits": ceilings}).encode())
         self.over = threading.Event()
         threading.Thread(target=self.oversee, daemon=True).start()
+
+    def begin(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes) -> None:
+        limits = self.limits
+        order = {"slug": lesson.slug, "file": str(file.relative_to(self.course)), "ids": ids, "key": key.hex()}
+        ceilings = {"memory": limits.memory, "file_size": limits.disk, "processes": limits.processes + others()}
+        self.connection.send_bytes(json.dumps({**order, "limits": ceilings}).encode())
 
     def oversee(self) -> None:
         """End the worker when it and the processes that it has started exceed the limits."""

@@ -227,8 +227,7 @@ def standing(lesson: Lesson) -> Standing:
     try:
         for module in course.modules_of(lesson.number):
             if not module.is_optional:
-                known = kept(module, module.module)
-                results += grade_and_keep(module, module.module) if known is None else known
+                results += kept(module, module.module) or grade_and_keep(module, module.module)
     except Waits as error:
         return Standing(lesson, note=Text(f"waits for your {error.lessons}", "dim"))
     except CourseError as error:

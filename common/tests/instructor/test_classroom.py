@@ -17,6 +17,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -222,19 +223,19 @@ def test_the_last_of_two_entries_with_one_path_counts(tmp_path):
     ]
 
 
-@dataclass
 class Scripted:
-    """A worker that says these things and ends."""
+    """A worker that says these things, of the exercises that it is to run, and ends."""
 
-    events: list[tuple]
-    key: bytes
     patience = 1.0
 
-    def __post_init__(self):
+    def __init__(self, events_of: Callable[[list[str]], list[tuple]]):
+        self.events_of = events_of
+
+    def begin(self, lesson, file, ids, show_prints, key) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         with theirs:
-            for event in self.events:
-                theirs.send_bytes(sealed(event, self.key))
+            for event in self.events_of(list(ids)):
+                theirs.send_bytes(sealed(event, key))
 
     def how_it_ended(self) -> str:
         return "by signal 9"
@@ -250,14 +251,14 @@ def test_a_process_that_ends_between_two_exercises_loses_one_of_them(tmp_path):
     checks = {each.id: (1, 5.0, 1) for each in exercises_of(INTRO)} | {TOGETHER: (0, 5.0, 1)}
     asked = []
 
-    def start(lesson, file, ids, show_prints, key):
-        asked.append(ids := list(ids))
+    def events_of(ids):
+        asked.append(ids)
         events = [("collected", checks)]
         for id in ids[: None if asked[1:] else 1]:
             events += [("start", id), ("check", None), ("end", id)]
-        return Scripted([*events, *([("finished",)] if asked[1:] else [])], key)
+        return [*events, *([("finished",)] if asked[1:] else [])]
 
-    results = {result.id: result for result in grade(INTRO, file, start=start)}
+    results = {result.id: result for result in grade(INTRO, file, start=lambda: Scripted(events_of))}
     first, *others = [each.id for each in exercises_of(INTRO)]
     assert len(asked) == 2 and first not in asked[1]
     assert results[first].status == "wrong" and "by signal 9 after its checks" in results[first].sentence
