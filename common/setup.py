@@ -165,9 +165,7 @@ def install(extra: str) -> None:
         "torch": build,  # what was tried first
         "python": version_of(venv_python()),
     }
-    unfinished = stamp_file().with_suffix(".part")
-    unfinished.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(stamp_file())
+    stamp_file().write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 
 
 def lighter_packages() -> list[str]:

@@ -123,14 +123,12 @@ class Classroom:
         for old in path.parent.glob(f"{found.lesson.slug}-*.json"):
             old.unlink()
         record = {"results": [asdict(each) for each in found.results], "problem": found.problem, "review": found.review}
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        unfinished.replace(path)
+        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def kept(self, submission: Submission, lesson: Lesson) -> Graded | None:
         try:
             record = json.loads(self.state(submission, lesson).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # ValueError: the grading ended while it was written
             return None
         results = [Result(**each) for each in record["results"]]
         return Graded(submission.student, lesson, results, record["problem"], record["review"])
