@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from common.course import CourseError, Lesson, shown, unfinished
-from common.course.exercises import TOGETHER, exercises_of, read_module, unreadable, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, read_source, walk_functions
 from common.course.modules import Waits, listed, still_to_do_below
 from common.grading.results import Result, fingerprint, keep, look_first
 from common.grading.wire import MAX_EVENT, opened
@@ -233,17 +233,6 @@ def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
         ran = listed(unknown)
         return f"\nThis ran in your whole file, {ran} included: make test-lesson-{lesson.number} says which are right."
     return ""
-
-
-def read_source(file: Path) -> str:
-    """The file's text, if Python can read it. Raises CourseError with file and line."""
-    source = read_module(file)
-    try:
-        compile(source, str(file), "exec")
-    except (SyntaxError, ValueError) as error:
-        line = (getattr(error, "text", None) or "").strip()
-        raise CourseError(unreadable(file, error) + (f"\n    {line}" if line else "")) from None
-    return source
 
 
 def todo_lines(source: str) -> dict[str, int]:

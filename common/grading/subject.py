@@ -17,7 +17,7 @@ import torch
 
 from common.course import CourseError, Lesson, shown, unfinished
 from common.course.catalogue import Answer, apply, load_answers
-from common.course.exercises import TOGETHER, begins, exercises_of, read_module, walk_functions
+from common.course.exercises import TOGETHER, begins, exercises_of, read_source, walk_functions
 from common.grading import isolate
 from common.grading.arguments import watched_arguments
 from common.grading.compare import REPLACES, CheckFailed, is_telling, nothing_replaced, same
@@ -43,7 +43,7 @@ class Subject:
 
     def __init__(self, lesson: Lesson, file: Path, source: str | None = None):
         self.lesson = lesson
-        self.source = read_module(file) if source is None else source
+        self.source = read_source(file) if source is None else source
         self.file = file if source is None else isolate.edited(file, source)
         self.exercises = {exercise.id: exercise for exercise in exercises_of(lesson)}
         self.todo = set(unfinished(self.source)) if "TODO " in self.source else set()

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from common import course
 from common.course import Lesson, shown
-from common.course.exercises import Exercise, begins, exercises_of, find_exercise, walk_functions
+from common.course.exercises import Exercise, begins, exercises_of, find_exercise, read_source, walk_functions
 from common.course.modules import check_solution, listed
 from common.grading.results import Result, kept
-from common.grading.runner import grade, grade_and_keep, read_source
+from common.grading.runner import grade, grade_and_keep
 from common.options import exercise_id, force, lesson_number
 from common.student.grade import console, wrapped
 

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from common import course
 from common.course import CourseError, Lesson, shown
-from common.course.exercises import TOGETHER, exercises_of, is_begun, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, is_begun, read_source, walk_functions
 from common.grading.results import Result, kept, next_step
-from common.grading.runner import Worker, grade, grade_and_keep, read_source, todo_lines
+from common.grading.runner import Worker, grade, grade_and_keep, todo_lines
 from common.options import lesson_number, mine
 from common.student.board import SIGNS, bar, score
 from common.student.grade import congratulate, console, heading, report

@@ -26,8 +26,8 @@ import pytest
 
 from common.course import LESSONS, MODULES, ROOT, CourseError
 from common.course.catalogue import apply, right
-from common.course.exercises import TOGETHER, exercises_of, to_do
-from common.grading.runner import grade, read_source
+from common.course.exercises import TOGETHER, exercises_of, read_source, to_do
+from common.grading.runner import grade
 from common.grading.wire import sealed
 from common.instructor import sandbox
 from common.instructor.classroom import Classroom, points_of
