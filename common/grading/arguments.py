@@ -67,8 +67,8 @@ def state(value: Any) -> Any:
     if value is None or isinstance(value, PLAIN):  # the usual case; some functions are called thousands of times
         return value if value == value else repr(value)  # NaN does not equal itself
     if isinstance(value, Tensor):
-        flat = value.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
-        numbers = b"" if flat.is_meta else flat.cpu().numpy().tobytes()
+        flat = value.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).view(-1)
+        numbers = b"" if flat.is_meta else flat.view(torch.uint8).cpu().numpy().tobytes()
         return value.shape, value.dtype, value.device, numbers
     if isinstance(value, dict):
         return [(state(key), state(each)) for key, each in value.items()]
