@@ -52,17 +52,17 @@ class Grader:
     """
 
     def __init__(self, subject: Subject | None = None, only: Collection[str] | None = None):
-        self.subjects: dict[Path, Subject | None] = {subject.lesson.checks: subject} if subject else {}
+        self.by_checks: dict[Path, Subject | None] = {subject.lesson.checks: subject} if subject else {}
         self.only = only
 
     def subject_of(self, checks: Path) -> Subject | None:
         """The module to grade by the checks in this file; None if the file has no lesson's checks."""
         from common.grading.subject import Subject
 
-        if checks not in self.subjects:
+        if checks not in self.by_checks:
             lesson = next((each for each in MODULES if each.checks == checks), None)
-            self.subjects[checks] = lesson and Subject(lesson, lesson.module)
-        return self.subjects[checks]
+            self.by_checks[checks] = lesson and Subject(lesson, lesson.module)
+        return self.by_checks[checks]
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self.only is not None:

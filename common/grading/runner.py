@@ -44,7 +44,8 @@ class Worker:
             self.process.wait(timeout=5)
         self.close()
         code = self.process.returncode
-        return f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        number = -code if code < 0 else code - 128  # of a signal, to which bubblewrap adds 128
+        return f"by signal {number}" if number > 0 else f"with exit code {code}"
 
     def close(self) -> None:
         """End the process and whatever it started."""

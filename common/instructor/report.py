@@ -23,6 +23,10 @@ MOST_NOTES = 20
 """The largest number of a submission's notes that is shown."""
 
 
+def earned(result: Result) -> int:
+    return result.points if result.status == "passed" else 0
+
+
 @dataclass
 class Graded:
     """The result of one module of one submission."""
@@ -35,7 +39,7 @@ class Graded:
 
     @property
     def points(self) -> int:
-        return sum(result.points for result in self.results if result.status == "passed")
+        return sum(map(earned, self.results))
 
 
 def write(
@@ -117,10 +121,6 @@ def columns(lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> list
                 passed = sum(graded.results[index].status == "passed" for graded in of_lesson)
                 found.append((lesson, result.id, result.name, passed))
     return found
-
-
-def earned(result: Result) -> int:
-    return result.points if result.status == "passed" else 0
 
 
 def gradescope(graded: list[Graded]) -> dict:

@@ -25,14 +25,13 @@ from pathlib import Path
 import psutil
 
 from common.course import Lesson
+from common.grading.runner import Worker
 from common.workers import kill
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 SETTINGS = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "hosts", "nsswitch.conf", "passwd")
 SETTINGS += ("localtime",)
 POLL_SECONDS = 0.1
-GONE_SECONDS = 5.0
-"""The time that a worker which has closed its connection may take to end, before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def environment(scratch: str) -> dict[str, str]:
     }
 
 
-class SandboxedWorker:
-    """A `common.grading.runner.Worker` in the sandbox, with a thread that enforces the limits."""
+class SandboxedWorker(Worker):
+    """A worker in the sandbox, with a thread that enforces the limits."""
 
     patience = 3.0  # the factor on time limits: several workers run at once, and each also runs a wrong answer
 
@@ -172,13 +171,8 @@ class SandboxedWorker:
                 each.kill()
 
     def how_it_ended(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed the connection and gone on
-            self.process.wait(timeout=GONE_SECONDS)
-        self.close()
-        code = self.process.returncode
-        if self.killed:
-            return f"by force: it {self.killed},"
-        return f"by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"with exit code {code}"
+        how = super().how_it_ended()
+        return f"by force: it {self.killed}," if self.killed else how
 
     def close(self) -> None:
         if self.over.is_set():

@@ -24,7 +24,7 @@ import textwrap
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,9 @@ def update(source: str) -> None:
     if version is None:
         return
     old, new = skeletons(version.answered), skeletons(version.files)
-    own = {path: text for path, text in texts(version.mine, old).items() if text != old[path]}
+    present = [path for path in old if (version.mine / path).is_file()]
+    own = {path: text_of(path, (version.mine / path).read_bytes()) for path in present}
+    own = {path: text for path, text in own.items() if text != old[path]}
     renumbered = ids_now(version, old, new)
     carried = carry(old, own, new, renumbered)
     contents, remarks = merge_others(version, {*old, *new})
@@ -83,30 +85,22 @@ def update(source: str) -> None:
 
 def skeletons(files: Files) -> dict[str, str]:
     """The lessons' modules in a version, by path: each has the name of a file in solutions/."""
-    found = [re.fullmatch(r"lesson-[^/]+/([a-z]\w*\.py)", path) for path in files]
-    return {match[0]: text_of(files[match[0]]) for match in found if match and f"solutions/{match[1]}" in files}
+    names = {path: re.fullmatch(r"lesson-[^/]+/([a-z]\w*\.py)", path) for path in files}
+    modules = [path for path, match in names.items() if match and f"solutions/{match[1]}" in files]
+    return {path: text_of(path, files[path]) for path in modules}
 
 
-def text_of(content: bytes) -> str:
-    return content.decode("utf-8-sig").replace("\r\n", "\n")
+def text_of(path: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise CourseError(
+            f"{path} is not UTF-8 text. Nothing was changed. Save it as UTF-8, then update again."
+        ) from None
 
 
 def with_line_ends(text: str, present: bytes | None) -> bytes:
     return text.replace("\n", "\r\n" if present and b"\r\n" in present else "\n").encode()
-
-
-def texts(folder: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Those of these modules that the student has in `folder`. Raises CourseError if one is not UTF-8 text."""
-    found = {}
-    for path in paths:
-        if (folder / path).is_file():
-            try:
-                found[path] = text_of((folder / path).read_bytes())
-            except UnicodeDecodeError:
-                raise CourseError(
-                    f"{path} is not UTF-8 text. Nothing was changed. Save it as UTF-8, then update again."
-                ) from None
-    return found
 
 
 def ids_now(version: Version, old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
