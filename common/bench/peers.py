@@ -17,17 +17,18 @@ import importlib.util
 import json
 import os
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from common.bench.vllm_serve import MARK as VLLM_MARK
 from common.checkpoints import Checkpoint, cache_folder
-from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
+from common.checkpoints.gguf import KEYS, name_in_gguf
 from common.checkpoints.names import prepare
 from solutions.llama_pytorch import parse_config
 from solutions.paged_attention import cdiv
@@ -41,12 +42,28 @@ class Unable(RuntimeError):
 
 @dataclass
 class Served:
-    """The answers of another engine to some requests."""
+    """What an engine, ours or another, answered to requests that all arrive at once."""
 
     token_ids: list[list[int]]
-    times: list[list[float]]  # of each request: when each of its tokens was there, by `time.perf_counter`
+    times: list[list[float]]  # of each request: when its tokens were there, by `time.perf_counter`; or first and last
     held_slots: int  # slots for the keys and values of a token
     start: float  # when it was ready to begin; allocating keys and values is not counted, for any engine
+    counts: dict[str, float] = field(default_factory=dict)  # of steps and draft tokens, if they are known
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.token_ids)) / (max(times[-1] for times in self.times) - self.start)
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds, the mean over the requests."""
+        return statistics.mean(times[0] - self.start for times in self.times)
+
+    @property
+    def time_per_output_token(self) -> float:
+        """Seconds between tokens, the mean over the requests with two or more; 0 if there are none."""
+        pairs = [(ids, times) for ids, times in zip(self.token_ids, self.times) if len(ids) > 1]
+        return statistics.mean((times[-1] - times[0]) / (len(ids) - 1) for ids, times in pairs) if pairs else 0.0
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------
@@ -110,7 +127,9 @@ def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: 
         print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
         return None
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0  # no answer ends early
+    return model
 
 
 def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -250,35 +269,24 @@ def write_gguf(folder: Path, path: Path, kind: str = "F32") -> None:
         stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 and values.shape[1] % 32 == 0 else "F32"]
         writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
 
+    for name, key in KEYS.items():
+        value = getattr(config, name)
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{key}", value)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_tokenizer_model("no_vocab")  # it is given token ids, and asked for logits
-    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-    layer_names = {new: old for old, new in LAYER_NAMES.items()}
-    other_names = {new: old for old, new in OTHER_NAMES.items()}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name in checkpoint.names():
-        stem, _, part = name.rpartition(".")
-        values = checkpoint.read(name).float().numpy()
-        if stem in other_names:
-            if stem == "lm_head" and config.tie_word_embeddings:
-                continue
-            add(f"{other_names[stem]}.{part}", values, "Q8_0" if kind == "Q4_0" else kind)
+        if name.startswith("lm_head") and config.tie_word_embeddings:
             continue
-        _, _, number, layer = stem.split(".", 3)  # model.layers.7.self_attn.q_proj
-        if layer in heads:
+        values = checkpoint.read(name).float().numpy()
+        if (layer := name.split(".")[-2]) in heads:
             # (heads, 2, pair, ...) -> (heads, pair, 2, ...): from halves to neighbours.
             values = values.reshape(heads[layer], 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        add(f"blk.{number}.{layer_names[layer]}.{part}", numpy.ascontiguousarray(values), kind)
+        is_table = layer in ("embed_tokens", "lm_head")
+        own_kind = "Q8_0" if kind == "Q4_0" and is_table else kind
+        add(name_in_gguf(name), numpy.ascontiguousarray(values), own_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

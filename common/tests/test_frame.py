@@ -245,6 +245,7 @@ def test_what_decides_outputs_is_pinned():
 # --- The tests of the tests: what `make test-all` leaves out ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_has_passed_is_not_repeated_unless_something_changed(tmp_path):
     """In a small repository of its own: one fast test, one slow, one that skips itself."""
     for name in ("__init__.py", "course", "authoring/__init__.py", "authoring/remaining.py"):
@@ -332,6 +333,7 @@ def test_cells_that_were_never_run_are_found(tmp_path):
     assert notebooks.never_run(tmp_path / "x.ipynb") == [3]
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_in_its_folder_finds_the_course_and_is_not_saved_with_an_error(tmp_path):
     class Elsewhere(Lesson):
         folder = tmp_path
@@ -364,6 +366,7 @@ MADE_UP = {
 }
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_bytes_for_the_same_data_and_others_for_other_data(monkeypatch):
     monkeypatch.setattr(results, "read", MADE_UP.__getitem__)
     for path in ("lesson-0-intro/figures/roofline.svg", "lesson-2-llama-pytorch/figures/recompute.svg"):
