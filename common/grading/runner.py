@@ -89,28 +89,25 @@ def grade(
     if only is None:
         results[TOGETHER] = Result(TOGETHER, "together", status="waiting")
     waiting = [each for each in results if each not in todo and (each != TOGETHER or not todo)]
-    shown_so_far: list[str] = []
+    unreported = list(results.values())
 
-    def show_known() -> None:
+    def report_known() -> None:
         """Report known results in order, a wrong exercise only after those that may be the cause."""
-        for each, result in results.items():
-            if {each, *result.through}.intersection(waiting):
-                return
-            if each not in shown_so_far:
-                shown_so_far.append(each)
-                result.sentence += pointer(lesson, result, results)
-                on_result(result)
+        while unreported and not {unreported[0].id, *unreported[0].through}.intersection(waiting):
+            result = unreported.pop(0)
+            result.sentence += pointer(lesson, result, results)
+            on_result(result)
 
     while True:
         with contextlib.closing(run(start(), lesson, file, waiting, show_prints, results)) as known:
             for each in known:
                 waiting.remove(each)
-                show_known()
+                report_known()
         if TOGETHER in waiting:  # a worker was lost, so not all exercises have passed
             waiting.remove(TOGETHER)
         if not waiting:
             break
-    show_known()
+    report_known()
     return list(results.values())
 
 

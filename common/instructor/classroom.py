@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
@@ -138,11 +138,10 @@ class Classroom:
     def run(self, left: list[tuple[Submission, Lesson]], jobs: int, on_graded: Callable[[Graded], None]) -> None:
         """Grade these modules. After a KeyboardInterrupt all workers are ended, and all results are kept."""
         with ThreadPoolExecutor(jobs) as pool:
-            waiting: set[Future] = {pool.submit(self.grade_one, *each) for each in left}
+            futures = [pool.submit(self.grade_one, *each) for each in left]
             try:
-                while waiting:
-                    done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for found in filter(None, (future.result() for future in done)):
+                for future in as_completed(futures):
+                    if found := future.result():
                         self.graded[found.student, found.lesson.slug] = found
                         on_graded(found)
             finally:

@@ -54,16 +54,12 @@ def write(
     for each in rows:
         folder = out / "students" / each["student"]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "index.html").write_text(
-            pages.get_template("student.html").render(**each), encoding="utf-8", errors="backslashreplace"
-        )
-        (folder / "results.json").write_text(
-            json.dumps(gradescope(each["graded"]), indent=1), encoding="utf-8", errors="backslashreplace"
-        )
+        write_text(folder / "index.html", pages.get_template("student.html").render(**each))
+        write_text(folder / "results.json", json.dumps(gradescope(each["graded"]), indent=1))
         for slug, content in each["modules"].items():
             (folder / f"{slug}.py").write_bytes(content)
     overview = pages.get_template("class.html").render(rows=rows, columns=columns(lessons, known), lessons=lessons)
-    (out / "index.html").write_text(overview, encoding="utf-8", errors="backslashreplace")
+    write_text(out / "index.html", overview)
     write_table(
         out / "grades.csv",
         ["student", "points", "of", *(each.slug for each in lessons), "not graded yet", "look at"],
@@ -149,6 +145,10 @@ def gradescope(graded: list[Graded]) -> dict:
         "stdout_visibility": "hidden",
         "tests": [test for test in tests if test["max_score"]],
     }
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_table(path: Path, header: list[str], rows: list[list]) -> None:

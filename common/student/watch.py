@@ -142,13 +142,10 @@ class Watched:
     def tell(self, before: dict[str, Result], ids: list[str] | None) -> None:
         told = Text()
         for id, result in self.results.items():
-            was = before[id].status
-            if id == TOGETHER:
-                continue
-            if was != result.status:
-                told.append(f"{result}: {was} -> ").append(result.status, SIGNS[result.status][1]).append("   ")
-            elif id in (ids or ()):
-                told.append(f"{result}: still ").append(result.status, SIGNS[result.status][1]).append("   ")
+            was, is_edited = before[id].status, id in (ids or ())
+            verb = f"{was} ->" if was != result.status else "still" if is_edited else ""
+            if verb and id != TOGETHER:
+                told.append(f"{result}: {verb} ").append(result.status, SIGNS[result.status][1]).append("   ")
         console.print(Text(time.strftime("\n%H:%M:%S  "), "dim") + (told or Text("No exercise has changed.", "dim")))
         wrong = [result for id, result in self.results.items() if result.status == "wrong"]
         new = [each for each in wrong if each.id in (ids or ()) or before[each.id].status != "wrong"]
