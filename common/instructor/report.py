@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 
 from common.course import Lesson
-from common.course.exercises import TOGETHER
+from common.course.exercises import TOGETHER, exercises_of
 from common.grading.results import Result
 from common.instructor.submissions import Submission
 
@@ -100,23 +101,20 @@ def row(submission: Submission, lessons: list[Lesson], known: dict[tuple[str, st
         "modules": submission.modules,
         "graded": graded,
         "by_slug": {each.lesson.slug: each for each in graded},
+        "by_id": {result.id: result for each in graded for result in each.results},
         "points": sum(each.points for each in graded),
         "worth": sum(result.points for each in graded for result in each.results),
-        "left": len(lessons) - len(graded),
+        "left": sum(each.slug in submission.modules or not each.is_optional for each in lessons) - len(graded),
         "review": review[:MOST_NOTES] + more,
     }
 
 
-def columns(lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> list[tuple[Lesson, str, str, int]]:
-    """The columns of the class's table: (lesson, the exercise's id, its name, how many passed)."""
-    found = []
-    for lesson in lessons:
-        of_lesson = [graded for (_, slug), graded in known.items() if slug == lesson.slug]
-        for index, result in enumerate(of_lesson[0].results if of_lesson else ()):
-            if result.id != TOGETHER:
-                passed = sum(graded.results[index].status == "passed" for graded in of_lesson)
-                found.append((lesson, result.id, result.name, passed))
-    return found
+def columns(lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> list[tuple[str, str, int]]:
+    """The columns of the class's table: (the exercise's id, its name, how many passed)."""
+    slugs = {slug for _, slug in known}
+    passed = Counter(each.id for graded in known.values() for each in graded.results if each.status == "passed")
+    exercises = [each for lesson in lessons if lesson.slug in slugs for each in exercises_of(lesson)]
+    return [(each.id, each.function, passed[each.id]) for each in exercises]
 
 
 def gradescope(graded: list[Graded]) -> dict:

@@ -27,11 +27,12 @@ import pytest
 from common.course import LESSONS, MODULES, ROOT, CourseError
 from common.course.catalogue import apply, right
 from common.course.exercises import TOGETHER, exercises_of, read_source, to_do
+from common.grading.results import Result
 from common.grading.runner import grade
 from common.grading.wire import sealed
 from common.instructor import sandbox
 from common.instructor.classroom import Classroom, points_of
-from common.instructor.report import write
+from common.instructor.report import Graded, write
 from common.instructor.submissions import Submission, find_submissions, read_submission
 
 INTRO, BASICS = LESSONS[0], LESSONS[1]
@@ -726,6 +727,30 @@ def test_grading_can_be_interrupted_and_goes_on(tmp_path):
     assert points == {"anna": str(worth), "bert": "0", "carla": str(worth)}
     gradescope = json.loads((tmp_path / "out" / "students" / "anna" / "results.json").read_text())
     assert gradescope["score"] == worth == sum(test["max_score"] for test in gradescope["tests"])
+
+
+def test_an_optional_module_that_only_some_hand_in_shifts_nothing(tmp_path):
+    lessons = [INTRO, next(each for each in MODULES if each.is_optional), BASICS]
+    submissions = [Submission("anna", tmp_path, {each.slug: b"" for each in lessons})]
+    submissions.append(Submission("ben", tmp_path, {each.slug: b"" for each in lessons if not each.is_optional}))
+    graded = {
+        (submission.student, lesson.slug): Graded(
+            submission.student, lesson, [Result(each.id, each.function, "passed", 1) for each in exercises_of(lesson)]
+        )
+        for submission in submissions
+        for lesson in lessons
+        if lesson.slug in submission.modules
+    }
+    write(tmp_path, lessons, submissions, graded)
+    heat = (tmp_path / "index.html").read_text().partition('class="heat"')[2].split("<tr>")[1:]
+    assert [row.count("<th") + row.count("<td") for row in heat] == [heat[0].count("<th")] * 3
+    row = re.findall(r"<td[^>]*>(.?)</td>", heat[2])
+    assert row == ["✓"] * len(exercises_of(INTRO)) + [""] * len(exercises_of(lessons[1])) + ["✓"] * len(
+        exercises_of(BASICS)
+    )
+    assert "not graded yet" not in (tmp_path / "students" / "ben" / "index.html").read_text()
+    rows = list(csv.DictReader((tmp_path / "grades.csv").open()))
+    assert [each["not graded yet"] for each in rows] == ["", ""]
 
 
 def test_reports_escape_what_a_student_wrote(tmp_path):
