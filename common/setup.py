@@ -89,11 +89,6 @@ def has_gpu() -> bool:
     return found.returncode == 0 and b"GPU 0" in found.stdout
 
 
-def default_build() -> str:
-    """The build that is installed without TORCH. CUDA's packages have gigabytes, and are useless without a GPU."""
-    return "cpu" if sys.platform == "linux" and not has_gpu() else "cuda"
-
-
 def fits(stamp: dict, extra: str) -> bool:
     """Whether what `read_stamp` returned is up to date and has this extra and the build of torch that TORCH names."""
     return (
@@ -142,7 +137,9 @@ def install(extra: str) -> None:
     """Install what pyproject.toml and `extra` name into .venv. Raises SetupError if that fails."""
     before = read_stamp()
     extras = sorted({*before.get("extras", []), extra} - {""})
-    build = asked_build() or before.get("torch") or default_build()
+    build = asked_build() or before.get("torch")
+    if not build:  # CUDA's packages have gigabytes, and are useless without a GPU
+        build = "cpu" if sys.platform == "linux" and not has_gpu() else "cuda"
     swap_torch = build != before.get("torch", build)
     if stamp_file().exists():
         stamp_file().unlink()

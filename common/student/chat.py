@@ -19,7 +19,7 @@ import click
 
 from common.checkpoints import CheckpointError
 from common.course import CourseError, files_used
-from common.options import engine_options, mine, number, option, threads
+from common.options import engine_options, mine, number, option, several, threads
 from common.sampling import SamplingParams
 from common.start import OptionError, option_errors, start_engine
 
@@ -280,22 +280,16 @@ def run_many(talker: Talker, engine) -> int:
 
 def speaker(length: int, temperature: float, top_p: float) -> Callable:
     """The options of `run` and `chat`, with these defaults for sampling."""
-
-    def decorate(function: Callable) -> Callable:
-        for each in (
-            option("--verbose", "VERBOSE", is_flag=True, help="show the traceback of an error"),
-            threads,
-            engine_options,
-            mine(),
-            click.option("--seed", type=int, help="the same seed, the same answers"),
-            click.option("--top-p", type=float, default=top_p),
-            click.option("--temperature", type=float, default=temperature),
-            click.option("--max-tokens", type=number(), default=length, help="of an answer"),
-        ):
-            function = each(function)
-        return function
-
-    return decorate
+    return several(
+        click.option("--max-tokens", type=number(), default=length, help="of an answer"),
+        click.option("--temperature", type=float, default=temperature),
+        click.option("--top-p", type=float, default=top_p),
+        click.option("--seed", type=int, help="the same seed, the same answers"),
+        mine(),
+        engine_options,
+        threads,
+        option("--verbose", "VERBOSE", is_flag=True, help="show the traceback of an error"),
+    )
 
 
 @click.command("run")
