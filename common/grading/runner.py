@@ -25,6 +25,7 @@ from common.grading.wire import MAX_EVENT, opened
 from common.workers import call, kill
 
 START_SECONDS = 120.0  # how long a worker may take to import torch and collect the checks
+GONE_SECONDS = 5.0  # how long one that has closed its connection may take to end, before it is killed
 
 
 class Worker:
@@ -41,7 +42,7 @@ class Worker:
     def how_it_ended(self) -> str:
         """How the worker ended, as a phrase, once its connection is closed. The student's code may still be running."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=5)
+            self.process.wait(timeout=GONE_SECONDS)
         self.close()
         code = self.process.returncode
         number = -code if code < 0 else code - 128  # of a signal, to which bubblewrap adds 128

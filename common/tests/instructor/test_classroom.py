@@ -27,6 +27,7 @@ import pytest
 from common.course import LESSONS, MODULES, ROOT, CourseError
 from common.course.catalogue import apply, right
 from common.course.exercises import TOGETHER, exercises_of, read_source, to_do
+from common.grading import runner
 from common.grading.results import Result
 from common.grading.runner import grade
 from common.grading.wire import sealed
@@ -438,7 +439,7 @@ def graded_soon(monkeypatch):
     """Grades as `graded` does, and ends after 3 seconds what never ends: the answers to the exercises `endless`. Where
     the machine is so busy that other answers take as long, all get more time.
     """
-    monkeypatch.setattr(sandbox, "GONE_SECONDS", 2.0)
+    monkeypatch.setattr(runner, "GONE_SECONDS", 2.0)
 
     def grade(submission: Submission, out: Path, endless: set[str], lesson=BASICS):
         for patience in (0.3, 1.5, 7.5):
