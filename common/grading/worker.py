@@ -9,6 +9,7 @@ this process hangs or dies.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,14 +33,9 @@ class ReportingGrader(Grader):
         self.failed = False
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        summary: dict[str, tuple[int, float, int]] = {}
-        for item in items:
-            marker = item.get_closest_marker("exercise")
-            if marker is not None:
-                settings = marker.kwargs
-                count = summary.get(settings["id"], (0, 0, 0))[2]
-                summary[settings["id"]] = (settings["points"], settings["seconds"], count + 1)
-        self.send("collected", summary)
+        markers = [marker.kwargs for item in items if (marker := item.get_closest_marker("exercise"))]
+        counts = Counter(each["id"] for each in markers)
+        self.send("collected", {each["id"]: (each["points"], each["seconds"], counts[each["id"]]) for each in markers})
         super().pytest_collection_modifyitems(items)
         items.sort(key=lambda item: self.only.index(exercise_of(item)))
 
