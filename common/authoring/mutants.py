@@ -50,9 +50,12 @@ SYMMETRIC = ("transpose", "min", "max", "minimum", "maximum", "equal")
 """Calls whose result does not depend on the order of their arguments."""
 
 
-def replaced(node: ast.AST, **fields) -> ast.AST:
-    """A copy of the node with other fields."""
-    return type(node)(**{**{name: value for name, value in ast.iter_fields(node)}, **fields})
+def copy_with(node: ast.AST, **fields) -> ast.AST:
+    return type(node)(**{**dict(ast.iter_fields(node)), **fields})
+
+
+def one_less(nodes: list) -> Iterator[list]:
+    return (nodes[:i] + nodes[i + 1 :] for i in range(len(nodes)))
 
 
 def other_values(value: object) -> tuple:
@@ -75,19 +78,17 @@ def without_call(node: ast.Call) -> Iterator[ast.expr]:
 
 def variants(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes that may replace this one, each with one small change."""
-    new = replaced
     if isinstance(node, ast.Compare):
         for i, operator in enumerate(node.ops):
             for other in OPERATORS.get(type(operator), ()):
-                yield new(node, ops=[*node.ops[:i], other(), *node.ops[i + 1 :]])
+                yield copy_with(node, ops=[*node.ops[:i], other(), *node.ops[i + 1 :]])
     elif isinstance(node, (ast.BinOp, ast.AugAssign)):
         for other in OPERATORS.get(type(node.op), ()):
-            yield new(node, op=other())
+            yield copy_with(node, op=other())
     elif isinstance(node, ast.BoolOp):
-        yield new(node, op=OPERATORS[type(node.op)][0]())
-        for i in range(len(node.values)):
-            left = node.values[:i] + node.values[i + 1 :]
-            yield left[0] if len(left) == 1 else new(node, values=left)
+        yield copy_with(node, op=OPERATORS[type(node.op)][0]())
+        for left in one_less(node.values):
+            yield left[0] if len(left) == 1 else copy_with(node, values=left)
     elif isinstance(node, ast.UnaryOp):
         yield node.operand
         if isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):  # -1 is a constant, often an axis
@@ -97,42 +98,40 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.Slice):
         for part in ("lower", "upper", "step"):
             if getattr(node, part) is not None:
-                yield new(node, **{part: None})
+                yield copy_with(node, **{part: None})
     elif isinstance(node, ast.Subscript):
         if isinstance(node.slice, (ast.Name, ast.Attribute, ast.BinOp, ast.Call)):
-            yield new(node, slice=ast.BinOp(node.slice, ast.Sub(), ast.Constant(1)))
+            yield copy_with(node, slice=ast.BinOp(node.slice, ast.Sub(), ast.Constant(1)))
     elif isinstance(node, ast.Attribute):
         if node.attr in NAMES:
-            yield new(node, attr=NAMES[node.attr])
+            yield copy_with(node, attr=NAMES[node.attr])
     elif isinstance(node, ast.Name):
         if node.id in ("min", "max", "any", "all"):
-            yield new(node, id=NAMES[node.id])
+            yield copy_with(node, id=NAMES[node.id])
     elif isinstance(node, ast.Call):
         yield from without_call(node)
         if len(node.args) > 1:
-            yield new(node, args=node.args[:-1])
+            yield copy_with(node, args=node.args[:-1])
             if ast.unparse(node.func).rpartition(".")[2] not in SYMMETRIC:
-                yield new(node, args=[node.args[1], node.args[0], *node.args[2:]])
-        for i in range(len(node.keywords)):
-            yield new(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
+                yield copy_with(node, args=[node.args[1], node.args[0], *node.args[2:]])
+        yield from (copy_with(node, keywords=left) for left in one_less(node.keywords))
     elif isinstance(node, ast.IfExp):
         yield node.body
         yield node.orelse
     elif isinstance(node, ast.comprehension):
-        for i in range(len(node.ifs)):
-            yield new(node, ifs=node.ifs[:i] + node.ifs[i + 1 :])
+        yield from (copy_with(node, ifs=left) for left in one_less(node.ifs))
     elif isinstance(node, (ast.If, ast.While)):
-        yield new(node, test=ast.Constant(False))
+        yield copy_with(node, test=ast.Constant(False))
         if isinstance(node, ast.If):
-            yield new(node, test=ast.Constant(True))
+            yield copy_with(node, test=ast.Constant(True))
     if isinstance(node, (ast.Expr, ast.AugAssign, ast.Delete, ast.Continue, ast.Break, ast.Raise, ast.Return)) or (
         isinstance(node, ast.Assign) and not any(isinstance(part, ast.Name) for part in node.targets)
     ):
         yield ast.Pass()
 
 
-def sites(node: ast.AST) -> Iterator[tuple[list[ast.AST], str, int | None, ast.AST]]:
-    """Every node below this one as (the nodes above it, outermost first; its field; its index or None; the node).
+def sites(node: ast.AST) -> Iterator[tuple[list[ast.AST], list | dict, int | str]]:
+    """Every node below this one as (the path to it, from this node to itself; what holds it; its index or name there).
 
     The messages of errors and annotations are left out, since no check depends on them.
     """
@@ -141,33 +140,24 @@ def sites(node: ast.AST) -> Iterator[tuple[list[ast.AST], str, int | None, ast.A
             continue
         if isinstance(node, ast.Raise) and field == "exc":
             continue
-        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(child, ast.AST):
-                yield [node], field, index, child
+        holder, keys = (value, range(len(value))) if isinstance(value, list) else (vars(node), [field])
+        for key in keys:
+            if isinstance(child := holder[key], ast.AST):
+                yield [node, child], holder, key
                 if not (isinstance(child, ast.UnaryOp) and isinstance(child.operand, ast.Constant)):
-                    yield from (([node, *above], f, i, each) for above, f, i, each in sites(child))
+                    yield from (([node, *path], *place) for path, *place in sites(child))
 
 
-def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
-    if index is None:
-        setattr(parent, field, node)
-    else:
-        getattr(parent, field)[index] = node
+def first_line(node: ast.AST) -> str:
+    return ast.unparse(node).strip().partition("\n")[0]
 
 
-def told(path: list[ast.AST], like: tuple[int, str] | None = None) -> tuple[int, str]:
-    """Choose how much of the code to show for a change at the end of this path: the least that a reader recognises.
-
-    Returns how many nodes above the end that is, and its text in one line. like: an earlier result; the same node is
-    shown.
-    """
-    for height, node in enumerate(reversed(path)):
-        if like is not None and height < like[0]:
-            continue
-        if isinstance(node, (ast.expr, ast.stmt)) or like is not None:
-            text = ast.unparse(node).strip().partition("\n")[0]
-            if like is not None or len(text) >= 12 or isinstance(node, ast.stmt):
-                return height, text
+def recognisable(path: list[ast.AST]) -> int:
+    """The place in the path, from its end, of the smallest node by whose code a reader recognises the last one."""
+    for place in range(-1, -len(path) - 1, -1):
+        is_long = isinstance(path[place], ast.expr) and len(first_line(path[place])) >= 12
+        if is_long or isinstance(path[place], ast.stmt):
+            return place
     raise AssertionError("a statement ends the search")
 
 
@@ -175,26 +165,21 @@ def changes(source: str, function: ast.FunctionDef, exercise: Exercise) -> Itera
     """(line, what changed, source of the module) for each change of one answer."""
     lines = source.splitlines()
     above_it, below_it = "\n".join(lines[: begins(function) - 1]), "\n".join(lines[function.end_lineno :])
-
-    def module() -> str:
-        text = textwrap.indent(ast.unparse(ast.fix_missing_locations(function)), " " * function.col_offset)
-        return f"{above_it}\n{text}\n{below_it}\n"
-
-    for above, field, index, node in list(sites(function)):
-        outermost = next((each for each in [*above[1:], node] if isinstance(each, ast.stmt)), None)
+    for path, holder, key in list(sites(function)):
+        node, outermost = path[-1], next((each for each in path[1:] if isinstance(each, ast.stmt)), None)
         if outermost is None or outermost.lineno < exercise.first_answer_line:
             continue
-        before = told([*above, node])
+        line = next(each.lineno for each in reversed(path) if hasattr(each, "lineno"))
+        place = recognisable(path)
+        before = first_line(path[place])
         for other in variants(node):
             if ast.dump(other) == ast.dump(node):
                 continue
-            put(above[-1], field, index, other)
-            try:
-                changed, after = module(), told([*above, other], like=before)
-            finally:
-                put(above[-1], field, index, node)
-            line = next(each.lineno for each in reversed([*above, node]) if hasattr(each, "lineno"))
-            yield line, f"{before[1]} -> {after[1]}", changed
+            holder[key] = other
+            after = first_line([*path[:-1], other][place])
+            text = textwrap.indent(ast.unparse(ast.fix_missing_locations(function)), " " * function.col_offset)
+            holder[key] = node
+            yield line, f"{before} -> {after}", f"{above_it}\n{text}\n{below_it}\n"
 
 
 def mutants_of(lesson: Lesson) -> list[Mutant]:

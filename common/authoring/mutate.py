@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -108,49 +108,42 @@ class Trial:
     """Some mutants of a lesson and their worker. If it stalls or ends, its current mutant counts as caught."""
 
     def __init__(self, lesson: Lesson, mutants: list[Mutant]):
-        self.lesson = lesson
-        self.left = mutants
-        self.caught: list[tuple[Mutant, str]] = []
+        self.lesson, self.mutants = lesson, mutants
+        self.caught: dict[Mutant, str] = {}
         self.start()
 
     def start(self) -> None:
-        self.mutants, self.current, self.last_word = list(self.left), None, time.monotonic()
-        self.process, self.connection = call("common.authoring.mutate:work", self.lesson, self.mutants)
+        self.left = [each for each in self.mutants if each not in self.caught]
+        self.current, self.last_word = None, time.monotonic()
+        self.process, self.connection = call("common.authoring.mutate:work", self.lesson, self.left)
 
     def step(self) -> bool:
         """Read the worker's messages. Returns whether more will come."""
         try:
             while self.connection.poll():
-                self.last_word = time.monotonic()
-                event = self.connection.recv()
+                event, self.last_word = self.connection.recv(), time.monotonic()
                 if event is None:
                     kill(self.process)
                     return False
-                self.current = self.mutants[event[0]]
+                self.current = self.left[event[0]]
                 if event[1] is not None:
-                    self.catch(event[1])
+                    self.caught[self.current] = event[1]
         except EOFError:
             self.blame("ended the process")
         if time.monotonic() - self.last_word > (STALLED if self.current else 5 * START_SECONDS):
             self.blame("brought the checks to a halt")
         return True
 
-    def catch(self, why: str) -> None:
-        self.caught.append((self.current, why))
-        self.left = [each for each in self.left if each is not self.current]
-
     def blame(self, why: str) -> None:
         kill(self.process)
         if self.current is None:
             raise CourseError(f"The worker for {shown(self.lesson.checks)} did not come to its first mutant.")
-        self.catch(why)
+        self.caught[self.current] = why
         self.start()
 
 
-def try_all(
-    lesson: Lesson, mutants: list[Mutant], jobs: int, on_word: Callable[[int], None]
-) -> tuple[list[tuple[Mutant, str]], list[Mutant]]:
-    """Return the mutants that were caught, each with the reason, and the survivors.
+def try_all(lesson: Lesson, mutants: list[Mutant], jobs: int, on_word: Callable[[int], None]) -> dict[Mutant, str]:
+    """Return the mutants that were caught, each with the reason.
 
     on_word: is called with the number of mutants that are caught so far.
     """
@@ -166,25 +159,24 @@ def try_all(
     finally:
         for trial in running:
             kill(trial.process)
-    caught = [each for trial in trials for each in trial.caught]
-    return caught, [each for trial in trials for each in trial.left]
+    return {mutant: why for trial in trials for mutant, why in trial.caught.items()}
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
-def summary(lesson: Lesson, mutants: list[Mutant], survivors: list[Mutant]) -> dict:
+def summary(lesson: Lesson, mutants: list[Mutant], caught: Collection[Mutant]) -> dict:
     """Return the numbers of a lesson's mutants by result, and the names of the survivors."""
-    reasons = load_equivalents(lesson)
-    equivalent = [each for each in mutants if (each.exercise, each.change) in reasons]
-    gaps = [each for each in survivors if each not in equivalent]
-    different = len(mutants) - len(equivalent)
+    equivalents = load_equivalents(lesson)
+    different = [each for each in mutants if (each.exercise, each.change) not in equivalents]
+    survived = [str(each) for each in different if each not in caught]
+    num_caught = len(different) - len(survived)
     return {
         "mutants": len(mutants),
-        "equivalent": len(equivalent),
-        "caught": different - len(gaps),
-        "caught_share": round((different - len(gaps)) / different, 4),
-        "survived": [str(each) for each in gaps],
+        "equivalent": len(mutants) - len(different),
+        "caught": num_caught,
+        "caught_share": round(num_caught / len(different), 4),
+        "survived": survived,
     }
 
 
@@ -198,17 +190,18 @@ def mutate(lesson: Lesson, only: str | None, jobs: int, console: Console) -> dic
     """Try a lesson's mutants, or those of one exercise, and print the survivors."""
     mutants = [each for each in mutants_of(lesson) if only in (None, each.exercise)]
     with progress_bar(f"lesson {lesson.number}, {lesson.slug}", len(mutants), console.is_terminal) as update:
-        caught, survivors = try_all(lesson, mutants, jobs, lambda count: update(count, ""))
-    found = summary(lesson, mutants, survivors)
-    reasons = load_equivalents(lesson)
-    wrongly = [each for each, _ in caught if (each.exercise, each.change) in reasons]
-    for each in found["survived"]:
-        console.print(f"survived  {each}", markup=False)
-    for each in wrongly:
-        console.print(f"caught, though the catalogue calls it equivalent:  {each}", markup=False)
-    if only is None:
-        for each in unknown_equivalents(lesson, mutants):
-            console.print(f"equivalent by the catalogue, but no such mutant:  {each}", markup=False)
+        caught = try_all(lesson, mutants, jobs, lambda count: update(count, ""))
+    found, equivalents = summary(lesson, mutants, caught), load_equivalents(lesson)
+    told = {
+        "survived": found["survived"],
+        "caught, though the catalogue calls it equivalent:": [
+            each for each in caught if (each.exercise, each.change) in equivalents
+        ],
+        "equivalent by the catalogue, but no such mutant:": [] if only else unknown_equivalents(lesson, mutants),
+    }
+    for what, those in told.items():
+        for each in those:
+            console.print(f"{what}  {each}", markup=False)
     console.print(
         f"Lesson {lesson.number}, {lesson.slug}: {found['caught']} of {found['mutants'] - found['equivalent']} caught "
         f"({found['caught_share']:.1%}); {found['equivalent']} are equivalent."

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from common.bench.ladder import Silent, assembled, greedy, weights_of
+from common.bench.ladder import Silent, assembled, weights_of
 from common.config import EngineConfig
 from common.course import MODULES
 from common.course.exercises import exercises_of
@@ -60,7 +60,8 @@ PROMPTS = ["Once upon a time there was a", "Once upon a time there was a little 
 STREAMS, PROMPT_LEN, LENGTH = (1, 8, 64), 64, 128
 
 
-def generate(engine: Engine, prompts: Sequence, params: SamplingParams) -> list[list[int]]:
+def generate(engine: Engine, prompts: Sequence, length: int, **sampling) -> list[list[int]]:
+    params = SamplingParams(max_tokens=length, ignore_eos=True, **sampling)
     return [output.token_ids for output in engine.generate(prompts, params, progress=False)]
 
 
@@ -96,7 +97,7 @@ def check_pairs(device: str, quick: bool) -> dict[str, bool | str]:
     def answers(kernels: str, where: str, options: dict) -> list[list[int]]:
         with mock.patch.dict(os.environ, {"KERNELS": kernels}):
             with InferenceEngine("tales", device=where, dtype="float32", **options) as engine:
-                return generate(engine, prompts, greedy(length))
+                return generate(engine, prompts, length)
 
     def same(options: dict) -> bool | str:
         try:
@@ -119,13 +120,13 @@ def check_graphs(device: str, quick: bool) -> dict[str, bool]:
         model, *_ = load_model(EngineConfig(model="tales", dtype="float32", device=device))
     prompts = [[5 + n * i % 50 for i in range(n)] for n in ((2, 3) if quick else range(1, 40))]
     length, options = 3 if quick else 32, dict(max_num_seqs=2 if quick else 20, max_model_len=128)
-    drawn = SamplingParams(max_tokens=length, temperature=1.0, top_p=0.95, seed=5, ignore_eos=True)
+    drawn = dict(temperature=1.0, top_p=0.95, seed=5)
     with assembled(model, Silent(), **options) as engine:
         runner = engine.executor.runner
-        replayed, seeded = generate(engine, prompts, greedy(length)), generate(engine, prompts, drawn)
+        replayed, seeded = generate(engine, prompts, length), generate(engine, prompts, length, **drawn)
         is_graphed = vars(runner).pop("forward", None) is not None  # from now on lesson 5's `forward` runs
-        launched = generate(engine, prompts, greedy(length))
-        alone = [generate(engine, [prompt], drawn)[0] for prompt in prompts[:2]]
+        launched = generate(engine, prompts, length)
+        alone = [generate(engine, [prompt], length, **drawn)[0] for prompt in prompts[:2]]
     return {
         "steps were captured": is_graphed or device == "cpu",
         "the same tokens": replayed == launched,
@@ -181,9 +182,15 @@ def measure_attention(device: str, quick: bool) -> dict[str, float]:
     return result | {"both_agree": error < 2e-2}
 
 
-def random_prompts(streams: int, quick: bool, vocab_size: int) -> list[list[int]]:
+def speed_of(answer: Callable[[list[list[int]], int], object], streams: int, quick: bool, vocab_size: int) -> float:
+    """Tokens a second of `answer(prompts, length)`, the same random prompts for any engine, after a short call."""
     generator = torch.Generator().manual_seed(streams)
-    return torch.randint(0, vocab_size, (streams, 8 if quick else PROMPT_LEN), generator=generator).tolist()
+    shape = (streams, 8 if quick else PROMPT_LEN)
+    prompts, length = torch.randint(0, vocab_size, shape, generator=generator).tolist(), 3 if quick else LENGTH
+    answer(prompts, 2)  # compiles
+    start = time.perf_counter()
+    answer(prompts, length)
+    return streams * length / (time.perf_counter() - start)
 
 
 def measure_engine(shape: dict, device: str, quick: bool) -> dict[str, dict[str, float]]:
@@ -195,21 +202,16 @@ def measure_engine(shape: dict, device: str, quick: bool) -> dict[str, dict[str,
         model = Llama(parse_config(shape | (MINIATURE if quick else {}))).to(torch.float32 if quick else torch.bfloat16)
     use_kernels(model.eval())
     (_, read_bytes), bandwidth, result = weights_of(model), copy_rate(device, quick), {}
-    length = 3 if quick else LENGTH
     for streams in (1, 2) if quick else STREAMS:
-        prompts = random_prompts(streams, quick, model.config.vocab_size)
         options = dict(max_num_seqs=streams, max_model_len=256, max_num_batched_tokens=2_048)
         with assembled(model, Silent(), **options) as engine:
-            generate(engine, prompts, greedy(2))  # compiles
-            start = time.perf_counter()
-            generate(engine, prompts, greedy(length))
-            seconds = time.perf_counter() - start
+            speed = speed_of(partial(generate, engine), streams, quick, model.config.vocab_size)
             replays = getattr(engine.executor.runner.forward, "replays", {})
             layers = seconds_of(replays[streams], device, 20) if streams in replays else None
         result[str(streams)] = {
-            "tokens_per_s": streams * length / seconds,
-            "share_of_roofline": length / seconds * read_bytes / 1e9 / bandwidth,
-            "step_ms": 1e3 * seconds / length,
+            "tokens_per_s": speed,
+            "share_of_roofline": speed / streams * read_bytes / 1e9 / bandwidth,
+            "step_ms": 1e3 * streams / speed,
             "layers_ms": layers and 1e3 * layers,
         }
     return result
@@ -225,18 +227,14 @@ def measure_transformers(shape: dict, device: str, quick: bool) -> dict[str, dic
     with torch.device(device):
         config = AutoConfig.for_model(shape["model_type"], **given)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    length, result = 3 if quick else LENGTH, {}
-    for streams in (1, 2) if quick else (1, 64):
-        ids = torch.tensor(random_prompts(streams, quick, config.vocab_size), device=device)
-        run = partial(
-            model.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        run(max_new_tokens=2)
-        start = time.perf_counter()
-        answer = run(max_new_tokens=length).cpu()
-        num_tokens = streams * (answer.shape[1] - ids.shape[1])
-        result[str(streams)] = {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
-    return result
+
+    def answer(prompts: list[list[int]], length: int) -> torch.Tensor:
+        ids = torch.tensor(prompts, device=device)
+        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": length}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **settings).cpu()
+
+    counts = (1, 2) if quick else (1, 64)
+    return {str(count): {"tokens_per_s": speed_of(answer, count, quick, config.vocab_size)} for count in counts}
 
 
 def measure_vllm(shape: dict, device: str, quick: bool) -> dict[str, dict[str, float] | str]:
@@ -252,14 +250,12 @@ def measure_vllm(shape: dict, device: str, quick: bool) -> dict[str, dict[str, f
             folder, load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False,
             max_model_len=256, gpu_memory_utilization=0.5,
         )  # fmt: skip
-    result = {}
-    for streams in STREAMS:
-        prompts = [{"prompt_token_ids": ids} for ids in random_prompts(streams, quick, shape["vocab_size"])]
-        llm.generate(prompts, Params(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False), use_tqdm=False)
-        params, start = Params(temperature=0, max_tokens=LENGTH, ignore_eos=True, detokenize=False), time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        result[str(streams)] = {"tokens_per_s": streams * LENGTH / (time.perf_counter() - start)}
-    return result
+
+    def answer(prompts: list[list[int]], length: int) -> None:
+        params = Params(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+        llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+    return {str(count): {"tokens_per_s": speed_of(answer, count, quick, shape["vocab_size"])} for count in STREAMS}
 
 
 class Step(NamedTuple):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common.config import EngineConfig
+from common.machine import median_seconds
 from solutions.batching import Engine, ModelRunner, local_engine
 from solutions.engine import build_runner, load_model, resolve, start_executor
 from solutions.llama_pytorch import SamplingParams, load
@@ -48,24 +48,16 @@ def times_of_ranks(folder: Path) -> dict[int, list[list]]:
 
 def make_probing_runner(folder: Path, config: EngineConfig, model, layers: range) -> ModelRunner:
     """A rank's runner. First all ranks measure an all-reduce of 1, 8 and 64 rows, and rank 0 writes the results."""
-    seconds = {}
-    for rows in (1, 8, 64):
-        x = torch.zeros(rows, model.config.hidden_size)
-        taken = []
-        for _ in range(220):
-            start = time.perf_counter()
-            dist.all_reduce(x)
-            taken.append(time.perf_counter() - start)
-        seconds[rows] = statistics.median(taken[20:])
+    rows = {count: torch.zeros(count, model.config.hidden_size) for count in (1, 8, 64)}
+    seconds = {count: median_seconds(partial(dist.all_reduce, x), 200) for count, x in rows.items()}
     if dist.get_rank() == 0:
         (folder / "all_reduce.json").write_text(json.dumps(seconds), encoding="utf-8")
     return build_runner(config, model, layers)
 
 
-def observed_engine(build, name: str, grid: tuple[int, int], **options) -> Engine:
-    """An engine whose ranks build their runners by `build(config, model, layers)`."""
-    options |= dict(tensor_parallel=grid[0], pipeline_parallel=grid[1])
-    config, tokenizer = resolve(EngineConfig(model=name, **options))
+def observed_engine(build: Callable[..., ModelRunner], **options) -> Engine:
+    """The assembled engine, but its ranks build their runners by `build(config, model, layers)`."""
+    config, tokenizer = resolve(EngineConfig(**options))
     return Engine(start_executor(config, partial(load_model, config), partial(build, config)), tokenizer, config)
 
 
@@ -96,21 +88,16 @@ def measure_grids(name: str, quick: bool) -> dict:
             else:
                 build = partial(timed_runner if "stages" in way else make_probing_runner, Path(folder))
                 options = dict(dtype=torch.float32, device="cpu", enable_prefix_caching=False)
-                engine = observed_engine(build, name, grid, **options)
+                options |= dict(tensor_parallel=grid[0], pipeline_parallel=grid[1])
+                engine = observed_engine(build, model=name, **options)
             row = rows[way] = {}
             with engine:
                 if way == "two stages, one batch":
                     engine.executor.depth = engine.scheduler.depth = 1
                 for count in (1, 8, 32):
-                    speeds = []
-                    for _ in range(rounds + 1):
-                        start = time.perf_counter()
-                        engine.generate(prompts[:count], params, progress=False)
-                        speeds.append(count * num_tokens / (time.perf_counter() - start))
-                    row[f"tokens_per_second_{count}"] = statistics.median(speeds[1:])
-                    print(
-                        f"{name}, {way}, {count} at once: {row[f'tokens_per_second_{count}']:.1f} tokens/s", flush=True
-                    )
+                    answer = partial(engine.generate, prompts[:count], params, progress=False)
+                    speed = row[f"tokens_per_second_{count}"] = count * num_tokens / median_seconds(answer, rounds)
+                    print(f"{name}, {way}, {count} at once: {speed:.1f} tokens/s", flush=True)
             if "stages" in way:
                 row["timeline"] = timeline(Path(folder))
         all_reduce = json.loads((Path(folder) / "all_reduce.json").read_text(encoding="utf-8"))

@@ -13,8 +13,8 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
@@ -22,6 +22,7 @@ import torch
 
 from common import kernels
 from common.bench import peers as rivals
+from common.bench.peers import Served, Unable
 from common.bench.results import show_table
 from common.checkpoints import find_checkpoint
 from common.config import EngineConfig
@@ -51,22 +52,9 @@ OTHER_WEIGHTS = (*FEWER_BITS, *OTHERS_BITS)
 """Ways whose tokens are not compared, since their weights differ; lesson 7 measures their perplexity."""
 
 
-@dataclass
-class Run:
-    """The answers of one way to one load."""
-
-    seconds: float
-    tokens: list[list[int]]
-    first_token: list[float]  # seconds, of each request
-    per_token: list[float]  # seconds between tokens, of each request with two or more
-    cache_bytes: int  # held at the peak
-    weight_bytes: int  # held
-    read_bytes: int  # of weights, in each step
-    more: dict = field(default_factory=dict)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return sum(map(len, self.tokens)) / self.seconds
+SLOW = ("recompute", "cache", "paged", "engine", "transformers", "transformers, continuous")
+SLOW_ROUNDS = 2
+"""The slow ways take most of the time, and no two of them are close: they take part in the first rounds only."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +63,48 @@ class Load:
 
     name: str
     prompts: list[list[int]]
-    lengths: list[int]
+    params: list[SamplingParams]
+    rounds: int = 1
     sample: int | None = None  # how many requests a way gets that serves one after another; None: all
 
     @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
+    def lengths(self) -> list[int]:
+        """The most tokens of each answer, and the exact number where nothing else ends it."""
+        return [each.max_tokens for each in self.params]
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest request, prompt and answer together."""
-        return max(len(prompt) + length for prompt, length in zip(self.prompts, self.lengths))
+    def totals(self) -> list[int]:
+        """Tokens of each request, prompt and answer together."""
+        return [len(prompt) + length for prompt, length in zip(self.prompts, self.lengths)]
+
+    @property
+    def warm_up(self) -> Load:
+        """As many requests, but short ones."""
+        prompts = [prompt[:8] for prompt in self.prompts]
+        return replace(self, prompts=prompts, params=[greedy(2)] * len(prompts), sample=1)
 
 
-def stamped(request_times: list[float], start: float) -> tuple[float, list[float]]:
-    """Time to the first token, and the mean gap after it if there is one."""
-    gaps = [(request_times[-1] - request_times[0]) / (len(request_times) - 1)] if len(request_times) > 1 else []
-    return request_times[0] - start, gaps
+def greedy(length: int) -> SamplingParams:
+    return SamplingParams(max_tokens=length, ignore_eos=True)
+
+
+# --- The ways ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to serve requests, and the bytes that it takes."""
+
+    serve: Callable[[Load], Served]
+    weight_bytes: int  # held
+    read_bytes: int  # of weights, in each step
+    slot_bytes: int  # for the keys and values of a token
+
+
+def way_of(serve: Callable[[Load], Served], like: Llama, held: int | None = None) -> Way:
+    """like: a model with as many bytes of weights and of keys. held: the bytes of weights, if it has others."""
+    weights = weights_of(like) if held is None else (held, held)
+    return Way(serve, *weights, kv_cache.cache_bytes(like.config, 1, like.model.norm.weight.element_size()))
 
 
 def weights_of(model: Llama) -> tuple[int, int]:
@@ -100,20 +113,6 @@ def weights_of(model: Llama) -> tuple[int, int]:
     """
     held, table = kernels.held_bytes(model), model.model.embed_tokens.weight
     return held, held if model.lm_head.weight is table else held - table.nbytes
-
-
-def one_by_one(model: Llama, load: Load, answer: Callable[[list[int], int, list[float]], list[int]]) -> Run:
-    """Lessons 2 to 4: one request after another. answer(prompt, length, times) notes when each token came."""
-    prompts, lengths = load.prompts[: load.sample], load.lengths[: load.sample]
-    start, tokens, first, gaps = time.perf_counter(), [], [], []
-    for prompt, length in zip(prompts, lengths):
-        times: list[float] = []
-        tokens.append(answer(prompt, length, times))
-        ttft, gap = stamped(times, start)
-        first.append(ttft)
-        gaps += gap
-    held = kv_cache.cache_bytes(model.config, load.longest, model.model.norm.weight.element_size())
-    return Run(time.perf_counter() - start, tokens, first, gaps, held, *weights_of(model))
 
 
 class Silent:
@@ -125,6 +124,28 @@ class Silent:
         return b"."
 
 
+def one_by_one(model: Llama, generate: Callable, arguments: Callable[[Load], tuple], load: Load) -> Served:
+    """Lessons 2 to 4: one request after another. arguments: makes those of `generate` that lesson 2's has not."""
+    more, start = arguments(load), time.perf_counter()
+    answers: list[list[int]] = []
+    times: list[list[float]] = []
+    for prompt, params in zip(load.prompts[: load.sample], load.params):
+        own: list[float] = []
+
+        def note(piece: str, own: list[float] = own) -> None:
+            own.append(time.perf_counter())
+
+        answers.append(generate(model, Silent(), prompt, params, *more, note).token_ids)
+        times.append(own)
+    return Served(answers, times, max(load.totals), start)
+
+
+def blocks_for(model: Llama, load: Load) -> tuple[paged_attention.PagedKVCache, paged_attention.KVCacheManager]:
+    num_blocks = max(load.totals) // 16 + 1
+    manager = paged_attention.KVCacheManager(num_blocks, 16, enable_prefix_caching=False)
+    return paged_attention.PagedKVCache(model, num_blocks, 16), manager
+
+
 def assembled(model: Llama, tokenizer: Tokenizer, **options) -> Engine:
     """The engine that `InferenceEngine` assembles, around a loaded model, which several engines share."""
     weight = model.model.norm.weight
@@ -134,107 +155,90 @@ def assembled(model: Llama, tokenizer: Tokenizer, **options) -> Engine:
     return Engine(LocalExecutor(kernels.accelerate(runner, config)), tokenizer, config)
 
 
-def greedy(length: int) -> SamplingParams:
-    return SamplingParams(max_tokens=length, ignore_eos=True)
+def serve(model: Llama, tokenizer: Tokenizer, options: Mapping[str, object], load: Load) -> Served:
+    """Let a new engine with these options answer all requests. Raises RuntimeError if a request fails."""
+    count = len(load.prompts)
+    settings = dict(num_blocks=sum(load.totals) // 16 + 3 * count, max_num_seqs=count, max_num_batched_tokens=256)
+    with assembled(model, tokenizer, **settings, **options) as engine:
+        start, peak = time.perf_counter(), 0
+        for prompt, params in zip(load.prompts, load.params):
+            engine.add_request(prompt, params)
+        outputs = [state.output for state in engine.processor.states.values()]
+        while engine.has_unfinished_requests:
+            engine.step()
+            peak = max(peak, len(engine.manager.pool.blocks) - engine.manager.pool.num_free_blocks)
+        if failed := [output.error for output in outputs if output.error]:
+            raise RuntimeError(f"{len(failed)} of {len(outputs)} requests failed; the first: {failed[0]}")
+        totals = engine.metrics()
+        counts = {"num_steps": totals.num_steps}
+        if totals.num_draft_tokens:
+            counts |= {"num_draft_tokens": totals.num_draft_tokens, "acceptance_rate": totals.acceptance_rate}
+        times = [[output.metrics.first_token_time, output.metrics.last_token_time] for output in outputs]
+        tokens = [output.token_ids for output in outputs]
+        return Served(tokens, times, peak * engine.config.block_size, start, counts)
 
 
-def ways_of(model: Llama, packed: Llama, fewer: dict[str, Llama], theirs, others: dict) -> dict[str, Callable]:
-    """Return a function from a `Load` to a `Run` for every way, by the way's name.
+def ways_of(model: Llama, packed: Llama, fewer: dict[str, Llama], theirs, others: dict) -> dict[str, Way]:
+    """Return every way by its name.
 
     fewer: models in fewer bits, by way. theirs: transformers' model, or None. others: other engines, by way.
     """
 
-    def alone(generate: Callable, of_load: Callable[[Load], tuple] = lambda load: ()) -> Callable[[Load], Run]:
-        """A lesson's `generate`, for one request after another. of_load: its arguments that lesson 2's has not."""
+    def alone(generate: Callable, arguments: Callable[[Load], tuple] = lambda load: ()) -> Way:
+        return way_of(partial(one_by_one, model, generate, arguments), model)
 
-        def run(load: Load) -> Run:
-            more = of_load(load)
+    def engine(own: Llama, choice: str, **options) -> Way:
+        @mock.patch.dict(os.environ, KERNELS=choice)
+        def run(load: Load) -> Served:
+            return serve(own, Silent(), {"enable_prefix_caching": False, **options}, load)
 
-            def answer(prompt: list[int], length: int, times: list[float]) -> list[int]:
-                def show(piece: str) -> None:
-                    times.append(time.perf_counter())
+        return way_of(run, own)
 
-                return generate(model, Silent(), prompt, greedy(length), *more, show).token_ids
-
-            return one_by_one(model, load, answer)
-
-        return run
-
-    def blocks(load: Load) -> tuple[paged_attention.PagedKVCache, paged_attention.KVCacheManager]:
-        num_blocks = load.longest // 16 + 1
-        manager = paged_attention.KVCacheManager(num_blocks, 16, enable_prefix_caching=False)
-        return paged_attention.PagedKVCache(model, num_blocks, 16), manager
-
-    def engine(own: Llama, choice: str, **options) -> Callable[[Load], Run]:
-        def run(load: Load) -> Run:
-            os.environ["KERNELS"] = choice
-            slots = sum(len(prompt) + length for prompt, length in zip(load.prompts, load.lengths))
-            settings = dict(num_blocks=slots // 16 + 2 * len(load.prompts), enable_prefix_caching=False)
-            settings |= dict(max_num_seqs=len(load.prompts), max_num_batched_tokens=256)
-            with assembled(own, Silent(), **settings, **options) as serving:
-                return serve(serving, load.prompts, [greedy(length) for length in load.lengths])
-
-        return run
-
-    def rival(serve: Callable[..., rivals.Served], like: Llama = model, held: int | None = None) -> Callable:
-        """like: a model with as many bytes of weights and of keys. held: bytes of weights, if there is no such one."""
-        size = 2 if like is not model else like.model.norm.weight.element_size()
-        weights = weights_of(like) if held is None else (held, held)
-
-        def run(load: Load) -> Run:
-            served = serve(load.prompts, load.lengths)
-            stamps = [stamped(times, served.start) for times in served.times]
-            return Run(
-                max(times[-1] for times in served.times) - served.start,
-                served.token_ids,
-                [first for first, _ in stamps],
-                [gap for _, gaps in stamps for gap in gaps],
-                kv_cache.cache_bytes(model.config, served.held_slots, size),
-                *weights,
-            )
-
-        return run
+    def rival(serve: Callable[..., Served], like: Llama = model, held: int | None = None) -> Way:
+        return way_of(lambda load: serve(load.prompts, load.lengths), like, held)
 
     ways = {"recompute": alone(llama_pytorch.generate), "cache": alone(kv_cache.generate)}
-    ways["paged"], ways["engine"] = alone(paged_attention.generate, blocks), engine(model, "plain")
-    ways["engine, kernels"] = engine(packed, "fast")
+    ways["paged"] = alone(paged_attention.generate, partial(blocks_for, model))
+    ways |= {"engine": engine(model, "plain"), "engine, kernels": engine(packed, "fast")}
     ways |= {name: engine(own, "fast", **FEWER_BITS[name]) for name, own in fewer.items()}
     ways["speculation"] = engine(packed, "fast", speculative="ngram")
     if theirs is not None:
-        ways["transformers"] = rival(lambda *load: rivals.generate_padded(theirs, *load))
-        ways["transformers, continuous"] = rival(lambda *load: rivals.serve_continuously(theirs, *load))
+        ways["transformers"] = rival(partial(rivals.generate_padded, theirs))
+        ways["transformers, continuous"] = rival(partial(rivals.serve_continuously, theirs))
     for name, other in others.items():
         like = fewer["bfloat16"] if name == "vLLM, bfloat16" else model
         ways[name] = rival(other.serve, like, other.weight_bytes if name.startswith("llama.cpp, ") else None)
     return ways
 
 
-def serve(serving: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> Run:
-    """Let an engine answer all of these requests, and measure the time. Raises RuntimeError if a request fails."""
-    start, peak = time.perf_counter(), 0
-    for prompt, own in zip(prompts, params):
-        serving.add_request(prompt, own)
-    outputs = [state.output for state in serving.processor.states.values()]
-    while serving.has_unfinished_requests:
-        serving.step()
-        peak = max(peak, len(serving.manager.pool.blocks) - serving.manager.pool.num_free_blocks)
-    seconds = time.perf_counter() - start
-    if failed := [output.error for output in outputs if output.error]:
-        raise RuntimeError(f"{len(failed)} of {len(outputs)} requests failed; the first: {failed[0]}")
-    metrics, totals = [output.metrics for output in outputs], serving.metrics()
-    more = {"num_steps": totals.num_steps}
-    if totals.num_draft_tokens:
-        more |= {"num_draft_tokens": totals.num_draft_tokens, "acceptance_rate": totals.acceptance_rate}
-    slots, size = peak * serving.config.block_size, serving.config.dtype.itemsize
-    return Run(
-        seconds,
-        [output.token_ids for output in outputs],
-        [each.time_to_first_token for each in metrics],
-        [each.time_per_output_token for each in metrics if each.time_per_output_token is not None],
-        kv_cache.cache_bytes(serving.executor.runner.model.config, slots, size),
-        *weights_of(serving.executor.runner.model),
-        more,
-    )
+# --- The measurement --------------------------------------------------------------------------------------------------
+
+
+def take_turns(
+    what: str, load: Load, ways: Mapping[str, Callable[[Load], Served]], skipped: dict[str, str]
+) -> dict[str, list[Served]]:
+    """Let each way warm up, and then answer the load in rounds, in which their order varies.
+
+    A way that is `Unable` is left out from then on, and the reason is noted in `skipped`.
+    """
+    rng, start = random.Random(1), time.perf_counter()
+    runs: dict[str, list[Served]] = {way: [] for way in ways}
+    for number in range(load.rounds + 1):  # the first warms up
+        for way in rng.sample(list(runs), len(runs)):
+            if way in SLOW and number > SLOW_ROUNDS:
+                continue
+            try:
+                served = ways[way](load if number else load.warm_up)
+            except Unable as error:
+                skipped[way] = str(error)
+                del runs[way]
+                continue
+            if number:
+                runs[way].append(served)
+                speed, passed = served.tokens_per_second, time.perf_counter() - start
+                turn = f"{what}, round {number} of {load.rounds}, {way}"
+                print(f"{turn}: {speed:.1f} tokens/s [{passed:.0f} s]", flush=True)
+    return runs
 
 
 def check_same(model: Llama, load: Load, expected: list[list[int]], tokens: list[list[int]], way: str) -> int:
@@ -255,42 +259,34 @@ def check_same(model: Llama, load: Load, expected: list[list[int]], tokens: list
     return ties
 
 
-def loads(vocab_size: int, quick: bool) -> list[tuple[Load, list[str], int]]:
-    """Return each load with the names of its ways and its number of rounds. Prompts are random tokens, the same in
-    every run.
-    """
+def loads(vocab_size: int, quick: bool) -> list[tuple[Load, list[str]]]:
+    """Return each load with the names of its ways. Prompts are random tokens, the same in every run."""
     rng = random.Random(0)
 
-    def prompt(length: int) -> list[int]:
-        return [rng.randrange(100, vocab_size) for _ in range(length)]
+    def load_of(name: str, sizes: list[tuple[int, int]], rounds: int, sample: int | None = None) -> Load:
+        """sizes: the tokens of each prompt and of its answer."""
+        prompts = [[rng.randrange(100, vocab_size) for _ in range(length)] for length, _ in sizes]
+        return Load(name, prompts, [greedy(length) for _, length in sizes], rounds, sample)
 
     others = ["transformers", "transformers, continuous", "vLLM", "llama.cpp", *OTHERS_BITS]
     serving = ["engine", "engine, kernels", *FEWER_BITS, "speculation", *others]
     every = ["recompute", "cache", "paged", *serving]
+    shortest, longest, count = (4, 12, 4) if quick else (16, 64, 32)  # of the mixed requests' prompts and answers
+    mixed = [(rng.randint(shortest, longest), rng.randint(shortest, longest)) for _ in range(count)]
     if quick:
-        mixed = [rng.randint(4, 12) for _ in range(8)]
         return [
-            (Load("recompute", [prompt(12)], [3]), ["recompute", "engine"], 1),
-            (Load("one stream", [prompt(12)], [6]), every[1:], 1),
-            (Load("4 equal streams", [prompt(8) for _ in range(4)], [5] * 4), serving, 1),
-            (Load("4 mixed requests", [prompt(n) for n in mixed[:4]], mixed[4:], sample=1), every, 1),
+            (load_of("recompute", [(12, 3)], 1), ["recompute", "engine"]),
+            (load_of("one stream", [(12, 6)], 1), every[1:]),
+            (load_of("4 equal streams", [(8, 5)] * 4, 1), serving),
+            (load_of("4 mixed requests", mixed, 1, sample=1), every),
         ]
-    sizes = [(rng.randint(16, LONGEST), rng.randint(16, LONGEST)) for _ in range(32)]
     return [
-        (Load("recompute", [prompt(64)], [24]), ["recompute", "engine, kernels"], 3),
-        (Load("one stream", [prompt(64)], [64]), every[1:], 5),
-        (Load("8 equal streams", [prompt(64) for _ in range(8)], [64] * 8), serving, 5),
-        (Load("32 mixed requests", [prompt(p) for p, _ in sizes], [o for _, o in sizes], sample=1), every, 5),
-        (Load("prompt of 512", [prompt(512)], [1]), serving, 5),
+        (load_of("recompute", [(64, 24)], 3), ["recompute", "engine, kernels"]),
+        (load_of("one stream", [(64, 64)], 5), every[1:]),
+        (load_of("8 equal streams", [(64, 64)] * 8, 5), serving),
+        (load_of("32 mixed requests", mixed, 5, sample=1), every),
+        (load_of("prompt of 512", [(512, 1)], 5), serving),
     ]
-
-
-SLOW = ("recompute", "cache", "paged", "engine", "transformers", "transformers, continuous")
-SLOW_ROUNDS = 2
-"""The slow ways take most of the time, and no two of them are close: they take part in the first rounds only."""
-
-LONGEST = 64
-"""The longest prompt and the longest answer of the mixed requests; the shortest have 16 tokens."""
 
 
 @mock.patch.dict(os.environ)  # restores KERNELS
@@ -306,35 +302,29 @@ def measure_ladder(name: str, quick: bool) -> dict:
     use_kernels(packed)
     options = {"model": name, "dtype": dtype, "device": device}
     fewer = {way: load_model(EngineConfig(**{**options, **own}))[0] for way, own in FEWER_BITS.items()}
+    os.environ["KERNELS"] = "plain"  # unless a way sets it
     skipped: dict[str, str] = {}
-    theirs = rivals.load_transformers(find_checkpoint(name), dtype, device)
+    folder, num_threads, others = find_checkpoint(name), torch.get_num_threads(), {}
+    theirs = rivals.load_transformers(folder, dtype, device)
     if theirs is None:
         skipped |= dict.fromkeys(("transformers", "transformers, continuous"), "transformers is not installed")
-    else:
-        theirs.generation_config.eos_token_id = None
-        theirs.generation_config.pad_token_id = 0
-    folder, num_threads, others = find_checkpoint(name), torch.get_num_threads(), {}
-    vllm, llama = partial(rivals.Vllm, os.environ.get("VLLM_PYTHON"), folder), rivals.LlamaCpp
-    starts = {
-        "vLLM": lambda: vllm(dtype, num_threads),
-        "vLLM, bfloat16": lambda: vllm(torch.bfloat16, num_threads),
-        "llama.cpp": lambda: llama(rivals.gguf_of(folder), num_threads),
-        "llama.cpp, Q8_0": lambda: llama(rivals.gguf_of(folder, "Q8_0"), num_threads),
-        "llama.cpp, Q4_0": lambda: llama(rivals.gguf_of(folder, "Q4_0"), num_threads),
-    }
+    vllm = partial(rivals.Vllm, os.environ.get("VLLM_PYTHON"), folder, num_threads=num_threads)
+    starts = {"vLLM": partial(vllm, dtype), "vLLM, bfloat16": partial(vllm, torch.bfloat16)}
+    for way, kind in {"llama.cpp": "F32", "llama.cpp, Q8_0": "Q8_0", "llama.cpp, Q4_0": "Q4_0"}.items():
+        starts[way] = lambda kind=kind: rivals.LlamaCpp(rivals.gguf_of(folder, kind), num_threads)
     with contextlib.ExitStack() as stack:
         for way, start in starts.items():
             try:
                 if device != "cpu":
-                    raise rivals.Unable("its weights are float32 and on the CPU, the others' are not")
+                    raise Unable("its weights are float32 and on the CPU, the others' are not")
                 others[way] = stack.enter_context(contextlib.closing(start()))
-            except rivals.Unable as error:
+            except Unable as error:
                 skipped[way] = str(error)
         ways = ways_of(model, packed, fewer, theirs, others)
         results = []
-        for each, names, rounds in loads(model.config.vocab_size, quick):
+        for each, names in loads(model.config.vocab_size, quick):
             chosen = {way: ways[way] for way in names if way in ways and way not in skipped}
-            results.append(climb(model, each, chosen, rounds, skipped))
+            results.append(climb(model, each, chosen, skipped))
     for way, reason in skipped.items():
         print(f"{way}: not measured: {reason}")
     show(results)
@@ -348,84 +338,44 @@ def measure_ladder(name: str, quick: bool) -> dict:
     }
 
 
-def climb(model: Llama, load: Load, ways: dict[str, Callable], rounds: int, skipped: dict[str, str]) -> dict:
-    """Measure one load: a short warm-up of each way, then rounds in which the order varies.
-
-    A way that is `Unable` is left out from then on, and the reason is noted in `skipped`.
-    """
-    rng = random.Random(1)
-    short = replace(load, prompts=[prompt[:8] for prompt in load.prompts], lengths=[2] * len(load.prompts), sample=1)
-    runs: dict[str, list[Run]] = {way: [] for way in ways}
-    expected: list[list[int]] | None = None
-    ties = dict.fromkeys(ways, 0)
-    start = time.perf_counter()
-
-    def attempt(way: str, load: Load) -> Run | None:
-        try:
-            with mock.patch.dict(os.environ, KERNELS="plain"):
-                return ways[way](load)
-        except rivals.Unable as error:
-            skipped[way] = str(error)
-            runs.pop(way)
-            return None
-
-    for way in ways:
-        attempt(way, short)
-    for number in range(rounds):
-        for way in rng.sample(list(runs), len(runs)):
-            if way in SLOW and number >= SLOW_ROUNDS:
-                continue
-            done = attempt(way, load)
-            if done is None:
-                continue
-            runs[way].append(done)
-            passed = time.perf_counter() - start
-            print(
-                f"{load.name}, round {number + 1} of {rounds}, {way}: {done.tokens_per_second:.1f} tokens/s "
-                f"[{passed:.0f} s]",
-                flush=True,
-            )
-            if number == 0 and way not in OTHER_WEIGHTS:
-                if expected is None or len(done.tokens) > len(expected):
-                    # The others are compared with the first way that answers all requests.
-                    expected, earlier = done.tokens, expected
-                    ties[way] = check_same(model, load, expected, earlier or [], way)
-                else:
-                    ties[way] = check_same(model, load, expected, done.tokens, way)
+def climb(model: Llama, load: Load, ways: dict[str, Way], skipped: dict[str, str]) -> dict:
+    """Measure one load with these ways, and compare their tokens with those of the first that answers all requests."""
+    runs = take_turns(load.name, load, {name: way.serve for name, way in ways.items()}, skipped)
+    answers = {way: done[0].token_ids for way, done in runs.items() if way not in OTHER_WEIGHTS}
+    expected = max(answers.values(), key=len, default=[])
+    ties = {way: check_same(model, load, expected, tokens, way) for way, tokens in answers.items()}
     return {
         "name": load.name,
         "num_requests": len(load.prompts),
         "num_prompt_tokens": sum(map(len, load.prompts)),
-        "num_output_tokens": load.num_tokens,
-        "num_rounds": rounds,
-        "ways": {way: row(load, done, ties[way]) for way, done in runs.items()},
+        "num_output_tokens": sum(load.lengths),
+        "num_rounds": load.rounds,
+        "ways": {way: row(load, ways[way], done, ties.get(way, 0)) for way, done in runs.items()},
     }
 
 
-def row(load: Load, done: list[Run], ties: int) -> dict:
+def row(load: Load, way: Way, done: list[Served], ties: int) -> dict:
     """The results of one way: medians over its runs."""
-    first, gap = (
-        statistics.median(statistics.mean(times) for times in all_times)
-        for all_times in ([each.first_token for each in done], [each.per_token or [0.0] for each in done])
-    )
-    is_sample = len(done[0].tokens) < len(load.prompts)
+    gap = statistics.median(each.time_per_output_token for each in done)
+    counts, num_answers = done[0].counts, len(done[0].token_ids)
+    is_sample = num_answers < len(load.prompts)
     told = {
         "tokens_per_second": statistics.median(each.tokens_per_second for each in done),
         "rounds": [each.tokens_per_second for each in done],
         # A sample does not tell how long the requests after it would have waited.
-        "time_to_first_token": None if is_sample else first,
+        "time_to_first_token": None if is_sample else statistics.median(each.time_to_first_token for each in done),
         "time_per_output_token": gap,
-        "cache_bytes": done[0].cache_bytes,
-        "weight_bytes": done[0].weight_bytes,
+        "cache_bytes": done[0].held_slots * way.slot_bytes,
+        "weight_bytes": way.weight_bytes,
         "near_ties": ties,
-        **done[0].more,
+        **counts,
     }
     if is_sample:
-        told["num_requests_answered"] = len(done[0].tokens)
-    if len(load.prompts) == 1 and load.num_tokens > 1:
+        told["num_requests_answered"] = num_answers
+    if len(load.prompts) == 1 and load.lengths[0] > 1:
         # After the prompt, which is one step: all weights are read once a step.
-        num_steps = done[0].more.get("num_steps", load.num_tokens) - 1
-        told["read_gb_per_s"] = done[0].read_bytes * num_steps / (gap * (load.num_tokens - 1)) / 1e9
+        num_gaps = load.lengths[0] - 1
+        told["read_gb_per_s"] = way.read_bytes * (counts.get("num_steps", num_gaps + 1) - 1) / (gap * num_gaps) / 1e9
     return told
 
 

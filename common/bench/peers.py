@@ -17,17 +17,19 @@ import importlib.util
 import json
 import os
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 import torch
 
 from common.bench.vllm_serve import MARK as VLLM_MARK
 from common.checkpoints import Checkpoint, cache_folder
-from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
+from common.checkpoints.gguf import KEYS, name_in_gguf
 from common.checkpoints.names import prepare
 from solutions.llama_pytorch import parse_config
 from solutions.paged_attention import cdiv
@@ -41,12 +43,28 @@ class Unable(RuntimeError):
 
 @dataclass
 class Served:
-    """The answers of another engine to some requests."""
+    """What an engine, ours or another, answered to requests that all arrive at once."""
 
     token_ids: list[list[int]]
-    times: list[list[float]]  # of each request: when each of its tokens was there, by `time.perf_counter`
+    times: list[list[float]]  # of each request: when its tokens were there, by `time.perf_counter`; or first and last
     held_slots: int  # slots for the keys and values of a token
     start: float  # when it was ready to begin; allocating keys and values is not counted, for any engine
+    counts: dict[str, float] = field(default_factory=dict)  # of steps and draft tokens, if they are known
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.token_ids)) / (max(times[-1] for times in self.times) - self.start)
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds, the mean over the requests."""
+        return statistics.mean(times[0] - self.start for times in self.times)
+
+    @property
+    def time_per_output_token(self) -> float:
+        """Seconds between tokens, the mean over the requests with two or more; 0 if there are none."""
+        pairs = [(ids, times) for ids, times in zip(self.token_ids, self.times) if len(ids) > 1]
+        return statistics.mean((times[-1] - times[0]) / (len(ids) - 1) for ids, times in pairs) if pairs else 0.0
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------
@@ -110,7 +128,9 @@ def load_transformers(folder: Path, dtype: torch.dtype = torch.float32, device: 
         print("transformers is not installed: measuring ours alone (python -m common setup dev installs it).")
         return None
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0  # no answer ends early
+    return model
 
 
 def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -129,32 +149,28 @@ def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[],
     }
 
 
-class Stamp:
-    """Notes when the logits of each token are computed; it is given to `generate` as a processor of logits."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def __call__(self, input_ids, scores):
-        if scores.is_cuda:
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return scores
-
-
 def generate_padded(theirs, prompts: list[list[int]], lengths: list[int]) -> Served:
     """transformers' `generate`: one batch, its prompts padded to the longest, its answers too."""
     longest, steps = max(map(len, prompts)), max(lengths)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=theirs.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=theirs.device)
-    stamp, start = Stamp(), time.perf_counter()
+    times: list[float] = []
+
+    def stamp(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """A processor of logits, which notes when those of each token are computed."""
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return scores
+
+    start = time.perf_counter()
     generated = theirs.generate(
         ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, logits_processor=[stamp]
     )
     rows = generated[:, longest:].tolist()
     return Served(
         [row[:length] for row, length in zip(rows, lengths)],
-        [stamp.times[:length] for length in lengths],
+        [times[:length] for length in lengths],
         len(prompts) * (longest + steps),
         start,
     )
@@ -166,40 +182,32 @@ def serve_continuously(theirs, prompts: list[list[int]], lengths: list[int]) -> 
     Its budget of tokens for a step is ours. Without a GPU it computes attention from all requests' tokens to all their
     keys and masks most of it. Raises `Unable` if this version of transformers cannot serve in this way here.
     """
-    try:
-        from transformers.generation import ContinuousBatchingConfig, GenerationConfig
-    except ImportError as error:
-        raise Unable(f"this transformers is older than its ContinuousBatchingConfig ({error})") from error
     # Blocks for all requests, and one more for each. By default it takes most of the machine's memory for its cache.
     num_blocks = sum(cdiv(len(prompt) + length, 16) + 1 for prompt, length in zip(prompts, lengths))
-    config = ContinuousBatchingConfig(
-        block_size=16, num_blocks=num_blocks, max_batch_tokens=256, allow_block_sharing=False
-    )
-    generation = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=0)
     attention = theirs.config._attn_implementation
+    results: dict = {}
     try:
-        manager = theirs.init_continuous_batching(generation, continuous_batching_config=config)
-        manager.warmup()  # makes its cache
-        manager.start()
-        start = time.perf_counter()
-        try:
+        from transformers.generation import ContinuousBatchingConfig, GenerationConfig
+
+        config = ContinuousBatchingConfig(
+            page_size=16, num_blocks=num_blocks, max_batch_tokens=256, allow_block_sharing=False
+        )
+        generation = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=0)
+        with theirs.continuous_batching_context_manager(generation, continuous_batching_config=config) as manager:
+            start = time.perf_counter()
             names = [
                 manager.add_request(prompt, max_new_tokens=length, record_timestamps=True, eos_token_id=-1)
                 for prompt, length in zip(prompts, lengths)
             ]
-            results: dict = {}
-            while len(results) < len(names):
-                result = manager.get_result(timeout=1)
-                if result is None:
-                    if not manager.is_running():
-                        raise Unable("its thread ended before the requests did")
-                    continue
+            for result in manager:
                 if result.error:
                     raise Unable(f"a request failed: {result.error}")
                 if result.is_finished():
                     results[result.request_id] = result
-        finally:
-            manager.stop(block=True)
+                if len(results) == len(names):
+                    break
+            else:
+                raise Unable("its thread ended before the requests did")
     except Unable:
         raise
     except Exception as error:  # this machine, torch or model does not suit it
@@ -235,7 +243,6 @@ def write_gguf(folder: Path, path: Path, kind: str = "F32") -> None:
     for any other family, and for scaled rotary embeddings.
     """
     import gguf
-    import numpy
 
     checkpoint = Checkpoint(folder)
     config = parse_config(checkpoint.config)
@@ -250,35 +257,24 @@ def write_gguf(folder: Path, path: Path, kind: str = "F32") -> None:
         stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 and values.shape[1] % 32 == 0 else "F32"]
         writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
 
+    for name, key in KEYS.items():
+        value = getattr(config, name)
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{key}", value)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_tokenizer_model("no_vocab")  # it is given token ids, and asked for logits
-    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-    layer_names = {new: old for old, new in LAYER_NAMES.items()}
-    other_names = {new: old for old, new in OTHER_NAMES.items()}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name in checkpoint.names():
-        stem, _, part = name.rpartition(".")
-        values = checkpoint.read(name).float().numpy()
-        if stem in other_names:
-            if stem == "lm_head" and config.tie_word_embeddings:
-                continue
-            add(f"{other_names[stem]}.{part}", values, "Q8_0" if kind == "Q4_0" else kind)
+        if name.startswith("lm_head") and config.tie_word_embeddings:
             continue
-        _, _, number, layer = stem.split(".", 3)  # model.layers.7.self_attn.q_proj
-        if layer in heads:
+        values = checkpoint.read(name).float().numpy()
+        if (layer := name.split(".")[-2]) in heads:
             # (heads, 2, pair, ...) -> (heads, pair, 2, ...): from halves to neighbours.
             values = values.reshape(heads[layer], 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        add(f"blk.{number}.{layer_names[layer]}.{part}", numpy.ascontiguousarray(values), kind)
+        is_table = layer in ("embed_tokens", "lm_head")
+        own_kind = "Q8_0" if kind == "Q4_0" and is_table else kind
+        add(name_in_gguf(name), numpy.ascontiguousarray(values), own_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -358,8 +354,6 @@ class LlamaCpp:
 
         work: for each sequence its number, the position of its first token, and its tokens.
         """
-        import numpy
-
         rows, n = [], 0
         for sequence, start, token_ids in work:
             for i, token_id in enumerate(token_ids):

@@ -68,8 +68,7 @@ def schedule() -> Figure:
 
     prompts = [9, 4, 14, 6, 5, 11, 3, 7, 10, 4, 6, 8]
     outputs = [4, 15, 6, 9, 20, 3, 8, 5, 12, 7, 2, 10]
-    fig = Figure(layout="constrained", figsize=(9.6, 4.0))
-    left, right = fig.subplots(1, 2, sharey=True, sharex=True)
+    fig, (left, right) = new_figure(1, 2, sharey=True, sharex=True, figsize=(9.6, 4.0))
 
     batches = static_batch(outputs, 4)
     last = 0
@@ -132,8 +131,8 @@ def pool_through_time() -> Figure:
 def pipeline() -> Figure:
     """When two stages computed, measured: with one batch under way, and with two."""
     measurement = results.read("grids-smollm2-135m")
-    fig = Figure(layout="constrained", figsize=(8.5, 3.6))
-    for axes, way in zip(fig.subplots(2, 1, sharex=True), ("two stages, one batch", "two stages, two batches")):
+    fig, all_axes = new_figure(2, 1, sharex=True, figsize=(8.5, 3.6))
+    for axes, way in zip(all_axes, ("two stages, one batch", "two stages, two batches")):
         stages = measurement["ways"][way]["timeline"]
         for row, stage in enumerate(stages):
             for step, _, began, ended in stage:
@@ -155,8 +154,7 @@ def quality() -> Figure:
     measurement = results.read("quality-smollm2-135m")
     rows = measurement["rows"]
     exact = rows[0]["perplexity"]
-    fig = Figure(layout="constrained", figsize=(10, 4.2))
-    eight, four = fig.subplots(1, 2, width_ratios=(1, 2.4), sharey=True)
+    fig, (eight, four) = new_figure(1, 2, width_ratios=(1, 2.4), sharey=True, figsize=(10, 4.2))
     for axes in (eight, four):
         axes.axhline(exact, color=GREY, linewidth=1, linestyle=":")
         axes.set_xlabel("MB of weights")
@@ -200,8 +198,8 @@ def quality_and_speed() -> Figure:
         way: [row["kl"] for row in measurement["rows"] if asked.items() <= row.items()][-1]
         for way, asked in ways.items()
     }
-    fig = Figure(layout="constrained", figsize=(10, 3.8))
-    for axes, name in zip(fig.subplots(1, 2, sharey=True), ("one stream", "32 mixed requests")):
+    fig, all_axes = new_figure(1, 2, sharey=True, figsize=(10, 3.8))
+    for axes, name in zip(all_axes, ("one stream", "32 mixed requests")):
         told = next(load["ways"] for load in ladder["loads"] if load["name"] == name)
         for way, kl in costs.items():
             speed, label = told[way]["tokens_per_second"], way.replace("engine, kernels", "float32")
@@ -226,8 +224,7 @@ def quality_and_speed() -> Figure:
 def speculation() -> Figure:
     """Tokens a second with speculation, as a ratio to those without, by kind of text and by number of streams."""
     chats, tales = results.read("speculation-smollm2-135m"), results.read("speculation-tales")
-    fig = Figure(layout="constrained", figsize=(10.4, 4.2))
-    left, right = fig.subplots(1, 2, width_ratios=(1.35, 1), sharey=True)
+    fig, (left, right) = new_figure(1, 2, width_ratios=(1.35, 1), sharey=True, figsize=(10.4, 4.2))
 
     singles = [case for case in chats["cases"] if case["num_streams"] == 1]
     named = {"adaptive": ("as many draft tokens as pay", BLUE), "k=2": ("always 2", "#BDD7EE")}
@@ -315,8 +312,8 @@ def ladder() -> Figure:
     }
     rungs = [way for way in RUNGS if any(way in ways for ways in panels.values())]
     ours = sum(RUNGS[way][1] != GREY for way in rungs)
-    fig = Figure(layout="constrained", figsize=(11, 1.1 + 0.31 * len(rungs)))
-    for axes, (name, ways) in zip(fig.subplots(1, 3, sharey=True), panels.items()):
+    fig, all_axes = new_figure(1, 3, sharey=True, figsize=(11, 1.1 + 0.31 * len(rungs)))
+    for axes, (name, ways) in zip(all_axes, panels.items()):
         for place, way in enumerate(rungs):
             if way not in ways:
                 continue

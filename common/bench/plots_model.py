@@ -84,8 +84,7 @@ def rotary() -> Figure:
 
     from solutions.llm_basics import apply_rotary, rotary_frequencies, rotary_tables
 
-    fig = Figure(layout="constrained", figsize=(11, 3.8))
-    clocks, products = fig.subplots(1, 2, width_ratios=(1.1, 1))
+    fig, (clocks, products) = new_figure(1, 2, width_ratios=(1.1, 1), figsize=(11, 3.8))
     shades = matplotlib.colormaps["viridis"]([0.0, 0.17, 0.34, 0.51, 0.68, 0.85])
     for pair, frequency in enumerate(rotary_frequencies(8, 100.0).tolist()):
         x = 2.6 * pair
@@ -148,8 +147,7 @@ def attention_heads() -> Figure:
 
     with torch.inference_mode():
         model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
-    fig = Figure(layout="constrained", figsize=(12.5, 4.9))
-    all_axes = fig.subplots(1, 3, sharey=True)
+    fig, all_axes = new_figure(1, 3, sharey=True, figsize=(12.5, 4.9))
     for axes, (which, title) in zip(all_axes, heads.items()):
         image = axes.imshow(maps[which], cmap="Blues", vmin=0, vmax=1)
         axes.set_title(title)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import random
 import statistics
-import time
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import torch
 
-from common.bench.ladder import Load, Run, assembled, check_same, serve
+from common.bench.ladder import Load, check_same, serve, take_turns
+from common.bench.peers import Served
 from common.bench.results import show_table
 from common.checkpoints import find_checkpoint
+from common.machine import interleaved_medians, median_seconds
 from solutions.llama_pytorch import Llama, SamplingParams, load, use_kernels
 from solutions.speculative import propose_ngram
 
@@ -79,15 +81,9 @@ BEGINNINGS = [  # as in what it was trained on: a title, an empty line, a story
 
 
 @dataclass(frozen=True)
-class Case:
-    """Requests that all arrive at the start, and how they are answered."""
-
-    name: str
-    prompts: list[list[int]]
-    params: list[SamplingParams]
+class Case(Load):
     is_repetitive: bool | None = None  # whether the answers repeat their prompts; None: the prompts were not chosen so
     fixed: tuple[int, ...] = ()  # fixed numbers of draft tokens that are measured beside adaptive speculation
-    rounds: int = 3
 
 
 def encode_chat(tokenizer, turns: list[str]) -> list[int]:
@@ -102,18 +98,19 @@ def chat_cases(tokenizer, quick: bool) -> list[Case]:
     """One stream of each kind; then eight and 32 that repeat their prompts, and as many that do not."""
     num_tokens = 8 if quick else 64
     prompts = {name: encode_chat(tokenizer, turns) for name, (_, turns) in CHATS.items()}
-    params = SamplingParams(max_tokens=num_tokens)
     chosen = ("rewrite", "story") if quick else ("quotation", "rewrite", "code edit", "story", "question")
-    fixed = (2,) if quick else (2, 4, 8)
-    cases = [Case(name, [prompts[name]], [params], CHATS[name][0], fixed, 1 if quick else 3) for name in chosen]
-    for num_streams in (2,) if quick else (8, 32):
+    fixed, rounds = ((2,), 1) if quick else ((2, 4, 8), 3)
+    params = SamplingParams(max_tokens=num_tokens)
+    cases = [
+        Case(name, [prompts[name]], [params], rounds, is_repetitive=CHATS[name][0], fixed=fixed) for name in chosen
+    ]
+    for num_streams, length, rounds in [(2, 8, 1)] if quick else [(8, 64, 3), (32, 32, 2)]:
         for is_repetitive in (True, False):
             kinds = [prompts[name] for name, (repeats, _) in CHATS.items() if repeats is is_repetitive]
             several = [kinds[i % len(kinds)] for i in range(num_streams)]
+            params = [SamplingParams(max_tokens=length)] * num_streams
             name = "all three that repeat" if is_repetitive else "all three that do not"
-            each = SamplingParams(max_tokens=num_tokens if num_streams < 32 else num_tokens // 2)
-            rounds = 1 if quick else 3 if num_streams < 32 else 2
-            cases.append(Case(name, several, [each] * num_streams, is_repetitive, (), rounds))
+            cases.append(Case(name, several, params, rounds, is_repetitive=is_repetitive))
     return cases
 
 
@@ -130,7 +127,7 @@ def tale_cases(tokenizer, quick: bool) -> list[Case]:
             ]
             fixed = () if num_streams > 1 else (2,) if quick else (2, 4, 8)
             name = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-            cases.append(Case(name, several, params, None, fixed, 1 if quick else 5))
+            cases.append(Case(name, several, params, 1 if quick else 5, fixed=fixed))
     return cases
 
 
@@ -161,16 +158,16 @@ def measure_speculation(name: str, draft: str | None, quick: bool) -> dict:
 @torch.inference_mode()
 def measure_rows(models: dict[str, Llama], repeats: int) -> dict[str, dict[int, float]]:
     """Return the seconds of a pass over n tokens, by n, without attention, whose time depends on the context too."""
-    seconds: dict[str, dict[int, list[float]]] = {way: {n: [] for n in (1, 2, 5, 9, 17, 33)} for way in models}
-    for _ in range(repeats + 1):
-        for way, of_way in seconds.items():
-            for num_rows, taken in of_way.items():
-                model, positions = models[way], torch.arange(num_rows, device=models[way].model.norm.weight.device)
-                start = time.perf_counter()
-                hidden = model(positions + 10, positions, lambda layer, q, k, v: q)
-                float(model.logits(hidden).sum())  # waits until it is done, on a GPU too
-                taken.append(time.perf_counter() - start)
-    told = {way: {n: statistics.median(taken[1:]) for n, taken in of_way.items()} for way, of_way in seconds.items()}
+
+    def step(model: Llama, num_rows: int) -> float:
+        positions = torch.arange(num_rows, device=model.model.norm.weight.device)
+        hidden = model(positions + 10, positions, lambda layer, q, k, v: q)
+        return float(model.logits(hidden).sum())  # waits until it is done, on a GPU too
+
+    steps = {(way, n): partial(step, model, n) for way, model in models.items() for n in (1, 2, 5, 9, 17, 33)}
+    told: dict[str, dict[int, float]] = {way: {} for way in models}
+    for (way, n), seconds in interleaved_medians(steps, repeats).items():
+        told[way][n] = seconds
     for way, each in told.items():
         print(f"{way}, milliseconds by rows: " + ", ".join(f"{n}: {taken * 1e3:.1f}" for n, taken in each.items()))
     return told
@@ -178,68 +175,42 @@ def measure_rows(models: dict[str, Llama], repeats: int) -> dict[str, dict[int, 
 
 def measure_lookup(repeats: int) -> dict[int, float]:
     """Return the seconds of a lookup, by the length of the text, if the end of the text did not occur before."""
-    rng, told = random.Random(0), {}
-    for length in (1000, 4000):
-        text, taken = [rng.randrange(50_000) for _ in range(length)], []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            propose_ngram(text, 8)
-            taken.append(time.perf_counter() - start)
-        told[length] = statistics.median(taken)
-    return told
+    rng = random.Random(0)
+    texts = {length: [rng.randrange(50_000) for _ in range(length)] for length in (1000, 4000)}
+    return {length: median_seconds(partial(propose_ngram, text, 8), repeats) for length, text in texts.items()}
 
 
 def measure_case(case: Case, model: Llama, plain: Llama, tokenizer, draft: str | None) -> dict:
-    """Measure one case: a short warm-up of each way, then rounds in which the order varies."""
+    """Measure one case in all its ways. Streams with the same prompt share its blocks, so prompts take little time."""
     ways: dict[str, dict] = {"none": {}, "adaptive": dict(speculative=draft or "ngram")}
     for k in case.fixed:
         ways[f"k={k}"] = {**ways["adaptive"], "num_speculative_tokens": k, "adaptive_speculation": False}
-    is_greedy = all(each.temperature == 0 for each in case.params)
-    runs: dict[str, list[Run]] = {way: [] for way in ways}
-    ties = dict.fromkeys(ways, 0)  # if the temperature is above 0, the tokens may differ
-    rng = random.Random(1)
-    start = time.perf_counter()
-    for options in ways.values():
-        answer(model, tokenizer, options, case.prompts[:1], [SamplingParams(max_tokens=4)])
-    for number in range(case.rounds):
-        for way in rng.sample(list(ways), len(ways)):
-            runs[way].append(answer(model, tokenizer, ways[way], case.prompts, case.params))
-            speed, passed = runs[way][-1].tokens_per_second, time.perf_counter() - start
-            print(
-                f"{len(case.prompts)} x {case.name}, round {number + 1} of {case.rounds}, {way}: {speed:.1f} tokens/s "
-                f"[{passed:.0f} s]",
-                flush=True,
-            )
-    if is_greedy:
-        wanted = Load(case.name, case.prompts, [each.max_tokens for each in case.params])
+    servers = {way: partial(serve, model, tokenizer, options) for way, options in ways.items()}
+    runs = take_turns(f"{len(case.prompts)} x {case.name}", case, servers, {})
+    answers = runs["none"][0].token_ids
+    ties = dict.fromkeys(ways, 0)
+    temperature = case.params[0].temperature
+    if temperature == 0:  # otherwise the tokens may differ
         with mock.patch.dict(os.environ, KERNELS="plain"):
-            ties = {way: check_same(plain, wanted, runs["none"][0].tokens, runs[way][0].tokens, way) for way in ways}
+            ties = {way: check_same(plain, case, answers, done[0].token_ids, way) for way, done in runs.items()}
     return {
         "name": case.name,
         "is_repetitive": case.is_repetitive,
         "num_streams": len(case.prompts),
-        "temperature": case.params[0].temperature,
+        "temperature": temperature,
         "num_rounds": case.rounds,
         "num_prompt_tokens": sum(map(len, case.prompts)),
-        "num_output_tokens": sum(map(len, runs["none"][0].tokens)),
-        "answer": tokenizer.decode(runs["none"][0].tokens[0]),
-        "ways": {way: row(runs[way], runs["none"], ties[way]) for way in ways},
+        "num_output_tokens": sum(map(len, answers)),
+        "answer": tokenizer.decode(answers[0]),
+        "ways": {way: row(done, runs["none"], ties[way]) for way, done in runs.items()},
     }
 
 
-def answer(model: Llama, tokenizer, options: dict, prompts, params) -> Run:
-    """Let a new engine answer. Streams with the same prompt share its blocks, so prompts take little of the time."""
-    slots = sum(len(prompt) + each.max_tokens for prompt, each in zip(prompts, params))
-    settings = dict(num_blocks=slots // 16 + 3 * len(prompts), max_num_seqs=len(prompts), max_num_batched_tokens=256)
-    with assembled(model, tokenizer, **settings, **options) as serving:
-        return serve(serving, prompts, params)
-
-
-def row(done: list[Run], without: list[Run], ties: int) -> dict:
+def row(done: list[Served], without: list[Served], ties: int) -> dict:
     """The results of one way. without: the runs without speculation, in the same rounds."""
     ratios = [each.tokens_per_second / other.tokens_per_second for each, other in zip(done, without)]
-    num_tokens = sum(map(len, done[0].tokens))
-    num_draft_tokens, rate = (done[0].more.get(key, 0) for key in ("num_draft_tokens", "acceptance_rate"))
+    num_tokens = sum(map(len, done[0].token_ids))
+    num_draft_tokens, rate = (done[0].counts.get(key, 0) for key in ("num_draft_tokens", "acceptance_rate"))
     return {
         "tokens_per_second": statistics.median(each.tokens_per_second for each in done),
         "rounds": [each.tokens_per_second for each in done],

@@ -56,10 +56,13 @@ def figure(path: str) -> Callable[[Callable[[], Figure]], Callable[[], Figure]]:
     return register
 
 
-def new_figure(**settings) -> tuple[Figure, matplotlib.axes.Axes]:
-    """Return a figure with one set of axes. It is not part of `pyplot`'s state, so it need not be closed."""
-    fig = Figure(layout="constrained", **settings)
-    return fig, fig.subplots()
+def new_figure(rows: int = 1, columns: int = 1, figsize: tuple[float, float] | None = None, **settings) -> tuple:
+    """Return a figure and its axes, as `subplots` of matplotlib does: of several an array.
+
+    It is not part of `pyplot`'s state, so it need not be closed.
+    """
+    fig = Figure(layout="constrained", figsize=figsize)
+    return fig, fig.subplots(rows, columns, **settings)
 
 
 def label_end(axes, x: float, y: float, text: str, color: str, dx: int = 6, dy: int = 0) -> None:

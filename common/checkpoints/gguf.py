@@ -21,13 +21,17 @@ import math
 import re
 from pathlib import Path
 
+import numpy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 from common.checkpoints.download import progress
 from common.checkpoints.folder import CheckpointError, write_json
-from common.checkpoints.gguf_header import check_header
+from common.checkpoints.gguf_file import GGUFFile
 from common.checkpoints.gguf_vocabulary import Vocabulary, read_vocabulary, write_tokenizer
 from common.checkpoints.schema import check_config
 
-VERSION = 2  # part of the cached folders' names: raise it when what is written changes
 SHARD_BYTES = 2 << 30  # of a written file; its tensors are all in memory while it is written
 
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}  # architecture: model_type
@@ -53,66 +57,33 @@ LAYER_NAMES = {
 OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
+def name_in_gguf(name: str) -> str:
+    """The name in GGUF of the tensor with this name; the tensors of a layer's experts have the same, that of all."""
+    _, layer, inner, part = re.fullmatch(r"(model\.layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    old_names = {new: old for old, new in {**LAYER_NAMES, **OTHER_NAMES}.items()}
+    old = old_names[re.sub(r"experts\.\d+", "experts.{}", inner)]
+    return f"{old}.{part}" if layer is None else f"blk.{layer}.{old}.{part}"
+
+
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write the model in `path` to `folder`: safetensors, config.json, generation_config.json and the tokenizer.
 
     Raises CheckpointError for a file that is damaged or that the course cannot run, OSError if writing fails.
     """
-    source = _Source(path)
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        raise CheckpointError(
+            f"{path} is one part of a split GGUF; join the parts with llama.cpp's `llama-gguf-split --merge`."
+        )
+    source = GGUFFile(path)
+    if not isinstance(source.architecture, str) or source.architecture not in FAMILIES:
+        raise CheckpointError(
+            f"{path}: the architecture is {source.architecture!r:.80}; this course runs {', '.join(FAMILIES)}."
+        )
     vocabulary = read_vocabulary(source.get, path)
     config = _config(source, vocabulary)
     _write_tensors(source, config, folder)
     write_tokenizer(vocabulary, path, config, folder)
     write_json(folder / "config.json", config)
-
-
-class _Source:
-    """An open GGUF file. `get` reads its key-value pairs; `tensors` are the library's, by name, mapped and not read."""
-
-    def __init__(self, path: Path) -> None:
-        import gguf
-
-        self.path = path
-        if re.search(r"-\d{5}-of-\d{5}$", path.stem):
-            raise CheckpointError(
-                f"{path} is one part of a split GGUF; join the parts with llama.cpp's `llama-gguf-split --merge`."
-            )
-        check_header(path)
-        try:
-            self.reader = gguf.GGUFReader(path)
-        except Exception as error:  # the library raises what numpy raises
-            raise CheckpointError(f"{path}: cut short, or not a GGUF file ({error}). Download it again.") from error
-        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-        self.architecture = self.get("general.architecture")
-        if not isinstance(self.architecture, str) or self.architecture not in FAMILIES:
-            raise CheckpointError(
-                f"{path}: the architecture is {self.architecture!r:.80}; this course runs {', '.join(FAMILIES)}."
-            )
-
-    REQUIRED = object()
-
-    def get(self, key: str, default=REQUIRED):
-        field = self.reader.get_field(key)
-        if field is not None:
-            return field.contents()
-        if default is self.REQUIRED:
-            raise CheckpointError(f"{self.path}: the key {key!r} is missing, so the model cannot be rebuilt.")
-        return default
-
-    def of_model(self, key: str, default=REQUIRED):
-        return self.get(f"{self.architecture}.{key}", default)
-
-    def uniform(self, key: str, default=REQUIRED):
-        """A value of the model. The file may have a list with one value for each layer; they must be the same."""
-        value = self.of_model(key, default)
-        if isinstance(value, list) and value:
-            if value.count(value[0]) != len(value) or len(value) != self.of_model("block_count"):
-                raise CheckpointError(
-                    f"{self.path}: {self.architecture}.{key} is {value!r:.80}; this course runs models whose layers "
-                    "are all of one shape, so it must be the same number for each layer."
-                )
-            return value[0]
-        return value
 
 
 # config.json's keys -> GGUF's, which begin with the architecture.
@@ -134,7 +105,7 @@ EXPERT_KEYS = {
 }
 
 
-def _config(source: _Source, vocabulary: Vocabulary) -> dict:
+def _config(source: GGUFFile, vocabulary: Vocabulary) -> dict:
     """Returns the content of config.json, made from GGUF's keys and checked as any config.json is."""
     path, tensors, of_model = source.path, source.tensors, source.of_model
     family, keys = FAMILIES[source.architecture], KEYS
@@ -150,14 +121,14 @@ def _config(source: _Source, vocabulary: Vocabulary) -> dict:
     config = {
         "architectures": [f"{family.title().replace('_', '')}ForCausalLM"],
         "model_type": family,
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),  # GGUF writes shapes innermost first
+        "vocab_size": tensors["token_embd.weight"].shape[0],
         **{key: source.uniform(name, optional.get(key, source.REQUIRED)) for key, name in keys.items()},
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "is_causal": of_model("attention.causal", True),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "torch_dtype": str(_dtype(tensors["token_embd.weight"])).removeprefix("torch."),
+        "torch_dtype": str(tensors["token_embd.weight"].dtype).removeprefix("torch."),
     }
     if family == "qwen3_moe":
         config["norm_topk_prob"] = True  # no key says so: llama.cpp always does it for this architecture
@@ -186,20 +157,16 @@ def _config(source: _Source, vocabulary: Vocabulary) -> dict:
 
 def _as_written(value: float) -> float:
     """The shortest decimal with the same float32: GGUF rounded 1e-05 to float32, and 1e-05 is what was meant."""
-    import numpy
-
     return float(str(numpy.float32(value)))
 
 
-def _rope_scaling(source: _Source, head_dim: int, context: int) -> dict | None:
+def _rope_scaling(source: GGUFFile, head_dim: int, context: int) -> dict | None:
     """Returns config.json's `rope_scaling`, the rule by which rotary frequencies are scaled for long texts.
 
     For Llama 3, GGUF stores the result, a divisor for each frequency (`rope_freqs.weight`), and not the rule. The
     factor is the largest divisor; the rule's other three numbers are those of all Llama 3 releases. If they do not
     give the stored divisors, the file is refused.
     """
-    import numpy
-
     factor = source.of_model("rope.scaling.factor", source.of_model("rope.scale_linear", None))
     # As llama.cpp reads it: a factor without a type is linear, and a factor of 0 or 1 scales nothing.
     kind = source.of_model("rope.scaling.type", "linear" if factor else "none")
@@ -222,7 +189,7 @@ def _rope_scaling(source: _Source, head_dim: int, context: int) -> dict | None:
         raise CheckpointError(f"{source.path}: rope scaling of type {kind!r:.80}, which this course does not do.")
     if "rope_freqs.weight" not in source.tensors:
         return None
-    divisors = numpy.asarray(source.tensors["rope_freqs.weight"].data, dtype=numpy.float64)
+    divisors = source.numbers("rope_freqs.weight").astype(numpy.float64)
     if numpy.all(divisors == 1):
         return None
     factor, low, high, original = _as_written(divisors.max()), 1.0, 4.0, 8192
@@ -248,7 +215,7 @@ def _rope_scaling(source: _Source, head_dim: int, context: int) -> dict | None:
 # Tensors
 
 
-def _new_name(source: _Source, name: str) -> str:
+def _new_name(source: GGUFFile, name: str) -> str:
     stem, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if kind in ("weight", "bias"):
@@ -261,21 +228,10 @@ def _new_name(source: _Source, name: str) -> str:
     )
 
 
-def _dtype(tensor):
-    import gguf
-    import torch
-
-    half = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
-    return half.get(tensor.tensor_type, torch.float32)
-
-
-def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
+def _write_tensors(source: GGUFFile, config: dict, folder: Path) -> None:
     """Write one file, or several of at most SHARD_BYTES and an index. Only one file's tensors are in memory at once."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     names = {name: _new_name(source, name) for name in source.tensors if name != "rope_freqs.weight"}
-    sizes = {name: int(source.tensors[name].n_elements) * _dtype(source.tensors[name]).itemsize for name in names}
+    sizes = {name: math.prod(source.tensors[name].shape) * source.tensors[name].dtype.itemsize for name in names}
     shards: list[list[str]] = [[]]
     for name in names:
         if shards[-1] and sum(sizes[other] for other in [*shards[-1], name]) > SHARD_BYTES:
@@ -286,9 +242,9 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
     weight_map: dict[str, str] = {}
     with progress(f"Converting {source.path.name}", sum(sizes.values())) as advance:
         for file, shard in zip(files, shards):
-            tensors = {}
+            tensors: dict[str, torch.Tensor] = {}
             for name in shard:
-                tensors |= _by_expert(source, name, names[name], _tensor(source, name, config), config)
+                tensors |= _converted(source, name, names[name], config)
                 advance(sizes[name])
             weight_map |= dict.fromkeys(tensors, file)
             try:
@@ -300,33 +256,13 @@ def _write_tensors(source: _Source, config: dict, folder: Path) -> None:
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _by_expert(source: _Source, name: str, new_name: str, tensor, config: dict) -> dict:
-    """The tensor by its new name; a tensor with the matrices of all experts becomes one tensor for each expert."""
-    if "{}" not in new_name:
-        return {new_name: tensor}
-    if tensor.ndim != 3 or len(tensor) != config["num_experts"]:
-        raise CheckpointError(
-            f"{source.path}: tensor {name!r} has shape {tuple(tensor.shape)}; a matrix for each of "
-            f"{config['num_experts']} experts was expected."
-        )
-    return {new_name.format(expert): matrix for expert, matrix in enumerate(tensor)}
+def _converted(source: GGUFFile, name: str, new_name: str, config: dict) -> dict[str, torch.Tensor]:
+    """The tensor by its new name, dequantized, with its rows in Hugging Face's order.
 
-
-def _tensor(source: _Source, name: str, config: dict):
-    """The tensor, dequantized, with its rows in Hugging Face's order."""
-    import gguf
-    import numpy
-    import torch
-
-    stored = source.tensors[name]
-    try:
-        values = gguf.dequantize(stored.data, stored.tensor_type)
-    except (NotImplementedError, ValueError) as error:
-        raise CheckpointError(
-            f"{source.path}: tensor {name!r} is stored as {stored.tensor_type.name}, which cannot be read: {error}"
-        ) from error
+    A tensor with the matrices of all experts becomes one tensor for each expert.
+    """
+    values, kind, num_experts = source.numbers(name), name.split(".")[-2], config.get("num_experts")
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    kind = name.split(".")[-2]
     if source.architecture == "llama" and kind in heads:
         # (heads, pair, 2, ...) -> (heads, 2, pair, ...): from neighbours to halves.
         if len(values) != heads[kind] * config["head_dim"]:
@@ -335,4 +271,12 @@ def _tensor(source: _Source, name: str, config: dict):
                 f"{config['head_dim']} dimensions have {heads[kind] * config['head_dim']}."
             )
         values = values.reshape(heads[kind], -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-    return torch.from_numpy(numpy.array(values, dtype=numpy.float32, order="C")).to(_dtype(stored))
+    tensor = torch.from_numpy(numpy.array(values, dtype=numpy.float32, order="C")).to(source.tensors[name].dtype)
+    if "{}" not in new_name:
+        return {new_name: tensor}
+    if tensor.ndim != 3 or len(tensor) != num_experts:
+        raise CheckpointError(
+            f"{source.path}: tensor {name!r} has shape {tuple(tensor.shape)}; a matrix for each of {num_experts} "
+            "experts was expected."
+        )
+    return {new_name.format(expert): matrix for expert, matrix in enumerate(tensor)}

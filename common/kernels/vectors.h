@@ -172,9 +172,9 @@ inline ivec add_pairs(ivec sums, hvec a, hvec b) {
 // sums + a[0] * b[0] + ... + a[3] * b[3] in each lane, exact. a: bytes from 0 to 255; b: from -128 to 127. Only where one
 // instruction does it. It is written in assembly, because gcc 12 copies registers around its intrinsic.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr bool HAS_QUADS = true;
+#define HAS_QUADS true
 #else
-constexpr bool HAS_QUADS = false;
+#define HAS_QUADS false
 #endif
 
 inline ivec add_quads(ivec sums, ivec a, ivec b) {
@@ -202,7 +202,7 @@ inline vec add_bfloats(vec sums, ivec a, ivec b) {
 
 // Sums of products of numbers from 0 to 15 and from -127 to 127, in lanes of four bytes, exact. Where an instruction adds
 // pairs in sixteen bits, OCTS steps of `add_octs` fit into a Partial: 4 * 4 * 15 * 127 < 2**15. `whole` adds up the pairs.
-#if defined(__AVX2__) && !(defined(__AVX512VNNI__) || defined(__AVXVNNI__))
+#if defined(__AVX2__) && !HAS_QUADS
 constexpr int64_t OCTS = 4;
 typedef hvec Partial;
 inline ivec whole(hvec sums) { return add_pairs(ivec{}, sums, hvec{} + 1); }
@@ -215,7 +215,7 @@ inline ivec whole(ivec sums) { return sums; }
 // sums + low . x[0..3] + high . x[4..7] in each lane. low, high: four bytes each; x: the same in all lanes.
 inline Partial add_octs(Partial sums, ivec low, ivec high, const int8_t* x) {
   const ivec first = load<int32_t>(x) - ivec{}, second = load<int32_t>(x + 4) - ivec{};
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if HAS_QUADS
   return add_quads(add_quads(sums, low, first), high, second);
 #elif defined(__AVX512BW__)
   sums += (hvec)_mm512_maddubs_epi16((__m512i)low, (__m512i)first);

@@ -69,6 +69,7 @@ def test_a_target_reaches_its_command_as_it_was_typed_and_so_do_the_variables_na
 
 
 @pytest.mark.skipif(not zygote.IS_SAFE, reason="nothing is forked here")
+@pytest.mark.slow
 def test_what_the_tests_fork_ends_as_a_python_of_its_own_would():
     """Or a command that fails would pass."""
     endings = {

@@ -337,6 +337,7 @@ def test_a_slice_is_added_up_as_it_is(monkeypatch):
     assert torch.equal(y, torch.tensor([[0.0, 2.0, 4.0, 3.0], [4.0, 10.0, 12.0, 7.0]]))
 
 
+@pytest.mark.slow
 def test_an_engine_that_was_dropped(checkpoints):
     """Without `close`, its workers end and the next engine starts; while it is held, a sentence says what to do."""
     engine = grid_engine(checkpoints["qwen3"], 2, 1)
@@ -468,6 +469,7 @@ def test_ctrl_c_loses_nothing(checkpoints, tensor, pipeline):
         assert engine.manager.pool.num_free_blocks == len(engine.manager.pool.blocks)
 
 
+@pytest.mark.slow
 def test_idling_is_no_failure(checkpoints):
     """Nothing is computed for longer than the ranks would wait for each other within a step. On a busy machine a step
     may take a second; then the ranks wait for longer.

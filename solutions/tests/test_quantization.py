@@ -134,7 +134,11 @@ def test_ranks_change_no_token(checkpoints, family, kind, grid):  # noqa: F811
     )
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", KINDS[0]), ("qwen3_moe", KINDS[2])], ids=str)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", KINDS[0]), pytest.param("qwen3_moe", KINDS[2], marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_same_tokens_under_load(checkpoints, family, kind):  # noqa: F811
     """INT8 blocks and quantized weights: chunks, preemption, sharing change nothing. The oracle is the same model in
     an engine that computes one request at a time and a token a step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -156,20 +155,11 @@ def gguf_tensors(tensors: dict) -> dict[str, tuple[list[int], bytes]]:
     """Return the shape, innermost dimension first, and the float32 numbers of each tensor, by its name in GGUF."""
     import torch
 
-    from common.checkpoints.gguf import LAYER_NAMES, OTHER_NAMES
+    from common.checkpoints.gguf import name_in_gguf
 
-    layer_names = {new: old for old, new in LAYER_NAMES.items()}
-    other_names = {new: old for old, new in OTHER_NAMES.items()}
     found: dict[str, list] = {}
     for name, tensor in tensors.items():
-        stem, _, kind = name.rpartition(".")
-        stem = re.sub(r"experts\.\d+", "experts.{}", stem)
-        if stem in other_names:
-            old = other_names[stem]
-        else:
-            _, _, layer, inner = stem.split(".", 3)
-            old = f"blk.{layer}.{layer_names[inner]}"
-        found.setdefault(f"{old}.{kind}", []).append(tensor)
+        found.setdefault(name_in_gguf(name), []).append(tensor)
     whole = {name: torch.stack(parts) if "_exps" in name else parts[0] for name, parts in found.items()}
     return {name: (list(tensor.shape[::-1]), tensor.numpy().tobytes()) for name, tensor in whole.items()}
 

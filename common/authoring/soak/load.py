@@ -25,11 +25,12 @@ from common.authoring.soak.interrupts import AfterLines, tracing
 from common.authoring.soak.invariants import Texts, check_books, check_drafts, watch_draft
 from common.authoring.soak.oracle import Oracle, check_failed, compare, judge
 from common.authoring.soak.requests import FAULTS, TINY, Ask, Fault, Letters, random_asks, random_model, random_settings
+from common.bench.grids import observed_engine
 from common.checkpoints import find_checkpoint
 from common.config import EngineConfig
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions.batching import Engine, LocalExecutor, ModelRunner
-from solutions.engine import build_runner, load_model, resolve, start_executor
+from solutions.engine import build_runner, load_model
 from solutions.llama_pytorch import Llama
 from solutions.paged_attention import PagedKVCache, cdiv
 from solutions.quantization import Int8KVCache, Quantization
@@ -308,13 +309,6 @@ def with_made_up_times(seed: int, config: EngineConfig, model: Llama, layers: ra
     return runner
 
 
-def soaked_engine(seed: int, model: str, **options) -> Engine:
-    """The assembled engine, with `MadeUpTimes` from this seed."""
-    config, tokenizer = resolve(EngineConfig(model=model, **options))
-    build = partial(with_made_up_times, seed, config)
-    return Engine(start_executor(config, partial(load_model, config), build), tokenizer, config)
-
-
 def options_of(quantization: Quantization | None) -> dict:
     """The options of an engine that quantizes its weights this way."""
     if quantization is None:
@@ -430,7 +424,8 @@ class Run:
             settings = {**self.settings, **options_of(self.settings["quantization"])}
             grid = dict(tensor_parallel=self.grid[0], pipeline_parallel=self.grid[1])
             settings |= dict(speculative=speculative, dtype=torch.float64, device="cpu", **grid)
-            engine = stack.enter_context(soaked_engine(self.seed, name, **settings))
+            build = partial(with_made_up_times, self.seed)
+            engine = stack.enter_context(observed_engine(build, model=name, **settings))
             texts = Texts(engine.config.block_size)
             for asks in self.rounds:
                 report.add(drive(engine, list(asks), oracle, rng, texts, may_be_interrupted=True))

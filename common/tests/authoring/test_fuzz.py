@@ -24,6 +24,7 @@ def test_what_is_not_changed_loads(kind, tmp_path, monkeypatch):
     use(files.make(kind, folder))
 
 
+@pytest.mark.slow
 def test_a_sample_is_clear():
     """`make fuzz SECONDS=600` tries thousands."""
     report = fuzz(seed=1, seconds=600, most=60, longest=60)
@@ -45,6 +46,7 @@ def planted(seed: int, number: int) -> dict:
     return outcome(ways.get(number, lambda: None), "/nowhere")
 
 
+@pytest.mark.slow
 def test_it_sees_hangs_crashes_errors_and_memory():
     for longest in (1, 10, 60):  # on a busy machine even what does nothing may take a second
         report = fuzz(0, 600, 6, target="common.tests.authoring.test_fuzz:planted", longest=longest)

@@ -73,9 +73,9 @@ def test_a_gap_in_the_checks_survives_and_an_endless_loop_does_not(tmp_path):
         "EQUIVALENT = [equivalent('9.1', 'both give the same', CHANGE, 'gone -> away')]\n"
     )
     everything = mutants_of(lesson)
-    caught, survivors = try_all(lesson, everything, 1, lambda count: None)
-    found = summary(lesson, everything, survivors)
-    why = {each.change: reason for each, reason in caught}
+    caught = try_all(lesson, everything, 1, lambda count: None)
+    found = summary(lesson, everything, caught)
+    why = {each.change: reason for each, reason in caught.items()}
     assert "total += 0.5 -> total -= 0.5" in why, why
     assert "Overtime" in why["total += 0.5 -> total -= 0.5"]
     assert any("len(x) > 1" in each for each in found["survived"])  # no check looks at one value only

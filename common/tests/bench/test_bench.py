@@ -7,7 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 
 import numpy
 import pytest
@@ -52,6 +52,7 @@ def test_a_name_or_its_beginning_says_what_is_measured(capsys, monkeypatch):
     assert all(any(name == each or name.startswith(f"{each}-") for name in bench.NAMES) for each in bench.DEFAULT)
 
 
+@pytest.mark.slow
 def test_the_machine_is_measured_without_any_lesson():
     """A student of lesson 0 does it; later lessons' files need not even be readable then."""
     program = "import sys; from common.bench.cli import measure; measure('machine', True); print(*sys.modules)"
@@ -71,22 +72,31 @@ def test_the_ladder_and_speculation_run_in_miniature(tmp_path, capsys, monkeypat
         assert f"1 x rewrite, round 1 of 1, {way}:" in text and f"1 x greedy, round 1 of 1, {way}:" in text
 
 
-def make_run(seconds: float, tokens: list[list[int]], **more) -> ladder.Run:
-    return ladder.Run(seconds, tokens, [0.5] * len(tokens), [0.1] * len(tokens), 64, 1000, 800, more)
+def served(seconds: float, tokens: list[list[int]], **counts) -> rivals.Served:
+    """Answers whose last tokens come together; the first ones came after half a second."""
+    return rivals.Served(tokens, [[10.5, 10.0 + seconds]] * len(tokens), 64, 10.0, counts)
+
+
+def way(answer: Callable[[], rivals.Served]) -> ladder.Way:
+    return ladder.Way(lambda load: answer(), 1000, 800, 2)
+
+
+def load_of(name: str, prompts: list[list[int]], lengths: list[int], **more) -> ladder.Load:
+    return ladder.Load(name, prompts, list(map(ladder.greedy, lengths)), **more)
 
 
 def test_of_an_unable_way_the_reason_is_kept_and_the_others_go_on(tales):
     model, _ = tales
     asked = []
 
-    def unable(given):
-        asked.append(given.name)
+    def unable():
+        asked.append("b")
         raise rivals.Unable("not on a Tuesday")
 
-    given = ladder.Load("a load", [[5, 6, 7]], [2])
+    given = load_of("a load", [[5, 6, 7]], [2], rounds=3)
     expected = [greedy_tokens(model, [5, 6, 7], 2)]
     skipped: dict[str, str] = {}
-    told = ladder.climb(model, given, {"a": lambda given: make_run(4.0, expected), "b": unable}, 3, skipped)
+    told = ladder.climb(model, given, {"a": way(lambda: served(4.0, expected)), "b": way(unable)}, skipped)
     assert skipped == {"b": "not on a Tuesday"} and list(told["ways"]) == ["a"] and len(asked) == 1
     assert told["ways"]["a"]["rounds"] == [0.5] * 3
 
@@ -106,27 +116,32 @@ def test_a_way_with_other_tokens_is_found_even_if_another_answered_fewer_request
     prompts = [[5, 6, 7], [300, 12, 9, 44]]
     right = [greedy_tokens(model, prompt, 3) for prompt in prompts]
     wrong = [right[0], [right[1][0], (right[1][1] + 1) % 1024, right[1][2]]]
-    given = ladder.Load("a load", prompts, [3, 3], sample=1)
-    ways = {"sample": lambda given: make_run(1.0, right[:1]), "all": lambda given: make_run(1.0, right)}
-    told = ladder.climb(model, given, ways, 2, {})
+    given = load_of("a load", prompts, [3, 3], sample=1)
+    ways = {"sample": way(lambda: served(1.0, right[:1])), "all": way(lambda: served(1.0, right))}
+    told = ladder.climb(model, given, ways, {})
     assert told["ways"]["sample"]["num_requests_answered"] == 1
     assert told["ways"]["sample"]["time_to_first_token"] is None and told["ways"]["all"]["time_to_first_token"] == 0.5
     with pytest.raises(AssertionError, match="token 1 differs"):
-        ladder.climb(model, given, {**ways, "mistaken": lambda given: make_run(1.0, wrong)}, 1, {})
-    quantized = {**ways, "INT4": lambda given: make_run(1.0, wrong)}  # other weights may say other things
-    assert set(ladder.climb(model, given, quantized, 1, {})["ways"]) == {"sample", "all", "INT4"}
+        ladder.climb(model, given, {**ways, "mistaken": way(lambda: served(1.0, wrong))}, {})
+    quantized = {**ways, "INT4": way(lambda: served(1.0, wrong))}  # other weights may say other things
+    assert set(ladder.climb(model, given, quantized, {})["ways"]) == {"sample", "all", "INT4"}
 
 
 def test_bytes_read_in_a_second_are_those_of_the_steps_after_the_prompt():
-    given = ladder.Load("one stream", [[1, 2]], [5])
-    told = ladder.row(given, [make_run(9.0, [[3] * 5])], 0)
-    assert told["read_gb_per_s"] == pytest.approx(800 * 4 / (0.1 * 4) / 1e9)  # four gaps, a step each
-    proposed = ladder.row(given, [make_run(9.0, [[3] * 5], num_steps=3)], 0)
-    assert proposed["read_gb_per_s"] == pytest.approx(800 * 2 / (0.1 * 4) / 1e9)  # two steps brought the four tokens
-    assert told["tokens_per_second"] == 5 / 9 and told["weight_bytes"] == 1000
-    assert "read_gb_per_s" not in ladder.row(
-        replace(given, prompts=[[1], [2]], lengths=[5, 5]), [make_run(1.0, [[3] * 5] * 2)], 0
-    )
+    given, of_it = load_of("one stream", [[1, 2]], [5]), way(lambda: None)
+    told = ladder.row(given, of_it, [served(0.9, [[3] * 5])], 0)
+    assert told["read_gb_per_s"] == pytest.approx(800 * 4 / 0.4 / 1e9)  # four gaps, a step each
+    proposed = ladder.row(given, of_it, [served(0.9, [[3] * 5], num_steps=3)], 0)
+    assert proposed["read_gb_per_s"] == pytest.approx(800 * 2 / 0.4 / 1e9)  # two steps brought the four tokens
+    assert told["tokens_per_second"] == pytest.approx(5 / 0.9) and told["time_to_first_token"] == 0.5
+    assert told["weight_bytes"] == 1000 and told["cache_bytes"] == 128
+    several = load_of("two", [[1], [2]], [5, 5])
+    assert "read_gb_per_s" not in ladder.row(several, of_it, [served(1.0, [[3] * 5] * 2)], 0)
+
+
+def test_of_answers_with_one_token_there_are_no_gaps():
+    assert served(0.5, [[3]]).time_per_output_token == 0
+    assert served(0.9, [[3], [3] * 3]).time_per_output_token == pytest.approx(0.2)
 
 
 def test_a_packed_model_holds_its_table_once(tales, monkeypatch):
@@ -140,9 +155,9 @@ def test_a_packed_model_holds_its_table_once(tales, monkeypatch):
 
 
 def test_ratios_are_those_of_pairs_and_tokens_a_step_count_what_was_proposed_right():
-    without = [make_run(seconds, [[1] * 12], num_steps=12) for seconds in (1.0, 2.0, 10.0)]
+    without = [served(seconds, [[1] * 12], num_steps=12) for seconds in (1.0, 2.0, 10.0)]
     proposed = [
-        make_run(seconds, [[1] * 12], num_steps=4, num_draft_tokens=16, acceptance_rate=0.5)
+        served(seconds, [[1] * 12], num_steps=4, num_draft_tokens=16, acceptance_rate=0.5)
         for seconds in (0.5, 1.0, 9.0)
     ]
     told = speculation_bench.row(proposed, without, 0)
@@ -155,28 +170,27 @@ def test_ratios_are_those_of_pairs_and_tokens_a_step_count_what_was_proposed_rig
 def test_the_assembled_engine_of_the_ladder_draft_tokens_and_says_the_same(tales):
     model, tokenizer = tales
     prompts = [tokenizer.encode(text) for text in speculation_bench.BEGINNINGS[:2]]
-    params = [SamplingParams(max_tokens=16)] * 2
-    plain = speculation_bench.answer(model, tokenizer, {}, prompts, params)
+    given = ladder.Load("beginnings", prompts, [SamplingParams(max_tokens=16)] * 2)
+    plain = ladder.serve(model, tokenizer, {}, given)
     for draft in (None, str(MODELS / "tales-draft")):
         speculation = dict(speculative=draft or "ngram", num_speculative_tokens=3, adaptive_speculation=False)
-        proposed = speculation_bench.answer(model, tokenizer, speculation, prompts, params)
-        given = ladder.Load("beginnings", prompts, [16, 16])
-        ladder.check_same(model, given, plain.tokens, proposed.tokens, "speculation")
-        assert draft is None or proposed.more["num_steps"] < plain.more["num_steps"]
-        assert draft is None or proposed.more["num_draft_tokens"] > 0
-    assert "num_draft_tokens" not in plain.more
+        proposed = ladder.serve(model, tokenizer, speculation, given)
+        ladder.check_same(model, given, plain.token_ids, proposed.token_ids, "speculation")
+        assert draft is None or proposed.counts["num_steps"] < plain.counts["num_steps"]
+        assert draft is None or proposed.counts["num_draft_tokens"] > 0
+    assert "num_draft_tokens" not in plain.counts
 
 
 # llama.cpp --------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_as_gguf_is_read_back_number_for_number(gguf_file):
-    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert._Source(gguf_file)
+    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert.GGUFFile(gguf_file)
     config = gguf_convert._config(source, gguf_convert.Vocabulary(model="gpt2", tokens=[]))  # the file has none
     names = {gguf_convert._new_name(source, name): name for name in source.tensors}
     assert sorted(names) == [name for name in checkpoint.names() if name != "lm_head.weight"]
     for name, stored in names.items():
-        read = gguf_convert._tensor(source, stored, config)
+        read = gguf_convert._converted(source, stored, name, config)[name]
         assert read.dtype == torch.float32
         numpy.testing.assert_array_equal(read.numpy(), checkpoint.read(name).float().numpy(), err_msg=name)
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
@@ -187,11 +201,11 @@ def test_what_is_written_as_gguf_is_read_back_number_for_number(gguf_file):
 @pytest.mark.parametrize("kind, limit", [("Q8_0", 0.01), ("Q4_0", 0.12)])
 def test_fewer_bits_are_written_as_gguf_has_them(kind, limit, tmp_path):
     rivals.write_gguf(MODELS / "tales", tmp_path / "model.gguf", kind)
-    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert._Source(tmp_path / "model.gguf")
+    checkpoint, source = Checkpoint(MODELS / "tales"), gguf_convert.GGUFFile(tmp_path / "model.gguf")
     config = gguf_convert._config(source, gguf_convert.Vocabulary(model="gpt2", tokens=[]))
     for name, stored in {gguf_convert._new_name(source, name): name for name in source.tensors}.items():
         expected = checkpoint.read(name).float()
-        error = (gguf_convert._tensor(source, stored, config) - expected).norm() / expected.norm()
+        error = (gguf_convert._converted(source, stored, name, config)[name] - expected).norm() / expected.norm()
         is_exact = expected.ndim == 1 or expected.shape[1] % 32 > 0
         assert error < (0.01 if "embed" in name else limit) and (error == 0) == is_exact, name
 
@@ -211,7 +225,7 @@ def test_llama_cpp_says_the_same_of_several_requests_at_once(tales, gguf_file):
     llama_cpp = rivals.LlamaCpp(gguf_file, 1)
     served = llama_cpp.serve(prompts, lengths)
     assert [len(tokens) for tokens in served.token_ids] == lengths == [len(times) for times in served.times]
-    given = ladder.Load("llama.cpp", prompts, lengths)
+    given = load_of("llama.cpp", prompts, lengths)
     expected = [greedy_tokens(model, prompt, length) for prompt, length in zip(prompts, lengths)]
     assert ladder.check_same(model, given, expected, served.token_ids, "llama.cpp") == 0
     assert served.start < served.times[0][0]

@@ -720,7 +720,7 @@ def test_a_gguf_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatc
     folder = find_checkpoint(str(path))
     assert cached(str(path)) == folder
     with monkeypatch.context() as patch:
-        patch.setattr(names, "convert_gguf", None)  # so a second conversion would fail
+        patch.setattr(gguf_convert, "convert_gguf", None)  # so a second conversion would fail
         assert find_checkpoint(str(path)) == folder
     os.utime(path, ns=(1, 1))
     assert cached(str(path)) is None
@@ -734,13 +734,13 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_passes_for_whole(tmp_pa
     path = write_gguf(tmp_path / "tiny.gguf", "llama")
     program = f"""
         import os
-        from common.checkpoints import names
+        from common.checkpoints import gguf, names
 
         def die_half_way(path, folder):
             (folder / "config.json").write_text("{{}}")
             os._exit(9)  # no cleaning up: as the kernel kills
 
-        names.convert_gguf = die_half_way
+        gguf.convert_gguf = die_half_way
         names.find_checkpoint({str(path)!r})
     """
     root = Path(names.__file__).resolve().parents[2]
@@ -774,7 +774,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     def disk_is_full(tensors, file, metadata):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("safetensors.torch.save_file", disk_is_full)
+    monkeypatch.setattr("common.checkpoints.gguf.save_file", disk_is_full)
     with pytest.raises(CheckpointError, match="could not be written: .*No space left.*COURSE_CACHE"):
         find_checkpoint(str(path))
     (tmp_path / "file").write_text("")
