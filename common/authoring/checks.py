@@ -98,11 +98,15 @@ def check() -> int:
     from common.authoring import prose
     from common.authoring.readmes import checks as readme_checks
 
+    def told(found: list[str]) -> int:
+        print(*found, sep="\n", end="\n" if found else "")
+        return len(found)
+
     parts: dict[str, Callable[[], int]] = {
         "lint": lint.callback,
         "skeletons": lambda: skeletons.callback(check=True),
-        "READMEs": readme_checks.main,
-        "prose": prose.main,
+        "READMEs": lambda: told(readme_checks.complaints()),
+        "prose": lambda: told(prose.all_complaints()),
         "spelling": lambda: call("-m", "codespell_lib"),
     }
     failed = []

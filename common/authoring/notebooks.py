@@ -53,20 +53,6 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = joined(cell.outputs)
-
-
-def joined(outputs: list) -> list:
-    """Join consecutive pieces of the same stream, because where they were cut depends on timing."""
-    result: list = []
-    for output in outputs:
-        last = result[-1] if result else None
-        if last is not None and output.output_type == last.output_type == "stream" and output.name == last.name:
-            last.text += output.text
-        else:
-            result.append(output)
-    return result
 
 
 def execute(path: Path) -> None:
@@ -77,8 +63,10 @@ def execute(path: Path) -> None:
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    where = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=where)
+    client = NotebookClient(
+        notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+        coalesce_streams=True,  # where a stream's pieces were cut depends on timing
+    )  # fmt: skip
     client.execute(env=environment())
     normalise(notebook)
     nbformat.validate(notebook)

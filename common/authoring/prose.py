@@ -9,17 +9,23 @@ from __future__ import annotations
 import ast
 import fnmatch
 import io
-import json
 import re
 import tokenize
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+from markdown_it import MarkdownIt
+
+from common.authoring.readmes.checks import between_cells
 from common.course import ROOT
 
 RULES = Path(__file__).with_name("prose.toml")
+READER = MarkdownIt().enable("table")
+MATHEMATICS = re.compile(r"\$\$.*?\$\$|\$[^$\n]+\$", re.DOTALL)
+HTML = re.compile(r"<!--.*?-->|<[^>]+>", re.DOTALL)
 ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|et al|etc|vs|cf|Fig|eq|St|No)\.", re.IGNORECASE)
 
 
@@ -32,41 +38,16 @@ class Passage:
     text: str
 
 
-def without_code(text: str) -> str:
-    """Replace inline code and mathematics by the letter x and links by their text; drop images and HTML."""
-    text = re.sub(r"(`+).*?\1|\$\$.*?\$\$|\$[^$\n]+\$", "x", text, flags=re.DOTALL)
-    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return re.sub(r"<[^>]+>", "", text)
-
-
-def blank(match: re.Match) -> str:
-    """The matched lines as empty lines, so that the lines after them keep their numbers."""
-    return "\n" * match[0].count("\n")
-
-
 def passages_of_markdown(file: Path, text: str, first_line: int = 1) -> Iterator[Passage]:
-    text = re.sub(r"<!--.*?-->", blank, text, flags=re.DOTALL)
-    text = re.sub(r"^( *)(```|~~~).*?^ *\2[^\n]*$", blank, text, flags=re.DOTALL | re.MULTILINE)
-    lines, start = [], first_line
-    for number, line in enumerate([*text.splitlines(), ""], first_line):
-        begins = re.match(r"\s*([-*+]|\d+\.|#+|>)\s+", line)
-        if not line.strip() or begins or line.lstrip().startswith("|"):
-            if lines:
-                yield Passage(file, start, without_code(" ".join(lines)))
-            lines = []
-        if line.lstrip().startswith("|"):
-            for cell in re.split(r"(?<!\\)\|", line):
-                yield Passage(file, number, without_code(cell))
-        elif line.strip():
-            start = start if lines else number
-            lines.append(line[begins.end() :] if begins else line.strip())
-
-
-def passages_of_notebook(file: Path) -> Iterator[Passage]:
-    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "markdown":
-            yield from passages_of_markdown(file, "".join(cell["source"]))
+    line = 0
+    for token in READER.parse(MATHEMATICS.sub(lambda match: "x" + "\n" * match[0].count("\n"), text)):
+        line = token.map[0] if token.map else line
+        if token.type == "inline":
+            kinds = {"text": "{}", "code_inline": "x", "softbreak": " ", "hardbreak": " "}
+            words = "".join(kinds[part.type].format(part.content) for part in token.children if part.type in kinds)
+            yield Passage(file, first_line + line, words)
+        elif token.type == "html_block":
+            yield Passage(file, first_line + line, HTML.sub("", token.content))
 
 
 def passages_of_python(file: Path) -> Iterator[Passage]:
@@ -81,18 +62,18 @@ def passages_of_python(file: Path) -> Iterator[Passage]:
         if token.type == tokenize.COMMENT and not re.match(r"#( ?-{5,}|!| noqa| type:| fmt:)", token.string):
             alone = not token.line[: token.start[1]].strip()
             if block and not (alone and token.start[0] == last + 1):
-                yield Passage(file, start, without_code(" ".join(block)))
+                yield from passages_of_markdown(file, " ".join(block), start)
                 block = []
             start = start if block else token.start[0]
             block.append(token.string.lstrip("# ").strip())
             last = token.start[0] if alone else -1
     if block:
-        yield Passage(file, start, without_code(" ".join(block)))
+        yield from passages_of_markdown(file, " ".join(block), start)
 
 
 def passages(file: Path) -> Iterator[Passage]:
     if file.suffix == ".ipynb":
-        return passages_of_notebook(file)
+        return chain.from_iterable(passages_of_markdown(file, text) for _, text in between_cells(file))
     if file.suffix == ".py":
         return passages_of_python(file)
     return passages_of_markdown(file, file.read_text(encoding="utf-8"))
@@ -138,9 +119,6 @@ def texts() -> list[Path]:
     return sorted(file for file in files if not {"tests", "models", "training"} & set(file.parts))
 
 
-def main() -> int:
-    """Print all complaints; returns 1 if there are any."""
+def all_complaints() -> list[str]:
     rules = tomllib.loads(RULES.read_text(encoding="utf-8"))
-    found = [line for file in texts() for line in complaints(file, rules)]
-    print(*found, sep="\n", end="\n" if found else "")
-    return int(bool(found))
+    return [line for file in texts() for line in complaints(file, rules)]

@@ -55,10 +55,9 @@ def make_probing_runner(folder: Path, config: EngineConfig, model, layers: range
     return build_runner(config, model, layers)
 
 
-def observed_engine(build, name: str, grid: tuple[int, int], **options) -> Engine:
-    """An engine whose ranks build their runners by `build(config, model, layers)`."""
-    options |= dict(tensor_parallel=grid[0], pipeline_parallel=grid[1])
-    config, tokenizer = resolve(EngineConfig(model=name, **options))
+def observed_engine(build: Callable[..., ModelRunner], **options) -> Engine:
+    """The assembled engine, but its ranks build their runners by `build(config, model, layers)`."""
+    config, tokenizer = resolve(EngineConfig(**options))
     return Engine(start_executor(config, partial(load_model, config), partial(build, config)), tokenizer, config)
 
 
@@ -89,7 +88,8 @@ def measure_grids(name: str, quick: bool) -> dict:
             else:
                 build = partial(timed_runner if "stages" in way else make_probing_runner, Path(folder))
                 options = dict(dtype=torch.float32, device="cpu", enable_prefix_caching=False)
-                engine = observed_engine(build, name, grid, **options)
+                options |= dict(tensor_parallel=grid[0], pipeline_parallel=grid[1])
+                engine = observed_engine(build, model=name, **options)
             row = rows[way] = {}
             with engine:
                 if way == "two stages, one batch":

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 import torch
 
 from common.bench.vllm_serve import MARK as VLLM_MARK
@@ -148,32 +149,28 @@ def transformers_steps(model, token_ids: torch.Tensor) -> dict[str, Callable[[],
     }
 
 
-class Stamp:
-    """Notes when the logits of each token are computed; it is given to `generate` as a processor of logits."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def __call__(self, input_ids, scores):
-        if scores.is_cuda:
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return scores
-
-
 def generate_padded(theirs, prompts: list[list[int]], lengths: list[int]) -> Served:
     """transformers' `generate`: one batch, its prompts padded to the longest, its answers too."""
     longest, steps = max(map(len, prompts)), max(lengths)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=theirs.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=theirs.device)
-    stamp, start = Stamp(), time.perf_counter()
+    times: list[float] = []
+
+    def stamp(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """A processor of logits, which notes when those of each token are computed."""
+        if scores.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return scores
+
+    start = time.perf_counter()
     generated = theirs.generate(
         ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, logits_processor=[stamp]
     )
     rows = generated[:, longest:].tolist()
     return Served(
         [row[:length] for row, length in zip(rows, lengths)],
-        [stamp.times[:length] for length in lengths],
+        [times[:length] for length in lengths],
         len(prompts) * (longest + steps),
         start,
     )
@@ -185,40 +182,32 @@ def serve_continuously(theirs, prompts: list[list[int]], lengths: list[int]) -> 
     Its budget of tokens for a step is ours. Without a GPU it computes attention from all requests' tokens to all their
     keys and masks most of it. Raises `Unable` if this version of transformers cannot serve in this way here.
     """
-    try:
-        from transformers.generation import ContinuousBatchingConfig, GenerationConfig
-    except ImportError as error:
-        raise Unable(f"this transformers is older than its ContinuousBatchingConfig ({error})") from error
     # Blocks for all requests, and one more for each. By default it takes most of the machine's memory for its cache.
     num_blocks = sum(cdiv(len(prompt) + length, 16) + 1 for prompt, length in zip(prompts, lengths))
-    config = ContinuousBatchingConfig(
-        block_size=16, num_blocks=num_blocks, max_batch_tokens=256, allow_block_sharing=False
-    )
-    generation = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=0)
     attention = theirs.config._attn_implementation
+    results: dict = {}
     try:
-        manager = theirs.init_continuous_batching(generation, continuous_batching_config=config)
-        manager.warmup()  # makes its cache
-        manager.start()
-        start = time.perf_counter()
-        try:
+        from transformers.generation import ContinuousBatchingConfig, GenerationConfig
+
+        config = ContinuousBatchingConfig(
+            page_size=16, num_blocks=num_blocks, max_batch_tokens=256, allow_block_sharing=False
+        )
+        generation = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=0)
+        with theirs.continuous_batching_context_manager(generation, continuous_batching_config=config) as manager:
+            start = time.perf_counter()
             names = [
                 manager.add_request(prompt, max_new_tokens=length, record_timestamps=True, eos_token_id=-1)
                 for prompt, length in zip(prompts, lengths)
             ]
-            results: dict = {}
-            while len(results) < len(names):
-                result = manager.get_result(timeout=1)
-                if result is None:
-                    if not manager.is_running():
-                        raise Unable("its thread ended before the requests did")
-                    continue
+            for result in manager:
                 if result.error:
                     raise Unable(f"a request failed: {result.error}")
                 if result.is_finished():
                     results[result.request_id] = result
-        finally:
-            manager.stop(block=True)
+                if len(results) == len(names):
+                    break
+            else:
+                raise Unable("its thread ended before the requests did")
     except Unable:
         raise
     except Exception as error:  # this machine, torch or model does not suit it
@@ -254,7 +243,6 @@ def write_gguf(folder: Path, path: Path, kind: str = "F32") -> None:
     for any other family, and for scaled rotary embeddings.
     """
     import gguf
-    import numpy
 
     checkpoint = Checkpoint(folder)
     config = parse_config(checkpoint.config)
@@ -366,8 +354,6 @@ class LlamaCpp:
 
         work: for each sequence its number, the position of its first token, and its tokens.
         """
-        import numpy
-
         rows, n = [], 0
         for sequence, start, token_ids in work:
             for i, token_id in enumerate(token_ids):

@@ -303,13 +303,8 @@ def test_the_course_is_tested_whatever_the_environment_says(monkeypatch):
 # --- Notebooks, figures, measurements ---------------------------------------------------------------------------------
 
 
-def stream(text: str, name: str = "stdout"):
-    return nbformat.v4.new_output("stream", name=name, text=text)
-
-
 def test_a_saved_notebook_does_not_say_who_ran_it_when_or_how_fast():
     cell = nbformat.v4.new_code_cell("print(1)", metadata={"execution": {"iopub.busy": "2026"}, "tags": ["kept"]})
-    cell.outputs = [stream("a"), stream("b"), stream("c", "stderr"), stream("d")]
     metadata = {
         "kernelspec": {"name": "mine", "display_name": "x"},
         "language_info": {"name": "python", "version": "3.11.7"},
@@ -320,7 +315,6 @@ def test_a_saved_notebook_does_not_say_who_ran_it_when_or_how_fast():
     nbformat.validate(notebook)
     text = nbformat.writes(notebook)
     assert "2026" not in text and "3.11" not in text and "mine" not in text and "kept" in text
-    assert [output.text for output in cell.outputs] == ["ab", "c", "d"]
     again = nbformat.reads(text, as_version=4)
     notebooks.normalise(again)
     assert nbformat.writes(again) == text
@@ -339,11 +333,12 @@ def test_a_notebook_runs_in_its_folder_finds_the_course_and_is_not_saved_with_an
         folder = tmp_path
 
     path = Elsewhere(0, "intro", "", 0).notebook
-    source = "import os, common.course, solutions\nprint(os.getcwd(), hash('a'), os.environ['OMP_NUM_THREADS'])"
+    source = "import os, time, common.course, solutions\nprint(os.getcwd(), hash('a'), os.environ['OMP_NUM_THREADS'])\n"
+    source += "time.sleep(0.5)\nprint('later')"  # another piece of the same stream
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
     notebooks.execute(path)
     saved = nbformat.read(path, as_version=4)
-    text = saved.cells[0].outputs[0].text
+    [text] = [output.text for output in saved.cells[0].outputs]
     assert text.split()[0] == str(tmp_path) and text.split()[2] == "2" and saved.cells[0].execution_count == 1
     saved.cells[0].source = "print('before')\n1 / 0"
     nbformat.write(saved, path)

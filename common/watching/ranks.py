@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from common.bench.grids import observed_engine, timed_runner, times_of_ranks
-from common.config import EngineConfig
 from solutions.batching import Engine
 
 
 def timed_engine(folder: Path, options: dict[str, Any]) -> Engine:
     """An engine on a grid of ranks, which write their times into this folder. options: those of `EngineConfig`."""
-    grid = options.pop("tensor_parallel", 1), options.pop("pipeline_parallel", 1)
-    name = options.pop("model", EngineConfig.model)
-    return observed_engine(partial(timed_runner, folder), name, grid, **options)
+    return observed_engine(partial(timed_runner, folder), **options)
 
 
 def rank_times(folder: Path, begin: float) -> dict[int, list[list[float]]]:

@@ -27,7 +27,6 @@ from common.workers import call, kill
 
 LONGEST = 5.0  # seconds for a variant
 LONGEST_START = 120.0  # seconds to import everything
-MEGABYTES = 2048
 HANGS, CRASHES = "hangs", "crashes"
 TARGET = "common.authoring.fuzz.variants:try_variant"
 
@@ -65,17 +64,17 @@ class Report:
         return lines
 
 
-def fuzz(seed: int, seconds: float, most: int | None, target: str = TARGET, first: int = 0, longest: float = LONGEST):
-    """Try variants until the time is over or `most` are tried. Returns the Report.
+def fuzz(seed: int, seconds: float, most: int | None, target: str = TARGET, longest: float = LONGEST) -> Report:
+    """Try variants until the time is over or `most` are tried.
 
-    target: the function that tries a variant. first: the first variant's number. longest: seconds for each.
+    target: the function that tries a variant. longest: seconds for each.
     """
 
-    def start(number: int) -> tuple[subprocess.Popen, Connection, float]:
-        return *call("common.authoring.fuzz.variants:work", target, seed, number, MEGABYTES), LONGEST_START
+    def start() -> tuple[subprocess.Popen, Connection, float]:
+        return *call("common.authoring.fuzz.variants:work", target, seed, report.total), LONGEST_START
 
-    report, number, end = Report(), first, time.monotonic() + seconds
-    process, connection, patience = start(number)
+    report, end = Report(), time.monotonic() + seconds
+    process, connection, patience = start()
     try:
         while time.monotonic() < end and (most is None or report.total < most):
             result = {"outcome": HANGS, "says": f"took more than {longest:g} s"}
@@ -87,11 +86,10 @@ def fuzz(seed: int, seconds: float, most: int | None, target: str = TARGET, firs
             patience = longest
             if result == READY:
                 continue
-            report.add({**result, "number": number})
-            number += 1
+            report.add({**result, "number": report.total})
             if result["outcome"] in (HANGS, CRASHES):
                 kill(process)
-                process, connection, patience = start(number)
+                process, connection, patience = start()
     finally:
         kill(process)
     return report

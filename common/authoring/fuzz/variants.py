@@ -17,8 +17,11 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import psutil
+
 READY = "ready"
 LOADED, REFUSED, UNCLEAR = "loaded", "refused", "unclear"
+MEGABYTES = 2048  # the address space that a variant may take
 PROMPT = "the cat <|im_start|> \U0001f680"
 
 
@@ -90,9 +93,9 @@ def outcome(action: Callable[[], None], place: str) -> dict[str, Any]:
     return {"outcome": LOADED, "says": ""}
 
 
-def work(connection: Connection, target: str, seed: int, first: int, megabytes: int) -> None:
-    """In the other process: try one variant after another until the process is ended. Sends `READY` before the first,
-    then the result of each. megabytes: the address space that a variant may take.
+def work(connection: Connection, target: str, seed: int, first: int) -> None:
+    """In the other process: try one variant after another, from number `first` on, until the process is ended. Sends
+    `READY` before the first, then the result of each.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -100,11 +103,9 @@ def work(connection: Connection, target: str, seed: int, first: int, megabytes: 
     os.environ |= {"OMP_NUM_THREADS": "1", "KERNELS": "plain"}
     function = resolve_name(target)
     function(seed, -1)  # imports everything, makes the checkpoints' files
-    if Path("/proc/self/statm").exists():
-        import resource
-
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
+    process = psutil.Process()
+    if psutil.LINUX:
+        process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + (MEGABYTES << 20),) * 2)
     connection.send(READY)
     for number in itertools.count(first):
         start = time.monotonic()

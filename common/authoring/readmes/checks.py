@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import click
+from markdown_it import MarkdownIt
 
 from common import options
 from common.authoring.readmes.figures import check_figures
@@ -63,27 +64,15 @@ def between_cells(notebook: Path) -> Iterator[tuple[int, str]]:
 
 
 def blocks(text: str) -> list[Block]:
-    """The fenced blocks of a text. A fence is of backticks or of tildes."""
+    """The fenced blocks of a text. A mark applies to the block directly below it."""
     found: list[Block] = []
-    fence, language, start, body = "", "", 0, []
-    mark: str | None = None  # the reason, if the last line that was not empty is a mark
     reason: str | None = None
-    for number, line in enumerate(text.splitlines(), start=1):
-        opening = re.match(r"\s*(`{3,}|~{3,})\s*([\w+-]*)", line)
-        if fence:
-            if re.fullmatch(rf"\s*{fence[0]}{{{len(fence)},}}\s*", line):
-                found.append(Block(start, language, tuple(body), reason))
-                fence = ""
-            else:
-                body.append(line)
-        elif opening:
-            fence, language, start, body, reason = opening[1], opening[2].lower(), number + 1, [], mark
-            mark = None
-        elif line.strip():
-            marked = re.fullmatch(r"\s*<!--\s*not run:\s*(.*?)\s*-->\s*", line)
-            mark = marked[1] if marked else None
-    if fence:
-        found.append(Block(start, language, tuple(body), reason))
+    for token in MarkdownIt().parse(text):
+        if token.type == "fence":
+            language, *_ = [*token.info.lower().split(), ""]
+            found.append(Block(token.map[0] + 2, language, tuple(token.content.splitlines()), reason))
+        mark = re.fullmatch(r"\s*<!--\s*not run:\s*(.*?)\s*-->\s*", token.content)
+        reason = mark[1] if mark and token.type == "html_block" else None
     return found
 
 
@@ -225,9 +214,3 @@ def complaints() -> list[str]:
         if result.returncode:
             found.append(f"make {name} fails with exit status {result.returncode}:\n{result.stdout[-2000:]}")
     return found
-
-
-def main() -> int:
-    found = complaints()
-    print(*found, sep="\n", end="\n" if found else "")
-    return int(bool(found))

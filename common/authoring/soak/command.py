@@ -11,6 +11,7 @@ command ends with the first run that fails, and prints how to repeat it.
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import time
@@ -122,21 +123,19 @@ def soak_command(minutes: float, seed: int | None, only: int | None, mine: str) 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets commands started with "&" ignore it
     console, total, models = Console(), Report(), Models()
     seed = random.randrange(10**6) if seed is None else seed
-    first = seed = seed if only is None else only
     code, start, told = 0, time.monotonic(), 0.0
     with progress_bar("soak", 60 * minutes, console.is_terminal) as update:
         try:
-            while True:
-                run = Run.number(seed, models)
+            for own in itertools.count(seed) if only is None else [only]:
+                run = Run.number(own, models)
                 total.add(run.execute(models))
                 seconds = time.monotonic() - start
                 update(seconds, line(total))
                 if not console.is_terminal and seconds > told + 60:
                     told = seconds
                     print(f"{seconds / 60:.0f} min  {line(total)}", flush=True)
-                if only is not None or seconds > 60 * minutes:
+                if seconds > 60 * minutes:
                     break
-                seed += 1
         except KeyboardInterrupt:
             code = 130
         except Exception:
@@ -145,15 +144,15 @@ def soak_command(minutes: float, seed: int | None, only: int | None, mine: str) 
     same = f" --mine {mine}" if mine else ""
     if code == 1:
         print(f"\n{failure}\n{run}\n")
-        print(f"Run {seed} failed. To do it again:\n\n    python -m common soak --only {seed}{same}")
+        print(f"Run {own} failed. To do it again:\n\n    python -m common soak --only {own}{same}")
     elif code == 130:
         print("Stopped by hand; what was done was right.")
     elif only is not None:
-        print(f"Run {seed} is right.")
+        print(f"Run {only} is right.")
     elif wrong := verdict(total):
         code = 1
         print("\n".join(f"Wrong: {each}." for each in wrong))
-        print(f"The same runs again:\n\n    python -m common soak --minutes {minutes:g} --seed {first}{same}")
+        print(f"The same runs again:\n\n    python -m common soak --minutes {minutes:g} --seed {seed}{same}")
     else:
         print("All answers are right.")
     return code

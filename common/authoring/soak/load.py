@@ -25,16 +25,17 @@ from common.authoring.soak.interrupts import AfterLines, tracing
 from common.authoring.soak.invariants import Texts, check_books, check_drafts, watch_draft
 from common.authoring.soak.oracle import Oracle, check_failed, compare, judge
 from common.authoring.soak.requests import FAULTS, TINY, Ask, Fault, Letters, random_asks, random_model, random_settings
+from common.bench.grids import observed_engine
 from common.checkpoints import find_checkpoint
 from common.config import EngineConfig
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions.batching import Engine, LocalExecutor, ModelRunner
-from solutions.engine import build_runner, load_model, resolve, start_executor
+from solutions.engine import build_runner, load_model
 from solutions.llama_pytorch import Llama
 from solutions.paged_attention import PagedKVCache, cdiv
 from solutions.quantization import Int8KVCache, Quantization
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
-from solutions.speculative import AdaptiveSpeculation, SpeculativeRunner
+from solutions.speculative import SpeculativeRunner
 
 
 class Pipelined(LocalExecutor):
@@ -287,32 +288,18 @@ class Models:
         return self.oracles[key]
 
 
-class MadeUpTimes(AdaptiveSpeculation):
-    """Adaptive speculation with random durations of steps, so that its choices vary but a run can be repeated."""
-
-    def __init__(self, num_speculative_tokens: int, is_adaptive: bool, seed: int):
-        super().__init__(num_speculative_tokens, is_adaptive)
-        self.rng = random.Random(seed)
-
-    def observe_step(self, num_requests: int, num_draft_tokens: int, seconds: float) -> None:
-        fixed, each = self.rng.choice([0.01, 0.1]), self.rng.choice([0.001, 0.1])
-        super().observe_step(num_requests, num_draft_tokens, fixed + each * (num_requests + num_draft_tokens))
-
-
 def with_made_up_times(seed: int, config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
-    """A rank's runner with `MadeUpTimes`."""
+    """A rank's runner with random durations of steps: adaptive speculation varies, yet a run can be repeated."""
     runner = build_runner(config, model, layers)
     if isinstance(runner, SpeculativeRunner):
-        before = runner.adaptive
-        runner.adaptive = MadeUpTimes(before.num_speculative_tokens, before.is_adaptive, seed)
+        rng, observe = random.Random(seed), runner.adaptive.observe_step
+
+        def observe_made_up(num_requests: int, num_draft_tokens: int, seconds: float) -> None:
+            fixed, each = rng.choice([0.01, 0.1]), rng.choice([0.001, 0.1])
+            observe(num_requests, num_draft_tokens, fixed + each * (num_requests + num_draft_tokens))
+
+        runner.adaptive.observe_step = observe_made_up
     return runner
-
-
-def soaked_engine(seed: int, model: str, **options) -> Engine:
-    """The assembled engine, with `MadeUpTimes` from this seed."""
-    config, tokenizer = resolve(EngineConfig(model=model, **options))
-    build = partial(with_made_up_times, seed, config)
-    return Engine(start_executor(config, partial(load_model, config), build), tokenizer, config)
 
 
 def options_of(quantization: Quantization | None) -> dict:
@@ -430,7 +417,8 @@ class Run:
             settings = {**self.settings, **options_of(self.settings["quantization"])}
             grid = dict(tensor_parallel=self.grid[0], pipeline_parallel=self.grid[1])
             settings |= dict(speculative=speculative, dtype=torch.float64, device="cpu", **grid)
-            engine = stack.enter_context(soaked_engine(self.seed, name, **settings))
+            build = partial(with_made_up_times, self.seed)
+            engine = stack.enter_context(observed_engine(build, model=name, **settings))
             texts = Texts(engine.config.block_size)
             for asks in self.rounds:
                 report.add(drive(engine, list(asks), oracle, rng, texts, may_be_interrupted=True))

@@ -69,7 +69,7 @@ def test_commands_are_found_in_every_kind_of_block():
     assert "README.md:2: " in told("```bash\nmake rum\n```")[0]
     assert len(told("~~~sh\nmake rum\n~~~")) == 1
     assert len(told("```console\n$ make rum\nmake is mentioned by the output, which is not a command\n```")) == 1
-    assert len(told("    ```bash\n    make \\\n      rum\n    ```")) == 1
+    assert len(told("1.  In a list:\n\n    ```bash\n    make \\\n      rum\n    ```")) == 1
     assert len(told("Type `make rum`, or `make run`, or `make test-N.M`, or `make reset-lesson-N`.")) == 1
     assert told("```python\nmake rum\n```\n") == []
     assert told("````text\n```bash\nmake rum\n```\n````") == []  # a block that shows a block
