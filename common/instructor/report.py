@@ -61,33 +61,30 @@ def write(
             (folder / f"{slug}.py").write_bytes(content)
     overview = pages.get_template("class.html").render(rows=rows, columns=columns(lessons, known), lessons=lessons)
     write_text(out / "index.html", overview)
-    write_table(
-        out / "grades.csv",
-        ["student", "points", "of", *(each.slug for each in lessons), "not graded yet", "look at"],
-        [
-            [
-                each["student"],
-                each["points"],
-                each["worth"],
-                *(each["by_slug"][lesson.slug].points if lesson.slug in each["by_slug"] else "" for lesson in lessons),
-                each["left"] or "",
-                "; ".join(each["review"]),
-            ]
-            for each in rows
-        ],
-    )
-    write_table(
-        out / "exercises.csv",
-        ["student", "exercise", "name", "result", "points", "of", "diagnosis", "known mistake"],
-        [
-            [each["student"], result.id, result.name, graded.problem or result.status, earned(result), result.points]
-            + [result.sentence, result.mistake or ""]
-            for each in rows
-            for graded in each["graded"]
-            for result in graded.results
-            if result.id != TOGETHER
-        ],
-    )
+    grades = [
+        {"student": each["student"], "points": each["points"], "of": each["worth"]}
+        | {lesson.slug: getattr(each["by_slug"].get(lesson.slug), "points", "") for lesson in lessons}
+        | {"not graded yet": each["left"] or "", "look at": "; ".join(each["review"])}
+        for each in rows
+    ]
+    exercises = [
+        {
+            "student": each["student"],
+            "exercise": result.id,
+            "name": result.name,
+            "result": graded.problem or result.status,
+            "points": earned(result),
+            "of": result.points,
+            "diagnosis": result.sentence,
+            "known mistake": result.mistake or "",
+        }
+        for each in rows
+        for graded in each["graded"]
+        for result in graded.results
+        if result.id != TOGETHER
+    ]
+    write_table(out / "grades.csv", grades)
+    write_table(out / "exercises.csv", exercises)
 
 
 def row(submission: Submission, lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> dict:
@@ -149,11 +146,11 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_table(path: Path, header: list[str], rows: list[list]) -> None:
+def write_table(path: Path, rows: list[dict[str, object]]) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([[cell(value) for value in each] for each in rows])
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows({name: cell(value) for name, value in each.items()} for each in rows)
 
 
 def cell(value: object) -> object:
