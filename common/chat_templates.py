@@ -1,28 +1,19 @@
 """Runs chat templates: Jinja programs that come with a checkpoint and write a conversation as one text.
 
 They are written for transformers, so they get the same filters, functions and variables as there. They are not trusted.
-So they run in Jinja's sandbox (no attribute that starts with an underscore, no change of the inputs, no range above
-100,000), get plain data only, and are stopped at limits of time and size.
+So they get plain data only, and run in a sandbox (`template_sandbox.py`).
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import re
-import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from common.checkpoints import CheckpointError, read_json
+from common.checkpoints.folder import read_text
 
-LONGEST_CHAT = 10_000_000  # characters that a template may write, or join to one text
-LONGEST_TIME = 4.0  # seconds that a template may run
-ITEM_SIZE = 40  # characters that an item of a list counts as, in addition to its own
-LARGEST_ARGUMENT = 1000  # number, such as a width, that a filter or a string's method may get
-LARGEST_POWER = 64  # exponent
+LARGEST_TEMPLATE = 10_000_000  # bytes of its file
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms; templates read the first or the second
 CONTINUE = "THE_FINAL_MESSAGE_ENDS_HERE "  # a template that strips a message strips this space
@@ -41,7 +32,11 @@ def find_chat_templates(folder: Path, written: Any) -> dict[str, str]:
     """
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    if found := {name: _read(file) for name, file in files.items() if file.is_file()}:
+    if found := {
+        name: read_text(file, LARGEST_TEMPLATE, ", which is no chat template")
+        for name, file in files.items()
+        if file.is_file()
+    }:
         return found
     source = folder / "tokenizer_config.json"
     if written is None and (folder / "chat_template.json").is_file():
@@ -60,15 +55,6 @@ def find_chat_templates(folder: Path, written: Any) -> dict[str, str]:
             )
         found[pair[0]] = pair[1]
     return found
-
-
-def _read(file: Path) -> str:
-    try:
-        if file.stat().st_size <= LONGEST_CHAT:
-            return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as text ({error}).") from error
-    raise CheckpointError(f"{file}: has {file.stat().st_size:,} bytes, which is no chat template.")
 
 
 def choose_template(templates: Mapping[str, str], name: str | None, has_tools: bool) -> str:
@@ -180,186 +166,13 @@ def _plain(value: Any) -> Any:
     return f"<{type(value).__name__}>" if kind is None else kind(value)
 
 
-# --- Jinja ------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _jinja():
-    """The class of the sandbox, made when it is first needed: most commands need no Jinja."""
-    import jinja2.ext
-    from jinja2 import nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.visitor import NodeTransformer
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks the model's own text for training. Its content is written as it is."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            lineno = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=lineno)
-
-    class Namespace(jinja2.utils.Namespace):
-        """Jinja's `namespace`, without names that begin with an underscore."""
-
-        def __init__(*args, **kwargs):
-            self, names = args[0], dict(*args[1:], **kwargs)
-            jinja2.utils.Namespace.__init__(self, {Namespace._allowed(name): item for name, item in names.items()})
-
-        def __setitem__(self, name, value):
-            super().__setitem__(Namespace._allowed(name), value)
-
-        @staticmethod
-        def _allowed(name):
-            if str(name).startswith("_"):
-                raise jinja2.sandbox.SecurityError(f"a namespace cannot hold {name!r}.")
-            return name
-
-    class Limits(NodeTransformer):
-        """Puts a check of the time into each loop and macro, and a check of the size around each `~` and literal."""
-
-        def visit_For(self, node):
-            tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
-            node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
-            return self.generic_visit(node)
-
-        visit_Macro = visit_CallBlock = visit_For
-
-        def visit_Concat(self, node):
-            self.generic_visit(node)
-            return nodes.Call(nodes.EnvironmentAttribute("join"), node.nodes, [], None, None, lineno=node.lineno)
-
-        def visit_List(self, node):
-            self.generic_visit(node)
-            return nodes.Call(nodes.EnvironmentAttribute("checked_size"), [node], [], None, None, lineno=node.lineno)
-
-        visit_Dict = visit_List
-
-        def visit_Tuple(self, node):
-            return self.visit_List(node) if node.ctx == "load" else self.generic_visit(node)
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("+", "*", "**", "%"))
-
-        def __init__(self):
-            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-            self.end = time.monotonic() + LONGEST_TIME
-            self.filters["tojson"] = tojson
-            self.globals |= {"raise_exception": raise_exception, "namespace": Namespace}
-            self.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-            self.globals["dict"] = lambda *args, **kwargs: checked_size(dict(*args, **kwargs))
-            del self.globals["lipsum"]
-            self.filters = {name: guarded(name, each) for name, each in self.filters.items()}
-            self.checked_size = checked_size
-
-        def call(self, context, called, *args, **kwargs):
-            method = getattr(called, "__wrapped__", called)  # Jinja wraps str.format
-            if isinstance(getattr(method, "__self__", None), str):
-                check_growth(method.__name__, method.__self__, args, kwargs)
-            return super().call(context, called, *args, **kwargs)
-
-        def limited(self, template):
-            return self.from_string(Limits().visit(self.parse(template)))
-
-        def tick(self):
-            if time.monotonic() > self.end:
-                raise jinja2.TemplateError(f"it ran for more than {LONGEST_TIME:g} seconds")
-
-        def join(self, *parts):
-            return checked_size("".join(map(str, parts)))
-
-        def call_binop(self, context, operator, left, right):
-            if operator == "%" and isinstance(left, str):
-                check_growth("%", left, right if isinstance(right, tuple) else [right], {})
-            if operator == "**" and not abs(right) <= LARGEST_POWER:
-                raise jinja2.TemplateError(f"it computes a power of {right!r:.20}")
-            sized, times = (left, right) if hasattr(left, "__len__") else (right, left)
-            if operator == "*" and hasattr(sized, "__len__") and len(sized) * times > LONGEST_CHAT:
-                raise jinja2.TemplateError(f"it repeats something {times!r:.20} times")
-            return checked_size(super().call_binop(context, operator, left, right))
-
-    def too_large(size):
-        raise jinja2.TemplateError(f"it made a value of size {size:,}")
-
-    def checked_size(value):
-        if isinstance(value, int) and value.bit_length() > 4096:
-            too_large(value.bit_length())
-        if (size := written_size(value)) > LONGEST_CHAT:
-            too_large(size)
-        return value
-
-    def check_growth(name, text, args, kwargs):
-        """Refuse a filter, or a string's method, whose result may be far larger than its arguments."""
-        values, largest = [*args, *kwargs.values()], LARGEST_ARGUMENT
-        for value in values:
-            if isinstance(value, int) and abs(value) > largest:
-                raise jinja2.TemplateError(f"{name} has an argument of {value!r:.20}; {largest} is allowed")
-        times = 0
-        if name in ("%", "format", "format_map"):
-            times = text.count("%") + text.count("{")
-            if any(int(width) > largest for width in re.findall(r"\d{1,9}", text)) or "*" in text:
-                raise jinja2.TemplateError(f"{name} has a width; {largest} is allowed")
-        elif name in ("replace", "translate", "wordwrap"):
-            times = len(text) + 1
-        elif name == "join":  # a method of the separator, or a filter of the items
-            items, *values = (text, *values) if not isinstance(text, str) else (*values, text)
-            times = len(items) if hasattr(items, "__len__") else 1
-        if (size := times * max(map(written_size, values), default=0)) > LONGEST_CHAT:
-            too_large(size)
-
-    def guarded(name, apply):
-        """The filter with a check of its arguments. One that Jinja adds, such as the environment, is not checked."""
-
-        @functools.wraps(apply)
-        def filter(*args, **kwargs):
-            values = args[1:] if hasattr(apply, "jinja_pass_arg") else args
-            if values:
-                text = values[0]
-                check_growth(name, text if hasattr(text, "__len__") else "", values[1:], kwargs)
-            return apply(*args, **kwargs)
-
-        return filter
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own filter escapes < and > for web pages.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    return Sandbox
-
-
-def written_size(value: Any) -> int:
-    """About how many characters a value has when it is written. Counting stops above `LONGEST_CHAT`.
-
-    A list that contains another one twice, which contains another one twice, and so on, is small in memory, and its
-    text is endless.
-    """
-    size, left = 0, [value]
-    while left and size <= LONGEST_CHAT:
-        item = left.pop()
-        if isinstance(item, str):
-            size += len(item)
-        elif isinstance(item, (dict, list, tuple)):
-            size += ITEM_SIZE * len(item)
-            if size <= LONGEST_CHAT:
-                left += [*item.keys(), *item.values()] if isinstance(item, dict) else item
-    return size
-
-
 def _run(template: str, values: Mapping[str, Any]) -> str:
-    import jinja2
+    import jinja2  # most commands need none
 
-    pieces, length = [], 0
+    from common.template_sandbox import render
+
     try:
-        for piece in _jinja()().limited(template).generate(values):
-            pieces.append(piece)
-            length += len(piece)
-            if length > LONGEST_CHAT:
-                raise jinja2.TemplateError(f"it wrote more than {LONGEST_CHAT:,} characters")
+        return render(template, values)
     except jinja2.TemplateSyntaxError as error:
         raise ChatTemplateError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
     except jinja2.sandbox.SecurityError as error:
@@ -368,4 +181,3 @@ def _run(template: str, values: Mapping[str, Any]) -> str:
         ) from error
     except Exception as error:  # a template may raise anything
         raise ChatTemplateError(f"the chat template refused these messages or failed: {error}") from error
-    return "".join(pieces)

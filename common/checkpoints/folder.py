@@ -29,6 +29,21 @@ class CheckpointError(ValueError):
         super().__init__(text if len(text) <= LONGEST else f"{text[:600]} ... {text[-200:]}")
 
 
+def check_size(path: Path, most: int, problem: str) -> None:
+    """Raise CheckpointError if a file has more than `most` bytes. problem: the end of the sentence that says so."""
+    if (size := path.stat().st_size) > most:
+        raise CheckpointError(f"{path}: has {size:,} bytes{problem}.")
+
+
+def read_text(path: Path, most: int, problem: str) -> str:
+    """Read a text of at most `most` bytes. Raises CheckpointError, naming the file. problem: as in `check_size`."""
+    try:
+        check_size(path, most, problem)
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as text ({error!s:.200}).") from error
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises CheckpointError, naming the file, if it is absent, too large or something else."""
     try:

@@ -76,8 +76,8 @@ def convert_gguf(path: Path, folder: Path) -> None:
         )
     source = GGUFFile(path)
     if not isinstance(source.architecture, str) or source.architecture not in FAMILIES:
-        raise CheckpointError(
-            f"{path}: the architecture is {source.architecture!r:.80}; this course runs {', '.join(FAMILIES)}."
+        raise source.refusal(
+            f"the architecture is {source.architecture!r:.80}; this course runs {', '.join(FAMILIES)}."
         )
     vocabulary = read_vocabulary(source.get, path)
     config = _config(source, vocabulary)
@@ -112,12 +112,14 @@ def _config(source: GGUFFile, vocabulary: Vocabulary) -> dict:
     if family == "qwen3_moe":
         keys = KEYS | EXPERT_KEYS
     elif of_model("expert_count", 0):
-        raise CheckpointError(f"{path}: a mixture of experts; of those, this course runs qwen3moe.")
+        raise source.refusal("a mixture of experts; of those, this course runs qwen3moe.")
     if "token_embd.weight" not in tensors:
-        raise CheckpointError(f"{path}: tensor 'token_embd.weight' is missing.")
+        raise source.refusal("tensor 'token_embd.weight' is missing.")
     if len(tensors["token_embd.weight"].shape) != 2:
-        raise CheckpointError(f"{path}: tensor 'token_embd.weight' is no matrix, with a row for each token.")
-    optional = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10000.0}
+        raise source.refusal("tensor 'token_embd.weight' is no matrix, with a row for each token.")
+    # An absent key has the same meaning in every family here, unlike in a config.json.
+    heads = source.uniform(KEYS["num_attention_heads"])
+    optional = {"num_key_value_heads": heads, "head_dim": None, "rope_theta": 10000.0}
     config = {
         "architectures": [f"{family.title().replace('_', '')}ForCausalLM"],
         "model_type": family,
@@ -137,17 +139,14 @@ def _config(source: GGUFFile, vocabulary: Vocabulary) -> dict:
     config["eos_token_id"] = eos if len(eos) > 1 else eos[0] if eos else None
     config["pad_token_id"] = vocabulary.padding_token_id
     names = {key: f"{source.architecture}.{name}" for key, name in {**keys, "is_causal": "attention.causal"}.items()}
-    # An absent key has the same meaning in every family here, unlike in a config.json.
-    heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
-    if config["num_key_value_heads"] is None:
-        config["num_key_value_heads"] = heads
+    hidden_size = config["hidden_size"]
     if config["head_dim"] is None and isinstance(heads, int) and isinstance(hidden_size, int) and heads > 0:
         config["head_dim"] = hidden_size // heads
     checked = check_config(config, path, names)
     config["rms_norm_eps"], config["rope_theta"] = _as_written(checked.rms_norm_eps), _as_written(checked.rope_theta)
     if (rotated := of_model("rope.dimension_count", checked.head_dim)) != checked.head_dim:
-        raise CheckpointError(
-            f"{path}: {source.architecture}.rope.dimension_count is {rotated!r:.80}, and a head has {checked.head_dim} "
+        raise source.refusal(
+            f"{source.architecture}.rope.dimension_count is {rotated!r:.80}, and a head has {checked.head_dim} "
             "dimensions; only a part of each head is rotated, which this course does not do."
         )
     config["rope_scaling"] = _rope_scaling(source, checked.head_dim, checked.max_position_embeddings)
@@ -177,7 +176,7 @@ def _rope_scaling(source: GGUFFile, head_dim: int, context: int) -> dict | None:
     for key, expected in computed.items():
         if (value := source.of_model(f"rope.scaling.{key}", expected)) != expected:
             key = f"{source.architecture}.rope.scaling.{key}"
-            raise CheckpointError(f"{source.path}: {key} is {value!r:.80}; this course computes only {expected}.")
+            raise source.refusal(f"{key} is {value!r:.80}; this course computes only {expected}.")
     if kind == "yarn":
         factor = factor or 1.0
         more = {key: source.of_model(f"rope.scaling.yarn_{key}", None) for key in ("beta_fast", "beta_slow")}
@@ -186,7 +185,7 @@ def _rope_scaling(source: GGUFFile, head_dim: int, context: int) -> dict | None:
         more = {key: value for key, value in more.items() if value is not None}
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **more}
     if kind not in ("none", "linear"):
-        raise CheckpointError(f"{source.path}: rope scaling of type {kind!r:.80}, which this course does not do.")
+        raise source.refusal(f"rope scaling of type {kind!r:.80}, which this course does not do.")
     if "rope_freqs.weight" not in source.tensors:
         return None
     divisors = source.numbers("rope_freqs.weight").astype(numpy.float64)
@@ -198,18 +197,13 @@ def _rope_scaling(source: GGUFFile, head_dim: int, context: int) -> dict | None:
     smooth = numpy.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not numpy.allclose(divisors, expected, rtol=1e-4):
-        raise CheckpointError(
-            f"{source.path}: tensor 'rope_freqs.weight' does not follow Llama 3's rule for scaled rotary embeddings "
+        raise source.refusal(
+            f"tensor 'rope_freqs.weight' does not follow Llama 3's rule for scaled rotary embeddings "
             f"(factor {factor:g}, original context {original}), and its own rule is not stored. Take the model's "
             "safetensors, whose config.json says it."
         )
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    more = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+    return {"rope_type": "llama3", "factor": factor, **more}
 
 
 # Tensors
@@ -223,9 +217,7 @@ def _new_name(source: GGUFFile, name: str) -> str:
             return f"{OTHER_NAMES[stem]}.{kind}"
         if layer and layer[2] in LAYER_NAMES:
             return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{kind}"
-    raise CheckpointError(
-        f"{source.path}: tensor {name!r} has no place in a {source.architecture} model as this course knows it."
-    )
+    raise source.refusal(f"tensor {name!r} has no place in a {source.architecture} model as this course knows it.")
 
 
 def _write_tensors(source: GGUFFile, config: dict, folder: Path) -> None:
@@ -266,8 +258,8 @@ def _converted(source: GGUFFile, name: str, new_name: str, config: dict) -> dict
     if source.architecture == "llama" and kind in heads:
         # (heads, pair, 2, ...) -> (heads, 2, pair, ...): from neighbours to halves.
         if len(values) != heads[kind] * config["head_dim"]:
-            raise CheckpointError(
-                f"{source.path}: tensor {name!r} has {len(values)} rows, and {heads[kind]} heads of "
+            raise source.refusal(
+                f"tensor {name!r} has {len(values)} rows, and {heads[kind]} heads of "
                 f"{config['head_dim']} dimensions have {heads[kind] * config['head_dim']}."
             )
         values = values.reshape(heads[kind], -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
@@ -275,8 +267,7 @@ def _converted(source: GGUFFile, name: str, new_name: str, config: dict) -> dict
     if "{}" not in new_name:
         return {new_name: tensor}
     if tensor.ndim != 3 or len(tensor) != num_experts:
-        raise CheckpointError(
-            f"{source.path}: tensor {name!r} has shape {tuple(tensor.shape)}; a matrix for each of {num_experts} "
-            "experts was expected."
+        raise source.refusal(
+            f"tensor {name!r} has shape {tuple(tensor.shape)}; a matrix for each of {num_experts} experts was expected."
         )
     return {new_name.format(expert): matrix for expert, matrix in enumerate(tensor)}

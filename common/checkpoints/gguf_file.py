@@ -50,14 +50,14 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path, self.position, self.what = path, 0, "the header"
         if (size := path.stat().st_size) < 24:
-            raise CheckpointError(f"{path}: cut short, or not a GGUF file: it has {size} bytes.")
+            raise self.refusal(f"cut short, or not a GGUF file: it has {size} bytes.")
         self.data = memoryview(numpy.memmap(path, mode="r"))
         if self.data[self.skip(4) : 4] != b"GGUF":
             raise self.wrong(f"begins with {bytes(self.data[:4])!r}")
         version = self.number("I")
         if version & 0xFFFF == 0:
-            raise CheckpointError(
-                f"{path}: its numbers are big-endian, for another kind of processor; take the little-endian file."
+            raise self.refusal(
+                "its numbers are big-endian, for another kind of processor; take the little-endian file."
             )
         if version not in (2, 3):
             raise self.wrong(f"says that it is version {version}; 2 and 3 are read")
@@ -90,7 +90,7 @@ class GGUFFile:
 
     def get(self, key: str, default: Any = REQUIRED) -> Any:
         if (value := self.keys.get(key, default)) is self.REQUIRED:
-            raise CheckpointError(f"{self.path}: the key {key!r} is missing, so the model cannot be rebuilt.")
+            raise self.refusal(f"the key {key!r} is missing, so the model cannot be rebuilt.")
         return value
 
     def of_model(self, key: str, default: Any = REQUIRED) -> Any:
@@ -101,8 +101,8 @@ class GGUFFile:
         value = self.of_model(key, default)
         if isinstance(value, list) and value:
             if value.count(value[0]) != len(value) or len(value) != self.of_model("block_count"):
-                raise CheckpointError(
-                    f"{self.path}: {self.architecture}.{key} is {value!r:.80}; this course runs models whose layers "
+                raise self.refusal(
+                    f"{self.architecture}.{key} is {value!r:.80}; this course runs models whose layers "
                     "are all of one shape, so it must be the same number for each layer."
                 )
             return value[0]
@@ -114,14 +114,15 @@ class GGUFFile:
         try:
             return gguf.dequantize(data, kind)
         except (NotImplementedError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path}: tensor {name!r} is stored as {kind.name}, which cannot be read: {error}"
-            ) from error
+            raise self.refusal(f"tensor {name!r} is stored as {kind.name}, which cannot be read: {error}") from error
 
     # Reading: one value after another
 
+    def refusal(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {problem}")
+
     def wrong(self, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: cut short, or not a GGUF file: {self.what} {problem}. Download it again.")
+        return self.refusal(f"cut short, or not a GGUF file: {self.what} {problem}. Download it again.")
 
     def skip(self, size: int) -> int:
         """Move the position by `size` bytes. Returns the old position."""

@@ -33,6 +33,9 @@ SPLITTING_RULES = {
 # The kinds of token, as GGUF and SentencePiece both number them.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
+ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+"""The roles of special tokens as GGUF calls them, and as tokenizer_config.json and SentencePiece do."""
+
 ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "_<EOT>")
 """Tokens that end an answer even where the file does not say so: llama.cpp found that many files do not."""
 
@@ -117,22 +120,21 @@ def write_tokenizer(vocabulary: Vocabulary, path: Path, config: dict, folder: Pa
         "model_max_length": config["max_position_embeddings"],
     }
     ids = vocabulary.token_ids()
-    for role, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        if role in ids:
-            settings[f"{name}_token"] = tokens[ids[role]]
+    added_ids = [token_id for token_id, kind in enumerate(kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    settings |= {f"{name}_token": tokens[ids[role]] for role, name in ROLES.items() if role in ids}
     if model == "gpt2":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         bos = settings.get("bos_token") if add_bos else None
-        tokenizer = byte_level_tokenizer(path, tokens, kinds, vocabulary.merges, pre, bos)
-        tokenizer.save(str(folder / "tokenizer.json"))
+        used = {token: token_id for token_id, (token, kind) in enumerate(zip(tokens, kinds)) if kind != UNUSED}
+        added = {tokens[token_id]: kinds[token_id] != USER_DEFINED for token_id in added_ids}
+        byte_level_tokenizer(path, used, added, vocabulary.merges, pre, bos).save(str(folder / "tokenizer.json"))
     elif model == "llama":
         settings["tokenizer_class"] = "LlamaTokenizer"
         settings["legacy"] = False
         settings["added_tokens_decoder"] = {
-            str(token_id): {"content": token, "special": kind != USER_DEFINED, "normalized": False,
-                            "lstrip": False, "rstrip": False, "single_word": False}
-            for token_id, (token, kind) in enumerate(zip(tokens, kinds))
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+            str(token_id): {"content": tokens[token_id], "special": kinds[token_id] != USER_DEFINED,
+                            "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+            for token_id in added_ids
         }  # fmt: skip
         _write_sentencepiece(vocabulary, path, folder)
     else:
@@ -143,17 +145,18 @@ def write_tokenizer(vocabulary: Vocabulary, path: Path, config: dict, folder: Pa
     if vocabulary.chat_template is not None:
         settings["chat_template"] = vocabulary.chat_template
     write_json(folder / "tokenizer_config.json", settings)
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(
-        folder / "generation_config.json", {key: value for key, value in generation.items() if value is not None}
-    )
+    keys = [key for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None]
+    write_json(folder / "generation_config.json", {key: config[key] for key in keys})
 
 
-def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges: list[str], pre: str, bos: str | None):
+def byte_level_tokenizer(
+    path: Path, vocabulary: dict[str, int], added: dict[str, bool], merges: list[str], pre: str, bos: str | None
+):
     """Returns a `tokenizers.Tokenizer`.
 
-    path: named in errors. kinds: of the tokens. merges: as "a b", the most frequent first. pre: the name of the
-    splitting rule. bos: put in front of each text. Raises CheckpointError for an unknown rule or an impossible merge.
+    path: named in errors. vocabulary: ids by token. added: tokens of it that are searched for before the text is split,
+    and whether they are special. merges: as "a b", the most frequent first. pre: the name of the splitting rule. bos:
+    put in front of each text. Raises CheckpointError for an unknown rule or an impossible merge.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -163,7 +166,6 @@ def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges
             f"{', '.join(SPLITTING_RULES)}. With another rule the model would read other tokens than it was trained "
             "on. Take the model's own tokenizer.json and safetensors."
         )
-    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind != UNUSED}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     for merge, pair in zip(merges, pairs):
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
@@ -185,11 +187,7 @@ def byte_level_tokenizer(path: Path, tokens: list[str], kinds: list[int], merges
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_rule))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, kinds):
-        if kind in (UNKNOWN, CONTROL):
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in added.items()])
     if bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
@@ -212,8 +210,8 @@ def _write_sentencepiece(vocabulary: Vocabulary, path: Path, folder: Path) -> No
     trainer.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
     trainer.vocab_size = len(tokens)
     trainer.byte_fallback = BYTE in kinds
-    for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        token_id = vocabulary.token_ids().get(key)
+    for role, name in ROLES.items():
+        token_id = vocabulary.token_ids().get(role)
         if name == "unk" and token_id is None and UNKNOWN in kinds:
             token_id = kinds.index(UNKNOWN)
         setattr(trainer, f"{name}_id", -1 if token_id is None else token_id)

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from common.checkpoints.folder import CheckpointError, read_json
-from common.checkpoints.gguf_vocabulary import NORMAL, UNUSED, byte_level_tokenizer
+from common.checkpoints.folder import CheckpointError, read_json, read_text
+from common.checkpoints.gguf_vocabulary import byte_level_tokenizer
 from common.checkpoints.schema import LARGEST_ID, TokenId, check, refusal
 
 Text = Annotated[str, Meta(min_length=1)]
@@ -196,22 +196,13 @@ def vocabulary_from_merges(folder: Path, side: SideFiles):
     if vocabulary.get(last, 0) > len(vocabulary) + MOST_UNUSED:
         problem = f"there are {len(vocabulary):,} tokens, so ids end at {len(vocabulary) + MOST_UNUSED:,} at the latest"
         raise refusal(file, last, vocabulary[last], problem)
-    tokens = [f"unused {token_id}" for token_id in range(1 + max(vocabulary.values(), default=-1))]
-    kinds = [UNUSED] * len(tokens)
-    for token, token_id in vocabulary.items():
-        tokens[token_id], kinds[token_id] = token, NORMAL
-    if kinds.count(NORMAL) != len(vocabulary):
+    if len(set(vocabulary.values())) != len(vocabulary):
         raise CheckpointError(f"{file}: some tokens have the same id.")
-    try:
-        if (size := (folder / "merges.txt").stat().st_size) > LARGEST_MERGES:
-            raise CheckpointError(f"{folder / 'merges.txt'}: has {size:,} bytes; no vocabulary has so many merges.")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / 'merges.txt'}: cannot be read as text ({error!s:.200}).") from error
+    lines = read_text(folder / "merges.txt", LARGEST_MERGES, "; no vocabulary has so many merges").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     default = AddedToken(content="<|endoftext|>", special=True)
     if default.content in vocabulary:
         for role in ("eos_token", "unk_token", "bos_token" if RULES[name] == "gpt-2" else "pad_token"):
             side.special.setdefault(role, default)
     bos = side.special.get("bos_token") if side.settings.add_bos_token else None
-    return byte_level_tokenizer(folder / "merges.txt", tokens, kinds, merges, RULES[name], bos and bos.content)
+    return byte_level_tokenizer(folder / "merges.txt", vocabulary, {}, merges, RULES[name], bos and bos.content)

@@ -7,7 +7,7 @@ import json
 import pytest
 import tokenizers
 
-from common import chat_templates
+from common import chat_templates, template_sandbox
 from common.chat_templates import ChatTemplateError, check_messages, find_chat_templates, render_chat
 from common.checkpoints import CheckpointError
 from common.tokenizer import load_tokenizer
@@ -282,7 +282,7 @@ def test_what_is_large_and_harmless_is_written():
     "inner", ["{% for j in range(99999) %}{% endfor %}", "{{ f(i) }}", "{% call g() %}{% endcall %}"]
 )
 def test_a_template_that_writes_nothing_for_ever_is_stopped(inner, monkeypatch):
-    monkeypatch.setattr(chat_templates, "LONGEST_TIME", 0.2)
+    monkeypatch.setattr(template_sandbox, "LONGEST_TIME", 0.2)
     loop = "{% for i in range(99999) %}{% for k in range(99999) %}" + inner + "{% endfor %}{% endfor %}"
     with pytest.raises(ChatTemplateError, match="it ran for more than 0.2 seconds"):
         render_chat(
@@ -379,7 +379,7 @@ def test_template_files_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja: cannot be read as text"):
         find_chat_templates(tmp_path, None)
-    monkeypatch.setattr(chat_templates, "LONGEST_CHAT", 1)
+    monkeypatch.setattr(chat_templates, "LARGEST_TEMPLATE", 1)
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja: has 2 bytes"):
         find_chat_templates(tmp_path, None)
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from common.chat_templates import ChatTemplateError
 from common.checkpoints import MODELS, CheckpointError, cached, find_checkpoint
-from common.checkpoints.gguf_vocabulary import CONTROL, NORMAL, USER_DEFINED, byte_level_tokenizer
+from common.checkpoints.gguf_vocabulary import byte_level_tokenizer
 from common.tokenizer import load_tokenizer
 from solutions.llama_pytorch import TextStream
 
@@ -348,6 +348,10 @@ def test_eos_comes_from_generation_config_then_config_then_the_tokenizer(byte_le
 # A vocabulary out of a GGUF file
 
 
+def ids_of(tokens: list[str]) -> dict[str, int]:
+    return {token: token_id for token_id, token in enumerate(tokens)}
+
+
 @pytest.mark.parametrize("rule", sorted(BYTE_LEVEL))
 def test_a_byte_level_vocabulary_is_rebuilt_from_its_tokens_and_merges(rule, tmp_path):
     folder = make_byte_level(rule, tmp_path)
@@ -355,10 +359,10 @@ def test_a_byte_level_vocabulary_is_rebuilt_from_its_tokens_and_merges(rule, tmp
     trained.no_truncation()
     saved = json.loads(trained.to_str())
     tokens = [trained.id_to_token(token_id) for token_id in range(trained.get_vocab_size())]
-    kinds = [CONTROL if token in SPECIAL else USER_DEFINED if "think>" in token else NORMAL for token in tokens]
+    added = {token: token in SPECIAL for token in tokens if token in SPECIAL or "think>" in token}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in saved["model"]["merges"]]
     bos = SPECIAL[1] if rule == "llama-bpe" else None
-    rebuilt = byte_level_tokenizer(tmp_path / "x.gguf", tokens, kinds, merges, rule, bos)
+    rebuilt = byte_level_tokenizer(tmp_path / "x.gguf", ids_of(tokens), added, merges, rule, bos)
     for text in [*PLAIN_TEXTS, *SPECIAL_TEXTS]:
         assert rebuilt.encode(text).ids == trained.encode(text).ids
         assert rebuilt.decode(rebuilt.encode(text).ids) == trained.decode(trained.encode(text).ids)
@@ -366,7 +370,7 @@ def test_a_byte_level_vocabulary_is_rebuilt_from_its_tokens_and_merges(rule, tmp
 
 def test_the_splitting_rules_differ_where_they_should():
     def words(rule):
-        tokenizer = byte_level_tokenizer("x.gguf", ["a"], [NORMAL], [], rule, None)
+        tokenizer = byte_level_tokenizer("x.gguf", {"a": 0}, {}, [], rule, None)
         return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("12345 I'M")]
 
     assert words("llama-bpe") == ["123", "45", "ĠI", "'M"]
@@ -375,11 +379,11 @@ def test_the_splitting_rules_differ_where_they_should():
     assert words("gpt-2") == ["12345", "ĠI", "'", "M"]
     assert words("default") == ["123", "45", "ĠI", "'", "M"]
     # Llama 3 takes a word that is a token whole, even where no merges lead to it.
-    tokens, kinds = ["a", "b", "ab"], [NORMAL] * 3
-    assert byte_level_tokenizer("x.gguf", tokens, kinds, [], "llama-bpe", None).encode("ab").ids == [2]
-    assert byte_level_tokenizer("x.gguf", tokens, kinds, [], "qwen2", None).encode("ab").ids == [0, 1]
+    ids = ids_of(["a", "b", "ab"])
+    assert byte_level_tokenizer("x.gguf", ids, {}, [], "llama-bpe", None).encode("ab").ids == [2]
+    assert byte_level_tokenizer("x.gguf", ids, {}, [], "qwen2", None).encode("ab").ids == [0, 1]
     with pytest.raises(CheckpointError, match="x.gguf.*'dbrx'.*llama-bpe"):
-        byte_level_tokenizer("x.gguf", ["a"], [NORMAL], [], "dbrx", None)
+        byte_level_tokenizer("x.gguf", {"a": 0}, {}, [], "dbrx", None)
 
 
 # Folders that are not right

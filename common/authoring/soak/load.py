@@ -35,7 +35,7 @@ from solutions.llama_pytorch import Llama
 from solutions.paged_attention import PagedKVCache, cdiv
 from solutions.quantization import Int8KVCache, Quantization
 from solutions.scheduler import ModelRunnerOutput, SchedulerOutput
-from solutions.speculative import AdaptiveSpeculation, SpeculativeRunner
+from solutions.speculative import SpeculativeRunner
 
 
 class Pipelined(LocalExecutor):
@@ -288,24 +288,17 @@ class Models:
         return self.oracles[key]
 
 
-class MadeUpTimes(AdaptiveSpeculation):
-    """Adaptive speculation with random durations of steps, so that its choices vary but a run can be repeated."""
-
-    def __init__(self, num_speculative_tokens: int, is_adaptive: bool, seed: int):
-        super().__init__(num_speculative_tokens, is_adaptive)
-        self.rng = random.Random(seed)
-
-    def observe_step(self, num_requests: int, num_draft_tokens: int, seconds: float) -> None:
-        fixed, each = self.rng.choice([0.01, 0.1]), self.rng.choice([0.001, 0.1])
-        super().observe_step(num_requests, num_draft_tokens, fixed + each * (num_requests + num_draft_tokens))
-
-
 def with_made_up_times(seed: int, config: EngineConfig, model: Llama, layers: range) -> ModelRunner:
-    """A rank's runner with `MadeUpTimes`."""
+    """A rank's runner with random durations of steps: adaptive speculation varies, yet a run can be repeated."""
     runner = build_runner(config, model, layers)
     if isinstance(runner, SpeculativeRunner):
-        before = runner.adaptive
-        runner.adaptive = MadeUpTimes(before.num_speculative_tokens, before.is_adaptive, seed)
+        rng, observe = random.Random(seed), runner.adaptive.observe_step
+
+        def observe_made_up(num_requests: int, num_draft_tokens: int, seconds: float) -> None:
+            fixed, each = rng.choice([0.01, 0.1]), rng.choice([0.001, 0.1])
+            observe(num_requests, num_draft_tokens, fixed + each * (num_requests + num_draft_tokens))
+
+        runner.adaptive.observe_step = observe_made_up
     return runner
 
 
