@@ -129,22 +129,18 @@ def write_tokenizer(folder: Path, vocabulary: dict, kind: str, config: dict) -> 
 
 def write_gguf(path: Path, family: str, is_bpe: bool, change: Callable[[dict, dict], None]) -> Path:
     """Write a GGUF file without the library, which would refuse some of the changes."""
-    from common.checkpoints.gguf import EXPERT_KEYS
+    from common.checkpoints.gguf import EXPERT_KEYS, FAMILIES, KEYS
 
     vocabulary = byte_level_vocabulary() if is_bpe else sentencepiece_vocabulary()
+    config = {
+        "model_type": FAMILIES[family], "vocab_size": len(vocabulary["tokens"]), **SIZES, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "tie_word_embeddings": True, **(EXPERTS if family == "qwen3moe" else {}),
+    }  # fmt: skip
     keys = {
-        "general.architecture": family, f"{family}.block_count": SIZES["num_hidden_layers"],
-        f"{family}.context_length": 64, f"{family}.embedding_length": 32, f"{family}.feed_forward_length": 48,
-        f"{family}.attention.head_count": 4, f"{family}.attention.head_count_kv": 2, f"{family}.rope.freq_base": 1e4,
-        f"{family}.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.chat_template": TEMPLATE,
+        "general.architecture": family, "tokenizer.chat_template": TEMPLATE,
+        **{f"{family}.{key}": config[name] for name, key in {**KEYS, **EXPERT_KEYS}.items() if name in config},
         **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()},
     }  # fmt: skip
-    model_type = {"qwen3moe": "qwen3_moe"}.get(family, family)
-    config = {"model_type": model_type, "vocab_size": len(vocabulary["tokens"]), **SIZES, "tie_word_embeddings": True}
-    if family == "qwen3moe":
-        config |= EXPERTS
-        keys |= {f"{family}.{EXPERT_KEYS[key]}": value for key, value in EXPERTS.items() if key in EXPERT_KEYS}
-        keys[f"{family}.attention.key_length"] = SIZES["head_dim"]
     tensors = gguf_tensors(random_tensors(config))
     change(keys, tensors)
     path.write_bytes(gguf_bytes(keys, tensors))
