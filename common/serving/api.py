@@ -76,7 +76,7 @@ def create_app(server: Server) -> FastAPI:
     app.add_middleware(Gate, tenants=server.tenants)
     handle_errors(app)
     add_routes(app, server)
-    app.openapi_url and document(app)
+    document(app)
     return app
 
 
@@ -135,7 +135,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """What the server measures, in Prometheus' text format, under vLLM's names."""
-        return Response(server.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(server.loop.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/version")
     async def show_version() -> protocol.Version:

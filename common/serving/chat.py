@@ -5,91 +5,36 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from fastapi import Request, Response
 
 from common.chat_templates import choose_template
 from common.serving.errors import ApiError
-from common.serving.generation import Events, Server, begin, processors, sampling_params
+from common.serving.generation import Server, begin
 from common.serving.grammar import json_grammar
 from common.serving.loop import Delta
-from common.serving.protocol import (
-    Answer,
-    ChatChoice,
-    ChatRequest,
-    ChatResponse,
-    Message,
-    NamedToolChoice,
-    TokenizeRequest,
-    Tool,
-    ToolCall,
-)
+from common.serving.protocol import ChatRequest, Message, NamedToolChoice, TokenizeRequest, Tool, ToolCall
 from common.serving.tokens import chat_logprobs
-from common.serving.tools import Call, Reader, describe, reader_of, schema_of, tools_of
+from common.serving.tools import Reader, describe, reader_of, schema_of, tools_of
 
 
-@dataclass
-class Choice:
-    """One answer so far."""
-
-    index: int
-    reader: Reader
-    max_calls: int | None = None
-    content: str = ""
-    calls: list[Call] = field(default_factory=list)
-    logprobs: list[dict[int, float]] = field(default_factory=list)
-    finish_reason: str | None = None
-    is_begun: bool = False
-
-    def add(self, delta: Delta, is_chosen: bool) -> list[str | Call]:
-        """Take what a step has added. Returns the text and the calls that are certain now.
-
-        is_chosen: the request names the tool that is called, so that calling it is no reason of the model's.
-        """
-        found = self.reader.push(delta.text) + (self.reader.flush() if delta.finish_reason else [])
-        self.content += "".join(each for each in found if isinstance(each, str))
-        self.calls = [*self.calls, *(each for each in found if isinstance(each, Call))][: self.max_calls]
-        self.logprobs += delta.logprobs
-        has_called = self.calls and delta.finish_reason == "stop" and not is_chosen
-        self.finish_reason = "tool_calls" if has_called else delta.finish_reason
-        return found
-
-
-async def chat(server: Server, request: Request, body: ChatRequest) -> ChatResponse | Response:
+async def chat(server: Server, request: Request, body: ChatRequest) -> dict | Response:
     server.check_model(body.model)
     prompt = encode_chat(server, body, tools_of(body))
-    max_tokens = server.limit(len(prompt), body.max_completion_tokens or body.max_tokens)
+    max_tokens = body.max_completion_tokens or body.max_tokens
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     schema = schema_of(body)
-    own = await processors(server, body, json_grammar(schema) if schema is not None else None)
-    params = sampling_params(body, max_tokens, num_logprobs, own)
-    generation = await begin(server, request, body, [prompt], [params])
+    grammar = None if schema is None else json_grammar(schema)
+    generation = await begin(server, request, body, [prompt], max_tokens, num_logprobs, grammar=grammar)
     template = choose_template(server.tokenizer.chat_templates, None, bool(tools_of(body)))
-    max_calls = None if body.parallel_tool_calls else 1
-    choices = [Choice(i, reader_of(body, template), max_calls) for i in range(body.n)]
+    choices = [Choice(server, body, i, reader_of(body, template)) for i in range(body.n)]
     if body.stream:
-        head = generation.head("chatcmpl", "chat.completion.chunk")
-        return Events(generation, head, partial(parts, server, body, choices), body.stream_options)
-    async for deltas in generation.steps():
-        for delta in deltas:
-            choices[delta.choice].add(delta, isinstance(body.tool_choice, NamedToolChoice))
-    return ChatResponse(
-        **generation.head("chatcmpl", "chat.completion"),
-        choices=[
-            ChatChoice(
-                index=choice.index,
-                message=Answer(
-                    content=choice.content or (None if choice.calls else ""),
-                    tool_calls=[call.as_dict() for call in choice.calls],
-                ),
-                finish_reason=choice.finish_reason,
-                logprobs=logprobs(server, body, choice.logprobs),
-            )
-            for choice in choices
-        ],
-        usage=generation.usage,
-    )
+        return await generation.answer(body, "chatcmpl", "chat.completion.chunk", choices)
+    answer = await generation.answer(body, "chatcmpl", "chat.completion", choices)
+    for choice in answer["choices"]:
+        message = choice["message"] = choice.pop("delta")
+        message["content"] = message["content"] or (None if "tool_calls" in message else "")
+    return answer
 
 
 def encode_chat(server: Server, body: ChatRequest | TokenizeRequest, tools: Sequence[Tool]) -> list[int]:
@@ -139,29 +84,39 @@ def arguments(call: ToolCall) -> dict:
         raise ApiError(400, message, param="messages") from None
 
 
-def logprobs(server: Server, body: ChatRequest, positions: list) -> dict | None:
-    return chat_logprobs(server.tokenizer, positions, body.top_logprobs or 0) if body.logprobs else None
+@dataclass
+class Choice:
+    """Makes chunks of one answer."""
 
+    server: Server
+    body: ChatRequest
+    index: int
+    reader: Reader
+    num_calls: int = 0
+    positions: list[dict[int, float]] = field(default_factory=list)  # log-probabilities that were not sent yet
+    is_begun: bool = False
 
-def parts(server: Server, body: ChatRequest, choices: list[Choice], delta: Delta) -> Iterator[dict]:
-    """What a step has added to a choice, as the `choices` of chunks, one for each."""
-    choice = choices[delta.choice]
+    def parts(self, delta: Delta) -> Iterator[dict]:
+        if not self.is_begun:
+            self.is_begun = True
+            yield self.part({"role": "assistant", "content": ""})
+        found, reason = self.reader.read(delta.text, delta.finish_reason is not None), delta.finish_reason
+        text = "".join(each for each in found if isinstance(each, str))
+        self.positions += delta.logprobs
+        logprobs = None
+        if self.body.logprobs and (text or reason):  # they wait for one of these: litellm drops all other chunks
+            logprobs = chat_logprobs(self.server.tokenizer, self.positions, self.body.top_logprobs or 0)
+            self.positions = []
+        if text:
+            yield self.part({"content": text}, logprobs)
+        for call in found:
+            if not isinstance(call, str) and (self.num_calls == 0 or self.body.parallel_tool_calls):
+                yield self.part({"tool_calls": [{"index": self.num_calls, **call}]})
+                self.num_calls += 1
+        if reason:
+            is_own = not isinstance(self.body.tool_choice, NamedToolChoice)  # the model's own reason to end
+            reason = "tool_calls" if reason == "stop" and self.num_calls and is_own else reason
+            yield self.part({}, None if text else logprobs, reason)
 
-    def part(delta: dict, positions: dict | None = None, reason: str | None = None) -> dict:
-        return {"index": choice.index, "delta": delta, "logprobs": positions, "finish_reason": reason}
-
-    if not choice.is_begun:
-        choice.is_begun = True
-        yield part({"role": "assistant", "content": ""})
-    num_calls = len(choice.calls)
-    found = choice.add(delta, isinstance(body.tool_choice, NamedToolChoice))
-    text = "".join(each for each in found if isinstance(each, str))
-    positions = None
-    if text or choice.finish_reason:  # log-probabilities wait for one of them, since litellm drops all other chunks
-        positions, choice.logprobs = logprobs(server, body, choice.logprobs), []
-    if text:
-        yield part({"content": text}, positions)
-    for number, call in enumerate(choice.calls[num_calls:], num_calls):
-        yield part({"tool_calls": [{"index": number, **call.as_dict()}]})
-    if choice.finish_reason:
-        yield part({}, None if text else positions, choice.finish_reason)
+    def part(self, delta: dict, logprobs: dict | None = None, reason: str | None = None) -> dict:
+        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

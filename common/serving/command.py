@@ -65,23 +65,21 @@ def serve(
     """An OpenAI-compatible server: /v1/chat/completions, /v1/completions, and a page to try them."""
     if keys is None and not is_loopback(host):
         raise OptionError(f"HOST={host} would let in anybody who reaches this machine. Name a file with KEYS=, too.")
-    if replicas > 1:
-        ensure("cluster", sys.argv[1:])
     import uvicorn
 
     from common.serving.api import create_app
-    from common.serving.server import load_server, welcome
-    from common.serving.tenants import KeysError, load_tenants
+    from common.serving.server import load_server, threads_of_each, welcome
+    from common.serving.tenants import load_tenants
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        tenants = load_tenants(keys)
-    except KeysError as error:
-        raise OptionError(str(error)) from None
+    tenants = load_tenants(keys)
     if replicas == 1:
         server = load_server(options, mine, threads, max_waiting, tenants)
         app, greet = create_app(server), partial(welcome, server)
     else:
+        if not os.environ.get("RAY_ADDRESS"):
+            threads_of_each(replicas, [os.cpu_count() or 1], threads)  # before anything is installed or started
+        ensure("cluster", sys.argv[1:])
         for name, value in RAY.items():
             os.environ.setdefault(name, value)  # before Ray is imported, which reads them
         from common.serving.replicas import create_door, start_replicas

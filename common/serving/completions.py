@@ -3,58 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from fastapi import Request, Response
 
-from common.serving.generation import Events, Generation, Server, begin, processors, sampling_params
+from common.serving.generation import Generation, Server, begin
 from common.serving.loop import Delta
-from common.serving.protocol import CompletionChoice, CompletionRequest, CompletionResponse
+from common.serving.protocol import CompletionRequest
 from common.serving.tokens import completion_logprobs
 
 
-@dataclass
-class Piece:
-    """A part of one answer, or, in the end, all of it."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, float] | None] = field(default_factory=list)  # None: of the first token of a prompt
-    finish_reason: str | None = None
-
-    def __iadd__(self, other: Piece) -> Piece:
-        self.text += other.text
-        self.token_ids += other.token_ids
-        self.logprobs += other.logprobs
-        self.finish_reason = other.finish_reason
-        return self
-
-
-async def complete(server: Server, request: Request, body: CompletionRequest) -> CompletionResponse | Response:
+async def complete(server: Server, request: Request, body: CompletionRequest) -> dict | Response:
     server.check_model(body.model)
     prompts = await encode_prompts(server, body)
-    own = await processors(server, body)
     prompt_logprobs = body.logprobs if body.echo else None
-    params = [
-        sampling_params(body, server.limit(len(each), body.max_tokens or 1), body.logprobs, own, prompt_logprobs)
-        for each in prompts
-    ]
-    generation = await begin(server, request, body, prompts, params)
-    head = generation.head("cmpl", "text_completion")
-    pieces = Pieces(generation, body, prompts)
-    if body.stream:
-        return Events(generation, head, pieces.parts, body.stream_options)
-    answers = [Piece() for _ in range(generation.num_choices)]
-    async for deltas in generation.steps():
-        for delta in deltas:
-            for piece in pieces.of(delta):
-                answers[delta.choice] += piece
-    return CompletionResponse(
-        **head,
-        choices=[CompletionChoice(**choice(server, body, number, answer, 0)) for number, answer in enumerate(answers)],
-        usage=generation.usage,
-    )
+    generation = await begin(server, request, body, prompts, body.max_tokens or 1, body.logprobs, prompt_logprobs)
+    choices: list[Choice] = []
+    for prompt in prompts:
+        scores: dict[int, dict[int, float]] = {}
+        choices += [Choice(generation, body, len(choices) + i, prompt, scores) for i in range(body.n)]
+    return await generation.answer(body, "cmpl", "text_completion", choices)
 
 
 async def encode_prompts(server: Server, body: CompletionRequest) -> list[list[int]]:
@@ -71,43 +40,41 @@ async def encode_prompts(server: Server, body: CompletionRequest) -> list[list[i
 
 
 @dataclass
-class Pieces:
-    """What is added to each choice: first the prompt, if `echo` asks for it, then the answer as it comes."""
+class Choice:
+    """Makes chunks of one answer: first the prompt, if `echo` asks for it, then what the engine adds."""
 
     generation: Generation
     body: CompletionRequest
-    prompts: list[list[int]]
-    scores: dict[int, dict] = field(default_factory=dict)  # of a prompt's tokens, by its number; a first sample's
-    offsets: dict[int, int] = field(default_factory=dict)  # of the choices that have begun: characters of their tokens
-
-    def of(self, delta: Delta) -> Iterator[Piece]:
-        body, number = self.body, delta.choice // self.body.n
-        self.scores.setdefault(number, delta.output.prompt_logprobs)
-        if body.echo and delta.choice not in self.offsets:
-            prompt = self.prompts[number]
-            known = [self.scores[number].get(position) for position in range(len(prompt))]
-            yield Piece(self.generation.server.tokenizer.decode(prompt), prompt, known)
-        self.offsets.setdefault(delta.choice, 0)
-        if body.max_tokens == 0:  # one token was computed, since the engine computes no fewer
-            self.generation.num_output_tokens = 0
-            yield Piece(finish_reason=delta.finish_reason)
-        else:
-            yield Piece(delta.text, delta.token_ids, delta.logprobs, delta.finish_reason)
+    index: int
+    prompt: list[int]
+    scores: dict[int, dict[int, float]]  # of the prompt's tokens, by position; the engine gives them to one sample only
+    is_begun: bool = False
+    offset: int = 0  # characters of its tokens so far
 
     def parts(self, delta: Delta) -> Iterator[dict]:
-        """The same as the `choices` of chunks, one for each."""
-        for piece in self.of(delta):
-            if piece.text or piece.finish_reason or self.body.logprobs is not None:
-                offset = self.offsets.get(delta.choice, 0)
-                part = choice(self.generation.server, self.body, delta.choice, piece, offset)
-                if part["logprobs"]:
-                    self.offsets[delta.choice] = offset + sum(map(len, part["logprobs"]["tokens"]))
-                yield part
+        body = self.body
+        if body.echo and not self.is_begun:
+            self.is_begun = True
+            self.scores.update(delta.output.prompt_logprobs)
+            known = [self.scores.get(position) for position in range(len(self.prompt))]
+            yield self.part(self.generation.server.tokenizer.decode(self.prompt), self.prompt, known)
+        if body.max_tokens == 0:  # one token was computed, since the engine computes no fewer
+            self.generation.num_output_tokens = 0
+            yield self.part(finish_reason=delta.finish_reason)
+        elif delta.text or delta.finish_reason or body.logprobs is not None:
+            yield self.part(delta.text, delta.token_ids, delta.logprobs, delta.finish_reason)
 
-
-def choice(server: Server, body: CompletionRequest, number: int, piece: Piece, offset: int) -> dict:
-    """One of `choices`. offset: the number of characters of the tokens before this piece."""
-    logprobs = None
-    if body.logprobs is not None:
-        logprobs = completion_logprobs(server.tokenizer, piece.token_ids, piece.logprobs, body.logprobs, offset)
-    return {"index": number, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+    def part(
+        self,
+        text: str = "",
+        token_ids: Sequence[int] = (),
+        positions: Sequence[dict[int, float] | None] = (),  # None: of the first token of a prompt
+        finish_reason: str | None = None,
+    ) -> dict:
+        """One of `choices`. positions: the log-probabilities of each token, if they are asked for."""
+        logprobs = None
+        if (num_top := self.body.logprobs) is not None:
+            tokenizer = self.generation.server.tokenizer
+            logprobs = completion_logprobs(tokenizer, token_ids, positions, num_top, self.offset)
+            self.offset += sum(map(len, logprobs["tokens"]))
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -11,13 +11,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from common.serving.loop import NOT_FOLLOWED, EngineDead, QueueFull, RequestFailed
 from common.serving.protocol import ErrorInfo, ErrorResponse
 
 LOG = logging.getLogger("common.serving")
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 DOCUMENTED = {status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)}
+NOT_FOLLOWED = "the grammar cannot be followed any further"  # begins the error of a request whose grammar is to blame
 
 
 class ApiError(Exception):
@@ -29,7 +29,8 @@ class ApiError(Exception):
         message = message if message.endswith((".", "?", "!")) else f"{message}."
         super().__init__(message)
         self.status = status
-        self.info = ErrorInfo(message=message, type=error_type(status), param=param, code=code)
+        kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.info = ErrorInfo(message=message, type=kind, param=param, code=code)
         self.headers = headers
 
     @property
@@ -40,21 +41,39 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
-def error_type(status: int) -> str:
-    return TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+class EngineDead(ApiError):
+    """The engine has failed or was closed, and computes nothing any more; the text says why."""
+
+    def __init__(self, message: str):
+        super().__init__(503, message, code="engine_dead")
+
+
+class QueueFull(ApiError):
+    """The request was not accepted, because too many wait. retry_after: seconds until it is worth another try."""
+
+    def __init__(self, message: str, retry_after: float = 1.0):
+        super().__init__(429, message, code="queue_full", headers={"Retry-After": str(math.ceil(retry_after))})
+
+
+class RequestFailed(ApiError):
+    """The engine could not compute this request; others go on. reason: the engine's."""
+
+    def __init__(self, reason: str):
+        status = 400 if NOT_FOLLOWED in reason else 500
+        super().__init__(status, f"The engine could not compute this request: {reason}", code="request_failed")
+
+
+class ClientGone(ApiError):
+    """The client has closed its connection and will not read this answer."""
+
+    def __init__(self):
+        super().__init__(499, "The client has closed the connection.")
 
 
 def as_api_error(error: Exception) -> ApiError:
     """The answer that a failure becomes. A mistake of ours is logged, and its answer does not say what it was."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, QueueFull):
-        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(math.ceil(error.retry_after))})
-    if isinstance(error, EngineDead):
-        return ApiError(503, str(error), code="engine_dead")
-    if isinstance(error, RequestFailed):
-        status = 400 if NOT_FOLLOWED in str(error) else 500
-        return ApiError(status, f"The engine could not compute this request: {error}", code="request_failed")
     if isinstance(error, ValueError):  # the engine's own words, which name the field
         return ApiError(400, str(error))
     if isinstance(error, RecursionError):
@@ -108,5 +127,5 @@ def handle_errors(app: FastAPI) -> None:
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    for kind in (ApiError, QueueFull, EngineDead, RequestFailed, ValueError, RecursionError, Exception):
+    for kind in (ApiError, ValueError, RecursionError, Exception):
         app.exception_handler(kind)(on_failure)

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request, Response
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from common.sampling import SamplingParams
-from common.serving.errors import ApiError, as_api_error
-from common.serving.grammar import Grammar, compiled, grammar_of, logit_bias
-from common.serving.loop import Delta, EngineLoop, Job, Stream
-from common.serving.metrics import Metrics
+from common.serving.errors import ApiError, ClientGone, as_api_error
+from common.serving.grammar import Grammar, LogitBias, compiled, grammar_of
+from common.serving.loop import Delta, EngineLoop, Stream
 from common.serving.protocol import PromptTokensDetails, SamplingBody, StreamOptions, Usage
 from common.serving.tenants import Tenant, Tenants
-
-
-class ClientGone(ApiError):
-    """The client has closed its connection and will not read this answer."""
-
-    def __init__(self):
-        super().__init__(499, "The client has closed the connection.")
 
 
 @dataclass
@@ -34,12 +26,12 @@ class Server:
     """What the routes need."""
 
     loop: EngineLoop
-    tokenizer: Any
-    config: Any  # the resolved EngineConfig
     model_name: str
     tenants: Tenants
-    metrics: Metrics
-    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self):
+        self.tokenizer, self.config = self.loop.engine.tokenizer, self.loop.engine.config
+        self.created = int(time.time())
 
     def check_model(self, model: str | None) -> None:
         if model is not None and model != self.model_name:
@@ -55,13 +47,8 @@ class Server:
         size = 8 * longest
         while size < len(text):
             if (num_tokens := len(self.tokenizer.encode(text[:size], add_special_tokens))) > longest + 16:
-                raise ApiError(
-                    400,
-                    f"This model's maximum context length is {longest} tokens. The first {size} characters of the "
-                    f"prompt have {num_tokens} already; shorten it.",
-                    param="prompt",
-                    code="context_length_exceeded",
-                )
+                rest = f"The first {size} characters of the prompt have {num_tokens} already; shorten it."
+                raise self.too_long(rest, "prompt")
             size *= 2
         return self.tokenizer.encode(text, add_special_tokens)
 
@@ -69,55 +56,23 @@ class Server:
         """How many tokens an answer may have. Raises ApiError if prompt and answer together exceed the context."""
         config = self.config
         left = min(config.max_model_len, config.num_blocks * config.block_size) - num_prompt_tokens
-        if left < 1 or (max_tokens or 0) > config.max_model_len - num_prompt_tokens:
-            rest = f" and max_tokens is {max_tokens}; shorten one of them" if left > 0 else "; shorten it"
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {config.max_model_len} tokens. The prompt has "
-                f"{num_prompt_tokens}{rest}.",
-                param="max_tokens" if left > 0 else "prompt",
-                code="context_length_exceeded",
-            )
+        if left < 1:
+            raise self.too_long(f"The prompt has {num_prompt_tokens}; shorten it.", "prompt")
+        if (max_tokens or 0) > config.max_model_len - num_prompt_tokens:
+            rest = f"The prompt has {num_prompt_tokens} and max_tokens is {max_tokens}; shorten one of them."
+            raise self.too_long(rest, "max_tokens")
         return max_tokens or left
 
-
-async def processors(server: Server, body: SamplingBody, grammar: str | None = None) -> list[Any]:
-    """The logits processors of a request. grammar: one that it asks for in another way. Raises ValueError if one is
-    wrong, before anything is computed.
-    """
-    asked = grammar_of(body)
-    if grammar and asked:
-        raise ValueError("response_format and structured_outputs cannot be combined with a tool that must be called.")
-    grammar = grammar or asked
-    found: list[Any] = [bias] if (bias := logit_bias(body, server.config.model_config.vocab_size)) else []
-    if grammar is not None:
-        if body.min_tokens:
-            raise ValueError("min_tokens cannot be combined with a grammar, which may end the answer earlier.")
-        await asyncio.to_thread(compiled, str(server.tokenizer.folder), grammar)  # takes up to a second
-        found.append(Grammar(str(server.tokenizer.folder), grammar))
-    return found
+    def too_long(self, rest: str, param: str) -> ApiError:
+        message = f"This model's maximum context length is {self.config.max_model_len} tokens. {rest}"
+        return ApiError(400, message, param, "context_length_exceeded")
 
 
-def sampling_params(
-    body: SamplingBody,
-    max_tokens: int,
-    logprobs: int | None,
-    processors: Sequence[Any] = (),
-    prompt_logprobs: int | None = None,
-) -> SamplingParams:
-    """The engine's words for what a request asks."""
-    same = ("n", "temperature", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "presence_penalty")
-    values = {name: getattr(body, name) for name in (*same, "frequency_penalty", "repetition_penalty")}
-    return SamplingParams(
-        **values,
-        top_k=max(0, body.top_k),
-        min_tokens=min(body.min_tokens, max_tokens),
-        max_tokens=max_tokens,
-        stop=body.stop or (),
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        logits_processors=processors,
-    )
+class Choice(Protocol):
+    """Makes chunks of one answer."""
+
+    def parts(self, delta: Delta) -> Iterator[dict]:
+        """What a step has added to it, as `choices` of chunks."""
 
 
 @dataclass
@@ -128,7 +83,6 @@ class Generation:
     stream: Stream
     tenant: Tenant
     num_prompt_tokens: int
-    num_choices: int
     created: int = field(default_factory=lambda: int(time.time()))
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
@@ -168,11 +122,6 @@ class Generation:
             self.stream.fail(ClientGone())  # wakes up what reads it
             self.end()
 
-    def head(self, prefix: str, kind: str) -> dict:
-        """What an answer and all its chunks have in common."""
-        name = f"{prefix}-{self.stream.request_id}"
-        return {"id": name, "object": kind, "created": self.created, "model": self.server.model_name}
-
     @property
     def usage(self) -> Usage:
         return Usage(
@@ -182,28 +131,61 @@ class Generation:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self.num_cached_tokens),
         )
 
+    async def answer(self, body: SamplingBody, prefix: str, kind: str, choices: Sequence[Choice]) -> dict | Response:
+        """The events of a stream, or the same chunks as one, with the usage. prefix: of the id. kind: of object."""
+        name = f"{prefix}-{self.stream.request_id}"
+        head = {"id": name, "object": kind, "created": self.created, "model": self.server.model_name}
+        if body.stream:
+            return Events(self, head, choices, body.stream_options)
+        whole: list[dict] = [{} for _ in choices]
+        async for deltas in self.steps():
+            for delta in deltas:
+                for part in choices[delta.choice].parts(delta):
+                    extend(whole[delta.choice], part)
+        return {**head, "choices": whole, "usage": self.usage}
+
+
+def extend(whole: dict, part: dict) -> None:
+    """Add the next chunk's part to what came before it: texts and lists grow, and all else is what came first."""
+    for name, value in part.items():
+        if whole.get(name) is None:
+            whole[name] = value
+        elif isinstance(value, dict):
+            extend(whole[name], value)
+        elif isinstance(value, str | list):
+            whole[name] += value
+
 
 async def begin(
-    server: Server, request: Request, body: SamplingBody, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    server: Server,
+    request: Request,
+    body: SamplingBody,
+    prompts: Sequence[list[int]],
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    grammar: str | None = None,
 ) -> Generation:
     """Give the prompts to the engine. Raises ApiError and whatever `EngineLoop.submit` raises.
 
-    For a stream it returns with the first token. What fails before is answered with a status, so that a load balancer
-    may ask another replica.
+    The last four are the engine's words for what a request asks. grammar: one beside those that every request may ask
+    for. For a stream it returns with the first token. What fails before is answered with a status, so that a load
+    balancer may ask another replica.
     """
+    limits = [server.limit(len(prompt), max_tokens) for prompt in prompts]
+    own = await processors(server, body, grammar)
+    params = [sampling_params(body, limit, own, logprobs=logprobs, prompt_logprobs=prompt_logprobs) for limit in limits]
     tenant: Tenant = request.scope["state"]["tenant"]
     server.loop.check()
     tenant.admit()
     try:
-        options = {"tenant": tenant.name, "priority": body.priority, "cache_salt": tenant.salt(body.cache_salt)}
-        jobs = [Job(prompt, own, options) for prompt, own in zip(prompts, params)]
-        stream = await server.loop.submit(jobs)
+        salt = tenant.salt(body.cache_salt)
+        stream = await server.loop.submit(prompts, params, tenant=tenant.name, priority=body.priority, cache_salt=salt)
     except BaseException:
         tenant.leave()
         raise
-    num_prompt_tokens = sum(map(len, prompts))
-    tenant.spend(num_prompt_tokens)
-    generation = Generation(server, stream, tenant, num_prompt_tokens, stream.num_open)
+    generation = Generation(server, stream, tenant, sum(map(len, prompts)))
+    tenant.spend(generation.num_prompt_tokens)
     generation.watcher = asyncio.create_task(generation.watch(request))
     if body.stream:
         try:
@@ -214,6 +196,39 @@ async def begin(
     return generation
 
 
+async def processors(server: Server, body: SamplingBody, grammar: str | None) -> list[Any]:
+    """The logits processors of a request. Raises ValueError if one is wrong, before anything is computed."""
+    asked = grammar_of(body)
+    if grammar and asked:
+        raise ValueError("response_format and structured_outputs cannot be combined with a tool that must be called.")
+    grammar = grammar or asked
+    found: list[Any] = []
+    if body.logit_bias:
+        found.append(LogitBias(body.logit_bias, server.config.model_config.vocab_size))
+    if grammar is not None:
+        if body.min_tokens:
+            raise ValueError("min_tokens cannot be combined with a grammar, which may end the answer earlier.")
+        folder = str(server.tokenizer.folder)
+        await asyncio.to_thread(compiled, folder, grammar)  # takes up to a second
+        found.append(Grammar(folder, grammar))
+    return found
+
+
+def sampling_params(body: SamplingBody, max_tokens: int, processors: Sequence[Any], **more: Any) -> SamplingParams:
+    """The engine's words for what a request asks."""
+    same = ("n", "temperature", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "presence_penalty")
+    values = {name: getattr(body, name) for name in (*same, "frequency_penalty", "repetition_penalty")}
+    return SamplingParams(
+        **values,
+        **more,
+        top_k=max(0, body.top_k),
+        min_tokens=min(body.min_tokens, max_tokens),
+        max_tokens=max_tokens,
+        stop=body.stop or (),
+        logits_processors=processors,
+    )
+
+
 def event(data: dict) -> bytes:
     """One server-sent event."""
     return b"data: " + to_json(data, inf_nan_mode="null") + b"\n\n"
@@ -222,8 +237,8 @@ def event(data: dict) -> bytes:
 class Events(Response):
     """Server-sent events: chunks as JSON, then [DONE]. A failure is a chunk with `error`, as OpenAI's.
 
-    head: what all chunks have in common. choices: makes of a Delta the `choices` of chunks, one for each. What a step
-    brings is sent at once, however many chunks it is. options: whether the usage is sent.
+    head: what all chunks have in common. options: whether the usage is sent. What a step brings is sent at once,
+    however many chunks it is.
 
     Starlette's StreamingResponse would watch for the client's leaving in one more task, and add a generator to what is
     run for each token.
@@ -231,7 +246,7 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, head: dict, choices: Callable, options: StreamOptions | None):
+    def __init__(self, generation: Generation, head: dict, choices: Sequence[Choice], options: StreamOptions | None):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["Content-Length"]
         self.generation, self.head, self.choices, self.options = generation, head, choices, options or StreamOptions()
@@ -241,7 +256,7 @@ class Events(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for deltas in self.generation.steps():
-                parts = [part for delta in deltas for part in self.choices(delta)]
+                parts = [part for delta in deltas for part in self.choices[delta.choice].parts(delta)]
                 if usage and self.options.continuous_usage_stats:
                     usage = {"usage": self.generation.usage.model_dump()}
                 if data := b"".join([event({**head, "choices": [part], **usage}) for part in parts]):

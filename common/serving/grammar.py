@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -21,10 +21,11 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
-from common.serving.loop import NOT_FOLLOWED
+from common.serving.errors import NOT_FOLLOWED
 from common.serving.protocol import SamplingBody
 from common.tokenizer import Tokenizer, load_tokenizer
 
+ANY_OBJECT = {"type": "object"}
 JSON_OPTIONS = {"whitespace_pattern": r" ?"}
 """A model that may write any white space can write nothing else for ever."""
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=20_000, verbose_errors=False)
@@ -90,15 +91,15 @@ def compiled(folder: str, grammar: str) -> Compiled:
     return Compiled(matcher)
 
 
+@dataclass(eq=False)
 class Grammar:
     """A logits processor. folder: the checkpoint's. grammar: llguidance's own form, as `grammar_of` returns it."""
 
-    def __init__(self, folder: str, grammar: str):
-        self.folder = folder
-        self.grammar = grammar
-        self.source: Compiled | None = None
-        self.matcher: LLMatcher | None = None  # a copy
-        self.consumed: list[int] = []  # the tokens that the matcher has seen
+    folder: str
+    grammar: str
+    source: Compiled | None = None
+    matcher: LLMatcher | None = None  # a copy of the source's
+    consumed: list[int] = field(default_factory=list)  # the tokens that the matcher has seen
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in this process or another, begins at the beginning."""
@@ -147,22 +148,19 @@ def json_grammar(schema: dict[str, Any] | str) -> str:
 
 def grammar_of(body: SamplingBody) -> str | None:
     """The grammar that a request asks for, or None. Raises ValueError if it asks for two, or for no known kind."""
-    asked = body.structured_outputs
     found: list[str] = []
     if body.response_format is not None and body.response_format.type != "text":
         schema = body.response_format.json_schema
-        found.append(json_grammar(schema.schema_ if schema else {"type": "object"}))
-    if asked is not None:
-        if asked.json_ is not None:
-            found.append(json_grammar(asked.json_))
-        if asked.json_object:
-            found.append(json_grammar({"type": "object"}))
-        if asked.regex is not None:
-            found.append(LLMatcher.grammar_from_regex(asked.regex))
-        if asked.choice is not None:
-            found.append(LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, asked.choice))))
-        if asked.grammar is not None:
-            found.append(LLMatcher.grammar_from_lark(asked.grammar))
+        found.append(json_grammar(schema.schema_ if schema else ANY_OBJECT))
+    if (asked := body.structured_outputs) is not None:
+        makers = (
+            (asked.json_, json_grammar),
+            (ANY_OBJECT if asked.json_object else None, json_grammar),
+            (asked.regex, LLMatcher.grammar_from_regex),
+            (asked.choice and "start: " + " | ".join(map(json.dumps, asked.choice)), LLMatcher.grammar_from_lark),
+            (asked.grammar, LLMatcher.grammar_from_lark),
+        )
+        found += [make(value) for value, make in makers if value is not None]
         if not found:
             raise ValueError("structured_outputs needs one of json, regex, choice, grammar and json_object.")
     if len(found) > 1:
@@ -171,23 +169,19 @@ def grammar_of(body: SamplingBody) -> str | None:
 
 
 class LogitBias:
-    """A logits processor that adds a number to the scores of some tokens."""
+    """A logits processor that adds a number to the scores of some tokens. asked: a request's logit_bias.
 
-    def __init__(self, bias: dict[int, float]):
-        self.token_ids = torch.tensor(list(bias))
-        self.values = torch.tensor(list(bias.values()))
+    Raises ValueError for what is no token or no bias.
+    """
+
+    def __init__(self, asked: dict[str, float], vocab_size: int):
+        for name, value in asked.items():
+            if not name.isdecimal() or int(name) >= vocab_size:
+                raise ValueError(f"logit_bias: {name!r} is not a token id below {vocab_size}.")
+            if not -100 <= value <= 100:
+                raise ValueError(f"logit_bias: the bias of token {name} must be from -100 to 100; it is {value}.")
+        bias = {int(name): value for name, value in asked.items()}  # "05" is 5, too
+        self.token_ids, self.values = torch.tensor(list(bias)), torch.tensor(list(bias.values()))
 
     def __call__(self, output: Sequence[int], logits: Tensor) -> Tensor:
         return logits.index_add(0, self.token_ids.to(logits.device), self.values.to(logits))
-
-
-def logit_bias(body: SamplingBody, vocab_size: int) -> LogitBias | None:
-    """Returns the processor for a request's logit_bias, or None. Raises ValueError for what is no token or no bias."""
-    bias: dict[int, float] = {}
-    for name, value in (body.logit_bias or {}).items():
-        if not name.isdecimal() or int(name) >= vocab_size:
-            raise ValueError(f"logit_bias: {name!r} is not a token id below {vocab_size}.")
-        if not -100 <= value <= 100:
-            raise ValueError(f"logit_bias: the bias of token {name} must be from -100 to 100; it is {value}.")
-        bias[int(name)] = value
-    return LogitBias(bias) if bias else None

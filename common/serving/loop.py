@@ -24,8 +24,12 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from common.sampling import SamplingParams
+from common.serving.errors import EngineDead, QueueFull, RequestFailed
+from common.serving.metrics import Metrics
 
 LOG = logging.getLogger("common.serving")
 MANY_STREAMS = 16
@@ -34,32 +38,6 @@ PATIENCE = 0.05
 While a step computes, each core has a thread of it. If other work takes a core then, all threads of the step wait. To
 wait for the event loop costs 0.2 ms, which is more than what few streams take from a step.
 """
-NOT_FOLLOWED = "the grammar cannot be followed any further"  # begins the error of a request whose grammar is to blame
-
-
-class EngineDead(RuntimeError):
-    """The engine has failed or was closed, and computes nothing any more; the text says why."""
-
-
-class QueueFull(RuntimeError):
-    """The request was not accepted, because too many wait. retry_after: seconds until it is worth another try."""
-
-    def __init__(self, message: str, retry_after: float):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class RequestFailed(RuntimeError):
-    """The engine could not compute this request; others go on."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt for `Engine.add_request`."""
-
-    prompt_token_ids: Sequence[int]
-    params: Any  # SamplingParams
-    options: dict[str, Any] = field(default_factory=dict)  # tenant, priority, cache_salt
 
 
 @dataclass(slots=True)
@@ -75,17 +53,14 @@ class Delta:
 
 
 class Stream:
-    """The answers to the prompts of one HTTP request. It belongs to the event loop in which it was made."""
+    """The answers to the prompts of one HTTP request, as the event loop's thread reads them."""
 
-    def __init__(self, request_id: str, num_choices: int, abort: Callable[[Stream], None]):
-        self.request_id = request_id
+    def __init__(self, num_choices: int):
+        self.request_id = uuid.uuid4().hex
         self.num_open = num_choices  # samples that have not ended
-        self.event_loop = asyncio.get_running_loop()
-        self.accepted: asyncio.Future[None] = self.event_loop.create_future()
         self.arrived: list[Delta] = []
         self.error: Exception | None = None  # what ends the stream after all that has arrived
         self.has_news = asyncio.Event()
-        self.abort = abort
 
     def put(self, deltas: Sequence[Delta]) -> None:
         """Hand on what a step has added."""
@@ -118,12 +93,6 @@ class Stream:
             self.has_news.clear()
         return deltas
 
-    def close(self) -> None:
-        """Abort what has not ended: the reader has left."""
-        if self.num_open:
-            self.num_open = 0
-            self.abort(self)
-
 
 @dataclass
 class Reader:
@@ -136,61 +105,51 @@ class Reader:
     last_time: float | None = None  # when its newest token came, in seconds of time.perf_counter
 
 
-class Observer:
-    """Is told in the engine's thread what happens to requests. output: a RequestOutput."""
-
-    def on_tokens(self, output: Any, seconds: float | None) -> None:
-        """A step has added tokens. seconds: since the step before that did; None for the first."""
-
-    def on_end(self, output: Any, reason: str) -> None:
-        """A request has ended: "stop", "length", "error" or "abort"."""
-
-
 class EngineLoop:
-    """Loads an engine and runs it.
+    """Loads an engine and runs it, for one event loop.
 
-    make: loads the engine; what it raises, the constructor raises. observe: makes the engine's observer. max_waiting:
-    sequences that may wait beside those that run; above that, `submit` raises QueueFull.
+    make: loads the engine; what it raises, the constructor raises. max_waiting: sequences that may wait beside those
+    that run; above that, `submit` raises QueueFull.
     """
 
-    def __init__(self, make: Callable[[], Any], observe: Callable[[Any], Observer], max_waiting: int = 256):
+    def __init__(self, make: Callable[[], Any], model_name: str, max_waiting: int):
         self.commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.streams: dict[str, Stream] = {}  # those that have not ended, by request id; the event loop's thread
+        self.streams: set[Stream] = set()  # those that have not ended; the event loop's thread keeps them
         self.readers: dict[str, Reader] = {}  # by the engine's request id, which names a sample; the engine's thread
         self.error: str | None = None  # why the engine is dead
         self.is_closing = False
         loaded: Future[Any] = Future()
         self.thread = threading.Thread(target=self.load_and_run, args=(make, loaded), name="engine", daemon=True)
         self.thread.start()
-        engine = loaded.result()
-        self.capacity = engine.config.max_num_seqs + max_waiting
-        self.observer = observe(engine)
+        loaded.result()  # raises what `make` raised
+        self.capacity = self.engine.config.max_num_seqs + max_waiting
+        self.metrics = Metrics(self.engine, model_name)
 
     # The event loop's thread ---------------------------------------------------------------------------------
 
     @property
     def num_sequences(self) -> int:
         """Samples that are running or waiting."""
-        return sum(stream.num_open for stream in self.streams.values())
+        return sum(stream.num_open for stream in self.streams)
 
-    async def submit(self, jobs: Sequence[Job]) -> Stream:
-        """Give prompts to the engine, and wait until it has taken them: a step at most.
+    async def submit(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], **options: Any) -> Stream:
+        """Give prompts to the engine, and wait until it has taken them: a step at most. options: of `add_request`.
 
         Raises ValueError if one of them can never be served, QueueFull if too many are waiting, EngineDead.
         """
         self.check()
-        num_choices = sum(job.params.n for job in jobs)
+        num_choices = sum(each.n for each in params)
         self.check_size(num_choices)
         if self.num_sequences + num_choices > self.capacity:
-            raise QueueFull(f"{self.num_sequences} sequences are running or waiting; try again later.", 1.0)
-        stream = Stream(uuid.uuid4().hex, num_choices, self.drop)
-        self.streams[stream.request_id] = stream
-        self.commands.put(lambda: self.add(stream, jobs))
+            raise QueueFull(f"{self.num_sequences} sequences are running or waiting; try again later.")
+        self.event_loop = asyncio.get_running_loop()
+        stream, accepted = Stream(num_choices), Future()
+        self.streams.add(stream)
+        self.commands.put(lambda: self.add(stream, prompts, params, options, accepted))
         try:
-            await stream.accepted
+            await asyncio.wrap_future(accepted)
         except BaseException:
-            stream.close()
-            self.streams.pop(stream.request_id, None)
+            self.finished(stream)
             raise
         return stream
 
@@ -200,12 +159,11 @@ class EngineLoop:
             raise ValueError(f"{num_choices} sequences in one request; this server holds {self.capacity} at once.")
 
     def finished(self, stream: Stream) -> None:
-        """The reader of a stream is done with it."""
-        stream.close()
-        self.streams.pop(stream.request_id, None)
-
-    def drop(self, stream: Stream) -> None:
-        self.commands.put(lambda: self.remove(stream))
+        """The reader of a stream is done with it. What has not ended is aborted."""
+        self.streams.discard(stream)
+        if stream.num_open:
+            stream.num_open = 0
+            self.commands.put(lambda: self.remove(stream))
 
     def check(self) -> None:
         """Raise EngineDead if the engine computes nothing any more."""
@@ -225,10 +183,10 @@ class EngineLoop:
     def load_and_run(self, make: Callable[[], Any], loaded: Future[Any]) -> None:
         try:
             self.engine = make()
-            loaded.set_result(self.engine)
         except BaseException as error:
             loaded.set_exception(error)
         else:
+            loaded.set_result(self.engine)
             self.run()
 
     def run(self) -> None:
@@ -254,49 +212,44 @@ class EngineLoop:
         except queue.Empty:
             pass
 
-    def add(self, stream: Stream, jobs: Sequence[Job]) -> None:
+    def add(
+        self,
+        stream: Stream,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        options: dict[str, Any],
+        accepted: Future[None],
+    ) -> None:
         """Let the engine have all prompts of a stream, or none."""
-        if self.error is not None:
-            self.tell(stream, EngineDead(self.error))
-            return
+        if not accepted.set_running_or_notify_cancel():
+            return  # the client has left
         ids: list[str] = []
         try:
-            for number, job in enumerate(jobs):
-                request_id = f"{stream.request_id}.{number}"
-                ids.append(self.engine.add_request(job.prompt_token_ids, job.params, request_id, **job.options))
+            if self.error is not None:
+                raise EngineDead(self.error)
+            for number, (prompt, own) in enumerate(zip(prompts, params)):
+                ids.append(self.engine.add_request(prompt, own, f"{stream.request_id}.{number}", **options))
         except Exception as error:  # of any kind: it is this request's, and others go on
             for request_id in ids:
                 self.engine.abort(request_id)
-            self.tell(stream, error)
+            accepted.set_exception(error)
             return
-        choice = 0
-        for request_id, job in zip(ids, jobs):
-            for child in range(job.params.n):
-                self.readers[f"{request_id}/{child}" if child else request_id] = Reader(stream, choice)
-                choice += 1
-        self.tell(stream, None)
-
-    def tell(self, stream: Stream, error: Exception | None) -> None:
-        """Answer `submit`."""
-
-        def answer() -> None:
-            if not stream.accepted.done():  # the client may have left
-                stream.accepted.set_exception(error) if error else stream.accepted.set_result(None)
-
-        self.call(stream.event_loop, answer)
+        samples = [f"{id}/{child}" if child else id for id, own in zip(ids, params) for child in range(own.n)]
+        self.readers |= {sample: Reader(stream, choice) for choice, sample in enumerate(samples)}
+        accepted.set_result(None)
 
     def remove(self, stream: Stream) -> None:
         """Abort the requests of a stream whose reader has left."""
         ids = [request_id for request_id, reader in self.readers.items() if reader.stream is stream]
         for request_id in ids:
             del self.readers[request_id]
-            self.observer.on_end(self.engine.output(request_id), "abort")
+            self.metrics.on_end(self.engine.output(request_id), "abort")
         for request_id in ids:  # the first one's abort ends the other samples of its prompt, too
             self.engine.abort(request_id)
 
     def deliver(self, outputs: Sequence[Any]) -> None:
         """Hand on what a step has added."""
-        news: dict[asyncio.AbstractEventLoop, dict[Stream, list[Delta]]] = {}
+        news: dict[Stream, list[Delta]] = {}
         now = time.perf_counter()
         for output in outputs:
             reader = self.readers.get(output.request_id)
@@ -304,32 +257,33 @@ class EngineLoop:
             if reader is None or (start == len(output.token_ids) and output.finish_reason is None):
                 continue  # its reader has left, or this was a part of its prompt
             if start < len(output.token_ids):
-                self.observer.on_tokens(output, reader.last_time and now - reader.last_time)
+                self.metrics.on_tokens(output, reader.last_time and now - reader.last_time)
                 reader.last_time = now
             text, logprobs = output.text[reader.num_characters :], output.logprobs[start:]
             delta = Delta(reader.choice, text, output.token_ids[start:], logprobs, output.finish_reason, output)
             reader.num_characters, reader.num_tokens = len(output.text), len(output.token_ids)
-            news.setdefault(reader.stream.event_loop, {}).setdefault(reader.stream, []).append(delta)
+            news.setdefault(reader.stream, []).append(delta)
             if output.finish_reason is not None:
                 del self.readers[output.request_id]
-                self.observer.on_end(output, output.finish_reason)
-        for event_loop, deltas in news.items():
+                self.metrics.on_end(output, output.finish_reason)
+        if news:
             is_written = threading.Event()
-            self.call(event_loop, put_all, deltas, is_written)
-            if len(deltas) >= MANY_STREAMS:
+            self.call(put_all, news, is_written)
+            if len(news) >= MANY_STREAMS:
                 is_written.wait(PATIENCE)
 
     def fail(self, error: Exception) -> None:
         """Tell every reader that nothing follows."""
-        for stream in {reader.stream.request_id: reader.stream for reader in self.readers.values()}.values():
-            self.call(stream.event_loop, stream.fail, error)
+        for stream in {reader.stream for reader in self.readers.values()}:
+            self.call(stream.fail, error)
         self.readers.clear()
 
-    def call(self, event_loop: asyncio.AbstractEventLoop, function: Callable, *arguments: Any) -> None:
+    def call(self, function: Callable, *arguments: Any) -> None:
+        """Let the event loop's thread run this."""
         try:
-            event_loop.call_soon_threadsafe(function, *arguments)
+            self.event_loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the event loop is closed, and with it all connections
-            LOG.debug("An event loop ended before its requests.")
+            LOG.debug("The event loop ended before its requests.")
 
 
 def put_all(news: dict[Stream, list[Delta]], is_written: threading.Event) -> None:

@@ -13,15 +13,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from common.serving.loop import Observer
-
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 LABELS = ("model_name", "engine")
 
 
-class Metrics(Observer):
-    """The metrics of one engine."""
+class Metrics:
+    """The metrics of one engine. The engine's thread says what happens to requests; `output` is a RequestOutput."""
 
     def __init__(self, engine: Any, model_name: str):
         self.engine = engine
@@ -75,6 +73,7 @@ class Metrics(Observer):
                 yield metric
 
     def on_tokens(self, output: Any, seconds: float | None) -> None:
+        """A step has added tokens. seconds: since the step before that did; None for the first."""
         if seconds is None:
             self.first.observe(output.metrics.time_to_first_token or 0.0)
             self.queued.observe(output.metrics.queue_time or 0.0)
@@ -85,6 +84,7 @@ class Metrics(Observer):
             self.between.observe(seconds)
 
     def on_end(self, output: Any, reason: str) -> None:
+        """A request has ended: "stop", "length", "error" or "abort"."""
         self.ended.labels(*self.labels, reason).inc()
         now, times = time.perf_counter(), output.metrics
         self.whole.observe(now - times.arrival_time)

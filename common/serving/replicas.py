@@ -16,8 +16,8 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +25,6 @@ import ray
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.core import Metric
-from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import PrefixCacheAffinityRouter
@@ -37,10 +36,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from common.serving.api import Gate, create_app
-from common.serving.errors import as_api_error, handle_errors
+from common.serving.errors import EngineDead, QueueFull, as_api_error, handle_errors
 from common.serving.generation import event
-from common.serving.loop import EngineDead, QueueFull
-from common.serving.server import load_server, welcome
+from common.serving.server import load_server, threads_of_each, welcome
 from common.serving.tenants import Tenants
 from common.start import OptionError
 
@@ -52,9 +50,7 @@ SHORTEST_PREFIX, LONGEST_PREFIX = 200, 20_000  # characters. A few blocks are no
 OBJECT_STORE = 80 * 2**20  # bytes; nothing here is stored in it, and Ray's own choice is a third of the memory
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In a replica's process
-# ---------------------------------------------------------------------------------------------------------------
+# --- In a replica's process -------------------------------------------------------------------------------------------
 
 
 class Replica:
@@ -65,7 +61,7 @@ class Replica:
         self.server = load_server(options, mine, threads, max_waiting, own)
         self.app = create_app(self.server)
 
-    async def answer(self, *prefix: Prefix, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+    async def answer(self, *prefix: Any, scope: Scope, body: bytes) -> AsyncIterator[Message]:
         """Yield what the application sends. If Ray cancels this, the application learns that its client has left.
 
         Without an engine this process ends itself: the request then goes to another replica, and Ray starts a new one.
@@ -75,28 +71,21 @@ class Replica:
         except EngineDead as error:
             LOG.critical("This replica ends: %s", error)
             os._exit(1)
-        messages: asyncio.Queue[Message | None] = asyncio.Queue()
-        received = iter([{"type": "http.request", "body": body, "more_body": False}])
-        is_gone = asyncio.Event()
-
-        async def receive() -> Message:
-            if message := next(received, None):
-                return message
-            await is_gone.wait()
-            return {"type": "http.disconnect"}
-
-        task = asyncio.create_task(self.app(scope, receive, messages.put))
-        task.add_done_callback(lambda task: messages.put_nowait(None))
+        given: asyncio.Queue[Message] = asyncio.Queue()
+        given.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        task = asyncio.create_task(self.app(scope, given.get, sent.put))
+        task.add_done_callback(lambda task: sent.put_nowait(None))
         try:
-            while (message := await messages.get()) is not None:
+            while (message := await sent.get()) is not None:
                 yield message
             task.result()
         finally:
-            is_gone.set()
+            given.put_nowait({"type": "http.disconnect"})
 
-    def metrics(self) -> tuple[str, str]:
+    def metrics(self) -> tuple[int, list[Metric]]:
         """The replica's number, and what it measures."""
-        return str(serve.get_replica_context().rank.rank), self.server.metrics.text().decode()
+        return serve.get_replica_context().rank.rank, list(self.server.loop.metrics.registry.collect())
 
     def welcome(self, address: str) -> str:
         return welcome(self.server, address)
@@ -106,16 +95,7 @@ class Replica:
         self.server.loop.check()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In the process that listens
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What Ray's router compares with the prompts before: it reads the attribute `prompt`."""
-
-    prompt: str
+# --- In the process that listens --------------------------------------------------------------------------------------
 
 
 class PrefixTreeHere:
@@ -139,8 +119,8 @@ class Router(PrefixCacheAffinityRouter):
         super().initialize_state(tree_actor=PrefixTreeHere(), **options)
 
 
-def prefixes(scope: Scope, body: bytes) -> list[Prefix]:
-    """Return the prompt as the router compares it, or [] for a request that has none, or a short one.
+def prefixes(scope: Scope, body: bytes) -> list[SimpleNamespace]:
+    """Return the prompt as the router reads it and compares it, or [] for a request that has none, or a short one.
 
     It begins with what the engine hashes into the first block, so tenants whose caches are apart share nothing.
     """
@@ -151,7 +131,7 @@ def prefixes(scope: Scope, body: bytes) -> list[Prefix]:
     except (ValueError, AttributeError, RecursionError):  # the replica says what is wrong
         return []
     text = f"{salt} {json.dumps(prompt)}"
-    return [Prefix(text[:LONGEST_PREFIX])] if prompt and len(text) >= SHORTEST_PREFIX else []
+    return [SimpleNamespace(prompt=text[:LONGEST_PREFIX])] if prompt and len(text) >= SHORTEST_PREFIX else []
 
 
 class Door:
@@ -185,7 +165,7 @@ class Door:
                     await send(message)
                 return
             except BackPressureError:
-                raise QueueFull("Too many requests wait for a replica; try again later.", 1.0) from None
+                raise QueueFull("Too many requests wait for a replica; try again later.") from None
             except RayActorError as error:
                 LOG.warning("A replica has died. %s", error)
                 dead = EngineDead("the replica has died in this answer; Ray starts another one.")
@@ -231,64 +211,39 @@ def create_door(replicas: DeploymentHandle, tenants: Tenants) -> FastAPI:
             found = await replicas.broadcast("metrics").results_async(timeout_s=10, return_exceptions=True)
         except TimeoutError:
             raise EngineDead("a replica has not answered for 10 s; Ray replaces it if it is lost.") from None
-        texts = [each for each in found if not isinstance(each, BaseException)]
-        return Response(generate_latest(Merged(texts)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        alive = [each for each in found if not isinstance(each, BaseException)]
+        return Response(generate_latest(merged(alive)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     app.mount("/", Door(replicas))
     return app
 
 
-@dataclass
-class Merged:
-    """The metrics of all replicas as one; the label `engine` tells them apart, as in vLLM."""
-
-    texts: Iterable[tuple[str, str]]
-
-    def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        for engine, text in sorted(self.texts):
-            for family in text_string_to_metric_families(text):
-                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                labelled = [each._replace(labels={**each.labels, "engine": engine}) for each in family.samples]
-                merged.samples += labelled
-        yield from families.values()
+def merged(replicas: Iterable[tuple[int, list[Metric]]]) -> SimpleNamespace:
+    """The metrics of all replicas as one registry; the label `engine` tells them apart, as in vLLM."""
+    families: dict[str, Metric] = {}
+    for engine, metrics in sorted(replicas, key=lambda replica: replica[0]):
+        for metric in metrics:
+            family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            family.samples += [each._replace(labels={**each.labels, "engine": str(engine)}) for each in metric.samples]
+    return SimpleNamespace(collect=families.values)
 
 
 def connect(num_replicas: int, threads: int | None) -> int:
-    """Start Ray on this machine, or join the cluster that RAY_ADDRESS names. threads: of each replica.
+    """Start Ray on this machine, or join the cluster that RAY_ADDRESS names. Returns the threads of each replica.
 
-    Returns the threads; by default, the most for which there are processors. Raises OptionError.
+    threads: those that were asked for. Raises OptionError.
     """
     address, own = os.environ.get("RAY_ADDRESS"), {}
     if not address:
-        processors = os.cpu_count() or 1
-        threads = threads_of_each(num_replicas, [processors], threads)
-        own = {"address": "local", "num_cpus": processors, "include_dashboard": False}
+        own = {"address": "local", "num_cpus": os.cpu_count() or 1, "include_dashboard": False}
         own["object_store_memory"] = OBJECT_STORE
     try:
         ray.init(logging_level=logging.WARNING, **own)
     except Exception as error:  # Ray raises this very class after 30 s on a busy machine
         failure = f"RAY_ADDRESS={address} cannot be joined." if address else "Ray has not started; try again."
         raise OptionError(f"{failure} {error}") from None
-    if not address:
-        return threads
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return threads_of_each(num_replicas, [int(machine.get("CPU", 0)) for machine in machines], threads)
-
-
-def threads_of_each(num_replicas: int, processors: Sequence[int], threads: int | None) -> int:
-    """Return how many threads each replica has. processors: of each machine; a replica runs on one of them.
-
-    Raises OptionError if there are too few, since Ray would wait for more.
-    """
-    allowed = [threads] if threads else range(max(processors), 0, -1)
-    for number in allowed:
-        if sum(each // number for each in processors) >= num_replicas:
-            return number
-    raise OptionError(
-        f"There are too few processors for REPLICAS={num_replicas}: each needs {threads or 1} of one machine, and "
-        f"the {'machine has' if len(processors) == 1 else 'machines have'} {', '.join(map(str, processors))}."
-    )
 
 
 def start_replicas(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,36 @@ from typing import Any
 from common.course import files_used, substitutes
 from common.serving.generation import Server
 from common.serving.loop import EngineLoop
-from common.serving.metrics import Metrics
 from common.serving.tenants import Tenants
-from common.start import make_engine, start_engine
+from common.start import OptionError, make_engine, start_engine
 
 
 def load_server(options: dict[str, Any], mine: str, threads: int | None, max_waiting: int, tenants: Tenants) -> Server:
     """Load the engine that the options ask for, in a thread of its own. Raises as `start_engine` does."""
-    name = Path(options["model"]).name
     if tenants.tenants and options["scheduling_policy"] == "fcfs":
         options = {**options, "scheduling_policy": "fair"}
 
-    def start_loop(given: dict[str, Any]) -> EngineLoop:
-        return EngineLoop(partial(make_engine, given), lambda engine: Metrics(engine, name), max_waiting)
+    def start(given: dict[str, Any]) -> Server:
+        name = Path(options["model"]).name
+        return Server(EngineLoop(partial(make_engine, given), name, max_waiting), name, tenants)
 
-    loop = start_engine(options, mine, threads, start_loop)
-    return Server(loop, loop.engine.tokenizer, loop.engine.config, name, tenants, loop.observer)
+    return start_engine(options, mine, threads, start)
+
+
+def threads_of_each(num_replicas: int, processors: Sequence[int], threads: int | None) -> int:
+    """Return how many threads each replica has: by default, the most for which there are processors.
+
+    processors: of each machine; a replica runs on one of them. Raises OptionError if there are too few, since Ray would
+    wait for more.
+    """
+    allowed = [threads] if threads else range(max(processors), 0, -1)
+    for number in allowed:
+        if sum(each // number for each in processors) >= num_replicas:
+            return number
+    raise OptionError(
+        f"There are too few processors for REPLICAS={num_replicas}: each needs {threads or 1} of one machine, and "
+        f"the {'machine has' if len(processors) == 1 else 'machines have'} {', '.join(map(str, processors))}."
+    )
 
 
 def welcome(server: Server, address: str) -> str:

@@ -22,11 +22,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from common.course import counted
-from common.serving.loop import QueueFull
-
-
-class KeysError(ValueError):
-    """The file of keys cannot be used; the text says which line to change."""
+from common.serving.errors import QueueFull
+from common.start import OptionError
 
 
 @dataclass
@@ -58,9 +55,8 @@ class Tenant:
         """Count a request that begins. Raises QueueFull if this tenant must wait; `leave` ends what was admitted."""
         self.spend(0)
         if self.max_concurrent_requests is not None and self.num_requests >= self.max_concurrent_requests:
-            raise QueueFull(
-                f"{self.name} has {counted(self.num_requests, 'request')} at once already; more are not allowed.", 1.0
-            )
+            number = counted(self.num_requests, "request")
+            raise QueueFull(f"{self.name} has {number} at once already; more are not allowed.")
         if self.tokens_per_minute is not None and self.tokens_left <= 0:
             seconds = max(1.0, 60 * -self.tokens_left / self.tokens_per_minute)
             message = (
@@ -97,18 +93,18 @@ class Tenants:
 
 
 def load_tenants(file: str | Path | None) -> Tenants:
-    """Read a file of keys; None: no tenants. Raises KeysError, naming the tenant and the field."""
+    """Read a file of keys; None: no tenants. Raises OptionError, naming the tenant and the field."""
     if file is None:
         return Tenants([])
     try:
         tables = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise KeysError(f"{file}: {getattr(error, 'strerror', error)}") from None
+        raise OptionError(f"{file}: {getattr(error, 'strerror', error)}") from None
     tenants = [make_tenant(file, name, table) for name, table in tables.items()]
     if not tenants:
-        raise KeysError(f'{file}: no tenant is in it. Write [alice] and, below it, key = "...".')
+        raise OptionError(f'{file}: no tenant is in it. Write [alice] and, below it, key = "...".')
     if len({tenant.key for tenant in tenants}) < len(tenants):
-        raise KeysError(f"{file}: two tenants have the same key.")
+        raise OptionError(f"{file}: two tenants have the same key.")
     return Tenants(tenants)
 
 
@@ -116,13 +112,13 @@ def make_tenant(file: str | Path, name: str, table: object) -> Tenant:
     kinds = {"key": str, "max_concurrent_requests": int, "tokens_per_minute": int, "isolate_prefix_cache": bool}
     assert kinds.keys() < {each.name for each in fields(Tenant)}
     if not isinstance(table, dict):
-        raise KeysError(f"{file}: {name} stands outside of a table; write [{name}] and its fields below.")
+        raise OptionError(f"{file}: {name} stands outside of a table; write [{name}] and its fields below.")
     for key, value in table.items():
         if key not in kinds:
-            raise KeysError(f"{file}: [{name}] has the field {key}; the fields are {', '.join(kinds)}.")
+            raise OptionError(f"{file}: [{name}] has the field {key}; the fields are {', '.join(kinds)}.")
         if type(value) is not kinds[key] or (kinds[key] is int and value < 1) or value == "":
             rule = {str: "a text that is not empty", int: "a whole number of at least 1", bool: "true or false"}
-            raise KeysError(f"{file}: [{name}] {key} must be {rule[kinds[key]]}; it is {value!r}.")
+            raise OptionError(f"{file}: [{name}] {key} must be {rule[kinds[key]]}; it is {value!r}.")
     if "key" not in table:
-        raise KeysError(f"{file}: [{name}] has no key.")
+        raise OptionError(f"{file}: [{name}] has no key.")
     return Tenant(name, **table)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 from common.serving.protocol import ChatRequest, NamedToolChoice, Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+PYTHON_TAG = "<|python_tag|>"  # Llama may write it before a call
 INSTRUCTION = """\
 You may call functions. Their signatures, one JSON object a line:
 <tools>
@@ -30,14 +31,14 @@ To call one, write a JSON object with its name and its arguments between <tool_c
 """What a model is told if its chat template does not know tools. The form is that of Hermes, and Qwen's."""
 
 
-@dataclass(frozen=True)
-class Call:
-    name: str
-    arguments: str  # JSON
-    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+Call = dict[str, Any]
+"""One of an answer's `tool_calls`."""
 
-    def as_dict(self) -> dict:
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+def make_call(name: str, arguments: str) -> Call:
+    """arguments: JSON."""
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def describe(tools: Sequence[Tool], template: str, messages: list[dict]) -> tuple[list[dict], dict]:
@@ -84,20 +85,17 @@ def parse_call(text: str) -> Call | None:
     try:
         value = json.loads(text)
         arguments = value.get("arguments", value.get("parameters", {}))
-        return Call(value["name"], json.dumps(arguments)) if isinstance(value["name"], str) else None
+        return make_call(value["name"], json.dumps(arguments)) if isinstance(value["name"], str) else None
     except (ValueError, AttributeError, KeyError, TypeError):
         return None
 
 
 class Reader:
-    """Reads an answer as it comes: `push` and `flush` return text and calls, in order. This one finds no calls."""
+    """Reads an answer as it comes. This one finds no calls."""
 
-    def push(self, text: str) -> list[str | Call]:
+    def read(self, text: str, is_last: bool) -> list[str | Call]:
+        """The text and the calls that are certain after the next piece, in order. is_last: nothing follows it."""
         return [text] if text else []
-
-    def flush(self) -> list[str | Call]:
-        """What was held back; nothing follows."""
-        return []
 
 
 class TaggedReader(Reader):
@@ -108,14 +106,16 @@ class TaggedReader(Reader):
         self.is_inside = False
         self.is_after_call = False
 
-    def push(self, text: str) -> list[str | Call]:
+    def read(self, text: str, is_last: bool) -> list[str | Call]:
         self.held += text
         found: list[str | Call] = []
         while (tag := CLOSE if self.is_inside else OPEN) in self.held:
             before, _, self.held = self.held.partition(tag)
             found.append((parse_call(before) or OPEN + before + CLOSE) if self.is_inside else before)
             self.is_inside = not self.is_inside
-        if not self.is_inside:
+        if is_last:
+            found.append((parse_call(self.held) or OPEN + self.held) if self.is_inside else self.held)
+        elif not self.is_inside:
             num_held = max(n for n in range(len(OPEN)) if self.held.endswith(OPEN[:n]))  # perhaps a tag begins
             found.append(self.held[: len(self.held) - num_held])
             self.held = self.held[len(self.held) - num_held :]
@@ -128,15 +128,9 @@ class TaggedReader(Reader):
             if isinstance(each, str) and self.is_after_call:
                 each = each.lstrip()
             if each:
-                self.is_after_call = isinstance(each, Call)
+                self.is_after_call = not isinstance(each, str)
                 kept.append(each)
         return kept
-
-    def flush(self) -> list[str | Call]:
-        held, self.held = self.held, ""
-        if self.is_inside:
-            return [parse_call(held) or OPEN + held]
-        return self.without_gaps([held])
 
 
 class WholeReader(Reader):
@@ -150,24 +144,20 @@ class WholeReader(Reader):
         self.must_call = must_call
         self.held = ""
 
-    def push(self, text: str) -> list[str | Call]:
+    def read(self, text: str, is_last: bool) -> list[str | Call]:
         self.held += text
-        if not self.must_call and not self.held.lstrip().startswith(("{", "<|python_tag|>")) and self.held.strip():
-            text, self.held = self.held, ""
-            return [text]
-        return []
-
-    def flush(self) -> list[str | Call]:
+        begins = self.held.lstrip()
+        if not is_last and (self.must_call or not begins or begins.startswith(("{", PYTHON_TAG))):
+            return []
         held, self.held = self.held, ""
         if self.name is not None:
-            return [Call(self.name, held)]
+            return [make_call(self.name, held)]
         if self.must_call:
             try:
                 return [call for value in json.loads(held) if (call := parse_call(json.dumps(value)))]
             except ValueError:  # max_tokens has cut it off
                 return [held]
-        text = held.strip().removeprefix("<|python_tag|>")
-        return [parse_call(text) or held] if held else []
+        return [parse_call(held.strip().removeprefix(PYTHON_TAG)) or held] if held else []
 
 
 def reader_of(body: ChatRequest, template: str) -> Reader:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from common.config import EngineConfig
 from common.course import counted
@@ -40,13 +41,10 @@ def recorded_calls(module: ModuleType, name: str, title: str, files: str = "") -
         )
         recorders.append(CallRecorder(self, config, title, files))
 
-    watched.__init__ = init
-    try:
+    with mock.patch.object(watched, "__init__", init):
         yield recorders
-    finally:
-        watched.__init__ = original
-        for recorder in recorders:
-            recorder.close()
+    for recorder in recorders:
+        recorder.close()
 
 
 class CallRecorder(Recorder):
@@ -78,17 +76,17 @@ class CallRecorder(Recorder):
     def attach(self) -> None:
         self.watch_pool()
         own = [each for each in (self.scheduler, self.manager) if not isinstance(each, SimpleNamespace)]
-        for name in ("make_room", "preempt", "can_allocate") if len(own) == 2 else ():
-            self.replace(self.scheduler, name, getattr(self, name), self.undo)
+        if len(own) == 2:
+            self.wrap(self.scheduler, "make_room", "preempt", "can_allocate")
         for each in own:
             names = [name for name, value in vars(type(each)).items() if isinstance(value, FunctionType)]
             for name in names:
                 if not name.startswith("_") and name not in ("reset", "block_table"):
-                    self.replace(each, name, partial(self.call, name, False), self.undo)
+                    self.replace(each, name, partial(self.call, name, False))
         if self.owner is self.engine:
             executor = self.engine.executor
             for each, name in ((self.engine, "step"), (executor, "submit"), (executor, "collect")):
-                self.replace(each, name, partial(self.call, name, True), self.undo)
+                self.replace(each, name, partial(self.call, name, True))
 
     def call(self, name: str, is_outer: bool, original: Any, *arguments, **named) -> Any:
         """Call a method and write a step for it, unless another recorded method has called it. is_outer: the calls

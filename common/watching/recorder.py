@@ -58,6 +58,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
+from unittest import mock
 
 CONFIG = (
     "block_size", "num_blocks", "num_host_blocks", "max_num_seqs", "max_num_batched_tokens",
@@ -123,20 +124,19 @@ class Recorder:
         return Path(self.engine.config.model).name
 
     def attach(self) -> None:
-        scheduler = self.scheduler
         self.watch_pool()
-        for owner, name in (
-            (scheduler, "add"), (scheduler, "schedule"), (scheduler, "make_room"), (scheduler, "preempt"),
-            (scheduler, "can_allocate"), (self.engine.executor, "submit"), (self.engine.executor, "collect"),
-            (self.engine.totals, "observe"), (self.engine.totals, "observe_end"),
-        ):  # fmt: skip
-            self.replace(owner, name, getattr(self, name), self.undo)
+        self.wrap(self.scheduler, "add", "schedule", "make_room", "preempt", "can_allocate")
+        self.wrap(self.engine.executor, "submit", "collect")
+        self.wrap(self.engine.totals, "observe", "observe_end")
 
-    def replace(self, owner: Any, name: str, method: Any, undo: ExitStack) -> None:
-        """Replace a method by `method`, which gets the original as its first argument."""
-        original, own = getattr(owner, name), vars(owner)
-        undo.callback(*((own.__setitem__, name, original) if name in own else (own.pop, name, None)))
-        own[name] = partial(method, original)
+    def wrap(self, owner: Any, *names: str) -> None:
+        """Replace methods by those of the same names here, which get the original as their first argument."""
+        for name in names:
+            self.replace(owner, name, getattr(self, name))
+
+    def replace(self, owner: Any, name: str, method: Any) -> None:
+        undo = self.undo_pool if owner is self.pool else self.undo
+        undo.enter_context(mock.patch.object(owner, name, partial(method, getattr(owner, name))))
 
     def check_pool(self) -> None:
         """After an interrupted step the engine has a new pool, and all requests begin again."""
@@ -151,10 +151,7 @@ class Recorder:
         self.undo_pool.close()
         self.pool = self.manager.pool
         self.touched = {block.block_id: block for block in self.pool.blocks if block.ref_cnt or block.block_hash}
-        for name, method in (
-            ("get_new_blocks", self.take), ("free_blocks", self.touch), ("touch", self.touch), ("forget", self.forget),
-        ):  # fmt: skip
-            self.replace(self.pool, name, method, self.undo_pool)
+        self.wrap(self.pool, "get_new_blocks", "free_blocks", "touch", "forget")
 
     def close(self) -> None:
         self.undo.close()
@@ -309,7 +306,6 @@ class Recorder:
         self.line.setdefault("ends", {})[self.number[output.request_id]] = output.finish_reason
 
     def touch(self, original, blocks):
-        """Replaces `touch` and `free_blocks`, which take blocks."""
         if blocks:
             blocks = list(blocks)  # an iterator can be read only once
             for block in blocks:
@@ -317,7 +313,9 @@ class Recorder:
                     self.touched[block.block_id] = block
         return original(blocks)
 
-    def take(self, original, num_blocks: int):
+    free_blocks = touch
+
+    def get_new_blocks(self, original, num_blocks: int):
         blocks = original(num_blocks)
         for block in blocks or ():
             self.touched[block.block_id] = block

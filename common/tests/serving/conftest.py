@@ -17,19 +17,17 @@ TEMPLATE = (
 
 
 @contextlib.contextmanager
-def serving(engine, tenants=None, template: str | None = TEMPLATE, drain: int = 20, **options):
+def serving(engine, tenants=None, template: str | None = TEMPLATE, drain: int = 20, max_waiting: int = 256):
     """Serve an engine as `make serve` does; yields (base URL, Server). When it ends, the engine is closed."""
     import uvicorn
 
     from common.serving.api import create_app
     from common.serving.generation import Server
     from common.serving.loop import EngineLoop
-    from common.serving.metrics import Metrics
     from common.serving.tenants import Tenants
 
     engine.tokenizer.chat_template = template
-    loop = EngineLoop(lambda: engine, lambda engine: Metrics(engine, "tales"), **options)
-    server = Server(loop, engine.tokenizer, engine.config, "tales", tenants or Tenants([]), loop.observer)
+    server = Server(EngineLoop(lambda: engine, "tales", max_waiting), "tales", tenants or Tenants([]))
     config = uvicorn.Config(
         create_app(server), "127.0.0.1", 0, log_level="warning", access_log=False, timeout_graceful_shutdown=drain
     )

@@ -20,8 +20,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from common.bench.serving import RunningServer, complete, request, running_server
-from common.serving.loop import EngineDead
-from common.serving.replicas import Replica, connect, create_door, threads_of_each
+from common.serving.errors import EngineDead
+from common.serving.replicas import Replica, connect, create_door
 from common.serving.tenants import Tenant, Tenants
 from common.start import OptionError
 from common.tests.serving.conftest import begin, eventually
@@ -124,22 +124,6 @@ def test_keys_hold_at_the_door_and_tenants_share_no_prefix() -> None:
         assert through_the_door(replicas, tenants, "Once", headers=headers).status_code == 200
     assert [prefix for prefix, _ in replicas.calls] == [[f'alice "{prompt}"'], [], [f' "{prompt}"'], []]
     assert json.loads(replicas.calls[0][1]["body"]) == {"prompt": prompt}
-
-
-def test_replicas_get_as_many_threads_as_the_machines_of_a_cluster_have_processors_for() -> None:
-    assert threads_of_each(4, [2, 2], None) == 1
-    assert threads_of_each(3, [16, 8], None) == 8
-    assert threads_of_each(2, [3, 5], None) == 3 and threads_of_each(2, [3, 5], 2) == 2
-    for too_many in ((5, [2, 2], None), (2, [3, 5], 4), (2, [0, 1], None)):
-        with pytest.raises(OptionError, match=f"too few processors for REPLICAS={too_many[0]}"):
-            threads_of_each(*too_many)
-
-
-def test_more_replicas_than_processors_are_refused_before_ray_starts(monkeypatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray.init", lambda *arguments, **options: pytest.fail("Ray was started"))
-    with pytest.raises(OptionError, match="too few processors for REPLICAS=9999: .*the machine has "):
-        connect(9999, None)
 
 
 @pytest.mark.parametrize(("address", "words"), [("", "Ray has not started"), ("auto", "RAY_ADDRESS=auto cannot")])

@@ -10,11 +10,15 @@ pytest.importorskip("fastapi")
 
 from common.__main__ import main
 from common.serving.command import is_loopback, listen
+from common.serving.server import threads_of_each
+from common.start import OptionError
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch):
     monkeypatch.setenv("COURSE_PYTHON", "here")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("common.serving.command.ensure", lambda *arguments: pytest.fail("the extra was installed"))
     monkeypatch.setattr("common.serving.server.load_server", lambda *arguments: None)
     monkeypatch.setattr("common.serving.api.create_app", lambda server: None)
 
@@ -30,6 +34,8 @@ def nothing_is_loaded(monkeypatch):
         (["--keys", "nowhere.toml"], "nowhere.toml: No such file"),
         (["--threads", "99999999999"], "--threads: 99999999999 is not in the range"),
         (["--replicas", "0"], "--replicas: it must be a whole number of at least 1"),
+        (["--replicas", "9999"], "too few processors for REPLICAS=9999: each needs 1 of one machine, and the machine "),
+        (["--replicas", "2", "--keys", "nowhere.toml"], "nowhere.toml: No such file"),
         (["--host", "nowhere.invalid", "--keys", "KEYS"], "HOST=nowhere.invalid PORT=8000 cannot be used: "),
         (["--host", "192.0.2.1", "--keys", "KEYS"], "HOST=192.0.2.1 PORT=8000 cannot be used: "),  # is another's
     ],
@@ -40,6 +46,15 @@ def test_a_wrong_option_is_named_in_a_sentence(options, words, tmp_path, capsys)
     assert main(["serve", *(str(keys) if each == "KEYS" else each for each in options)]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+def test_replicas_get_as_many_threads_as_the_machines_of_a_cluster_have_processors_for():
+    assert threads_of_each(4, [2, 2], None) == 1
+    assert threads_of_each(3, [16, 8], None) == 8
+    assert threads_of_each(2, [3, 5], None) == 3 and threads_of_each(2, [3, 5], 2) == 2
+    for too_many in ((5, [2, 2], None), (2, [3, 5], 4), (2, [0, 1], None)):
+        with pytest.raises(OptionError, match=f"too few processors for REPLICAS={too_many[0]}"):
+            threads_of_each(*too_many)
 
 
 def test_a_port_that_is_taken_is_named(capsys) -> None:

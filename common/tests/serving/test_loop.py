@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 
-from common.serving.loop import Delta, EngineDead, EngineLoop, Observer, Stream, put_all  # noqa: E402
+from common.serving.errors import EngineDead  # noqa: E402
+from common.serving.loop import Delta, EngineLoop, Stream, put_all  # noqa: E402
 from common.tests.serving.conftest import accepts, eventually, held, is_empty, make_engine, serving  # noqa: E402
 
 LONG = {"prompt": "There was once a", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -45,19 +46,19 @@ def test_the_engine_is_loaded_in_the_thread_that_steps():
         def close(self):
             pass
 
-    loop = EngineLoop(OneStep, lambda engine: Observer())
+    loop = EngineLoop(OneStep, "one step", 1)
     eventually(lambda: len(threads) == 2)
     assert threads == [loop.thread] * 2
     loop.close()
     with pytest.raises(ZeroDivisionError):
-        EngineLoop(lambda: 1 / 0, lambda engine: Observer())
+        EngineLoop(lambda: 1 / 0, "none", 1)
 
 
 def test_the_next_step_may_begin_when_all_readers_have_run():
     """And what has arrived is read before the error that ends a stream."""
 
     async def read() -> None:
-        streams = [Stream(str(number), 1, lambda stream: None) for number in range(3)]
+        streams = [Stream(1) for _ in range(3)]
         readers = [asyncio.create_task(stream.take()) for stream in streams]
         await asyncio.sleep(0)  # now all of them wait
         is_written, delta = threading.Event(), Delta(0, "text", [1], [], None, None)

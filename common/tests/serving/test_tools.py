@@ -10,7 +10,7 @@ pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
 from common.serving.protocol import Tool  # noqa: E402
-from common.serving.tools import Call, TaggedReader, WholeReader, describe  # noqa: E402
+from common.serving.tools import TaggedReader, WholeReader, describe  # noqa: E402
 
 ADD = {
     "type": "function",
@@ -36,9 +36,9 @@ ANSWER += "</tool_call> and <tool_call>no JSON</tool_call> <tool"
 def read(reader, pieces) -> list:
     """What a reader finds, with calls as (name, arguments) and text joined."""
     found: list = []
-    for each in [item for piece in pieces for item in reader.push(piece)] + reader.flush():
-        if isinstance(each, Call):
-            found.append((each.name, json.loads(each.arguments)))
+    for each in [item for number, piece in enumerate(pieces, 1) for item in reader.read(piece, number == len(pieces))]:
+        if isinstance(each, dict):
+            found.append((each["function"]["name"], json.loads(each["function"]["arguments"])))
         elif found and isinstance(found[-1], str):
             found[-1] += each
         else:
@@ -57,9 +57,10 @@ def test_calls_are_found_however_the_text_is_cut(size):
 
 def test_text_is_not_held_back_longer_than_it_must_be():
     reader = TaggedReader()
-    assert reader.push("a < b") == ["a < b"] and reader.push(" <tool") == [" "] and reader.push("box>") == ["<toolbox>"]
+    for piece, certain in (("a < b", "a < b"), (" <tool", " "), ("box>", "<toolbox>")):
+        assert reader.read(piece, is_last=False) == [certain]
     assert read(TaggedReader(), ["x <tool_call>{"]) == ["x <tool_call>{"]
-    assert WholeReader().push("Hello") == ["Hello"]
+    assert WholeReader().read("Hello", is_last=False) == ["Hello"]
     assert read(WholeReader(), ["{no", " call}"]) == ["{no call}"]
 
 
