@@ -45,9 +45,10 @@ def check_memory(config: Any, slot_bytes: int) -> None:
 
     config: a resolved `EngineConfig` with a device. slot_bytes: the bytes of one token's keys and values.
     """
-    import psutil
-
-    memory = psutil.virtual_memory().total
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return
     for name in ("num_blocks", "num_host_blocks") if config.device == "cpu" else ("num_host_blocks",):
         number, size = getattr(config, name), config.block_size
         if (num_bytes := number * size * slot_bytes) > memory:
