@@ -71,7 +71,7 @@ def test_a_thousand_requests_of_which_many_are_left() -> None:
     memory = []
     with serving(make_engine(**OPTIONS), max_waiting=NUM_CLIENTS) as (url, server):
         engine = server.loop.engine
-        for _ in range(6):
+        for _ in range(5):
             answers = asyncio.run(some_leave(int(url.rpartition(":")[2]), bodies, rng))
             assert len(answers) == len(bodies)
             for number, text, is_complete in answers:
