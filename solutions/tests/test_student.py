@@ -169,5 +169,7 @@ def test_the_courses_own_tests_do_not_depend_on_the_students_work(student):
         (student / lesson.module.relative_to(ROOT)).write_text("def broken(:\n")
     tests = ["common/tests/course/test_skeleton.py", "common/tests/course/test_course.py"]
     options = ["-q", "-p", "no:cacheprovider", "--disable-plugin-autoload"]
-    result = subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=student, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests], cwd=student, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout
