@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import matplotlib
+import numpy
 from matplotlib.figure import Figure
 
 from common.bench import (
@@ -33,6 +34,7 @@ from common.bench.style import (
     source_line,
     svg,
 )
+from common.config import EngineConfig
 from common.course import ROOT, CourseError, shown
 
 # --- Lesson 5: which requests compute in a step, and which blocks they hold -------------------------------------------
@@ -42,7 +44,6 @@ def simulate(prompts: list[int], outputs: list[int], **settings) -> tuple[list, 
     """Return the plans of the reference's scheduler for requests of these lengths, and for each plan the holder of each
     block after it. No model is needed: every sampled token is 1.
     """
-    from common.config import EngineConfig
     from solutions.llama_pytorch import SamplingParams
     from solutions.paged_attention import KVCacheManager
     from solutions.scheduler import ModelRunnerOutput, Request, Scheduler
@@ -101,12 +102,10 @@ def schedule() -> Figure:
 @figure("lesson-5-batching/figures/pool.svg")
 def pool_through_time() -> Figure:
     """The holder of each block, step by step, in a pool that is too small for all; preemptions are marked."""
-    import numpy as np
-
     prompts, outputs = [10, 7, 13, 5, 9, 6], [16, 20, 9, 18, 12, 14]
     settings = dict(max_num_seqs=6, max_num_batched_tokens=16, long_prefill_token_threshold=8)
     plans, pools = simulate(prompts, outputs, num_blocks=20, block_size=4, **settings)
-    picture = np.full((20, len(plans)), np.nan)
+    picture = numpy.full((20, len(plans)), numpy.nan)
     for step, pool in enumerate(pools):
         for block, owner in pool.items():
             picture[block, step] = owner

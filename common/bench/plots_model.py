@@ -1,10 +1,16 @@
-"""The figures of lessons 0 to 4: one model, one request, and its memory."""
+"""The figures of lessons 0 to 4: one model, one request, and its memory.
+
+They import lessons when they are drawn, since a copy of the course may be without the solutions of some.
+"""
 
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
@@ -24,6 +30,7 @@ from common.bench.style import (
     new_figure,
     source_line,
 )
+from common.checkpoints import cached
 from common.course import CourseError
 
 # --- Lesson 0: the roofline -------------------------------------------------------------------------------------------
@@ -80,8 +87,6 @@ def roofline() -> Figure:
 @figure("lesson-1-llm-basics/figures/rotary.svg")
 def rotary() -> Figure:
     """Left: the pairs of a head, as clock hands, at the first positions. Right: a rotated query times rotated keys."""
-    import torch
-
     from solutions.llm_basics import apply_rotary, rotary_frequencies, rotary_tables
 
     fig, (clocks, products) = new_figure(1, 2, width_ratios=(1.1, 1), figsize=(11, 3.8))
@@ -121,9 +126,6 @@ SENTENCE = "Anna gave the book to Ben because Anna had finished it. Ben gave the
 @figure("lesson-1-llm-basics/figures/attention.svg")
 def attention_heads() -> Figure:
     """Three heads of SmolLM2, reading a sentence in which something happens twice."""
-    import torch
-
-    from common.checkpoints import cached
     from solutions.llama_pytorch import causal_attend, load
 
     heads = {
@@ -164,8 +166,6 @@ def attention_heads() -> Figure:
 @figure("lesson-1-llm-basics/figures/parameters.svg")
 def where_parameters_are() -> Figure:
     """Shares of embedding, attention and feed-forward network in real models' parameters."""
-    from dataclasses import replace
-
     from solutions.llm_basics import ModelConfig, count_parameters
 
     models = {
@@ -287,8 +287,6 @@ def kv_cache() -> Figure:
 @figure("lesson-4-paged-attention/figures/utilisation.svg")
 def utilisation_by_block_size() -> Figure:
     """The share of held slots that contain a token, for block sizes from 1 to the whole context."""
-    import random
-
     from solutions.paged_attention import utilisation
 
     rng = random.Random(0)

@@ -47,47 +47,45 @@ def measure_quality(name: str, quick: bool) -> dict:
     half = len(token_ids) // 2
     measured, calibration = windows(token_ids[:half], length, count), token_ids[half : half + length]
     exact = [predictions(model, tokens) for tokens in measured]
+    rows: list[dict] = []
 
-    def cost(other, attend=causal_attend) -> dict:
+    def add(about: dict, other, attend=causal_attend) -> None:
+        """Measure another model, and add a row that begins with what it is."""
         losses, distances = [], []
         for tokens, reference in zip(measured, exact):
-            logits = reference if other is None else predictions(other, tokens, attend)
+            logits = predictions(other, tokens, attend)
             losses.append(float(F.cross_entropy(logits[:-1], tokens[1:])))
             distances.append(float(kl_divergence(reference, logits)))
-        return {"perplexity": math.exp(statistics.mean(losses)), "kl": statistics.mean(distances)}
+        rows.append({**about, "perplexity": math.exp(statistics.mean(losses)), "kl": statistics.mean(distances)})
+        print(rows[-1], flush=True)
 
     def rounded(layer: int, q, k, v, **window):
         """Attention to keys and values in bfloat16."""
         return causal_attend(layer, q, k.bfloat16().float(), v.bfloat16().float(), **window)
 
-    rows = [{"kind": "float32", "bytes": weight_bytes(model), **cost(None)}]
+    add({"kind": "float32", "bytes": weight_bytes(model)}, model)
     halved, _ = load(name, torch.bfloat16, "cpu")
-    row = {"kind": "bfloat16", "bytes": weight_bytes(halved)}
+    about = {"kind": "bfloat16", "bytes": weight_bytes(halved)}
     # As the kernels compute it, without and with a processor's product of two bfloat16 numbers, and as torch computes
     # it, which rounds the result of each operation.
     wide = copy.deepcopy(halved).float()
-    rows.append({**row, "bits_of_sums": 32, "bits_of_inputs": 32, **cost(wide, rounded)})
+    add({**about, "bits_of_sums": 32, "bits_of_inputs": 32}, wide, rounded)
     for layer in wide.modules():
         if hasattr(layer, "method"):
             use(layer, apply=lambda layer, x, bias=None: F.linear(x.bfloat16().float(), layer.weight, bias))
-    rows.append({**row, "bits_of_sums": 32, "bits_of_inputs": 16, **cost(wide, rounded)})
-    rows.append({**row, "bits_of_sums": 16, "bits_of_inputs": 16, **cost(halved)})
-    kinds = [Quantization("int8"), Quantization("w8a8")]
+    add({**about, "bits_of_sums": 32, "bits_of_inputs": 16}, wide, rounded)
+    add({**about, "bits_of_sums": 16, "bits_of_inputs": 16}, halved)
     sizes = (32,) if quick else (32, 64, 128)
-    kinds += [Quantization("int4", size, symmetric) for size in sizes for symmetric in (False, True)]
-    kinds += [Quantization("w4a8", size) for size in sizes]
-    for is_aware in (False, True):
-        for kind in kinds:
-            source = model
-            if is_aware:
-                if kind.kind not in ("int4", "w4a8"):
-                    continue
-                source, _ = load(name, torch.float32, "cpu")
-                scale_for_activations(source, calibration, kind, causal_attend)
-            quantized = quantized_copy(source, kind)
-            row = {**asdict(kind), "activation_aware": is_aware, "bytes": weight_bytes(quantized), **cost(quantized)}
-            rows.append(row)
-            print(row, flush=True)
+    in_groups = [Quantization("int4", size, symmetric) for size in sizes for symmetric in (False, True)]
+    in_groups += [Quantization("w4a8", size) for size in sizes]
+    for kind in (Quantization("int8"), Quantization("w8a8"), *in_groups):
+        quantized = quantized_copy(model, kind)
+        add({**asdict(kind), "activation_aware": False, "bytes": weight_bytes(quantized)}, quantized)
+    for kind in in_groups:
+        source, _ = load(name, torch.float32, "cpu")
+        scale_for_activations(source, calibration, kind, causal_attend)
+        quantized = quantized_copy(source, kind)
+        add({**asdict(kind), "activation_aware": True, "bytes": weight_bytes(quantized)}, quantized)
     return {
         "model": name,
         "text": f"pydoc_data.topics of Python {platform.python_version()}",

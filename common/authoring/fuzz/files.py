@@ -8,6 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from common.checkpoints import gguf_vocabulary
+from common.checkpoints.folder import write_json
+from common.checkpoints.gguf import EXPERT_KEYS, FAMILIES, KEYS, name_in_gguf
+from common.tokenizer import BYTE_OF_CHARACTER
+from solutions.llama_pytorch import Llama, parse_config
+
 WORDS = ["th", "the", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 SIZES = {
@@ -58,15 +67,7 @@ def make(kind: str, folder: Path, change: Callable[[dict, dict], None] = lambda 
     return folder
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
 def random_tensors(config: dict) -> dict:
-    import torch
-
-    from solutions.llama_pytorch import Llama, parse_config
-
     torch.manual_seed(0)
     state = Llama(parse_config(config)).state_dict()
     return {
@@ -75,8 +76,6 @@ def random_tensors(config: dict) -> dict:
 
 
 def write_tensors(folder: Path, config: dict, shards: int) -> None:
-    from safetensors.torch import save_file
-
     tensors = random_tensors(config)
     files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     files = files if shards > 1 else ["model.safetensors"]
@@ -88,8 +87,6 @@ def write_tensors(folder: Path, config: dict, shards: int) -> None:
 
 
 def byte_level_vocabulary() -> dict[str, Any]:
-    from common.tokenizer import BYTE_OF_CHARACTER
-
     tokens = [*sorted(BYTE_OF_CHARACTER), *WORDS]
     return {
         "model": "gpt2", "pre": "qwen2", "tokens": tokens, "token_type": [1] * 258 + [3, 3], "merges": ["t h", "th e"],
@@ -108,9 +105,7 @@ def sentencepiece_vocabulary() -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, vocabulary: dict, kind: str, config: dict) -> None:
-    from common.checkpoints.gguf_vocabulary import Vocabulary, write_tokenizer
-
-    write_tokenizer(Vocabulary(**vocabulary), folder / "x", config, folder)
+    gguf_vocabulary.write_tokenizer(gguf_vocabulary.Vocabulary(**vocabulary), folder / "x", config, folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if kind == "merges":  # in place of tokenizer.json
@@ -129,22 +124,16 @@ def write_tokenizer(folder: Path, vocabulary: dict, kind: str, config: dict) -> 
 
 def write_gguf(path: Path, family: str, is_bpe: bool, change: Callable[[dict, dict], None]) -> Path:
     """Write a GGUF file without the library, which would refuse some of the changes."""
-    from common.checkpoints.gguf import EXPERT_KEYS
-
     vocabulary = byte_level_vocabulary() if is_bpe else sentencepiece_vocabulary()
+    config = {
+        "model_type": FAMILIES[family], "vocab_size": len(vocabulary["tokens"]), **SIZES, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "tie_word_embeddings": True, **(EXPERTS if family == "qwen3moe" else {}),
+    }  # fmt: skip
     keys = {
-        "general.architecture": family, f"{family}.block_count": SIZES["num_hidden_layers"],
-        f"{family}.context_length": 64, f"{family}.embedding_length": 32, f"{family}.feed_forward_length": 48,
-        f"{family}.attention.head_count": 4, f"{family}.attention.head_count_kv": 2, f"{family}.rope.freq_base": 1e4,
-        f"{family}.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.chat_template": TEMPLATE,
+        "general.architecture": family, "tokenizer.chat_template": TEMPLATE,
+        **{f"{family}.{key}": config[name] for name, key in {**KEYS, **EXPERT_KEYS}.items() if name in config},
         **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()},
     }  # fmt: skip
-    model_type = {"qwen3moe": "qwen3_moe"}.get(family, family)
-    config = {"model_type": model_type, "vocab_size": len(vocabulary["tokens"]), **SIZES, "tie_word_embeddings": True}
-    if family == "qwen3moe":
-        config |= EXPERTS
-        keys |= {f"{family}.{EXPERT_KEYS[key]}": value for key, value in EXPERTS.items() if key in EXPERT_KEYS}
-        keys[f"{family}.attention.key_length"] = SIZES["head_dim"]
     tensors = gguf_tensors(random_tensors(config))
     change(keys, tensors)
     path.write_bytes(gguf_bytes(keys, tensors))
@@ -153,10 +142,6 @@ def write_gguf(path: Path, family: str, is_bpe: bool, change: Callable[[dict, di
 
 def gguf_tensors(tensors: dict) -> dict[str, tuple[list[int], bytes]]:
     """Return the shape, innermost dimension first, and the float32 numbers of each tensor, by its name in GGUF."""
-    import torch
-
-    from common.checkpoints.gguf import name_in_gguf
-
     found: dict[str, list] = {}
     for name, tensor in tensors.items():
         found.setdefault(name_in_gguf(name), []).append(tensor)
