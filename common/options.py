@@ -7,6 +7,7 @@ Every command is a click command. Most options may also be given as one of make'
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -118,6 +119,11 @@ def option(flag: str, variable: str | None = None, name: str | None = None, **se
     return click.option(*names, envvar=variable, show_envvar=variable is not None, **settings)
 
 
+def several(*options: Callable) -> Callable:
+    """One decorator for several options, which --help lists in this order."""
+    return lambda function: functools.reduce(lambda command, each: each(command), reversed(options), function)
+
+
 def mine(what: str = "use your modules of these lessons, the reference's of the others") -> Callable:
     return option("--mine", "MINE", default="", show_default=False, metavar="0-2", help=what)
 
@@ -154,8 +160,5 @@ def engine_option(name: str, flag: str = "", **settings: Any) -> Callable:
     return option(flag, variable, name, type=Value(kind, lambda value: broken_rule(field, value), "number"), **settings)
 
 
-def engine_options(function: Callable) -> Callable:
-    """Decorate a command with every option of an engine. It gets them as `**options`, which `EngineConfig` accepts."""
-    for name in reversed(ENGINE_FIELDS):
-        function = engine_option(name)(function)
-    return function
+engine_options = several(*map(engine_option, ENGINE_FIELDS))
+"""Every option of an engine. A command gets them as `**options`, which `EngineConfig` accepts."""

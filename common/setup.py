@@ -24,7 +24,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST, NEWEST = (3, 11), (3, 14)
+OLDEST = (3, 11)
+VERSIONS = ["3.11", "3.12", "3.13", "3.14"]
+"""The versions of Python for which torch is built."""
+SUPPORTED = f"{VERSIONS[0]} to {VERSIONS[-1]}"
 UV = "uv==0.13.9"
 
 
@@ -86,11 +89,6 @@ def has_gpu() -> bool:
     return found.returncode == 0 and b"GPU 0" in found.stdout
 
 
-def default_build() -> str:
-    """The build that is installed without TORCH. CUDA's packages have gigabytes, and are useless without a GPU."""
-    return "cpu" if sys.platform == "linux" and not has_gpu() else "cuda"
-
-
 def fits(stamp: dict, extra: str) -> bool:
     """Whether what `read_stamp` returned is up to date and has this extra and the build of torch that TORCH names."""
     return (
@@ -103,24 +101,21 @@ def fits(stamp: dict, extra: str) -> bool:
 # --- Which Python -----------------------------------------------------------------------------------------------------
 
 
-def version_text(version) -> str:
-    return ".".join(map(str, version[:2]))
-
-
-SUPPORTED = f"{version_text(OLDEST)} to {version_text(NEWEST)}"
+def this_version() -> str:
+    return "{}.{}".format(*sys.version_info)
 
 
 def suitable_python() -> str:
     """The path of a Python that torch is built for: this one, or another on the PATH. Raises SetupError for none."""
-    if OLDEST <= sys.version_info[:2] <= NEWEST:
+    if this_version() in VERSIONS:
         return getattr(sys, "_base_executable", None) or sys.executable
-    for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
-        found = shutil.which(f"python3.{minor}")
+    for version in reversed(VERSIONS):
+        found = shutil.which(f"python{version}")
         # A version manager may have a name on the PATH that does not run.
         if found and subprocess.run([found, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0:
             return found
     raise SetupError(
-        f"This is Python {version_text(sys.version_info)}; the course needs {SUPPORTED}, for which torch is built. "
+        f"This is Python {this_version()}; the course needs {SUPPORTED}, for which torch is built. "
         "Install one of them and name it: make PYTHON=python3.13"
     )
 
@@ -131,7 +126,7 @@ def check_modules(python: str) -> None:
         if subprocess.run([python, "-c", f"import {module}"], stderr=subprocess.DEVNULL).returncode:
             raise SetupError(
                 f"This Python lacks its module {module}, which makes environments. On Debian and Ubuntu: "
-                f"sudo apt install python3-venv (or python{version_text(sys.version_info)}-venv)"
+                f"sudo apt install python3-venv (or python{this_version()}-venv)"
             )
 
 
@@ -142,11 +137,13 @@ def install(extra: str) -> None:
     """Install what pyproject.toml and `extra` name into .venv. Raises SetupError if that fails."""
     before = read_stamp()
     extras = sorted({*before.get("extras", []), extra} - {""})
-    build = asked_build() or before.get("torch") or default_build()
+    build = asked_build() or before.get("torch")
+    if not build:  # CUDA's packages have gigabytes, and are useless without a GPU
+        build = "cpu" if sys.platform == "linux" and not has_gpu() else "cuda"
     swap_torch = build != before.get("torch", build)
     if stamp_file().exists():
         stamp_file().unlink()
-    if swap_torch or not runs(venv_python()):
+    if swap_torch or version_of(venv_python()) not in VERSIONS:
         if inside():
             raise SetupError(f"The environment in {venv()} no longer fits its Python. Remove it and run this again.")
         python = suitable_python()
@@ -165,9 +162,7 @@ def install(extra: str) -> None:
         "torch": build,  # what was tried first
         "python": version_of(venv_python()),
     }
-    unfinished = stamp_file().with_suffix(".part")
-    unfinished.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(stamp_file())
+    stamp_file().write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
 
 
 def lighter_packages() -> list[str]:
@@ -268,19 +263,14 @@ def explain(failure: str, lines: list[str]) -> str:
     return f"{failure}:\n{quoted}{advice}"
 
 
-def runs(python: Path) -> bool:
-    """Whether a virtual environment's Python works and has pip. An upgrade of the system's Python can break it."""
-    if not python.exists():
-        return False
-    fits = f"{OLDEST} <= sys.version_info[:2] <= {NEWEST}"
-    command = [str(python), "-c", f"import pip, sys; sys.exit(not {fits})"]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
-
-
 def version_of(python: Path) -> str:
-    return subprocess.run(
-        [str(python), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
+    """The version of a virtual environment's Python, or "" if it does not run, as after an upgrade of the system's
+    Python, or has no pip.
+    """
+    if not python.exists():
+        return ""
+    command = [str(python), "-c", "import pip, sys; print('{}.{}'.format(*sys.version_info))"]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip()
 
 
 def say(text: str) -> None:
@@ -297,14 +287,14 @@ def ensure(extra: str, argv: list[str]) -> None:
     `python -m common *argv` and does not return. Raises SetupError.
     """
     if os.environ.get("COURSE_PYTHON") == "here":
-        if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        if this_version() not in VERSIONS:
             suitable_python()
-            say(f"Note: this is Python {version_text(sys.version_info)}; the course is tested on {SUPPORTED}.")
+            say(f"Note: this is Python {this_version()}; the course is tested on {SUPPORTED}.")
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return  # torchrun has started several processes, in the right Python, and they must not all install
     stamp = read_stamp()
-    if not fits(stamp, extra) or (inside() and stamp.get("python") != version_text(sys.version_info)):
+    if not fits(stamp, extra) or (inside() and stamp.get("python") != this_version()):
         install(extra)
     if inside():
         os.environ.pop("COURSE_ENTERED", None)

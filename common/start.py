@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from common.checkpoints import CheckpointError
@@ -18,6 +19,17 @@ LESSON_5 = ("model", "num_blocks", "max_num_batched_tokens", "scheduling_policy"
 
 class OptionError(CourseError):
     """A wrong option or prompt; the text says what to change."""
+
+
+@contextlib.contextmanager
+def option_errors() -> Iterator[None]:
+    """Within the context a ValueError, which an engine raises for a wrong option or request, becomes an OptionError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise OptionError(str(error)) from None
 
 
 def start_engine(
@@ -39,14 +51,10 @@ def start_engine(
         serve_as_worker()
     if threads:
         torch.set_num_threads(threads)
-    try:
+    with option_errors():
         EngineConfig(**options)
         given = {name: options[name] for name, each in ENGINE_FIELDS.items() if options[name] != each.default}
         return (make or make_engine)(given)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise OptionError(str(error)) from None
 
 
 def make_engine(options: dict[str, Any]) -> Any:

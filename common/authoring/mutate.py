@@ -16,7 +16,6 @@ import signal
 import time
 from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import click
 from rich.console import Console
@@ -54,11 +53,10 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    import pytest
     import torch
 
     from common.grading import ranks
-    from common.grading.plugin import ALONE, Grader
+    from common.grading.plugin import QUIET, Grader, run_checks
     from common.grading.subject import Failure, Subject
 
     torch.set_num_threads(1)
@@ -72,11 +70,8 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
     class MutatingGrader(Grader):
         def __init__(self):
             self.reference = Subject(lesson, lesson.solution)
-            super().__init__(lambda _: self.reference, {each.exercise for each in mutants})
+            super().__init__(self.reference, {each.exercise for each in mutants})
             self.left = {index: Subject(lesson, lesson.solution, each.source) for index, each in enumerate(mutants)}
-
-        def lesson_of(self, checks: Path) -> Lesson | None:
-            return lesson if checks == lesson.checks else None
 
         def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
             start = time.process_time()
@@ -99,8 +94,7 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
         return failure and failure.sentence
 
-    options = [str(lesson.checks), *ALONE, "-p", "no:terminal", "-p", "no:faulthandler"]
-    pytest.main(options, plugins=[MutatingGrader()])
+    run_checks(lesson.checks, MutatingGrader(), *QUIET)
     connection.send(None)
 
 

@@ -12,15 +12,13 @@ from collections import Counter
 from collections.abc import Callable
 
 import click
-import pytest
 
 from common import course
 from common.course import Lesson, counted
 from common.course.catalogue import Answer, apply, describe, load_answers
 from common.course.exercises import TOGETHER, exercises_of
 from common.course.modules import check_solution
-from common.grading import plugin
-from common.grading.plugin import Grader
+from common.grading.plugin import Grader, run_checks
 from common.grading.subject import Failure, Subject
 from common.options import lesson_number
 
@@ -33,7 +31,7 @@ class ProvingGrader(Grader):
 
     def __init__(self, lesson: Lesson):
         self.reference = Subject(lesson, lesson.solution)
-        super().__init__(lambda _: self.reference)
+        super().__init__(self.reference)
         self.subjects = {
             answer: Subject(lesson, lesson.solution, apply(answer, self.reference.source, exercise))
             for answer in load_answers(lesson)
@@ -108,8 +106,7 @@ def prove_lesson(lesson_number: int) -> int:
             print(f"Lesson {lesson.number}, {lesson.slug}: left out, since it needs the package {lesson.needs}.")
             continue
         grader = ProvingGrader(lesson)
-        options = [str(lesson.checks), *plugin.ALONE, "-q"]
-        code = pytest.main(options, plugins=[plugin, grader])
+        code = run_checks(lesson.checks, grader, "-q")
         found = complaints(lesson, grader)
         print(*found, sep="\n")
         print(

@@ -143,35 +143,31 @@ def unfinished(source: str) -> list[str]:
     ]
 
 
-def read_module(file: Path) -> str:
-    """A file's text, decoded as Python does it: by its byte order mark or declared encoding, else as UTF-8.
-
-    Raises CourseError if there is no such file, or if it cannot be decoded.
+def read_source(file: Path) -> str:
+    """The text of a file that Python can read, decoded as Python does it: by its byte order mark or declared encoding,
+    else as UTF-8. Raises CourseError, with file and line, for any other file.
     """
     if not file.is_file():
         raise CourseError(f"{shown(file)} does not exist.")
     try:
         with tokenize.open(file) as text:
-            return text.read()
+            source = text.read()
     except (UnicodeDecodeError, SyntaxError) as error:
         reason = getattr(error, "reason", "it may be UTF-16")
         raise CourseError(f"{shown(file)} is not UTF-8 text: {reason}. Save it as UTF-8.") from None
-
-
-def unreadable(file: Path, error: SyntaxError | ValueError) -> str:
-    """A sentence about a file that Python cannot parse. Versions up to 3.11.3 raise ValueError for a null byte."""
-    if getattr(error, "lineno", None) is None:
-        return f"{shown(file)}: Python cannot read it: {getattr(error, 'msg', error)}."
-    return f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}."
+    try:
+        compile(source, str(file), "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:  # up to Python 3.11.3, a ValueError for a null byte
+        if getattr(error, "lineno", None) is None:
+            raise CourseError(f"{shown(file)}: Python cannot read it: {getattr(error, 'msg', error)}.") from None
+        line = f"\n    {error.text.strip()}" if error.text and error.text.strip() else ""
+        raise CourseError(f"{shown(file)}:{error.lineno}: Python cannot read this line: {error.msg}.{line}") from None
+    return source
 
 
 def to_do(file: Path) -> list[str]:
     """The ids of the exercises that are still to do in a file. Raises CourseError if the file cannot be read."""
-    source = read_module(file)
-    try:
-        return unfinished(source)
-    except (SyntaxError, ValueError) as error:
-        raise CourseError(unreadable(file, error)) from None
+    return unfinished(read_source(file))
 
 
 def is_begun(lesson: Lesson, file: Path) -> bool:

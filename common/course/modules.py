@@ -73,9 +73,9 @@ def parse_mine(mine: str, variable: str = "MINE") -> list[Lesson]:
 
 
 def check_finished(file: Path) -> None:
-    """Raise CourseError for a module that others cannot use: absent, with wrong syntax, or with exercises to do."""
+    """Raise UnfinishedModule if a module has exercises to do, CourseError if it is absent or cannot be read."""
     if ids := to_do(file):
-        raise CourseError(
+        raise UnfinishedModule(
             f"{shown(file)} cannot be used yet: {', '.join(ids)} still to do. Finish them, or leave the lesson out "
             "of MINE."
         )
@@ -215,10 +215,7 @@ class ModuleFinder(importlib.abc.MetaPathFinder):
             if slug in withheld():
                 check_written(slug)
             else:
-                try:
-                    check_finished(file)
-                except CourseError as error:
-                    raise UnfinishedModule(str(error)) from None
+                check_finished(file)
             return importlib.util.spec_from_file_location(fullname, file, loader=StudentLoader(fullname, str(file)))
         if fullname == "reference":
             spec = importlib.machinery.ModuleSpec("reference", None, is_package=True)

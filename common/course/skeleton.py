@@ -10,8 +10,8 @@ import difflib
 import hashlib
 import json
 import re
-import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 
@@ -92,9 +92,7 @@ def reset(lesson: Lesson) -> Path | None:
     backup = None
     if lesson.module.exists() and lesson.module.read_text(encoding="utf-8") != skeleton:
         BACKUPS.mkdir(parents=True, exist_ok=True)
-        stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
-        while (backup := BACKUPS / f"{lesson.slug}-{stamp}{f'-{n}' if n else ''}.py").exists():
-            n += 1
+        backup = BACKUPS / f"{lesson.slug}-{datetime.now():%Y%m%d-%H%M%S-%f}.py"
         backup.write_bytes(lesson.module.read_bytes())
     lesson.module.write_text(skeleton, encoding="utf-8")
     return backup

@@ -42,15 +42,15 @@ def watched_arguments(module: ModuleType, function: str) -> Iterator[dict[str, A
     def watched(*positional, **named):
         names = original.__code__.co_varnames
         arguments = {names[i] if i < len(names) else str(i): value for i, value in enumerate(positional)} | named
-        before = {argument: snapshot(value) for argument, value in arguments.items()}
+        before = {argument: state(value) for argument, value in arguments.items()}
         with nothing_replaced() if next(calls) < FIRST_CALLS else nullcontext():
             result = original(*positional, **named)
         if type(result) is float and original.__annotations__.get("return") == "int":
             sentence = f"`{name}` returned {result!r}, a float: it must return a whole number, an int."
             raise CheckFailed(sentence, f"the type of what `{name}` returns", "float")
         for argument, value in arguments.items():
-            if not unchanged(before[argument], value):
-                changes[argument] = snapshot(value)
+            if state(value) != before[argument]:
+                changes[argument] = value
         return result
 
     setattr(scope, name, watched)
@@ -60,41 +60,23 @@ def watched_arguments(module: ModuleType, function: str) -> Iterator[dict[str, A
         setattr(scope, name, original)
 
 
-def parts(value: Any) -> list | tuple | None:
-    """The items of a list or tuple, or the values of a frozen dataclass; None for anything else."""
-    if isinstance(value, (list, tuple)):
-        return value
-    settings = getattr(type(value), "__dataclass_params__", None)
-    return [getattr(value, name) for name in value.__dataclass_fields__] if settings and settings.frozen else None
-
-
-def snapshot(value: Any) -> Any:
-    """A deep copy of a tensor, a collection or a frozen dataclass; any other object itself."""
+def state(value: Any) -> Any:
+    """What a value holds: the numbers of a tensor, the items of a collection, the values of a frozen dataclass, and the
+    identity of any other object. The state of the same value later is equal, unless it has changed.
+    """
     if value is None or isinstance(value, PLAIN):  # the usual case; some functions are called thousands of times
-        return value
+        return value if value == value else repr(value)  # NaN does not equal itself
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        flat = value.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).view(-1)
+        numbers = b"" if flat.is_meta else flat.view(torch.uint8).cpu().numpy().tobytes()
+        return value.shape, value.dtype, value.device, numbers
     if isinstance(value, dict):
-        return {key: snapshot(each) for key, each in value.items()}
+        return [(state(key), state(each)) for key, each in value.items()]
     if isinstance(value, set):
         return set(value)
-    found = parts(value)
-    return value if found is None else [snapshot(each) for each in found]
-
-
-def unchanged(before: Any, value: Any) -> bool:
-    """Whether a value still equals its snapshot. Objects with a state are compared by identity."""
-    if before is value and isinstance(value, PLAIN):
-        return True
-    if isinstance(before, Tensor) and isinstance(value, Tensor):
-        if before.shape != value.shape or before.dtype != value.dtype or before.device != value.device:
-            return False
-        same = before.is_meta or torch.equal(before, value)
-        return same or torch.equal(before.nan_to_num(0.5), value.nan_to_num(0.5))
-    if isinstance(before, dict) and isinstance(value, dict):
-        return list(before) == list(value) and all(unchanged(before[key], value[key]) for key in before)
-    if isinstance(before, (set, *PLAIN)):
-        return before == value or before != before
-    if isinstance(before, list) and (found := parts(value)) is not None:
-        return len(before) == len(found) and all(map(unchanged, before, found))
-    return before is value
+    if isinstance(value, (list, tuple)):
+        return list(map(state, value))
+    settings = getattr(type(value), "__dataclass_params__", None)
+    if settings and settings.frozen:
+        return [state(getattr(value, name)) for name in value.__dataclass_fields__]
+    return id(value), value  # with the value, whose id could otherwise become that of another object

@@ -83,18 +83,16 @@ def close(actual: Any, expected: Tensor | float, what: str, rtol: float = 1e-5, 
 def equal(actual: Any, expected: Any, what: str) -> None:
     """`actual` must equal `expected`: numbers, strings, lists, tuples, sets, mappings, None."""
     check_type(actual, expected, what)
-    if isinstance(expected, Sequence) and not isinstance(expected, str) and len(actual) == len(expected):
-        for i, (one, other) in enumerate(zip(actual, expected)):
-            if one != other:
-                raise CheckFailed(f"{what}: first difference at [{i}]: {one!r}, expected {other!r}.", what, actual)
-    if isinstance(expected, dict):
-        for key in [key for key in [*expected, *actual] if key not in actual or key not in expected]:
-            has = "has no" if key in expected else "should have no"
+    is_sequence = isinstance(expected, Sequence) and not isinstance(expected, str)
+    if isinstance(expected, dict) or (is_sequence and len(actual) == len(expected)):
+        found, wanted = (dict(enumerate(each)) if is_sequence else each for each in (actual, expected))
+        for key in [key for key in [*wanted, *found] if key not in found or key not in wanted]:
+            has = "has no" if key in wanted else "should have no"
             raise CheckFailed(f"{what}: it {has} {key!r}.", what, actual)
-        for key, value in expected.items():
-            if actual[key] != value:
-                found = f"{what}: first difference at [{key!r}]: {brief(actual[key])}, expected {brief(value)}."
-                raise CheckFailed(found, what, actual)
+        for key, value in wanted.items():
+            if found[key] != value:
+                where = f"first difference at [{key!r}]"
+                raise CheckFailed(f"{what}: {where}: {brief(found[key])}, expected {brief(value)}.", what, actual)
     if actual != expected:
         raise CheckFailed(f"{what} {be(what)} {brief(actual)}, expected {brief(expected)}.", what, actual)
     if others := types_in(actual) - types_in(expected) - {int, float, bool, Tensor}:

@@ -6,14 +6,14 @@ test explorer and as `pytest lesson-1-llm-basics`. The worker of `make test-less
 
 from __future__ import annotations
 
-import functools
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from common.course import MODULES, Lesson
+from common.course import MODULES
 from common.course.exercises import TOGETHER
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ ALONE += ["-p", "no:unraisableexception", "-p", "no:logging"]
 """pytest's options for one lesson's checks. Other packages' plugins take seconds to import. `unraisableexception`
 collects garbage five times at the end, which with torch takes as long as the checks.
 """
+QUIET = ["-p", "no:terminal", "-p", "no:faulthandler"]
+"""pytest's options with which it prints nothing."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,10 +38,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Grader())
 
 
-def student_s(lesson: Lesson) -> Subject:
-    from common.grading.subject import Subject
+def exercise(id: str, points: int = 1, seconds: float = 10.0):
+    """Class decorator: the checks of this class belong to an exercise, which is worth `points`.
 
-    return Subject(lesson, lesson.module)
+    seconds: the time limit of all its checks together; it is generous, since machines differ.
+    """
+    return pytest.mark.exercise(id=id, points=points, seconds=seconds)
+
+
+def together(seconds: float = 30.0):
+    """Class decorator: these checks run in the student's whole module, after all exercises have passed."""
+    return pytest.mark.exercise(id=TOGETHER, points=0, seconds=seconds)
 
 
 def exercise_of(item: pytest.Item) -> str | None:
@@ -51,13 +60,22 @@ def exercise_of(item: pytest.Item) -> str | None:
 class Grader:
     """Judges the checks of lessons. Other tests run as usual.
 
-    subject: returns the module to grade for a lesson, by default the student's. only: the exercises whose checks are
-    run; None: all tests are run.
+    subject: the module to grade; None: of each lesson the student's. only: the exercises whose checks are run; None:
+    all tests are run.
     """
 
-    def __init__(self, subject: Callable[[Lesson], Subject] | None = None, only: Collection[str] | None = None):
-        self.subject = functools.lru_cache(subject or student_s)
+    def __init__(self, subject: Subject | None = None, only: Collection[str] | None = None):
+        self.by_checks: dict[Path, Subject | None] = {subject.lesson.checks: subject} if subject else {}
         self.only = only
+
+    def subject_of(self, checks: Path) -> Subject | None:
+        """The module to grade by the checks in this file; None if the file has no lesson's checks."""
+        from common.grading.subject import Subject
+
+        if checks not in self.by_checks:
+            lesson = next((each for each in MODULES if each.checks == checks), None)
+            self.by_checks[checks] = lesson and Subject(lesson, lesson.module)
+        return self.by_checks[checks]
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self.only is not None:
@@ -69,10 +87,9 @@ class Grader:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
-        exercise_id, lesson = exercise_of(pyfuncitem), self.lesson_of(pyfuncitem.path)
-        if exercise_id is None or lesson is None:
+        exercise_id = exercise_of(pyfuncitem)
+        if exercise_id is None or (subject := self.subject_of(pyfuncitem.path)) is None:
             return None
-        subject = self.subject(lesson)
         if exercise_id in subject.todo or (exercise_id == TOGETHER and subject.todo):
             pytest.skip("to do")
         arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
@@ -83,10 +100,11 @@ class Grader:
             pytest.fail(f"{exercise_id}: {failure.sentence}", pytrace=False)
         return True
 
-    def lesson_of(self, checks: Path) -> Lesson | None:
-        """The lesson whose checks are in this file, or None."""
-        return next((lesson for lesson in MODULES if lesson.checks == checks), None)
-
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
         """Run a check. The worker overrides this to report the result."""
         return subject.judge(exercise_id, check)
+
+
+def run_checks(checks: Path, grader: Grader, *options: str) -> int:
+    """Let pytest run the checks in this file, judged by `grader`, with these further options. Returns its exit code."""
+    return int(pytest.main([str(checks), *ALONE, *options], plugins=[sys.modules[__name__], grader]))

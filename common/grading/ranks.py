@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -68,11 +68,11 @@ def on_ranks(code: ModuleType, function: Callable, *arguments: Any) -> list[Any]
     return results
 
 
-class Problem:
+class Problem(NamedTuple):
     """An error on a rank. is_consequence: it was raised in communication with the other rank."""
 
-    def __init__(self, sentence: str, is_consequence: bool):
-        self.sentence, self.is_consequence = sentence, is_consequence
+    sentence: str
+    is_consequence: bool
 
 
 @functools.cache

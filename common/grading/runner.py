@@ -14,17 +14,43 @@ import re
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from common.course import CourseError, Lesson, shown, unfinished
-from common.course.exercises import TOGETHER, exercises_of, read_module, unreadable, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, read_source, walk_functions
 from common.course.modules import Waits, listed, still_to_do_below
 from common.grading.results import Result, fingerprint, keep, look_first
 from common.grading.wire import MAX_EVENT, opened
 from common.workers import call, kill
 
 START_SECONDS = 120.0  # how long a worker may take to import torch and collect the checks
+GONE_SECONDS = 5.0  # how long one that has closed its connection may take to end, before it is killed
+
+
+class Worker:
+    """The process that holds torch and runs the checks, and the connection to it. It waits for `begin`."""
+
+    patience = 1.0  # the factor by which the checks' time limits are extended
+
+    def __init__(self):
+        self.process, self.connection = call("common.grading.worker:wait")
+
+    def begin(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes) -> None:
+        self.connection.send((lesson, file, ids, show_prints, key))
+
+    def how_it_ended(self) -> str:
+        """How the worker ended, as a phrase, once its connection is closed. The student's code may still be running."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=GONE_SECONDS)
+        self.close()
+        code = self.process.returncode
+        number = -code if code < 0 else code - 128  # of a signal, to which bubblewrap adds 128
+        return f"by signal {number}" if number > 0 else f"with exit code {code}"
+
+    def close(self) -> None:
+        """End the process and whatever it started."""
+        kill(self.process)
 
 
 def grade(
@@ -33,12 +59,12 @@ def grade(
     only: list[str] | None = None,
     on_result: Callable[[Result], None] = lambda result: None,
     show_prints: bool = False,
-    start: Callable[..., Worker] | None = None,
+    start: Callable[[], Worker] = Worker,
 ) -> list[Result]:
     """Grade a file with its lesson's checks. Returns a result for each exercise, and that of the whole module last.
 
     only: the exercises to grade; None: all, and the whole module. on_result: called with each result, in order, as soon
-    as it is known. start: makes the worker, by default a `Worker`. Raises CourseError if the file cannot be read, or if
+    as it is known. start: starts a worker. Raises CourseError if the file cannot be read, or if
     the checks themselves are broken.
     """
     if not lesson.is_importable:
@@ -63,36 +89,26 @@ def grade(
         return list(results.values())
     if only is None:
         results[TOGETHER] = Result(TOGETHER, "together", status="waiting")
-    waiting = [each for each in results if each != TOGETHER and each not in todo]
-    session = Session(lesson, file, show_prints, start or Worker)
-    shown_so_far: list[str] = []
+    waiting = [each for each in results if each not in todo and (each != TOGETHER or not todo)]
+    unreported = list(results.values())
 
-    def show_known() -> None:
+    def report_known() -> None:
         """Report known results in order, a wrong exercise only after those that may be the cause."""
-        for each, result in results.items():
-            if {each, *result.through}.intersection(waiting):
-                return
-            if each not in shown_so_far:
-                shown_so_far.append(each)
-                result.sentence += pointer(lesson, result, results)
-                on_result(result)
+        while unreported and not {unreported[0].id, *unreported[0].through}.intersection(waiting):
+            result = unreported.pop(0)
+            result.sentence += pointer(lesson, result, results)
+            on_result(result)
 
-    if only is None and not todo:
-        waiting.append(TOGETHER)
-    try:
-        while True:
-            for each in session.run(waiting, results):
+    while True:
+        with contextlib.closing(run(start(), lesson, file, waiting, show_prints, results)) as known:
+            for each in known:
                 waiting.remove(each)
-                show_known()
-            if without := [each for each in waiting if each != TOGETHER and each not in session.checks]:
-                raise CourseError(f"{shown(lesson.checks)} has no checks for {', '.join(without)}.")
-            if TOGETHER in waiting:  # a worker was lost, so not all exercises have passed
-                waiting.remove(TOGETHER)
-            if not waiting:
-                break
-        show_known()
-    finally:
-        session.close()
+                report_known()
+        if TOGETHER in waiting:  # a worker was lost, so not all exercises have passed
+            waiting.remove(TOGETHER)
+        if not waiting:
+            break
+    report_known()
     return list(results.values())
 
 
@@ -105,119 +121,92 @@ def grade_and_keep(lesson: Lesson, file: Path, **options) -> list[Result]:
     return results
 
 
-class Session:
-    """The present worker, and the points, seconds and number of checks of each exercise, as it has reported them."""
+def run(
+    worker: Worker, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, results: dict[str, Result]
+) -> Generator[str]:
+    """Let a worker run exercises, and put what it reports into the results. Yields an exercise's id when its result is
+    known.
+    """
+    key = secrets.token_bytes(16)
+    checks: dict[str, tuple[int, float, int]] = {}  # of each exercise: points, seconds, number of checks
+    current, finished, count, limit = None, None, 0, START_SECONDS
 
-    def __init__(self, lesson: Lesson, file: Path, show_prints: bool, start: Callable[..., Worker]):
-        self.lesson = lesson
-        self.file = file
-        self.show_prints = show_prints
-        self.start = start
-        self.worker: Worker | None = None
-        self.checks: dict[str, tuple[int, float, int]] = {}
+    def blame(during: str, after: str, before: str) -> list[str]:
+        """Fail the exercise that the worker runs, or ran last, because it hangs or has ended. Returns the ids whose
+        results are now known. Raises CourseError if it has run none yet.
+        """
+        if current is None and finished is None:
+            raise CourseError(before)
+        fail(results[current or finished], during if current else after)
+        return [current] if current else []
 
-    def run(self, ids: list[str], results: dict[str, Result]):
-        """Run exercises in one worker until it ends. Yields each id when its result is known."""
-        key = secrets.token_bytes(16)
-        self.worker = self.start(self.lesson, self.file, ids, self.show_prints, key)
-        connection = self.worker.connection
-        current, finished, count, deadline = None, None, 0, time.monotonic() + START_SECONDS
+    with contextlib.closing(worker):
+        with contextlib.suppress(OSError):  # it has ended already, which is noticed below
+            worker.begin(lesson, file, ids, show_prints, key)
+        deadline = time.monotonic() + limit
         while True:
-            if not connection.poll(max(0.0, deadline - time.monotonic())):
-                self.close()
-                if current is None and finished is None:
-                    raise CourseError(f"The grader's worker did not start within {START_SECONDS:g} s.")
-                if current is None:
-                    fail(results[finished], "left the Python process hanging after its checks.")
-                    return
-                seconds = self.worker.patience * self.checks[current][1]
-                fail(
-                    results[current],
-                    f"did not end within {seconds:g} s: an endless loop? If the machine is busy, try again.",
+            if not worker.connection.poll(max(0.0, deadline - time.monotonic())):
+                if current:
+                    results[current].certain = False
+                yield from blame(
+                    f"did not end within {limit:g} s: an endless loop? If the machine is busy, try again.",
+                    "left the Python process hanging after its checks.",
+                    f"The grader's worker did not start within {limit:g} s.",
                 )
-                results[current].certain = False
-                yield current
                 return
             try:
-                kind, *event = opened(connection.recv_bytes(MAX_EVENT), key)
+                kind, *event = opened(worker.connection.recv_bytes(MAX_EVENT), key)
             except (EOFError, OSError):
-                how = self.worker.how_it_ended()
-                if current is None and finished is None:
-                    raise CourseError(f"The grader's worker ended {how}; is torch installed?") from None
-                if current is None:
-                    fail(results[finished], f"ended the Python process {how} after its checks.")
-                    return
-                fail(results[current], f"ended the Python process {how} in the middle of a check.")
-                yield current
+                how = worker.how_it_ended()
+                yield from blame(
+                    f"ended the Python process {how} in the middle of a check.",
+                    f"ended the Python process {how} after its checks.",
+                    f"The grader's worker ended {how}; is torch installed?",
+                )
                 return
             except ValueError:
-                self.close()
-                raise CourseError(f"{shown(self.file)} wrote into the grader's own connection.") from None
-            if kind == "broken":
-                self.close()
-                if count:
-                    fail(results[current], "ended its checks too early: it has changed or closed what pytest needs.")
-                    yield current
-                elif finished is None:
-                    raise CourseError(f"A check of the course is broken, please report it:\n{event[0]}")
-                return  # an earlier answer may be the cause; a new process will show it
+                raise CourseError(f"{shown(file)} wrote into the grader's own connection.") from None
             if kind == "collected":
-                self.checks = event[0]
+                checks = event[0]
                 for id, result in results.items():
-                    if id not in self.checks:
-                        self.close()
-                        raise CourseError(f"{shown(self.lesson.checks)} has no check for {id} ({result.name}).")
-                    result.points = self.checks[id][0]
+                    if id not in checks:
+                        raise CourseError(f"{shown(lesson.checks)} has no check for {id} ({result.name}).")
+                    result.points = checks[id][0]
             elif kind == "start":
                 current, count = event[0], 0
-                deadline = time.monotonic() + self.worker.patience * self.checks[current][1]
+                limit = worker.patience * checks[current][1]
+                deadline = time.monotonic() + limit
             elif kind == "note":
                 results[current].notes.append(event[0])
             elif kind == "check":
                 count += 1
                 if event[0] is not None:
                     fail(results[current], **event[0])
-                if count == self.checks[current][2]:  # naming the mistake does not count as the student's time
+                if count == checks[current][2]:  # naming the mistake does not count as the student's time
                     deadline = time.monotonic() + START_SECONDS
             elif kind == "mistake":
                 results[current].mistake = event[0]
             elif kind == "end":
                 if current == TOGETHER and not count:
                     results[current].status = "waiting"
-                elif count != self.checks[current][2]:
-                    fail(results[current], f"only {count} of {self.checks[current][2]} checks were run.")
+                elif count != checks[current][2]:
+                    fail(results[current], f"only {count} of {checks[current][2]} checks were run.")
                 elif results[current].status != "wrong" and not results[current].sentence:
                     results[current].status = "passed"
                 finished, current, deadline = current, None, time.monotonic() + START_SECONDS
                 yield finished
-            elif kind == "finished":
-                self.close()  # not join: a thread that a student's code has left behind would keep the process
+            elif kind == "broken" and count:
+                fail(results[current], "ended its checks too early: it has changed or closed what pytest needs.")
+                yield current
                 return
-
-    def close(self) -> None:
-        if self.worker is not None:
-            self.worker.close()
-
-
-class Worker:
-    """The process that holds torch and runs the checks, and the connection to it."""
-
-    patience = 1.0  # the factor by which the checks' time limits are extended
-
-    def __init__(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes):
-        self.process, self.connection = call("common.grading.worker:work", lesson, file, ids, show_prints, key)
-
-    def how_it_ended(self) -> str:
-        """How the worker ended, as a phrase, once its connection is closed. The student's code may still be running."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=5)
-        self.close()
-        code = self.process.returncode
-        return f"by signal {-code}" if code < 0 else f"with exit code {code}"
-
-    def close(self) -> None:
-        """End the process and whatever it started."""
-        kill(self.process)
+            elif kind == "broken":
+                if finished is None:
+                    raise CourseError(f"A check of the course is broken, please report it:\n{event[0]}")
+                return  # an earlier answer may be the cause; a new process will show it
+            elif kind == "finished":
+                if not checks:
+                    raise CourseError(f"{shown(lesson.checks)} has no checks.")
+                return
 
 
 def fail(
@@ -243,17 +232,6 @@ def pointer(lesson: Lesson, result: Result, results: dict[str, Result]) -> str:
         ran = listed(unknown)
         return f"\nThis ran in your whole file, {ran} included: make test-lesson-{lesson.number} says which are right."
     return ""
-
-
-def read_source(file: Path) -> str:
-    """The file's text, if Python can read it. Raises CourseError with file and line."""
-    source = read_module(file)
-    try:
-        compile(source, str(file), "exec")
-    except (SyntaxError, ValueError) as error:
-        line = (getattr(error, "text", None) or "").strip()
-        raise CourseError(unreadable(file, error) + (f"\n    {line}" if line else "")) from None
-    return source
 
 
 def todo_lines(source: str) -> dict[str, int]:

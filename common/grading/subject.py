@@ -17,7 +17,7 @@ import torch
 
 from common.course import CourseError, Lesson, shown, unfinished
 from common.course.catalogue import Answer, apply, load_answers
-from common.course.exercises import TOGETHER, begins, exercises_of, read_module, walk_functions
+from common.course.exercises import TOGETHER, begins, exercises_of, read_source, walk_functions
 from common.grading import isolate
 from common.grading.arguments import watched_arguments
 from common.grading.compare import REPLACES, CheckFailed, is_telling, nothing_replaced, same
@@ -43,7 +43,7 @@ class Subject:
 
     def __init__(self, lesson: Lesson, file: Path, source: str | None = None):
         self.lesson = lesson
-        self.source = read_module(file) if source is None else source
+        self.source = read_source(file) if source is None else source
         self.file = file if source is None else isolate.edited(file, source)
         self.exercises = {exercise.id: exercise for exercise in exercises_of(lesson)}
         self.todo = set(unfinished(self.source)) if "TODO " in self.source else set()
@@ -109,7 +109,7 @@ class Subject:
                 module = build()
                 sys.modules[module.__name__] = module  # where pickle looks for its classes
                 if exercise_id and not self.lesson.is_withheld:
-                    run_check(self.lesson, exercise_id, check, module)
+                    run_check(self.lesson, function, check, module)
                 else:
                     seed()
                     check(module)
@@ -206,9 +206,8 @@ def trace(error: BaseException) -> str:
     return "".join([*traceback.format_list(others), *traceback.format_exception_only(error)])
 
 
-def run_check(lesson: Lesson, exercise_id: str, check: Check, module: ModuleType) -> None:
+def run_check(lesson: Lesson, function: str, check: Check, module: ModuleType) -> None:
     """Run a check. Raises what it raises, and CheckFailed if the answer changes an argument; the reference may."""
-    function = {each.id: each for each in exercises_of(lesson)}[exercise_id].function
     seed()
     classes = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
     is_whole = module.__recipe__[0] == "whole"  # the student's whole module

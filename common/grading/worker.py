@@ -9,6 +9,7 @@ this process hangs or dies.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from common.course import Lesson
 from common.course.exercises import TOGETHER
-from common.grading.plugin import ALONE, Grader, exercise_of
+from common.grading.plugin import QUIET, Grader, exercise_of, run_checks
 from common.grading.subject import Failure, Subject
 from common.grading.wire import readable, sealed
 
@@ -26,21 +27,15 @@ class ReportingGrader(Grader):
     """A grader that sends each result to the runner, and runs only the exercises in `ids`."""
 
     def __init__(self, subject: Subject, ids: list[str], send: Callable[..., None]):
-        super().__init__(lambda lesson: subject, ids)
-        self.lesson, self.graded = subject.lesson, subject
-        self.send = send
+        super().__init__(subject, ids)
+        self.graded, self.send = subject, send
         self.current: str | None = None
         self.failed = False
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        summary: dict[str, tuple[int, float, int]] = {}
-        for item in items:
-            marker = item.get_closest_marker("exercise")
-            if marker is not None:
-                settings = marker.kwargs
-                count = summary.get(settings["id"], (0, 0, 0))[2]
-                summary[settings["id"]] = (settings["points"], settings["seconds"], count + 1)
-        self.send("collected", summary)
+        markers = [marker.kwargs for item in items if (marker := item.get_closest_marker("exercise"))]
+        counts = Counter(each["id"] for each in markers)
+        self.send("collected", {each["id"]: (each["points"], each["seconds"], counts[each["id"]]) for each in markers})
         super().pytest_collection_modifyitems(items)
         items.sort(key=lambda item: self.only.index(exercise_of(item)))
 
@@ -49,9 +44,6 @@ class ReportingGrader(Grader):
             self.finish()
             self.current = exercise_of(item)
             self.send("start", self.current)
-
-    def lesson_of(self, checks: Path) -> Lesson | None:
-        return self.lesson if checks == self.lesson.checks else None
 
     def pytest_sessionfinish(self) -> None:
         self.finish()
@@ -83,6 +75,15 @@ class ReportingGrader(Grader):
     pytest_collectreport = pytest_runtest_logreport
 
 
+def wait(connection: Connection) -> None:
+    """Runs in the worker: waits until it is told what to do."""
+    try:
+        what = connection.recv()
+    except EOFError:
+        return  # the process that started it has ended
+    work(connection, *what)
+
+
 def work(
     connection: Connection,
     lesson: Lesson,
@@ -99,14 +100,11 @@ def work(
     import torch
 
     torch.set_num_threads(1)
-    subject = Subject(lesson, file)
-    options = [str(lesson.checks), *ALONE, "-p", "common.grading.plugin", "-p", "no:terminal", "-p", "no:faulthandler"]
-    if show_prints:
-        options.append("--capture=no")
 
     def send(*event) -> None:
         connection.send_bytes(sealed(event, key))
 
-    pytest.main(options, plugins=[make_grader(subject, ids, send)])
+    grader = make_grader(Subject(lesson, file), ids, send)
+    run_checks(lesson.checks, grader, *QUIET, *(["--capture=no"] if show_prints else []))
     send("finished")
     connection.close()

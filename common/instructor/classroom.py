@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
@@ -91,10 +91,10 @@ class Classroom:
             file = base / lesson.module.relative_to(ROOT)
             file.write_bytes(content)
 
-            def start(lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes):
+            def start() -> sandbox.SandboxedWorker:
                 if self.stopping.is_set():
                     raise Stopped("interrupted")
-                worker = sandbox.SandboxedWorker(base, lesson, file, ids, key, sandbox.Limits())
+                worker = sandbox.SandboxedWorker(base, sandbox.Limits())
                 self.workers.add(worker)
                 return worker
 
@@ -123,14 +123,12 @@ class Classroom:
         for old in path.parent.glob(f"{found.lesson.slug}-*.json"):
             old.unlink()
         record = {"results": [asdict(each) for each in found.results], "problem": found.problem, "review": found.review}
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        unfinished.replace(path)
+        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def kept(self, submission: Submission, lesson: Lesson) -> Graded | None:
         try:
             record = json.loads(self.state(submission, lesson).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # ValueError: the grading ended while it was written
             return None
         results = [Result(**each) for each in record["results"]]
         return Graded(submission.student, lesson, results, record["problem"], record["review"])
@@ -140,11 +138,10 @@ class Classroom:
     def run(self, left: list[tuple[Submission, Lesson]], jobs: int, on_graded: Callable[[Graded], None]) -> None:
         """Grade these modules. After a KeyboardInterrupt all workers are ended, and all results are kept."""
         with ThreadPoolExecutor(jobs) as pool:
-            waiting: set[Future] = {pool.submit(self.grade_one, *each) for each in left}
+            futures = [pool.submit(self.grade_one, *each) for each in left]
             try:
-                while waiting:
-                    done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for found in filter(None, (future.result() for future in done)):
+                for future in as_completed(futures):
+                    if found := future.result():
                         self.graded[found.student, found.lesson.slug] = found
                         on_graded(found)
             finally:

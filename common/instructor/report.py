@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 
 from common.course import Lesson
-from common.course.exercises import TOGETHER
+from common.course.exercises import TOGETHER, exercises_of
 from common.grading.results import Result
 from common.instructor.submissions import Submission
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_NOTES = 20
 """The largest number of a submission's notes that is shown."""
+
+
+def earned(result: Result) -> int:
+    return result.points if result.status == "passed" else 0
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Graded:
 
     @property
     def points(self) -> int:
-        return sum(result.points for result in self.results if result.status == "passed")
+        return sum(map(earned, self.results))
 
 
 def write(
@@ -50,43 +55,36 @@ def write(
     for each in rows:
         folder = out / "students" / each["student"]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "index.html").write_text(
-            pages.get_template("student.html").render(**each), encoding="utf-8", errors="backslashreplace"
-        )
-        (folder / "results.json").write_text(
-            json.dumps(gradescope(each["graded"]), indent=1), encoding="utf-8", errors="backslashreplace"
-        )
+        write_text(folder / "index.html", pages.get_template("student.html").render(**each))
+        write_text(folder / "results.json", json.dumps(gradescope(each["graded"]), indent=1))
         for slug, content in each["modules"].items():
             (folder / f"{slug}.py").write_bytes(content)
     overview = pages.get_template("class.html").render(rows=rows, columns=columns(lessons, known), lessons=lessons)
-    (out / "index.html").write_text(overview, encoding="utf-8", errors="backslashreplace")
-    write_table(
-        out / "grades.csv",
-        ["student", "points", "of", *(each.slug for each in lessons), "not graded yet", "look at"],
-        [
-            [
-                each["student"],
-                each["points"],
-                each["worth"],
-                *(each["by_slug"][lesson.slug].points if lesson.slug in each["by_slug"] else "" for lesson in lessons),
-                each["left"] or "",
-                "; ".join(each["review"]),
-            ]
-            for each in rows
-        ],
-    )
-    write_table(
-        out / "exercises.csv",
-        ["student", "exercise", "name", "result", "points", "of", "diagnosis", "known mistake"],
-        [
-            [each["student"], result.id, result.name, graded.problem or result.status, earned(result), result.points]
-            + [result.sentence, result.mistake or ""]
-            for each in rows
-            for graded in each["graded"]
-            for result in graded.results
-            if result.id != TOGETHER
-        ],
-    )
+    write_text(out / "index.html", overview)
+    grades = [
+        {"student": each["student"], "points": each["points"], "of": each["worth"]}
+        | {lesson.slug: getattr(each["by_slug"].get(lesson.slug), "points", "") for lesson in lessons}
+        | {"not graded yet": each["left"] or "", "look at": "; ".join(each["review"])}
+        for each in rows
+    ]
+    exercises = [
+        {
+            "student": each["student"],
+            "exercise": result.id,
+            "name": result.name,
+            "result": graded.problem or result.status,
+            "points": earned(result),
+            "of": result.points,
+            "diagnosis": result.sentence,
+            "known mistake": result.mistake or "",
+        }
+        for each in rows
+        for graded in each["graded"]
+        for result in graded.results
+        if result.id != TOGETHER
+    ]
+    write_table(out / "grades.csv", grades)
+    write_table(out / "exercises.csv", exercises)
 
 
 def row(submission: Submission, lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> dict:
@@ -100,27 +98,20 @@ def row(submission: Submission, lessons: list[Lesson], known: dict[tuple[str, st
         "modules": submission.modules,
         "graded": graded,
         "by_slug": {each.lesson.slug: each for each in graded},
+        "by_id": {result.id: result for each in graded for result in each.results},
         "points": sum(each.points for each in graded),
         "worth": sum(result.points for each in graded for result in each.results),
-        "left": len(lessons) - len(graded),
+        "left": sum(each.slug in submission.modules or not each.is_optional for each in lessons) - len(graded),
         "review": review[:MOST_NOTES] + more,
     }
 
 
-def columns(lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> list[tuple[Lesson, str, str, int]]:
-    """The columns of the class's table: (lesson, the exercise's id, its name, how many passed)."""
-    found = []
-    for lesson in lessons:
-        of_lesson = [graded for (_, slug), graded in known.items() if slug == lesson.slug]
-        for index, result in enumerate(of_lesson[0].results if of_lesson else ()):
-            if result.id != TOGETHER:
-                passed = sum(graded.results[index].status == "passed" for graded in of_lesson)
-                found.append((lesson, result.id, result.name, passed))
-    return found
-
-
-def earned(result: Result) -> int:
-    return result.points if result.status == "passed" else 0
+def columns(lessons: list[Lesson], known: dict[tuple[str, str], Graded]) -> list[tuple[str, str, int]]:
+    """The columns of the class's table: (the exercise's id, its name, how many passed)."""
+    slugs = {slug for _, slug in known}
+    passed = Counter(each.id for graded in known.values() for each in graded.results if each.status == "passed")
+    exercises = [each for lesson in lessons if lesson.slug in slugs for each in exercises_of(lesson)]
+    return [(each.id, each.function, passed[each.id]) for each in exercises]
 
 
 def gradescope(graded: list[Graded]) -> dict:
@@ -151,11 +142,15 @@ def gradescope(graded: list[Graded]) -> dict:
     }
 
 
-def write_table(path: Path, header: list[str], rows: list[list]) -> None:
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([[cell(value) for value in each] for each in rows])
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows({name: cell(value) for name, value in each.items()} for each in rows)
 
 
 def cell(value: object) -> object:

@@ -25,14 +25,13 @@ from pathlib import Path
 import psutil
 
 from common.course import Lesson
+from common.grading.runner import Worker
 from common.workers import kill
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 SETTINGS = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "hosts", "nsswitch.conf", "passwd")
 SETTINGS += ("localtime",)
 POLL_SECONDS = 0.1
-GONE_SECONDS = 5.0
-"""The time that a worker which has closed its connection may take to end, before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,13 @@ def environment(scratch: str) -> dict[str, str]:
     }
 
 
-class SandboxedWorker:
-    """A `common.grading.runner.Worker` in the sandbox, with a thread that enforces the limits."""
+class SandboxedWorker(Worker):
+    """A worker in the sandbox, with a thread that enforces the limits."""
 
     patience = 3.0  # the factor on time limits: several workers run at once, and each also runs a wrong answer
 
-    def __init__(self, course: Path, lesson: Lesson, file: Path, ids: list[str], key: bytes, limits: Limits):
-        self.limits = limits
+    def __init__(self, course: Path, limits: Limits):
+        self.course, self.limits = course, limits
         self.killed = ""
         self.scratch = tempfile.TemporaryDirectory(prefix="grading-")
         ours, theirs = socket.socketpair()
@@ -128,11 +127,14 @@ class SandboxedWorker:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        order = {"slug": lesson.slug, "file": str(file.relative_to(course)), "ids": ids, "key": key.hex()}
-        ceilings = {"memory": limits.memory, "file_size": limits.disk, "processes": limits.processes + others()}
-        self.connection.send_bytes(json.dumps({**order, "limits": ceilings}).encode())
         self.over = threading.Event()
         threading.Thread(target=self.oversee, daemon=True).start()
+
+    def begin(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes) -> None:
+        limits = self.limits
+        order = {"slug": lesson.slug, "file": str(file.relative_to(self.course)), "ids": ids, "key": key.hex()}
+        ceilings = {"memory": limits.memory, "file_size": limits.disk, "processes": limits.processes + others()}
+        self.connection.send_bytes(json.dumps({**order, "limits": ceilings}).encode())
 
     def oversee(self) -> None:
         """End the worker when it and the processes that it has started exceed the limits."""
@@ -169,13 +171,8 @@ class SandboxedWorker:
                 each.kill()
 
     def how_it_ended(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed the connection and gone on
-            self.process.wait(timeout=GONE_SECONDS)
-        self.close()
-        code = self.process.returncode
-        if self.killed:
-            return f"by force: it {self.killed},"
-        return f"by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"with exit code {code}"
+        how = super().how_it_ended()
+        return f"by force: it {self.killed}," if self.killed else how
 
     def close(self) -> None:
         if self.over.is_set():

@@ -6,6 +6,7 @@ archive is unpacked: only the modules are read, up to a limit of bytes. A note n
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
@@ -25,6 +26,7 @@ MAX_ENTRIES = 100_000
 MAX_NAMED = 20
 """The largest number of files that a note names."""
 SLUGS = {lesson.slug for lesson in MODULES}
+NAMES = {lesson.module.name for lesson in MODULES}
 MAX_UNPACKED = 2 << 30
 """The number of bytes of a .tar that are searched; unlike a .zip, it has no list of its files."""
 NOT_HANDED_IN = {"solutions", ".course", ".git", ".venv", "venv", "node_modules", "site-packages"}
@@ -93,30 +95,26 @@ def read_submission(student: str, place: Path) -> Submission:
     """
     submission = Submission(student, place)
     read = entries_of_folder if place.is_dir() else entries_of_zip if zipfile.is_zipfile(place) else entries_of_tar
-    candidates: dict[str, list[Entry]] = {}
-    others: dict[bool, list[PurePosixPath]] = {True: [], False: []}  # by whether they may contain a missing module
     try:
-        for count, entry in enumerate(read(place, submission.notes)):
-            if count == MAX_ENTRIES:
-                submission.notes.append(f"more than {MAX_ENTRIES:,} files: the rest was not looked at")
-                break
-            slug = entry.path.stem if entry.path.suffix == ".py" else ""
-            if NOT_HANDED_IN & set(entry.path.parts[:-1]):
-                continue
-            if slug in SLUGS:
-                candidates.setdefault(slug, []).append(entry)
-            else:  # an archive in an archive may hold a missing module
-                name = entry.path.name
-                of_kind = others[module_meant(name) is not None or name.lower().endswith(ARCHIVES)]
-                if len(of_kind) < MAX_NAMED:
-                    of_kind.append(entry.path)
+        entries = list(itertools.islice(read(place, submission.notes), MAX_ENTRIES + 1))
+        if len(entries) > MAX_ENTRIES:
+            submission.notes.append(f"more than {MAX_ENTRIES:,} files: the rest was not looked at")
+        entries = [each for each in entries[:MAX_ENTRIES] if not NOT_HANDED_IN.intersection(each.path.parts[:-1])]
         for lesson in MODULES:
-            if of_lesson := candidates.get(lesson.slug):
-                take(submission, lesson, of_lesson)
-        meant = [path for path in others[True] if module_meant(path.name) not in submission.modules]
-        if named := meant or ([] if candidates else others[False]):
-            submission.notes.append(f"not taken, since no module is called so: {', '.join(map(str, named))}")
-        elif not candidates and not submission.notes:
+            if named := [each for each in entries if each.path.name == lesson.module.name]:
+                take(submission, lesson, named)
+        others = [each.path for each in entries if each.path.name not in NAMES]
+        meant = [
+            path
+            for path in others
+            for slug in [module_meant(path.name)]
+            if (slug not in submission.modules if slug else path.name.lower().endswith(ARCHIVES))
+        ]
+        is_none_there = len(others) == len(entries)
+        if left := meant or (others if is_none_there else []):
+            names = ", ".join(map(str, left[:MAX_NAMED]))
+            submission.notes.append(f"not taken, since no module is called so: {names}")
+        elif is_none_there and not submission.notes:
             submission.notes.append("no file lies in it that could be a module")
     except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, ValueError) as error:
         submission.notes.append(f"cannot be read any further: {type(error).__name__}: {error}")
@@ -162,7 +160,6 @@ def inside(name: str) -> PurePosixPath | None:
 
 def entries_of_folder(folder: Path, notes: list[str]) -> Iterator[Entry]:
     """The files of a folder. Links are not followed, because they may lead to any file of this machine."""
-    names = {lesson.module.name for lesson in MODULES}
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(set(folders) - NOT_HANDED_IN)
         for name in sorted(files):
@@ -170,7 +167,7 @@ def entries_of_folder(folder: Path, notes: list[str]) -> Iterator[Entry]:
             place = PurePosixPath(file.relative_to(folder).as_posix())
             if stat.S_ISREG(file.lstat().st_mode):
                 yield Entry(place, lambda limit, file=file: read_start(file.open("rb"), limit))
-            elif name in names:
+            elif name in NAMES:
                 notes.append(f"{place} is a link or no plain file, and was not taken")
 
 

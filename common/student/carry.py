@@ -1,22 +1,24 @@
 """Carries a student's modules over from old skeletons into new ones. All functions take and return texts.
 
-An exercise is identified by its id. `renumbered` gives its id in the new version, where its function may have another
-name, or be in another module. There are three steps:
+An exercise is identified by its id in the new version, where its function may have another name, or be in another
+module. There are four steps:
 
-1. Each answer is taken out of the student's module, and the old skeleton's text put back in its place. What remains
+1. The exercises of the old skeletons and of the student's modules get their new ids.
+2. Each answer is taken out of the student's module, and the old skeleton's text put back in its place. What remains
    differs from the old skeleton only by what the student added or edited around the exercises.
-2. `git merge-file` merges that with the new skeleton. Where both have changed the same lines, those of the new skeleton
+3. `git merge-file` merges that with the new skeleton. Where both have changed the same lines, those of the new skeleton
    are taken; functions, constants and imports of the student's that were lost in this way are put back at the end.
-3. Each answer replaces the new skeleton's lines from the exercise's `raise NotImplementedError` on.
+4. Each answer replaces the new skeleton's lines from the exercise's `raise NotImplementedError` on.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.course import CourseError
@@ -24,6 +26,7 @@ from common.course.exercises import begins, unfinished, walk_functions
 from common.grading.isolate import names_bound
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+GONE = " in the old version"
 
 
 @dataclass
@@ -54,48 +57,47 @@ def carry(
     edited. renumbered: the new id of every exercise of the old version that still exists. Raises CourseError if Python
     cannot read one of the student's modules.
     """
+    old = {path: with_new_ids(text, renumbered) for path, text in old.items()}
     answers: dict[str, Answer] = {}
     remains: dict[str, str] = {}
     missing: list[str] = []
     for path, text in mine.items():
         try:
             compile(text, path, "exec", dont_inherit=True)
-            taken, remains[path] = take_answers(old[path], text)
+            taken, remains[path] = take_answers(old[path], with_new_ids(text, renumbered))
         except (SyntaxError, ValueError) as error:
             line = f":{error.lineno}" if getattr(error, "lineno", None) else ""
             raise CourseError(
                 f"{path}{line}: Python cannot read this: {getattr(error, 'msg', error)}. Nothing was changed. Mend it, "
                 "or start the lesson again with make reset-lesson-N, which keeps a copy; then make update again."
             ) from None
-        missing += [id for id in unfinished(old[path]) if id not in taken and id in renumbered]
+        missing += [id for id in unfinished(old[path]) if id not in taken]
         answers |= {id: answer for id, answer in taken.items() if answer}
-    news = {}
-    for id, answer in answers.items():
-        if new_id := renumbered.get(id):
-            lines = [line.replace(f'"TODO {id}"', f'"TODO {new_id}"') for line in answer.lines]
-            news[new_id] = replace(answer, lines=lines)
-    former = {new_id: id for id, new_id in renumbered.items()}
     carried: dict[str, Carried] = {}
     for path, skeleton in new.items():
-        origin = origin_of(path, skeleton, old, renumbered)
-        ids = [id for id in unfinished(skeleton) if id in news]
-        if origin in remains or ids:
+        ids, origin = unfinished(skeleton), origin_of(path, skeleton, old)
+        if origin in remains or answers.keys() & ids:
             base, rest = (old[origin], remains[origin]) if origin in remains else (skeleton, skeleton)
-            carried[path] = put_together(base, rest, skeleton, {id: news[id] for id in ids})
-            again = [id for id in unfinished(skeleton) if former.get(id) in missing]
+            own = {id: answers.pop(id) for id in ids if id in answers}
+            carried[path] = put_together(base, rest, skeleton, own)
+            again = [id for id in ids if id in missing]
             carried[path].remarks += [f"{id} is to do again: your file has no function for it." for id in again]
-    for id in sorted(set(answers) - set(renumbered)):
-        remark = f"{id} {answers[id].function} is gone from the course. Your answer is in the backup."
+    for id, answer in sorted(answers.items()):
+        remark = f"{id.removesuffix(GONE)} {answer.function} is gone from the course. Your answer is in the backup."
         next(iter(carried.values())).remarks.append(remark)
     return carried
 
 
-def origin_of(path: str, skeleton: str, old: Mapping[str, str], renumbered: Mapping[str, str]) -> str | None:
+def with_new_ids(text: str, renumbered: Mapping[str, str]) -> str:
+    """A module in which exercises have their new ids. GONE marks the id of an exercise that no longer exists."""
+    return re.sub(r'(?<=[ "]TODO )\d+\.\d+(?=[:"])', lambda id: renumbered.get(id[0], id[0] + GONE), text)
+
+
+def origin_of(path: str, skeleton: str, old: Mapping[str, str]) -> str | None:
     """The old version's module that a new one was made from: that of the same path, or with most of its exercises."""
     if path in old:
         return path
-    ids = set(unfinished(skeleton))
-    shared = {each: sum(renumbered.get(id) in ids for id in unfinished(text)) for each, text in old.items()}
+    shared = {each: len({*unfinished(skeleton)}.intersection(unfinished(text))) for each, text in old.items()}
     likeliest = max(shared, key=shared.__getitem__, default=None)
     return likeliest if likeliest and shared[likeliest] else None
 

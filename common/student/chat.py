@@ -11,17 +11,17 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from common.checkpoints import CheckpointError
 from common.course import CourseError, files_used
-from common.options import engine_options, mine, number, option, threads
+from common.options import engine_options, mine, number, option, several, threads
 from common.sampling import SamplingParams
-from common.start import OptionError, start_engine
+from common.start import OptionError, option_errors, start_engine
 
 HELP = """\
 /reset         forget the conversation
@@ -30,36 +30,12 @@ HELP = """\
 /quit          leave; so does Ctrl-D. Ctrl-C stops an answer."""
 
 
-@dataclass
-class Reply:
-    """One answer, with its counts and times. num_tokens is None if the answer was stopped."""
+class Reply(NamedTuple):
+    """One answer. summary: its counts and times, in words."""
 
     text: str
-    num_prompt_tokens: int
-    num_tokens: int | None
-    finish_reason: str  # as generate's, or "interrupted"
-    seconds: float
-    seconds_to_text: float | None
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    num_draft_tokens: int = 0  # draft tokens that were verified
-    num_accepted_tokens: int = 0  # and were right
-
-    def summary(self) -> str:
-        if self.num_tokens is None:
-            return f"stopped after {self.seconds:.1f} s"
-        parts = [
-            f"{self.num_prompt_tokens} + {self.num_tokens} tokens in {self.seconds:.1f} s",
-            f"{self.num_tokens / self.seconds:.1f} tokens/s",
-        ]
-        if self.seconds_to_text is not None:
-            parts.append(f"first text after {self.seconds_to_text:.2f} s")
-        if self.num_cached_tokens:
-            parts.append(f"{self.num_cached_tokens} of the prompt's tokens were in the cache")
-        if self.num_draft_tokens:
-            parts.append(f"{self.num_accepted_tokens} of {self.num_draft_tokens} draft tokens were right")
-        if self.finish_reason == "length":
-            parts.append("cut off at the length limit")
-        return ", ".join(parts)
+    summary: str
+    is_interrupted: bool = False
 
 
 @dataclass
@@ -103,22 +79,23 @@ class Talker:
 
         try:
             output = self.generate(prompt_token_ids, self.params, show)
-            num_tokens, finish_reason, metrics = len(output.token_ids), output.finish_reason, output.metrics
-            counts = metrics.num_cached_tokens, metrics.num_draft_tokens, metrics.num_accepted_tokens
         except KeyboardInterrupt:
-            num_tokens, finish_reason, counts = None, "interrupted", ()
-        text, first = "".join(piece for _, piece in pieces), pieces[0][0] if pieces else None
-        seconds = time.perf_counter() - start
-        return Reply(text, len(prompt_token_ids), num_tokens, finish_reason, seconds, first, *counts)
-
-
-@contextlib.contextmanager
-def option_errors() -> Iterator[None]:
-    """Within the context a ValueError, which an engine raises for a wrong option or request, becomes an OptionError."""
-    try:
-        yield
-    except ValueError as error:
-        raise OptionError(str(error)) from None
+            output = None
+        seconds, text = time.perf_counter() - start, "".join(piece for _, piece in pieces)
+        if output is None:
+            return Reply(text, f"stopped after {seconds:.1f} s", True)
+        num_tokens, metrics = len(output.token_ids), output.metrics
+        parts = [f"{len(prompt_token_ids)} + {num_tokens} tokens in {seconds:.1f} s"]
+        parts.append(f"{num_tokens / seconds:.1f} tokens/s")
+        if pieces:
+            parts.append(f"first text after {pieces[0][0]:.2f} s")
+        if metrics.num_cached_tokens:
+            parts.append(f"{metrics.num_cached_tokens} of the prompt's tokens were in the cache")
+        if metrics.num_draft_tokens:
+            parts.append(f"{metrics.num_accepted_tokens} of {metrics.num_draft_tokens} draft tokens were right")
+        if output.finish_reason == "length":
+            parts.append("cut off at the length limit")
+        return Reply(text, ", ".join(parts))
 
 
 def answer_with(engine) -> Callable[..., Any]:
@@ -229,8 +206,8 @@ def answer(talker: Talker, prompt: str) -> int:
     if not talker.has_template:
         write(prompt)  # the model continues this very text
     reply = talker.reply(token_ids, write)
-    print("\n\n" + quiet(f"{talker.name}: {reply.summary()}. {files_used()}"))
-    return 130 if reply.finish_reason == "interrupted" else 0
+    print("\n\n" + quiet(f"{talker.name}: {reply.summary}. {files_used()}"))
+    return 130 if reply.is_interrupted else 0
 
 
 def converse(talker: Talker, system: str = "") -> int:
@@ -285,7 +262,7 @@ def take_turn(talker: Talker, conversation: Conversation | Story, line: str) -> 
         print(quiet(f"The context is full: the oldest {dropped} {what} are no longer seen."))
     reply = talker.reply(token_ids, write)
     conversation.answered(reply.text)
-    print("\n" + quiet(f"[{reply.summary()}]"))
+    print("\n" + quiet(f"[{reply.summary}]"))
 
 
 # --- The commands -----------------------------------------------------------------------------------------------------
@@ -303,22 +280,16 @@ def run_many(talker: Talker, engine) -> int:
 
 def speaker(length: int, temperature: float, top_p: float) -> Callable:
     """The options of `run` and `chat`, with these defaults for sampling."""
-
-    def decorate(function: Callable) -> Callable:
-        for each in (
-            option("--verbose", "VERBOSE", is_flag=True, help="show the traceback of an error"),
-            threads,
-            engine_options,
-            mine(),
-            click.option("--seed", type=int, help="the same seed, the same answers"),
-            click.option("--top-p", type=float, default=top_p),
-            click.option("--temperature", type=float, default=temperature),
-            click.option("--max-tokens", type=number(), default=length, help="of an answer"),
-        ):
-            function = each(function)
-        return function
-
-    return decorate
+    return several(
+        click.option("--max-tokens", type=number(), default=length, help="of an answer"),
+        click.option("--temperature", type=float, default=temperature),
+        click.option("--top-p", type=float, default=top_p),
+        click.option("--seed", type=int, help="the same seed, the same answers"),
+        mine(),
+        engine_options,
+        threads,
+        option("--verbose", "VERBOSE", is_flag=True, help="show the traceback of an error"),
+    )
 
 
 @click.command("run")

@@ -8,19 +8,17 @@ import pdb
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from common.course import Lesson
 from common.course.exercises import Exercise, walk_functions
-from common.grading import plugin
+from common.grading.plugin import Grader, run_checks
 from common.grading.subject import Failure, Subject
 
 
-class DebuggingGrader(plugin.Grader):
+class DebuggingGrader(Grader):
     """Runs each check of one exercise under pdb, with a breakpoint where the student's function begins."""
 
     def __init__(self, subject: Subject, exercise: Exercise, line: int):
-        super().__init__(lambda lesson: subject, [exercise.id])
+        super().__init__(subject, [exercise.id])
         self.line = line
 
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
@@ -39,5 +37,5 @@ def debug(lesson: Lesson, file: Path, exercise: Exercise) -> int:
     function = dict(walk_functions(ast.parse(subject.source)))[exercise.function]
     has_docstring = ast.get_docstring(function) is not None and len(function.body) > 1
     first = function.body[1] if has_docstring else function.body[0]
-    options = [str(lesson.checks), *plugin.ALONE, "-q", "--capture=no", "--disable-warnings", "-rN"]
-    return int(pytest.main(options, plugins=[plugin, DebuggingGrader(subject, exercise, first.lineno)]))
+    grader = DebuggingGrader(subject, exercise, first.lineno)
+    return run_checks(lesson.checks, grader, "-q", "--capture=no", "--disable-warnings", "-rN")

@@ -9,17 +9,18 @@ import ast
 import textwrap
 
 import click
+from rich.columns import Columns
+from rich.console import Group
 from rich.padding import Padding
 from rich.syntax import Syntax
-from rich.table import Table
 from rich.text import Text
 
 from common import course
 from common.course import Lesson, shown
-from common.course.exercises import Exercise, begins, exercises_of, find_exercise, walk_functions
+from common.course.exercises import Exercise, begins, exercises_of, find_exercise, read_source, walk_functions
 from common.course.modules import check_solution, listed
 from common.grading.results import Result, kept
-from common.grading.runner import grade, grade_and_keep, read_source
+from common.grading.runner import grade, grade_and_keep
 from common.options import exercise_id, force, lesson_number
 from common.student.grade import console, wrapped
 
@@ -52,17 +53,13 @@ def show(lesson: Lesson, exercise: Exercise) -> None:
     if ast.dump(ast.parse(yours)) == ast.dump(ast.parse(theirs)):
         console.print(Text(f"  the same as the reference's, {shown(lesson.solution)}:{their_line}", "dim"))
         return
-    heads = [f"yours, {shown(lesson.module)}:{line}", f"the reference's, {shown(lesson.solution)}:{their_line}"]
-    if console.width >= SIDE_BY_SIDE:
-        table = Table(box=None, expand=True, header_style="dim", padding=(0, 1))
-        for head in heads:
-            table.add_column(head, ratio=1)
-        table.add_row(*(highlighted(text, console.width // 2 - 3) for text in (yours, theirs)))
-        console.print(table, soft_wrap=False)
-        return
-    for head, text in zip(heads, (yours, theirs)):
-        console.print(Text(f"  {head}", "dim"))
-        console.print(Padding(highlighted(text, console.width - 5), (0, 0, 0, 4)), soft_wrap=False)
+    sides = {
+        f"yours, {shown(lesson.module)}:{line}": yours,
+        f"the reference's, {shown(lesson.solution)}:{their_line}": theirs,
+    }
+    width = console.width // (2 if console.width >= SIDE_BY_SIDE else 1) - 4
+    columns = [Group(Text(head, "dim"), highlighted(text, width)) for head, text in sides.items()]
+    console.print(Padding(Columns(columns, width=width), (0, 0, 0, 2)), soft_wrap=False)
 
 
 def highlighted(code: str, width: int) -> Syntax:

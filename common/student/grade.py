@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
@@ -19,7 +18,7 @@ from common.course.exercises import TOGETHER, exercises_of, find_exercise, is_be
 from common.course.modules import Waits, check_solution
 from common.grading.results import Result, kept, next_step
 from common.grading.runner import grade, grade_and_keep
-from common.options import exercise_id, lesson_number, mine, number, option
+from common.options import exercise_id, lesson_number, mine, number, option, several
 from common.student import update
 from common.student.board import Standing, draw, score
 from common.student.watch_exercise import RECORDED
@@ -30,16 +29,13 @@ console = Console(highlight=False, soft_wrap=True)
 # --- test-lesson, test-exercise ---------------------------------------------------------------------------------------
 
 
-def of_subject(function: Callable) -> Callable:
-    """The options that say which file is graded, and on top of what."""
-    for decorate in (
-        option("--verbose", "VERBOSE", is_flag=True, help="show tracebacks"),
-        mine(),
-        option("--file", "FILE", metavar="FILE", help="grade this file"),
-        option("--solution", "SOLUTION", is_flag=True, help="grade the reference"),
-    ):
-        function = decorate(function)
-    return function
+of_subject = several(
+    option("--solution", "SOLUTION", is_flag=True, help="grade the reference"),
+    option("--file", "FILE", metavar="FILE", help="grade this file"),
+    mine(),
+    option("--verbose", "VERBOSE", is_flag=True, help="show tracebacks"),
+)
+"""The options that say which file is graded, and on top of what."""
 
 
 @click.command()
@@ -227,8 +223,7 @@ def standing(lesson: Lesson) -> Standing:
     try:
         for module in course.modules_of(lesson.number):
             if not module.is_optional:
-                known = kept(module, module.module)
-                results += grade_and_keep(module, module.module) if known is None else known
+                results += kept(module, module.module) or grade_and_keep(module, module.module)
     except Waits as error:
         return Standing(lesson, note=Text(f"waits for your {error.lessons}", "dim"))
     except CourseError as error:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import click
 
-from common.checkpoints import Checkpoint, CheckpointError, find_checkpoint
+from common.checkpoints import Checkpoint, find_checkpoint
 from common.course import CourseError, activate
 from common.options import engine_option, folder, mine, option
+from common.start import option_errors
 
 
 @click.command()
@@ -33,12 +34,8 @@ def quantize_command(model: str, mine: str, out: Path, **settings) -> None:
         raise CourseError(f"{out} is there and not empty: name another folder, or remove it.")
     activate(mine)
     os.environ["KERNELS"] = "plain"  # packed weights cannot be saved
-    try:
+    with option_errors():
         quantize(model, out=out, **settings)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CourseError(str(error)) from None
 
 
 def quantize(name: str, quantization: str, group_size: int, symmetric: bool, activation_aware: bool, out: Path) -> None:

@@ -66,9 +66,8 @@ def picture(engine, prompts: list[str], ids: list[str], outputs: list, width: in
     answer_width = width - 7 - 6 - max(10, width // 4) - 8
     for prompt, request_id, output in zip(prompts, ids, outputs):
         word, color = state_of(engine.scheduler.requests.get(request_id))
-        short = prompt if len(prompt) <= width // 4 else prompt[: max(9, width // 4 - 1)] + "…"
         answer = Text(tail(output.text, answer_width))
-        table.add_row(Text(word, color), str(len(output.token_ids)), Text(short, "dim"), answer)
+        table.add_row(Text(word, color), str(len(output.token_ids)), Text(prompt, "dim"), answer)
     metrics, pool, scheduler = engine.metrics(), engine.manager.pool, engine.scheduler
     held = 1 - pool.num_free_blocks / len(pool.blocks)
     words = [

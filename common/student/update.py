@@ -3,15 +3,16 @@
     make update                    from the repository that this clone follows
     make update FROM=course.zip    from a downloaded version: a zip, a tar or a folder
 
-The new version is fetched or unpacked beside this one. `carry` puts the student's answers into the new skeletons, and
-`git merge-file` merges other files that the student has edited. Only then are files changed: the student's are copied
-to .course/backups first, and if a file cannot be written, all are restored.
+The new version is read into memory. `carry` puts the student's answers into the new skeletons, and `git merge-file`
+merges other files that the student has edited. Only then are files changed: the student's are copied to .course/backups
+first, and if a file cannot be written, all are restored.
 
 It imports only the standard library, so that it works in whatever state the course's packages are.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,13 +20,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import textwrap
 import time
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.course import MODULES, ROOT, CourseError
@@ -37,108 +37,101 @@ RENUMBERED = "common/course/renumbered.json"
 """Every renumbering of the exercises so far: the new id of each exercise, by its old one."""
 NUMBERED = ROOT / ".course" / "renumbered"
 """This file exists once a version that reads RENUMBERED has carried the student's answers over."""
+SKELETONS = "common/skeletons.json"
 NOT_OURS = {".git", ".venv", ".course", "__pycache__", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints"}
+
+Files = Mapping[str, bytes]  # contents by path
 
 
 @dataclass
 class Version:
-    """A new version of the course in a folder of its own, and the files of the old one."""
+    """A new version of the course, and the old one that the student has worked on."""
 
     name: str
-    folder: Path
-    skeletons: dict[str, str]  # of the old version's modules, by path
-    edited: dict[str, bytes | None] = field(default_factory=dict)  # other files that the student edited, as they were
-    gone: list[str] = field(default_factory=list)  # files that the new version no longer has
+    files: Files
+    old: Files
+    answered: Files  # the version whose exercises the student's modules answer: the old one, or one before it
     commit: str = ""  # the new version's, where this copy is a clone
     mine: Path = ROOT  # where the student's modules are
 
 
 def update(source: str) -> None:
     """Install the new version: from the download `source`, or by git if it is empty. Raises CourseError."""
-    with tempfile.TemporaryDirectory(prefix="course-") as folder:
-        version = downloaded(Path(source).expanduser(), Path(folder)) if source else fetched(Path(folder))
-        if version is None:
-            return
-        files = {path.relative_to(version.folder).as_posix(): path for path in files_below(version.folder)}
-        new = {path: files[path].read_text(encoding="utf-8") for path in module_paths(list(files))}
-        own = {path: text for path, text in texts(version).items() if text != version.skeletons[path]}
-        renumbered = ids_now(version, new)
-        carried = carry(version.skeletons, own, new, renumbered)
-        contents = {path: file.read_bytes() for path, file in files.items()}
-        contents |= {path: with_line_ends(each.text, read(path)) for path, each in carried.items()}
-        remarks = merge_others(version, contents)
-        contents |= {path: None for path in version.gone if read(path) is not None}
-        contents = {path: content for path, content in contents.items() if content != read(path)}
-        if not contents and not version.commit:
-            print(f"Nothing new: {version.name} is what you have.")
-            return
-        backup = back_up([*own, *(path for path in contents if path in version.edited)])
-        install(contents, version.commit)
-        NUMBERED.parent.mkdir(exist_ok=True)
-        NUMBERED.touch()
-        report(version.name, new, carried, remarks, renumbered)
-        if backup:
-            print(f"What you had before is kept in {backup.relative_to(ROOT).as_posix()}.")
-        print("make progress shows where you are.")
+    version = downloaded(Path(source).expanduser()) if source else fetched()
+    if version is None:
+        return
+    old, new = skeletons(version.answered), skeletons(version.files)
+    present = [path for path in old if (version.mine / path).is_file()]
+    own = {path: text_of(path, (version.mine / path).read_bytes()) for path in present}
+    own = {path: text for path, text in own.items() if text != old[path]}
+    renumbered = ids_now(version, old, new)
+    carried = carry(old, own, new, renumbered)
+    contents, remarks = merge_others(version, {*old, *new})
+    contents |= {path: None for path in old} | {path: version.files[path] for path in new}
+    contents |= {path: with_line_ends(each.text, read(path)) for path, each in carried.items()}
+    contents = {path: content for path, content in contents.items() if content != read(path)}
+    if not contents and not version.commit:
+        print(f"Nothing new: {version.name} is what you have.")
+        return
+    backup = back_up([*own, *(path for path in contents if read(path) not in (None, version.old.get(path)))])
+    install(contents, version.commit)
+    NUMBERED.parent.mkdir(exist_ok=True)
+    NUMBERED.touch()
+    report(version.name, new, carried, remarks, renumbered)
+    if backup:
+        print(f"What you had before is kept in {backup.relative_to(ROOT).as_posix()}.")
+    print("make progress shows where you are.")
 
 
-def ids_now(version: Version, new: Mapping[str, str]) -> dict[str, str]:
-    """The new id of each exercise of the old version that still exists."""
-    known = len(json.loads(read(RENUMBERED) or "[]")) if version.mine == ROOT else 0
-    file = version.folder / RENUMBERED
-    steps = json.loads(file.read_text(encoding="utf-8"))[known:] if file.exists() else []
-    ids = {id: id for text in version.skeletons.values() for id in unfinished(text)}
-    for step in steps:
-        ids = {old: step[id] for old, id in ids.items() if id in step}
-    present = {id for text in new.values() for id in unfinished(text)}
-    return {old: id for old, id in ids.items() if id in present}
+def skeletons(files: Files) -> dict[str, str]:
+    """The lessons' modules in a version, by path: each has the name of a file in solutions/."""
+    names = {path: re.fullmatch(r"lesson-[^/]+/([a-z]\w*\.py)", path) for path in files}
+    modules = [path for path, match in names.items() if match and f"solutions/{match[1]}" in files]
+    return {path: text_of(path, files[path]) for path in modules}
 
 
-def needs_new_numbers() -> Path | None:
-    """The backup of an update that installed renumbered exercises with a version that did not read RENUMBERED."""
-    backups = sorted(BACKUPS.glob("update-*"))
-    is_told = not (ROOT / RENUMBERED).exists() or NUMBERED.exists()
-    return backups[-1] if backups and not is_told else None
-
-
-def texts(version: Version) -> dict[str, str]:
-    """The student's modules, with the line ends of the skeletons. Raises CourseError if one is not UTF-8 text."""
-    found = {}
-    for path in version.skeletons:
-        if (version.mine / path).is_file():
-            content = (version.mine / path).read_bytes()
-            try:
-                found[path] = content.decode("utf-8-sig").replace("\r\n", "\n")
-            except UnicodeDecodeError:
-                raise CourseError(
-                    f"{path} is not UTF-8 text. Nothing was changed. Save it as UTF-8, then update again."
-                ) from None
-    return found
+def text_of(path: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise CourseError(
+            f"{path} is not UTF-8 text. Nothing was changed. Save it as UTF-8, then update again."
+        ) from None
 
 
 def with_line_ends(text: str, present: bytes | None) -> bytes:
     return text.replace("\n", "\r\n" if present and b"\r\n" in present else "\n").encode()
 
 
-def merge_others(version: Version, contents: dict[str, bytes | None]) -> list[str]:
-    """Merge the files that the student has edited, except the lessons' modules, into the new version's `contents`.
+def ids_now(version: Version, old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """The new id of each exercise of the old version that still exists."""
+    before, steps = (json.loads(files.get(RENUMBERED) or "[]") for files in (version.answered, version.files))
+    ids = {id: id for text in old.values() for id in unfinished(text)}
+    for step in steps[len(before) :]:
+        ids = {old: step[id] for old, id in ids.items() if id in step}
+    present = {id for text in new.values() for id in unfinished(text)}
+    return {old: id for old, id in ids.items() if id in present}
 
-    Returns a sentence for each file in which the course's lines have replaced the student's.
+
+def merge_others(version: Version, modules: set[str]) -> tuple[dict[str, bytes | None], list[str]]:
+    """Merge all files but the modules. Returns the new contents, None for no file, and a sentence for each file in
+    which the course's lines have replaced the student's.
     """
+    contents: dict[str, bytes | None] = {}
     remarks = []
-    for path, base in version.edited.items():
-        mine, theirs = read(path), contents.get(path)
-        if mine is None or theirs is None or theirs in (mine, base):
-            contents.pop(path, None)  # the course has not changed it, or no longer has it: the student's stays
-            continue
-        try:
-            merged, num_conflicts = merge(*(each.decode() for each in (mine, base or b"", theirs)))
-            contents[path] = merged.encode()
-        except UnicodeDecodeError:
-            num_conflicts = 1
-        if num_conflicts:
-            remarks.append(f"{path}: where both you and the course have edited it, the course's is in.")
-    return remarks
+    for path in {*version.old, *version.files} - modules:
+        base, mine, theirs = version.old.get(path), read(path), version.files.get(path)
+        if mine == base:
+            contents[path] = theirs
+        elif mine is not None and theirs not in (None, mine, base):
+            try:
+                merged, num_conflicts = merge(*(each.decode() for each in (mine, base or b"", theirs)))
+                contents[path] = merged.encode()
+            except UnicodeDecodeError:
+                contents[path], num_conflicts = theirs, 1
+            if num_conflicts:
+                remarks.append(f"{path}: where both you and the course have edited it, the course's is in.")
+    return contents, sorted(remarks)
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -187,46 +180,46 @@ def install(contents: Mapping[str, bytes | None], commit: str) -> None:
         raise
 
 
-def files_below(root: Path) -> list[Path]:
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - NOT_OURS)
-        found += [path for name in sorted(files) if not (path := Path(folder, name)).is_symlink()]
+def in_folder(root: Path) -> dict[str, bytes]:
+    found = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - NOT_OURS
+        files = [path for name in names if not (path := Path(folder, name)).is_symlink()]
+        found |= {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
     return found
 
 
-def module_paths(names: list[str]) -> list[str]:
-    """The lessons' modules among a version's files: each has the name of a file in solutions/."""
-    found = [re.fullmatch(r"lesson-[^/]+/([a-z]\w*\.py)", name) for name in names]
-    return [match[0] for match in found if match and f"solutions/{match[1]}" in names]
+def in_tar(archive: tarfile.TarFile) -> dict[str, bytes]:
+    return {each.name: archive.extractfile(each).read() for each in archive if each.isfile()}
 
 
 # --- A new version by git ---------------------------------------------------------------------------------------------
 
 
 def git(*arguments: str) -> str:
-    """Run git and return its output. Raises CourseError if it fails."""
+    """Run git and return its output without spaces around it. Raises CourseError if it fails."""
     result = subprocess.run(
         ["git", "-C", str(ROOT), *arguments], capture_output=True, encoding="utf-8", errors="surrogateescape"
     )
     if result.returncode:
         raise CourseError(f"git {arguments[0]}: {(result.stderr or result.stdout).strip()}")
-    return result.stdout
+    return result.stdout.strip()
 
 
-def names(*arguments: str) -> list[str]:
-    """The files that git lists."""
-    return [name for name in git(arguments[0], "-z", *arguments[1:]).split("\0") if name]
+def in_commit(commit: str) -> dict[str, bytes]:
+    command = ["git", "-C", str(ROOT), "archive", "--format=tar", commit]
+    output = subprocess.run(command, capture_output=True, check=True).stdout
+    return in_tar(tarfile.open(fileobj=io.BytesIO(output)))
 
 
-def fetched(folder: Path) -> Version | None:
+def fetched() -> Version | None:
     """Fetch the branch that this clone follows. Prints a line and returns None if there is nothing new in it.
 
     Raises CourseError if this is no clone, a merge is in progress, or git cannot fetch the branch.
     """
     elsewhere = "download the new version and say where it is: make update FROM=course.zip"
     try:
-        is_clone = Path(git("rev-parse", "--show-toplevel").strip()).resolve() == ROOT
+        is_clone = Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT
         remotes = git("remote").split()
     except (CourseError, FileNotFoundError):
         is_clone = False
@@ -235,11 +228,11 @@ def fetched(folder: Path) -> Version | None:
             "This folder does not know where it came from: it is no clone of the course, or git is not installed. "
             f"Install git and {elsewhere}"
         )
-    state = ROOT / git("rev-parse", "--git-dir").strip()
+    state = ROOT / git("rev-parse", "--git-dir")
     if any((state / each).exists() for each in ("MERGE_HEAD", "rebase-merge", "rebase-apply", "CHERRY_PICK_HEAD")):
         raise CourseError("A merge or a rebase is under way in this clone. End it or abort it; then make update again.")
     remote, branch = followed(remotes)
-    name = f"{remote} ({git('remote', 'get-url', remote).strip()})"
+    name = f"{remote} ({git('remote', 'get-url', remote)})"
     print(f"Fetching from {name} ...", flush=True)
     try:
         git("fetch", "--quiet", remote, branch)
@@ -247,47 +240,39 @@ def fetched(folder: Path) -> Version | None:
         raise CourseError(
             f"{error}\nThe new version could not be fetched, and nothing was changed. Or {elsewhere}"
         ) from None
-    target = git("rev-parse", "FETCH_HEAD").strip()
+    target = git("rev-parse", "FETCH_HEAD")
     try:
-        base = git("merge-base", "HEAD", target).strip()
+        base = git("merge-base", "HEAD", target)
     except CourseError:
         raise CourseError(
             f"Your history and that of {name} have nothing in common; nothing was changed. Instead, {elsewhere}"
         ) from None
-    backup = needs_new_numbers()
-    if backup:
+    if backup := needs_new_numbers():
         print(f"The exercises have other numbers now. Your answers are taken from {backup.relative_to(ROOT)}.")
-        base = version_before_numbers()
     elif base == target:
         print(f"Nothing new: {name} is what you have.")
         return None
-    git("archive", f"--output={folder / 'new.tar'}", target)
-    unpack(folder / "new.tar", folder / "new")
-    before, after = (set(names("ls-tree", "-r", "--name-only", commit)) for commit in (base, target))
-    modules = module_paths(list(before))
-    skeletons = {path: git("show", f"{base}:{path}") for path in modules}
-    changed = set() if backup else set(names("diff", "--name-only", "--no-renames", base)) & before
-    added = {path for path in after - before if read(path) is not None}
-    others = sorted((changed | added) - set(modules) - set(module_paths(list(after))))
-    edited = {path: show(base, path) if path in before else None for path in others}
-    gone = sorted(before - after - set(edited))
-    return Version(name, folder / "new", skeletons, edited, gone, target, backup or ROOT)
+    old = in_commit(base)
+    answered = in_commit(version_before_numbers()) if backup else old
+    return Version(name, in_commit(target), old, answered, target, backup or ROOT)
+
+
+def needs_new_numbers() -> Path | None:
+    """The backup of an update that installed renumbered exercises with a version that did not read RENUMBERED."""
+    backups = sorted(BACKUPS.glob("update-*"))
+    is_told = not (ROOT / RENUMBERED).exists() or NUMBERED.exists()
+    return backups[-1] if backups and not is_told else None
 
 
 def version_before_numbers() -> str:
     """The course's commit before the update that installed renumbered exercises without carrying answers over."""
     try:
-        base = git("merge-base", "ORIG_HEAD", "FETCH_HEAD").strip()
-        if not names("ls-tree", "--name-only", base, RENUMBERED):
+        base = git("merge-base", "ORIG_HEAD", "FETCH_HEAD")
+        if not git("ls-tree", base, RENUMBERED):
             return base
     except CourseError:
         pass  # git has forgotten where that update came from
-    added = git("log", "-1", "--format=%H", "--diff-filter=A", "--", RENUMBERED).strip()
-    return git("rev-parse", f"{added}^").strip()
-
-
-def show(commit: str, path: str) -> bytes:
-    return subprocess.run(["git", "-C", str(ROOT), "show", f"{commit}:{path}"], capture_output=True, check=True).stdout
+    return git("log", "-1", "--format=%H", "--diff-filter=A", "--", RENUMBERED) + "^"
 
 
 def followed(remotes: list[str]) -> tuple[str, str]:
@@ -295,8 +280,8 @@ def followed(remotes: list[str]) -> tuple[str, str]:
     if "upstream" in remotes:
         return "upstream", "HEAD"
     try:
-        branch = git("symbolic-ref", "--short", "HEAD").strip()
-        remote, merged = (git("config", f"branch.{branch}.{key}").strip() for key in ("remote", "merge"))
+        branch = git("symbolic-ref", "--short", "HEAD")
+        remote, merged = (git("config", f"branch.{branch}.{key}") for key in ("remote", "merge"))
         if remote in remotes:
             return remote, merged
     except CourseError:
@@ -312,49 +297,50 @@ def move_branch(commit: str, paths: list[str]) -> None:
     git("add", "--update")
     git("add", "--force", "--", *(path for path in paths if read(path) is not None))
     message = "Merge the new version of the course"
-    merged = git("commit-tree", "-p", "HEAD", "-p", commit, "-m", message, git("write-tree").strip())
-    git("reset", "--quiet", "--soft", merged.strip())
+    git("reset", "--quiet", "--soft", git("commit-tree", "-p", "HEAD", "-p", commit, "-m", message, git("write-tree")))
 
 
 # --- A new version as a download --------------------------------------------------------------------------------------
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack an archive; of a tar only files and folders. Raises tarfile.ExtractError for a path outside the folder."""
-    if not tarfile.is_tarfile(archive):
-        return shutil.unpack_archive(archive, folder)
-    with tarfile.open(archive) as tar:
-        plain = [member for member in tar if member.isfile() or member.isdir()]
-        for member in plain:
-            if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
-                raise tarfile.ExtractError(f"{member.name} would lie elsewhere")
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)
-        tar.extractall(folder, plain)
+def in_archive(archive: Path) -> dict[str, bytes]:
+    """The files of the course in an archive; {} if it does not hold the course."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as opened:
+            found = {each.filename: opened.read(each) for each in opened.infolist() if not each.is_dir()}
+    else:
+        with tarfile.open(archive) as opened:
+            found = in_tar(opened)
+    tops = [path.removesuffix(SKELETONS) for path in found if re.fullmatch(f"([^/]+/)?{SKELETONS}", path)]
+    own = {path.removeprefix(tops[0]): found[path] for path in found if path.startswith(tops[0])} if tops else {}
+    return {path: own[path] for path in own if not NOT_OURS.intersection(path.split("/"))}
 
 
-def downloaded(source: Path, folder: Path) -> Version:
+def downloaded(source: Path) -> Version:
     """The version in an archive or a folder. Raises CourseError if it is not an untouched copy of the course."""
     if not source.exists():
         raise CourseError(f"FROM={source}: there is no such file or folder.")
-    if not source.is_dir():
-        try:
-            unpack(source, folder / "new")
-        except (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
-            raise CourseError(f"{source} cannot be unpacked: {error}. Nothing was changed.") from None
-    found = folder / "new" if (folder / "new").exists() else source
-    roots = [each for each in (found, *found.glob("*/")) if (each / "common/skeletons.json").is_file()]
-    if not roots:
-        raise CourseError(f"{source} does not hold the course: there is no common/skeletons.json in it.")
-    if roots[0].resolve() == ROOT:
+    folders = [each for each in (source, *source.glob("*/")) if (each / SKELETONS).is_file()]
+    if folders and folders[0].resolve() == ROOT:
         raise CourseError(f"{source} is this very copy of the course. FROM is for a new version of it.")
-    record = json.loads((roots[0] / "common/skeletons.json").read_text(encoding="utf-8"))
-    for slug, expected in record.items():
-        for module in roots[0].glob(f"lesson-*/{slug}.py"):
-            if digest(module.read_text(encoding="utf-8")) != expected:
-                raise CourseError(f"In {source.name} somebody has worked: {module.name}. FROM needs an untouched copy.")
+    try:
+        files = in_folder(folders[0]) if folders else {} if source.is_dir() else in_archive(source)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise CourseError(f"{source} cannot be unpacked: {error}. Nothing was changed.") from None
+    if not files:
+        raise CourseError(f"{source} does not hold the course: there is no {SKELETONS} in it.")
+    for path in files:
+        if not (ROOT / path).resolve().is_relative_to(ROOT):
+            raise CourseError(f"{source} cannot be unpacked: {path} would lie elsewhere. Nothing was changed.")
+    record = json.loads(files[SKELETONS])
+    for path, text in skeletons(files).items():
+        if digest(text) != record[Path(path).stem]:
+            raise CourseError(f"In {source.name} somebody has worked: {Path(path).name}. FROM needs an untouched copy.")
     modules = [module for module in MODULES if module.solution.exists()]
-    skeletons = {module.module.relative_to(ROOT).as_posix(): cut_lesson(module) for module in modules}
-    return Version(source.name, roots[0], skeletons)
+    solutions = [module.solution.relative_to(ROOT).as_posix() for module in modules]
+    old = {path: content for path in [*files, *solutions] if (content := read(path)) is not None}
+    old |= {module.module.relative_to(ROOT).as_posix(): cut_lesson(module).encode() for module in modules}
+    return Version(source.name, files, old, old)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

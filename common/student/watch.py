@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,13 +17,12 @@ from rich.text import Text
 
 from common import course
 from common.course import CourseError, Lesson, shown
-from common.course.exercises import TOGETHER, exercises_of, is_begun, walk_functions
+from common.course.exercises import TOGETHER, exercises_of, is_begun, read_source, walk_functions
 from common.grading.results import Result, kept, next_step
-from common.grading.runner import Worker, grade, grade_and_keep, read_source, todo_lines
+from common.grading.runner import Worker, grade, grade_and_keep, todo_lines
 from common.options import lesson_number, mine
 from common.student.board import SIGNS, bar, score
 from common.student.grade import congratulate, console, heading, report
-from common.workers import call
 
 PAUSE = 0.2
 """Seconds between two looks at the files."""
@@ -73,80 +72,54 @@ def saves(known: dict[Path, tuple[int, int, int] | None]) -> Iterator[Path]:
                 yield file
 
 
-# --- A worker in advance ----------------------------------------------------------------------------------------------
-
-
-class Spare(Worker):
-    """A worker that is started in advance. The first call, with the arguments of `Worker`, uses it up."""
-
-    def __init__(self):
-        self.process, self.connection = call("common.student.watch:wait_for_work")
-        self.is_used = False
-
-    def __call__(self, *what) -> Worker:
-        if self.is_used:
-            return Worker(*what)
-        self.is_used = True
-        try:
-            self.connection.send(what)
-        except OSError:  # it has ended, perhaps because the machine lacked memory
-            return Worker(*what)
-        return self
-
-
-def wait_for_work(connection: Connection) -> None:
-    """In the spare worker's process: wait for the arguments of `work`."""
-    try:
-        from common.grading.worker import work
-
-        what = connection.recv()
-    except (EOFError, KeyboardInterrupt):
-        return
-    work(connection, *what)
+def take(spare: list[Worker]) -> Worker:
+    """A worker that was started in advance, or a new one where there is none or it has ended."""
+    worker = spare.pop() if spare else Worker()
+    return worker if worker.process.poll() is None else Worker()
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
 class Watched:
-    """A module, its source when it was last graded, and its results."""
+    """A module, its source when it was last graded, and its results. start: starts a worker."""
 
-    def __init__(self, lesson: Lesson):
-        self.lesson = lesson
-        self.file = lesson.module
+    def __init__(self, lesson: Lesson, start: Callable[[], Worker]):
+        self.lesson, self.file = lesson, lesson.module
+        self.start = start
         self.source = ""
         self.is_readable = True
         self.results: dict[str, Result] = {}
 
-    def begin(self, start: Callable[..., Worker]) -> None:
+    def begin(self) -> None:
         """Grade the whole module, unless its results are kept, and report as `make test-lesson-N` does."""
         heading(self.lesson, self.file)
         self.source = read_source(self.file)
-        self.take(kept(self.lesson, self.file) or [])
-        for result in self.results.values():
-            report(self.lesson, self.file, result, verbose=False)
-        if not self.results:
-            self.grade_all(start, lambda result: report(self.lesson, self.file, result, verbose=False))
+        show = partial(report, self.lesson, self.file, verbose=False)
+        if known := kept(self.lesson, self.file):
+            self.take(known)
+            for result in known:
+                show(result)
+        else:
+            self.grade_all(on_result=show)
 
     def take(self, results: list[Result]) -> None:
         self.results.update({result.id: result for result in results})
 
-    def grade_all(
-        self, start: Callable[..., Worker], on_result: Callable[[Result], None] = lambda result: None
-    ) -> None:
-        self.take(grade_and_keep(self.lesson, self.file, on_result=on_result, start=start))
+    def grade_all(self, **options) -> None:
+        self.take(grade_and_keep(self.lesson, self.file, start=self.start, **options))
 
-    def look(self, start: Callable[..., Worker]) -> None:
+    def look(self) -> None:
         """After a save: grade what may have changed, and report it. Raises CourseError if the file cannot be read."""
         was_readable, self.is_readable = self.is_readable, False
         source = read_source(self.file)
         self.is_readable = True
         if not self.results:
-            return self.begin(start)
+            return self.begin()
         ids = [] if source == self.source else edited(self.lesson, self.source, source)
         before = dict(self.results)
         with console.status("grading ..."):
-            self.grade_again(ids, start)
+            self.grade_again(ids)
         for place, line in todo_lines(source).items():
             if place in self.results:
                 self.results[place].line = line
@@ -154,28 +127,25 @@ class Watched:
             self.source = source
             self.tell(before, ids)
 
-    def grade_again(self, ids: list[str] | None, start: Callable[..., Worker]) -> None:
+    def grade_again(self, ids: list[str] | None) -> None:
         """ids: the exercises that were edited; None if all may have changed."""
         if ids is None or (ids and self.lesson.is_withheld):
-            self.grade_all(start)
+            self.grade_all()
         elif ids:
             wrong = [id for id, result in self.results.items() if result.status == "wrong" and id != TOGETHER]
-            self.take(grade(self.lesson, self.file, only=sorted({*ids, *wrong}), start=start))
+            self.take(grade(self.lesson, self.file, only=sorted({*ids, *wrong}), start=self.start))
             if all(result.status == "passed" for id, result in self.results.items() if id != TOGETHER):
-                self.grade_all(start)
+                self.grade_all()
             else:
                 self.results[TOGETHER] = Result(TOGETHER, TOGETHER, status="waiting")
 
     def tell(self, before: dict[str, Result], ids: list[str] | None) -> None:
         told = Text()
         for id, result in self.results.items():
-            was = before[id].status
-            if id == TOGETHER:
-                continue
-            if was != result.status:
-                told.append(f"{result}: {was} -> ").append(result.status, SIGNS[result.status][1]).append("   ")
-            elif id in (ids or ()):
-                told.append(f"{result}: still ").append(result.status, SIGNS[result.status][1]).append("   ")
+            was, is_edited = before[id].status, id in (ids or ())
+            verb = f"{was} ->" if was != result.status else "still" if is_edited else ""
+            if verb and id != TOGETHER:
+                told.append(f"{result}: {verb} ").append(result.status, SIGNS[result.status][1]).append("   ")
         console.print(Text(time.strftime("\n%H:%M:%S  "), "dim") + (told or Text("No exercise has changed.", "dim")))
         wrong = [result for id, result in self.results.items() if result.status == "wrong"]
         new = [each for each in wrong if each.id in (ids or ()) or before[each.id].status != "wrong"]
@@ -195,23 +165,30 @@ class Watched:
 def watch_lesson(lesson_number: int, mine: str) -> int:
     """Grade a lesson's file again whenever it is saved, until Ctrl-C."""
     course.activate(mine)
-    modules = course.modules_of(lesson_number)
-    return watch([Watched(each) for each in modules if not each.is_optional or is_begun(each, each.module)])
+    spare = [Worker()]
+    modules = [
+        Watched(each, partial(take, spare))
+        for each in course.modules_of(lesson_number)
+        if not each.is_optional or is_begun(each, each.module)
+    ]
+    try:
+        return watch(modules, spare)
+    finally:
+        for each in spare:
+            each.close()
 
 
-def watch(modules: list[Watched]) -> int:
-    """Grade these modules, then again after each save, until Ctrl-C."""
+def watch(modules: list[Watched], spare: list[Worker]) -> int:
+    """Grade these modules, then again after each save, until Ctrl-C. spare: filled whenever its worker was taken."""
     known = {each.file: stamp(each.file) for each in modules}
-    spare = Spare()
 
-    def attempt(action: Callable[[Callable[..., Worker]], None]) -> None:
-        nonlocal spare
+    def attempt(action: Callable[[], None]) -> None:
         try:
-            action(spare)
+            action()
         except CourseError as error:
             console.print(Text(f"\n{error}", "red"))
-        if spare.is_used:
-            spare = Spare()
+        if not spare:
+            spare.append(Worker())
 
     try:
         for each in modules:
@@ -228,6 +205,4 @@ def watch(modules: list[Watched]) -> int:
                 console.print("Still watching; Ctrl-C ends this.")
     except KeyboardInterrupt:
         console.print("\nStopped.")
-    finally:
-        spare.close()
     return 0

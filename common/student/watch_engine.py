@@ -17,8 +17,8 @@ import click
 from common.course import counted, files_used, substitutes
 from common.options import engine_options, mine, number, option, threads
 from common.sampling import SamplingParams
-from common.start import OptionError, start_engine
-from common.student.chat import Talker, option_errors, talker_of
+from common.start import OptionError, option_errors, start_engine
+from common.student.chat import Talker, talker_of
 from common.student.serve import BEGINNINGS, QUESTIONS
 from common.watching.chrome import chrome_events
 from common.watching.page import make_page, prepare

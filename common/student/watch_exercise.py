@@ -84,7 +84,7 @@ def watch(lesson: Lesson, file: Path, exercise: Exercise) -> tuple[str, str, tup
     """
     import pytest
 
-    from common.grading import plugin
+    from common.grading.plugin import QUIET, Grader, run_checks
     from common.grading.subject import Subject
 
     os.environ["KERNELS"] = "plain"
@@ -93,7 +93,7 @@ def watch(lesson: Lesson, file: Path, exercise: Exercise) -> tuple[str, str, tup
         raise CourseError(f"{exercise.id} {exercise.function} is still to do in {shown(file)}.")
     found, broken = [], []
 
-    class Watcher(plugin.Grader):
+    class Watcher(Grader):
         """Runs the checks of one exercise until one fails, and then records it."""
 
         def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -106,8 +106,7 @@ def watch(lesson: Lesson, file: Path, exercise: Exercise) -> tuple[str, str, tup
             if not found and (runs := both_runs(subject, exercise_id, check, self.title)):
                 found.append((self.title, *runs))
 
-    options = [str(lesson.checks), *plugin.ALONE, "-p", "no:terminal", "--capture=no"]
-    pytest.main(options, plugins=[plugin, Watcher(lambda lesson: subject, [exercise.id])])
+    run_checks(lesson.checks, Watcher(subject, [exercise.id]), *QUIET, "--capture=no")
     if broken:
         raise CourseError(f"A check of the course is broken, please report it:\n{broken[0]}")
     return found[0] if found else None

@@ -37,8 +37,7 @@ class Machine:
         monkeypatch.setattr(setup, "run", self.run)
         monkeypatch.setattr(setup, "beside", self.beside)
         monkeypatch.setattr(setup, "enter", self.entered.append)
-        monkeypatch.setattr(setup, "runs", lambda python: python.exists())
-        monkeypatch.setattr(setup, "version_of", lambda python: setup.version_text(sys.version_info))
+        monkeypatch.setattr(setup, "version_of", lambda python: setup.this_version() if python.exists() else "")
         for variable in ("TORCH", "COURSE_PYTHON", "COURSE_ENTERED"):
             monkeypatch.delenv(variable, raising=False)
         monkeypatch.setattr(sys, "platform", "linux")

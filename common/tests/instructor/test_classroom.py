@@ -17,6 +17,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,14 @@ import pytest
 
 from common.course import LESSONS, MODULES, ROOT, CourseError
 from common.course.catalogue import apply, right
-from common.course.exercises import TOGETHER, exercises_of, to_do
-from common.grading.runner import grade, read_source
+from common.course.exercises import TOGETHER, exercises_of, read_source, to_do
+from common.grading import runner
+from common.grading.results import Result
+from common.grading.runner import grade
 from common.grading.wire import sealed
 from common.instructor import sandbox
 from common.instructor.classroom import Classroom, points_of
-from common.instructor.report import write
+from common.instructor.report import Graded, write
 from common.instructor.submissions import Submission, find_submissions, read_submission
 
 INTRO, BASICS = LESSONS[0], LESSONS[1]
@@ -222,19 +225,19 @@ def test_the_last_of_two_entries_with_one_path_counts(tmp_path):
     ]
 
 
-@dataclass
 class Scripted:
-    """A worker that says these things and ends."""
+    """A worker that says these things, of the exercises that it is to run, and ends."""
 
-    events: list[tuple]
-    key: bytes
     patience = 1.0
 
-    def __post_init__(self):
+    def __init__(self, events_of: Callable[[list[str]], list[tuple]]):
+        self.events_of = events_of
+
+    def begin(self, lesson, file, ids, show_prints, key) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         with theirs:
-            for event in self.events:
-                theirs.send_bytes(sealed(event, self.key))
+            for event in self.events_of(list(ids)):
+                theirs.send_bytes(sealed(event, key))
 
     def how_it_ended(self) -> str:
         return "by signal 9"
@@ -250,14 +253,14 @@ def test_a_process_that_ends_between_two_exercises_loses_one_of_them(tmp_path):
     checks = {each.id: (1, 5.0, 1) for each in exercises_of(INTRO)} | {TOGETHER: (0, 5.0, 1)}
     asked = []
 
-    def start(lesson, file, ids, show_prints, key):
-        asked.append(ids := list(ids))
+    def events_of(ids):
+        asked.append(ids)
         events = [("collected", checks)]
         for id in ids[: None if asked[1:] else 1]:
             events += [("start", id), ("check", None), ("end", id)]
-        return Scripted([*events, *([("finished",)] if asked[1:] else [])], key)
+        return [*events, *([("finished",)] if asked[1:] else [])]
 
-    results = {result.id: result for result in grade(INTRO, file, start=start)}
+    results = {result.id: result for result in grade(INTRO, file, start=lambda: Scripted(events_of))}
     first, *others = [each.id for each in exercises_of(INTRO)]
     assert len(asked) == 2 and first not in asked[1]
     assert results[first].status == "wrong" and "by signal 9 after its checks" in results[first].sentence
@@ -436,7 +439,7 @@ def graded_soon(monkeypatch):
     """Grades as `graded` does, and ends after 3 seconds what never ends: the answers to the exercises `endless`. Where
     the machine is so busy that other answers take as long, all get more time.
     """
-    monkeypatch.setattr(sandbox, "GONE_SECONDS", 2.0)
+    monkeypatch.setattr(runner, "GONE_SECONDS", 2.0)
 
     def grade(submission: Submission, out: Path, endless: set[str], lesson=BASICS):
         for patience in (0.3, 1.5, 7.5):
@@ -725,6 +728,30 @@ def test_grading_can_be_interrupted_and_goes_on(tmp_path):
     assert points == {"anna": str(worth), "bert": "0", "carla": str(worth)}
     gradescope = json.loads((tmp_path / "out" / "students" / "anna" / "results.json").read_text())
     assert gradescope["score"] == worth == sum(test["max_score"] for test in gradescope["tests"])
+
+
+def test_an_optional_module_that_only_some_hand_in_shifts_nothing(tmp_path):
+    lessons = [INTRO, next(each for each in MODULES if each.is_optional), BASICS]
+    submissions = [Submission("anna", tmp_path, {each.slug: b"" for each in lessons})]
+    submissions.append(Submission("ben", tmp_path, {each.slug: b"" for each in lessons if not each.is_optional}))
+    graded = {
+        (submission.student, lesson.slug): Graded(
+            submission.student, lesson, [Result(each.id, each.function, "passed", 1) for each in exercises_of(lesson)]
+        )
+        for submission in submissions
+        for lesson in lessons
+        if lesson.slug in submission.modules
+    }
+    write(tmp_path, lessons, submissions, graded)
+    heat = (tmp_path / "index.html").read_text().partition('class="heat"')[2].split("<tr>")[1:]
+    assert [row.count("<th") + row.count("<td") for row in heat] == [heat[0].count("<th")] * 3
+    row = re.findall(r"<td[^>]*>(.?)</td>", heat[2])
+    assert row == ["✓"] * len(exercises_of(INTRO)) + [""] * len(exercises_of(lessons[1])) + ["✓"] * len(
+        exercises_of(BASICS)
+    )
+    assert "not graded yet" not in (tmp_path / "students" / "ben" / "index.html").read_text()
+    rows = list(csv.DictReader((tmp_path / "grades.csv").open()))
+    assert [each["not graded yet"] for each in rows] == ["", ""]
 
 
 def test_reports_escape_what_a_student_wrote(tmp_path):

@@ -165,8 +165,11 @@ class Told:
 
     patience = 1.0
 
-    def __init__(self, events: list[tuple], key: bytes):
-        self.connection, self.events, self.key = self, iter(events), key
+    def __init__(self, events: list[tuple]):
+        self.connection, self.events = self, iter(events)
+
+    def begin(self, lesson, file, ids, show_prints, key) -> None:
+        self.key = key
 
     def poll(self, timeout: float) -> bool:
         return True
@@ -191,7 +194,7 @@ def test_a_wrong_one_is_told_after_what_it_may_be_wrong_because_of(tmp_path):
         subject.lesson,
         subject.file,
         on_result=lambda result: told.append((len(told), result.id, result.sentence)),
-        start=lambda lesson, file, ids, show_prints, key: Told(events, key),
+        start=lambda: Told(events),
     )
     assert [each[1] for each in told] == [*ids, "together"]
     assert told[0][2] == "is 3, expected 2.\nThis ran in your whole file, and 9.2 is wrong too: look there first."

@@ -385,7 +385,8 @@ def test_what_is_no_new_version_of_the_course_is_refused(download, mine, tmp_pat
     whole = Path(shutil.make_archive(str(tmp_path / "whole"), "gztar", tmp_path / "new")).read_bytes()
     (tmp_path / "half.tar.gz").write_bytes(whole[: len(whole) // 2])
     with tarfile.open(tmp_path / "outside.tar.gz", "w:gz") as archive:
-        archive.add(tmp_path / "broken.zip", "../outside.txt")
+        archive.add(download.root, "course-main")
+        archive.add(tmp_path / "broken.zip", "course-main/../outside.txt")
     download.answer("1.1", "return 'theirs'")
     for name, told in {
         "missing.zip": "no such file",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 
@@ -11,7 +12,7 @@ from common.grading import results, runner
 from common.grading.results import Result
 from common.grading.runner import Worker
 from common.student import watch
-from common.student.watch import Spare, Watched, edited, saves, stamp
+from common.student.watch import Watched, edited, saves, stamp, take
 from common.tests.sample_lesson import write_lesson
 
 TODO = '"""A sample."""\n\nimport torch\n\n\ndef helper(x):\n    return 2 * x\n' + "".join(
@@ -98,14 +99,14 @@ def graded(monkeypatch):
 
 
 def test_a_save_is_answered_with_what_it_changed(lesson, graded, capsys):
-    watched = Watched(lesson)
+    watched = Watched(lesson, Worker)
 
     def save(text: str) -> str:
         lesson.module.write_text(text)
-        watched.look(None)
+        watched.look()
         return capsys.readouterr().out
 
-    watched.begin(None)
+    watched.begin()
     assert capsys.readouterr().out.count("to do") == 2 and graded == [None]
     right = answered(TODO, "9.1", "return x + x")
     told = save(answered(TODO, "9.1", "return x - x"))
@@ -144,23 +145,22 @@ def test_a_file_that_is_saved_while_it_is_graded_has_no_known_grade(lesson, monk
 def test_what_is_known_is_not_graded_again(lesson, graded, capsys):
     results.keep(lesson, lesson.module, watch.grade(lesson, lesson.module))
     graded.clear()
-    Watched(lesson).begin(None)
+    Watched(lesson, Worker).begin()
     assert graded == [] and capsys.readouterr().out.count("to do") == 2
 
 
 @pytest.mark.slow
 def test_a_spare_worker_does_what_another_would(lesson):
     lesson.module.write_text(answered(answered(TODO, "9.1", "return x + x"), "9.2", "import os; os._exit(3)"))
-    spare = Spare()
-    try:
-        results = watch.grade(lesson, lesson.module, start=spare)
-        assert spare.is_used
-        assert [result.status for result in results] == ["passed", "wrong", "waiting"]
-        again = watch.grade(lesson, lesson.module, only=["9.1"], start=spare)
-        assert [result.status for result in again] == ["passed"], "used up, it makes way for a new one"
-    finally:
-        spare.close()
-    idle = Spare()
+    spare = [first := Worker()]
+    start = partial(take, spare)
+    results = watch.grade(lesson, lesson.module, start=start)
+    assert first.process.poll() is not None and not spare
+    assert [result.status for result in results] == ["passed", "wrong", "waiting"]
+    again = watch.grade(lesson, lesson.module, only=["9.1"], start=start)
+    assert [result.status for result in again] == ["passed"], "used up, it makes way for a new one"
+    idle = Worker()
     idle.close()
     assert idle.process.poll() is not None
-    assert isinstance(idle, Worker)
+    again = watch.grade(lesson, lesson.module, only=["9.1"], start=partial(take, [idle]))
+    assert [result.status for result in again] == ["passed"], "so does one that has ended"
