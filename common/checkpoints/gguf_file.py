@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +23,16 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 """The types of numbers, as `struct` and numpy call them."""
 UINT32, STRING, ARRAY = 4, 8, 9
 MOST = 100_000  # keys, and tensors
-DEEPEST = 4  # arrays in arrays
 MOST_DIMENSIONS = 4
 
 
 class Stored(NamedTuple):
-    """A tensor as the file has it. `gguf.dequantize(data, kind)` returns its numbers."""
+    """Where and how a tensor is stored. `GGUFFile.numbers` reads it."""
 
     kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]  # outermost first, unlike in the file
-    data: numpy.ndarray  # uint8, with the bytes of a row in the last dimension; mapped, not read
+    row_bytes: int
+    offset: int  # from where the first tensor begins
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,21 +70,12 @@ class GGUFFile:
         for i in range(num_keys):
             self.read_key(i)
         self.num_bytes = 0  # of the tensors so far
-        headers: dict[str, tuple[gguf.GGMLQuantizationType, tuple[int, ...], int, int]] = {}
+        self.tensors: dict[str, Stored] = {}
         for i in range(num_tensors):
-            self.what = f"tensor number {i}"
-            name = self.text()
-            self.what = f"tensor {name!r:.80}"
-            if name in headers:
-                raise self.wrong("is there twice")
-            headers[name] = self.read_tensor_header()
+            self.read_tensor_header(i)
         self.what = "the last tensor"
         self.skip(-self.position % self.alignment)
-        first = self.skip(self.num_bytes)
-        self.tensors = {
-            name: Stored(kind, shape, numpy.ndarray((*shape[:-1], row), "u1", self.data, first + offset))
-            for name, (kind, shape, row, offset) in headers.items()
-        }
+        self.first = self.skip(self.num_bytes)
         self.architecture = self.get("general.architecture")
 
     REQUIRED = object()
@@ -109,8 +101,9 @@ class GGUFFile:
         return value
 
     def numbers(self, name: str) -> numpy.ndarray:
-        """A tensor's numbers as float32, (rows, ..., row)."""
-        kind, _, data = self.tensors[name]
+        """A tensor's numbers as float32."""
+        kind, shape, row_bytes, offset = self.tensors[name]
+        data = numpy.ndarray((*shape[:-1], row_bytes), "u1", self.data, self.first + offset)
         try:
             return gguf.dequantize(data, kind)
         except (NotImplementedError, ValueError) as error:
@@ -142,7 +135,7 @@ class GGUFFile:
         except UnicodeDecodeError as error:
             raise self.wrong(f"has text that is no UTF-8 ({error.reason})") from None
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def value(self, kind: int) -> Any:
         if kind in NUMBERS:
             return self.number(NUMBERS[kind])
         if kind == STRING:
@@ -150,21 +143,26 @@ class GGUFFile:
         if kind != ARRAY:
             raise self.wrong(f"has a value of type {kind}, which there is not")
         item, length = self.number("I"), self.number("Q")
-        if depth == DEEPEST:
-            raise self.wrong("has arrays in arrays in arrays")
+        if item == ARRAY:
+            raise self.wrong("has arrays in an array, which llama.cpp does not read either")
         if item in NUMBERS:
             dtype = numpy.dtype(f"<{NUMBERS[item]}")
             return numpy.ndarray(length, dtype, self.data, self.skip(length * dtype.itemsize)).tolist()
-        if length * 8 > len(self.data):  # a text has a length of 8 bytes, an array 12
+        if length * 8 > len(self.data):  # a text begins with 8 bytes, its length
             raise self.wrong(f"says that it has {length:,} values")
-        return [self.value(item, depth + 1) for _ in range(length)]
+        return [self.value(item) for _ in range(length)]
+
+    def new_name(self, kind: str, i: int, known: Container[str]) -> str:
+        """Read the name of a key or a tensor, number i of its kind. Errors name it from here on."""
+        self.what = f"{kind} number {i}"
+        name = self.text()
+        self.what = f"{kind} {name!r:.80}"
+        if name in known:
+            raise self.wrong("is there twice")
+        return name
 
     def read_key(self, i: int) -> None:
-        self.what = f"key number {i}"
-        key = self.text()
-        self.what = f"key {key!r:.80}"
-        if key in self.keys:
-            raise self.wrong("is there twice")
+        key = self.new_name("key", i, self.keys)
         kind = self.number("I")
         value = self.keys[key] = self.value(kind)
         if key == "general.alignment":
@@ -172,11 +170,9 @@ class GGUFFile:
             if kind != UINT32 or not value or value & (value - 1):
                 raise self.wrong("is no power of two in 32 bits")
 
-    def read_tensor_header(self) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...], int, int]:
-        """Returns a tensor's type, its shape, the bytes of a row, and where it begins, counted from the first tensor.
-
-        It must begin where the one before it ends, as in llama.cpp.
-        """
+    def read_tensor_header(self, i: int) -> None:
+        """A tensor must begin where the one before it ends, as in llama.cpp."""
+        name = self.new_name("tensor", i, self.tensors)
         num_dimensions = self.number("I")
         if num_dimensions > MOST_DIMENSIONS:
             raise self.wrong(f"has {num_dimensions:,} dimensions")
@@ -191,8 +187,8 @@ class GGUFFile:
             raise self.wrong(f"has the shape {shape}")
         if offset != (expected := self.num_bytes + -self.num_bytes % self.alignment):
             raise self.wrong(f"begins at byte {offset:,} of the tensors, in place of {expected:,}")
-        row = shape[0] // per_block * block_size
-        self.num_bytes = offset + math.prod(shape[1:]) * row
+        row_bytes = shape[0] // per_block * block_size
+        self.num_bytes = offset + math.prod(shape[1:]) * row_bytes
         if self.num_bytes > len(self.data):
             raise self.wrong(f"of shape {shape} does not fit into the file")
-        return kind, tuple(reversed(shape)), row, offset
+        self.tensors[name] = Stored(kind, tuple(reversed(shape)), row_bytes, offset)

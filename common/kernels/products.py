@@ -115,8 +115,6 @@ def pack_floats(layer: nn.Module) -> None:
     oneDNN's matrix keeps its shape, dtype and device, but its elements cannot be read, and it is no parameter: it is
     never saved.
     """
-    if has_kernel(layer):
-        return
     if build.compiled() is not None and layer.weight.dtype == torch.bfloat16:
         in_panels(layer, BFLOATS, look_up_pairs, weight=pairs(layer.weight))
     elif build.compiled() is not None:
@@ -142,7 +140,7 @@ def pack_int8(layer: nn.Module, kind: int = INT8) -> None:
     An instruction that multiplies four pairs of numbers needs weights without a sign, so 128 is added to each. The
     activations are then rounded to whole numbers of sixteen bits, with one scale for each row.
     """
-    if build.compiled() is None or has_kernel(layer):
+    if build.compiled() is None:
         return
     if torch.ops.inference_course.has_quads():
         in_panels(layer, kind, look_up_quads, weight=pairs(layer.weight.view(torch.uint8) ^ 128, 4))
@@ -171,7 +169,7 @@ def pack_int4(layer: nn.Module, group_size: int, kind: int = INT4) -> None:
     (out, groups) float16, if there are compiled kernels and the layer begins with a whole group.
     """
     fits = layer.in_features % 2 == 0 and layer.columns.start % group_size == 0
-    if fits and build.compiled() is not None and not has_kernel(layer):
+    if fits and build.compiled() is not None:
         names = [name for name in ("weight_scale", "weight_minimum") if hasattr(layer, name)]
         tensors = {name: panels(getattr(layer, name)) for name in names}
         size, count = group_size // 2, len(tensors["weight_scale"][0])  # bytes of a group; groups of a row

@@ -112,8 +112,7 @@ def report_for_work() -> tuple[CommandSocket, dist.Store, int]:
     """Connect a worker to the commanding process. Returns the socket, the store and this process's rank."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the commanding process handles Ctrl-C
     store, rank, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    address = os.environ.get(ADDRESS_VARIABLE) or store.get("reception").decode()
-    os.environ.pop(ADDRESS_VARIABLE, None)
+    address = os.environ.pop(ADDRESS_VARIABLE, None) or store.get("reception").decode()
     return CommandSocket(report(rank, address)), store, rank
 
 

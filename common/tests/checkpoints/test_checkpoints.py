@@ -657,6 +657,7 @@ def test_a_gguf_with_impossible_lengths_is_refused_before_it_is_read(tmp_path):
     refused(b"", 16, 2**62, 8, "4,611,686,018,427,387,904 keys")
     refused(b"", 24, 2**62, 8, "key number 0 should end at byte")
     refused(tokens, 0, 77, 4, "'tokenizer.ggml.tokens' has a value of type 77")
+    refused(tokens, 4, 9, 4, "'tokenizer.ggml.tokens' has arrays in an array")
     refused(tokens, 8, 2**60, 8, "'tokenizer.ggml.tokens' says that it has 1,152,921,504,606,846,976")
     refused(tokens, 16, 2**60, 8, "'tokenizer.ggml.tokens' should end at byte")
     refused(tokens, 24, 0xFF, 1, "'tokenizer.ggml.tokens' has text that is no UTF-8")
@@ -665,6 +666,9 @@ def test_a_gguf_with_impossible_lengths_is_refused_before_it_is_read(tmp_path):
     refused(matrix, 4, 0, 8, "tensor 'token_embd.weight' has the shape .0, 320")
     refused(matrix, 20, 77, 4, "tensor 'token_embd.weight' is stored as type 77")
     refused(matrix, 24, 64, 8, "tensor 'token_embd.weight' begins at byte 64 of the tensors, in place of 0")
+    path.write_bytes(right.replace(b"blk.1.attn_norm.weight", b"blk.0.attn_norm.weight"))
+    with pytest.raises(CheckpointError, match=r"a\.gguf: .*tensor 'blk.0.attn_norm.weight' is there twice"):
+        find_checkpoint(str(path))
     path = write_gguf(path, "llama", lambda writer: writer.add_uint32("general.alignment", 32))
     right, alignment = path.read_bytes(), b"general.alignment"
     refused(alignment, 4, 48, 4, "'general.alignment' is no power of two in 32 bits")
