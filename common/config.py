@@ -6,6 +6,7 @@ the check of a constructor's arguments are both made from it. Options have vLLM'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
@@ -208,6 +209,13 @@ def check_option(each: Field, value: Any, name: str | None = None) -> None:
     """Raise ValueError if a field cannot have the value. name: what the caller calls the field."""
     if not (value is None and each.default is None) and (rule := broken_rule(each, value)):
         raise ValueError(f"{name or each.name} must be {rule}; it is {shown(value)}.")
+
+
+def check_names(values: Any, name: str) -> Mapping[str, Any]:
+    """Return the values, or raise ValueError if they are not a mapping from names, as keyword arguments must be."""
+    if isinstance(values, Mapping) and all(isinstance(key, str) for key in values):
+        return values
+    raise ValueError(f"{name} must be a mapping from names to values; it is {shown(values)}.")
 
 
 def broken_rule(each: Field, value: Any) -> str | None:

@@ -21,7 +21,7 @@ import torch
 
 from common import kernels
 from common.checkpoints import Checkpoint, find_checkpoint
-from common.config import EngineConfig, check_option
+from common.config import EngineConfig, check_names, check_option
 from common.machine import check_memory, choose_device
 from common.tokenizer import Tokenizer, load_tokenizer
 from solutions import llama_pytorch
@@ -214,7 +214,7 @@ class InferenceEngine(Engine):
         """
         if self.tokenizer.chat_template is None:
             raise ValueError("This model has no chat template: it continues text. Use generate.")
-        values = chat_template_kwargs or {}
+        values = check_names(chat_template_kwargs or {}, "chat_template_kwargs")
         # Exercise 8.12: apply the template, with `values` as keyword arguments. It writes special tokens into the text,
         # so encode the text without adding them. Then generate the answer.
         text = self.tokenizer.apply_chat_template(messages, **values)

@@ -80,17 +80,18 @@ def measure_grids(name: str, quick: bool) -> dict:
         "two stages, two batches": (1, 2),
     }
     rows: dict[str, dict] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for way, grid in ways.items():
-            torch.set_num_threads(1 if "1 thread" in way else 2)
+    for way, grid in ways.items():
+        torch.set_num_threads(1 if "1 thread" in way else 2)
+        row = rows[way] = {}
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
             if grid is None:
                 engine = local_engine(model, tokenizer, enable_prefix_caching=False)
             else:
-                build = partial(timed_runner if "stages" in way else make_probing_runner, Path(folder))
+                build = partial(timed_runner if "stages" in way else make_probing_runner, folder)
                 options = dict(dtype=torch.float32, device="cpu", enable_prefix_caching=False)
                 options |= dict(tensor_parallel=grid[0], pipeline_parallel=grid[1])
                 engine = observed_engine(build, model=name, **options)
-            row = rows[way] = {}
             with engine:
                 if way == "two stages, one batch":
                     engine.executor.depth = engine.scheduler.depth = 1
@@ -99,8 +100,9 @@ def measure_grids(name: str, quick: bool) -> dict:
                     speed = row[f"tokens_per_second_{count}"] = count * num_tokens / median_seconds(answer, rounds)
                     print(f"{name}, {way}, {count} at once: {speed:.1f} tokens/s", flush=True)
             if "stages" in way:
-                row["timeline"] = timeline(Path(folder))
-        all_reduce = json.loads((Path(folder) / "all_reduce.json").read_text(encoding="utf-8"))
+                row["timeline"] = timeline(folder)
+            elif grid is not None:
+                all_reduce = json.loads((folder / "all_reduce.json").read_text(encoding="utf-8"))
     torch.set_num_threads(threads)
     print("all_reduce: " + ", ".join(f"{rows} rows {seconds * 1e3:.2f} ms" for rows, seconds in all_reduce.items()))
     return {
@@ -114,12 +116,7 @@ def measure_grids(name: str, quick: bool) -> dict:
 
 
 def timeline(folder: Path) -> list[list[list[float]]]:
-    """For each stage the last sixteen steps: [step, number of requests, start, end], in seconds from the first of them.
-
-    Removes the files of the ranks.
-    """
+    """For each stage sixteen of its last steps: [step, number of requests, start, end], in seconds from the first."""
     stages = [spans[-24:-8] for spans in times_of_ranks(folder).values()]
-    for file in folder.glob("rank-*.jsonl"):
-        file.unlink()
     first = min(stage[0][2] for stage in stages)
     return [[[step, count, start - first, end - first] for step, count, start, end in stage] for stage in stages]

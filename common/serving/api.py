@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -84,6 +85,11 @@ def add_routes(app: FastAPI, server: Server) -> None:
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     stream = {200: {"content": {"text/event-stream": {"schema": event}}}}  # before 3.2 a schema is that of each event
 
+    name, limit = server.model_name, server.config.max_model_len
+    card = protocol.ModelCard(
+        id=name, created=int(time.time()), owned_by="inference-course", root=name, max_model_len=limit
+    )
+
     @app.post("/v1/completions", responses=stream, response_model=protocol.CompletionResponse)
     async def completions(request: Request, body: protocol.CompletionRequest):
         """Continue a prompt, or several."""
@@ -96,24 +102,22 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     async def models() -> protocol.ModelList:
-        return protocol.ModelList(data=[model_card(server)])
+        return protocol.ModelList(data=[card])
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> protocol.ModelCard:
         server.check_model(model)
-        return model_card(server)
+        return card
 
     @app.post("/tokenize")
     async def tokenize(body: protocol.TokenizeRequest) -> protocol.TokenizeResponse:
         """The token ids of a prompt, or of a conversation as the chat template writes it."""
         server.check_model(body.model)
-        special = body.add_special_tokens
         if body.prompt is None:
             token_ids = encode_chat(server, body, body.tools or [])
         else:
-            token_ids = server.encode(body.prompt, special is not False)
+            token_ids = server.encode(body.prompt, body.add_special_tokens is not False)
         texts = [token_text(server.tokenizer, each)[0] for each in token_ids] if body.return_token_strs else None
-        limit = server.config.max_model_len
         return protocol.TokenizeResponse(count=len(token_ids), max_model_len=limit, tokens=token_ids, token_strs=texts)
 
     @app.post("/detokenize")
@@ -155,13 +159,6 @@ class PageFiles(StaticFiles):
         response = super().file_response(*arguments, **options)
         response.headers.update(REVALIDATE)
         return response
-
-
-def model_card(server: Server) -> protocol.ModelCard:
-    name, limit = server.model_name, server.config.max_model_len
-    return protocol.ModelCard(
-        id=name, created=server.created, owned_by="inference-course", root=name, max_model_len=limit
-    )
 
 
 def document(app: FastAPI) -> None:

@@ -61,12 +61,8 @@ def plain_message(message: Message) -> dict:
     content = message.content or ""
     if not isinstance(content, str):
         content = "\n".join(part.text for part in content)
-    role = "system" if message.role == "developer" else message.role
-    plain: dict = {"role": role, "content": content}
-    if message.name is not None:
-        plain["name"] = message.name
-    if message.tool_call_id is not None:
-        plain["tool_call_id"] = message.tool_call_id
+    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    plain |= message.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
     if message.tool_calls:
         plain["tool_calls"] = [
             {"type": "function", "id": call.id, "function": {"name": call.function.name, "arguments": arguments(call)}}

@@ -31,7 +31,6 @@ class Server:
 
     def __post_init__(self):
         self.tokenizer, self.config = self.loop.engine.tokenizer, self.loop.engine.config
-        self.created = int(time.time())
 
     def check_model(self, model: str | None) -> None:
         if model is not None and model != self.model_name:

@@ -1214,6 +1214,9 @@ def test_chat_is_the_template_and_no_more(folders, monkeypatch, model):
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "brief"}]
     with assembled(folders, "draft") as engine:
         output = engine.chat(messages, params)
+        for wrong in ([1], "mood", {1: "merry"}):
+            with pytest.raises(ValueError, match="chat_template_kwargs must be a mapping from names to values"):
+                engine.chat(messages, params, wrong)
     assert output.prompt_token_ids == [5 + ord(letter) % 30 for letter in "bebrief"]
     check_equal(output, alone(model, output.prompt_token_ids, params, Talking()))
 
