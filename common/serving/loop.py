@@ -53,11 +53,13 @@ class Delta:
 
 
 class Stream:
-    """The answers to the prompts of one HTTP request, as the event loop's thread reads them."""
+    """One HTTP request: its prompts, as the engine takes them, and their answers, as the event loop reads them."""
 
-    def __init__(self, num_choices: int):
+    def __init__(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], options: dict[str, Any]):
         self.request_id = uuid.uuid4().hex
-        self.num_open = num_choices  # samples that have not ended
+        self.prompts, self.params, self.options = prompts, params, options
+        self.accepted: Future[None] = Future()
+        self.num_open = sum(each.n for each in params)  # samples that have not ended
         self.arrived: list[Delta] = []
         self.error: Exception | None = None  # what ends the stream after all that has arrived
         self.has_news = asyncio.Event()
@@ -138,16 +140,15 @@ class EngineLoop:
         Raises ValueError if one of them can never be served, QueueFull if too many are waiting, EngineDead.
         """
         self.check()
-        num_choices = sum(each.n for each in params)
-        self.check_size(num_choices)
-        if self.num_sequences + num_choices > self.capacity:
+        stream = Stream(prompts, params, options)
+        self.check_size(stream.num_open)
+        if self.num_sequences + stream.num_open > self.capacity:
             raise QueueFull(f"{self.num_sequences} sequences are running or waiting; try again later.")
         self.event_loop = asyncio.get_running_loop()
-        stream, accepted = Stream(num_choices), Future()
         self.streams.add(stream)
-        self.commands.put(lambda: self.add(stream, prompts, params, options, accepted))
+        self.commands.put(lambda: self.add(stream))
         try:
-            await asyncio.wrap_future(accepted)
+            await asyncio.wrap_future(stream.accepted)
         except BaseException:
             self.finished(stream)
             raise
@@ -212,31 +213,24 @@ class EngineLoop:
         except queue.Empty:
             pass
 
-    def add(
-        self,
-        stream: Stream,
-        prompts: Sequence[list[int]],
-        params: Sequence[SamplingParams],
-        options: dict[str, Any],
-        accepted: Future[None],
-    ) -> None:
+    def add(self, stream: Stream) -> None:
         """Let the engine have all prompts of a stream, or none."""
-        if not accepted.set_running_or_notify_cancel():
+        if not stream.accepted.set_running_or_notify_cancel():
             return  # the client has left
         ids: list[str] = []
         try:
             if self.error is not None:
                 raise EngineDead(self.error)
-            for number, (prompt, own) in enumerate(zip(prompts, params)):
-                ids.append(self.engine.add_request(prompt, own, f"{stream.request_id}.{number}", **options))
+            for number, (prompt, params) in enumerate(zip(stream.prompts, stream.params)):
+                ids.append(self.engine.add_request(prompt, params, f"{stream.request_id}.{number}", **stream.options))
         except Exception as error:  # of any kind: it is this request's, and others go on
             for request_id in ids:
                 self.engine.abort(request_id)
-            accepted.set_exception(error)
+            stream.accepted.set_exception(error)
             return
-        samples = [f"{id}/{child}" if child else id for id, own in zip(ids, params) for child in range(own.n)]
+        samples = [f"{id}/{child}" if child else id for id, own in zip(ids, stream.params) for child in range(own.n)]
         self.readers |= {sample: Reader(stream, choice) for choice, sample in enumerate(samples)}
-        accepted.set_result(None)
+        stream.accepted.set_result(None)
 
     def remove(self, stream: Stream) -> None:
         """Abort the requests of a stream whose reader has left."""

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 
+from common.sampling import SamplingParams  # noqa: E402
 from common.serving.errors import EngineDead  # noqa: E402
 from common.serving.loop import Delta, EngineLoop, Stream, put_all  # noqa: E402
 from common.tests.serving.conftest import accepts, eventually, held, is_empty, make_engine, serving  # noqa: E402
@@ -58,7 +59,7 @@ def test_the_next_step_may_begin_when_all_readers_have_run():
     """And what has arrived is read before the error that ends a stream."""
 
     async def read() -> None:
-        streams = [Stream(1) for _ in range(3)]
+        streams = [Stream([[1]], [SamplingParams()], {}) for _ in range(3)]
         readers = [asyncio.create_task(stream.take()) for stream in streams]
         await asyncio.sleep(0)  # now all of them wait
         is_written, delta = threading.Event(), Delta(0, "text", [1], [], None, None)
@@ -75,6 +76,26 @@ def test_the_next_step_may_begin_when_all_readers_have_run():
 
     seen: list[tuple[bool, list[bool]]] = []
     asyncio.run(read())
+
+
+def test_a_request_that_is_cancelled_before_the_engine_takes_it_is_not_added(served, monkeypatch):
+    loop, added, release = served[1].loop, [], threading.Event()
+    monkeypatch.setattr(loop.engine, "add_request", lambda *given, **options: added.append(given) or "request-1")
+
+    async def leave() -> None:
+        loop.commands.put(release.wait)  # the engine's thread is busy
+        asked = asyncio.create_task(loop.submit([[5, 6]], [SamplingParams()]))
+        await asyncio.sleep(0)
+        assert loop.num_sequences == 1
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        release.set()
+
+    asyncio.run(leave())
+    eventually(loop.commands.empty)
+    loop.check()
+    assert not added and not loop.streams and not loop.readers
 
 
 def test_a_client_that_leaves_a_stream_is_aborted(served, url):

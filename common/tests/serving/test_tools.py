@@ -126,6 +126,8 @@ def test_a_model_may_call_and_its_call_is_read(client, served, monkeypatch):
         assert content.strip() == "Well:\nand <tool_call>no JSON</tool_call> <tool"
         one = client.chat.completions.create(**asked, stream=stream, parallel_tool_calls=False)
         assert gather(one, stream)[0][0] == calls[:1]
+    scored = client.chat.completions.create(**asked, logprobs=True)  # chunks without text carry none
+    assert len(scored.choices[0].logprobs.content) == scored.usage.completion_tokens == len(script)
     plain = client.chat.completions.create(**asked, tool_choice="none").choices[0]
     assert "tool_calls" not in plain.message.model_fields_set  # OpenAI's field is a list or absent, and never null
     assert plain.finish_reason == "stop" and "<tool_call>" in plain.message.content
