@@ -49,7 +49,6 @@ def work(connection: Connection, lesson: Lesson, mutants: list[Mutant]) -> None:
 
     Sends (index, None) before it tries a mutant, (index, why) when one is caught, and None at the end.
     """
-    os.environ["KERNELS"] = "plain"
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -36,10 +36,6 @@ class Exercise:
     indent: int
 
 
-class SkeletonError(CourseError):
-    """A solution that cannot be cut; the text begins with file:line."""
-
-
 def comments(source: str):
     """Yields (line, column, text) of every comment. A `#` within a string is not one."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -67,7 +63,7 @@ def begins(node: ast.stmt) -> int:
 def find_exercises(source: str, file: str, number: int | None = None) -> list[Exercise]:
     """The exercises of a solution, in the order of the file.
 
-    file: named in errors. number: the lesson that all ids must belong to. Raises SkeletonError, with file and line, for
+    file: named in errors. number: the lesson that all ids must belong to. Raises CourseError, with file and line, for
     an exercise that breaks a rule.
     """
     tree = ast.parse(source, file)
@@ -76,7 +72,7 @@ def find_exercises(source: str, file: str, number: int | None = None) -> list[Ex
     found: list[Exercise] = []
 
     def refuse(line: int, why: str) -> None:
-        raise SkeletonError(f"{file}:{line}: {why}")
+        raise CourseError(f"{file}:{line}: {why}")
 
     for line, column, text in comments(source):
         if not re.match(r"#\s*exercise\b", text, re.IGNORECASE):

@@ -31,7 +31,7 @@ def cut(source: str, file: str, number: int | None = None, planted: Mapping[str,
     """The skeleton of a solution, as text.
 
     file, number: as for `find_exercises`. planted: the answers to show, by the ids of exercises in which the student
-    must find a bug. Raises SkeletonError.
+    must find a bug. Raises CourseError.
     """
     lines = source.splitlines()
     for exercise in reversed(find_exercises(source, file, number)):

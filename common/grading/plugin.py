@@ -6,6 +6,7 @@ test explorer and as `pytest lesson-1-llm-basics`. The worker of `make test-less
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -107,4 +108,5 @@ class Grader:
 
 def run_checks(checks: Path, grader: Grader, *options: str) -> int:
     """Let pytest run the checks in this file, judged by `grader`, with these further options. Returns its exit code."""
+    os.environ["KERNELS"] = "plain"  # or a kernel would run in place of what is judged
     return int(pytest.main([str(checks), *ALONE, *options], plugins=[sys.modules[__name__], grader]))

@@ -43,10 +43,6 @@ COPIED = ("common", "solutions", *(lesson.folder.name for lesson in MODULES), "p
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.ipynb", "figures", "*.md", ".*", "book")
 
 
-class Stopped(CourseError):
-    """The grading was interrupted."""
-
-
 class Classroom:
     """A grading: the submissions, the lessons, and the results so far."""
 
@@ -93,7 +89,7 @@ class Classroom:
 
             def start() -> sandbox.SandboxedWorker:
                 if self.stopping.is_set():
-                    raise Stopped("interrupted")
+                    raise CourseError("The grading was interrupted.")
                 worker = sandbox.SandboxedWorker(base, sandbox.Limits())
                 self.workers.add(worker)
                 return worker

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import pdb
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,6 @@ class DebuggingGrader(Grader):
 
 def debug(lesson: Lesson, file: Path, exercise: Exercise) -> int:
     """Debug one exercise. Returns pytest's exit code."""
-    os.environ["KERNELS"] = "plain"
     subject = Subject(lesson, file)
     print(
         f"The debugger stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends.\n"

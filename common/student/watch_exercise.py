@@ -6,7 +6,6 @@ It works for exercises whose checks call methods of one object: a block manager,
 from __future__ import annotations
 
 import ctypes
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -87,7 +86,6 @@ def watch(lesson: Lesson, file: Path, exercise: Exercise) -> tuple[str, str, tup
     from common.grading.plugin import QUIET, Grader, run_checks
     from common.grading.subject import Subject
 
-    os.environ["KERNELS"] = "plain"
     subject = Subject(lesson, file)
     if exercise.id in subject.todo:
         raise CourseError(f"{exercise.id} {exercise.function} is still to do in {shown(file)}.")

@@ -1,12 +1,36 @@
-"""A lesson of three-line exercises in a folder of its own, for the tests of the grader."""
+"""A lesson of three-line exercises in a folder of its own, and a worker without a process, for tests of the grader."""
 
 from __future__ import annotations
 
+import multiprocessing
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.course import Lesson
+from common.grading.wire import sealed
+
+
+class Scripted:
+    """A worker that tells these events, of the exercises that it is to run, and ends."""
+
+    patience = 1.0
+
+    def __init__(self, events_of: Callable[[list[str]], list[tuple]]):
+        self.events_of = events_of
+
+    def begin(self, lesson: Lesson, file: Path, ids: list[str], show_prints: bool, key: bytes) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            for event in self.events_of(list(ids)):
+                theirs.send_bytes(sealed(event, key))
+
+    def how_it_ended(self) -> str:
+        return "by signal 9"
+
+    def close(self) -> None:
+        self.connection.close()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 
 from common.course import MODULES, CourseError, skeleton, unfinished
 from common.course.catalogue import planted_answers
-from common.course.exercises import SkeletonError, exercises_of, find_exercises, walk_functions
+from common.course.exercises import exercises_of, find_exercises, walk_functions
 from common.course.skeleton import cut
 from common.grading.runner import grade
 from common.workers import call
@@ -96,7 +96,7 @@ def function(body: str, name: str = "f") -> str:
     ],
 )
 def test_violations_are_refused_with_file_and_line(source, line, why):
-    with pytest.raises(SkeletonError, match=why) as raised:
+    with pytest.raises(CourseError, match=why) as raised:
         cut(source, "solutions/nine.py", 9)
     assert str(raised.value).startswith(f"solutions/nine.py:{line}: ")
 

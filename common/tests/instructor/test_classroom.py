@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -17,7 +16,6 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +28,11 @@ from common.course.exercises import TOGETHER, exercises_of, read_source, to_do
 from common.grading import runner
 from common.grading.results import Result
 from common.grading.runner import grade
-from common.grading.wire import sealed
 from common.instructor import sandbox
 from common.instructor.classroom import Classroom, points_of
 from common.instructor.report import Graded, write
 from common.instructor.submissions import Submission, find_submissions, read_submission
+from common.tests.sample_lesson import Scripted
 
 INTRO, BASICS = LESSONS[0], LESSONS[1]
 SOURCE = INTRO.solution.read_text()
@@ -223,27 +221,6 @@ def test_the_last_of_two_entries_with_one_path_counts(tmp_path):
     assert submission.modules == {"intro": b"new"} and submission.notes == [
         "intro.py is there 2 times; graded is intro.py"
     ]
-
-
-class Scripted:
-    """A worker that says these things, of the exercises that it is to run, and ends."""
-
-    patience = 1.0
-
-    def __init__(self, events_of: Callable[[list[str]], list[tuple]]):
-        self.events_of = events_of
-
-    def begin(self, lesson, file, ids, show_prints, key) -> None:
-        self.connection, theirs = multiprocessing.Pipe()
-        with theirs:
-            for event in self.events_of(list(ids)):
-                theirs.send_bytes(sealed(event, key))
-
-    def how_it_ended(self) -> str:
-        return "by signal 9"
-
-    def close(self) -> None:
-        self.connection.close()
 
 
 def test_a_process_that_ends_between_two_exercises_loses_one_of_them(tmp_path):

@@ -22,9 +22,8 @@ from common.grading.compare import close
 from common.grading.results import Result, next_step
 from common.grading.runner import fail, grade, pointer
 from common.grading.subject import Subject
-from common.grading.wire import sealed
 from common.instructor import release
-from common.tests.sample_lesson import SampleLesson, write_lesson
+from common.tests.sample_lesson import SampleLesson, Scripted, write_lesson
 from common.tests.typed import typed
 from common.tests.zygote import typed_in
 
@@ -160,27 +159,6 @@ def test_of_several_checks_a_failure_of_its_own_counts_more_than_waiting():
     assert next_step([Result("9.1", "one", "passed")]) is None
 
 
-class Told:
-    """Stands for a worker that has these events to tell."""
-
-    patience = 1.0
-
-    def __init__(self, events: list[tuple]):
-        self.connection, self.events = self, iter(events)
-
-    def begin(self, lesson, file, ids, show_prints, key) -> None:
-        self.key = key
-
-    def poll(self, timeout: float) -> bool:
-        return True
-
-    def recv_bytes(self, most: int) -> bytes:
-        return sealed(next(self.events), self.key)
-
-    def close(self) -> None:
-        pass
-
-
 def test_a_wrong_one_is_told_after_what_it_may_be_wrong_because_of(tmp_path):
     subject = in_whole_file(tmp_path, one="return two(x)", two="return 3 * x", three="return 2 * x")
     ids, wrong = ["9.1", "9.2", "9.3"], {"sentence": "is 3, expected 2."}
@@ -194,7 +172,7 @@ def test_a_wrong_one_is_told_after_what_it_may_be_wrong_because_of(tmp_path):
         subject.lesson,
         subject.file,
         on_result=lambda result: told.append((len(told), result.id, result.sentence)),
-        start=lambda: Told(events),
+        start=lambda: Scripted(lambda ids: events),
     )
     assert [each[1] for each in told] == [*ids, "together"]
     assert told[0][2] == "is 3, expected 2.\nThis ran in your whole file, and 9.2 is wrong too: look there first."
