@@ -94,17 +94,16 @@ def all_commands() -> dict[Path, list[Command]]:
     """Return the commands to run of each text."""
     commands = {path: list(commands_of(path)) for path in texts()}
     everything = [words_of(command) for found in commands.values() for command in found]
-    seen: list[tuple[str, ...]] = []
-    for path, found in commands.items():
-        commands[path] = []
-        for command in found:
-            words = words_of(command)
-            if words in seen or words in [("make", name) for name in READ_ONLY]:
-                continue
-            if not any(is_part_of(words, others) for others in everything):
-                seen.append(words)
-                commands[path].append(command)
-    return commands
+    seen = {("make", name) for name in READ_ONLY}
+
+    def is_new(command: Command) -> bool:
+        words = words_of(command)
+        if words in seen or any(is_part_of(words, others) for others in everything):
+            return False
+        seen.add(words)
+        return True
+
+    return {path: list(filter(is_new, found)) for path, found in commands.items()}
 
 
 def words_of(command: Command) -> tuple[str, ...]:
