@@ -29,11 +29,8 @@ class DebuggingGrader(Grader):
 def debug(lesson: Lesson, file: Path, exercise: Exercise) -> int:
     """Debug one exercise. Returns pytest's exit code."""
     subject = Subject(lesson, file)
-    print(
-        f"The debugger stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends.\n"
-    )
+    print(f"It stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends a check.\n")
     function = dict(walk_functions(ast.parse(subject.source)))[exercise.function]
     has_docstring = ast.get_docstring(function) is not None and len(function.body) > 1
-    first = function.body[1] if has_docstring else function.body[0]
-    grader = DebuggingGrader(subject, exercise, first.lineno)
+    grader = DebuggingGrader(subject, exercise, function.body[has_docstring].lineno)
     return run_checks(lesson.checks, grader, "-q", "--capture=no", "--disable-warnings", "-rN")

@@ -4,8 +4,8 @@
     make update FROM=course.zip    from a downloaded version: a zip, a tar or a folder
 
 The new version is read into memory. `carry` puts the student's answers into the new skeletons, and `git merge-file`
-merges other files that the student has edited. Only then are files changed: the student's are copied to .course/backups
-first, and if a file cannot be written, all are restored.
+merges other files that the student has edited; a download does not tell which these are, and replaces them. Only then
+are files changed: the student's are copied to .course/backups first, and if one cannot be written, all are restored.
 
 It imports only the standard library, so that it works in whatever state the course's packages are.
 """
@@ -61,8 +61,7 @@ def update(source: str) -> None:
     if version is None:
         return
     old, new = skeletons(version.answered), skeletons(version.files)
-    present = [path for path in old if (version.mine / path).is_file()]
-    own = {path: text_of(path, (version.mine / path).read_bytes()) for path in present}
+    own = {path: text_of(path, (version.mine / path).read_bytes()) for path in old if (version.mine / path).is_file()}
     own = {path: text for path, text in own.items() if text != old[path]}
     renumbered = ids_now(version, old, new)
     carried = carry(old, own, new, renumbered)
@@ -73,13 +72,14 @@ def update(source: str) -> None:
     if not contents and not version.commit:
         print(f"Nothing new: {version.name} is what you have.")
         return
-    backup = back_up([*own, *(path for path in contents if read(path) not in (None, version.old.get(path)))])
+    backup = back_up([*own, *(path for path in contents if not version.commit or read(path) != version.old.get(path))])
     install(contents, version.commit)
     NUMBERED.parent.mkdir(exist_ok=True)
     NUMBERED.touch()
     report(version.name, new, carried, remarks, renumbered)
     if backup:
-        print(f"What you had before is kept in {backup.relative_to(ROOT).as_posix()}.")
+        others = "" if version.commit else " A download replaces all else: your edits of any other file are only there."
+        print(f"What you had before is kept in {backup.relative_to(ROOT).as_posix()}.{others}")
     print("make progress shows where you are.")
 
 
@@ -94,9 +94,7 @@ def text_of(path: str, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
-        raise CourseError(
-            f"{path} is not UTF-8 text. Nothing was changed. Save it as UTF-8, then update again."
-        ) from None
+        raise CourseError(f"{path} is not UTF-8 text. Nothing was changed. Save it as UTF-8 first.") from None
 
 
 def with_line_ends(text: str, present: bytes | None) -> bytes:
@@ -150,6 +148,8 @@ def write(path: str, content: bytes | None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     part.write_bytes(content)
+    if content.startswith(b"#!"):
+        part.chmod(0o755)
     if file.exists():
         shutil.copymode(file, part)
     os.replace(part, file)
@@ -198,9 +198,8 @@ def in_tar(archive: tarfile.TarFile) -> dict[str, bytes]:
 
 def git(*arguments: str) -> str:
     """Run git and return its output without spaces around it. Raises CourseError if it fails."""
-    result = subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, encoding="utf-8", errors="surrogateescape"
-    )
+    command = ["git", "-C", str(ROOT), *arguments]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="surrogateescape")
     if result.returncode:
         raise CourseError(f"git {arguments[0]}: {(result.stderr or result.stdout).strip()}")
     return result.stdout.strip()
@@ -308,9 +307,11 @@ def in_archive(archive: Path) -> dict[str, bytes]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             found = {each.filename: opened.read(each) for each in opened.infolist() if not each.is_dir()}
-    else:
+    elif tarfile.is_tarfile(archive):
         with tarfile.open(archive) as opened:
             found = in_tar(opened)
+    else:
+        raise tarfile.ReadError("it is neither a zip nor a tar, or not all of it was downloaded")
     tops = [path.removesuffix(SKELETONS) for path in found if re.fullmatch(f"([^/]+/)?{SKELETONS}", path)]
     own = {path.removeprefix(tops[0]): found[path] for path in found if path.startswith(tops[0])} if tops else {}
     return {path: own[path] for path in own if not NOT_OURS.intersection(path.split("/"))}
@@ -367,6 +368,8 @@ def report(
 def main(argv: list[str]) -> int:
     """`python -m common update [DOWNLOAD]`; `make` passes the download, a zip, a tar or a folder, as FROM."""
     try:
+        for name in {*os.environ.get("COURSE_VARIABLES", "").split()} - {"FROM", "TORCH", "COURSE_PYTHON"}:
+            raise CourseError(f"make update takes no variable {name}; it takes FROM.")
         update(argv[0] if argv else os.environ.get("FROM", ""))
     except CourseError as error:
         print(error, file=sys.stderr)

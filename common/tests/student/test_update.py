@@ -230,9 +230,12 @@ def test_what_both_have_edited_elsewhere_is_the_course_s_and_yours_is_kept(cours
     mine["README.md"] = "My course.\n"
     mine["common/more.py"] = "# mine\n"  # not known to git
     course["README.md"], course["common/more.py"] = "The course, anew.\n", "# the course's\n"
+    course["findings/new.sh"] = "#!/bin/sh\n"
+    (course.root / "findings/new.sh").chmod(0o755)
     course.commit()
     result = mine.update()
     assert result.returncode == 0 and mine["README.md"] == course["README.md"], result.stderr
+    assert "findings" not in git(mine.root, "status", "--porcelain")
     for path, text in {"README.md": "My course.\n", "common/more.py": "# mine\n"}.items():
         assert f"{path}: where both you and the course" in result.stdout
         assert mine[path] == course[path] and (mine.backups()[0] / path).read_text() == text
@@ -363,6 +366,7 @@ def download(course, mine) -> Course:
 @needs_git
 @pytest.mark.parametrize("kind", ["folder", "zip", "gztar"])
 def test_a_downloaded_version_is_brought_in(download, mine, kind, tmp_path):
+    mine["README.md"] = "The course.\nMy own line.\n"
     before, source = mine[MODULE], download.root
     download[".venv/bin/python"] = "evil"
     if kind != "folder":
@@ -373,6 +377,8 @@ def test_a_downloaded_version_is_brought_in(download, mine, kind, tmp_path):
     assert mine["README.md"] == "The course, anew.\n" and not (mine.root / ".venv").exists()
     assert mine["lesson-1-llm-basics/notes.txt"] == "What I learnt." and mine[SECOND] == download[SECOND]
     assert (mine.backups()[0] / MODULE).read_text() == before
+    assert (mine.backups()[0] / "README.md").read_text() == "The course.\nMy own line.\n"
+    assert "your edits of any other file are only there" in result.stdout
     state = mine.state()
     assert "Nothing new" in mine.update(source).stdout and mine.state() == state
 
@@ -381,6 +387,7 @@ def test_a_downloaded_version_is_brought_in(download, mine, kind, tmp_path):
 def test_what_is_no_new_version_of_the_course_is_refused(download, mine, tmp_path):
     before = mine.state()
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "page.zip").write_text("<html>Sign in first</html>")
     (tmp_path / "empty").mkdir()
     whole = Path(shutil.make_archive(str(tmp_path / "whole"), "gztar", tmp_path / "new")).read_bytes()
     (tmp_path / "half.tar.gz").write_bytes(whole[: len(whole) // 2])
@@ -390,7 +397,8 @@ def test_what_is_no_new_version_of_the_course_is_refused(download, mine, tmp_pat
     download.answer("1.1", "return 'theirs'")
     for name, told in {
         "missing.zip": "no such file",
-        "broken.zip": "cannot be unpacked",
+        "broken.zip": "is neither a zip nor a tar, or not all of it was downloaded. Nothing was changed.\n",
+        "page.zip": "page.zip cannot be unpacked: it is neither a zip nor a tar",
         "half.tar.gz": "cannot be unpacked",
         "outside.tar.gz": "outside.txt would lie elsewhere",
         "empty": "does not hold the course",
@@ -400,6 +408,13 @@ def test_what_is_no_new_version_of_the_course_is_refused(download, mine, tmp_pat
         result = mine.update(tmp_path / name)
         assert result.returncode == 2 and told in result.stderr, (name, result.stderr)
         assert mine.state() == before and not mine.backups()
+
+
+def test_a_variable_that_it_does_not_take_is_refused(mine, monkeypatch):
+    monkeypatch.setenv("COURSE_VARIABLES", "FORM TORCH")
+    result = mine.update()
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "make update takes no variable FORM; it takes FROM.\n"
 
 
 def test_without_git_it_says_what_is_missing(monkeypatch):
