@@ -72,7 +72,7 @@ class StreamOptions(Body):
 class StructuredOutputs(Body):
     """What the answer must match; exactly one of them. vLLM's field `structured_outputs`."""
 
-    json_: dict[str, Any] | str | bool | None = Field(None, alias="json", description="a JSON schema")
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON schema")
     regex: str | None = None
     choice: list[str] | None = Field(None, min_length=1)
     grammar: str | None = Field(None, description="a grammar in the Lark syntax of llguidance")
