@@ -74,6 +74,8 @@ def as_api_error(error: Exception) -> ApiError:
     """The answer that a failure becomes. A mistake of ours is logged, and its answer does not say what it was."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RequestValidationError):
+        return validation_error(error)
     if isinstance(error, ValueError):  # the engine's own words, which name the field
         return ApiError(400, str(error))
     if isinstance(error, RecursionError):
@@ -93,7 +95,8 @@ def validation_error(error: RequestValidationError) -> ApiError:
     *before, _ = first["loc"]
     near = [each for each in error.errors() if list(each["loc"][: len(before)]) == before]
     chosen = max(near, key=lambda each: len(each["loc"]))
-    where = [str(each) for each in chosen["loc"][1:] if not names_type(str(each))]
+    where = [str(each) for each in chosen["loc"][1:]]
+    where = [each for each in where if not (each == "str" or "[" in each or each[:1].isupper())]  # the name of a type
     message = chosen["msg"].removeprefix("Value error, ")
     if not where and chosen["type"] == "value_error":  # a validator of ours, which names the fields itself
         return ApiError(400, message)
@@ -105,17 +108,8 @@ def validation_error(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{'.'.join(where)}: {message}", param=where[0])
 
 
-def names_type(part: str) -> bool:
-    """Whether a part of the place of an error names one of several types that a field may have."""
-    return part == "str" or "[" in part or part[:1].isupper()
-
-
 def handle_errors(app: FastAPI) -> None:
     """Let every failure in a route become an answer of this form."""
-
-    @app.exception_handler(RequestValidationError)
-    async def on_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return validation_error(error).response()
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -127,5 +121,5 @@ def handle_errors(app: FastAPI) -> None:
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    for kind in (ApiError, ValueError, RecursionError, Exception):
+    for kind in (ApiError, RequestValidationError, ValueError, RecursionError, Exception):
         app.exception_handler(kind)(on_failure)

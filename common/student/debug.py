@@ -23,13 +23,18 @@ class DebuggingGrader(Grader):
     def judge(self, subject: Subject, exercise_id: str, check: Callable) -> Failure | None:
         debugger = pdb.Pdb()
         debugger.rcLines += [f"break {subject.file}:{self.line}", "continue"]
-        return subject.attempt(lambda code: debugger.runcall(check, code), lambda: subject.module(exercise_id))
+
+        def run(code) -> None:
+            if debugger.runcall(lambda: check(code) or True) is None:  # it was left with q
+                raise KeyboardInterrupt
+
+        return subject.attempt(run, lambda: subject.module(exercise_id))
 
 
 def debug(lesson: Lesson, file: Path, exercise: Exercise) -> int:
     """Debug one exercise. Returns pytest's exit code."""
     subject = Subject(lesson, file)
-    print(f"It stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends a check.\n")
+    print(f"It stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends it.\n")
     function = dict(walk_functions(ast.parse(subject.source)))[exercise.function]
     has_docstring = ast.get_docstring(function) is not None and len(function.body) > 1
     grader = DebuggingGrader(subject, exercise, function.body[has_docstring].lineno)

@@ -23,7 +23,7 @@ grimp = pytest.importorskip("grimp", reason="import-linter is not installed (pyt
 # Meant are 500, 9,000, 700, 4,200, 2,700 and 15. What stands here holds today, and may only be tightened.
 LIMITS = {
     "lines of a module of common/": 500,
-    "lines of common/": 22_578,
+    "lines of common/": 22_577,
     "lines of a module of solutions/": 700,
     "lines of solutions/": 5_734,
     "lines of code of solutions/": 3_193,
