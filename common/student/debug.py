@@ -34,7 +34,7 @@ class DebuggingGrader(Grader):
 def debug(lesson: Lesson, file: Path, exercise: Exercise) -> int:
     """Debug one exercise. Returns pytest's exit code."""
     subject = Subject(lesson, file)
-    print(f"It stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q ends it.\n")
+    print(f"It stops where {exercise.function} begins: n is the next line, p x prints x, c goes on, q leaves.\n")
     function = dict(walk_functions(ast.parse(subject.source)))[exercise.function]
     has_docstring = ast.get_docstring(function) is not None and len(function.body) > 1
     grader = DebuggingGrader(subject, exercise, function.body[has_docstring].lineno)
